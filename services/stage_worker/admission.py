@@ -1,0 +1,57 @@
+"""What enters the KV cache, and when: a task waits, or is refused with a reason; nothing is dropped."""
+
+from collections import deque
+
+from services.stage_worker.batcher import Sequence
+from services.stage_worker.blocks import BlockAllocator
+from shared.errors import RefusedError
+from shared.messages.inference import InferenceTask
+
+
+class Admission:
+    """The waiting line in front of the KV cache, first come, first served.
+
+    A sequence is admitted with all the blocks that it can ever need, so that no running one is evicted.
+    """
+
+    def __init__(self, allocator: BlockAllocator, *, max_waiting: int) -> None:
+        self._allocator = allocator
+        self._max_waiting = max_waiting
+        self._line: deque[Sequence] = deque()
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def offer(self, sequence: Sequence) -> None:
+        """Put a sequence in line. Raises RefusedError when it can never fit, or the line is full."""
+        if self._blocks_for(sequence.task) > self._allocator.num_blocks:
+            capacity = self._allocator.num_blocks * self._allocator.block_size
+            wanted = len(sequence.task.prompt) + sequence.task.sampling.max_tokens
+            reason = f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}"
+            raise RefusedError(reason, code=400)
+        if len(self._line) >= self._max_waiting:
+            raise RefusedError(f"{self._max_waiting} requests are already waiting on this node", code=429)
+        self._line.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Give the sequences at the head of the line their blocks, as many as fit now."""
+        admitted = []
+        while self._line and self._blocks_for(self._line[0].task) <= self._allocator.num_free:
+            sequence = self._line.popleft()
+            sequence.blocks = self._allocator.allocate(self._blocks_for(sequence.task))
+            admitted.append(sequence)
+        return admitted
+
+    def remove(self, task_id: str) -> bool:
+        """Take a sequence out of the line; False when it is not there."""
+        before = len(self._line)
+        self._line = deque(sequence for sequence in self._line if sequence.task.task_id != task_id)
+        return len(self._line) < before
+
+    def waiting(self) -> list[Sequence]:
+        """The line, first come first."""
+        return list(self._line)
+
+    def _blocks_for(self, task: InferenceTask) -> int:
+        # The last generated token is never fed back, so its row is never cached.
+        return self._allocator.needed(len(task.prompt) + max(task.sampling.max_tokens - 1, 0))

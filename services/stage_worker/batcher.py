@@ -1,0 +1,77 @@
+"""Forms iterations: decodes first, then pieces of prompts, under a token budget.
+
+Any sequence that is not in flight may join the next iteration, so groups need no bookkeeping:
+with S iterations in flight and each taking its share of the decodes, all S stages work.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from shared.messages.inference import InferenceTask, SequenceChunk
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """A request on its node, waiting for KV cache or running in it."""
+
+    task: InferenceTask
+    deadline_s: float
+    traceparent: str
+    blocks: tuple[int, ...] = ()
+    num_cached: int = 0
+    """Rows of the sequence whose keys and values are in the cache, or on their way there."""
+    generated: list[int] = field(default_factory=list)
+    in_flight: bool = False
+    """Its next row depends on a token that is still being computed."""
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_cached >= len(self.task.prompt)
+
+
+def form_iteration(
+    sequences: Iterable[Sequence], *, num_decoding: int, num_in_flight: int, token_budget: int
+) -> list[tuple[Sequence, int]]:
+    """The sequences of the next iteration with their number of rows, in order.
+
+    `sequences`: all that are not in flight, longest unserved first. `num_decoding`: decoding sequences of
+    the node, in flight or not; an iteration takes at most its share of them, 1 / `num_in_flight`.
+    """
+    ready = list(sequences)
+    share = max(1, -(-num_decoding // num_in_flight))
+    decodes = [sequence for sequence in ready if sequence.is_decoding][: min(share, token_budget)]
+    rows = [(sequence, 1) for sequence in decodes]
+    budget = token_budget - len(rows)
+    for sequence in ready:
+        if sequence.is_decoding or budget <= 0:
+            continue
+        num_tokens = min(len(sequence.task.prompt) - sequence.num_cached, budget)
+        rows.append((sequence, num_tokens))
+        budget -= num_tokens
+    return rows
+
+
+def chunk_of(sequence: Sequence, num_tokens: int, *, block_size: int) -> SequenceChunk:
+    """The next `num_tokens` rows of a sequence, as every stage needs them."""
+    task, start = sequence.task, sequence.num_cached
+    end = start + num_tokens
+    wants_targets = task.prompt_logprobs and not sequence.is_decoding
+    return SequenceChunk(
+        task_id=task.task_id,
+        gateway=task.gateway,
+        start=start,
+        num_tokens=num_tokens,
+        blocks=sequence.blocks[: -(-end // block_size)],
+        sampling=task.sampling,
+        produces=end >= len(task.prompt),
+        index=len(sequence.generated),
+        targets=task.prompt[start + 1 : end + 1] if wants_targets else (),
+        traceparent="" if sequence.is_decoding else sequence.traceparent,
+    )
+
+
+def tokens_of(sequence: Sequence, num_tokens: int) -> tuple[int, ...]:
+    """Token ids of the next `num_tokens` rows."""
+    if sequence.is_decoding:
+        return (sequence.generated[-1],)
+    return sequence.task.prompt[sequence.num_cached : sequence.num_cached + num_tokens]

@@ -1,0 +1,59 @@
+"""Files of one stage's share of a checkpoint: weights in Hugging Face names, and the optimizer's state."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from services.stage_worker.executor.base import ShardFiles
+from shared.model.partition import LayerRange
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy of a stage's tensors at one version, on the CPU."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def take_snapshot(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Snapshot:
+    """Copy tensors that go on changing."""
+
+    def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+    return Snapshot(copies(weights), copies(optimizer))
+
+
+def write_shard(snapshot: Snapshot, folder: Path, layers: LayerRange) -> ShardFiles:
+    """Write and sync the stage's files. Raises OSError when the disk refuses."""
+    part = f"{layers.stage + 1:05}-of-{layers.num_stages:05}.safetensors"
+    contents = {f"model-{part}": snapshot.weights, f"optimizer-{part}": snapshot.optimizer}
+    digests = {name: _write(folder / name, tensors) for name, tensors in contents.items()}
+    return ShardFiles(
+        sha256_by_file=digests,
+        file_by_tensor=dict.fromkeys(snapshot.weights, f"model-{part}"),
+        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in snapshot.weights.values()),
+    )
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    save_file(tensors, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_optimizer_state(folder: Path) -> dict[str, Tensor]:
+    """The optimizer state of all stages in a checkpoint, as it was saved; empty when there is none."""
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("optimizer-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            state.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    return state

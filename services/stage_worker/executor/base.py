@@ -1,0 +1,112 @@
+"""What a stage worker asks of whatever computes: torch on a device, or an emulation of one.
+
+One call at a time; tensors stay on the executor's side and are named by their references.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from shared.messages.cluster import LinkAnswer, LinkOffer
+from shared.messages.inference import SequenceChunk, SequenceResult
+from shared.messages.training import Microbatch
+from shared.tensors.ref import TensorRef
+
+Snapshot = TypeVar("Snapshot")
+"""A copy of a stage's tensors, opaque to the worker."""
+
+Rows = Sequence[int] | TensorRef
+"""What enters a stage: token ids at stage 0, activations [rows, hidden_size] after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class IterationOutput:
+    """What an iteration gives: activations, or at the last stage the results of its sequences."""
+
+    hidden: TensorRef | None
+    results: tuple[SequenceResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """What a microbatch's forward gives. The last stage runs its backward at once.
+
+    hidden: activations for the next stage. loss, gradient: of the last stage (gradient None when S = 1).
+    """
+
+    version: int
+    hidden: TensorRef | None = None
+    loss: float | None = None
+    gradient: TensorRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """What a stage wrote of a checkpoint."""
+
+    sha256_by_file: dict[str, str]
+    file_by_tensor: dict[str, str]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the worker must know of the stage it runs."""
+
+    is_tied_across_stages: bool
+    version: int
+    checkpoint: str
+
+
+class Executor(Protocol[Snapshot]):
+    """One stage on one device. Any method may raise LemixError or an error of the device."""
+
+    async def load(self) -> ModelFacts:
+        """Build the stage, warm it up, and say what it holds."""
+        ...
+
+    async def offer(self, peer: int, instance: str) -> LinkOffer:
+        """Prepare to send tensors to the process `instance` of stage `peer`."""
+        ...
+
+    async def connect(self, peer: int, answer: LinkAnswer) -> None:
+        """The peer has answered the offer."""
+        ...
+
+    async def accept(self, offer: LinkOffer) -> LinkAnswer:
+        """Prepare to take tensors from a peer."""
+        ...
+
+    async def iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput: ...
+
+    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput: ...
+
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
+        """Gradient of the stage's inputs; None at stage 0."""
+        ...
+
+    async def finish_batch(self, batch_id: str) -> TensorRef | None:
+        """All backwards of the batch are done: gather its gradients.
+
+        Returns the tied embedding's gradient for the other end of the pipeline, where there is one.
+        """
+        ...
+
+    async def step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
+        """Apply the batch's gradients; returns the new weights version."""
+        ...
+
+    async def restore(self, checkpoint: str, version: int) -> None:
+        """Drop all training in progress and load weights (empty: those loaded first)."""
+        ...
+
+    async def snapshot(self) -> Snapshot:
+        """Copy weights and optimizer state as they are now."""
+        ...
+
+    async def write(self, snapshot: Snapshot, folder: Path) -> ShardFiles:
+        """Write and sync a snapshot while other calls go on. Raises OSError when the disk refuses."""
+        ...
+
+    async def close(self) -> None: ...

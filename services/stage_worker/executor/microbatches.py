@@ -1,0 +1,90 @@
+"""Training on one stage: forwards that keep their graphs, backwards that use them up."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from services.stage_worker.weights import StageWeights, WeightsVersion
+from shared.errors import LemixError
+from shared.messages.training import Microbatch
+from shared.model.attention import PackedSegments
+from shared.model.stage import Stage
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A microbatch between its forward and its backward on this stage."""
+
+    inputs: Tensor
+    outputs: Tensor
+    version: WeightsVersion
+
+
+@dataclass(frozen=True, slots=True)
+class LastStageOutput:
+    """The last stage goes backward at once: `gradient` [T, H] is None when it is the first one too."""
+
+    version: int
+    loss: float
+    gradient: Tensor | None
+
+
+class MicrobatchRunner:
+    """Runs microbatches of one stage. All methods belong to the compute thread.
+
+    Shape letters: T rows of the microbatch, H hidden size.
+    """
+
+    def __init__(self, stage: Stage, weights: StageWeights, device: torch.device) -> None:
+        self._stage = stage
+        self._weights = weights
+        self._device = device
+        self._in_flight: dict[tuple[str, int], _InFlight] = {}
+
+    def drop_all(self) -> None:
+        """Forget everything in flight."""
+        self._in_flight.clear()
+        self._weights.drop_training()
+
+    def forward(self, microbatch: Microbatch, inputs: Tensor) -> tuple[int, Tensor]:
+        """Forward on a stage that is not the last; returns the weights version and activations [T, H]."""
+        inputs = self._as_leaf(inputs)
+        with self._weights.training_forward() as version:
+            outputs = self._run(microbatch, inputs, None)
+        self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(inputs, outputs, version)
+        return version.number, outputs.detach()
+
+    def backward(self, batch_id: str, index: int, gradient: Tensor) -> Tensor | None:
+        """Backward with the gradient [T, H] of the activations; returns that of the inputs, None at stage 0.
+
+        Raises LemixError when the microbatch is not in flight here.
+        """
+        microbatch = self._in_flight.pop((batch_id, index), None)
+        if microbatch is None:
+            raise LemixError(
+                f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
+            )
+        torch.autograd.backward(microbatch.outputs, gradient)
+        self._weights.backward_done(microbatch.version)
+        return microbatch.inputs.grad
+
+    def forward_and_backward(self, microbatch: Microbatch, inputs: Tensor) -> LastStageOutput:
+        """What the last stage does: forward, loss, backward."""
+        inputs = self._as_leaf(inputs)
+        rows = torch.tensor(microbatch.label_rows, device=self._device)
+        labels = torch.tensor(microbatch.labels, device=self._device)
+        with self._weights.training_forward() as version:
+            logits = self._run(microbatch, inputs, rows)
+        loss = functional.cross_entropy(logits.float(), labels, reduction="sum") * microbatch.loss_weight
+        torch.autograd.backward(loss)
+        self._weights.backward_done(version)
+        return LastStageOutput(version.number, loss.item(), inputs.grad)
+
+    def _as_leaf(self, inputs: Tensor) -> Tensor:
+        return inputs.requires_grad_() if inputs.is_floating_point() else inputs
+
+    def _run(self, microbatch: Microbatch, inputs: Tensor, logit_rows: Tensor | None) -> Tensor:
+        positions = torch.cat([torch.arange(length, device=self._device) for length in microbatch.lengths])
+        return self._stage.forward(inputs, positions, PackedSegments(microbatch.lengths), logit_rows)

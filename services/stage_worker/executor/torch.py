@@ -1,0 +1,260 @@
+"""The executor that computes: one stage of a Hugging Face model, in one thread of its own.
+
+Shape letters: T rows, H hidden size, R rows of logits, V vocabulary.
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from services.stage_worker import checkpoint as files
+from services.stage_worker.executor.base import (
+    ForwardOutput,
+    IterationOutput,
+    ModelFacts,
+    Rows,
+    ShardFiles,
+)
+from services.stage_worker.executor.logits import LogitPlan
+from services.stage_worker.executor.microbatches import MicrobatchRunner
+from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
+from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.weights import AdamWSettings, StageWeights
+from shared.checkpoints import latest
+from shared.messages.cluster import LinkAnswer, LinkOffer
+from shared.messages.inference import SequenceChunk
+from shared.messages.training import Microbatch
+from shared.model.fast_inference import InferenceWeights, enable_fast_inference
+from shared.model.loader import load_stage, model_partition, read_config, stage_state_dict
+from shared.model.stage import Stage
+from shared.model_files import CONFIG_FILES, WEIGHT_FILES, resolve
+from shared.tensors.links import IncomingLinks, OutgoingLink
+from shared.tensors.ref import TensorRef
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_SWITCH_INTERVAL_S = 0.0005
+"""The event loop shares the interpreter with the compute thread and must not wait 5 ms for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What exists once the model is loaded."""
+
+    stage: Stage
+    cache: PagedKVCache
+    weights: StageWeights
+    microbatches: MicrobatchRunner
+    packed: InferenceWeights
+
+
+class TorchExecutor:
+    """Implements `Executor` on `cpu` or `cuda:N`."""
+
+    def __init__(self, settings: StageWorkerSettings, instance: str) -> None:
+        self._settings = settings
+        self._instance = instance
+        self._device = torch.device(settings.device)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._incoming = IncomingLinks(self._device)
+        self._outgoing: dict[int, OutgoingLink] = {}
+        self._model: _Loaded | None = None
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+
+    async def load(self) -> ModelFacts:
+        return await self._run(self._load)
+
+    async def offer(self, peer: int, instance: str) -> LinkOffer:
+        return await self._run(self._offer, peer, instance)
+
+    async def connect(self, peer: int, answer: LinkAnswer) -> None:
+        await self._run(self._outgoing[peer].connect, answer)
+
+    async def accept(self, offer: LinkOffer) -> LinkAnswer:
+        return await self._run(self._incoming.accept, offer)
+
+    async def iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput:
+        return await self._run(self._iteration, chunks, rows)
+
+    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
+        return await self._run(self._forward, microbatch, rows)
+
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
+        return await self._run(self._backward, batch_id, index, gradient)
+
+    async def finish_batch(self, batch_id: str) -> TensorRef | None:
+        return await self._run(self._finish_batch, batch_id)
+
+    async def step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
+        return await self._run(self._step, batch_id, learning_rate, tied)
+
+    async def restore(self, checkpoint: str, version: int) -> None:
+        await self._run(self._restore, checkpoint, version)
+
+    async def snapshot(self) -> files.Snapshot:
+        return await self._run(self._snapshot)
+
+    async def write(self, snapshot: files.Snapshot, folder: Path) -> ShardFiles:
+        return await asyncio.to_thread(files.write_shard, snapshot, folder, self._loaded.stage.layers)
+
+    async def close(self) -> None:
+        for link in self._outgoing.values():
+            link.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
+
+    @property
+    def _loaded(self) -> _Loaded:
+        assert self._model is not None, "load() comes first"
+        return self._model
+
+    # Below here: in the compute thread.
+
+    def _load(self) -> ModelFacts:
+        settings = self._settings
+        torch.set_num_threads(settings.num_threads)
+        base = resolve(settings.model, CONFIG_FILES + WEIGHT_FILES)
+        durable = latest(settings.checkpoint_dir, settings.node)
+        folder = durable.folder if durable else base
+        layers = model_partition(read_config(folder), settings.num_stages)[settings.stage]
+        stage = load_stage(folder, layers, device=settings.device)
+        weights = StageWeights(stage, self._adamw(), version=durable.manifest.version if durable else 0)
+        if durable:
+            weights.load(stage.named_tensors(), files.read_optimizer_state(folder), version=weights.version)
+        cache = self._cache(stage)
+        microbatches = MicrobatchRunner(stage, weights, self._device)
+        self._model = _Loaded(stage, cache, weights, microbatches, enable_fast_inference(stage))
+        self._warm_up(stage, cache)
+        return ModelFacts(
+            is_tied_across_stages=stage.tied_embedding_name is not None and layers.num_stages > 1,
+            version=weights.version,
+            checkpoint=str(folder) if durable else "",
+        )
+
+    def _adamw(self) -> AdamWSettings:
+        settings = self._settings
+        return AdamWSettings(
+            beta1=settings.adamw_beta1,
+            beta2=settings.adamw_beta2,
+            epsilon=settings.adamw_epsilon,
+            weight_decay=settings.weight_decay,
+        )
+
+    def _cache(self, stage: Stage) -> PagedKVCache:
+        config = stage.config
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return PagedKVCache(
+            stage.layers.num_layers,
+            self._settings.kv_blocks,
+            self._settings.kv_block_size,
+            num_kv_heads,
+            head_dim,
+            device=self._settings.device,
+        )
+
+    def _warm_up(self, stage: Stage, cache: PagedKVCache) -> None:
+        """Packing weights, allocator and kernels are paid for before the first request."""
+        for start, num_tokens in ((0, 2), (2, 1)):
+            rows = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
+            inputs = (
+                rows if stage.layers.is_first else rows.unsqueeze(1).expand(-1, stage.hidden_size).float()
+            )
+            with torch.no_grad():
+                stage.forward(inputs, rows + start, PagedAttention(cache, [(start, num_tokens, (0,))]))
+
+    def _offer(self, peer: int, instance: str) -> LinkOffer:
+        settings, stage = self._settings, self._loaded.stage
+        element_bytes = 4
+        rows = max(settings.max_iteration_tokens, settings.max_microbatch_tokens)
+        if stage.tied_embedding_name is not None:
+            rows = max(rows, stage.vocab_size)  # first and last stage exchange the embedding's gradient
+        if peer in self._outgoing:
+            self._outgoing.pop(peer).close()
+        path = settings.shm_dir / f"lemix-{self._instance}-{peer}-{instance}.arena"
+        link = OutgoingLink(
+            path, slot_bytes=rows * stage.hidden_size * element_bytes, num_slots=2 * settings.num_stages + 2
+        )
+        self._outgoing[peer] = link
+        return link.offer(settings.stage, self._instance)
+
+    def _inputs(self, rows: Rows) -> Tensor:
+        if isinstance(rows, TensorRef):
+            return self._incoming.take(rows)
+        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+    def _iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput:
+        loaded, inputs = self._loaded, self._inputs(rows)
+        positions = [row for chunk in chunks for row in range(chunk.start, chunk.start + chunk.num_tokens)]
+        attention = PagedAttention(
+            loaded.cache, [(chunk.start, chunk.num_tokens, chunk.blocks) for chunk in chunks]
+        )
+        layers = loaded.stage.layers
+        plan = LogitPlan(chunks) if layers.is_last else None
+        with torch.no_grad():
+            outputs = loaded.stage.forward(
+                inputs,
+                torch.tensor(positions, device=self._device),
+                attention,
+                torch.tensor(plan.rows, dtype=torch.int64, device=self._device) if plan else None,
+            )
+        if plan is None:
+            return IterationOutput(self._outgoing[layers.stage + 1].put(outputs))
+        return IterationOutput(None, plan.results(outputs))
+
+    def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
+        loaded, inputs = self._loaded, self._inputs(rows)
+        layers = loaded.stage.layers
+        if not layers.is_last:
+            version, hidden = loaded.microbatches.forward(microbatch, inputs)
+            return ForwardOutput(version, hidden=self._outgoing[layers.stage + 1].put(hidden))
+        last = loaded.microbatches.forward_and_backward(microbatch, inputs)
+        return ForwardOutput(last.version, loss=last.loss, gradient=self._send_back(last.gradient))
+
+    def _backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
+        inputs_gradient = self._loaded.microbatches.backward(batch_id, index, self._incoming.take(gradient))
+        return self._send_back(inputs_gradient)
+
+    def _send_back(self, gradient: Tensor | None) -> TensorRef | None:
+        return None if gradient is None else self._outgoing[self._settings.stage - 1].put(gradient)
+
+    def _finish_batch(self, batch_id: str) -> TensorRef | None:
+        gradients, layers = self._loaded.weights.finish_batch(batch_id), self._loaded.stage.layers
+        tied = self._loaded.stage.tied_embedding_name
+        if tied is None or layers.num_stages == 1:
+            return None
+        other_end = layers.num_stages - 1 if layers.is_first else 0
+        return self._outgoing[other_end].put(gradients[tied])
+
+    def _step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
+        loaded = self._loaded
+        if tied is not None:
+            assert loaded.stage.tied_embedding_name is not None
+            loaded.weights.add_gradient(batch_id, loaded.stage.tied_embedding_name, self._incoming.take(tied))
+        version = loaded.weights.step(batch_id, learning_rate)
+        loaded.packed.invalidate()
+        return version
+
+    def _restore(self, checkpoint: str, version: int) -> None:
+        loaded, settings = self._loaded, self._settings
+        loaded.microbatches.drop_all()
+        folder = Path(checkpoint) if checkpoint else resolve(settings.model, CONFIG_FILES + WEIGHT_FILES)
+        tensors = load_stage(folder, loaded.stage.layers, device=settings.device).named_tensors()
+        loaded.weights.load(
+            tensors, files.read_optimizer_state(folder) if checkpoint else {}, version=version
+        )
+        loaded.packed.invalidate()
+
+    def _snapshot(self) -> files.Snapshot:
+        loaded = self._loaded
+        return files.take_snapshot(stage_state_dict(loaded.stage), loaded.weights.optimizer_state())

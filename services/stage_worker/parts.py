@@ -1,0 +1,23 @@
+"""What both halves of a stage worker, serving and training, are made from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from services.stage_worker.executor.base import Executor
+from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.work import WorkQueue
+from shared.bus.base import Bus
+from shared.clock import Clock
+from shared.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The worker's own things, handed to its halves."""
+
+    settings: StageWorkerSettings
+    bus: Bus
+    clock: Clock
+    telemetry: Telemetry
+    executor: Executor[Any]
+    queue: WorkQueue

@@ -1,0 +1,57 @@
+"""Which work a stage does next. A discipline is a pure function with a name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+
+class WorkKind(IntEnum):
+    """In the order in which `slo_first` prefers them."""
+
+    CONTROL = 0
+    """Restoring or saving weights."""
+    INFERENCE = 1
+    BACKWARD = 2
+    TRAINING_FORWARD = 3
+
+
+class Waiting(Protocol):
+    """What a discipline sees of an item of work."""
+
+    @property
+    def kind(self) -> WorkKind: ...
+
+    @property
+    def since_s(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SloFirst:
+    """Inference overtakes training, backwards overtake training forwards.
+
+    Training that has waited `patience_s` goes first all the same: deferrable is not starved.
+    """
+
+    patience_s: float
+
+    def __call__(self, items: Sequence[Waiting], now_s: float) -> int:
+        return min(range(len(items)), key=lambda index: (self._urgency(items[index], now_s), index))
+
+    def _urgency(self, item: Waiting, now_s: float) -> int:
+        overdue = item.kind > WorkKind.INFERENCE and now_s - item.since_s >= self.patience_s
+        return WorkKind.CONTROL if overdue else item.kind
+
+
+def fifo(items: Sequence[Waiting], now_s: float) -> int:
+    """First come, first served, as in the paper."""
+    return 0
+
+
+Discipline = Callable[[Sequence[Waiting], float], int]
+"""(items in order of arrival, at least one; now) -> index of the next."""
+
+DISCIPLINES: Mapping[str, Callable[[float], Discipline]] = {
+    "fifo": lambda patience_s: fifo,
+    "slo_first": SloFirst,
+}

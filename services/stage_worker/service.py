@@ -1,0 +1,191 @@
+"""The edge of a stage worker: loads, meets its neighbours, tells how it stands, and works off its queue.
+
+    bus --> serving.py  (requests, iterations) --.
+        --> training.py (microbatches, weights) --+--> work.py (one item at a time) --> executor/
+
+Neither half knows the other, nor this file.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from services.stage_worker.executor.base import Executor, ModelFacts
+from services.stage_worker.parts import Parts
+from services.stage_worker.queue import DISCIPLINES
+from services.stage_worker.serving import Serving
+from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.training import Training
+from services.stage_worker.work import WorkQueue
+from shared import subjects
+from shared.bus.base import Bus, Incoming
+from shared.clock import Clock
+from shared.errors import BusError, ConfigurationError, RefusedError
+from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, StageStopped
+from shared.telemetry import Telemetry
+
+LOST_AFTER_S = 3 * subjects.HEARTBEAT_S
+LINK_TIMEOUT_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class StageWorker:
+    """One stage of one node. The same class runs in every world; only bus, clock and executor differ."""
+
+    def __init__(
+        self,
+        *,
+        settings: StageWorkerSettings,
+        instance: str,
+        bus: Bus,
+        clock: Clock,
+        telemetry: Telemetry,
+        executor: Executor[Any],
+    ) -> None:
+        """Raises ConfigurationError for an unknown discipline or a stage that is none of `num_stages`."""
+        if settings.discipline not in DISCIPLINES:
+            raise ConfigurationError(
+                f"discipline {settings.discipline!r} is none of {', '.join(DISCIPLINES)}"
+            )
+        if settings.stage >= settings.num_stages:
+            raise ConfigurationError(f"stage {settings.stage} is not below num_stages {settings.num_stages}")
+        self._settings = settings
+        self._instance = instance
+        self._bus = bus
+        self._clock = clock
+        self._executor = executor
+        discipline = DISCIPLINES[settings.discipline](settings.training_patience_s)
+        self._queue = WorkQueue(clock, discipline, max_items=settings.max_queued)
+        self._parts = Parts(
+            settings=settings,
+            bus=bus,
+            clock=clock,
+            telemetry=telemetry,
+            executor=executor,
+            queue=self._queue,
+        )
+        self._seen: dict[int, tuple[str, float]] = {}
+        """Other stages of the node: instance, and when it was heard last."""
+        self._linked: dict[int, str] = {}
+        """Stages that this one can send tensors to, with the instance that answered."""
+        self._linking: set[int] = set()
+
+    async def run(self) -> None:
+        """Load the model, then serve and train until cancelled."""
+        facts = await self._executor.load()
+        self._targets = self._stages_to_send_to(facts)
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                await self._subscribe(facts)
+                group.create_task(self._queue.run())
+                group.create_task(self._beat())
+        finally:
+            await self._executor.close()
+            await self._say_goodbye()
+
+    def _stages_to_send_to(self, facts: ModelFacts) -> set[int]:
+        stage, last = self._settings.stage, self._settings.num_stages - 1
+        tied_peer = {0, last} if facts.is_tied_across_stages else set()
+        return {other for other in ({stage - 1, stage + 1} | tied_peer) - {stage} if 0 <= other <= last}
+
+    async def _subscribe(self, facts: ModelFacts) -> None:
+        self._serving = Serving(self._parts)
+        tell_version = self._serving.set_version
+        self._training = Training(self._parts, facts, group=self._group, tell_version=tell_version)
+        place = {"node": self._settings.node, "stage": self._settings.stage}
+        await self._bus.respond(subjects.LINK.at(**place), self._on_link_offer)
+        await self._serving.subscribe()
+        await self._training.subscribe()
+        await self._bus.subscribe(subjects.HEARTBEAT.at(), self._on_heartbeat)
+
+    # Neighbours
+
+    async def _on_link_offer(self, incoming: Incoming[LinkOffer]) -> LinkAnswer:
+        return await self._executor.accept(incoming.message)
+
+    async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
+        beat = incoming.message
+        if beat.node != self._settings.node or beat.stage == self._settings.stage:
+            return
+        known, _ = self._seen.get(beat.stage, ("", 0.0))
+        self._seen[beat.stage] = (beat.instance, self._clock.now_s())
+        if known != beat.instance:
+            await self._meet(beat.stage, is_restart=bool(known))
+        if beat.stage in self._targets and self._linked.get(beat.stage) != beat.instance:
+            self._start_linking(beat.stage, beat.instance)
+
+    async def _meet(self, stage: int, *, is_restart: bool) -> None:
+        if is_restart:
+            await self._serving.reset(f"stage {stage} of the node was restarted")
+        await self._publish_heartbeat()  # so that the newcomer need not wait for the next one
+
+    def _start_linking(self, stage: int, instance: str) -> None:
+        if stage not in self._linking:
+            self._linking.add(stage)
+            self._group.create_task(self._link(stage, instance))
+
+    async def _link(self, stage: int, instance: str) -> None:
+        """Offer an arena; a peer that does not answer is asked again at its next heartbeat."""
+        try:
+            offer = await self._executor.offer(stage, instance)
+            target = subjects.LINK.at(node=self._settings.node, stage=stage)
+            answer = await self._bus.request(target, offer, timeout_s=LINK_TIMEOUT_S)
+        except (BusError, RefusedError) as error:
+            log.warning("no link to stage %d yet: %s", stage, error)
+            return
+        finally:
+            self._linking.discard(stage)
+        if not answer.accepted:
+            log.warning("stage %d cannot share memory, tensors go inline: %s", stage, answer.reason)
+        await self._executor.connect(stage, answer)
+        self._linked[stage] = instance
+        await self._publish_heartbeat()
+
+    def _is_ready(self) -> bool:
+        now_s = self._clock.now_s()
+        return all(
+            stage in self._seen
+            and self._linked.get(stage) == self._seen[stage][0]
+            and now_s - self._seen[stage][1] < LOST_AFTER_S
+            for stage in self._targets
+        )
+
+    # How it stands
+
+    async def _beat(self) -> None:
+        was_ready = False
+        while True:
+            await self._publish_heartbeat()
+            await self._serving.tick()
+            is_ready = self._is_ready()
+            if was_ready and not is_ready:
+                await self._serving.reset("a stage of the node is lost")
+            was_ready = is_ready
+            await asyncio.sleep(subjects.HEARTBEAT_S)
+
+    async def _publish_heartbeat(self) -> None:
+        settings, head, training = self._settings, self._serving.head, self._training
+        beat = Heartbeat(
+            node=settings.node,
+            stage=settings.stage,
+            num_stages=settings.num_stages,
+            instance=self._instance,
+            model=settings.model,
+            device=settings.device,
+            ready=self._is_ready(),
+            weights_version=training.version,
+            checkpoint=training.checkpoint,
+            epoch=training.epoch,
+            running=head.num_running,
+            waiting=len(head.admission),
+            queued=len(self._queue),
+            kv_blocks_used=head.allocator.num_blocks - head.allocator.num_free,
+            kv_blocks_total=head.allocator.num_blocks,
+        )
+        await self._bus.publish(subjects.HEARTBEAT.at(), beat)
+
+    async def _say_goodbye(self) -> None:
+        gone = StageStopped(node=self._settings.node, stage=self._settings.stage, instance=self._instance)
+        await self._bus.publish(subjects.STOPPED.at(), gone)

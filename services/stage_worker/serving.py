@@ -1,0 +1,205 @@
+"""The serving half of a stage worker: requests in at stage 0, iterations through, tokens out at the last stage."""
+
+import logging
+from collections import defaultdict
+from contextlib import ExitStack
+from functools import partial
+
+from opentelemetry.trace import Span
+
+from services.stage_worker.executor.base import IterationOutput, Rows
+from services.stage_worker.head import Head, Iteration
+from services.stage_worker.parts import Parts
+from services.stage_worker.queue import WorkKind
+from shared import subjects
+from shared.bus.base import Incoming
+from shared.errors import LemixError, RefusedError, StaleTensorError
+from shared.messages.inference import (
+    CancelTask,
+    InferenceTask,
+    IterationDone,
+    IterationForward,
+    SampledToken,
+    SequenceChunk,
+    SequenceResult,
+    TaskEnded,
+    TaskFailed,
+    TokensProduced,
+)
+from shared.telemetry import traceparent_of
+
+ITERATION_TIMEOUT_S = 60.0
+"""An iteration that takes longer is lost, and its pipeline with it."""
+
+log = logging.getLogger(__name__)
+
+
+class Serving:
+    """Moves iterations through this stage; on stage 0 it also leads the node (`head`)."""
+
+    def __init__(self, parts: Parts) -> None:
+        settings = self._settings = parts.settings
+        self._bus = parts.bus
+        self._clock = parts.clock
+        self._telemetry = parts.telemetry
+        self._executor = parts.executor
+        self._queue = parts.queue
+        self._is_last = settings.stage == settings.num_stages - 1
+        self._spans: dict[str, Span] = {}
+        self._started_s: dict[int, float] = {}
+        """When each iteration in flight was started (stage 0)."""
+        self._weights_version = 0
+        self.head = Head(
+            num_blocks=settings.kv_blocks,
+            block_size=settings.kv_block_size,
+            num_in_flight=settings.num_stages,
+            token_budget=settings.max_iteration_tokens,
+            max_waiting=settings.max_waiting,
+        )
+
+    async def subscribe(self) -> None:
+        """Listen to what this stage's place in the pipeline asks for."""
+        node, stage = self._settings.node, self._settings.stage
+        if stage > 0:
+            await self._bus.subscribe(subjects.ITERATION.at(node=node, stage=stage), self._on_iteration)
+            return
+        await self._bus.subscribe(subjects.ASSIGN.at(node=node), self._on_task)
+        await self._bus.subscribe(subjects.CANCEL.at(node=node), self._on_cancel)
+        await self._bus.subscribe(subjects.ITERATION_DONE.at(node=node), self._on_iteration_done)
+
+    async def tick(self) -> None:
+        """Once in a while: end what is past its deadline. Raises LemixError when the pipeline is stuck."""
+        now_s = self._clock.now_s()
+        for task in self.head.expired(now_s):
+            await self._fail(task, 504, f"not finished within its {task.timeout_s:g} s")
+        oldest_s = min(self._started_s.values(), default=now_s)
+        if now_s - oldest_s > ITERATION_TIMEOUT_S:
+            raise LemixError(f"an iteration has not come back within {ITERATION_TIMEOUT_S:g} s")
+        self._pump()
+
+    async def reset(self, reason: str) -> None:
+        """The pipeline broke behind stage 0: nothing that is in it will come back."""
+        for task in self.head.reset():
+            await self._fail(task, 503, reason)
+        self._started_s.clear()
+
+    def set_version(self, version: int) -> None:
+        """Clients are told the version with their tokens."""
+        self._weights_version = version
+
+    # Stage 0
+
+    async def _on_task(self, incoming: Incoming[InferenceTask]) -> None:
+        task = incoming.message
+        attributes = {"lemix.node": self._settings.node, "lemix.prompt_tokens": len(task.prompt)}
+        span = self._telemetry.span("stage.request", traceparent=incoming.traceparent, attributes=attributes)
+        self._spans[task.task_id] = span
+        deadline_s = self._clock.now_s() + task.timeout_s
+        try:
+            self.head.submit(task, deadline_s=deadline_s, traceparent=traceparent_of(span))
+        except RefusedError as refusal:
+            await self._fail(task, refusal.code, refusal.reason)
+        self._pump()
+
+    async def _on_cancel(self, incoming: Incoming[CancelTask]) -> None:
+        if self.head.remove(incoming.message.task_id):
+            await self._end(incoming.message.task_id, "cancelled")
+            self._pump()
+
+    async def _on_iteration_done(self, incoming: Incoming[IterationDone]) -> None:
+        await self._finish_iteration(incoming.message)
+
+    async def _finish_iteration(self, done: IterationDone) -> None:
+        self._started_s.pop(done.iteration, None)
+        completed = self.head.finish_iteration(done)
+        self._pump()
+        for sequence in completed:
+            await self._end(sequence.task.task_id, "completed")
+
+    def _pump(self) -> None:
+        """Start as many iterations as the pipeline takes."""
+        while (iteration := self.head.next_iteration()) is not None:
+            self._started_s[iteration.number] = self._clock.now_s()
+            self._queue.put(WorkKind.INFERENCE, partial(self._run_first, iteration))
+
+    async def _run_first(self, iteration: Iteration) -> None:
+        await self._run(iteration.number, iteration.chunks, iteration.tokens)
+
+    async def _fail(self, task: InferenceTask, code: int, reason: str) -> None:
+        failure = TaskFailed(task_id=task.task_id, code=code, reason=reason)
+        await self._bus.publish(subjects.FAILED.at(gateway=task.gateway), failure)
+        await self._end(task.task_id, reason)
+
+    async def _end(self, task_id: str, outcome: str) -> None:
+        span = self._spans.pop(task_id)
+        span.set_attribute("lemix.outcome", outcome)
+        span.end()
+        await self._bus.publish(
+            subjects.ENDED.at(), TaskEnded(task_ids=(task_id,)), traceparent=traceparent_of(span)
+        )
+
+    # Every stage
+
+    async def _on_iteration(self, incoming: Incoming[IterationForward]) -> None:
+        self._queue.put(WorkKind.INFERENCE, partial(self._run_received, incoming.message))
+
+    async def _run_received(self, forward: IterationForward) -> None:
+        try:
+            await self._run(forward.iteration, forward.chunks, forward.hidden)
+        except StaleTensorError as error:
+            log.warning("iteration %d dropped: %s", forward.iteration, error)
+
+    async def _run(self, number: int, chunks: tuple[SequenceChunk, ...], rows: Rows) -> None:
+        with ExitStack() as spans:
+            for chunk in chunks:
+                if chunk.traceparent:
+                    spans.callback(self._prefill_span(chunk).end)
+            output = await self._executor.iteration(chunks, rows)
+        if self._is_last:
+            await self._tell_results(number, chunks, output)
+        else:
+            await self._pass_on(number, chunks, output)
+
+    def _prefill_span(self, chunk: SequenceChunk) -> Span:
+        attributes = {
+            "lemix.node": self._settings.node,
+            "lemix.stage": self._settings.stage,
+            "lemix.tokens": chunk.num_tokens,
+        }
+        return self._telemetry.span("stage.prefill", traceparent=chunk.traceparent, attributes=attributes)
+
+    async def _pass_on(self, number: int, chunks: tuple[SequenceChunk, ...], output: IterationOutput) -> None:
+        assert output.hidden is not None
+        forward = IterationForward(iteration=number, chunks=chunks, hidden=output.hidden)
+        following = subjects.ITERATION.at(node=self._settings.node, stage=self._settings.stage + 1)
+        await self._bus.publish(following, forward, traceparent=chunks[0].traceparent)
+
+    async def _tell_results(
+        self, number: int, chunks: tuple[SequenceChunk, ...], output: IterationOutput
+    ) -> None:
+        produced = {chunk.task_id for chunk in chunks if chunk.produces}
+        tokens = tuple(_sampled(result) for result in output.results if result.task_id in produced)
+        done = IterationDone(iteration=number, tokens=tokens)
+        if self._settings.stage == 0:
+            await self._finish_iteration(done)
+        else:
+            await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), done)
+        await self._tell_gateways(chunks, output.results)
+
+    async def _tell_gateways(
+        self, chunks: tuple[SequenceChunk, ...], results: tuple[SequenceResult, ...]
+    ) -> None:
+        gateway_of = {chunk.task_id: chunk.gateway for chunk in chunks}
+        by_gateway: dict[str, list[SequenceResult]] = defaultdict(list)
+        for result in results:
+            by_gateway[gateway_of[result.task_id]].append(result)
+        for gateway, share in by_gateway.items():
+            produced = TokensProduced(
+                node=self._settings.node, weights_version=self._weights_version, results=tuple(share)
+            )
+            await self._bus.publish(subjects.TOKENS.at(gateway=gateway), produced)
+
+
+def _sampled(result: SequenceResult) -> SampledToken:
+    token = None if result.token is None else result.token.token
+    return SampledToken(task_id=result.task_id, token=token, finished=result.finish is not None)

@@ -1,0 +1,259 @@
+"""The training half of a stage worker: microbatches through, gradients back, steps, shards, restores."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from services.stage_worker.executor.base import ModelFacts
+from services.stage_worker.parts import Parts
+from services.stage_worker.queue import WorkKind
+from shared import subjects
+from shared.bus.base import Incoming
+from shared.errors import RefusedError
+from shared.messages.base import Done
+from shared.messages.training import (
+    BackwardDone,
+    ForwardDone,
+    Microbatch,
+    MicrobatchBackward,
+    MicrobatchForward,
+    SaveFailed,
+    ShardSaved,
+    StageEvent,
+    StageReport,
+    StepDone,
+    TiedGradient,
+    TrainingFailed,
+)
+from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.tensors.ref import TensorRef
+
+RESTORE_DEADLINE_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Training:
+    """Moves microbatches through this stage. The trainer's epoch fences: other epochs are ignored."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        facts: ModelFacts,
+        *,
+        group: asyncio.TaskGroup,
+        tell_version: Callable[[int], None],
+    ) -> None:
+        settings = self._settings = parts.settings
+        self._bus = parts.bus
+        self._telemetry = parts.telemetry
+        self._executor = parts.executor
+        self._queue = parts.queue
+        self._group = group
+        self._tell_version = tell_version
+        last = settings.num_stages - 1
+        self._tied_peer = (last if settings.stage == 0 else 0) if facts.is_tied_across_stages else None
+        self.epoch = 0
+        self.version = facts.version
+        self.checkpoint = facts.checkpoint
+        self._is_untouched = True
+        """No microbatch has run since the weights were loaded: restoring the same ones is a no-op."""
+        self._in_flight: dict[tuple[str, int], Microbatch] = {}
+        self._num_backward: dict[str, int] = {}
+        self._awaiting_tied: dict[str, Microbatch] = {}
+        self._tied: dict[str, TensorRef] = {}
+        self._saves: dict[int, Path] = {}
+        tell_version(self.version)
+
+    async def subscribe(self) -> None:
+        """Listen to the trainer and to the neighbours."""
+        place = {"node": self._settings.node, "stage": self._settings.stage}
+        await self._bus.subscribe(subjects.FORWARD.at(**place), self._on_forward)
+        await self._bus.subscribe(subjects.BACKWARD.at(**place), self._on_backward)
+        await self._bus.respond(subjects.RESTORE.at(**place), self._on_restore)
+        await self._bus.respond(subjects.SAVE.at(**place), self._on_save)
+        if self._tied_peer is not None:
+            await self._bus.subscribe(subjects.TIED.at(**place), self._on_tied)
+
+    # Microbatches
+
+    async def _on_forward(self, incoming: Incoming[MicrobatchForward]) -> None:
+        microbatch = incoming.message.microbatch
+        if self._is_current(microbatch.epoch, microbatch.batch_id):
+            work = partial(self._forward, incoming.message)
+            self._queue.put(WorkKind.TRAINING_FORWARD, partial(self._guarded, microbatch.batch_id, work))
+
+    async def _on_backward(self, incoming: Incoming[MicrobatchBackward]) -> None:
+        message = incoming.message
+        if self._is_current(message.epoch, message.batch_id):
+            work = partial(self._backward, message)
+            self._queue.put(WorkKind.BACKWARD, partial(self._guarded, message.batch_id, work))
+
+    async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
+        message = incoming.message
+        if self._is_current(message.epoch, message.batch_id):
+            self._tied[message.batch_id] = message.gradient
+            work = partial(self._step_if_complete, message.batch_id)
+            self._queue.put(WorkKind.BACKWARD, partial(self._guarded, message.batch_id, work))
+
+    def _is_current(self, epoch: int, batch_id: str) -> bool:
+        if epoch != self.epoch:
+            log.info("%s of epoch %d ignored in epoch %d", batch_id, epoch, self.epoch)
+        return epoch == self.epoch
+
+    async def _guarded(self, batch_id: str, work: Callable[[], Awaitable[None]]) -> None:
+        """A batch that fails is told of, loudly, and the node is restored; serving goes on."""
+        self._is_untouched = False
+        try:
+            await work()
+        except Exception as error:
+            log.exception("training on %s failed", batch_id)
+            await self._report(TrainingFailed(batch_id=batch_id, reason=f"{type(error).__name__}: {error}"))
+
+    async def _forward(self, message: MicrobatchForward) -> None:
+        microbatch = message.microbatch
+        self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
+        span = self._span("stage.training_forward", microbatch)
+        output = await self._executor.forward(microbatch, message.hidden or message.tokens)
+        span.end()
+        if output.hidden is not None:
+            passed_on = MicrobatchForward(microbatch=microbatch, hidden=output.hidden)
+            following = subjects.FORWARD.at(node=self._settings.node, stage=self._settings.stage + 1)
+            await self._bus.publish(following, passed_on, traceparent=microbatch.traceparent)
+        await self._report(
+            ForwardDone(batch_id=microbatch.batch_id, index=microbatch.index, version=output.version),
+            microbatch,
+        )
+        if output.loss is not None:
+            await self._went_backward(microbatch, output.gradient, output.loss)
+
+    async def _backward(self, message: MicrobatchBackward) -> None:
+        microbatch = self._in_flight[message.batch_id, message.index]
+        span = self._span("stage.training_backward", microbatch)
+        gradient = await self._executor.backward(message.batch_id, message.index, message.gradient)
+        span.end()
+        await self._went_backward(microbatch, gradient, None)
+
+    async def _went_backward(
+        self, microbatch: Microbatch, gradient: TensorRef | None, loss: float | None
+    ) -> None:
+        batch_id, index = microbatch.batch_id, microbatch.index
+        del self._in_flight[batch_id, index]
+        if gradient is not None:
+            passed_back = MicrobatchBackward(
+                epoch=self.epoch, batch_id=batch_id, index=index, gradient=gradient
+            )
+            preceding = subjects.BACKWARD.at(node=self._settings.node, stage=self._settings.stage - 1)
+            await self._bus.publish(preceding, passed_back, traceparent=microbatch.traceparent)
+        await self._report(BackwardDone(batch_id=batch_id, index=index, loss=loss), microbatch)
+        self._num_backward[batch_id] = self._num_backward.get(batch_id, 0) + 1
+        if self._num_backward[batch_id] == microbatch.count:
+            del self._num_backward[batch_id]
+            await self._finish_batch(microbatch)
+
+    # Steps
+
+    async def _finish_batch(self, microbatch: Microbatch) -> None:
+        batch_id = microbatch.batch_id
+        gradient = await self._executor.finish_batch(batch_id)
+        self._awaiting_tied[batch_id] = microbatch
+        if gradient is not None and self._tied_peer is not None:
+            tied = TiedGradient(epoch=self.epoch, batch_id=batch_id, gradient=gradient)
+            other_end = subjects.TIED.at(node=self._settings.node, stage=self._tied_peer)
+            await self._bus.publish(other_end, tied, traceparent=microbatch.traceparent)
+        await self._step_if_complete(batch_id)
+
+    async def _step_if_complete(self, batch_id: str) -> None:
+        """Step when this stage's gradients are gathered and, if the embedding is tied, its other half is here."""
+        is_tied = self._tied_peer is not None
+        if batch_id not in self._awaiting_tied or (is_tied and batch_id not in self._tied):
+            return
+        microbatch, tied = self._awaiting_tied.pop(batch_id), self._tied.pop(batch_id, None)
+        span = self._span("stage.step", microbatch)
+        self._set_version(await self._executor.step(batch_id, microbatch.learning_rate, tied))
+        span.end()
+        await self._report(StepDone(batch_id=batch_id, version=self.version), microbatch)
+        await self._save_if_due()
+
+    def _set_version(self, version: int) -> None:
+        self.version = version
+        self._tell_version(version)
+
+    def _span(self, name: str, microbatch: Microbatch) -> Any:
+        attributes = {
+            "lemix.node": self._settings.node,
+            "lemix.stage": self._settings.stage,
+            "lemix.microbatch": microbatch.index,
+        }
+        return self._telemetry.span(name, traceparent=microbatch.traceparent, attributes=attributes)
+
+    async def _report(self, event: StageEvent, microbatch: Microbatch | None = None) -> None:
+        report = StageReport(
+            node=self._settings.node, stage=self._settings.stage, epoch=self.epoch, event=event
+        )
+        traceparent = "" if microbatch is None else microbatch.traceparent
+        await self._bus.publish(subjects.REPORT.at(), report, traceparent=traceparent)
+
+    # Checkpoints
+
+    async def _on_save(self, incoming: Incoming[SaveWeights]) -> Done:
+        message = incoming.message
+        self._check_epoch(message.epoch)
+        if message.version < self.version:
+            raise RefusedError(
+                f"version {message.version} is gone, this stage holds {self.version}", code=409
+            )
+        self._saves[message.version] = Path(message.folder)
+        self._queue.put(WorkKind.CONTROL, self._save_if_due)
+        return Done()
+
+    async def _save_if_due(self) -> None:
+        folder = self._saves.pop(self.version, None)
+        if folder is not None:
+            snapshot = await self._executor.snapshot()
+            self._group.create_task(self._write(snapshot, folder, self.version))
+
+    async def _write(self, snapshot: Any, folder: Path, version: int) -> None:
+        try:
+            shard = await self._executor.write(snapshot, folder)
+        except OSError as error:
+            log.error("checkpoint of version %d not written: %s", version, error)
+            await self._report(SaveFailed(version=version, reason=str(error)))
+            return
+        saved = ShardSaved(
+            version=version,
+            sha256_by_file=shard.sha256_by_file,
+            file_by_tensor=shard.file_by_tensor,
+            size_bytes=shard.size_bytes,
+        )
+        await self._report(saved)
+
+    async def _on_restore(self, incoming: Incoming[RestoreWeights]) -> Done:
+        message = incoming.message
+        self._check_epoch(message.epoch)
+        self.epoch = message.epoch
+        self._queue.drop_training()
+        done = asyncio.get_running_loop().create_future()
+        self._queue.put(WorkKind.CONTROL, partial(self._restore, message, done))
+        async with asyncio.timeout(RESTORE_DEADLINE_S):
+            await done
+        return Done()
+
+    async def _restore(self, message: RestoreWeights, done: asyncio.Future[None]) -> None:
+        for held in (self._in_flight, self._num_backward, self._awaiting_tied, self._tied, self._saves):
+            held.clear()
+        holds_it = self.version == message.version and self.checkpoint == message.checkpoint
+        if not (self._is_untouched and holds_it):
+            await self._executor.restore(message.checkpoint, message.version)
+        self._is_untouched = True
+        self.checkpoint = message.checkpoint
+        self._set_version(message.version)
+        if not done.done():
+            done.set_result(None)
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch < self.epoch:
+            raise RefusedError(f"epoch {epoch} is over, this stage follows {self.epoch}", code=409)

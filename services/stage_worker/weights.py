@@ -1,0 +1,166 @@
+"""The weights of one stage: the ones that serve, the older ones that microbatches in flight still need, and the step.
+
+Serving uses the newest weights. A training forward uses leaves that share their memory, so that stashing
+costs nothing; only when a step comes while microbatches are in flight is the memory copied, once, and the
+leaves keep the old one (copy on write). A backward thus uses exactly the weights of its forward.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from shared.model.stage import Stage
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWSettings:
+    """Of torch.optim.AdamW; the learning rate comes with each step."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+
+class WeightsVersion:
+    """What the microbatches that were sent forward under one version share."""
+
+    def __init__(self, number: int, newest: Mapping[str, Parameter]) -> None:
+        self.number = number
+        # `.data` shares memory but not autograd's version counter: the newest may step, these stay valid.
+        self.leaves = {name: Parameter(parameter.data) for name, parameter in newest.items()}
+        self.num_in_flight = 0
+
+
+class StageWeights:
+    """Owns the parameters of a stage. All methods belong to the compute thread."""
+
+    def __init__(self, stage: Stage, settings: AdamWSettings, *, version: int) -> None:
+        self._stage = stage
+        self._newest = stage.named_tensors()
+        self.version = version
+        self._current: WeightsVersion | None = None
+        self._versions: list[WeightsVersion] = []
+        """Those whose leaves may hold gradients, oldest first."""
+        self._spare: list[Tensors] = []
+        """Memory of versions that nobody needs any more: fresh pages would cost more than the copy."""
+        self._gradients: dict[str, Tensors] = {}
+        """Of batches whose backwards are all done, until their step."""
+        self._optimizer = torch.optim.AdamW(
+            self._newest.values(),
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    @contextmanager
+    def training_forward(self) -> Iterator[WeightsVersion]:
+        """Run the stage with leaves of the newest weights; graphs recorded inside keep them."""
+        version = self._begin_version()
+        self._install(version.leaves)
+        try:
+            yield version
+        finally:
+            self._install(self._newest)
+        version.num_in_flight += 1
+
+    def backward_done(self, version: WeightsVersion) -> None:
+        """A microbatch of that version has run backward."""
+        version.num_in_flight -= 1
+
+    def finish_batch(self, batch_id: str) -> Tensors:
+        """Collect the gradients of a batch, whose backwards were the latest; returns them by name."""
+        total: Tensors = {}
+        for version in self._versions:
+            for name, leaf in version.leaves.items():
+                if leaf.grad is not None:
+                    total[name] = total[name].add_(leaf.grad) if name in total else leaf.grad
+                    leaf.grad = None
+        self._retire()
+        self._gradients[batch_id] = total
+        return total
+
+    def add_gradient(self, batch_id: str, name: str, gradient: Tensor) -> None:
+        """Add what another stage's copy of a tied parameter has gathered for a finished batch."""
+        self._gradients[batch_id][name].add_(gradient)
+
+    def step(self, batch_id: str, learning_rate: float) -> int:
+        """Apply a finished batch's gradients; returns the new version."""
+        gradients = self._gradients.pop(batch_id)
+        if self._current is not None and self._current.num_in_flight:
+            self._move_newest_to_other_memory()
+        self._current = None
+        for name, parameter in self._newest.items():
+            parameter.grad = gradients.get(name)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._retire()
+        self.version += 1
+        return self.version
+
+    def drop_training(self) -> None:
+        """Forget every microbatch in flight and every gradient."""
+        self._current = None
+        self._versions.clear()
+        self._gradients.clear()
+
+    def load(
+        self, tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], *, version: int
+    ) -> None:
+        """Hold these weights instead, in place. `optimizer_state`: as the method of that name gave it, or {}."""
+        self.drop_training()
+        with torch.no_grad():
+            for name, parameter in self._newest.items():
+                parameter.copy_(tensors[name])
+        self._optimizer.state.clear()
+        for key, value in optimizer_state.items():
+            kind, _, name = key.partition(".")
+            if name in self._newest:
+                self._optimizer.state[self._newest[name]][kind] = value.clone()
+        self.version = version
+
+    def optimizer_state(self) -> Tensors:
+        """Everything that AdamW remembers, as `<kind>.<parameter name>`."""
+        return {
+            f"{kind}.{name}": value
+            for name, parameter in self._newest.items()
+            for kind, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def _begin_version(self) -> WeightsVersion:
+        if self._current is None:
+            self._current = WeightsVersion(self.version, self._newest)
+            self._versions.append(self._current)
+        return self._current
+
+    def _install(self, parameters: Mapping[str, Parameter]) -> None:
+        for name, parameter in parameters.items():
+            self._stage.set_parameter(name, parameter)
+
+    def _move_newest_to_other_memory(self) -> None:
+        memory = self._spare.pop() if self._spare else {}
+        for name, parameter in self._newest.items():
+            copy = memory[name].copy_(parameter.data) if memory else parameter.data.clone()
+            parameter.data = copy
+
+    def _retire(self) -> None:
+        """Let go of versions that no microbatch in flight needs; keep the memory of those that own it."""
+        kept = []
+        for version in self._versions:
+            if version.num_in_flight or version is self._current:
+                kept.append(version)
+            elif not self._shares_memory(version):
+                self._spare.append({name: leaf.data for name, leaf in version.leaves.items()})
+        self._versions = kept
+
+    def _shares_memory(self, version: WeightsVersion) -> bool:
+        return all(leaf.data_ptr() == self._newest[name].data_ptr() for name, leaf in version.leaves.items())

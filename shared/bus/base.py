@@ -1,0 +1,139 @@
+"""The bus as services see it: typed subjects, requests with deadlines, durable streams."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from shared.messages.base import Message
+from shared.subjects import RequestSubject, Subject
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Message)
+
+SCHEMA_VERSION = "1"
+SCHEMA_HEADER = "lemix-schema"
+TRACE_HEADER = "traceparent"
+ERROR_HEADER = "lemix-error"
+"""On a reply that refuses: the HTTP status; the body is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming(Generic[M]):
+    """A message as its handler gets it."""
+
+    message: M
+    traceparent: str
+    """W3C trace context of the sender; empty when it sent none."""
+
+
+Handler = Callable[[Incoming[M]], Awaitable[None]]
+Responder = Callable[[Incoming[M]], Awaitable[R]]
+
+
+class Subscription(Protocol):
+    """A live interest in a subject."""
+
+    async def unsubscribe(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSpec:
+    """A durable stream: kept by limits, new messages refused when it is full."""
+
+    name: str
+    subjects: tuple[str, ...]
+    max_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class StreamMessage:
+    """A message of a durable stream."""
+
+    sequence: int
+    body: bytes
+    headers: dict[str, str]
+    ack: Callable[[], Awaitable[None]]
+    """Tell the stream that this message is done with for good."""
+
+
+class StreamReader(Protocol):
+    """Reads a durable stream in order."""
+
+    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
+        """Up to `max_messages` next messages; an empty list after `timeout_s` without any."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Bus(Protocol):
+    """What carries messages. NATS and the memory bus hold the same contract (tests/contract).
+
+    Handlers of one subscription run one after the other, in the order of arrival; a handler that
+    raises fails the bus (`failure`), which ends the service: nothing is swallowed. A message that
+    cannot be read is counted and logged, and does not reach the handler.
+    """
+
+    max_message_bytes: int
+
+    @property
+    def num_malformed(self) -> int:
+        """Messages dropped so far because they could not be read."""
+        ...
+
+    async def publish(self, subject: Subject[M], message: M, *, traceparent: str = "") -> None:
+        """Send to whoever listens now. Raises MessageTooLargeError before sending."""
+        ...
+
+    async def subscribe(self, subject: Subject[M], handler: Handler[M], *, queue: str = "") -> Subscription:
+        """Call `handler` for each message; members of one `queue` share the messages."""
+        ...
+
+    async def request(
+        self, subject: RequestSubject[M, R], message: M, *, timeout_s: float, traceparent: str = ""
+    ) -> R:
+        """Send and wait for the answer.
+
+        Raises NoResponderError at once when nobody listens, BusTimeoutError after `timeout_s`,
+        RefusedError when the responder refuses, MessageTooLargeError before sending.
+        """
+        ...
+
+    async def respond(
+        self, subject: RequestSubject[M, R], responder: Responder[M, R], *, queue: str = ""
+    ) -> Subscription:
+        """Answer requests; a responder refuses by raising RefusedError.
+
+        Requests run concurrently, at most 64 at once for one subscription; a malformed
+        request is answered with a refusal of code 400.
+        """
+        ...
+
+    async def ensure_stream(self, spec: StreamSpec) -> None:
+        """Create the durable stream unless it exists."""
+        ...
+
+    async def publish_durable(
+        self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
+    ) -> int:
+        """Store a message and return its stream sequence; a repeated `message_id` is stored once.
+
+        Raises MessageTooLargeError, or BusError when no stream takes it or the stream is full.
+        """
+        ...
+
+    async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
+        """Read from the message after `after_sequence`; replaces an earlier reader of that name."""
+        ...
+
+    async def next_epoch(self, name: str) -> int:
+        """A durable number higher than every one given before for `name` (a fencing token)."""
+        ...
+
+    async def wait_failed(self) -> None:
+        """Wait until the bus fails for good, then raise what made it fail."""
+        ...
+
+    async def close(self) -> None:
+        """Flush what was published and leave; safe to call twice."""
+        ...

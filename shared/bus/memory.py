@@ -1,0 +1,321 @@
+"""The bus inside one process and one event loop: no threads, no sockets, same contract as NATS.
+
+Time is the loop's own (`asyncio.timeout`), so a loop with virtual time drives it, and nothing is
+left to chance: the same calls give the same order.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from shared.bus.base import (
+    TRACE_HEADER,
+    Handler,
+    Responder,
+    StreamMessage,
+    StreamReader,
+    StreamSpec,
+    Subscription,
+)
+from shared.bus.dispatch import HEADERS_BYTES, Dispatcher, Receiver, stored_size_bytes
+from shared.errors import BusError, BusTimeoutError, MessageTooLargeError, NoResponderError, RefusedError
+from shared.messages.base import Message
+from shared.subjects import RequestSubject, Subject
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Message)
+
+MAX_MESSAGE_BYTES = (1 << 20) - HEADERS_BYTES
+"""What a NATS server carries unless configured otherwise."""
+
+
+class MemoryBroker:
+    """What all services of one simulated world are connected to."""
+
+    def __init__(self, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.max_message_bytes = max_message_bytes
+        self.streams: dict[str, _Stream] = {}
+        self._interests: dict[str, _Interest] = {}
+        self._epochs: dict[str, int] = {}
+
+    def connect(self, *, traceparent: str = "") -> "MemoryBus":
+        """A bus for one service; `traceparent` goes with every message published without one."""
+        return MemoryBus(self, traceparent)
+
+    def route(self, subject: str, delivery: "_MemoryDelivery") -> bool:
+        """Put the message where it belongs; False when nobody listens."""
+        interest = self._interests.get(subject)
+        if interest is None:
+            return False
+        for inbox in interest.next_inboxes():
+            inbox.put(delivery)
+        return True
+
+    def add(self, inbox: "_Inbox") -> None:
+        self._interests.setdefault(inbox.subject, _Interest()).add(inbox)
+
+    def remove(self, inbox: "_Inbox") -> None:
+        interest = self._interests.get(inbox.subject)
+        if interest is not None and interest.remove(inbox):
+            del self._interests[inbox.subject]
+
+    def stream_of(self, subject: str) -> "_Stream":
+        """Raises BusError when no stream takes the subject."""
+        for stream in self.streams.values():
+            if subject in stream.spec.subjects:
+                return stream
+        raise BusError(f"{subject}: no stream takes it")
+
+    def next_epoch(self, name: str) -> int:
+        self._epochs[name] = self._epochs.get(name, 0) + 1
+        return self._epochs[name]
+
+
+class MemoryBus:
+    """A `Bus` to a MemoryBroker. Make it with `MemoryBroker.connect`."""
+
+    def __init__(self, broker: MemoryBroker, traceparent: str) -> None:
+        self._broker = broker
+        self._traceparent = traceparent
+        self._dispatcher = Dispatcher()
+        self._inboxes: set[_Inbox] = set()
+        self._closed = False
+        self.max_message_bytes = broker.max_message_bytes
+
+    @property
+    def num_malformed(self) -> int:
+        return self._dispatcher.num_malformed
+
+    async def publish(self, subject: Subject[M], message: M, *, traceparent: str = "") -> None:
+        self._send(subject.name, message, traceparent, answer=None)
+
+    async def subscribe(self, subject: Subject[M], handler: Handler[M], *, queue: str = "") -> Subscription:
+        return self._receive(subject.name, queue, self._dispatcher.handling(subject, handler))
+
+    async def request(
+        self, subject: RequestSubject[M, R], message: M, *, timeout_s: float, traceparent: str = ""
+    ) -> R:
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        if not self._send(subject.name, message, traceparent, answer):
+            raise NoResponderError(f"{subject.name}: nobody listens")
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await answer
+        except TimeoutError as error:
+            raise BusTimeoutError(f"{subject.name}: no answer within {timeout_s:g} s") from error
+        return _read(reply, subject.reply)
+
+    async def respond(
+        self, subject: RequestSubject[M, R], responder: Responder[M, R], *, queue: str = ""
+    ) -> Subscription:
+        return self._receive(subject.name, queue, self._dispatcher.answering(subject, responder))
+
+    def _send(
+        self, name: str, message: Message, traceparent: str, answer: "asyncio.Future[Message] | None"
+    ) -> bool:
+        self._check_open()
+        size_bytes = len(message.pack())
+        self.check_size(name, size_bytes)
+        delivery = _MemoryDelivery(self, message, size_bytes, traceparent or self._traceparent, answer)
+        return self._broker.route(name, delivery)
+
+    def _receive(self, name: str, queue: str, receiver: Receiver) -> Subscription:
+        self._check_open()
+        inbox = _Inbox(self._broker, name, queue, receiver)
+        self._broker.add(inbox)
+        self._inboxes.add(inbox)
+        return inbox
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BusError("the bus is closed")
+
+    def check_size(self, name: str, size_bytes: int) -> None:
+        """Raises MessageTooLargeError."""
+        if size_bytes > self.max_message_bytes:
+            raise MessageTooLargeError(f"{size_bytes} bytes for {name}, at most {self.max_message_bytes}")
+
+    async def ensure_stream(self, spec: StreamSpec) -> None:
+        self._broker.streams.setdefault(spec.name, _Stream(spec))
+
+    async def publish_durable(
+        self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
+    ) -> int:
+        self._check_open()
+        sent = ({TRACE_HEADER: self._traceparent} if self._traceparent else {}) | (headers or {})
+        self.check_size(subject, stored_size_bytes(body, sent))
+        return self._broker.stream_of(subject).append(body, message_id, sent)
+
+    async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
+        if stream not in self._broker.streams:
+            raise BusError(f"{stream}: there is no such stream")
+        return _MemoryStreamReader(self._broker.streams[stream], reader, after_sequence)
+
+    async def next_epoch(self, name: str) -> int:
+        return self._broker.next_epoch(name)
+
+    async def wait_failed(self) -> None:
+        await self._dispatcher.failure.wait()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for inbox in self._inboxes:
+            await inbox.unsubscribe()
+        await self._dispatcher.close()
+
+
+def _read(message: Message, kind: type[M]) -> M:
+    """The frozen message itself; one of another type goes through its bytes, as over a wire."""
+    return message if type(message) is kind else kind.unpack(message.pack())
+
+
+@dataclass(frozen=True, slots=True)
+class _MemoryDelivery:
+    """A `Delivery` that holds the sender's frozen message."""
+
+    sender: MemoryBus
+    message: Message
+    size_bytes: int
+    traceparent: str
+    answer: "asyncio.Future[Message] | None"
+
+    def read(self, kind: type[M]) -> M:
+        return _read(self.message, kind)
+
+    async def reply(self, message: Message) -> None:
+        self.sender.check_size("a reply", len(message.pack()))
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(message)
+
+    async def refuse(self, code: int, reason: str) -> None:
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_exception(RefusedError(reason, code=code))
+
+
+class _Inbox:
+    """A `Subscription`: messages wait here; a task runs only while there are any."""
+
+    def __init__(self, broker: MemoryBroker, subject: str, queue: str, receiver: Receiver) -> None:
+        self.subject = subject
+        self.queue = queue
+        self._broker = broker
+        self._receiver = receiver
+        self._waiting: deque[_MemoryDelivery] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, delivery: _MemoryDelivery) -> None:
+        self._waiting.append(delivery)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        while self._waiting:
+            await self._receiver(self._waiting.popleft())
+        self._task = None
+
+    async def unsubscribe(self) -> None:
+        self._broker.remove(self)
+        self._waiting.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+
+@dataclass(slots=True)
+class _Interest:
+    """Who listens on one subject; members of a queue take turns."""
+
+    everyone: list[_Inbox] = field(default_factory=list)
+    queues: dict[str, deque[_Inbox]] = field(default_factory=dict)
+
+    def add(self, inbox: _Inbox) -> None:
+        if inbox.queue:
+            self.queues.setdefault(inbox.queue, deque()).append(inbox)
+        else:
+            self.everyone.append(inbox)
+
+    def remove(self, inbox: _Inbox) -> bool:
+        """Forget the inbox; True when nobody is left."""
+        members = self.queues.get(inbox.queue, self.everyone) if inbox.queue else self.everyone
+        if inbox in members:
+            members.remove(inbox)
+        if inbox.queue and not members:
+            self.queues.pop(inbox.queue, None)
+        return not self.everyone and not self.queues
+
+    def next_inboxes(self) -> list[_Inbox]:
+        chosen = list(self.everyone)
+        for members in self.queues.values():
+            chosen.append(members[0])
+            members.rotate(-1)
+        return chosen
+
+
+class _Stream:
+    """A durable stream, as durable as the process."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec = spec
+        self.messages: list[tuple[bytes, dict[str, str]]] = []
+        """The message of sequence n stands at n - 1."""
+        self.readers: dict[str, _MemoryStreamReader] = {}
+        self.grown = asyncio.Event()
+        """Set, and replaced, whenever a reader may have something to look at."""
+        self._sequence_by_id: dict[str, int] = {}
+        self._size_bytes = 0
+
+    def append(self, body: bytes, message_id: str, headers: dict[str, str]) -> int:
+        """Store and return the sequence. Raises BusError when the stream is full."""
+        if message_id in self._sequence_by_id:
+            return self._sequence_by_id[message_id]
+        if self._size_bytes + len(body) > self.spec.max_bytes:
+            raise BusError(f"{self.spec.name}: the stream is full ({self.spec.max_bytes} bytes)")
+        self._size_bytes += len(body)
+        self.messages.append((body, headers))
+        if message_id:
+            self._sequence_by_id[message_id] = len(self.messages)
+        self.wake()
+        return len(self.messages)
+
+    def wake(self) -> None:
+        self.grown.set()
+        self.grown = asyncio.Event()
+
+
+class _MemoryStreamReader:
+    """Acknowledging changes nothing here: the position is the reader's own."""
+
+    def __init__(self, stream: _Stream, name: str, after_sequence: int) -> None:
+        self._stream = stream
+        self._name = name
+        self._last_sequence = after_sequence
+        stream.readers[name] = self
+        stream.wake()
+
+    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (found := self._next(max_messages)):
+                    await self._stream.grown.wait()
+        except TimeoutError:
+            return []
+        self._last_sequence = found[-1].sequence
+        return found
+
+    def _next(self, max_messages: int) -> list[StreamMessage]:
+        if self._stream.readers[self._name] is not self:
+            raise BusError(f"another reader {self._name!r} of {self._stream.spec.name} has taken over")
+        start = self._last_sequence
+        found = self._stream.messages[start : start + max_messages]
+        return [
+            StreamMessage(start + i, body, headers, _ack) for i, (body, headers) in enumerate(found, start=1)
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+async def _ack() -> None:
+    pass

@@ -1,0 +1,416 @@
+"""The bus over NATS and JetStream. The only file that knows nats-py."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+import nats.errors
+from nats.aio.client import Client, Server
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+from nats.js import JetStreamContext
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    DiscardPolicy,
+    Header,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+from nats.js.errors import BadRequestError, NotFoundError
+
+from shared.bus.base import (
+    ERROR_HEADER,
+    SCHEMA_HEADER,
+    SCHEMA_VERSION,
+    TRACE_HEADER,
+    Handler,
+    Responder,
+    StreamMessage,
+    StreamReader,
+    StreamSpec,
+    Subscription,
+)
+from shared.bus.dispatch import CLOSE_TIMEOUT_S, HEADERS_BYTES, Dispatcher, Receiver, stored_size_bytes
+from shared.errors import (
+    BusError,
+    BusTimeoutError,
+    MalformedMessageError,
+    MessageTooLargeError,
+    NoResponderError,
+    RefusedError,
+)
+from shared.messages.base import Message
+from shared.subjects import RequestSubject, Subject
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Message)
+
+CONNECT_TIMEOUT_S = 10.0
+JETSTREAM_TIMEOUT_S = 5.0
+RETRY_S = 0.1
+PING_INTERVAL_S = 5
+"""Two unanswered pings end a connection: a hung server is noticed within 15 s."""
+FETCH_SLICE_S = 1.0
+"""A pull that was pending over a server restart is lost; no pull lives longer than this."""
+ACK_WAIT_S = 3600.0
+MAX_ACK_PENDING = 4096
+STREAM_NAME_IN_USE = 10058
+EPOCH_BUCKET = "lemix-epochs"
+
+log = logging.getLogger(__name__)
+
+
+class NatsBus:
+    """A `Bus` of one connection to a NATS server. Make it with `connect`."""
+
+    def __init__(self, client: Client, traceparent: str) -> None:
+        self._client = client
+        self._jetstream = client.jetstream(timeout=JETSTREAM_TIMEOUT_S)
+        self._dispatcher = Dispatcher()
+        self._traceparent = traceparent
+        self._closing = False
+        self.max_message_bytes = 0
+
+    @classmethod
+    async def connect(cls, url: str, *, name: str, traceparent: str = "") -> Self:
+        """Connect to `url`; `traceparent` goes with every message that is published without one.
+
+        Raises BusError when no server answers within CONNECT_TIMEOUT_S.
+        """
+        client = Client()
+        bus = cls(client, traceparent)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await client.connect(url, name=name, **bus._options())
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            place = urlsplit(url)
+            reason = client.last_error or error
+            raise BusError(f"no connection to NATS at {place.hostname}:{place.port}: {reason}") from error
+        bus.max_message_bytes = client.max_payload - HEADERS_BYTES
+        return bus
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "max_reconnect_attempts": -1,
+            "reconnect_time_wait": RETRY_S,
+            "reconnect_to_server_handler": _next_server,
+            "ping_interval": PING_INTERVAL_S,
+            "error_cb": self._on_error,
+            "disconnected_cb": self._on_disconnected,
+            "reconnected_cb": self._on_reconnected,
+            "closed_cb": self._on_closed,
+        }
+
+    @property
+    def num_malformed(self) -> int:
+        return self._dispatcher.num_malformed
+
+    # nats-py awaits these on its reading path, and an exception would stop its reconnecting.
+
+    async def _on_error(self, error: Exception) -> None:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self._dispatcher.failure.set(
+                BusError(f"messages on {error.subject} came faster than they were handled")
+            )
+        elif isinstance(error, OSError | nats.errors.StaleConnectionError):
+            log.debug("connection to NATS: %s", error)
+        else:
+            log.warning("NATS: %s", error)
+
+    async def _on_disconnected(self) -> None:
+        if not self._closing:
+            log.warning("connection to NATS lost; reconnecting")
+
+    async def _on_reconnected(self) -> None:
+        log.warning("connection to NATS is back")
+
+    async def _on_closed(self) -> None:
+        if not self._closing:
+            self._dispatcher.failure.set(BusError(f"NATS closed the connection: {self._client.last_error}"))
+
+    async def publish(self, subject: Subject[M], message: M, *, traceparent: str = "") -> None:
+        body = self._packed(subject.name, message)
+        with _translated(subject.name):
+            await self._client.publish(subject.name, body, headers=self._headers(traceparent))
+
+    async def subscribe(self, subject: Subject[M], handler: Handler[M], *, queue: str = "") -> Subscription:
+        return await self._receive(subject.name, queue, self._dispatcher.handling(subject, handler))
+
+    async def request(
+        self, subject: RequestSubject[M, R], message: M, *, timeout_s: float, traceparent: str = ""
+    ) -> R:
+        body = self._packed(subject.name, message)
+        with _translated(subject.name):
+            reply = await self._client.request(
+                subject.name, body, timeout=timeout_s, headers=self._headers(traceparent)
+            )
+        if reply.headers and ERROR_HEADER in reply.headers:
+            raise RefusedError(reply.data.decode(), code=int(reply.headers[ERROR_HEADER]))
+        return subject.reply.unpack(reply.data)
+
+    async def respond(
+        self, subject: RequestSubject[M, R], responder: Responder[M, R], *, queue: str = ""
+    ) -> Subscription:
+        return await self._receive(subject.name, queue, self._dispatcher.answering(subject, responder))
+
+    async def _receive(self, name: str, queue: str, receiver: Receiver) -> Subscription:
+        async def on_message(msg: Msg) -> None:
+            await receiver(_NatsDelivery(self, msg))
+
+        with _translated(name):
+            subscription = await self._client.subscribe(name, queue=queue, cb=on_message)
+            # Back from here, the server knows: what anybody publishes from now on arrives.
+            await self._client.flush()
+        return _Subscription(subscription)
+
+    async def reply_to(self, msg: Msg, body: bytes, headers: dict[str, str]) -> None:
+        """Answer `msg`, if its sender wants an answer."""
+        if msg.reply:
+            traceparent = (msg.headers or {}).get(TRACE_HEADER, "")
+            with _translated(msg.reply):
+                await self._client.publish(msg.reply, body, headers=self._headers(traceparent) | headers)
+
+    def _packed(self, name: str, message: Message) -> bytes:
+        body = message.pack()
+        self.check_size(name, len(body))
+        return body
+
+    def check_size(self, name: str, size_bytes: int) -> None:
+        """Raises MessageTooLargeError."""
+        if size_bytes > self.max_message_bytes:
+            raise MessageTooLargeError(f"{size_bytes} bytes for {name}, at most {self.max_message_bytes}")
+
+    def _headers(self, traceparent: str) -> dict[str, str]:
+        trace = traceparent or self._traceparent
+        return (
+            {SCHEMA_HEADER: SCHEMA_VERSION, TRACE_HEADER: trace} if trace else {SCHEMA_HEADER: SCHEMA_VERSION}
+        )
+
+    async def ensure_stream(self, spec: StreamSpec) -> None:
+        config = StreamConfig(
+            name=spec.name,
+            subjects=list(spec.subjects),
+            retention=RetentionPolicy.LIMITS,
+            discard=DiscardPolicy.NEW,
+            storage=StorageType.FILE,
+            max_bytes=spec.max_bytes,
+        )
+        with _translated(spec.name):
+            try:
+                await self._jetstream.add_stream(config)
+            except BadRequestError as error:
+                if error.err_code != STREAM_NAME_IN_USE:
+                    raise
+
+    async def publish_durable(
+        self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
+    ) -> int:
+        sent = self._headers("") | (headers or {}) | ({Header.MSG_ID.value: message_id} if message_id else {})
+        self.check_size(subject, stored_size_bytes(body, sent))
+        with _translated(subject):
+            stored = await self._jetstream.publish(subject, body, headers=sent)
+        return stored.seq
+
+    async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
+        with _translated(stream):
+            return await _NatsStreamReader.open(self._client, self._jetstream, stream, reader, after_sequence)
+
+    async def next_epoch(self, name: str) -> int:
+        with _translated(name):
+            bucket = await self._jetstream.create_key_value(bucket=EPOCH_BUCKET, storage=StorageType.FILE)
+            return await bucket.put(name, b"")
+
+    async def wait_failed(self) -> None:
+        await self._dispatcher.failure.wait()
+
+    async def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        await self._dispatcher.close()
+        # Not nats-py's drain: it swallows cancellation and can wait far beyond any deadline.
+        leaving = asyncio.get_running_loop().create_task(self._leave())
+        await asyncio.wait({leaving}, timeout=CLOSE_TIMEOUT_S)
+        if not leaving.done():
+            leaving.cancel()
+
+    async def _leave(self) -> None:
+        if self._client.is_connected:
+            with contextlib.suppress(nats.errors.Error):
+                await self._client.flush(timeout=1)
+        await self._client.close()
+
+
+def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
+    """Any server after a random wait, so that a restarted server is not met by all clients at once."""
+    return random.choice(servers), random.uniform(0.5 * RETRY_S, 2 * RETRY_S)
+
+
+class _translated:
+    """Raise nats-py's errors as the bus's own, naming the subject or stream."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, nats.errors.Error):
+            raise _translation(error)(f"{self._name}: {error}") from error
+
+
+def _translation(error: nats.errors.Error) -> type[BusError]:
+    match error:
+        case nats.errors.MaxPayloadError():
+            return MessageTooLargeError
+        case nats.errors.NoRespondersError():
+            return NoResponderError
+        case nats.errors.TimeoutError():
+            return BusTimeoutError
+        case _:
+            return BusError
+
+
+class _NatsDelivery:
+    """A `Delivery` of a NATS message."""
+
+    __slots__ = ("_bus", "_msg")
+
+    def __init__(self, bus: NatsBus, msg: Msg) -> None:
+        self._bus = bus
+        self._msg = msg
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self._msg.data)
+
+    @property
+    def traceparent(self) -> str:
+        headers = self._msg.headers
+        return headers.get(TRACE_HEADER, "") if headers else ""
+
+    def read(self, kind: type[M]) -> M:
+        version = (self._msg.headers or {}).get(SCHEMA_HEADER, SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise MalformedMessageError(
+                f"{kind.__name__}: schema {version!r}, this side reads {SCHEMA_VERSION!r}"
+            )
+        return kind.unpack(self._msg.data)
+
+    async def reply(self, message: Message) -> None:
+        body = message.pack()
+        self._bus.check_size(f"the reply to {self._msg.subject}", len(body))
+        await self._bus.reply_to(self._msg, body, {})
+
+    async def refuse(self, code: int, reason: str) -> None:
+        await self._bus.reply_to(self._msg, reason.encode(), {ERROR_HEADER: str(code)})
+
+
+class _Subscription:
+    """A `Subscription` whose end is not an error when it has ended before."""
+
+    def __init__(self, subscription: NatsSubscription) -> None:
+        self._subscription = subscription
+
+    async def unsubscribe(self) -> None:
+        with contextlib.suppress(nats.errors.BadSubscriptionError, nats.errors.ConnectionClosedError):
+            await self._subscription.unsubscribe()
+
+
+class _NatsStreamReader:
+    """A pull consumer that follows the stream over reconnects.
+
+    Each binding makes a consumer of its own, named `<reader>_<random>`, from the message after the
+    last one taken: what the server had sent into a lost connection would otherwise come again only
+    after ACK_WAIT_S. When the reader's consumer is gone, another reader has taken its place.
+    """
+
+    def __init__(
+        self, client: Client, jetstream: JetStreamContext, stream: str, reader: str, after_sequence: int
+    ) -> None:
+        self._client = client
+        self._jetstream = jetstream
+        self._stream = stream
+        self._reader = reader
+        self._last_sequence = after_sequence
+
+    @classmethod
+    async def open(
+        cls, client: Client, jetstream: JetStreamContext, stream: str, reader: str, after_sequence: int
+    ) -> Self:
+        self = cls(client, jetstream, stream, reader, after_sequence)
+        for consumer in await jetstream.consumers_info(stream):
+            if consumer.name.rpartition("_")[0] == reader:
+                await self._delete(consumer.name)
+        await self._bind()
+        return self
+
+    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        while (left_s := deadline_s - loop.time()) > 0:
+            try:
+                await self._rebind_if_stale()
+                messages = await self._pull.fetch(max_messages, timeout=min(left_s, FETCH_SLICE_S))
+                return [self._taken(msg) for msg in messages]
+            except TimeoutError:
+                continue
+            except nats.errors.Error as error:
+                log.warning("reading %s: %s; trying again", self._stream, error)
+                self._stale = True
+                await asyncio.sleep(RETRY_S)
+        return []
+
+    async def close(self) -> None:
+        with contextlib.suppress(nats.errors.Error):
+            await self._pull.unsubscribe()
+
+    async def _rebind_if_stale(self) -> None:
+        if not self._stale and self._num_reconnects == self._client.stats["reconnects"]:
+            return
+        try:
+            await self._jetstream.consumer_info(self._stream, self._consumer)
+        except NotFoundError as error:
+            raise BusError(f"another reader {self._reader!r} of {self._stream} has taken over") from error
+        pull, consumer = self._pull, self._consumer
+        await self._bind()
+        await pull.unsubscribe()
+        await self._delete(consumer)
+
+    async def _bind(self) -> None:
+        num_reconnects = self._client.stats["reconnects"]
+        consumer = f"{self._reader}_{secrets.token_hex(8)}"
+        config = ConsumerConfig(
+            durable_name=consumer,
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=self._last_sequence + 1,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ACK_WAIT_S,
+            max_ack_pending=MAX_ACK_PENDING,
+        )
+        await self._jetstream.add_consumer(self._stream, config)
+        self._pull = await self._jetstream.pull_subscribe_bind(consumer, stream=self._stream)
+        self._consumer, self._num_reconnects, self._stale = consumer, num_reconnects, False
+
+    async def _delete(self, consumer: str) -> None:
+        with contextlib.suppress(NotFoundError):
+            await self._jetstream.delete_consumer(self._stream, consumer)
+
+    def _taken(self, msg: Msg) -> StreamMessage:
+        self._last_sequence = msg.metadata.sequence.stream
+
+        async def ack() -> None:
+            with _translated(self._stream), contextlib.suppress(nats.errors.MsgAlreadyAckdError):
+                await msg.ack()
+
+        return StreamMessage(self._last_sequence, msg.data, msg.headers or {}, ack)

@@ -1,0 +1,58 @@
+"""The one exception tree. Users' mistakes raise these; asserts are for invariants."""
+
+
+class LemixError(Exception):
+    """Root of every error that LeMix raises on purpose."""
+
+
+class ConfigurationError(LemixError):
+    """A setting or an argument is wrong; the message names it and its value."""
+
+
+class UnsupportedModelError(LemixError):
+    """The model cannot be split into pipeline stages; the message says why."""
+
+
+class InvalidBatchError(LemixError):
+    """A training batch cannot be used; the message is the reason given to its publisher."""
+
+
+class CarrierError(LemixError):
+    """A tensor could not be handed from one stage to the next."""
+
+
+class StaleTensorError(CarrierError):
+    """A handle outlived its tensor: the sender is gone, or was restarted since."""
+
+
+class BusError(LemixError):
+    """Root of what can go wrong between two services."""
+
+
+class MalformedMessageError(BusError):
+    """A message's bytes are not what its subject promises."""
+
+
+class MessageTooLargeError(BusError):
+    """A message is larger than the bus carries; raised at the sender, before sending."""
+
+
+class NoResponderError(BusError):
+    """Nobody listens on the subject of a request."""
+
+
+class BusTimeoutError(BusError):
+    """A request was not answered within its deadline."""
+
+
+class RefusedError(BusError):
+    """The other side answered with a refusal.
+
+    Raise it in a responder to refuse; `request` raises it again at the asking side.
+    `code` is an HTTP status: it ends up in front of a person.
+    """
+
+    def __init__(self, reason: str, *, code: int = 503) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code

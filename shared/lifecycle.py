@@ -1,0 +1,101 @@
+"""How a service process begins and ends: settings in, TaskGroup, signals, deadline, bus closed."""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from shared.bus.base import Bus
+from shared.bus.nats import NatsBus
+from shared.clock import Clock, IdSource, SystemClock
+from shared.errors import LemixError
+from shared.settings import LemixSettings
+from shared.telemetry import Telemetry
+
+SHUTDOWN_DEADLINE_S = 3.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What a service is given of the world it runs in."""
+
+    bus: Bus
+    clock: Clock
+    ids: IdSource
+    telemetry: Telemetry
+
+
+ServiceMain = Callable[[World], Coroutine[Any, Any, None]]
+
+
+class _Stopped(Exception):
+    """A signal asked the service to end."""
+
+
+def run_service(name: str, settings: LemixSettings, main: ServiceMain) -> None:
+    """Run `main` until it returns, a signal arrives, or the bus fails; then exit the process.
+
+    Exit status 0 after a signal, 1 after an error that a person should read.
+    """
+    logging.basicConfig(
+        level=os.environ.get("LEMIX_LOG_LEVEL", "WARNING"), format=f"%(levelname)s {name}: %(message)s"
+    )
+    try:
+        uvloop.run(_serve(name, settings, main))
+    except* LemixError as group:
+        for error in _leaves(group):
+            log.error("%s", error)
+        sys.exit(1)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]
+
+
+async def _serve(name: str, settings: LemixSettings, main: ServiceMain) -> None:
+    telemetry = Telemetry.start(name, settings.run_dir)
+    bus = await NatsBus.connect(settings.nats_url, name=name, traceparent=telemetry.traceparent)
+    world = World(bus=bus, clock=SystemClock(), ids=IdSource(random.SystemRandom()), telemetry=telemetry)
+    try:
+        await run_until_stopped(main(world), bus.wait_failed())
+    finally:
+        async with asyncio.timeout(SHUTDOWN_DEADLINE_S):
+            await bus.close()
+        telemetry.close()
+
+
+async def run_until_stopped(*mains: Awaitable[None]) -> None:
+    """Run all `mains` in one TaskGroup; SIGINT or SIGTERM ends them, and so does the first to return."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+
+    async def first_to_return(main: Awaitable[None]) -> None:
+        await main
+        stop.set()
+
+    async def until_stopped() -> None:
+        await stop.wait()
+        raise _Stopped
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(until_stopped())
+            for main in mains:
+                group.create_task(first_to_return(main))
+    except* _Stopped:
+        pass

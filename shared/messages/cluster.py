@@ -1,0 +1,82 @@
+"""Messages by which processes find and describe each other."""
+
+from typing import Literal
+
+from shared.messages.base import Message
+
+
+class Heartbeat(Message):
+    """A stage worker is alive and this is how it stands; sent every HEARTBEAT_S."""
+
+    node: int
+    stage: int
+    num_stages: int
+    instance: str
+    """Changes with every start of the process."""
+    model: str
+    device: str
+    ready: bool
+    """The model is loaded and the links to both neighbours stand."""
+    weights_version: int
+    checkpoint: str
+    """The checkpoint that the weights descend from; empty: the model as published."""
+    epoch: int
+    running: int
+    """Sequences in the KV cache (stage 0)."""
+    waiting: int
+    """Sequences not yet admitted (stage 0)."""
+    queued: int
+    """Work items in the stage's local queue."""
+    kv_blocks_used: int
+    kv_blocks_total: int
+
+
+class StageStopped(Message):
+    """A stage worker is leaving on purpose."""
+
+    node: int
+    stage: int
+    instance: str
+
+
+class LinkOffer(Message):
+    """A producer offers its arena to the consumer of its tensors."""
+
+    stage: int
+    instance: str
+    carrier: str
+    place: str
+    """Path of the arena's file (`shm`)."""
+    slot_bytes: int
+    num_slots: int
+
+
+class LinkAnswer(Message):
+    """Whether the consumer could open what was offered; if not, the producer sends inline."""
+
+    accepted: bool
+    reason: str = ""
+
+
+class StatusRequest(Message):
+    """Ask for the cluster's state."""
+
+
+class NodeStatus(Message):
+    """One node as the scheduler sees it."""
+
+    node: int
+    ready: bool
+    inference_tasks: int
+    training_tasks: int
+    stages: tuple[Heartbeat, ...]
+
+
+class ClusterStatus(Message):
+    """The scheduler's answer to `lemix status` and to the gateway's metrics."""
+
+    policy: str
+    nodes: tuple[NodeStatus, ...]
+
+
+TaskKind = Literal["inference", "training"]

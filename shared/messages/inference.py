@@ -1,0 +1,133 @@
+"""Messages of a request's life: submitted, placed, run in iterations, answered."""
+
+from typing import Literal
+
+from shared.messages.base import Message
+from shared.tensors.ref import TensorRef
+
+FinishReason = Literal["stop", "length"]
+
+
+class Sampling(Message):
+    """How tokens of one sequence are drawn; travels with every chunk so that stages keep no state."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+    """None: no log-probabilities; k: the chosen token's and the k likeliest."""
+
+
+class InferenceTask(Message):
+    """One sequence to complete. gateway -> scheduler -> stage 0 of the chosen node."""
+
+    task_id: str
+    gateway: str
+    """Id of the gateway that waits for the tokens."""
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    prompt_logprobs: bool = False
+    """Also return the log-probability of every prompt token but the first."""
+    timeout_s: float
+    """The task fails with a clear error when it is older than this."""
+
+
+class Placed(Message):
+    """The scheduler's answer: the node that the task went to."""
+
+    node: int
+
+
+class CancelTask(Message):
+    """The client is gone, or has seen enough: free the task's work. gateway -> stage 0."""
+
+    task_id: str
+
+
+class SequenceChunk(Message):
+    """The rows of one sequence in one iteration: a piece of its prompt, or its newest token."""
+
+    task_id: str
+    gateway: str
+    start: int
+    """Position of the first row in the sequence."""
+    num_tokens: int
+    blocks: tuple[int, ...]
+    """KV-cache blocks of the sequence, in order, up to the chunk's last row at least."""
+    sampling: Sampling
+    produces: bool
+    """The chunk's last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
+    index: int = 0
+    """How many tokens the sequence has produced before this one."""
+    targets: tuple[int, ...] = ()
+    """Prompt tokens that follow the chunk's rows, when their log-probabilities are wanted."""
+    traceparent: str = ""
+
+
+class IterationForward(Message):
+    """One iteration on its way through a node. stage s -> stage s+1."""
+
+    iteration: int
+    chunks: tuple[SequenceChunk, ...]
+    hidden: TensorRef
+    """[rows, hidden_size]."""
+
+
+class TokenLogprob(Message):
+    """A token with its log-probability and the likeliest tokens there (token, log-probability)."""
+
+    token: int
+    logprob: float | None = None
+    """None when no log-probabilities were asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class SequenceResult(Message):
+    """What one iteration produced for one sequence."""
+
+    task_id: str
+    prompt: tuple[TokenLogprob, ...] = ()
+    """Log-probabilities of the prompt tokens that this chunk predicts."""
+    token: TokenLogprob | None = None
+    """The new token."""
+    finish: FinishReason | None = None
+
+
+class TokensProduced(Message):
+    """New tokens for the sequences of one gateway. last stage -> gateway."""
+
+    node: int
+    weights_version: int
+    results: tuple[SequenceResult, ...]
+
+
+class SampledToken(Message):
+    """A new token as stage 0 needs it."""
+
+    task_id: str
+    token: int | None
+    finished: bool
+
+
+class IterationDone(Message):
+    """An iteration has left the last stage. last stage -> stage 0."""
+
+    iteration: int
+    tokens: tuple[SampledToken, ...]
+
+
+class TaskFailed(Message):
+    """The task ends without its full answer; `code` is an HTTP status. -> gateway."""
+
+    task_id: str
+    code: int
+    reason: str
+
+
+class TaskEnded(Message):
+    """The tasks no longer occupy their node. stage 0 or trainer -> scheduler."""
+
+    task_ids: tuple[str, ...]

@@ -1,0 +1,143 @@
+"""Messages of a training batch's life: placed, cut into microbatches, run, reported."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.messages.base import Message
+from shared.tensors.ref import TensorRef
+
+
+class TrainingTask(Message):
+    """A training batch that wants a node. trainer -> scheduler."""
+
+    task_id: str
+    microbatch_tokens: tuple[int, ...]
+    """Rows of each microbatch: what the forecast needs."""
+
+
+class Microbatch(Message):
+    """What every stage must know of a microbatch."""
+
+    epoch: int
+    """The trainer's fencing number; stages ignore lower ones than the last they saw."""
+    batch_id: str
+    index: int
+    count: int
+    """Microbatches in the batch; the stage steps after the last one's backward."""
+    lengths: tuple[int, ...]
+    """Tokens of each example; their sum is the number of rows T."""
+    label_rows: tuple[int, ...]
+    """Rows in 0..T-1 whose next token counts in the loss."""
+    labels: tuple[int, ...]
+    """The next token of each of `label_rows`."""
+    loss_weight: float
+    """1 / (labels in the whole batch): the loss is the batch's mean over labels."""
+    learning_rate: float
+    traceparent: str = ""
+
+
+class MicrobatchForward(Message):
+    """A microbatch enters a stage: as tokens at stage 0, as activations after it."""
+
+    microbatch: Microbatch
+    tokens: tuple[int, ...] = ()
+    hidden: TensorRef | None = None
+    """[T, hidden_size]."""
+
+
+class MicrobatchBackward(Message):
+    """The gradient of a microbatch's activations. stage s -> stage s-1."""
+
+    epoch: int
+    batch_id: str
+    index: int
+    gradient: TensorRef
+    """[T, hidden_size]."""
+
+
+class TiedGradient(Message):
+    """The gradient of a tied embedding, exchanged by first and last stage before a step."""
+
+    epoch: int
+    batch_id: str
+    gradient: TensorRef
+    """[vocab_size, hidden_size]."""
+
+
+class ForwardDone(Message):
+    """A stage has run a microbatch forward with the weights of `version`."""
+
+    kind: Literal["forward"] = "forward"
+    batch_id: str
+    index: int
+    version: int
+
+
+class BackwardDone(Message):
+    """A stage has run a microbatch backward; the last stage also knows its loss."""
+
+    kind: Literal["backward"] = "backward"
+    batch_id: str
+    index: int
+    loss: float | None = None
+    """Share of the microbatch in the batch's mean loss per label, in nats."""
+
+
+class StepDone(Message):
+    """A stage's weights now contain the batch; `version` counts its steps."""
+
+    kind: Literal["step"] = "step"
+    batch_id: str
+    version: int
+
+
+class TrainingFailed(Message):
+    """A forward, backward or step raised; the node must be restored."""
+
+    kind: Literal["failed"] = "failed"
+    batch_id: str
+    reason: str
+
+
+class ShardSaved(Message):
+    """A stage has written and synced its share of a checkpoint."""
+
+    kind: Literal["saved"] = "saved"
+    version: int
+    sha256_by_file: dict[str, str]
+    file_by_tensor: dict[str, str]
+    """Weights only, in Hugging Face names."""
+    size_bytes: int
+
+
+class SaveFailed(Message):
+    """A stage could not write its share of a checkpoint that it had agreed to write (the disk refused)."""
+
+    kind: Literal["save_failed"] = "save_failed"
+    version: int
+    reason: str
+
+
+StageEvent = Annotated[
+    ForwardDone | BackwardDone | StepDone | TrainingFailed | ShardSaved | SaveFailed,
+    Field(discriminator="kind"),
+]
+
+
+class StageReport(Message):
+    """What happened on a stage in training. stage -> trainer."""
+
+    node: int
+    stage: int
+    epoch: int
+    event: StageEvent
+
+
+class RejectedBatch(Message):
+    """A training batch that cannot be used, and why. trainer -> lemix.train.rejected (as JSON)."""
+
+    batch_id: str
+    sequence: int
+    """Where the batch stands in the training stream."""
+    reason: str

@@ -1,0 +1,281 @@
+"""Faster forwards under `no_grad` for stages in float32 on the CPU; training is not touched.
+
+Three things cost most when few rows go through a layer, and each is replaced where the replacement gives the
+same numbers within 1e-5:
+
+- matrix products: oneDNN takes weights laid out beforehand ("packed") at two to three times the speed.
+  The packed copy doubles the weights' memory and goes stale when the weights change, which is noticed by
+  itself, except for writes through `.data` (see `InferenceWeights.invalidate`);
+- many small products: query, key and value in one, gate and up in one (the Llama-shaped families);
+- many small operations: root mean square norms and rotary embeddings.
+
+The packing operations are private to torch: without them, or elsewhere than on the CPU, nothing is replaced.
+
+Shape letters: T tokens of the flat row, N query heads, K key and value heads, D head size, H hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from transformers.pytorch_utils import Conv1D
+
+from shared.model.attention import LAYER_ATTRIBUTE, AttentionContext
+from shared.model.stage import Stage
+
+_FUSED_ATTENTIONS: Final = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+_FUSED_MLPS: Final = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+_PACKED_FOR_ROWS: Final = 8
+_PATIENCE_CALLS: Final = 4
+"""Packing costs about as much as it saves in this many calls, so fresh weights are used plain so often."""
+
+
+class PackedWeights:
+    """The weights of one or more linear modules that take the same input, as one packed matrix."""
+
+    def __init__(self, modules: Sequence[nn.Module], patience_calls: int = _PATIENCE_CALLS) -> None:
+        self._tables = [(module._parameters, isinstance(module, Conv1D)) for module in modules]
+        self._patience_calls = patience_calls
+        self._sources: list[tuple[Tensor | None, int]] = []
+        self._calls = 0
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The product [..., sum of outputs]; only after `ready()`."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        return product
+
+    def ready(self) -> bool:
+        """Whether the packed weights are those of the modules; packs them once they have lasted a little."""
+        for (table, _), (source, version) in zip(self._tables, self._sources, strict=False):
+            weight = table["weight"]
+            if weight is not source or weight is None or weight._version != version:
+                self.invalidate()
+                break
+        if self._weight is not None:
+            return True
+        self._note_sources()
+        self._calls += 1
+        if self._calls <= self._patience_calls:
+            return False
+        self.repack()
+        return True
+
+    def repack(self) -> None:
+        """Pack the weights now in the modules, at once."""
+        self._note_sources()
+        weights = [
+            weight.detach().t() if transposed else weight.detach()
+            for table, transposed in self._tables
+            if (weight := table["weight"]) is not None
+        ]
+        together = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(together, _PACKED_FOR_ROWS)
+        biases = [bias.detach() for table, _ in self._tables if (bias := table.get("bias")) is not None]
+        assert len(biases) in (0, len(self._tables))
+        self._bias = torch.cat(biases) if biases else None
+
+    def invalidate(self) -> None:
+        """Forget the packed weights."""
+        self._weight = self._bias = None
+        self._sources = []
+        self._calls = 0
+
+    def _note_sources(self) -> None:
+        weights = [table["weight"] for table, _ in self._tables]
+        self._sources = [(weight, -1 if weight is None else weight._version) for weight in weights]
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceWeights:
+    """All packed weights of one stage."""
+
+    packed: tuple[PackedWeights, ...]
+
+    def repack(self) -> None:
+        """Pack everything now, rather than little by little in the next forwards."""
+        for weights in self.packed:
+            weights.repack()
+
+    def invalidate(self) -> None:
+        """Forget everything packed: needed only after writes that torch does not count, as `p.data.copy_`."""
+        for weights in self.packed:
+            weights.invalidate()
+
+
+def enable_fast_inference(stage: Stage) -> InferenceWeights:
+    """Replace the forwards of the stage's modules; the handle has no weights where that is not possible.
+
+    Call it once for a stage. Parameters may be changed and swapped afterwards.
+    """
+    if not _is_possible(stage):
+        return InferenceWeights(())
+    packed: list[PackedWeights] = []
+    fused: set[nn.Module] = set()
+    for module in stage.model.modules():
+        kind = type(module).__name__
+        if kind in _FUSED_ATTENTIONS:
+            fused |= _replace(module, _FusedAttention(module), packed)
+        elif kind in _FUSED_MLPS:
+            fused |= _replace(module, _FusedMLP(module), packed)
+    for module in stage.model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module not in fused:
+            _replace(module, _PackedLinear(module), packed)
+        elif type(module).__name__.endswith("RMSNorm") and _is_plain_rms_norm(module):
+            module.forward = _FastRMSNorm(module)
+        elif "Rotary" in type(module).__name__ and fused:
+            module.forward = _FastRotary(module)
+    return InferenceWeights(tuple(packed))
+
+
+def _is_possible(stage: Stage) -> bool:
+    parameters = stage.parameters()
+    on_cpu = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
+    operations = ("_reorder_linear_weight", "_linear_pointwise")
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch is untyped here
+    return on_cpu and has_onednn and all(hasattr(torch.ops.mkldnn, name) for name in operations)
+
+
+def _replace(module: nn.Module, fast: Any, packed: list[PackedWeights]) -> set[nn.Module]:
+    """Give the module its fast forward; returns the linear modules which that forward goes past."""
+    module.forward = fast
+    packed.extend(fast.packed)
+    return set(fast.replaced)
+
+
+class _PackedLinear:
+    replaced: Sequence[nn.Module] = ()
+
+    def __init__(self, module: nn.Module) -> None:
+        self._plain: Callable[[Tensor], Tensor] = module.forward
+        self._weights = PackedWeights([module])
+        self.packed = (self._weights,)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self._weights.ready():
+            return self._plain(inputs)
+        return self._weights(inputs)
+
+
+class _FusedMLP:
+    def __init__(self, module: Any) -> None:
+        self._plain: Callable[[Tensor], Tensor] = module.forward
+        self._activation = module.act_fn
+        self._gate_up = PackedWeights([module.gate_proj, module.up_proj])
+        self._down = module.down_proj
+        self.packed = (self._gate_up,)
+        self.replaced = (module.gate_proj, module.up_proj)
+
+    def __call__(self, inputs_1TH: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self._gate_up.ready():
+            return self._plain(inputs_1TH)
+        gate, up = self._gate_up(inputs_1TH).chunk(2, -1)
+        output: Tensor = self._down(self._activation(gate).mul_(up))
+        return output
+
+
+class _FusedAttention:
+    def __init__(self, module: Any) -> None:
+        self._plain: Callable[..., tuple[Tensor, None]] = module.forward
+        self._layer: int = getattr(module, LAYER_ATTRIBUTE)
+        self._head_dim: int = module.head_dim
+        self._num_kv_heads: int = module.config.num_key_value_heads
+        self._num_rotated: int = module.config.num_attention_heads + self._num_kv_heads
+        self._scaling: float = module.scaling
+        self._sliding_window = _sliding_window(module)
+        self._query_key_value = PackedWeights([module.q_proj, module.k_proj, module.v_proj])
+        self._output = module.o_proj
+        self.packed = (self._query_key_value,)
+        self.replaced = (module.q_proj, module.k_proj, module.v_proj)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        *,
+        attention_context: AttentionContext,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled() or not self._query_key_value.ready():
+            return self._plain(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_context=attention_context,
+                **others,
+            )
+        heads = self._query_key_value(hidden_states).view(1, hidden_states.size(1), -1, self._head_dim)
+        unrotated, value = heads.tensor_split((self._num_rotated,), 2)
+        rotated = position_embeddings.rotate(unrotated)
+        query, key = rotated.tensor_split((self._num_rotated - self._num_kv_heads,), 2)
+        output_1TND = attention_context.attend(
+            self._layer,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            scaling=self._scaling,
+            sliding_window=self._sliding_window,
+        )
+        return self._output(output_1TND.flatten(2)), None
+
+
+def _sliding_window(module: Any) -> int | None:
+    """What the module's own forward hands to attention as its window."""
+    if type(module).__name__ == "MistralAttention":
+        window: int | None = getattr(module.config, "sliding_window", None)
+    else:
+        window = getattr(module, "sliding_window", None)
+    return window
+
+
+class _FastRMSNorm:
+    def __init__(self, module: Any) -> None:
+        self._plain: Callable[[Tensor], Tensor] = module.forward
+        self._table = module._parameters
+        self._epsilon = torch.tensor(module.variance_epsilon)
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        weight = self._table["weight"]
+        if torch.is_grad_enabled() or weight is None:
+            return self._plain(hidden_states)
+        # torch's own `rms_norm` takes twice as long on the CPU: there it is made of a dozen operations
+        squares = vector_norm(hidden_states, dim=-1, keepdim=True).square_()
+        scale = torch.add(self._epsilon, squares, alpha=1.0 / hidden_states.size(-1)).rsqrt_()
+        return (hidden_states * scale).mul_(weight)
+
+
+def _is_plain_rms_norm(module: Any) -> bool:
+    """Whether it divides by the root mean square and no more; some families add 1 to the weight, for one."""
+    if not hasattr(module, "variance_epsilon") or getattr(module, "weight", None) is None:
+        return False
+    sample = torch.linspace(-3.0, 4.0, 4 * module.weight.numel()).view(4, -1).sin()
+    with torch.no_grad():
+        return torch.allclose(module(sample), _FastRMSNorm(module)(sample), rtol=1e-6, atol=1e-6)
+
+
+class _FastRotary:
+    def __init__(self, module: Any) -> None:
+        self._plain: Callable[..., tuple[Tensor, Tensor]] = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        angles = self._plain(*args, **kwargs)
+        return angles if torch.is_grad_enabled() else _Angles(angles)
+
+
+class _Angles(tuple[Tensor, ...]):
+    """Cosine and sine [1, T, D] as the models unpack them, and a rotation in fewer operations."""
+
+    def __init__(self, angles: tuple[Tensor, Tensor]) -> None:
+        cos_1TD, sin_1TD = angles
+        self._half = sin_1TD.size(-1) // 2
+        self._cos_1T1D = cos_1TD.unsqueeze(2)
+        first, second = sin_1TD.chunk(2, -1)
+        self._signed_sin_1T1D = torch.cat((-first, second), -1).unsqueeze(2)
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotary embedding of heads [1, T, heads, D]."""
+        swapped = torch.cat((heads[..., self._half :], heads[..., : self._half]), -1)
+        return torch.addcmul(heads * self._cos_1T1D, swapped, self._signed_sin_1T1D)

@@ -1,0 +1,96 @@
+"""A model's files: where they lie, and what its config says. Never loads torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from shared.errors import ConfigurationError, UnsupportedModelError
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What must be known of a model in order to ask it something."""
+
+    name: str
+    model_type: str
+    """Hugging Face's name of the family: `llama`, `gpt2`."""
+    vocab_size: int
+    context_length: int
+    """Tokens that a prompt and its completion may have together."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def resolve(model: str, patterns: tuple[str, ...]) -> Path:
+    """The folder of `model`: an existing folder as it is, else a hub snapshot of files like `patterns`.
+
+    Raises ConfigurationError when it is neither, or when the hub cannot be reached.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigurationError(
+            f"model {model!r} is neither a folder here nor a model that the hub gave: {reason}"
+        ) from error
+
+
+def name_of(model: str) -> str:
+    """What clients call `model`: a folder's own name, or the hub name."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def read_card(folder: Path, name: str) -> ModelCard:
+    """Read the card of the model in `folder`.
+
+    Raises ConfigurationError when config.json is missing or no JSON object, and
+    UnsupportedModelError when it does not say the size of the vocabulary or of the context.
+    """
+    config = _read_object(folder / "config.json")
+    generation_file = folder / "generation_config.json"
+    generation = _read_object(generation_file) if generation_file.exists() else {}
+    bos = config.get("bos_token_id")
+    return ModelCard(
+        name=name,
+        model_type=str(config.get("model_type", "")),
+        vocab_size=_first_int(config, ("vocab_size",), folder),
+        context_length=_first_int(config, _CONTEXT_KEYS, folder),
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+    )
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} holds no JSON object")
+    return content
+
+
+def _first_int(config: dict[str, object], keys: tuple[str, ...], folder: Path) -> int:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int):
+            return value
+    raise UnsupportedModelError(f"{folder / 'config.json'} has none of {', '.join(keys)}")
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(token for token in values if isinstance(token, int))

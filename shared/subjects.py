@@ -1,0 +1,134 @@
+"""Every subject with the type that travels on it and what it means: the protocol on one page."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from shared.messages.base import Done, Message
+from shared.messages.cluster import (
+    ClusterStatus,
+    Heartbeat,
+    LinkAnswer,
+    LinkOffer,
+    StageStopped,
+    StatusRequest,
+)
+from shared.messages.inference import (
+    CancelTask,
+    InferenceTask,
+    IterationDone,
+    IterationForward,
+    Placed,
+    TaskEnded,
+    TaskFailed,
+    TokensProduced,
+)
+from shared.messages.training import (
+    MicrobatchBackward,
+    MicrobatchForward,
+    StageReport,
+    TiedGradient,
+    TrainingTask,
+)
+from shared.messages.weights import RestoreWeights, SaveWeights
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Message)
+
+HEARTBEAT_S = 1.0
+"""Seconds between two heartbeats; three missed ones mean a lost stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject(Generic[M]):
+    """A concrete NATS subject and the type of its messages."""
+
+    name: str
+    message: type[M]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSubject(Generic[M, R]):
+    """A concrete NATS subject whose messages are answered."""
+
+    name: str
+    message: type[M]
+    reply: type[R]
+
+
+@dataclass(frozen=True, slots=True)
+class Topic(Generic[M]):
+    """A family of subjects: `at` fills in the places."""
+
+    pattern: str
+    message: type[M]
+    meaning: str
+
+    def at(self, **places: int | str) -> Subject[M]:
+        return Subject(self.pattern.format(**places), self.message)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTopic(Generic[M, R]):
+    """A family of subjects with answers."""
+
+    pattern: str
+    message: type[M]
+    reply: type[R]
+    meaning: str
+
+    def at(self, **places: int | str) -> RequestSubject[M, R]:
+        return RequestSubject(self.pattern.format(**places), self.message, self.reply)
+
+
+# Tasks
+SUBMIT = RequestTopic(
+    "lemix.task.submit", InferenceTask, Placed, "gateway -> scheduler: place and forward a request"
+)
+PLACE = RequestTopic(
+    "lemix.task.place", TrainingTask, Placed, "trainer -> scheduler: choose a node for a batch"
+)
+ENDED = Topic("lemix.task.ended", TaskEnded, "stage 0, trainer -> scheduler: tasks left their node")
+ASSIGN = Topic("lemix.node.{node}.assign", InferenceTask, "scheduler -> stage 0: run this request")
+CANCEL = Topic("lemix.node.{node}.cancel", CancelTask, "gateway -> stage 0: stop this request")
+TOKENS = Topic("lemix.gateway.{gateway}.tokens", TokensProduced, "last stage -> gateway: new tokens")
+FAILED = Topic(
+    "lemix.gateway.{gateway}.failed", TaskFailed, "scheduler, stage 0 -> gateway: no answer will come"
+)
+
+# Inside a node
+ITERATION = Topic(
+    "lemix.node.{node}.stage.{stage}.iteration", IterationForward, "stage s-1 -> s: run an iteration"
+)
+ITERATION_DONE = Topic(
+    "lemix.node.{node}.sampled", IterationDone, "last stage -> stage 0: tokens of an iteration"
+)
+FORWARD = Topic(
+    "lemix.node.{node}.stage.{stage}.forward", MicrobatchForward, "trainer, stage s-1 -> s: microbatch"
+)
+BACKWARD = Topic("lemix.node.{node}.stage.{stage}.backward", MicrobatchBackward, "stage s+1 -> s: gradient")
+TIED = Topic(
+    "lemix.node.{node}.stage.{stage}.tied", TiedGradient, "first <-> last stage: tied embedding's gradient"
+)
+LINK = RequestTopic(
+    "lemix.node.{node}.stage.{stage}.link", LinkOffer, LinkAnswer, "producer -> consumer: open my arena"
+)
+
+# Weights
+RESTORE = RequestTopic(
+    "lemix.node.{node}.stage.{stage}.restore", RestoreWeights, Done, "trainer -> stage: hold these"
+)
+SAVE = RequestTopic(
+    "lemix.node.{node}.stage.{stage}.save", SaveWeights, Done, "trainer -> stage: write a shard"
+)
+REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
+
+# Cluster
+HEARTBEAT = Topic("lemix.cluster.heartbeat", Heartbeat, "stage -> scheduler, trainer, neighbours: I am here")
+STOPPED = Topic("lemix.cluster.stopped", StageStopped, "stage -> scheduler: I am leaving")
+STATUS = RequestTopic(
+    "lemix.cluster.status", StatusRequest, ClusterStatus, "anyone -> scheduler: how do things stand"
+)
+
+# Durable: the body is the publisher's own JSON or MessagePack (see services/trainer/data.py)
+BATCHES = "lemix.train.batches"
+REJECTED = "lemix.train.rejected"

@@ -1,0 +1,81 @@
+"""How a stage hands tensors to its neighbours: the carrier is chosen when two of them meet."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shared.errors import CarrierError, StaleTensorError
+from shared.messages.cluster import LinkAnswer, LinkOffer
+from shared.tensors import inline, shm
+from shared.tensors.ref import INLINE_LIMIT_BYTES, TensorRef
+
+
+class OutgoingLink:
+    """Tensors from this stage to one other. `put` belongs to one thread."""
+
+    def __init__(self, path: Path, *, slot_bytes: int, num_slots: int) -> None:
+        """Raises CarrierError when there is no memory for the arena."""
+        self._arena = shm.ArenaWriter(path, slot_bytes=slot_bytes, num_slots=num_slots)
+        self._is_shared = False
+
+    def offer(self, stage: int, instance: str) -> LinkOffer:
+        """What the consumer must know to open the arena."""
+        arena = self._arena
+        return LinkOffer(
+            stage=stage,
+            instance=instance,
+            carrier=shm.CARRIER,
+            place=str(arena.path),
+            slot_bytes=arena.slot_bytes,
+            num_slots=arena.num_slots,
+        )
+
+    def connect(self, answer: LinkAnswer) -> None:
+        """Use the arena if the consumer has it, else send inline."""
+        self._is_shared = answer.accepted
+        self._arena.unlink()
+
+    def close(self) -> None:
+        """Remove the arena's file if the consumer never came."""
+        self._arena.unlink()
+
+    def put(self, tensor: Tensor) -> TensorRef:
+        """Hand over a copy. Raises CarrierError when it fits neither a slot nor a message."""
+        if self._is_shared:
+            return self._arena.put(tensor)
+        size_bytes = tensor.numel() * tensor.element_size()
+        if size_bytes > INLINE_LIMIT_BYTES:
+            raise CarrierError(
+                f"{size_bytes} bytes for another host or container: only {INLINE_LIMIT_BYTES} go inline; "
+                "stages of a node must share LEMIX_SHM_DIR"
+            )
+        return inline.put(tensor)
+
+
+class IncomingLinks:
+    """The arenas that other stages offered to this one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._arenas: dict[str, shm.ArenaReader] = {}
+        self._place_of: dict[int, str] = {}
+
+    def accept(self, offer: LinkOffer) -> LinkAnswer:
+        """Open an arena; it replaces what the same stage offered before."""
+        try:
+            path = Path(offer.place)
+            arena = shm.ArenaReader(path, slot_bytes=offer.slot_bytes, num_slots=offer.num_slots)
+        except CarrierError as error:
+            return LinkAnswer(accepted=False, reason=str(error))
+        self._arenas.pop(self._place_of.get(offer.stage, ""), None)
+        self._arenas[offer.place], self._place_of[offer.stage] = arena, offer.place
+        return LinkAnswer(accepted=True)
+
+    def take(self, ref: TensorRef) -> Tensor:
+        """A private copy on this stage's device. Raises StaleTensorError."""
+        if ref.carrier == inline.CARRIER:
+            return inline.take(ref).to(self._device)
+        if ref.place not in self._arenas:
+            raise StaleTensorError(f"no arena {ref.place} is open here")
+        return self._arenas[ref.place].take(ref, self._device)

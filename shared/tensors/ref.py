@@ -1,0 +1,23 @@
+"""The handle of a tensor that travels outside the message."""
+
+from shared.messages.base import Message
+
+INLINE_LIMIT_BYTES = 32 * 1024
+
+
+class TensorRef(Message):
+    """Where a tensor lies and what it is; small enough for any message."""
+
+    carrier: str
+    """Which carrier wrote it: `inline`, `shm`."""
+    shape: tuple[int, ...]
+    dtype: str
+    """The torch name without its prefix: `float32`, `bfloat16`, `int64`."""
+    size_bytes: int
+    place: str = ""
+    """The arena that holds it (`shm`)."""
+    slot: int = 0
+    generation: int = 0
+    """How often the slot was written; a reader of an older one must not take the newer."""
+    data: bytes = b""
+    """The bytes themselves (`inline` only)."""

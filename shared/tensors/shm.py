@@ -1,0 +1,124 @@
+"""Carrier `shm`: a preallocated arena of slots in shared memory, one producer, one consumer, one host.
+
+Each slot has two counters in the arena's first page: how often it was written, and up to which
+writing it was read. It is free when both are equal, so the consumer gives it back without a message.
+The file is unlinked as soon as the consumer has mapped it: whatever dies later, nothing leaks.
+"""
+
+import mmap
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import CarrierError, StaleTensorError
+from shared.tensors.inline import dtype_name, dtype_of
+from shared.tensors.ref import TensorRef
+
+CARRIER = "shm"
+_HEADER_BYTES = 4096
+_MAX_SLOTS = _HEADER_BYTES // 16
+_WAIT_STEP_S = 0.0005
+
+
+class _Mapping:
+    """The arena's memory as both sides see it. Never closed by hand: a closed map under a view is a crash."""
+
+    def __init__(self, file: int, slot_bytes: int, num_slots: int) -> None:
+        memory = mmap.mmap(file, _HEADER_BYTES + slot_bytes * num_slots)
+        counters = np.frombuffer(memory, dtype=np.int64, count=2 * num_slots)
+        self.written, self.read = counters[:num_slots], counters[num_slots:]
+        everything = torch.frombuffer(memory, dtype=torch.uint8)[_HEADER_BYTES:]
+        self.slots = everything.view(num_slots, slot_bytes)
+
+    def view(self, ref: TensorRef) -> Tensor:
+        return self.slots[ref.slot, : ref.size_bytes].view(dtype_of(ref)).view(ref.shape)
+
+
+class ArenaWriter:
+    """The producer's side. `put` belongs to one thread."""
+
+    def __init__(self, path: Path, *, slot_bytes: int, num_slots: int) -> None:
+        """Create the file. Raises CarrierError when the memory is not to be had."""
+        assert 0 < num_slots <= _MAX_SLOTS, num_slots
+        self.path = path
+        self.slot_bytes, self.num_slots = slot_bytes, num_slots
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            # A full /dev/shm kills the process at first touch (SIGBUS); reserving asks first.
+            os.posix_fallocate(file, 0, _HEADER_BYTES + slot_bytes * num_slots)
+            self._memory = _Mapping(file, slot_bytes, num_slots)
+        except OSError as error:
+            path.unlink()
+            raise CarrierError(
+                f"no {slot_bytes * num_slots} bytes of shared memory at {path}: {error}"
+            ) from error
+        finally:
+            os.close(file)
+
+    def unlink(self) -> None:
+        """Remove the file's name; both mappings live on."""
+        self.path.unlink(missing_ok=True)
+
+    def put(self, tensor: Tensor, *, timeout_s: float = 10.0) -> TensorRef:
+        """Copy `tensor` into a free slot.
+
+        Raises CarrierError when it is larger than a slot, or when no slot comes free in `timeout_s`.
+        """
+        size_bytes = tensor.numel() * tensor.element_size()
+        if size_bytes > self.slot_bytes:
+            raise CarrierError(f"tensor of {size_bytes} bytes for slots of {self.slot_bytes} bytes")
+        slot = self._free_slot(timeout_s)
+        ref = TensorRef(
+            carrier=CARRIER,
+            shape=tuple(tensor.shape),
+            dtype=dtype_name(tensor),
+            size_bytes=size_bytes,
+            place=str(self.path),
+            slot=slot,
+            generation=int(self._memory.written[slot]) + 1,
+        )
+        self._memory.view(ref).copy_(tensor.detach())
+        self._memory.written[slot] = ref.generation
+        return ref
+
+    def _free_slot(self, timeout_s: float) -> int:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            free = np.flatnonzero(self._memory.written == self._memory.read)
+            if len(free):
+                return int(free[0])
+            if time.monotonic() > deadline_s:
+                raise CarrierError(
+                    f"all {self.num_slots} slots of {self.path} still unread after {timeout_s} s"
+                )
+            time.sleep(_WAIT_STEP_S)
+
+
+class ArenaReader:
+    """The consumer's side."""
+
+    def __init__(self, path: Path, *, slot_bytes: int, num_slots: int) -> None:
+        """Map the producer's file. Raises CarrierError when it is not within reach."""
+        try:
+            file = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise CarrierError(f"cannot open {path}: {error}") from error
+        try:
+            self._memory = _Mapping(file, slot_bytes, num_slots)
+        finally:
+            os.close(file)
+
+    def take(self, ref: TensorRef, device: torch.device) -> Tensor:
+        """A private copy of the tensor; its slot is free again. Raises StaleTensorError."""
+        written = int(self._memory.written[ref.slot])
+        if written != ref.generation:
+            raise StaleTensorError(
+                f"{ref.place} slot {ref.slot}: asked for {ref.generation}, there is {written}"
+            )
+        tensor = self._memory.view(ref).to(device, copy=True)
+        self._memory.read[ref.slot] = ref.generation
+        return tensor
