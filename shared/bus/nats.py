@@ -166,7 +166,9 @@ class NatsBus:
 
         with _translated(name):
             subscription = await self._client.subscribe(name, queue=queue, cb=on_message)
-            # Back from here, the server knows: what anybody publishes from now on arrives.
+            # After this the server knows: what anybody publishes from now on arrives. Twice, because
+            # nats-py sends the first flush's PING ahead of the command that still waits for its flusher.
+            await self._client.flush()
             await self._client.flush()
         return _Subscription(subscription)
 

@@ -7,6 +7,7 @@ while the layers are renumbered only after it (so that names in the checkpoint a
 
 import copy
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ from shared.model.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, PackedSegmen
 from shared.model.index import INDEX_NAME
 from shared.model.partition import LayerRange, partition
 from shared.model.stage import Slot, Stage
+
+_from_pretrained_lock = threading.Lock()
+"""transformers changes global state while it loads; stages of one process load one after the other."""
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -44,7 +48,7 @@ def load_stage(
     model_class = _splittable_class(config)
     if layers.end > config.num_hidden_layers:
         raise ConfigurationError(f"{layers} does not fit a model of {config.num_hidden_layers} layers")
-    with ExitStack() as files:
+    with _from_pretrained_lock, ExitStack() as files:
         files.enter_context(_no_progress_bar())
         model, info = _stage_class(model_class, layers).from_pretrained(
             None,

@@ -4,7 +4,6 @@ Shape letters: T rows, H hidden size, R rows of logits, V vocabulary.
 """
 
 import asyncio
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,9 +40,6 @@ from shared.tensors.ref import TensorRef
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SWITCH_INTERVAL_S = 0.0005
-"""The event loop shares the interpreter with the compute thread and must not wait 5 ms for it."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
@@ -67,7 +63,6 @@ class TorchExecutor:
         self._incoming = IncomingLinks(self._device)
         self._outgoing: dict[int, OutgoingLink] = {}
         self._model: _Loaded | None = None
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
     async def load(self) -> ModelFacts:
         return await self._run(self._load)

@@ -1,0 +1,155 @@
+"""The HTTP routes, in OpenAI's words."""
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from services.gateway import answers
+from services.gateway.completions import Completion, Completions, Toolbox
+from services.gateway.errors import ApiError, ClientGoneError
+from services.gateway.health import HealthProbe
+from services.gateway.openai_types import CompletionRequest
+from services.gateway.sessions import Piece
+from services.gateway.streaming import EventStream, watch
+from shared.errors import LemixError
+
+_CLIENT_GONE = 499
+"""nginx's status for a client that left; only logs ever see it."""
+
+
+def build_app(tools: Toolbox) -> FastAPI:
+    """The application that serves `tools.card` through `tools.gateway`."""
+    app = FastAPI(title="LeMix")
+    _add_error_handlers(app)
+    _add_completions(app, tools)
+    _add_models(app, tools)
+    _add_operations(app, tools)
+    return app
+
+
+def _add_completions(app: FastAPI, tools: Toolbox) -> None:
+    completions = Completions(tools)
+    schema = {"application/json": {"schema": CompletionRequest.model_json_schema()}}
+
+    @app.post("/v1/completions", openapi_extra={"requestBody": {"content": schema}})
+    async def complete(request: Request) -> Response:
+        body = await _read_body(request, tools.settings.max_body_bytes)
+        completion = await completions.begin(body, traceparent=request.headers.get("traceparent", ""))
+        return await _answer(request, completion, tools)
+
+
+async def _answer(request: Request, completion: Completion, tools: Toolbox) -> Response:
+    """The whole answer, or a stream once its first piece is there: until then errors have a status."""
+    watcher = tools.gateway.spawn(watch(request.receive, completion))
+    streaming = False
+    try:
+        if not completion.request.stream:
+            return _json(await _whole(completion))
+        first = await completion.next()
+        streaming = True
+        return EventStream(completion, first, watcher=watcher, timeout_s=tools.settings.request_timeout_s)
+    finally:
+        if not streaming:
+            completion.close()
+            watcher.cancel()
+
+
+async def _whole(completion: Completion) -> answers.Json:
+    request = completion.request
+    pieces: list[list[Piece]] = [[] for _ in range(len(request.prompt) * request.n)]
+    while not completion.finished:
+        for index, piece in await completion.next():
+            pieces[index].append(piece)
+    choices = [
+        answers.choice(index, of_choice, with_logprobs=request.logprobs is not None)
+        for index, of_choice in enumerate(pieces)
+    ]
+    return completion.heading.fields(completion.versions) | {"choices": choices, "usage": completion.usage}
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """Raises ApiError (413) as soon as the body is known to be too large."""
+    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes")
+    if int(request.headers.get("content-length", 0)) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise too_large
+    except ClientDisconnect as error:
+        raise ClientGoneError("the client closed its connection") from error
+    return bytes(body)
+
+
+def _add_models(app: FastAPI, tools: Toolbox) -> None:
+    model = {
+        "id": tools.card.name,
+        "object": "model",
+        "created": int(tools.clock.wall_s()),
+        "owned_by": "lemix",
+    }
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return _json({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> Response:
+        if name != tools.card.name:
+            raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
+        return _json(model)
+
+
+def _add_operations(app: FastAPI, tools: Toolbox) -> None:
+    card, settings = tools.card, tools.settings
+    token = next((token for token in (card.bos_token_id, *card.eos_token_ids) if token is not None), 0)
+    probe = HealthProbe(tools.gateway, tools.clock, token=token, timeout_s=settings.health_timeout_s)
+
+    @app.get("/health")
+    async def health() -> Response:
+        outcome = await probe.check()
+        if outcome.reason:
+            return _json({"status": "failing", "reason": outcome.reason}, status=503)
+        return _json({"status": "ok", "token_s": outcome.seconds, "weights_version": outcome.weights_version})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        try:
+            tools.metrics.show_cluster(await tools.gateway.cluster_status())
+        except LemixError:
+            tools.metrics.show_cluster(None)
+        return Response(tools.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def refuse(_: Request, error: ApiError) -> Response:
+        return _refusal(error)
+
+    @app.exception_handler(ClientGoneError)
+    async def leave(_: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        what = {404: "unknown URL", 405: "method not allowed"}.get(error.status_code, error.detail)
+        message = f"{what}: {request.method} {request.url.path}"
+        return _refusal(ApiError(error.status_code, message), error.headers)
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, error: Exception) -> Response:
+        return _refusal(ApiError(500, "the gateway failed; its log says why"))
+
+
+def _refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    return _json(error.body(), status=error.status, headers=error.headers | dict(headers or {}))
+
+
+def _json(content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(content), status, headers, media_type="application/json")

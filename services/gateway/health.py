@@ -1,0 +1,68 @@
+"""Whether the system answers: proven by a token that has moved through a whole node."""
+
+import asyncio
+from dataclasses import dataclass
+
+from services.gateway.service import Gateway, SequenceSpec
+from shared.clock import Clock
+from shared.errors import LemixError
+from shared.messages.inference import Sampling
+
+_REUSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """The outcome of one probe."""
+
+    reason: str
+    """Why no token came; empty: one came."""
+    seconds: float
+    """How long the probe took."""
+    weights_version: int | None = None
+
+
+class HealthProbe:
+    """Runs one probe at a time; its outcome counts for a second."""
+
+    def __init__(self, gateway: Gateway, clock: Clock, *, token: int, timeout_s: float) -> None:
+        """`token` is the prompt."""
+        self._gateway = gateway
+        self._clock = clock
+        self._spec = SequenceSpec(prompt=(token,), sampling=Sampling(max_tokens=1, temperature=0.0))
+        self._timeout_s = timeout_s
+        self._asking: asyncio.Task[None] | None = None
+        self._latest: tuple[float, Health] | None = None
+
+    async def check(self) -> Health:
+        """The latest outcome, at most a second old."""
+        while self._latest is None or self._clock.now_s() - self._latest[0] > _REUSE_S:
+            if self._asking is None:
+                self._asking = self._gateway.spawn(self._probe())
+            await asyncio.shield(self._asking)
+        return self._latest[1]
+
+    async def _probe(self) -> None:
+        begin_s = self._clock.now_s()
+        reason, version = "", None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                version = await self._one_token()
+        except TimeoutError:
+            reason = f"no token within {self._timeout_s:g} s"
+        except LemixError as error:
+            reason = str(error)
+        end_s = self._clock.now_s()
+        self._latest = end_s, Health(reason=reason, seconds=end_s - begin_s, weights_version=version)
+        self._asking = None
+
+    async def _one_token(self) -> int:
+        """The weights version that the token was made with."""
+        session = self._gateway.submit([self._spec])
+        try:
+            while True:
+                for arrival in await session.next():
+                    if arrival.result.finish is not None:
+                        return arrival.weights_version
+        finally:
+            session.close()

@@ -1,0 +1,64 @@
+"""What Prometheus is told: the gateway's own requests, and the cluster at the moment of the scrape."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from shared.messages.cluster import ClusterStatus, Heartbeat
+
+_LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_STAGE_GAUGES = {
+    "weights_version": "Optimizer steps that the stage's weights contain",
+    "running": "Sequences in the KV cache (stage 0)",
+    "waiting": "Sequences not yet admitted (stage 0)",
+    "queued": "Work items in the stage's local queue",
+    "kv_blocks_used": "KV-cache blocks in use",
+    "kv_blocks_total": "KV-cache blocks there are",
+}
+
+
+class Metrics:
+    """The gateway's metrics in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "lemix_requests", "Completion requests by outcome", ["outcome"], registry=self._registry
+        )
+        self.running = Gauge("lemix_requests_running", "Completions in progress", registry=self._registry)
+        self.prompt_tokens = Counter("lemix_prompt_tokens", "Tokens of prompts", registry=self._registry)
+        self.completion_tokens = Counter(
+            "lemix_completion_tokens", "Tokens generated", registry=self._registry
+        )
+        self.ttft_s = self._latency("lemix_ttft_seconds", "From arrival to a choice's first token")
+        self.tbt_s = self._latency("lemix_tbt_seconds", "Between two tokens of a choice")
+        self.request_s = self._latency("lemix_request_seconds", "From arrival to the end")
+        self._scheduler_up = self._gauge("lemix_scheduler_up", "1 when the scheduler answered this scrape")
+        self._nodes_ready = self._gauge("lemix_nodes_ready", "Nodes that take requests")
+        self._stages = {
+            field: self._gauge(f"lemix_stage_{field}", text, "node", "stage")
+            for field, text in _STAGE_GAUGES.items()
+        }
+
+    def show_cluster(self, status: ClusterStatus | None) -> None:
+        """Set the cluster's gauges; None: the scheduler did not answer, so nothing is known."""
+        for gauge in self._stages.values():
+            gauge.clear()
+        self._scheduler_up.set(status is not None)
+        nodes = status.nodes if status is not None else ()
+        self._nodes_ready.set(sum(node.ready for node in nodes))
+        for node in nodes:
+            for stage in node.stages:
+                self._show_stage(stage)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _show_stage(self, stage: Heartbeat) -> None:
+        for field, gauge in self._stages.items():
+            gauge.labels(stage.node, stage.stage).set(getattr(stage, field))
+
+    def _latency(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, buckets=_LATENCY_BUCKETS, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry)

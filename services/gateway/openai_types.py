@@ -1,0 +1,136 @@
+"""The shapes of OpenAI's completions API: what a request may say, and how it is refused."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError, from_json
+
+from services.gateway.errors import ApiError
+
+Prompt = str | list[int]
+MAX_STOPS = 4
+
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "suffix": (None,),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "user": (None,),
+}
+"""Parameters of OpenAI's that are not supported, with the values at which they change nothing."""
+
+
+def _is_token_list(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _are_strings(values: list[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _prompts(value: object) -> object:
+    """One prompt or many, as a list of prompts."""
+    if isinstance(value, str) or (value and _is_token_list(value)):
+        return [value]
+    if isinstance(value, list) and value and (_are_strings(value) or all(map(_is_token_list, value))):
+        return value
+    raise PydanticCustomError(
+        "prompt", "expected a string, a list of token ids, a list of strings or a list of lists of token ids"
+    )
+
+
+def _stops(value: object) -> object:
+    """One stop string or several, as a list; none of them empty."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise PydanticCustomError("stop", "expected a non-empty string or a list of non-empty strings")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("stop", f"expected at most {MAX_STOPS} strings, got {len(stops)}")
+    return stops
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """How a stream is sent."""
+
+    include_usage: bool = False
+
+
+class CompletionRequest(_Strict):
+    """The body of POST /v1/completions."""
+
+    model: str
+    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+    max_tokens: int = Field(default=16, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    n: int = Field(default=1, ge=1)
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    echo: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def parse_request(body: bytes) -> CompletionRequest:
+    """Read a request's body.
+
+    Raises ApiError (400) naming the first parameter that is wrong, unknown or not supported.
+    """
+    try:
+        content = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return _validated(_without_neutral(content))
+
+
+def _without_neutral(content: dict[str, Any]) -> dict[str, Any]:
+    """Drop what changes nothing: nulls of known parameters, and unsupported ones at rest."""
+    n = content.get("n")
+    kept = {}
+    for name, value in content.items():
+        neutral = (None, 1 if n is None else n) if name == "best_of" else _NEUTRAL.get(name)
+        if neutral is not None:
+            if isinstance(value, bool) or value not in neutral:
+                raise _unsupported(name)
+        elif value is not None or name not in CompletionRequest.model_fields:
+            kept[name] = value
+    return kept
+
+
+def _unsupported(name: str) -> ApiError:
+    return ApiError(400, f"parameter {name!r} is not supported", param=name, code="unsupported_parameter")
+
+
+def _validated(content: dict[str, Any]) -> CompletionRequest:
+    try:
+        request = CompletionRequest.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(error) from error
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "'stream_options' is only allowed with 'stream'", param="stream_options")
+    return request
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return _unsupported(param)
+    if fault["type"] == "missing":
+        return ApiError(
+            400, f"parameter {param!r} is required", param=param, code="missing_required_parameter"
+        )
+    return ApiError(400, f"parameter {param!r}: {fault['msg']}", param=param, code="invalid_value")

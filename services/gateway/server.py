@@ -1,0 +1,45 @@
+"""uvicorn inside our own event loop: our signals, our end."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from shared.errors import ConfigurationError
+
+_GRACE_S = 1
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the service's lifecycle."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigurationError naming the address when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+async def serve(app: ASGIApp, listener: socket.socket, *, before_end: Callable[[], None]) -> None:
+    """Serve until cancelled; then call `before_end` and leave open requests a second to finish."""
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=_GRACE_S
+    )
+    server = _Server(config)
+    # Not in a TaskGroup: that would cancel the server instead of letting it finish.
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.shield(serving)
+    finally:
+        before_end()
+        server.should_exit = True
+        await serving

@@ -1,0 +1,158 @@
+"""The book-keeping of one sequence: tokens in, text out, stop strings, log-probabilities."""
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+
+from shared.errors import RefusedError
+from shared.messages.inference import FinishReason, SequenceResult, TokenLogprob
+from shared.text import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """What `logprobs` says of one token."""
+
+    token: str
+    logprob: float | None
+    """None for the first token of a prompt: nothing predicts it."""
+    top: dict[str, float] | None
+    text_offset: int
+    """Characters of the choice's text before this token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What may be shown to the client now."""
+
+    text: str
+    entries: tuple[TokenEntry, ...]
+    finish: FinishReason | None
+
+
+def split_at_stop(text: str, stops: Ids[str]) -> tuple[str, str, bool]:
+    """Divide text into what may be shown and what must be held, and say whether it is stopped.
+
+    Stopped: the shown part ends before the earliest stop string. Otherwise the held part is the
+    longest end of `text` that may be the beginning of a stop string.
+    """
+    found = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    if found:
+        return text[: min(found)], "", True
+    num_held = max((_overlap(text, stop) for stop in stops), default=0)
+    cut = len(text) - num_held
+    return text[:cut], text[cut:], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
+
+
+class Sequence:
+    """One choice of an answer, from its first token to its last."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt: Ids[int],
+        *,
+        max_tokens: int,
+        stops: Ids[str] = (),
+        with_logprobs: bool = False,
+        echo: str | None = None,
+    ) -> None:
+        """`echo` is the prompt's text, to be shown before the completion (None: not shown)."""
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._stops = stops
+        self._with_logprobs = with_logprobs
+        self._stream = tokenizer.stream(prompt)
+        self._echo = echo or ""
+        self._prompt = _PromptScores(tokenizer, prompt) if echo is not None and with_logprobs else None
+        self._held = ""
+        self._entries: list[TokenEntry] = []
+        self._decoded_length = self._shown_length = len(self._echo)
+        self.num_tokens = 0
+        """Tokens generated so far."""
+        self.finished = False
+
+    def apply(self, result: SequenceResult) -> Piece:
+        """Take in what an iteration produced. Raises RefusedError when a part of it is missing."""
+        scores = () if self._prompt is None else self._prompt.take(result.prompt)
+        text = "" if result.token is None else self._take(result.token, result.finish)
+        if result.finish is not None:
+            self._check_complete(result.finish)
+            text += self._stream.flush()
+        return self._show(scores, text, result.finish)
+
+    def _take(self, produced: TokenLogprob, finish: FinishReason | None) -> str:
+        self.num_tokens += 1
+        if self._with_logprobs:
+            self._entries.append(_entry(self._tokenizer, produced, self._decoded_length))
+        return "" if finish == "stop" else self._stream.push(produced.token)
+
+    def _check_complete(self, finish: FinishReason) -> None:
+        unscored = self._prompt is not None and self._prompt.num_left > 0
+        if unscored or (finish == "length" and self.num_tokens != self._max_tokens):
+            raise RefusedError("a part of the answer was lost on its way", code=502)
+
+    def _show(self, scores: tuple[TokenEntry, ...], text: str, finish: FinishReason | None) -> Piece:
+        self._decoded_length += len(text)
+        shown, self._held, stopped = split_at_stop(self._held + text, self._stops)
+        if stopped:
+            finish = "stop"
+        elif finish is not None:
+            shown, self._held = shown + self._held, ""
+        self._shown_length += len(shown)
+        shown, self._echo = self._echo + shown, ""
+        self.finished = finish is not None
+        return Piece(shown, scores + self._entries_shown(stopped), finish)
+
+    def _entries_shown(self, stopped: bool) -> tuple[TokenEntry, ...]:
+        """Entries of the tokens whose text is shown; tokens behind a stop string have none."""
+        entries = self._entries
+        if not entries:
+            return ()
+        hides_some = stopped or self._held
+        num_shown = len(entries)
+        if hides_some:
+            num_shown = sum(entry.text_offset < self._shown_length for entry in entries)
+        self._entries = entries[num_shown:]
+        return tuple(entries[:num_shown])
+
+
+class _PromptScores:
+    """The entries of a prompt's tokens, in order, as the chunks of the prompt are run."""
+
+    def __init__(self, tokenizer: TextTokenizer, prompt: Ids[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream()
+        self._offset = 0
+        first = TokenEntry(tokenizer.token_text(prompt[0]), None, None, self._advance(prompt[0]))
+        self._unsent: tuple[TokenEntry, ...] = (first,)
+        self.num_left = len(prompt) - 1
+
+    def take(self, scored: tuple[TokenLogprob, ...]) -> tuple[TokenEntry, ...]:
+        entries = tuple(_entry(self._tokenizer, item, self._advance(item.token)) for item in scored)
+        entries, self._unsent = self._unsent + entries, ()
+        self.num_left -= len(scored)
+        return entries
+
+    def _advance(self, token: int) -> int:
+        """Characters before `token`."""
+        before = self._offset
+        self._offset += len(self._stream.push(token))
+        return before
+
+
+def _entry(tokenizer: TextTokenizer, produced: TokenLogprob, text_offset: int) -> TokenEntry:
+    top = {tokenizer.token_text(token): _in_json(logprob) for token, logprob in produced.top}
+    text, logprob = tokenizer.token_text(produced.token), _in_json(produced.logprob or 0.0)
+    top.setdefault(text, logprob)
+    return TokenEntry(text, logprob, top, text_offset)
+
+
+def _in_json(logprob: float) -> float:
+    """JSON has no infinity; for what cannot happen OpenAI says -9999."""
+    return max(logprob, -9999.0)

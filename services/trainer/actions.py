@@ -1,0 +1,226 @@
+"""Carries out what nodes decide: messages to stages, files of checkpoints, and the book of batches."""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from services.trainer.batches import Ack, BatchBook, Pending
+from services.trainer.checkpoint_files import CheckpointFiles, manifest_of
+from services.trainer.node_training import (
+    Action,
+    Applied,
+    Closed,
+    Feed,
+    NodeTraining,
+    RequestSave,
+    Restore,
+    SaveAbandoned,
+    WriteCheckpoint,
+)
+from services.trainer.outbox import Outbox
+from services.trainer.schedules import Slot
+from services.trainer.settings import TrainerSettings
+from services.trainer.waiting import ask_all, on_disk
+from shared.bus.base import Bus
+from shared.clock import Clock
+from shared.errors import BusError
+from shared.messages.inference import TaskEnded
+from shared.messages.training import Microbatch, MicrobatchForward, RejectedBatch
+from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.subjects import ENDED, FORWARD, REJECTED, RESTORE, SAVE
+
+RESTORE_TIMEOUT_S = 60.0
+SAVE_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class ActionRunner:
+    """Everything that changes state happens at once; what takes time runs in `tasks`, and reports back."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        *,
+        bus: Bus,
+        clock: Clock,
+        book: BatchBook,
+        files: CheckpointFiles,
+        folders: dict[int, Path],
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._clock = clock
+        self._book = book
+        self._files = files
+        self._folders = folders
+        """The newest durable checkpoint of each node that has one."""
+        self._tasks = tasks
+        self.outbox = Outbox(bus)
+        self.changed = asyncio.Event()
+        """Set when whoever waits for room, nodes or batches should look again."""
+
+    def run(self, node: NodeTraining, actions: Sequence[Action]) -> None:
+        """Carry out what `node` has just decided."""
+        for action in actions:
+            match action:
+                case Feed(slot=slot):
+                    self._feed(node, slot)
+                case Applied():
+                    self._applied(node, action)
+                case Closed():
+                    self._closed(node, action)
+                case SaveAbandoned(version=version, reason=reason):
+                    log.error("node %d: no checkpoint of version %d: %s", node.node, version, reason)
+                case Restore():
+                    self._tasks.create_task(self._restore(node, action))
+                case RequestSave():
+                    self._tasks.create_task(self._request_save(node, action))
+                case WriteCheckpoint():
+                    self._tasks.create_task(self._write_checkpoint(node, action))
+        self.changed.set()
+
+    def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
+        """Tell the batch's publisher, then be done with the message."""
+        log.warning("batch %s (%d) is rejected: %s", rejected.batch_id, rejected.sequence, rejected.reason)
+        self._tasks.create_task(self._publish_rejected(rejected, list(acks)))
+
+    def acknowledge(self, acks: Iterable[Ack]) -> None:
+        """Tell the stream what is done with for good."""
+        self._tasks.create_task(_acknowledge(list(acks)))
+
+    def end(self, pending: Iterable[Pending]) -> None:
+        """Tell the scheduler that these batches no longer occupy a node."""
+        for each in pending:
+            ended = TaskEnded(task_ids=(each.batch.batch_id,))
+            self.outbox.post(ENDED.at(), ended, traceparent=each.traceparent)
+
+    def _feed(self, node: NodeTraining, slot: Slot) -> None:
+        pending = self._book.pending[slot.batch_id]
+        rows = pending.batch.microbatches[slot.index]
+        microbatch = Microbatch(
+            epoch=node.epoch,
+            batch_id=slot.batch_id,
+            index=slot.index,
+            count=slot.count,
+            lengths=rows.lengths,
+            label_rows=rows.label_rows,
+            labels=rows.labels,
+            loss_weight=pending.batch.loss_weight,
+            learning_rate=self._settings.learning_rate,
+            traceparent=pending.traceparent,
+        )
+        message = MicrobatchForward(microbatch=microbatch, tokens=rows.tokens)
+        self.outbox.post(FORWARD.at(node=node.node, stage=0), message, traceparent=pending.traceparent)
+
+    def _applied(self, node: NodeTraining, applied: Applied) -> None:
+        pending = self._book.apply(node.node, applied.batch_id)
+        self.end([pending])
+        pending.span.set_attributes(
+            {"lemix.node": node.node, "lemix.weights_version": applied.version, "lemix.loss": applied.loss}
+        )
+        pending.span.end()
+        log.info(
+            "batch %s: node %d, version %d, loss %.4f",
+            applied.batch_id,
+            node.node,
+            applied.version,
+            applied.loss,
+        )
+
+    def _closed(self, node: NodeTraining, closed: Closed) -> None:
+        lost = self._book.roll_back(node.node)
+        given_back = lost + closed.unfinished
+        log.warning("node %d: %s; %d batches will run again", node.node, closed.reason, len(given_back))
+        self.end(self._book.pending[batch_id] for batch_id in closed.unfinished)
+        self._book.wait(batch_id for batch_id in given_back if batch_id != closed.poisoned)
+        if closed.poisoned in given_back:
+            self._drop(closed.poisoned, closed.reason)
+
+    def _drop(self, batch_id: str, reason: str) -> None:
+        pending = self._book.drop(batch_id)
+        pending.span.end()
+        rejected = RejectedBatch(batch_id=batch_id, sequence=pending.batch.sequence, reason=reason)
+        self.reject(rejected, pending.acks)
+
+    async def _restore(self, node: NodeTraining, action: Restore) -> None:
+        folder = self._folders.get(node.node)
+        message = RestoreWeights(
+            epoch=action.epoch, version=node.durable_version, checkpoint=str(folder) if folder else ""
+        )
+        refusals = await ask_all(
+            self._bus,
+            RESTORE,
+            message,
+            node=node.node,
+            num_stages=action.num_stages,
+            timeout_s=RESTORE_TIMEOUT_S,
+        )
+        failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
+        self.run(node, node.restored(action.epoch, failure, self._clock.now_s()))
+
+    async def _request_save(self, node: NodeTraining, action: RequestSave) -> None:
+        folder = self._files.temporary(node.node, action.version, action.epoch)
+        stages = range(action.num_stages)
+        try:
+            await on_disk(partial(self._files.begin, folder))
+        except OSError as error:
+            refusals = dict.fromkeys(stages, f"not asked: {error}")
+        else:
+            message = SaveWeights(epoch=action.epoch, version=action.version, folder=str(folder))
+            refusals = await ask_all(
+                self._bus,
+                SAVE,
+                message,
+                node=node.node,
+                num_stages=action.num_stages,
+                timeout_s=SAVE_TIMEOUT_S,
+            )
+        self.run(node, node.save_answered(action.epoch, action.version, refusals, self._clock.now_s()))
+
+    async def _write_checkpoint(self, node: NodeTraining, action: WriteCheckpoint) -> None:
+        manifest = manifest_of(
+            self._book.ledger,
+            node.node,
+            action.version,
+            num_stages=action.num_stages,
+            model=self._settings.model,
+            wall_s=self._clock.wall_s(),
+        )
+        folder = self._files.temporary(node.node, action.version, node.epoch)
+        failure = ""
+        try:
+            checkpoint = await on_disk(partial(self._files.finish, folder, manifest, action.shards.values()))
+        except OSError as error:
+            failure = str(error)
+        else:
+            self._folders[node.node] = checkpoint.folder
+            self.acknowledge(self._book.make_durable(node.node, action.version))
+        self.run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
+        await self._prune(node.node)
+
+    async def _prune(self, node: int) -> None:
+        try:
+            await on_disk(partial(self._files.prune, node))
+        except OSError as error:
+            log.warning("node %d: old checkpoints stay: %s", node, error)
+
+    async def _publish_rejected(self, rejected: RejectedBatch, acks: list[Ack]) -> None:
+        body = rejected.model_dump_json().encode()
+        try:
+            await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")
+        except BusError as error:
+            log.error("the rejection of batch %s is not stored: %s", rejected.batch_id, error)
+        await _acknowledge(acks)
+
+
+async def _acknowledge(acks: list[Ack]) -> None:
+    for ack in acks:
+        try:
+            await ack()
+        except BusError as error:
+            # The durable checkpoints say what is done; the stream's own account is for people.
+            log.warning("a training message is not acknowledged: %s", error)

@@ -1,0 +1,113 @@
+"""Batches on their way in: read from the stream, refused or accepted, and placed on a node."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from services.trainer.actions import ActionRunner
+from services.trainer.batches import BatchBook, Pending
+from services.trainer.intake import Intake
+from services.trainer.microbatches import TrainingBatch
+from services.trainer.nodes import BATCHES_PER_NODE, Nodes
+from services.trainer.schedules import Shape
+from shared.bus.base import TRACE_HEADER, Bus, StreamMessage, StreamReader
+from shared.errors import BusError
+from shared.messages.training import RejectedBatch, TrainingTask
+from shared.subjects import PLACE
+from shared.telemetry import Telemetry
+
+MAX_PENDING = 1024
+"""Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
+FETCH_AT_ONCE = 8
+FETCH_TIMEOUT_S = 5.0
+PLACE_TIMEOUT_S = 5.0
+PLACE_RETRY_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+class BatchFlow:
+    """Two loops, which wait for each other only through the book of batches."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        *,
+        bus: Bus,
+        telemetry: Telemetry,
+        book: BatchBook,
+        actions: ActionRunner,
+        nodes: Nodes,
+    ) -> None:
+        self._intake = intake
+        self._bus = bus
+        self._telemetry = telemetry
+        self._book = book
+        self._actions = actions
+        self._nodes = nodes
+
+    async def read(self, reader: StreamReader) -> None:
+        """Take in the stream for ever, no faster than nodes take batches."""
+        while True:
+            await self._until(self._has_room)
+            for message in await reader.fetch(FETCH_AT_ONCE, timeout_s=FETCH_TIMEOUT_S):
+                await self._take_in(message)
+                self._actions.changed.set()
+
+    async def place(self) -> None:
+        """Give waiting batches to nodes, for ever."""
+        while True:
+            await self._until(lambda: self._book.num_waiting > 0 and self._nodes.have_room)
+            pending = self._book.take()
+            if not await self._place(pending):
+                self._book.wait([pending.batch.batch_id])
+                await asyncio.sleep(PLACE_RETRY_S)
+
+    def _has_room(self) -> bool:
+        enough = BATCHES_PER_NODE * max(1, self._nodes.num_known)
+        return self._book.num_waiting < enough and len(self._book.pending) < MAX_PENDING
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._actions.changed.clear()
+            await self._actions.changed.wait()
+
+    async def _take_in(self, message: StreamMessage) -> None:
+        ledger = self._book.ledger
+        if ledger.is_done(message.sequence):
+            self._book.pass_over(message.sequence)
+            self._actions.acknowledge([message.ack])
+        elif message.sequence not in ledger.pending.values():  # else the stream gives it a second time
+            prepared = await asyncio.to_thread(partial(self._intake.prepare, message))
+            self._decide(message, prepared)
+
+    def _decide(self, message: StreamMessage, prepared: TrainingBatch | RejectedBatch) -> None:
+        if isinstance(prepared, RejectedBatch):
+            self._book.skip(message.sequence)
+            self._actions.reject(prepared, [message.ack])
+        elif self._book.ledger.knows(prepared.batch_id):
+            log.warning(
+                "batch %s (%d) was published before: not applied again", prepared.batch_id, message.sequence
+            )
+            self._actions.acknowledge(self._book.repeat(message.sequence, prepared.batch_id, message.ack))
+        else:
+            parent = message.headers.get(TRACE_HEADER, "")
+            self._book.admit(Pending(prepared, self._telemetry, parent=parent, ack=message.ack))
+
+    async def _place(self, pending: Pending) -> bool:
+        """Ask the scheduler for a node. False when there is none now."""
+        batch = pending.batch
+        sizes = tuple(len(rows.tokens) for rows in batch.microbatches)
+        task = TrainingTask(task_id=batch.batch_id, microbatch_tokens=sizes)
+        try:
+            placed = await self._bus.request(
+                PLACE.at(), task, timeout_s=PLACE_TIMEOUT_S, traceparent=pending.traceparent
+            )
+        except BusError as error:
+            log.info("batch %s finds no node: %s", batch.batch_id, error)
+            return False
+        if self._nodes.place(placed.node, Shape(batch.batch_id, len(batch.microbatches))):
+            return True
+        self._actions.end([pending])
+        return False

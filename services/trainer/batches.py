@@ -1,0 +1,114 @@
+"""The batches that the trainer answers for: accepted from the stream, and in no durable checkpoint yet."""
+
+import bisect
+from collections.abc import Awaitable, Callable, Iterable
+from operator import attrgetter
+
+from opentelemetry.trace import Span
+
+from services.trainer.microbatches import TrainingBatch
+from services.trainer.versions import Ledger
+from shared.telemetry import Attributes, Telemetry, traceparent_of
+
+Ack = Callable[[], Awaitable[None]]
+
+
+class Pending:
+    """A batch until it is durable, with its trace: one span from its acceptance until it is applied."""
+
+    def __init__(self, batch: TrainingBatch, telemetry: Telemetry, *, parent: str, ack: Ack) -> None:
+        self.batch = batch
+        self.acks = [ack]
+        """To call when the batch is done with: its own, and those of later messages that repeat its id."""
+        self._telemetry = telemetry
+        self._parent = parent
+        self.span = self._new_span()
+
+    @property
+    def traceparent(self) -> str:
+        return traceparent_of(self.span)
+
+    def begin_again(self) -> None:
+        """It was applied, and must be once more: that is another span of its trace."""
+        if not self.span.is_recording():
+            self.span = self._new_span()
+
+    def _new_span(self) -> Span:
+        attributes: Attributes = {
+            "lemix.batch_id": self.batch.batch_id,
+            "lemix.sequence": self.batch.sequence,
+            "lemix.num_tokens": self.batch.num_tokens,
+            "lemix.num_microbatches": len(self.batch.microbatches),
+        }
+        return self._telemetry.span("trainer.batch", traceparent=self._parent, attributes=attributes)
+
+
+class BatchBook:
+    """Pending batches, the order in which they wait for a node, and the ledger of all."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.pending: dict[str, Pending] = {}
+        self._waiting: list[TrainingBatch] = []
+        """Not placed on any node; in stream order, so that what is given back goes first."""
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def admit(self, pending: Pending) -> None:
+        """Take in a new batch, which then waits."""
+        batch = pending.batch
+        self.ledger = self.ledger.accept(batch.sequence, batch.batch_id)
+        self.pending[batch.batch_id] = pending
+        self.wait([batch.batch_id])
+
+    def wait(self, batch_ids: Iterable[str]) -> None:
+        """Have these pending batches, which no node holds, wait for one."""
+        for batch_id in batch_ids:
+            self.pending[batch_id].begin_again()
+            bisect.insort(self._waiting, self.pending[batch_id].batch, key=attrgetter("sequence"))
+
+    def take(self) -> Pending:
+        """The first batch that waits; it waits no more."""
+        return self.pending[self._waiting.pop(0).batch_id]
+
+    def repeat(self, sequence: int, batch_id: str, ack: Ack) -> list[Ack]:
+        """A message repeats a known batch; returns what to acknowledge now."""
+        self.ledger = self.ledger.skip(sequence)
+        if batch_id not in self.pending:
+            return [ack]
+        self.pending[batch_id].acks.append(ack)
+        return []
+
+    def apply(self, node: int, batch_id: str) -> Pending:
+        """The node's weights contain the batch."""
+        self.ledger = self.ledger.apply(node, batch_id)
+        return self.pending[batch_id]
+
+    def roll_back(self, node: int) -> tuple[str, ...]:
+        """The node is back at its durable checkpoint; returns the batches that it thereby lost."""
+        lost = self.ledger.lineage(node).applied
+        self.ledger = self.ledger.roll_back(node)
+        return lost
+
+    def make_durable(self, node: int, version: int) -> list[Ack]:
+        """A durable checkpoint of the node contains `version` steps; returns what to acknowledge."""
+        before = self.ledger.pending
+        self.ledger = self.ledger.make_durable(node, version)
+        saved = [batch_id for batch_id in before if batch_id not in self.ledger.pending]
+        return [ack for batch_id in saved for ack in self.pending.pop(batch_id).acks]
+
+    def pass_over(self, sequence: int) -> None:
+        """A message that was done with before."""
+        self.ledger = self.ledger.pass_over(sequence)
+
+    def skip(self, sequence: int) -> None:
+        """A message that is no batch."""
+        self.ledger = self.ledger.skip(sequence)
+
+    def drop(self, batch_id: str) -> Pending:
+        """A pending batch that neither waits nor is held by a node is never to be run again."""
+        pending = self.pending.pop(batch_id)
+        self.ledger = self.ledger.skip(pending.batch.sequence)
+        return pending

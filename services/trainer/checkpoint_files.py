@@ -1,0 +1,128 @@
+"""The files of checkpoints: a temporary folder that stages write into, made durable by one rename.
+
+All methods block on the disk and raise OSError when it refuses; the durable checkpoints stay as they were.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from services.trainer.versions import Ledger, Lineage
+from shared import checkpoints
+from shared.checkpoints import Checkpoint, Manifest
+from shared.messages.training import ShardSaved
+from shared.model.index import write_index
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""What `from_pretrained` reads beside the weights; copied where the model has it."""
+
+_TEMPORARY = ".saving-"
+
+
+class CheckpointFiles:
+    """Writes below `root`, which stages can reach under the same path."""
+
+    def __init__(self, root: Path, *, model_folder: Path, keep: int) -> None:
+        self._root = root.resolve()
+        self._model_folder = model_folder
+        self._keep = keep
+
+    def load(self) -> dict[int, Checkpoint]:
+        """The newest checkpoint of each node."""
+        found = {node: checkpoints.latest(self._root, node) for node in checkpoints.nodes(self._root)}
+        return {node: checkpoint for node, checkpoint in found.items() if checkpoint}
+
+    def temporary(self, node: int, version: int, epoch: int) -> Path:
+        """Where the stages write their shards of `version` in this life of the node."""
+        name = f"{_TEMPORARY}{checkpoints.checkpoint_name(version)}-{epoch}"
+        return checkpoints.node_folder(self._root, node) / name
+
+    def begin(self, folder: Path) -> None:
+        """Make the temporary folder, and remove those of the node's attempts that came to nothing.
+
+        Only now, because until the node was restored a stage may still have been writing there.
+        """
+        for old in folder.parent.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    def finish(self, folder: Path, manifest: Manifest, shards: Iterable[ShardSaved]) -> Checkpoint:
+        """Make the stages' shards in `folder` the node's newest durable checkpoint."""
+        shards = list(shards)
+        manifest = manifest.model_copy(
+            update={"sha256_by_file": {k: v for shard in shards for k, v in shard.sha256_by_file.items()}}
+        )
+        _check_shards(folder, manifest)
+        file_by_tensor = {k: v for shard in shards for k, v in shard.file_by_tensor.items()}
+        checkpoints.sync(write_index(folder, file_by_tensor, sum(shard.size_bytes for shard in shards)))
+        self._copy_model_files(folder)
+        checkpoints.write(folder, manifest)
+        final = folder.with_name(checkpoints.checkpoint_name(manifest.version))
+        if final.exists():
+            shutil.rmtree(final)  # not whole: a whole one would be the version that the node descends from
+        folder.rename(final)
+        checkpoints.sync(final.parent)
+        return Checkpoint(manifest, final)
+
+    def prune(self, node: int) -> None:
+        """Remove all but the newest checkpoints of the node."""
+        for old in checkpoints.checkpoints(self._root, node)[self._keep :]:
+            shutil.rmtree(old.folder)
+
+    def _copy_model_files(self, folder: Path) -> None:
+        for name in MODEL_FILES:
+            if (self._model_folder / name).exists():
+                checkpoints.sync(Path(shutil.copyfile(self._model_folder / name, folder / name)))
+
+
+def _check_shards(folder: Path, manifest: Manifest) -> None:
+    missing = [name for name in manifest.sha256_by_file if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"stages have reported files that {folder} lacks: {', '.join(missing)}")
+
+
+def ledger_of(found: Iterable[Checkpoint]) -> Ledger:
+    """What the nodes' newest checkpoints say about batches."""
+    manifests = [checkpoint.manifest for checkpoint in found]
+    lineages = {
+        manifest.node: Lineage(
+            durable_version=manifest.version,
+            sequences=frozenset(manifest.sequences),
+            recent_ids=dict.fromkeys(manifest.recent_batch_ids),
+        )
+        for manifest in manifests
+    }
+    skipped = {sequence for manifest in manifests for sequence in manifest.rejected}
+    return Ledger.restore(lineages, skipped, max((manifest.watermark for manifest in manifests), default=0))
+
+
+def manifest_of(
+    ledger: Ledger, node: int, version: int, *, num_stages: int, model: str, wall_s: float
+) -> Manifest:
+    """What a checkpoint of the node at `version` will say, files apart."""
+    durable = ledger.make_durable(node, version)
+    lineage = durable.lineage(node)
+    return Manifest(
+        node=node,
+        version=version,
+        num_stages=num_stages,
+        model=model,
+        watermark=durable.watermark,
+        sequences=tuple(sorted(lineage.sequences)),
+        rejected=tuple(sorted(durable.skipped)),
+        recent_batch_ids=tuple(lineage.recent_ids),
+        sha256_by_file={},
+        created_wall_s=wall_s,
+    )

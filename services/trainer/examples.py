@@ -1,0 +1,99 @@
+"""Examples as tokens: what a stage computes on, and which next tokens count in the loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.trainer.chat_template import ChatTemplate
+from services.trainer.data import Conversation, Example, PlainText, PromptCompletion, TokenIds
+from shared.errors import InvalidBatchError
+from shared.model_files import ModelCard
+from shared.text import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledTokens:
+    """One example; the token after each of `label_rows` counts in the loss."""
+
+    tokens: tuple[int, ...]
+    label_rows: tuple[int, ...]
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return tuple(self.tokens[row + 1] for row in self.label_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleEncoder:
+    """Turns examples into tokens of one model."""
+
+    card: ModelCard
+    max_tokens: int
+    """Tokens of an example at most."""
+    tokenizer: TextTokenizer | None
+    """None: the model has none, so that only token ids can be learnt."""
+    chat_template: ChatTemplate | None
+
+    def encode(self, example: Example) -> LabelledTokens:
+        """Raises InvalidBatchError when the example cannot be learnt from."""
+        encoded = self._encode(example)
+        self._check(encoded)
+        return encoded
+
+    def _encode(self, example: Example) -> LabelledTokens:
+        match example:
+            case TokenIds(token_ids=tokens):
+                return _all_but_first(tokens)
+            case PlainText(text=text):
+                return _all_but_first(self._ended(self._text_tokenizer.encode(text)))
+            case PromptCompletion(prompt=prompt, completion=completion):
+                tokenizer = self._text_tokenizer
+                answer = self._ended(tokenizer.encode_part(completion))
+                return _joined([(tokenizer.encode(prompt), False), (answer, True)])
+            case Conversation():
+                return self._encode_conversation(example)
+
+    def _encode_conversation(self, conversation: Conversation) -> LabelledTokens:
+        if self.chat_template is None:
+            raise InvalidBatchError("messages cannot be used: the model has no chat template")
+        segments = self.chat_template.segments(conversation.messages)
+        # The template writes the special tokens, so the tokenizer must not put its own around each piece.
+        return _joined([(self._text_tokenizer.encode_part(part.text), part.learnt) for part in segments])
+
+    @property
+    def _text_tokenizer(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise InvalidBatchError("the model has no tokenizer: only token_ids can be used")
+        return self.tokenizer
+
+    def _ended(self, tokens: Sequence[int]) -> list[int]:
+        ends = self.card.eos_token_ids
+        return [*tokens, *ends[:1]] if not tokens or tokens[-1] not in ends else list(tokens)
+
+    def _check(self, encoded: LabelledTokens) -> None:
+        num_tokens = len(encoded.tokens)
+        if num_tokens > self.max_tokens:
+            raise InvalidBatchError(
+                f"has {num_tokens} tokens, at most {self.max_tokens} can be learnt at once"
+            )
+        if num_tokens < 2:
+            raise InvalidBatchError(f"has {num_tokens} tokens, needs at least 2")
+        for token in encoded.tokens:
+            if not 0 <= token < self.card.vocab_size:
+                raise InvalidBatchError(f"token id {token} is not in 0..{self.card.vocab_size - 1}")
+        if not encoded.label_rows:
+            raise InvalidBatchError("has nothing to learn: no token of a completion or of the assistant")
+
+
+def _all_but_first(tokens: Sequence[int]) -> LabelledTokens:
+    return LabelledTokens(tuple(tokens), tuple(range(len(tokens) - 1)))
+
+
+def _joined(parts: Sequence[tuple[Sequence[int], bool]]) -> LabelledTokens:
+    """Put parts together; the tokens of a learnt part count, but for the example's first token."""
+    tokens: list[int] = []
+    learnt: list[bool] = []
+    for part, counts in parts:
+        tokens.extend(part)
+        learnt.extend([counts] * len(part))
+    rows = tuple(row for row in range(len(tokens) - 1) if learnt[row + 1])
+    return LabelledTokens(tuple(tokens), rows)

@@ -1,0 +1,69 @@
+"""From a message of the training stream to a batch that can be fed, or to the reason why not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from services.trainer.chat_template import ChatTemplate
+from services.trainer.data import MAX_ID_CHARACTERS, BatchBody, read_body
+from services.trainer.examples import ExampleEncoder, LabelledTokens
+from services.trainer.microbatches import TrainingBatch, join, split
+from services.trainer.settings import TrainerSettings
+from shared.bus.base import StreamMessage
+from shared.errors import InvalidBatchError
+from shared.messages.training import RejectedBatch
+from shared.model_files import name_of, read_card
+from shared.text import TextTokenizer
+
+ID_HEADER = "Nats-Msg-Id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """Reads, checks, tokenises and cuts batches for one model."""
+
+    encoder: ExampleEncoder
+    microbatches: int
+    max_microbatch_tokens: int
+
+    @classmethod
+    def load(cls, settings: TrainerSettings, model_folder: Path) -> Self:
+        """Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used."""
+        card = read_card(model_folder, name_of(settings.model))
+        has_tokenizer = (model_folder / "tokenizer.json").exists()
+        encoder = ExampleEncoder(
+            card=card,
+            max_tokens=min(card.context_length, settings.max_microbatch_tokens),
+            tokenizer=TextTokenizer.load(model_folder) if has_tokenizer else None,
+            chat_template=ChatTemplate.load(model_folder),
+        )
+        return cls(
+            encoder=encoder,
+            microbatches=settings.microbatches,
+            max_microbatch_tokens=settings.max_microbatch_tokens,
+        )
+
+    def prepare(self, message: StreamMessage) -> TrainingBatch | RejectedBatch:
+        """Blocks while it tokenises."""
+        batch_id = message.headers.get(ID_HEADER, "")[:MAX_ID_CHARACTERS] or f"seq-{message.sequence}"
+        try:
+            body = read_body(message.body)
+            batch_id = body.id or batch_id
+            return self._cut(batch_id, message.sequence, self._encode(body))
+        except InvalidBatchError as error:
+            return RejectedBatch(batch_id=batch_id, sequence=message.sequence, reason=str(error))
+
+    def _encode(self, body: BatchBody) -> list[LabelledTokens]:
+        encoded = []
+        for position, example in enumerate(body.examples):
+            try:
+                encoded.append(self.encoder.encode(example))
+            except InvalidBatchError as error:
+                raise InvalidBatchError(f"examples.{position}: {error}") from error
+        return encoded
+
+    def _cut(self, batch_id: str, sequence: int, examples: list[LabelledTokens]) -> TrainingBatch:
+        lengths = [len(example.tokens) for example in examples]
+        groups = split(lengths, self.microbatches, self.max_microbatch_tokens)
+        rows = tuple(join(examples[group.start : group.stop]) for group in groups)
+        return TrainingBatch(batch_id=batch_id, sequence=sequence, microbatches=rows)

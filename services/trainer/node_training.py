@@ -1,0 +1,329 @@
+"""One node as the trainer drives it: events in, actions out. Reads no clock and sends nothing.
+
+closed --all stages ready--> restoring --all hold the checkpoint--> open
+  ^                              |                                   |
+  '------ a stage restarts, falls silent or fails: its batches are given back ------'
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from services.trainer.members import Members
+from services.trainer.saves import Save
+from services.trainer.schedules import Pipeline, Schedule, Shape, Slot
+from shared.messages.cluster import Heartbeat
+from shared.messages.training import (
+    BackwardDone,
+    ForwardDone,
+    SaveFailed,
+    ShardSaved,
+    StageReport,
+    StepDone,
+    TrainingFailed,
+)
+
+STALLED_AFTER_S = 120.0
+"""A node with work and without a report for so long has lost a message: it starts again."""
+SAVE_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What holds for every node."""
+
+    schedule: Schedule
+    checkpoint_every: int
+    checkpoint_idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Send this microbatch to stage 0."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """All stages' weights contain the batch."""
+
+    batch_id: str
+    version: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Have every stage hold the node's durable checkpoint; answer with `restored`."""
+
+    epoch: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSave:
+    """Ask every stage for its share of a checkpoint; answer with `save_answered`."""
+
+    epoch: int
+    version: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCheckpoint:
+    """Make the shards a durable checkpoint; answer with `checkpoint_written`."""
+
+    version: int
+    num_stages: int
+    shards: Mapping[int, ShardSaved]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAbandoned:
+    """There will be no checkpoint of `version` now."""
+
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The node is fed no more: what is not durable there must be run again."""
+
+    reason: str
+    unfinished: tuple[str, ...]
+    """Batches that were placed here and not applied, in order."""
+    poisoned: str | None = None
+    """The batch whose computation failed: not to be run again."""
+
+
+Action = Feed | Applied | Restore | RequestSave | WriteCheckpoint | SaveAbandoned | Closed
+
+
+class NodeTraining:
+    """State of one node. Each method takes what has happened and returns what to do, in order."""
+
+    def __init__(
+        self, node: int, num_stages: int, *, rules: Rules, durable_version: int, epochs: Iterator[int]
+    ) -> None:
+        self.node = node
+        self.phase: Literal["closed", "restoring", "open"] = "closed"
+        self.epoch = 0
+        """A new one with every restore: what belongs to an earlier life of the node is known by it."""
+        self.version = durable_version
+        self.durable_version = durable_version
+        self._rules = rules
+        self._epochs = epochs
+        self._members = Members(num_stages)
+        self._pipeline = Pipeline(num_stages)
+        self._losses: dict[str, float] = {}
+        self._save: Save | None = None
+        self._closing: Closed | None = None
+        """Set while the node must close and a manifest is still being written."""
+        self._save_from_version = 0
+        """After a failed checkpoint, the next occasion."""
+        self._idle_since_s: float | None = None
+        self._silent_since_s: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether batches may be placed here: they are fed at once, or when the restore is through."""
+        return self.phase != "closed"
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._pipeline.batch_ids)
+
+    def heartbeat(self, beat: Heartbeat, now_s: float) -> list[Action]:
+        """A stage is alive."""
+        actions = self._close(f"stage {beat.stage} was restarted") if self._members.is_restart(beat) else []
+        self._members = self._members.after(beat, now_s)
+        return actions + self._restore_if_complete()
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Time has passed."""
+        if lost := self._members.lost(now_s):
+            self._members = self._members.without(lost)
+            return self._close(f"stages {lost} are silent")
+        if self._is_stalled(now_s):
+            return self._close(f"no report for {STALLED_AFTER_S:g} s") + self._restore_if_complete()
+        if self._save and not self._save.writing and now_s - self._save.requested_s > SAVE_DEADLINE_S:
+            return self._abandon_save(f"not written within {SAVE_DEADLINE_S:g} s") + self._advance(now_s)
+        return self._save_if_idle(now_s)
+
+    def place(self, shape: Shape, now_s: float) -> list[Action]:
+        """A batch has been given to this node."""
+        self._pipeline = self._pipeline.add(shape)
+        return self._advance(now_s)
+
+    def restored(self, epoch: int, failure: str, now_s: float) -> list[Action]:
+        """The stages hold the durable checkpoint, or do not (`failure` says why)."""
+        if self.phase != "restoring" or epoch != self.epoch:
+            return []
+        if failure:
+            # The next heartbeat that finds the node complete tries again.
+            return self._close(f"the restore failed: {failure}")
+        self.phase = "open"
+        return self._advance(now_s)
+
+    def report(self, report: StageReport, now_s: float) -> list[Action]:
+        """Something happened on a stage; what belongs to an earlier life of the node is ignored."""
+        if self.phase != "open":
+            return []
+        self._silent_since_s = None
+        stage = report.stage
+        match report.event:
+            case ForwardDone(batch_id=batch_id, index=index):
+                self._pipeline = self._pipeline.forward_done(stage, batch_id, index)
+            case BackwardDone():
+                self._backward_done(stage, report.event)
+            case StepDone():
+                return self._step_done(stage, report.event) + self._advance(now_s)
+            case TrainingFailed(batch_id=batch_id, reason=reason):
+                failed = self._close(f"stage {stage} failed: {reason}", poisoned=batch_id)
+                return failed + self._restore_if_complete()
+            case ShardSaved() | SaveFailed():
+                self._shard_reported(stage, report.event)
+                return self._settle_save() + self._advance(now_s)
+        return self._advance(now_s)
+
+    def save_answered(
+        self, epoch: int, version: int, refusals: Mapping[int, str], now_s: float
+    ) -> list[Action]:
+        """Every stage was asked to save `version`; `refusals` says which do not, and why."""
+        if epoch != self.epoch or self._save is None or self._save.version != version:
+            return []
+        self._save = self._save.with_answers(refusals)
+        return self._settle_save() + self._advance(now_s)
+
+    def checkpoint_written(self, version: int, failure: str, now_s: float) -> list[Action]:
+        """The checkpoint is durable, or is not (`failure` says why)."""
+        assert self._save is not None and self._save.version == version
+        if failure:
+            actions = self._abandon_save(failure)
+        else:
+            actions, self._save, self.durable_version = [], None, version
+        if self._closing is not None:
+            return actions + self._finish_closing(self._closing) + self._restore_if_complete()
+        return actions + self._advance(now_s)
+
+    def _backward_done(self, stage: int, event: BackwardDone) -> None:
+        self._pipeline = self._pipeline.backward_done(stage, event.batch_id, event.index)
+        if event.loss is not None:
+            self._losses[event.batch_id] = self._losses.get(event.batch_id, 0.0) + event.loss
+
+    def _step_done(self, stage: int, event: StepDone) -> list[Action]:
+        batch_id = event.batch_id
+        if batch_id not in self._pipeline.batch_ids:
+            return []
+        expected = self.version + self._pipeline.num_steps_to(batch_id)
+        if event.version != expected:
+            reason = f"stage {stage} is at version {event.version} after {batch_id}, not at {expected}"
+            return self._close(reason) + self._restore_if_complete()
+        self._pipeline = self._pipeline.step_done(stage, batch_id)
+        if batch_id in self._pipeline.batch_ids:
+            return []
+        self.version += 1
+        return [Applied(batch_id, self.version, self._losses.pop(batch_id, 0.0)), *self._settle_save()]
+
+    def _advance(self, now_s: float) -> list[Action]:
+        """Feed what may enter now."""
+        actions: list[Action] = []
+        while (
+            self.phase == "open"
+            and (slot := self._pipeline.upcoming)
+            and self._rules.schedule(self._pipeline)
+        ):
+            if slot.is_last:
+                # After its last microbatch the stages step on their own: a save of that version, or of
+                # the one before, must have reached them by then.
+                actions += self._request_save_if_due(slot, now_s)
+                if self._save is not None and not self._save.answered:
+                    break
+            self._pipeline = self._pipeline.feed()
+            actions.append(Feed(slot))
+        return actions
+
+    def _request_save_if_due(self, slot: Slot, now_s: float) -> list[Action]:
+        version = self.version + self._pipeline.num_steps_to(slot.batch_id)
+        due = version - self.durable_version >= self._rules.checkpoint_every
+        if self._save is not None or not due or version < self._save_from_version:
+            return []
+        return self._request_save(version, now_s)
+
+    def _save_if_idle(self, now_s: float) -> list[Action]:
+        idle = self.phase == "open" and self._pipeline.is_empty and self._save is None
+        if not idle or self.version == self.durable_version:
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        elif now_s - self._idle_since_s >= self._rules.checkpoint_idle_s:
+            self._idle_since_s = None
+            return self._request_save(self.version, now_s)
+        return []
+
+    def _request_save(self, version: int, now_s: float) -> list[Action]:
+        self._save = Save(version, self._members.num_stages, now_s)
+        return [RequestSave(self.epoch, version, self._members.num_stages)]
+
+    def _shard_reported(self, stage: int, event: ShardSaved | SaveFailed) -> None:
+        if self._save is None or self._save.version != event.version:
+            return
+        match event:
+            case ShardSaved():
+                self._save = self._save.with_shard(stage, event)
+            case SaveFailed(reason=reason):
+                self._save = self._save.with_failure(stage, reason)
+
+    def _settle_save(self) -> list[Action]:
+        save = self._save
+        if save is None or save.writing or not save.is_settled:
+            return []
+        if save.failure:
+            return self._abandon_save(save.failure)
+        if self.version < save.version:
+            return []  # another stage's StepDone is still on its way
+        self._save = replace(save, writing=True)
+        return [WriteCheckpoint(save.version, save.num_stages, save.shards)]
+
+    def _abandon_save(self, reason: str) -> list[Action]:
+        assert self._save is not None
+        version, self._save = self._save.version, None
+        self._save_from_version = version + 1
+        return [SaveAbandoned(version, reason)]
+
+    def _is_stalled(self, now_s: float) -> bool:
+        if self.phase != "open" or not self._pipeline.open_batches:
+            self._silent_since_s = None
+        elif self._silent_since_s is None:
+            self._silent_since_s = now_s
+        return self._silent_since_s is not None and now_s - self._silent_since_s > STALLED_AFTER_S
+
+    def _close(self, reason: str, poisoned: str | None = None) -> list[Action]:
+        if self.phase == "closed":
+            return []
+        self.phase = "closed"
+        closed = Closed(reason, self._pipeline.batch_ids, poisoned)
+        if self._save is not None and self._save.writing:
+            # Whether its batches are durable is only known when the manifest is written.
+            self._closing = closed
+            return []
+        return self._finish_closing(closed)
+
+    def _finish_closing(self, closed: Closed) -> list[Action]:
+        abandoned = self._abandon_save(closed.reason) if self._save is not None else []
+        self._closing = None
+        self._pipeline = Pipeline(self._members.num_stages)
+        self._losses.clear()
+        self.version = self.durable_version
+        self._save_from_version = 0
+        return [*abandoned, closed]
+
+    def _restore_if_complete(self) -> list[Action]:
+        if self.phase != "closed" or self._closing is not None or not self._members.are_complete:
+            return []
+        self.phase = "restoring"
+        self.epoch = next(self._epochs)
+        self._pipeline = Pipeline(self._members.num_stages)
+        return [Restore(self.epoch, self._members.num_stages)]

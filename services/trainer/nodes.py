@@ -1,0 +1,95 @@
+"""Listens to the stages of all nodes and hands what they say to their node's state."""
+
+import asyncio
+import itertools
+
+from services.trainer.actions import ActionRunner
+from services.trainer.batches import BatchBook
+from services.trainer.node_training import NodeTraining, Rules
+from services.trainer.schedules import SCHEDULES, Shape
+from services.trainer.settings import TrainerSettings
+from shared.bus.base import Incoming
+from shared.clock import Clock
+from shared.errors import ConfigurationError
+from shared.messages.cluster import Heartbeat
+from shared.messages.training import StageReport
+from shared.subjects import HEARTBEAT_S
+
+EPOCHS_PER_TERM = 1 << 20
+"""A trainer's epochs are its term (its durable number) times this, plus one more for each restore:
+what belongs to an earlier life of a node is refused by its stages, and so is an earlier trainer."""
+BATCHES_PER_NODE = 2
+"""Placed and not applied: one that is being fed, and the next, so that the pipeline does not run dry."""
+SHORTEST_TICK_S = 0.01
+
+
+class Nodes:
+    """All nodes that were ever heard of."""
+
+    def __init__(
+        self, settings: TrainerSettings, *, clock: Clock, book: BatchBook, actions: ActionRunner, term: int
+    ) -> None:
+        self._clock = clock
+        self._book = book
+        self._actions = actions
+        self._term = term
+        self._epochs = itertools.count(term * EPOCHS_PER_TERM + 1)
+        self._rules = Rules(
+            schedule=SCHEDULES[settings.schedule],
+            checkpoint_every=settings.checkpoint_every,
+            checkpoint_idle_s=settings.checkpoint_idle_s,
+        )
+        self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
+        self._nodes: dict[int, NodeTraining] = {}
+
+    @property
+    def num_known(self) -> int:
+        """Nodes that batches can be placed on."""
+        return sum(node.is_known for node in self._nodes.values())
+
+    @property
+    def have_room(self) -> bool:
+        """Whether one more batch may be placed."""
+        placed = sum(node.num_unfinished for node in self._nodes.values())
+        return placed < BATCHES_PER_NODE * self.num_known
+
+    async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
+        """A stage is alive. Raises ConfigurationError when it obeys a later trainer."""
+        beat = incoming.message
+        if beat.epoch >= (self._term + 1) * EPOCHS_PER_TERM:
+            raise ConfigurationError(f"another trainer has taken over node {beat.node} (epoch {beat.epoch})")
+        node = self._nodes.get(beat.node) or self._add(beat)
+        self._actions.run(node, node.heartbeat(beat, self._clock.now_s()))
+
+    async def on_report(self, incoming: Incoming[StageReport]) -> None:
+        """Something happened on a stage."""
+        report = incoming.message
+        if node := self._nodes.get(report.node):
+            self._actions.run(node, node.report(report, self._clock.now_s()))
+
+    def place(self, number: int, shape: Shape) -> bool:
+        """Give a batch to a node; False when the node is gone."""
+        node = self._nodes.get(number)
+        if node is None or not node.is_known:
+            return False
+        self._actions.run(node, node.place(shape, self._clock.now_s()))
+        return True
+
+    async def tick(self) -> None:
+        """Let time pass on every node, for ever."""
+        while True:
+            await asyncio.sleep(self._tick_s)
+            for node in self._nodes.values():
+                self._actions.run(node, node.tick(self._clock.now_s()))
+
+    def _add(self, beat: Heartbeat) -> NodeTraining:
+        durable_version = self._book.ledger.lineage(beat.node).durable_version
+        node = NodeTraining(
+            beat.node,
+            beat.num_stages,
+            rules=self._rules,
+            durable_version=durable_version,
+            epochs=self._epochs,
+        )
+        self._nodes[beat.node] = node
+        return node

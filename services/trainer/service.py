@@ -1,0 +1,89 @@
+"""The trainer: durable training batches in, microbatches out, weights versions and checkpoints.
+
+    batch_flow        reads the stream and asks the scheduler for nodes
+      intake            a message -> a batch, or why not (data, chat_template, examples, microbatches)
+      batches           pending batches, and the ledger of what is durable (versions)
+    nodes             listens to stages
+      node_training     per node: what to feed, save and restore (members, schedules, saves)
+    actions           carries out what nodes decide (outbox, checkpoint_files)
+
+This file puts them together.
+"""
+
+import asyncio
+
+from services.trainer.actions import ActionRunner
+from services.trainer.batch_flow import BatchFlow
+from services.trainer.batches import BatchBook
+from services.trainer.checkpoint_files import MODEL_FILES, CheckpointFiles, ledger_of
+from services.trainer.intake import Intake
+from services.trainer.nodes import Nodes
+from services.trainer.settings import TrainerSettings
+from services.trainer.waiting import on_disk
+from shared.bus.base import Bus, StreamSpec
+from shared.clock import Clock
+from shared.model_files import resolve
+from shared.subjects import BATCHES, HEARTBEAT, REJECTED, REPORT
+from shared.telemetry import Telemetry
+
+TRAIN_STREAM = StreamSpec("LEMIX_TRAIN", (BATCHES,))
+REJECTED_STREAM = StreamSpec("LEMIX_REJECTED", (REJECTED,))
+
+
+class Trainer:
+    """The edge. Reads the model's small files when it is made; `run` then works until it is cancelled.
+
+    Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used.
+    """
+
+    def __init__(self, settings: TrainerSettings, *, bus: Bus, clock: Clock, telemetry: Telemetry) -> None:
+        model_folder = resolve(settings.model, MODEL_FILES)
+        self._settings = settings
+        self._bus = bus
+        self._clock = clock
+        self._telemetry = telemetry
+        self._intake = Intake.load(settings, model_folder)
+        self._files = CheckpointFiles(
+            settings.checkpoint_dir, model_folder=model_folder, keep=settings.keep_checkpoints
+        )
+
+    async def run(self) -> None:
+        """Train until cancelled. Raises BusError, and ConfigurationError when another trainer takes over."""
+        await self._bus.ensure_stream(TRAIN_STREAM)
+        await self._bus.ensure_stream(REJECTED_STREAM)
+        term = await self._bus.next_epoch("trainer")
+        found = await on_disk(self._files.load)
+        book = BatchBook(ledger_of(found.values()))
+        async with asyncio.TaskGroup() as tasks:
+            actions = ActionRunner(
+                self._settings,
+                bus=self._bus,
+                clock=self._clock,
+                book=book,
+                files=self._files,
+                folders={node: checkpoint.folder for node, checkpoint in found.items()},
+                tasks=tasks,
+            )
+            nodes = Nodes(self._settings, clock=self._clock, book=book, actions=actions, term=term)
+            batches = BatchFlow(
+                self._intake,
+                bus=self._bus,
+                telemetry=self._telemetry,
+                book=book,
+                actions=actions,
+                nodes=nodes,
+            )
+            tasks.create_task(actions.outbox.run())
+            tasks.create_task(nodes.tick())
+            tasks.create_task(batches.place())
+            heartbeats = await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat)
+            reports = await self._bus.subscribe(REPORT.at(), nodes.on_report)
+            try:
+                await batches.read(
+                    await self._bus.read_stream(
+                        TRAIN_STREAM.name, reader="trainer", after_sequence=book.ledger.watermark
+                    )
+                )
+            finally:
+                await heartbeats.unsubscribe()
+                await reports.unsubscribe()

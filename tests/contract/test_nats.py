@@ -1,0 +1,102 @@
+"""What only a real server can do to us: be absent, go away, and come back."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from lemix.nats_server import NatsServer
+from shared.bus.base import Incoming, StreamSpec
+from shared.bus.nats import NatsBus
+from shared.errors import BusError, BusTimeoutError
+from shared.messages.inference import CancelTask, Placed
+from shared.subjects import RequestSubject, Subject
+
+CANCEL = Subject("test.cancel", CancelTask)
+ASK = RequestSubject("test.ask", CancelTask, Placed)
+
+
+async def crash_and_restart(server: NatsServer) -> None:
+    os.kill(server.pid, signal.SIGKILL)
+    await server.stop()
+    await server.start()
+
+
+async def answered(bus: NatsBus) -> Placed:
+    """Ask until the answer comes: requests are lost while the other side is still away."""
+    while True:
+        try:
+            return await bus.request(ASK, CancelTask(task_id="t"), timeout_s=0.5)
+        except BusError:
+            continue
+
+
+async def stored(bus: NatsBus, body: bytes) -> None:
+    """Publish until it is known to be stored: the id makes the repetition harmless."""
+    while True:
+        try:
+            await bus.publish_durable("test.stored", body, message_id=body.decode())
+            return
+        except BusTimeoutError:
+            continue
+
+
+async def test_the_bus_survives_a_crash_of_the_server(nats_server: NatsServer) -> None:
+    one = await NatsBus.connect(nats_server.url, name="one")
+    other = await NatsBus.connect(nats_server.url, name="other")
+    got: asyncio.Queue[str] = asyncio.Queue()
+
+    async def handle(incoming: Incoming[CancelTask]) -> None:
+        await got.put(incoming.message.task_id)
+
+    async def respond(incoming: Incoming[CancelTask]) -> Placed:
+        return Placed(node=3)
+
+    await other.respond(ASK, respond)
+    await other.subscribe(CANCEL, handle)
+    await crash_and_restart(nats_server)
+    assert await answered(one) == Placed(node=3)
+    await one.publish(CANCEL, CancelTask(task_id="after"))
+    assert await got.get() == "after"
+    await one.close()
+    await other.close()
+
+
+async def test_a_reader_goes_on_where_it_was_when_the_server_crashed(nats_server: NatsServer) -> None:
+    bus = await NatsBus.connect(nats_server.url, name="trainer")
+    await bus.ensure_stream(StreamSpec("TEST", ("test.stored",)))
+    for body in (b"1", b"2", b"3"):
+        await bus.publish_durable("test.stored", body)
+    reader = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
+    assert [m.body for m in await reader.fetch(1, timeout_s=5)] == [b"1"]
+    epoch = await bus.next_epoch("trainer")
+
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(reader.fetch(2, timeout_s=20))
+        await crash_and_restart(nats_server)
+    assert [m.sequence for m in waiting.result()] == [2, 3]
+
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(reader.fetch(1, timeout_s=20))
+        await crash_and_restart(nats_server)
+        await stored(bus, b"4")
+    assert [m.body for m in waiting.result()] == [b"4"]
+    assert await bus.next_epoch("trainer") > epoch
+    await bus.close()
+
+
+async def test_closing_while_the_server_is_away_is_bounded(nats_server: NatsServer) -> None:
+    bus = await NatsBus.connect(nats_server.url, name="one")
+    await nats_server.stop()
+    async with asyncio.timeout(3):
+        await bus.close()
+
+
+async def test_a_server_that_is_not_there_is_an_error_that_names_the_place(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.bus.nats.CONNECT_TIMEOUT_S", 0.2)
+    await nats_server.stop()
+    with pytest.raises(BusError, match=nats_server.url.removeprefix("nats://")):
+        await NatsBus.connect(nats_server.url, name="one")

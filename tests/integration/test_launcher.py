@@ -1,0 +1,228 @@
+"""The local launcher, with stand-ins for the services."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from lemix import launcher
+from lemix.arenas import default_base
+from lemix.launcher import LocalCluster
+from lemix.run_folder import newest_running
+from lemix.supervision import ClusterFailedError
+from lemix.topology import ClusterOptions
+from shared.errors import ConfigurationError
+from tests.support.processes import is_alive, marked_with
+
+FAKE = Path(__file__).parents[1] / "support" / "fake_service.py"
+
+
+def fake_command(package: str) -> tuple[str, ...]:
+    return (sys.executable, str(FAKE), package)
+
+
+class Harness:
+    """Clusters of stand-ins, the events they tell, and a mark on every process they start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mark = f"LEMIX_TEST_MARK={folder}"
+        self.events: list[str] = []
+
+    def cluster(self, **environment: str) -> LocalCluster:
+        options = ClusterOptions(
+            name="run",
+            runs_dir=self.folder,
+            nodes=1,
+            stages=2,
+            extra_env=environment,
+        )
+        return LocalCluster(options, on_event=self.events.append, command_of=fake_command)
+
+    def left_behind(self) -> list[object]:
+        """Processes and shared-memory folders that should be gone."""
+        folders = list(default_base().glob(f"lemix-{os.getpid()}-*"))
+        return [*marked_with(self.mark).values(), *folders]
+
+
+@pytest.fixture
+async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Harness]:
+    monkeypatch.setenv("LEMIX_TEST_MARK", str(tmp_path))
+    harness = Harness(tmp_path)
+    yield harness
+    assert harness.left_behind() == []
+
+
+async def until(condition: Callable[[], bool], *, deadline_s: float = 10.0) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not condition():  # noqa: ASYNC110  # what is waited for happens in other processes
+            await asyncio.sleep(0.02)
+
+
+async def test_everything_starts_is_described_and_stops(harness: Harness) -> None:
+    async with harness.cluster() as cluster:
+        described = newest_running(harness.folder)
+        assert described is not None
+        assert described.nats_url == cluster.nats_url
+        assert described.api_url == cluster.api_url
+        assert described.pids == cluster.pids
+        assert list(described.pids) == ["scheduler", "gateway", "trainer", "node-0-stage-0", "node-0-stage-1"]
+        assert all(is_alive(pid) for pid in described.pids.values())
+        await until(lambda: "trainer says hello\n" in (cluster.run_dir / "logs" / "trainer.log").read_text())
+    assert not any(is_alive(pid) for pid in described.pids.values())
+    assert not (harness.folder / "run" / "cluster.json").exists()
+    assert newest_running(harness.folder) is None
+    assert harness.events == []
+
+
+async def test_each_process_has_its_own_session_so_that_ctrl_c_reaches_only_the_launcher(
+    harness: Harness,
+) -> None:
+    async with harness.cluster():
+        started = marked_with(harness.mark)
+        assert len(started) == 6
+        assert all(os.getsid(pid) == pid for pid in started)
+
+
+async def test_a_service_that_dies_while_starting_fails_the_start_with_its_last_words(
+    harness: Harness,
+) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(
+        ClusterFailedError, match=r"trainer ended with status 3 while starting(?s:.*)this is why"
+    ):
+        await harness.cluster(FAKE_DIES="trainer", FAKE_SICK="1").start()
+    assert time.monotonic() - began_s < 10
+
+
+async def test_a_start_that_is_never_well_ends_at_its_deadline(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "START_DEADLINE_S", 0.5)
+    with pytest.raises(ClusterFailedError, match="health was not well within"):
+        await harness.cluster(FAKE_SICK="1").start()
+
+
+async def test_a_cancelled_start_leaves_nothing_behind(harness: Harness) -> None:
+    start = asyncio.create_task(harness.cluster(FAKE_SICK="1").start())
+    await until(lambda: len(marked_with(harness.mark)) == 6)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+
+
+async def test_a_service_that_dies_is_started_again(harness: Harness) -> None:
+    async with harness.cluster() as cluster:
+        before = cluster.pids
+        os.kill(before["node-0-stage-1"], signal.SIGKILL)
+        await until(lambda: cluster.pids != before)
+        await until(
+            lambda: (found := newest_running(harness.folder)) is not None and found.pids == cluster.pids
+        )
+        changed = [name for name, pid in cluster.pids.items() if pid != before[name]]
+    assert changed == ["node-0-stage-1"]
+    assert len(harness.events) == 1
+    assert harness.events[0].startswith("node-0-stage-1 ended with status -9; starting it again")
+
+
+async def test_nats_is_started_again_on_its_port(harness: Harness) -> None:
+    async with harness.cluster() as cluster:
+        host, _, port = cluster.nats_url.removeprefix("nats://").partition(":")
+        (ports,) = (cluster.run_dir / "nats").glob("nats-server_*.ports")
+        os.kill(int(ports.stem.removeprefix("nats-server_")), signal.SIGKILL)
+        await until(lambda: any("nats ended" in event for event in harness.events))
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection(host, int(port))
+                    break
+                except ConnectionRefusedError:
+                    await asyncio.sleep(0.02)
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_service_that_keeps_dying_ends_the_cluster(harness: Harness) -> None:
+    trigger = harness.folder / "die"
+    async with harness.cluster(FAKE_DIES="scheduler", FAKE_DIES_AT=str(trigger)) as cluster:
+        trigger.touch()
+        with pytest.raises(
+            ClusterFailedError, match=r"scheduler ended with status 3, 3 restarts within 60 s are spent"
+        ):
+            async with asyncio.timeout(20):
+                await cluster.wait_failed()
+    assert len(harness.events) == 3
+
+
+async def test_a_service_that_ignores_the_request_to_stop_is_killed(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "STOP_GRACE_S", 0.3)
+    async with harness.cluster(FAKE_STUBBORN="stage_worker"):
+        logs = [harness.folder / "run" / "logs" / f"node-0-stage-{stage}.log" for stage in range(2)]
+        await until(lambda: all("hello" in log.read_text() for log in logs))
+    assert sorted(harness.events) == [
+        f"node-0-stage-{stage} did not stop within 0 s and was killed" for stage in range(2)
+    ]
+
+
+async def test_a_run_of_the_same_name_is_refused_and_the_first_goes_on(harness: Harness) -> None:
+    async with harness.cluster() as cluster:
+        with pytest.raises(ConfigurationError, match="'run' is already running"):
+            await harness.cluster().start()
+        assert newest_running(harness.folder) is not None
+        assert all(is_alive(pid) for pid in cluster.pids.values())
+
+
+async def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    cluster = LocalCluster(ClusterOptions(runs_dir=tmp_path, port=port), command_of=fake_command)
+    with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}"):
+        await cluster.start()
+    server.close()
+    await server.wait_closed()
+
+
+KILLED_LAUNCHER = """
+import asyncio, sys
+from pathlib import Path
+from lemix.launcher import LocalCluster
+from lemix.topology import ClusterOptions
+from tests.integration.test_launcher import fake_command
+
+async def main(folder):
+    options = ClusterOptions(name="run", runs_dir=Path(folder), nodes=1, stages=2)
+    async with LocalCluster(options, command_of=fake_command):
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_nothing_outlives_a_killed_launcher_and_the_next_one_tidies_up(harness: Harness) -> None:
+    launched = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", KILLED_LAUNCHER, str(harness.folder)),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=FAKE.parents[2],
+    )
+    assert launched.stdout is not None
+    async with asyncio.timeout(30):
+        assert await launched.stdout.readline() == b"ready\n"
+    abandoned = list(default_base().glob(f"lemix-{launched.pid}-*"))
+    launched.kill()
+    await launched.wait()
+    await until(lambda: marked_with(harness.mark) == {})
+    assert len(abandoned) == 1 and abandoned[0].exists()
+    async with harness.cluster():
+        assert not abandoned[0].exists()
+        assert (
+            json.loads((harness.folder / "run" / "cluster.json").read_text())["launcher_pid"] == os.getpid()
+        )

@@ -1,0 +1,153 @@
+"""The command `lemix` as a person runs it: `lemix up` and what it leaves behind, and clear errors."""
+
+import asyncio
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lemix.arenas import default_base
+from lemix.client import ApiClient, served_model
+from tests.support.processes import marked_with
+
+LEMIX = (str(Path(sys.executable).with_name("lemix")),)
+START_DEADLINE_S = 120.0
+STOP_DEADLINE_S = 5.0
+COMMAND_DEADLINE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On every process that a test starts, directly or not."""
+    monkeypatch.setenv("LEMIX_TEST_MARK", str(tmp_path))
+    monkeypatch.delenv("LEMIX_NATS_URL", raising=False)
+    return f"LEMIX_TEST_MARK={tmp_path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What a command left."""
+
+    status: int | None
+    output: str
+    errors: str
+
+
+async def lemix(*arguments: str) -> Ended:
+    process = await asyncio.create_subprocess_exec(
+        *LEMIX, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(COMMAND_DEADLINE_S):
+        output, errors = await process.communicate()
+    return Ended(status=process.returncode, output=output.decode(), errors=errors.decode())
+
+
+class Running:
+    """A `lemix up` that has said that it is ready."""
+
+    def __init__(self, process: asyncio.subprocess.Process, output: list[str]) -> None:
+        self.process = process
+        self.output = output
+        found = re.search(r"http://[\d.:]+", "".join(output))
+        assert found is not None
+        self.api_url = found[0]
+
+    async def interrupt(self) -> Ended:
+        """Ctrl-C, and what comes of it."""
+        self.process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(STOP_DEADLINE_S * 2):
+            output, errors = await self.process.communicate()
+        return Ended(status=self.process.returncode, output=output.decode(), errors=errors.decode())
+
+
+@asynccontextmanager
+async def lemix_up(folder: Path) -> AsyncIterator[Running]:
+    arguments = ("up", "--nodes", "1", "--stages", "2", "--port", "0", "--runs-dir", str(folder))
+    process = await asyncio.create_subprocess_exec(
+        *LEMIX, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    output: list[str] = []
+    try:
+        async with asyncio.timeout(START_DEADLINE_S):
+            while not any("Ctrl-C" in line for line in output):
+                line = (await process.stdout.readline()).decode()
+                assert line, "lemix up ended before it was ready: " + "".join(output)
+                output.append(line)
+        yield Running(process, output)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_up_serves_and_ctrl_c_ends_it_and_all_it_started(tmp_path: Path, mark: str) -> None:
+    async with lemix_up(tmp_path) as running:
+        model = await served_model(running.api_url)
+        async with ApiClient(running.api_url, model=model) as api:
+            completion = await api.complete("Return the", max_tokens=8)
+        assert completion.completion_tokens == 8
+        assert any(
+            line.startswith("try:  curl http://") and f'"model": "{model}"' in line for line in running.output
+        )
+        assert len(list(default_base().glob(f"lemix-{running.process.pid}-*"))) == 1
+        began_s = time.monotonic()
+        ended = await running.interrupt()
+        took_s = time.monotonic() - began_s
+        assert ended == Ended(status=0, output="", errors="")
+        assert took_s < STOP_DEADLINE_S
+        assert marked_with(mark) == {}
+        assert list(default_base().glob(f"lemix-{running.process.pid}-*")) == []
+        logs = {log.name: log.read_text() for log in (tmp_path / "default" / "logs").glob("*.log")}
+        assert len(logs) == 5
+        assert all(text == "" for text in logs.values()), logs
+
+
+async def test_status_and_publish_find_the_running_cluster(tmp_path: Path) -> None:
+    file = tmp_path / "batches.jsonl"
+    file.write_text(
+        '{"id": "one", "examples": [{"text": "Sea calm."}]}\n{"examples": [{"text": "Wind west."}]}\n'
+    )
+    async with lemix_up(tmp_path) as running:
+        published = await lemix("train", "publish", str(file), "--runs-dir", str(tmp_path))
+        assert (published.status, published.errors) == (0, "")
+        assert "2 batches accepted; stream sequence 2" in published.output
+        again = await lemix("train", "publish", str(file), "--runs-dir", str(tmp_path))
+        assert "2 batches accepted; stream sequence 3" in again.output
+        async with asyncio.timeout(COMMAND_DEADLINE_S):
+            while "v3" not in (status := await lemix("status", "--runs-dir", str(tmp_path))).output:
+                assert (status.status, status.errors) == (0, "")
+        assert "policy round_robin, 1 of 1 nodes ready" in status.output
+        assert "0/2" in status.output and "1/2" in status.output
+        await running.interrupt()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("status",), r"no LeMix is running under \S+"),
+        (("status", "--nats-url", "nats://127.0.0.1:9"), "no connection to NATS at 127.0.0.1:9"),
+        (("train", "publish", "absent.jsonl"), "cannot read absent.jsonl"),
+        (("up", "--name", "a/b"), "name='a/b' must be one plain folder name"),
+        (("up", "--host", "192.0.2.1"), "cannot listen on 192.0.2.1:8000"),
+    ],
+)
+async def test_an_error_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], error: str) -> None:
+    ended = await lemix(*arguments, "--runs-dir", str(tmp_path))
+    assert ended.status == 1
+    assert re.match(f"error: {error}", ended.errors), ended.errors
+    assert ended.errors.count("\n") == 1
+
+
+async def test_a_line_that_is_not_json_is_named_and_nothing_published(tmp_path: Path) -> None:
+    file = tmp_path / "batches.jsonl"
+    file.write_text('{"examples": []}\nnot json\n')
+    ended = await lemix("train", "publish", str(file), "--nats-url", "nats://127.0.0.1:9")
+    assert ended.status == 1
+    assert "line 2: not JSON" in ended.errors

@@ -1,0 +1,190 @@
+"""A node's training against one process: losses and weights of the same batches in the same order."""
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from shared.messages.training import BackwardDone, ForwardDone, ShardSaved, StepDone
+from shared.model.index import write_index
+from tests.support.models import save_tiny_model
+from tests.support.node import Node, running_node
+from tests.support.training import (
+    ADAMW,
+    Batch,
+    adamw,
+    loss_of,
+    messages,
+    num_labels,
+    random_batches,
+)
+
+NUM_BATCHES = 4
+
+
+class Feeder:
+    """Feeds batches as the trainer does and keeps what the stages report."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.losses: dict[str, float] = defaultdict(float)
+        self.versions: dict[tuple[int, str, int], int] = {}
+        """(stage, batch, microbatch) -> weights version of its forward."""
+        self.num_steps: dict[str, int] = defaultdict(int)
+        self.left_first_stage = 0
+        self.in_flight = 0
+
+    async def next_report(self) -> None:
+        report = await self._node.report()
+        match report.event:
+            case ForwardDone(batch_id=batch_id, index=index, version=version):
+                self.versions[report.stage, batch_id, index] = version
+                self.left_first_stage += report.stage == 0
+            case BackwardDone(batch_id=batch_id, loss=loss):
+                self.losses[batch_id] += loss or 0.0
+                self.in_flight -= report.stage == 0
+            case StepDone(batch_id=batch_id):
+                self.num_steps[batch_id] += 1
+            case event:
+                raise AssertionError(event)
+
+    async def wait_for(self, batch_id: str) -> None:
+        while self.num_steps[batch_id] < self._node.num_stages:
+            await self.next_report()
+
+    async def sync(self, batches: list[Batch]) -> None:
+        """S-PP: a batch enters when the one before is in all weights."""
+        for number, batch in enumerate(batches):
+            for forward in messages(f"b{number}", batch):
+                await self._node.feed(forward)
+            await self.wait_for(f"b{number}")
+
+    async def asynchronous(self, batches: list[Batch]) -> None:
+        """A-PP: a microbatch enters when the one before has left stage 0; at most S in flight."""
+        for number, batch in enumerate(batches):
+            for forward in messages(f"b{number}", batch):
+                before = self.left_first_stage
+                await self._node.feed(forward)
+                self.in_flight += 1
+                while self.left_first_stage == before or self.in_flight >= self._node.num_stages:
+                    await self.next_report()
+        await self.wait_for(f"b{len(batches) - 1}")
+
+
+async def weights_of(node: Node, version: int, folder: Path) -> dict[str, Tensor]:
+    """What the node holds, through a checkpoint that transformers loads as one whole model."""
+    folder.mkdir()
+    shutil.copy(folder.parent / "model" / "config.json", folder)
+    await node.save(version, folder)
+    files: dict[str, str] = {}
+    for _ in range(node.num_stages):
+        event = (await node.report()).event
+        assert isinstance(event, ShardSaved), event
+        files.update(event.file_by_tensor)
+    write_index(folder, files, 0)
+    loaded: dict[str, Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return loaded
+
+
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def train_in_one_process(model: Any, batches: list[Batch]) -> list[float]:
+    """The plain loop: one step a batch."""
+    parameters = dict(model.named_parameters())
+    optimizer, losses = adamw(parameters.values()), []
+    for batch in batches:
+        loss = torch.stack([loss_of(model, parameters, examples, num_labels(batch)) for examples in batch]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("family", "num_stages"),
+    [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("llama_tied", 1), ("llama_tied", 2), ("llama_tied", 3)]
+    + [("qwen2", 2), ("mistral", 2), ("gpt2", 3), ("gpt_neox", 2)],
+)
+async def test_synchronous_training_equals_one_process(family: str, num_stages: int, tmp_path: Path) -> None:
+    model = save_tiny_model(family, tmp_path / "model")
+    batches = random_batches(NUM_BATCHES, 1)
+    async with running_node(tmp_path / "model", num_stages, tmp_path, **ADAMW) as node:
+        await node.restore()
+        feeder = Feeder(node)
+        await feeder.sync(batches)
+        weights = await weights_of(node, NUM_BATCHES, tmp_path / "checkpoint")
+    losses = train_in_one_process(model, batches)
+    assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
+    assert_equal(weights, model.state_dict())
+
+
+async def test_asynchronous_training_on_one_stage_equals_one_process(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    batches = random_batches(NUM_BATCHES, 3)
+    async with running_node(tmp_path / "model", 1, tmp_path, **ADAMW) as node:
+        await node.restore()
+        feeder = Feeder(node)
+        await feeder.asynchronous(batches)
+        weights = await weights_of(node, NUM_BATCHES, tmp_path / "checkpoint")
+    losses = train_in_one_process(model, batches)
+    assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
+    assert_equal(weights, model.state_dict())
+
+
+def stage_of_parameter(checkpoint: Path) -> dict[str, int]:
+    """Which stage owns each parameter, from the shard that it was saved in."""
+    weight_map = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    return {name: int(file.removeprefix("model-")[:5]) - 1 for name, file in weight_map.items()}
+
+
+def train_with_delayed_weights(
+    model: Any, batches: list[Batch], stage_of: dict[str, int], versions: dict[tuple[int, str, int], int]
+) -> list[float]:
+    """The same computation with the weights of each stage explicitly as old as the stage said they were."""
+    newest = {name: tensor for name, tensor in model.named_parameters() if name in stage_of}
+    history = [{name: tensor.detach().clone() for name, tensor in newest.items()}]
+    optimizer, losses = adamw(newest.values()), []
+    for number, batch in enumerate(batches):
+        losses.append(0.0)
+        for index, examples in enumerate(batch):
+            old = {
+                name: history[versions[stage, f"b{number}", index]][name].clone().requires_grad_()
+                for name, stage in stage_of.items()
+            }
+            loss = loss_of(model, old, examples, num_labels(batch))
+            for name, gradient in zip(old, torch.autograd.grad(loss, list(old.values())), strict=True):
+                parameter = newest[name]
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            losses[-1] += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({name: tensor.detach().clone() for name, tensor in newest.items()})
+    return losses
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+async def test_asynchronous_training_equals_explicitly_delayed_weights(num_stages: int, tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    batches = random_batches(6, 2)
+    async with running_node(tmp_path / "model", num_stages, tmp_path, **ADAMW) as node:
+        await node.restore()
+        feeder = Feeder(node)
+        await feeder.asynchronous(batches)
+        weights = await weights_of(node, len(batches), tmp_path / "checkpoint")
+    stage_of = stage_of_parameter(tmp_path / "checkpoint")
+    losses = train_with_delayed_weights(model, batches, stage_of, feeder.versions)
+    on_time = {number for (_, batch_id, _), number in feeder.versions.items() if int(batch_id[1:]) > number}
+    assert on_time, "no forward ran with delayed weights: the schedule did not overlap"
+    assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
+    assert_equal(weights, model.state_dict())

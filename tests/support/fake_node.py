@@ -1,0 +1,162 @@
+"""A node played by a script: stages whose weights are the list of batch ids that they contain."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.bus.base import Bus, Incoming
+from shared.errors import RefusedError
+from shared.messages.base import Done
+from shared.messages.training import (
+    BackwardDone,
+    ForwardDone,
+    MicrobatchForward,
+    SaveFailed,
+    ShardSaved,
+    StageEvent,
+    StageReport,
+    StepDone,
+    TrainingFailed,
+)
+from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.subjects import FORWARD, HEARTBEAT, REPORT, RESTORE, SAVE
+from tests.support.cluster import heartbeat
+
+
+@dataclass
+class FakeStage:
+    """One stage's state."""
+
+    instance: str
+    epoch: int = 0
+    contents: list[str] = field(default_factory=list)
+    """Batches in its weights, in the order of their steps."""
+    saves: dict[int, Path] = field(default_factory=dict)
+
+
+class FakeNode:
+    """Runs each microbatch through all its stages at once; `happened` is told of every turn."""
+
+    def __init__(self, bus: Bus, node: int, num_stages: int) -> None:
+        self.node = node
+        self.stages = [FakeStage(f"{node}.{stage}.0") for stage in range(num_stages)]
+        self.restores: list[RestoreWeights] = []
+        self.microbatches: list[MicrobatchForward] = []
+        self.poison = ""
+        """Id of a batch whose backward fails."""
+        self.full_disk = False
+        self.refuses_saves = False
+        self.happened: Callable[[str], None] = lambda turn: None
+        self._bus = bus
+        self._num_restarts = 0
+
+    async def start(self) -> None:
+        await self._bus.subscribe(FORWARD.at(node=self.node, stage=0), self._on_forward)
+        for stage in range(len(self.stages)):
+            await self._bus.respond(RESTORE.at(node=self.node, stage=stage), self._restorer(stage))
+            await self._bus.respond(SAVE.at(node=self.node, stage=stage), self._saver(stage))
+
+    async def beat(self) -> None:
+        """All stages are alive and ready."""
+        for number, stage in enumerate(self.stages):
+            beat = heartbeat(self.node, number, num_stages=len(self.stages), instance=stage.instance)
+            await self._bus.publish(HEARTBEAT.at(), beat.model_copy(update={"epoch": stage.epoch}))
+
+    def restart(self, stage: int) -> None:
+        """The process dies and comes back with nothing of what it had learnt."""
+        self._num_restarts += 1
+        self.stages[stage] = FakeStage(f"{self.node}.{stage}.{self._num_restarts}")
+
+    def _restorer(self, number: int) -> Callable[[Incoming[RestoreWeights]], "object"]:
+        async def restore(incoming: Incoming[RestoreWeights]) -> Done:
+            message, stage = incoming.message, self.stages[number]
+            _check_epoch(message.epoch, stage)
+            stage.epoch = message.epoch
+            stage.saves.clear()
+            stage.contents = read_shard(Path(message.checkpoint), number) if message.checkpoint else []
+            assert len(stage.contents) == message.version
+            self.restores.append(message)
+            self.happened("restore")
+            return Done()
+
+        return restore
+
+    def _saver(self, number: int) -> Callable[[Incoming[SaveWeights]], "object"]:
+        async def save(incoming: Incoming[SaveWeights]) -> Done:
+            message, stage = incoming.message, self.stages[number]
+            _check_epoch(message.epoch, stage)
+            if self.refuses_saves or message.version < len(stage.contents):
+                raise RefusedError(f"version {message.version} is gone")
+            stage.saves[message.version] = Path(message.folder)
+            self.happened("save")
+            await self._save_if_due(number)
+            return Done()
+
+        return save
+
+    async def _on_forward(self, incoming: Incoming[MicrobatchForward]) -> None:
+        microbatch = incoming.message.microbatch
+        if any(microbatch.epoch != stage.epoch for stage in self.stages):
+            return
+        self.microbatches.append(incoming.message)
+        batch_id, index = microbatch.batch_id, microbatch.index
+        for number, stage in enumerate(self.stages):
+            done = ForwardDone(batch_id=batch_id, index=index, version=len(stage.contents))
+            await self._report(number, done)
+        self.happened("forward")
+        last = len(self.stages) - 1
+        if batch_id == self.poison:
+            await self._report(last, TrainingFailed(batch_id=batch_id, reason="NaN"))
+            return
+        for number in range(last, -1, -1):
+            loss = len(microbatch.labels) * microbatch.loss_weight if number == last else None
+            await self._report(number, BackwardDone(batch_id=batch_id, index=index, loss=loss))
+        self.happened("backward")
+        if index == microbatch.count - 1:
+            for number in range(last, -1, -1):
+                await self._step(number, batch_id)
+
+    async def _step(self, number: int, batch_id: str) -> None:
+        contents = self.stages[number].contents
+        contents.append(batch_id)
+        await self._report(number, StepDone(batch_id=batch_id, version=len(contents)))
+        self.happened("step")
+        await self._save_if_due(number)
+
+    async def _save_if_due(self, number: int) -> None:
+        stage = self.stages[number]
+        version = len(stage.contents)
+        folder = stage.saves.pop(version, None)
+        if folder is None:
+            return
+        if self.full_disk:
+            await self._report(number, SaveFailed(version=version, reason="no space left"))
+            return
+        name = shard_name(number, len(self.stages))
+        (folder / name).write_text(json.dumps(stage.contents))
+        shard = ShardSaved(
+            version=version, sha256_by_file={name: "-"}, file_by_tensor={f"t{number}": name}, size_bytes=1
+        )
+        await self._report(number, shard)
+        self.happened("shard")
+
+    async def _report(self, number: int, event: StageEvent) -> None:
+        report = StageReport(node=self.node, stage=number, epoch=self.stages[number].epoch, event=event)
+        await self._bus.publish(REPORT.at(), report)
+
+
+def shard_name(number: int, num_stages: int) -> str:
+    return f"model-{number + 1:05}-of-{num_stages:05}.safetensors"
+
+
+def read_shard(folder: Path, number: int) -> list[str]:
+    """The batch ids in a stage's share of a checkpoint."""
+    (path,) = folder.glob(f"model-{number + 1:05}-of-*.safetensors")
+    contents: list[str] = json.loads(path.read_text())
+    return contents
+
+
+def _check_epoch(epoch: int, stage: FakeStage) -> None:
+    if epoch < stage.epoch:
+        raise RefusedError(f"epoch {epoch} is over", code=409)

@@ -1,0 +1,194 @@
+"""A gateway in this process, in front of a scripted cluster on the memory bus."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+from opentelemetry.sdk.trace.export import SpanExporter
+
+from services.gateway.app import build_app
+from services.gateway.completions import Toolbox
+from services.gateway.metrics import Metrics
+from services.gateway.server import listen, serve
+from services.gateway.service import Gateway
+from services.gateway.settings import GatewaySettings
+from shared.bus.base import Bus, Incoming
+from shared.bus.memory import MemoryBroker
+from shared.clock import IdSource, SystemClock
+from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
+from shared.messages.inference import (
+    CancelTask,
+    InferenceTask,
+    Placed,
+    SequenceResult,
+    TaskFailed,
+    TokenLogprob,
+    TokensProduced,
+)
+from shared.model_files import ModelCard, read_card
+from shared.settings import EMBEDDED_MODEL
+from shared.subjects import CANCEL, FAILED, STATUS, SUBMIT, TOKENS
+from shared.telemetry import Telemetry
+from shared.text import TextTokenizer
+
+NODE = 3
+VERSION = 7
+MODEL = "tiny"
+DEADLINE_S = 20.0
+
+TOKENIZER = TextTokenizer.load(Path(EMBEDDED_MODEL))
+CARD: ModelCard = read_card(Path(EMBEDDED_MODEL), MODEL)
+
+Script = Callable[[InferenceTask], list[SequenceResult]]
+
+
+def says(text: str) -> Script:
+    """A model that always writes `text`, then an end token; cut at max_tokens as a real one is."""
+    return lambda task: results_of(task, [*TOKENIZER.encode(text), CARD.eos_token_ids[0]])
+
+
+def results_of(task: InferenceTask, tokens: list[int]) -> list[SequenceResult]:
+    """The results by which a stage would tell of `tokens`, with log-probability -1 for each."""
+    scored = tuple(_scored(token) for token in task.prompt[1:]) if task.prompt_logprobs else ()
+    if task.sampling.max_tokens == 0:
+        return [SequenceResult(task_id=task.task_id, prompt=scored, finish="length")]
+    results = [SequenceResult(task_id=task.task_id, prompt=scored)] if scored else []
+    for place, token in enumerate(tokens[: task.sampling.max_tokens]):
+        finish = "length" if place + 1 == task.sampling.max_tokens else None
+        finish = "stop" if token in task.sampling.stop_token_ids else finish
+        results.append(SequenceResult(task_id=task.task_id, token=_scored(token), finish=finish))
+    return results
+
+
+def _scored(token: int) -> TokenLogprob:
+    return TokenLogprob(token=token, logprob=-1.0, top=((token, -1.0), (5, -2.0)))
+
+
+@dataclass
+class FakeCluster:
+    """Plays the scheduler and one node."""
+
+    bus: Bus
+    script: Script | None = None
+    """What the node answers; None: nothing until the test says so."""
+    submitted: asyncio.Queue[InferenceTask] = field(default_factory=asyncio.Queue)
+    cancelled: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    traceparents: list[str] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is clear, placements are not answered."""
+
+    async def start(self) -> None:
+        self.gate.set()
+        await self.bus.respond(SUBMIT.at(), self._place)
+        await self.bus.respond(STATUS.at(), self._status)
+        await self.bus.subscribe(CANCEL.at(node=NODE), self._on_cancel)
+
+    async def produce(self, task: InferenceTask, *results: SequenceResult) -> None:
+        for result in results:
+            message = TokensProduced(node=NODE, weights_version=VERSION, results=(result,))
+            await self.bus.publish(TOKENS.at(gateway=task.gateway), message)
+
+    async def say(self, task: InferenceTask, text: str) -> None:
+        """Produce the tokens of `text`, without an end."""
+        for token in TOKENIZER.encode(text):
+            await self.produce(task, SequenceResult(task_id=task.task_id, token=TokenLogprob(token=token)))
+
+    async def fail(self, task: InferenceTask, code: int, reason: str) -> None:
+        failed = TaskFailed(task_id=task.task_id, code=code, reason=reason)
+        await self.bus.publish(FAILED.at(gateway=task.gateway), failed)
+
+    async def _place(self, incoming: Incoming[InferenceTask]) -> Placed:
+        task = incoming.message
+        self.traceparents.append(incoming.traceparent)
+        self.submitted.put_nowait(task)
+        if self.script is not None:  # before the reply, so that tokens overtake it
+            await self.produce(task, *self.script(task))
+        await self.gate.wait()
+        return Placed(node=NODE)
+
+    async def _on_cancel(self, incoming: Incoming[CancelTask]) -> None:
+        self.cancelled.put_nowait(incoming.message.task_id)
+
+    async def _status(self, _: Incoming[StatusRequest]) -> ClusterStatus:
+        node = NodeStatus(
+            node=NODE, ready=True, inference_tasks=0, training_tasks=0, stages=(_heartbeat(0), _heartbeat(1))
+        )
+        return ClusterStatus(policy="round_robin", nodes=(node,))
+
+
+def _heartbeat(stage: int) -> Heartbeat:
+    fields = {name: 0 for name, field in Heartbeat.model_fields.items() if field.annotation is int}
+    texts = {name: "" for name, field in Heartbeat.model_fields.items() if field.annotation is str}
+    flags = {name: True for name, field in Heartbeat.model_fields.items() if field.annotation is bool}
+    known = {"node": NODE, "stage": stage, "weights_version": VERSION, "kv_blocks_used": 11}
+    return Heartbeat.model_validate(fields | texts | flags | known)
+
+
+@dataclass
+class World:
+    """What a test of the gateway holds in its hands."""
+
+    cluster: FakeCluster
+    gateway: Gateway
+    app: FastAPI
+    http: httpx.AsyncClient
+
+
+@asynccontextmanager
+async def gateway_world(
+    script: Script | None = None,
+    *,
+    with_cluster: bool = True,
+    exporter: SpanExporter | None = None,
+    **settings: float,
+) -> AsyncIterator[World]:
+    """A running gateway; the block fails when it takes longer than DEADLINE_S."""
+    broker, telemetry = MemoryBroker(), Telemetry("gateway", exporter)
+    bus, cluster = broker.connect(), FakeCluster(broker.connect(), script)
+    if with_cluster:
+        await cluster.start()
+    tools = _tools(bus, telemetry, GatewaySettings.model_validate(settings))
+    app = build_app(tools)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        tools.gateway.running(),
+        httpx.AsyncClient(transport=transport, base_url="http://gateway") as http,
+    ):
+        yield World(cluster, tools.gateway, app, http)
+    await bus.close()
+    await cluster.bus.close()
+    telemetry.close()
+
+
+def _tools(bus: Bus, telemetry: Telemetry, settings: GatewaySettings) -> Toolbox:
+    clock, ids = SystemClock(), IdSource(random.Random(0))
+    gateway = Gateway(
+        bus=bus, clock=clock, ids=ids, telemetry=telemetry, request_timeout_s=settings.request_timeout_s
+    )
+    return Toolbox(
+        gateway=gateway,
+        tokenizer=TOKENIZER,
+        card=CARD,
+        settings=settings,
+        clock=clock,
+        ids=ids,
+        metrics=Metrics(),
+        telemetry=telemetry,
+    )
+
+
+@asynccontextmanager
+async def served(world: World) -> AsyncIterator[str]:
+    """The world's app behind a real socket; yields its address."""
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    async with asyncio.TaskGroup() as group:
+        server = group.create_task(serve(world.app, listener, before_end=world.gateway.end_sessions))
+        yield f"http://127.0.0.1:{port}"
+        server.cancel()

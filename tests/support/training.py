@@ -1,0 +1,89 @@
+"""Training batches for a node, and the single-process loop that they are compared with."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+
+from shared.messages.training import Microbatch, MicrobatchForward
+from tests.support.models import VOCAB_SIZE
+
+LEARNING_RATE = 1e-3
+ADAMW: dict[str, float] = {"adamw_beta1": 0.9, "adamw_beta2": 0.95, "adamw_epsilon": 1e-3, "weight_decay": 0.01}
+"""The large epsilon keeps AdamW from blowing up rounding errors of gradients that are zero in theory."""
+
+Example = list[int]
+Batch = list[list[Example]]
+"""Microbatches of examples; every token but the first is a label."""
+
+
+def random_batches(num_batches: int, num_microbatches: int, *, seed: int = 11) -> list[Batch]:
+    """Examples of 4 to 12 random tokens, two in each microbatch."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def example() -> Example:
+        length = int(torch.randint(4, 13, (), generator=generator))
+        tokens: Example = torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()
+        return tokens
+
+    return [[[example(), example()] for _ in range(num_microbatches)] for _ in range(num_batches)]
+
+
+def num_labels(batch: Batch) -> int:
+    return sum(len(example) - 1 for microbatch in batch for example in microbatch)
+
+
+def messages(
+    batch_id: str, batch: Batch, *, epoch: int = 1, learning_rate: float = LEARNING_RATE
+) -> list[MicrobatchForward]:
+    """The batch as the trainer would feed it."""
+    return [
+        MicrobatchForward(
+            microbatch=_header(batch_id, index, len(batch), examples, num_labels(batch), epoch, learning_rate),
+            tokens=tuple(token for example in examples for token in example),
+        )
+        for index, examples in enumerate(batch)
+    ]
+
+
+def _header(
+    batch_id: str, index: int, count: int, examples: Sequence[Example], labels: int, epoch: int, rate: float
+) -> Microbatch:
+    tokens = [token for example in examples for token in example]
+    ends = torch.tensor([len(example) for example in examples]).cumsum(0).tolist()
+    rows = [row for row in range(len(tokens)) if row + 1 not in ends]
+    return Microbatch(
+        epoch=epoch,
+        batch_id=batch_id,
+        index=index,
+        count=count,
+        lengths=tuple(len(example) for example in examples),
+        label_rows=tuple(rows),
+        labels=tuple(tokens[row + 1] for row in rows),
+        loss_weight=1 / labels,
+        learning_rate=rate,
+    )
+
+
+def loss_of(model: Any, parameters: dict[str, Tensor], examples: Iterable[Example], labels: int) -> Tensor:
+    """Share of the examples in the batch's mean loss, each example on its own through the unsplit model."""
+    total = torch.zeros(())
+    for example in examples:
+        tokens = torch.tensor([example])
+        logits = functional_call(model, parameters, (tokens,)).logits[0]
+        total = total + functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum")
+    return total / labels
+
+
+def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
+    """The plain optimizer that the stages are compared with."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=LEARNING_RATE,
+        betas=(ADAMW["adamw_beta1"], ADAMW["adamw_beta2"]),
+        eps=ADAMW["adamw_epsilon"],
+        weight_decay=ADAMW["weight_decay"],
+    )

@@ -1,0 +1,101 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lemix.arenas import ArenaFolder, remove_abandoned
+from lemix.run_folder import ClusterFile, RunFolder, clear, newest_running
+from shared.errors import ConfigurationError
+
+
+def described(tmp_path: Path, name: str) -> RunFolder:
+    run = RunFolder(tmp_path / name)
+    run.claim()
+    run.write_cluster(ClusterFile(nats_url=f"nats://{name}", api_url="", launcher_pid=os.getpid(), pids={}))
+    return run
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_run_belongs_to_one_launcher_at_a_time(tmp_path: Path) -> None:
+    run = described(tmp_path, "a")
+    with pytest.raises(ConfigurationError, match="'a' is already running"):
+        RunFolder(tmp_path / "a").claim()
+    run.release()
+    again = RunFolder(tmp_path / "a")
+    again.claim()
+    again.release()
+
+
+def test_the_newest_cluster_still_running_is_found(tmp_path: Path) -> None:
+    assert newest_running(tmp_path) is None
+    old, new = described(tmp_path, "old"), described(tmp_path, "new")
+    os.utime(tmp_path / "old" / "cluster.json", (1, 1))
+    found = newest_running(tmp_path)
+    assert found is not None and found.nats_url == "nats://new"
+    new.release()
+    found = newest_running(tmp_path)
+    assert found is not None and found.nats_url == "nats://old"
+    old.release()
+    assert newest_running(tmp_path) is None
+
+
+def test_the_description_of_a_killed_launcher_is_not_believed(tmp_path: Path) -> None:
+    described(tmp_path, "a").release()
+    (tmp_path / "a" / "cluster.json").write_text(
+        ClusterFile(nats_url="nats://a", api_url="", launcher_pid=1, pids={}).model_dump_json()
+    )
+    assert newest_running(tmp_path) is None
+
+
+def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    described(tmp_path, "a").release()
+    for name in ("nats", "checkpoints"):
+        (tmp_path / "a" / name).mkdir()
+    (tmp_path / "a" / "spans.jsonl").touch()
+    (tmp_path / "a" / "mine.txt").touch()
+    clear(tmp_path / "a")
+    clear(tmp_path / "never-there")
+    assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["mine.txt"]
+
+
+def test_a_running_run_is_not_cleared(tmp_path: Path) -> None:
+    run = described(tmp_path, "a")
+    with pytest.raises(ConfigurationError, match="still running"):
+        clear(tmp_path / "a")
+    run.release()
+
+
+def test_an_arena_folder_is_private_and_removed_with_its_content(tmp_path: Path) -> None:
+    arenas = ArenaFolder.create(tmp_path)
+    assert arenas.path.stat().st_mode & 0o777 == 0o700
+    (arenas.path / "arena").write_bytes(b"x")
+    arenas.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_abandoned_arena_folders_are_removed(tmp_path: Path) -> None:
+    mine = ArenaFolder.create(tmp_path)
+    abandoned = tmp_path / f"lemix-{dead_pid()}-0a1b2c3d"
+    living = tmp_path / f"lemix-{os.getpid()}-0a1b2c3d"
+    foreign = tmp_path / "lemix-notes-old"
+    for folder in (abandoned, living, foreign):
+        folder.mkdir()
+    assert remove_abandoned(tmp_path) == [abandoned]
+    assert sorted(tmp_path.iterdir()) == sorted([mine.path, living, foreign])
+    mine.remove()
+
+
+def test_a_locked_folder_stays_even_when_its_pid_seems_dead(tmp_path: Path) -> None:
+    """A launcher in another container holds the lock, though its pid means nothing here."""
+    mine = ArenaFolder.create(tmp_path)
+    elsewhere = mine.path.rename(tmp_path / f"lemix-{dead_pid()}-0a1b2c3d")
+    assert remove_abandoned(tmp_path) == []
+    assert elsewhere.exists()
+    ArenaFolder(elsewhere, mine._lock).remove()

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from lemix.topology import ClusterOptions, ServiceSpec, module_command, service_specs
+from shared.errors import ConfigurationError
+
+INHERITED = {"PATH": "/bin", "LEMIX_LEARNING_RATE": "0.5", "LEMIX_RUN_DIR": "/elsewhere"}
+
+
+def specs_of(options: ClusterOptions, inherited: dict[str, str] = INHERITED) -> dict[str, ServiceSpec]:
+    specs = service_specs(
+        options, nats_url="nats://127.0.0.1:1", port=8123, shm_dir=Path("/shm/x"), inherited=inherited
+    )
+    return {spec.name: spec for spec in specs}
+
+
+def test_every_service_and_every_stage_of_every_node_is_started() -> None:
+    specs = specs_of(ClusterOptions(nodes=2, stages=3))
+    stages = [f"node-{node}-stage-{stage}" for node in range(2) for stage in range(3)]
+    assert list(specs) == ["scheduler", "gateway", "trainer", *stages]
+    assert specs["gateway"].command == module_command("gateway")
+    assert specs["node-1-stage-2"].command == module_command("stage_worker")
+
+
+def test_each_stage_is_told_its_place() -> None:
+    environment = specs_of(ClusterOptions(nodes=2, stages=2))["node-1-stage-0"].environment
+    assert environment["LEMIX_NODE"] == "1"
+    assert environment["LEMIX_STAGE"] == "0"
+    assert environment["LEMIX_NUM_STAGES"] == "2"
+    assert environment["LEMIX_SHM_DIR"] == "/shm/x"
+    assert environment["LEMIX_DEVICE"] == "cpu"
+
+
+def test_devices_are_dealt_out_in_order_and_again_when_short() -> None:
+    specs = specs_of(ClusterOptions(nodes=2, stages=2, devices=("cuda:0", "cuda:1", "cuda:2")))
+    devices = [spec.environment["LEMIX_DEVICE"] for name, spec in specs.items() if name.startswith("node")]
+    assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+
+
+def test_the_run_overrides_what_the_launcher_inherited_and_keeps_the_rest(tmp_path: Path) -> None:
+    options = ClusterOptions(runs_dir=tmp_path, name="n", policy="least_loaded", extra_env={"EXTRA": "1"})
+    specs = specs_of(options)
+    for spec in specs.values():
+        assert spec.environment["LEMIX_RUN_DIR"] == str(tmp_path / "n")
+        assert spec.environment["LEMIX_NATS_URL"] == "nats://127.0.0.1:1"
+        assert spec.environment["LEMIX_LEARNING_RATE"] == "0.5"
+        assert spec.environment["PATH"] == "/bin"
+        assert spec.environment["EXTRA"] == "1"
+        assert "LEMIX_MODEL" not in spec.environment
+    assert specs["gateway"].environment["LEMIX_PORT"] == "8123"
+    assert specs["scheduler"].environment["LEMIX_POLICY"] == "least_loaded"
+
+
+def test_stage_workers_compute_on_one_thread_unless_told_otherwise() -> None:
+    options = ClusterOptions(nodes=1, stages=1, model="some/model")
+    assert specs_of(options)["node-0-stage-0"].environment["OMP_NUM_THREADS"] == "1"
+    assert specs_of(options)["node-0-stage-0"].environment["LEMIX_MODEL"] == "some/model"
+    assert "OMP_NUM_THREADS" not in specs_of(options)["gateway"].environment
+    chosen = specs_of(options, {**INHERITED, "OMP_NUM_THREADS": "4"})
+    assert chosen["node-0-stage-0"].environment["OMP_NUM_THREADS"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (ClusterOptions(nodes=0), "nodes=0"),
+        (ClusterOptions(stages=-1), "stages=-1"),
+        (ClusterOptions(devices=()), "device"),
+        (ClusterOptions(port=70000), "port=70000"),
+        (ClusterOptions(name="../other"), "name='../other'"),
+        (ClusterOptions(name=""), "name=''"),
+    ],
+)
+def test_a_wrong_option_is_named(options: ClusterOptions, fault: str) -> None:
+    with pytest.raises(ConfigurationError, match=fault):
+        options.validate()

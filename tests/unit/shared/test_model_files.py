@@ -1,0 +1,59 @@
+"""Where a model's files lie, and what its config says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shared.errors import ConfigurationError, UnsupportedModelError
+from shared.model_files import CONFIG_FILES, name_of, read_card, resolve
+
+
+def write_config(folder: Path, **config: object) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_existing_folder_is_itself(tmp_path: Path) -> None:
+    assert resolve(str(tmp_path), CONFIG_FILES) == tmp_path
+    assert name_of(str(tmp_path)) == tmp_path.name
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "not a name!", "nobody/nothing"])
+def test_what_is_nowhere_is_named(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigurationError, match=model):
+        resolve(model, CONFIG_FILES)
+
+
+def test_hub_name_is_the_name() -> None:
+    assert name_of("someone/some-model") == "someone/some-model"
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "n_ctx"])
+def test_context_length_has_several_names(key: str, tmp_path: Path) -> None:
+    write_config(tmp_path, model_type="any", vocab_size=10, **{key: 64})
+    card = read_card(tmp_path, "m")
+    assert (card.name, card.model_type, card.vocab_size, card.context_length) == ("m", "any", 10, 64)
+    assert (card.bos_token_id, card.eos_token_ids) == (None, ())
+
+
+def test_generation_config_says_what_ends_a_text(tmp_path: Path) -> None:
+    write_config(tmp_path, vocab_size=10, n_ctx=8, eos_token_id=1, bos_token_id=2)
+    assert read_card(tmp_path, "m").eos_token_ids == (1,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    card = read_card(tmp_path, "m")
+    assert (card.bos_token_id, card.eos_token_ids) == (2, (3, 4))
+
+
+def test_config_without_sizes_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path, vocab_size=10)
+    with pytest.raises(UnsupportedModelError, match="n_positions"):
+        read_card(tmp_path, "m")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_unreadable_config_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        read_card(tmp_path, "m")

@@ -1,0 +1,87 @@
+"""Tokens to text, one by one: whole characters only, and in the end the same text."""
+
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from shared.errors import ConfigurationError
+from shared.settings import EMBEDDED_MODEL
+from shared.text import TextTokenizer
+
+BYTE_LEVEL = TextTokenizer.load(Path(EMBEDDED_MODEL))
+
+
+def sentencepiece_like() -> TextTokenizer:
+    """Words with a space mark and bytes as a fallback, as Llama 2 and Mistral have them."""
+    words = ["<unk>", "▁Hello", "▁world", "s", "▁"]
+    vocab = {piece: place for place, piece in enumerate(words + [f"<0x{byte:02X}>" for byte in range(256)])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return TextTokenizer(tokenizer)
+
+
+def streamed(tokenizer: TextTokenizer, ids: list[int], context: list[int] | None = None) -> list[str]:
+    stream = tokenizer.stream(context or [])
+    return [*(stream.push(token) for token in ids), stream.flush()]
+
+
+def test_character_over_several_tokens_appears_once_and_whole() -> None:
+    text = "naïve 漢字 😀!"
+    ids = BYTE_LEVEL.encode(text)
+    pieces = streamed(BYTE_LEVEL, ids)
+    assert len(ids) > len(text.split())
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_any_tokens_stream_to_the_text_they_decode_to() -> None:
+    rng = random.Random(2)
+    for _ in range(200):
+        ids = [rng.randrange(4096) if rng.random() < 0.5 else rng.randrange(1, 257) for _ in range(40)]
+        assert "".join(streamed(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
+
+
+def test_what_never_becomes_a_character_comes_with_the_flush() -> None:
+    ids = BYTE_LEVEL.encode("😀")[:-1]
+    pieces = streamed(BYTE_LEVEL, ids)
+    assert "".join(pieces[:-1]) == ""
+    assert set(pieces[-1]) == {"\ufffd"}
+
+
+def test_continuation_keeps_the_space_before_its_first_word() -> None:
+    tokenizer = sentencepiece_like()
+    assert tokenizer.decode([2]) == "world"
+    assert streamed(tokenizer, [2, 3], context=[1]) == [" world", "s", ""]
+
+
+def test_character_begun_in_the_prompt_is_finished_in_the_completion() -> None:
+    ids = BYTE_LEVEL.encode("😀")
+    assert "".join(streamed(BYTE_LEVEL, ids[2:], context=ids[:2])) == "😀"
+
+
+def test_bytes_that_undo_an_earlier_character_do_not_raise() -> None:
+    tokenizer = sentencepiece_like()
+    byte = {value: 5 + value for value in range(256)}
+    pieces = streamed(tokenizer, [1, byte[0xC3], byte[0xA9], byte[0xFF], 3, 2])
+    assert "".join(pieces).startswith("Helloé")
+    assert "".join(pieces).endswith("s world")
+
+
+def test_token_text_is_what_the_token_adds() -> None:
+    tokenizer = sentencepiece_like()
+    assert [tokenizer.token_text(token) for token in (1, 3, 5 + 0xC3)] == [" Hello", "s", "<0xC3>"]
+    assert BYTE_LEVEL.token_text(0) == "<|endoftext|>"
+
+
+def test_different_tokens_are_spelled_differently() -> None:
+    texts = [BYTE_LEVEL.token_text(token) for token in range(4096)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"tokenizer\.json"):
+        TextTokenizer.load(tmp_path)

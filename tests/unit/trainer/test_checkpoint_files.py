@@ -1,0 +1,143 @@
+"""Checkpoints on the disk: whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from services.trainer.checkpoint_files import CheckpointFiles, ledger_of
+from shared import checkpoints
+from shared.checkpoints import Manifest
+from shared.messages.training import ShardSaved
+
+
+def manifest(version: int, *, node: int = 0, **fields: object) -> Manifest:
+    content = {
+        "node": node,
+        "version": version,
+        "num_stages": 2,
+        "model": "m",
+        "watermark": 0,
+        "sequences": (),
+        "rejected": (),
+        "recent_batch_ids": (),
+        "sha256_by_file": {},
+        "created_wall_s": 0.0,
+    }
+    return Manifest.model_validate({**content, **fields})
+
+
+def shards(folder: Path) -> list[ShardSaved]:
+    """What two stages have written."""
+    saved = []
+    for stage in (1, 2):
+        name = f"model-{stage:05}-of-00002.safetensors"
+        (folder / name).write_text("weights")
+        saved.append(
+            ShardSaved(
+                version=1, sha256_by_file={name: f"{stage}"}, file_by_tensor={f"t{stage}": name}, size_bytes=7
+            )
+        )
+    return saved
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CheckpointFiles:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "tokenizer.json").write_text("{}")
+    (model / "model.safetensors").write_text("the weights before training")
+    return CheckpointFiles(tmp_path / "checkpoints", model_folder=model, keep=2)
+
+
+def save(files: CheckpointFiles, version: int, node: int = 0) -> Path:
+    folder = files.temporary(node, version, 1)
+    files.begin(folder)
+    return files.finish(folder, manifest(version, node=node), shards(folder)).folder
+
+
+def test_a_checkpoint_is_one_model_with_its_tokenizer(files: CheckpointFiles, tmp_path: Path) -> None:
+    folder = save(files, 16)
+
+    assert folder == tmp_path / "checkpoints" / "node-0" / "step-00000016"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "lemix.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 14
+    assert index["weight_map"]["t2"] == "model-00002-of-00002.safetensors"
+
+
+def test_the_newest_whole_checkpoint_of_each_node_is_found(files: CheckpointFiles, tmp_path: Path) -> None:
+    save(files, 1)
+    save(files, 2)
+    other = save(files, 7, node=3)
+    root = tmp_path / "checkpoints"
+    (root / "node-0" / "step-00000009").mkdir()
+    torn = root / "node-0" / "step-00000008"
+    torn.mkdir()
+    (torn / "lemix.json").write_text('{"node": 0')
+    lacking = root / "node-0" / "step-00000007"
+    lacking.mkdir()
+    checkpoints.write(lacking, manifest(7, sha256_by_file={"gone.safetensors": "1"}))
+
+    found = files.load()
+
+    assert {node: checkpoint.manifest.version for node, checkpoint in found.items()} == {0: 2, 3: 7}
+    assert found[3].folder == other
+    assert checkpoints.latest(root, 1) is None
+    assert checkpoints.latest(root / "nothing", 0) is None
+
+
+def test_old_checkpoints_are_removed_and_so_is_what_dead_writers_left(files: CheckpointFiles) -> None:
+    left_behind = files.temporary(0, 1, 1)
+    files.begin(left_behind)
+    for version in (1, 2, 3):
+        newest = save(files, version)
+    files.prune(0)
+
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_a_reported_file_that_is_not_there_makes_no_checkpoint(files: CheckpointFiles) -> None:
+    folder = files.temporary(0, 1, 1)
+    files.begin(folder)
+    written = shards(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+    with pytest.raises(FileNotFoundError, match="model-00002"):
+        files.finish(folder, manifest(1), written)
+
+    assert files.load() == {}
+
+
+def test_a_broken_folder_of_the_same_version_is_replaced(files: CheckpointFiles) -> None:
+    folder = save(files, 1)
+    (folder / "lemix.json").unlink()
+
+    assert save(files, 1) == folder
+    assert files.load()[0].manifest.version == 1
+
+
+def test_the_ledger_is_what_all_manifests_say_together(files: CheckpointFiles, tmp_path: Path) -> None:
+    for node, content in enumerate(
+        [
+            {"watermark": 3, "sequences": (5, 8), "recent_batch_ids": ("a", "b")},
+            {"watermark": 4, "sequences": (7,), "rejected": (2, 6), "recent_batch_ids": ("c",)},
+        ]
+    ):
+        folder = files.temporary(node, 9, 1)
+        files.begin(folder)
+        files.finish(folder, manifest(9, node=node, **content), shards(folder))
+
+    ledger = ledger_of(files.load().values())
+
+    assert ledger.watermark == 8
+    assert ledger.lineage(1).version == 9
+    assert all(ledger.knows(batch_id) for batch_id in "abc")

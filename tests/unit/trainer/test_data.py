@@ -1,0 +1,84 @@
+"""Bodies of training batches: both formats, and every reason to refuse one."""
+
+import json
+
+import msgpack
+import pytest
+
+from services.trainer.data import (
+    MAX_EXAMPLES,
+    ChatMessage,
+    Conversation,
+    PlainText,
+    PromptCompletion,
+    TokenIds,
+    read_body,
+)
+from shared.errors import InvalidBatchError
+
+EXAMPLES = [
+    {"prompt": "2+2=", "completion": "4"},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    {"text": "once"},
+    {"token_ids": [1, 2]},
+]
+
+
+def to_json(body: object) -> bytes:
+    return json.dumps(body).encode()
+
+
+@pytest.mark.parametrize("pack", [to_json, msgpack.packb])
+def test_both_formats_give_the_same_examples(pack) -> None:
+    body = read_body(pack({"id": "b-1", "examples": EXAMPLES}))
+
+    assert body.id == "b-1"
+    assert body.examples == [
+        PromptCompletion(prompt="2+2=", completion="4"),
+        Conversation(
+            messages=[ChatMessage(role="user", content="hi"), ChatMessage(role="assistant", content="ho")]
+        ),
+        PlainText(text="once"),
+        TokenIds(token_ids=[1, 2]),
+    ]
+
+
+def test_the_id_may_be_left_out_and_json_may_begin_with_space() -> None:
+    assert read_body(b'\n {"examples": [{"text": "a"}]}').id is None
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "neither a JSON object nor a MessagePack map"),
+        (b"[1, 2]", "neither a JSON object nor a MessagePack map"),
+        (b"\xff\x00", "neither a JSON object nor a MessagePack map"),
+        (b'{"examples": [', "the body: Invalid JSON"),
+        (b"\x82\xa1", "the body is not MessagePack"),
+        (msgpack.packb({"examples": [{"text": "a"}]}) + b"\x00", "the body is not MessagePack"),
+        (msgpack.packb({1: 2}), "the body is not MessagePack"),
+        (b"{}", "examples: Field required"),
+        (b'{"examples": []}', "examples: List should have at least 1 item"),
+        (b'{"examples": [{"text": "a"}], "lr": 1}', "lr: Extra inputs are not permitted"),
+        (b'{"examples": [{"text": "a"}], "id": ""}', "id: String should have at least 1 character"),
+        (b'{"examples": [{"text": "a"}], "id": 5}', "id: Input should be a valid string"),
+        (b'{"examples": ["a"]}', "examples.0: has none of the keys"),
+        (b'{"examples": [{"completion": "a"}]}', "examples.0.prompt: Field required"),
+        (b'{"examples": [{"text": "a", "token_ids": [1]}]}', "examples.0.token_ids: Extra inputs"),
+        (b'{"examples": [{"token_ids": [1, "2"]}]}', "examples.0.token_ids.1: Input should be a valid int"),
+        (b'{"examples": [{"token_ids": [1, 2.0]}]}', "examples.0.token_ids.1: Input should be a valid int"),
+        (b'{"examples": [{"token_ids": [true, 2]}]}', "examples.0.token_ids.0: Input should be a valid int"),
+        (b'{"examples": [{"messages": []}]}', "examples.0.messages: List should have at least 1 item"),
+        (b'{"examples": [{"messages": [{"role": "user"}]}]}', "examples.0.messages.0.content: Field"),
+        (msgpack.packb({"examples": [{"text": b"a"}]}), "examples.0.text: Input should be a valid str"),
+        (
+            json.dumps({"examples": [{"text": "a"}] * (MAX_EXAMPLES + 1)}).encode(),
+            f"examples: List should have at most {MAX_EXAMPLES} items",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_the_place_and_the_fault(body: bytes, reason: str) -> None:
+    with pytest.raises(InvalidBatchError) as refusal:
+        read_body(body)
+
+    assert reason in str(refusal.value)

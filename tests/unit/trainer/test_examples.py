@@ -1,0 +1,160 @@
+"""Examples as tokens: which of them count in the loss, and what cannot be learnt from."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+from services.trainer.chat_template import ChatTemplate
+from services.trainer.data import ChatMessage, Conversation, PlainText, PromptCompletion, TokenIds
+from services.trainer.examples import ExampleEncoder
+from shared.errors import ConfigurationError, InvalidBatchError
+from shared.model_files import ModelCard
+from shared.text import TextTokenizer
+
+BOS, EOS, A, B, C, USER, ASSISTANT, END = range(8)
+VOCABULARY = {word: i for i, word in enumerate(("BOS", "EOS", "a", "b", "c", "user", "assistant", "END"))}
+TURNS = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} END {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def tokenizer() -> TextTokenizer:
+    """Words are tokens, and every text begins with BOS."""
+    words = Tokenizer(WordLevel(VOCABULARY, unk_token="c"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="BOS $A", special_tokens=[("BOS", BOS)])
+    return TextTokenizer(words)
+
+
+def card(eos: tuple[int, ...] = (EOS,)) -> ModelCard:
+    return ModelCard(
+        name="m", model_type="llama", vocab_size=8, context_length=8, bos_token_id=BOS, eos_token_ids=eos
+    )
+
+
+def encoder(template: str | None = TURNS, eos: tuple[int, ...] = (EOS,)) -> ExampleEncoder:
+    return ExampleEncoder(
+        card=card(eos),
+        max_tokens=8,
+        tokenizer=tokenizer(),
+        chat_template=None if template is None else ChatTemplate(template, {"bos_token": "BOS"}),
+    )
+
+
+def chat(*turns: tuple[str, str]) -> Conversation:
+    return Conversation(messages=[ChatMessage(role=role, content=content) for role, content in turns])
+
+
+def test_of_a_completion_only_its_own_tokens_and_the_end_count() -> None:
+    encoded = encoder().encode(PromptCompletion(prompt="a b", completion="c a"))
+
+    assert encoded.tokens == (BOS, A, B, C, A, EOS)
+    assert encoded.labels == (C, A, EOS)
+    assert encoded.label_rows == (2, 3, 4)
+
+
+def test_of_a_text_all_tokens_but_the_first_count() -> None:
+    encoded = encoder().encode(PlainText(text="a b"))
+
+    assert (encoded.tokens, encoded.labels) == ((BOS, A, B, EOS), (A, B, EOS))
+
+
+def test_a_model_without_end_token_gets_none_and_an_end_is_not_doubled() -> None:
+    assert encoder(eos=()).encode(PlainText(text="a b")).tokens == (BOS, A, B)
+    assert encoder(eos=(B,)).encode(PlainText(text="a b")).tokens == (BOS, A, B)
+
+
+def test_token_ids_are_learnt_as_they_are() -> None:
+    encoded = encoder().encode(TokenIds(token_ids=[C, B, A]))
+
+    assert (encoded.tokens, encoded.label_rows) == ((C, B, A), (0, 1))
+
+
+def test_of_a_conversation_only_what_the_assistant_says_counts() -> None:
+    encoded = encoder().encode(chat(("user", "a"), ("assistant", "b c")))
+
+    assert encoded.tokens == (USER, A, END, ASSISTANT, B, C, END)
+    assert encoded.labels == (B, C, END)
+
+
+def test_an_answer_at_the_very_start_counts_but_for_its_first_token() -> None:
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+    assert encoder(template).encode(chat(("assistant", "a b c"))).labels == (B, C)
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (TokenIds(token_ids=[]), "has 0 tokens, needs at least 2"),
+        (TokenIds(token_ids=[1]), "has 1 tokens, needs at least 2"),
+        (TokenIds(token_ids=[1] * 9), "has 9 tokens, at most 8"),
+        (TokenIds(token_ids=[1, 8]), "token id 8 is not in 0..7"),
+        (TokenIds(token_ids=[-1, 1]), "token id -1 is not in 0..7"),
+        (TokenIds(token_ids=[1, 2**70]), "is not in 0..7"),
+        (chat(("user", "a"), ("user", "b")), "has nothing to learn"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_refused(example, reason: str) -> None:
+    with pytest.raises(InvalidBatchError, match=reason):
+        encoder().encode(example)
+
+
+def test_an_empty_completion_without_end_token_teaches_nothing() -> None:
+    with pytest.raises(InvalidBatchError, match="has nothing to learn"):
+        encoder(eos=()).encode(PromptCompletion(prompt="a b", completion=""))
+
+
+def test_text_needs_a_tokenizer_and_messages_need_a_template() -> None:
+    bare = ExampleEncoder(card=card(), max_tokens=8, tokenizer=None, chat_template=None)
+
+    with pytest.raises(InvalidBatchError, match="no tokenizer"):
+        bare.encode(PlainText(text="a"))
+    with pytest.raises(InvalidBatchError, match="no chat template"):
+        encoder(template=None).encode(chat(("assistant", "a")))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    only_last = "{{ messages[-1].content if messages else '' }}"
+
+    with pytest.raises(InvalidBatchError, match="renders earlier messages differently"):
+        encoder(only_last).encode(chat(("assistant", "a"), ("user", "b")))
+
+
+def test_a_template_may_refuse_a_conversation_and_cannot_reach_the_machine() -> None:
+    for template in ("{{ raise_exception('roles must alternate') }}", "{{ messages.__class__.__mro__ }}"):
+        with pytest.raises(InvalidBatchError, match="the chat template refuses the messages"):
+            encoder(template).encode(chat(("assistant", "a")))
+
+
+def test_a_template_that_is_no_template_is_a_wrong_configuration() -> None:
+    with pytest.raises(ConfigurationError, match="chat template is wrong"):
+        ChatTemplate("{% for %}", {})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": '{"chat_template": "x{{ bos_token }}", "bos_token": {"content": "BOS"}}'},
+        {"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "xBOS"}]}'},
+        {"chat_template.jinja": "xBOS"},
+    ],
+    ids=["one", "named", "own file"],
+)
+def test_the_template_is_found_where_tokenizers_keep_it(files: dict[str, str], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+
+    template = ChatTemplate.load(tmp_path)
+
+    assert template is not None
+    assert [segment.text for segment in template.segments([ChatMessage(role="user", content="")])] == ["xBOS"]
+
+
+def test_a_model_may_have_no_template(tmp_path: Path) -> None:
+    assert ChatTemplate.load(tmp_path) is None

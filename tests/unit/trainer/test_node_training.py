@@ -1,0 +1,309 @@
+"""One node as the trainer drives it: what it is told, and what it then does."""
+
+import itertools
+
+import pytest
+
+from services.trainer.node_training import (
+    SAVE_DEADLINE_S,
+    STALLED_AFTER_S,
+    Action,
+    Applied,
+    Closed,
+    Feed,
+    NodeTraining,
+    RequestSave,
+    Restore,
+    Rules,
+    SaveAbandoned,
+    WriteCheckpoint,
+)
+from services.trainer.schedules import SCHEDULES, Shape, Slot
+from shared.messages.training import (
+    BackwardDone,
+    ForwardDone,
+    SaveFailed,
+    ShardSaved,
+    StageEvent,
+    StageReport,
+    StepDone,
+    TrainingFailed,
+)
+from tests.support.cluster import heartbeat
+
+
+class Driver:
+    """A node of two stages, and short ways of telling it things. Time stands still unless moved."""
+
+    def __init__(self, *, checkpoint_every: int = 100, durable_version: int = 0) -> None:
+        rules = Rules(schedule=SCHEDULES["async"], checkpoint_every=checkpoint_every, checkpoint_idle_s=2.0)
+        self.now_s = 0.0
+        self.node = NodeTraining(
+            0, 2, rules=rules, durable_version=durable_version, epochs=itertools.count(1)
+        )
+
+    def beat(self, stage: int, *, instance: str = "a", ready: bool = True) -> list[Action]:
+        beat = heartbeat(0, stage, num_stages=2, instance=instance, ready=ready)
+        return self.node.heartbeat(beat, self.now_s)
+
+    def open(self) -> "Driver":
+        self.beat(0)
+        self.beat(1)
+        self.node.restored(self.node.epoch, "", self.now_s)
+        assert self.node.phase == "open"
+        return self
+
+    def tick(self, passed_s: float) -> list[Action]:
+        """Let time pass, all stages alive."""
+        self.now_s += passed_s
+        self.beat(0)
+        self.beat(1)
+        return self.node.tick(self.now_s)
+
+    def place(self, batch_id: str, count: int = 1) -> list[Action]:
+        return self.node.place(Shape(batch_id, count), self.now_s)
+
+    def report(self, stage: int, event: StageEvent, *, epoch: int | None = None) -> list[Action]:
+        epoch = self.node.epoch if epoch is None else epoch
+        return self.node.report(StageReport(node=0, stage=stage, epoch=epoch, event=event), self.now_s)
+
+    def through_stage_0(self, batch_id: str, index: int = 0) -> list[Action]:
+        forward = self.report(0, ForwardDone(batch_id=batch_id, index=index, version=0))
+        return forward + self.report(0, BackwardDone(batch_id=batch_id, index=index))
+
+    def step(self, batch_id: str, version: int, loss: float = 1.0) -> list[Action]:
+        self.report(1, BackwardDone(batch_id=batch_id, index=0, loss=loss))
+        first = self.report(1, StepDone(batch_id=batch_id, version=version))
+        return first + self.report(0, StepDone(batch_id=batch_id, version=version))
+
+    def apply(self, batch_id: str, version: int) -> list[Action]:
+        return self.place(batch_id) + self.through_stage_0(batch_id) + self.step(batch_id, version)
+
+    def answer(self, version: int, refusals: dict[int, str] | None = None) -> list[Action]:
+        return self.node.save_answered(self.node.epoch, version, refusals or {}, self.now_s)
+
+    def saved(self, stage: int, version: int) -> list[Action]:
+        shard = ShardSaved(version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)
+        return self.report(stage, shard)
+
+    def written(self, version: int, failure: str = "") -> list[Action]:
+        return self.node.checkpoint_written(version, failure, self.now_s)
+
+
+def test_a_node_is_restored_when_all_its_stages_are_ready_and_then_fed() -> None:
+    driver = Driver()
+    assert driver.beat(0) == []
+    assert driver.beat(1, ready=False) == []
+    assert driver.beat(1) == [Restore(1, 2)]
+    assert driver.beat(1) == []
+    assert driver.place("a", 2) == []
+
+    assert driver.node.restored(1, "", 0.0) == [Feed(Slot("a", 0, 2))]
+
+
+def test_a_batch_is_applied_when_all_stages_have_stepped_and_its_loss_is_the_sum() -> None:
+    driver = Driver(durable_version=5).open()
+    driver.place("a", 2)
+    driver.through_stage_0("a", 0)
+    driver.report(1, BackwardDone(batch_id="a", index=0, loss=0.5))
+    driver.report(1, BackwardDone(batch_id="a", index=1, loss=0.25))
+    assert driver.report(1, StepDone(batch_id="a", version=6)) == []
+
+    assert driver.report(0, StepDone(batch_id="a", version=6)) == [Applied("a", 6, 0.75)]
+
+
+def test_a_stage_that_was_restarted_gives_the_batches_back() -> None:
+    driver = Driver().open()
+    driver.place("a", 2)
+    driver.place("b")
+
+    assert driver.beat(1, instance="new", ready=False) == [Closed("stage 1 was restarted", ("a", "b"))]
+    assert driver.beat(1, instance="new") == [Restore(2, 2)]
+
+
+def test_reports_of_an_earlier_life_are_ignored() -> None:
+    driver = Driver().open()
+    driver.place("a")
+    driver.beat(1, instance="new")
+    driver.node.restored(2, "", 0.0)
+    driver.place("a")
+
+    assert driver.report(0, TrainingFailed(batch_id="a", reason="old"), epoch=1) == []
+    assert driver.report(0, StepDone(batch_id="a", version=7), epoch=1) == []
+    assert driver.node.phase == "open"
+
+
+def test_a_late_answer_to_an_earlier_restore_is_ignored() -> None:
+    driver = Driver()
+    driver.beat(0)
+    driver.beat(1)
+    assert driver.beat(1, instance="new") == [Closed("stage 1 was restarted", ()), Restore(2, 2)]
+
+    driver.node.restored(1, "", 0.0)
+
+    assert driver.node.phase == "restoring"
+
+
+def test_a_failed_restore_is_tried_again_at_the_next_heartbeat() -> None:
+    driver = Driver()
+    driver.beat(0)
+    driver.beat(1)
+    driver.place("a")
+
+    assert driver.node.restored(1, "stage 1: no answer", 0.0) == [
+        Closed("the restore failed: stage 1: no answer", ("a",))
+    ]
+    assert driver.beat(0) == [Restore(2, 2)]
+
+
+def test_a_failed_computation_names_its_batch_and_restores_the_node() -> None:
+    driver = Driver().open()
+    driver.place("a")
+    driver.place("b")
+
+    assert driver.report(1, TrainingFailed(batch_id="a", reason="NaN")) == [
+        Closed("stage 1 failed: NaN", ("a", "b"), poisoned="a"),
+        Restore(2, 2),
+    ]
+
+
+def test_a_stage_at_another_version_than_it_should_be_restores_the_node() -> None:
+    driver = Driver().open()
+    driver.place("a")
+
+    actions = driver.report(0, StepDone(batch_id="a", version=3))
+
+    assert actions == [Closed("stage 0 is at version 3 after a, not at 1", ("a",)), Restore(2, 2)]
+
+
+def test_a_silent_stage_closes_the_node_until_it_speaks_again() -> None:
+    driver = Driver().open()
+    driver.place("a")
+    driver.now_s = 3.5
+    driver.beat(0)
+
+    assert driver.node.tick(3.5) == [Closed("stages [1] are silent", ("a",))]
+    assert driver.beat(0) == []
+    assert driver.beat(1) == [Restore(2, 2)]
+
+
+def test_a_node_that_reports_nothing_while_it_has_work_starts_again() -> None:
+    driver = Driver().open()
+    driver.place("a")
+    assert driver.tick(STALLED_AFTER_S) == []
+    driver.report(0, ForwardDone(batch_id="a", index=0, version=0))
+    assert driver.tick(1) == []
+
+    assert driver.tick(STALLED_AFTER_S + 1)[0] == Closed(f"no report for {STALLED_AFTER_S:g} s", ("a",))
+
+
+def test_a_save_is_asked_for_before_the_last_microbatch_of_its_version() -> None:
+    driver = Driver(checkpoint_every=2).open()
+    driver.apply("a", 1)
+    assert driver.place("b", 2) == [Feed(Slot("b", 0, 2))]
+
+    assert driver.report(0, ForwardDone(batch_id="b", index=0, version=1)) == [RequestSave(1, 2, 2)]
+    assert driver.answer(2) == [Feed(Slot("b", 1, 2))]
+
+
+def test_a_checkpoint_is_written_when_all_shards_are_there_and_all_stages_have_stepped() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    assert driver.place("a") == [RequestSave(1, 1, 2)]
+    driver.answer(1)
+    driver.through_stage_0("a")
+    driver.report(1, StepDone(batch_id="a", version=1))
+    assert driver.saved(1, 1) == []
+    assert driver.saved(0, 1) == []  # its StepDone is overtaken
+
+    actions = driver.report(0, StepDone(batch_id="a", version=1))
+
+    assert [type(action) for action in actions] == [Applied, WriteCheckpoint]
+    assert driver.written(1) == []
+    assert driver.node.durable_version == 1
+
+
+@pytest.mark.parametrize("stage_1_says", ["refuses", "fails"])
+def test_a_save_that_one_stage_does_not_do_ends_and_comes_again_at_the_next_batch(stage_1_says: str) -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.place("a")
+    driver.answer(1, {1: "past it"} if stage_1_says == "refuses" else {})
+    driver.through_stage_0("a")
+    driver.step("a", 1)
+    if stage_1_says == "fails":
+        driver.report(1, SaveFailed(version=1, reason="past it"))
+
+    assert driver.saved(0, 1) == [SaveAbandoned(1, "stage 1: past it")]
+    assert driver.place("b") == [RequestSave(1, 2, 2)]
+
+
+def test_a_refused_save_does_not_hold_the_batch_up() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.place("a")
+
+    assert driver.answer(1, {0: "no", 1: "no"}) == [
+        SaveAbandoned(1, "stage 0: no; stage 1: no"),
+        Feed(Slot("a", 0, 1)),
+    ]
+
+
+def test_an_idle_node_saves_what_it_has_learnt_and_tries_again_when_that_fails() -> None:
+    driver = Driver().open()
+    assert driver.tick(10) == []
+    driver.apply("a", 1)
+    assert driver.tick(0) == []
+    assert driver.tick(1.9) == []
+    assert driver.tick(0.2) == [RequestSave(1, 1, 2)]
+    assert driver.answer(1, {0: "no", 1: "no"})[0] == SaveAbandoned(1, "stage 0: no; stage 1: no")
+    assert driver.tick(0) == []
+    assert driver.tick(2) == [RequestSave(1, 1, 2)]
+
+
+def test_no_step_may_overtake_a_save_of_an_idle_node() -> None:
+    driver = Driver().open()
+    driver.apply("a", 1)
+    driver.tick(0)
+    driver.tick(2)
+
+    assert driver.place("b") == []
+    assert driver.answer(1) == [Feed(Slot("b", 0, 1))]
+
+
+def test_a_save_that_never_ends_is_given_up() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.place("a")
+    driver.answer(1)
+    driver.through_stage_0("a")
+    driver.step("a", 1)
+
+    assert driver.tick(SAVE_DEADLINE_S + 1)[0] == SaveAbandoned(
+        1, f"not written within {SAVE_DEADLINE_S:g} s"
+    )
+
+
+@pytest.mark.parametrize("failure", ["", "disk full"])
+def test_a_node_closes_only_when_it_is_known_whether_its_checkpoint_is_durable(failure: str) -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.place("a")
+    driver.answer(1)
+    driver.through_stage_0("a")
+    driver.step("a", 1)
+    driver.saved(0, 1)
+    assert isinstance(driver.saved(1, 1)[0], WriteCheckpoint)
+
+    assert driver.beat(0, instance="new") == []
+    assert not driver.node.is_known
+    actions = driver.written(1, failure)
+
+    assert actions[-2:] == [Closed("stage 0 was restarted", ()), Restore(2, 2)]
+    assert driver.node.version == driver.node.durable_version == (0 if failure else 1)
+
+
+def test_an_answer_to_a_save_of_an_earlier_life_is_ignored() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.place("a")
+    driver.beat(0, instance="new")
+    driver.node.restored(2, "", 0.0)
+    assert driver.place("a") == [RequestSave(2, 1, 2)]
+
+    assert driver.node.save_answered(1, 1, {0: "gone"}, 0.0) == []
+    assert driver.answer(1) == [Feed(Slot("a", 0, 1))]
