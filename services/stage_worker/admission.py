@@ -23,7 +23,9 @@ class Admission:
         return len(self._line)
 
     def offer(self, sequence: Sequence) -> None:
-        """Put a sequence in line. Raises RefusedError when it can never fit, or the line is full."""
+        """Put a sequence in line. Raises RefusedError when it can never run, or the line is full."""
+        if not sequence.task.prompt:
+            raise RefusedError("the prompt is empty", code=400)
         if self._blocks_for(sequence.task) > self._allocator.num_blocks:
             capacity = self._allocator.num_blocks * self._allocator.block_size
             wanted = len(sequence.task.prompt) + sequence.task.sampling.max_tokens

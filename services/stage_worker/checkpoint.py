@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,7 +44,10 @@ def write_shard(snapshot: Snapshot, folder: Path, layers: LayerRange) -> ShardFi
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> str:
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how the library tells of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

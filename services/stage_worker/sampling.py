@@ -1,4 +1,4 @@
-"""Draws tokens from logits. Each draw depends on the sequence's seed and position only, never on its company."""
+"""Draws tokens from logits, each by its sequence's seed and position only, never by its company."""
 
 from collections.abc import Sequence
 
@@ -23,11 +23,17 @@ def _draw_rows(logits_RV: Tensor, samplings: Sequence[Sampling], uniforms: Seque
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=logits_RV.device).unsqueeze(1)
 
-    probabilities = torch.softmax(logits_RV.float() / column([s.temperature for s in samplings]), dim=-1)
+    # Differences to the likeliest token, and no divisor of 0: the coldest temperature gives no infinities.
+    logits_RV = logits_RV.float() - logits_RV.float().max(dim=-1, keepdim=True).values
+    coldest = torch.finfo(torch.float32).tiny
+    temperatures = column([s.temperature for s in samplings]).clamp(min=coldest)
+    probabilities = torch.softmax(logits_RV / temperatures, dim=-1)
     sorted_RV, tokens_RV = probabilities.sort(dim=-1, descending=True)
     before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
     # The nucleus: the likeliest tokens until their mass reaches top_p, the first one always.
-    kept_RV = sorted_RV.masked_fill(before_RV >= column([s.top_p for s in samplings]), 0.0)
+    is_tail_RV = before_RV >= column([s.top_p for s in samplings])
+    is_tail_RV[:, 0] = False
+    kept_RV = sorted_RV.masked_fill(is_tail_RV, 0.0)
     mass_RV = kept_RV.cumsum(dim=-1)
     choice = torch.searchsorted(mass_RV, column(uniforms) * mass_RV[:, -1:], right=True)
     last_kept = (kept_RV > 0).sum(dim=-1, keepdim=True) - 1

@@ -1,4 +1,4 @@
-"""The serving half of a stage worker: requests in at stage 0, iterations through, tokens out at the last stage."""
+"""The serving half of a stage worker: requests in at stage 0, iterations through, tokens out at the last."""
 
 import logging
 from collections import defaultdict

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ RESTORE_DEADLINE_S = 60.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Work for a batch, and the tensor that came with it."""
+
+    epoch: int
+    batch_id: str
+    tensor: TensorRef | None
+    work: Callable[[], Awaitable[None]]
+
+
 class Training:
     """Moves microbatches through this stage. The trainer's epoch fences: other epochs are ignored."""
 
@@ -65,7 +76,8 @@ class Training:
         self._num_backward: dict[str, int] = {}
         self._awaiting_tied: dict[str, Microbatch] = {}
         self._tied: dict[str, TensorRef] = {}
-        self._saves: dict[int, Path] = {}
+        self._saves: dict[int, SaveWeights] = {}
+        """What the trainer wants written, by the version to write."""
         tell_version(self.version)
 
     async def subscribe(self) -> None:
@@ -81,37 +93,42 @@ class Training:
     # Microbatches
 
     async def _on_forward(self, incoming: Incoming[MicrobatchForward]) -> None:
-        microbatch = incoming.message.microbatch
-        if self._is_current(microbatch.epoch, microbatch.batch_id):
-            work = partial(self._forward, incoming.message)
-            self._queue.put(WorkKind.TRAINING_FORWARD, partial(self._guarded, microbatch.batch_id, work))
+        message, microbatch = incoming.message, incoming.message.microbatch
+        item = _Item(microbatch.epoch, microbatch.batch_id, message.hidden, partial(self._forward, message))
+        self._enqueue(WorkKind.TRAINING_FORWARD, item)
 
     async def _on_backward(self, incoming: Incoming[MicrobatchBackward]) -> None:
         message = incoming.message
-        if self._is_current(message.epoch, message.batch_id):
-            work = partial(self._backward, message)
-            self._queue.put(WorkKind.BACKWARD, partial(self._guarded, message.batch_id, work))
+        item = _Item(message.epoch, message.batch_id, message.gradient, partial(self._backward, message))
+        self._enqueue(WorkKind.BACKWARD, item)
 
     async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
         message = incoming.message
-        if self._is_current(message.epoch, message.batch_id):
-            self._tied[message.batch_id] = message.gradient
-            work = partial(self._step_if_complete, message.batch_id)
-            self._queue.put(WorkKind.BACKWARD, partial(self._guarded, message.batch_id, work))
+        item = _Item(message.epoch, message.batch_id, message.gradient, partial(self._take_tied, message))
+        self._enqueue(WorkKind.BACKWARD, item)
 
-    def _is_current(self, epoch: int, batch_id: str) -> bool:
-        if epoch != self.epoch:
-            log.info("%s of epoch %d ignored in epoch %d", batch_id, epoch, self.epoch)
-        return epoch == self.epoch
+    def _enqueue(self, kind: WorkKind, item: _Item) -> None:
+        is_current = item.epoch == self.epoch
+        self._queue.put(kind, partial(self._guarded if is_current else self._ignore, item))
 
-    async def _guarded(self, batch_id: str, work: Callable[[], Awaitable[None]]) -> None:
+    async def _ignore(self, item: _Item) -> None:
+        """Of another epoch. Its tensor lies in a peer's arena, whose slots must come free again."""
+        log.info("%s of epoch %d ignored in epoch %d", item.batch_id, item.epoch, self.epoch)
+        if item.tensor is not None:
+            await self._executor.discard(item.tensor)
+
+    async def _guarded(self, item: _Item) -> None:
         """A batch that fails is told of, loudly, and the node is restored; serving goes on."""
+        if item.epoch != self.epoch:  # a restore came while the item waited
+            await self._ignore(item)
+            return
         self._is_untouched = False
         try:
-            await work()
+            await item.work()
         except Exception as error:
-            log.exception("training on %s failed", batch_id)
-            await self._report(TrainingFailed(batch_id=batch_id, reason=f"{type(error).__name__}: {error}"))
+            log.exception("training on %s failed", item.batch_id)
+            reason = f"{type(error).__name__}: {error}"
+            await self._report(item.epoch, TrainingFailed(batch_id=item.batch_id, reason=reason))
 
     async def _forward(self, message: MicrobatchForward) -> None:
         microbatch = message.microbatch
@@ -123,9 +140,9 @@ class Training:
             passed_on = MicrobatchForward(microbatch=microbatch, hidden=output.hidden)
             following = subjects.FORWARD.at(node=self._settings.node, stage=self._settings.stage + 1)
             await self._bus.publish(following, passed_on, traceparent=microbatch.traceparent)
-        await self._report(
-            ForwardDone(batch_id=microbatch.batch_id, index=microbatch.index, version=output.version),
+        await self._report_on(
             microbatch,
+            ForwardDone(batch_id=microbatch.batch_id, index=microbatch.index, version=output.version),
         )
         if output.loss is not None:
             await self._went_backward(microbatch, output.gradient, output.loss)
@@ -144,11 +161,11 @@ class Training:
         del self._in_flight[batch_id, index]
         if gradient is not None:
             passed_back = MicrobatchBackward(
-                epoch=self.epoch, batch_id=batch_id, index=index, gradient=gradient
+                epoch=microbatch.epoch, batch_id=batch_id, index=index, gradient=gradient
             )
             preceding = subjects.BACKWARD.at(node=self._settings.node, stage=self._settings.stage - 1)
             await self._bus.publish(preceding, passed_back, traceparent=microbatch.traceparent)
-        await self._report(BackwardDone(batch_id=batch_id, index=index, loss=loss), microbatch)
+        await self._report_on(microbatch, BackwardDone(batch_id=batch_id, index=index, loss=loss))
         self._num_backward[batch_id] = self._num_backward.get(batch_id, 0) + 1
         if self._num_backward[batch_id] == microbatch.count:
             del self._num_backward[batch_id]
@@ -161,13 +178,17 @@ class Training:
         gradient = await self._executor.finish_batch(batch_id)
         self._awaiting_tied[batch_id] = microbatch
         if gradient is not None and self._tied_peer is not None:
-            tied = TiedGradient(epoch=self.epoch, batch_id=batch_id, gradient=gradient)
+            tied = TiedGradient(epoch=microbatch.epoch, batch_id=batch_id, gradient=gradient)
             other_end = subjects.TIED.at(node=self._settings.node, stage=self._tied_peer)
             await self._bus.publish(other_end, tied, traceparent=microbatch.traceparent)
         await self._step_if_complete(batch_id)
 
+    async def _take_tied(self, message: TiedGradient) -> None:
+        self._tied[message.batch_id] = message.gradient
+        await self._step_if_complete(message.batch_id)
+
     async def _step_if_complete(self, batch_id: str) -> None:
-        """Step when this stage's gradients are gathered and, if the embedding is tied, its other half is here."""
+        """Step when this stage's gradients are gathered and, for a tied embedding, the other end's too."""
         is_tied = self._tied_peer is not None
         if batch_id not in self._awaiting_tied or (is_tied and batch_id not in self._tied):
             return
@@ -175,7 +196,7 @@ class Training:
         span = self._span("stage.step", microbatch)
         self._set_version(await self._executor.step(batch_id, microbatch.learning_rate, tied))
         span.end()
-        await self._report(StepDone(batch_id=batch_id, version=self.version), microbatch)
+        await self._report_on(microbatch, StepDone(batch_id=batch_id, version=self.version))
         await self._save_if_due()
 
     def _set_version(self, version: int) -> None:
@@ -190,11 +211,12 @@ class Training:
         }
         return self._telemetry.span(name, traceparent=microbatch.traceparent, attributes=attributes)
 
-    async def _report(self, event: StageEvent, microbatch: Microbatch | None = None) -> None:
-        report = StageReport(
-            node=self._settings.node, stage=self._settings.stage, epoch=self.epoch, event=event
-        )
-        traceparent = "" if microbatch is None else microbatch.traceparent
+    async def _report_on(self, microbatch: Microbatch, event: StageEvent) -> None:
+        await self._report(microbatch.epoch, event, microbatch.traceparent)
+
+    async def _report(self, epoch: int, event: StageEvent, traceparent: str = "") -> None:
+        """Under the epoch of what is reported on: a restore may have begun another one meanwhile."""
+        report = StageReport(node=self._settings.node, stage=self._settings.stage, epoch=epoch, event=event)
         await self._bus.publish(subjects.REPORT.at(), report, traceparent=traceparent)
 
     # Checkpoints
@@ -206,36 +228,40 @@ class Training:
             raise RefusedError(
                 f"version {message.version} is gone, this stage holds {self.version}", code=409
             )
-        self._saves[message.version] = Path(message.folder)
+        self._saves[message.version] = message
         self._queue.put(WorkKind.CONTROL, self._save_if_due)
         return Done()
 
     async def _save_if_due(self) -> None:
-        folder = self._saves.pop(self.version, None)
-        if folder is not None:
-            snapshot = await self._executor.snapshot()
-            self._group.create_task(self._write(snapshot, folder, self.version))
+        for version in sorted(version for version in self._saves if version <= self.version):
+            save = self._saves.pop(version)
+            if version < self.version:
+                await self._save_failed(save, f"the stage has gone on to version {self.version}")
+            else:
+                self._group.create_task(self._write(await self._executor.snapshot(), save))
 
-    async def _write(self, snapshot: Any, folder: Path, version: int) -> None:
+    async def _write(self, snapshot: Any, save: SaveWeights) -> None:
         try:
-            shard = await self._executor.write(snapshot, folder)
+            shard = await self._executor.write(snapshot, Path(save.folder))
         except OSError as error:
-            log.error("checkpoint of version %d not written: %s", version, error)
-            await self._report(SaveFailed(version=version, reason=str(error)))
+            await self._save_failed(save, str(error))
             return
         saved = ShardSaved(
-            version=version,
+            version=save.version,
             sha256_by_file=shard.sha256_by_file,
             file_by_tensor=shard.file_by_tensor,
             size_bytes=shard.size_bytes,
         )
-        await self._report(saved)
+        await self._report(save.epoch, saved)
+
+    async def _save_failed(self, save: SaveWeights, reason: str) -> None:
+        log.error("checkpoint of version %d not written: %s", save.version, reason)
+        await self._report(save.epoch, SaveFailed(version=save.version, reason=reason))
 
     async def _on_restore(self, incoming: Incoming[RestoreWeights]) -> Done:
         message = incoming.message
         self._check_epoch(message.epoch)
         self.epoch = message.epoch
-        self._queue.drop_training()
         done = asyncio.get_running_loop().create_future()
         self._queue.put(WorkKind.CONTROL, partial(self._restore, message, done))
         async with asyncio.timeout(RESTORE_DEADLINE_S):
@@ -243,6 +269,8 @@ class Training:
         return Done()
 
     async def _restore(self, message: RestoreWeights, done: asyncio.Future[None]) -> None:
+        for gradient in self._tied.values():
+            await self._executor.discard(gradient)
         for held in (self._in_flight, self._num_backward, self._awaiting_tied, self._tied, self._saves):
             held.clear()
         holds_it = self.version == message.version and self.checkpoint == message.checkpoint

@@ -1,4 +1,4 @@
-"""The weights of one stage: the ones that serve, the older ones that microbatches in flight still need, and the step.
+"""The weights of one stage: those that serve, the older ones that microbatches in flight need, and the step.
 
 Serving uses the newest weights. A training forward uses leaves that share their memory, so that stashing
 costs nothing; only when a step comes while microbatches are in flight is the memory copied, once, and the
@@ -50,6 +50,8 @@ class StageWeights:
         """Those whose leaves may hold gradients, oldest first."""
         self._spare: list[Tensors] = []
         """Memory of versions that nobody needs any more: fresh pages would cost more than the copy."""
+        self._gathered: Tensors = {}
+        """Gradients of the batch whose backwards run now, from versions that are gone already."""
         self._gradients: dict[str, Tensors] = {}
         """Of batches whose backwards are all done, until their step."""
         self._optimizer = torch.optim.AdamW(
@@ -77,13 +79,9 @@ class StageWeights:
 
     def finish_batch(self, batch_id: str) -> Tensors:
         """Collect the gradients of a batch, whose backwards were the latest; returns them by name."""
-        total: Tensors = {}
-        for version in self._versions:
-            for name, leaf in version.leaves.items():
-                if leaf.grad is not None:
-                    total[name] = total[name].add_(leaf.grad) if name in total else leaf.grad
-                    leaf.grad = None
+        self._gather()
         self._retire()
+        total, self._gathered = self._gathered, {}
         self._gradients[batch_id] = total
         return total
 
@@ -103,6 +101,7 @@ class StageWeights:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._gather()  # of the next batch, whose backwards may have begun while this one waited to step
         self._retire()
         self.version += 1
         return self.version
@@ -111,12 +110,13 @@ class StageWeights:
         """Forget every microbatch in flight and every gradient."""
         self._current = None
         self._versions.clear()
+        self._gathered = {}
         self._gradients.clear()
 
     def load(
         self, tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], *, version: int
     ) -> None:
-        """Hold these weights instead, in place. `optimizer_state`: as the method of that name gave it, or {}."""
+        """Hold these weights instead, in place; `optimizer_state` as its namesake gives it, or {}."""
         self.drop_training()
         with torch.no_grad():
             for name, parameter in self._newest.items():
@@ -125,7 +125,8 @@ class StageWeights:
         for key, value in optimizer_state.items():
             kind, _, name = key.partition(".")
             if name in self._newest:
-                self._optimizer.state[self._newest[name]][kind] = value.clone()
+                parameter = self._newest[name]
+                self._optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
         self.version = version
 
     def optimizer_state(self) -> Tensors:
@@ -151,6 +152,15 @@ class StageWeights:
         for name, parameter in self._newest.items():
             copy = memory[name].copy_(parameter.data) if memory else parameter.data.clone()
             parameter.data = copy
+
+    def _gather(self) -> None:
+        """Take the gradients out of all leaves."""
+        total = self._gathered
+        for version in self._versions:
+            for name, leaf in version.leaves.items():
+                if leaf.grad is not None:
+                    total[name] = total[name].add_(leaf.grad) if name in total else leaf.grad
+                    leaf.grad = None
 
     def _retire(self) -> None:
         """Let go of versions that no microbatch in flight needs; keep the memory of those that own it."""

@@ -8,8 +8,6 @@ from services.stage_worker.queue import Discipline, WorkKind
 from shared.clock import Clock
 from shared.errors import LemixError
 
-TRAINING = frozenset({WorkKind.BACKWARD, WorkKind.TRAINING_FORWARD})
-
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -39,10 +37,6 @@ class WorkQueue:
             raise LemixError(f"{self._max_items} items of work are waiting on this stage already")
         self._items.append(Work(kind, self._clock.now_s(), run))
         self._arrived.set()
-
-    def drop_training(self) -> None:
-        """Forget all waiting forwards and backwards of training."""
-        self._items = [item for item in self._items if item.kind not in TRAINING]
 
     async def run(self) -> None:
         """Work for ever."""

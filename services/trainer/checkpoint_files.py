@@ -3,6 +3,7 @@
 All methods block on the disk and raise OSError when it refuses; the durable checkpoints stay as they were.
 """
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +14,8 @@ from shared.checkpoints import Checkpoint, Manifest
 from shared.messages.training import ShardSaved
 from shared.model.index import write_index
 
+CONFIG_FILE = "config.json"
 MODEL_FILES = (
-    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,6 +28,9 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 """What `from_pretrained` reads beside the weights; copied where the model has it."""
+
+TRAINED_DTYPE = "float32"
+"""What stages hold and save, whatever the model was published in."""
 
 _TEMPORARY = ".saving-"
 
@@ -82,6 +86,10 @@ class CheckpointFiles:
             shutil.rmtree(old.folder)
 
     def _copy_model_files(self, folder: Path) -> None:
+        config = json.loads((self._model_folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)  # what older publishers call it
+        (folder / CONFIG_FILE).write_text(json.dumps(config | {"dtype": TRAINED_DTYPE}, indent=2) + "\n")
+        checkpoints.sync(folder / CONFIG_FILE)
         for name in MODEL_FILES:
             if (self._model_folder / name).exists():
                 checkpoints.sync(Path(shutil.copyfile(self._model_folder / name, folder / name)))

@@ -169,7 +169,7 @@ class NodeTraining:
 
     def report(self, report: StageReport, now_s: float) -> list[Action]:
         """Something happened on a stage; what belongs to an earlier life of the node is ignored."""
-        if self.phase != "open":
+        if report.epoch != self.epoch or self.phase != "open":
             return []
         self._silent_since_s = None
         stage = report.stage

@@ -1,5 +1,6 @@
 """How a stage hands tensors to its neighbours: the carrier is chosen when two of them meet."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -79,3 +80,9 @@ class IncomingLinks:
         if ref.place not in self._arenas:
             raise StaleTensorError(f"no arena {ref.place} is open here")
         return self._arenas[ref.place].take(ref, self._device)
+
+    def discard(self, ref: TensorRef) -> None:
+        """Give back the room of a tensor that nobody wants any more; one that is gone is no news."""
+        if ref.place in self._arenas:
+            with suppress(StaleTensorError):
+                self._arenas[ref.place].discard(ref)

@@ -21,6 +21,7 @@ from shared.tensors.ref import TensorRef
 CARRIER = "shm"
 _HEADER_BYTES = 4096
 _MAX_SLOTS = _HEADER_BYTES // 16
+_ALIGNMENT_BYTES = 64
 _WAIT_STEP_S = 0.0005
 
 
@@ -45,17 +46,24 @@ class ArenaWriter:
         """Create the file. Raises CarrierError when the memory is not to be had."""
         assert 0 < num_slots <= _MAX_SLOTS, num_slots
         self.path = path
-        self.slot_bytes, self.num_slots = slot_bytes, num_slots
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self.slot_bytes = -(-slot_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.num_slots = num_slots
+        try:
+            self._memory = self._create()
+        except OSError as error:
+            raise CarrierError(
+                f"no {self.slot_bytes * num_slots} bytes of shared memory at {path}: {error}"
+            ) from error
+
+    def _create(self) -> _Mapping:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             # A full /dev/shm kills the process at first touch (SIGBUS); reserving asks first.
-            os.posix_fallocate(file, 0, _HEADER_BYTES + slot_bytes * num_slots)
-            self._memory = _Mapping(file, slot_bytes, num_slots)
-        except OSError as error:
-            path.unlink()
-            raise CarrierError(
-                f"no {slot_bytes * num_slots} bytes of shared memory at {path}: {error}"
-            ) from error
+            os.posix_fallocate(file, 0, _HEADER_BYTES + self.slot_bytes * self.num_slots)
+            return _Mapping(file, self.slot_bytes, self.num_slots)
+        except OSError:
+            self.path.unlink()
+            raise
         finally:
             os.close(file)
 
@@ -109,16 +117,28 @@ class ArenaReader:
             raise CarrierError(f"cannot open {path}: {error}") from error
         try:
             self._memory = _Mapping(file, slot_bytes, num_slots)
+        except (OSError, ValueError) as error:  # ValueError: the file is shorter than that
+            raise CarrierError(f"cannot map {path}: {error}") from error
         finally:
             os.close(file)
 
     def take(self, ref: TensorRef, device: torch.device) -> Tensor:
         """A private copy of the tensor; its slot is free again. Raises StaleTensorError."""
-        written = int(self._memory.written[ref.slot])
+        self._check_unread(ref)
+        tensor = self._memory.view(ref).to(device, copy=True)
+        self._memory.read[ref.slot] = ref.generation
+        return tensor
+
+    def discard(self, ref: TensorRef) -> None:
+        """Free the tensor's slot unread. Raises StaleTensorError."""
+        self._check_unread(ref)
+        self._memory.read[ref.slot] = ref.generation
+
+    def _check_unread(self, ref: TensorRef) -> None:
+        written, read = int(self._memory.written[ref.slot]), int(self._memory.read[ref.slot])
         if written != ref.generation:
             raise StaleTensorError(
                 f"{ref.place} slot {ref.slot}: asked for {ref.generation}, there is {written}"
             )
-        tensor = self._memory.view(ref).to(device, copy=True)
-        self._memory.read[ref.slot] = ref.generation
-        return tensor
+        if read == ref.generation:
+            raise StaleTensorError(f"{ref.place} slot {ref.slot}: {ref.generation} was taken before")

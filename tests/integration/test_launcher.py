@@ -13,11 +13,16 @@ import pytest
 
 from lemix import launcher
 from lemix.arenas import default_base
+from lemix.bus import open_bus
 from lemix.launcher import LocalCluster
+from lemix.nats_server import NatsServer
 from lemix.run_folder import newest_running
 from lemix.supervision import ClusterFailedError
 from lemix.topology import ClusterOptions
+from shared.bus.base import Incoming
 from shared.errors import ConfigurationError
+from shared.messages.cluster import ClusterStatus, StatusRequest
+from shared.subjects import STATUS
 from tests.support.processes import is_alive, marked_with
 
 FAKE = Path(__file__).parents[1] / "support" / "fake_service.py"
@@ -190,10 +195,32 @@ async def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
     await server.wait_closed()
 
 
+async def test_a_server_on_which_a_lemix_runs_is_refused(tmp_path: Path) -> None:
+    async def answer(_: Incoming[StatusRequest]) -> ClusterStatus:
+        return ClusterStatus(policy="round_robin", nodes=())
+
+    async with NatsServer(tmp_path / "nats") as server, open_bus(server.url) as bus:
+        options = ClusterOptions(runs_dir=tmp_path, nats_url=server.url)
+        await bus.respond(STATUS.at(), answer)
+        with pytest.raises(ConfigurationError, match=f"already running on {server.url}"):
+            await LocalCluster(options, command_of=fake_command).start()
+
+
+async def test_a_given_server_is_used_and_outlives_the_cluster(tmp_path: Path) -> None:
+    async with NatsServer(tmp_path / "nats") as server:
+        options = ClusterOptions(name="run", runs_dir=tmp_path, nodes=1, stages=1, nats_url=server.url)
+        async with LocalCluster(options, command_of=fake_command) as cluster:
+            assert cluster.nats_url == server.url
+            assert not (cluster.run_dir / "nats").exists()
+        assert is_alive(server.pid)
+
+
 KILLED_LAUNCHER = """
 import asyncio, sys
 from pathlib import Path
+from lemix.bus import open_bus
 from lemix.launcher import LocalCluster
+from lemix.nats_server import NatsServer
 from lemix.topology import ClusterOptions
 from tests.integration.test_launcher import fake_command
 

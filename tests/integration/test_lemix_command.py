@@ -14,6 +14,7 @@ import pytest
 
 from lemix.arenas import default_base
 from lemix.client import ApiClient, served_model
+from lemix.summary import Summary
 from tests.support.processes import marked_with
 
 LEMIX = (str(Path(sys.executable).with_name("lemix")),)
@@ -126,6 +127,26 @@ async def test_status_and_publish_find_the_running_cluster(tmp_path: Path) -> No
         assert "policy round_robin, 1 of 1 nodes ready" in status.output
         assert "0/2" in status.output and "1/2" in status.output
         await running.interrupt()
+
+
+async def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, mark: str) -> None:
+    """A short one; `make demo` runs a minute on two nodes."""
+    size = ("--nodes", "1", "--stages", "2", "--seconds", "5", "--batches", "6")
+    process = await asyncio.create_subprocess_exec(
+        *(*LEMIX, "demo", *size, "--runs-dir", str(tmp_path)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(START_DEADLINE_S * 2):
+        output, errors = await process.communicate()
+    assert (process.returncode, errors) == (0, b""), output.decode()
+    assert b"LeMix demo" in output
+    summary = Summary.model_validate_json((tmp_path / "demo" / "summary.json").read_text())
+    assert summary.faults() == []
+    assert summary.training.batches_applied == 6
+    assert summary.served_loss.after < summary.served_loss.before - 0.5
+    assert summary.weights_version.last is not None and 0 < summary.weights_version.last <= 6
+    assert marked_with(mark) == {}
 
 
 @pytest.mark.parametrize(

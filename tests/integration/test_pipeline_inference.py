@@ -39,7 +39,9 @@ async def ask_all(node: Node) -> list[Any]:
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_greedy_tokens_and_logprobs_equal_transformers(family: str, num_stages: int, tmp_path: Path) -> None:
+async def test_greedy_tokens_and_logprobs_equal_transformers(
+    family: str, num_stages: int, tmp_path: Path
+) -> None:
     model = save_tiny_model(family, tmp_path / "model")
     async with running_node(tmp_path / "model", num_stages, tmp_path, **SMALL_ITERATIONS) as node:
         answers = await ask_all(node)

@@ -79,7 +79,7 @@ class Feeder:
 
 async def weights_of(node: Node, version: int, folder: Path) -> dict[str, Tensor]:
     """What the node holds, through a checkpoint that transformers loads as one whole model."""
-    folder.mkdir()
+    folder.mkdir()  # noqa: ASYNC240
     shutil.copy(folder.parent / "model" / "config.json", folder)
     await node.save(version, folder)
     files: dict[str, str] = {}
@@ -95,7 +95,9 @@ async def weights_of(node: Node, version: int, folder: Path) -> dict[str, Tensor
 def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            got[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def train_in_one_process(model: Any, batches: list[Batch]) -> list[float]:
@@ -103,7 +105,9 @@ def train_in_one_process(model: Any, batches: list[Batch]) -> list[float]:
     parameters = dict(model.named_parameters())
     optimizer, losses = adamw(parameters.values()), []
     for batch in batches:
-        loss = torch.stack([loss_of(model, parameters, examples, num_labels(batch)) for examples in batch]).sum()
+        loss = torch.stack(
+            [loss_of(model, parameters, examples, num_labels(batch)) for examples in batch]
+        ).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -113,8 +117,11 @@ def train_in_one_process(model: Any, batches: list[Batch]) -> list[float]:
 
 @pytest.mark.parametrize(
     ("family", "num_stages"),
-    [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("llama_tied", 1), ("llama_tied", 2), ("llama_tied", 3)]
-    + [("qwen2", 2), ("mistral", 2), ("gpt2", 3), ("gpt_neox", 2)],
+    [
+        *(("llama", num_stages) for num_stages in (1, 2, 3, 4)),
+        *(("llama_tied", num_stages) for num_stages in (1, 2, 3)),
+        *(("qwen2", 2), ("mistral", 2), ("gpt2", 3), ("gpt_neox", 2)),
+    ],
 )
 async def test_synchronous_training_equals_one_process(family: str, num_stages: int, tmp_path: Path) -> None:
     model = save_tiny_model(family, tmp_path / "model")
@@ -174,7 +181,7 @@ def train_with_delayed_weights(
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
-async def test_asynchronous_training_equals_explicitly_delayed_weights(num_stages: int, tmp_path: Path) -> None:
+async def test_asynchronous_training_equals_delayed_weights(num_stages: int, tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model")
     batches = random_batches(6, 2)
     async with running_node(tmp_path / "model", num_stages, tmp_path, **ADAMW) as node:

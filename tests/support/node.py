@@ -129,9 +129,7 @@ class Node:
 
 
 @asynccontextmanager
-async def running_node(
-    model: Path, num_stages: int, run_dir: Path, **settings: Any
-) -> AsyncIterator[Node]:
+async def running_node(model: Path, num_stages: int, run_dir: Path, **settings: Any) -> AsyncIterator[Node]:
     """A ready node of `num_stages` stages; ends without leaving anything behind."""
     broker = MemoryBroker()
     node = Node(broker.connect(), num_stages)
@@ -154,7 +152,13 @@ def _worker(
     broker: MemoryBroker, stage: int, model: Path, num_stages: int, run_dir: Path, settings: dict[str, Any]
 ) -> StageWorker:
     chosen = StageWorkerSettings(
-        node=0, stage=stage, num_stages=num_stages, model=str(model), run_dir=run_dir, shm_dir=run_dir, **settings
+        node=0,
+        stage=stage,
+        num_stages=num_stages,
+        model=str(model),
+        run_dir=run_dir,
+        shm_dir=run_dir,
+        **settings,
     )
     instance = IdSource(random.Random(stage)).new("stage")
     return StageWorker(

@@ -12,7 +12,12 @@ from shared.messages.training import Microbatch, MicrobatchForward
 from tests.support.models import VOCAB_SIZE
 
 LEARNING_RATE = 1e-3
-ADAMW: dict[str, float] = {"adamw_beta1": 0.9, "adamw_beta2": 0.95, "adamw_epsilon": 1e-3, "weight_decay": 0.01}
+ADAMW: dict[str, float] = {
+    "adamw_beta1": 0.9,
+    "adamw_beta2": 0.95,
+    "adamw_epsilon": 1e-3,
+    "weight_decay": 0.01,
+}
 """The large epsilon keeps AdamW from blowing up rounding errors of gradients that are zero in theory."""
 
 Example = list[int]
@@ -42,7 +47,9 @@ def messages(
     """The batch as the trainer would feed it."""
     return [
         MicrobatchForward(
-            microbatch=_header(batch_id, index, len(batch), examples, num_labels(batch), epoch, learning_rate),
+            microbatch=_header(
+                batch_id, index, len(batch), examples, num_labels(batch), epoch, learning_rate
+            ),
             tokens=tuple(token for example in examples for token in example),
         )
         for index, examples in enumerate(batch)

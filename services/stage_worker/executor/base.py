@@ -86,6 +86,10 @@ class Executor(Protocol[Snapshot]):
         """Gradient of the stage's inputs; None at stage 0."""
         ...
 
+    async def discard(self, tensor: TensorRef) -> None:
+        """A tensor that a peer has sent will not be used: its room is the sender's again."""
+        ...
+
     async def finish_batch(self, batch_id: str) -> TensorRef | None:
         """All backwards of the batch are done: gather its gradients.
 

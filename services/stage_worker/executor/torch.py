@@ -85,6 +85,9 @@ class TorchExecutor:
     async def backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
         return await self._run(self._backward, batch_id, index, gradient)
 
+    async def discard(self, tensor: TensorRef) -> None:
+        await self._run(self._incoming.discard, tensor)
+
     async def finish_batch(self, batch_id: str) -> TensorRef | None:
         return await self._run(self._finish_batch, batch_id)
 

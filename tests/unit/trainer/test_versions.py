@@ -146,6 +146,15 @@ def test_a_rejected_batch_is_not_read_again_after_a_restart() -> None:
     assert cluster.waiting == ["c"]
 
 
+def test_what_was_skipped_above_the_watermark_stays_skipped() -> None:
+    ledger = Ledger().accept(1, "a").skip(2).accept(3, "c").apply(0, "c")
+
+    again = ledger_of([Checkpoint(manifest(ledger, 0, 1), NO_FOLDER)])
+
+    assert again.watermark == 0
+    assert [again.is_done(sequence) for sequence in (1, 2, 3)] == [False, True, True]
+
+
 def test_what_another_node_holds_keeps_the_watermark_back() -> None:
     ledger = Ledger().accept(1, "a").accept(2, "b").accept(3, "c")
     ledger = ledger.apply(0, "a").apply(1, "b").apply(1, "c")

@@ -1,0 +1,148 @@
+"""One stage-to-stage hop: message out to message in, a 64 KB activation by `shm` handle; beside bare nats-py.
+
+Two processes send a message to and fro; a hop is half of the round trip, by one process's clock.
+"""
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import nats
+import torch
+import uvloop
+
+from benchmarks.report import spread
+from lemix.nats_server import NatsServer
+from shared import subjects
+from shared.bus.base import Incoming
+from shared.bus.nats import NatsBus
+from shared.messages.cluster import LinkOffer
+from shared.messages.inference import IterationForward, Sampling, SequenceChunk
+from shared.tensors.links import IncomingLinks, OutgoingLink
+
+ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32
+NUM_ROUNDS, NUM_PER_ROUND, PACE_S = 5, 400, 0.002
+DEVICE = torch.device("cpu")
+CHUNKS = tuple(
+    SequenceChunk(
+        task_id=f"task-{number}",
+        gateway="gateway",
+        start=128,
+        num_tokens=1,
+        blocks=tuple(range(9)),
+        sampling=Sampling(max_tokens=64),
+        produces=True,
+    )
+    for number in range(8)
+)
+
+
+class Side:
+    """One of the two processes: sends activations to `other`, takes them from it."""
+
+    def __init__(self, bus: NatsBus, own: int, other: int, folder: Path) -> None:
+        self._bus, self._own, self._other = bus, own, other
+        self._incoming = IncomingLinks(DEVICE)
+        size_bytes = 4 * ACTIVATION_SHAPE[0] * ACTIVATION_SHAPE[1]
+        self.link = OutgoingLink(folder / f"{own}.arena", slot_bytes=size_bytes, num_slots=4)
+        self.arrived = asyncio.Event()
+
+    async def start(self, on_arrival: Callable[[], Awaitable[None]]) -> None:
+        async def handler(incoming: Incoming[IterationForward]) -> None:
+            self._incoming.take(incoming.message.hidden)
+            await on_arrival()
+
+        async def accept(incoming: Incoming[LinkOffer]) -> Any:
+            return self._incoming.accept(incoming.message)
+
+        await self._bus.subscribe(subjects.ITERATION.at(node=0, stage=self._own), handler)
+        await self._bus.respond(subjects.LINK.at(node=0, stage=self._own), accept)
+
+    async def connect(self) -> None:
+        target = subjects.LINK.at(node=0, stage=self._other)
+        self.link.connect(await self._bus.request(target, self.link.offer(self._own, "bench"), timeout_s=5))
+
+    async def send(self, activation: torch.Tensor) -> None:
+        forward = IterationForward(iteration=0, chunks=CHUNKS, hidden=self.link.put(activation))
+        await self._bus.publish(subjects.ITERATION.at(node=0, stage=self._other), forward)
+
+
+async def echo(url: str, folder: Path) -> None:
+    """The second process: sends back what comes, until its stdin closes; also echoes bare messages."""
+    bus = await NatsBus.connect(url, name="echo")
+    side, activation = Side(bus, 1, 0, folder), torch.ones(ACTIVATION_SHAPE)
+    bare = await nats.connect(url)
+
+    async def back(message: Any) -> None:
+        await bare.publish("bare.back", message.data)
+
+    await bare.subscribe("bare.out", cb=back)
+    await bare.flush()
+    await side.start(lambda: side.send(activation))
+    print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await side.connect()
+    print("connected", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+
+
+async def half_round_trips_ms(send: Callable[[], Awaitable[None]], arrived: asyncio.Event) -> float:
+    """Median over one round of paced messages."""
+    times = []
+    for _ in range(NUM_PER_ROUND):
+        arrived.clear()
+        start_s = time.perf_counter()
+        await send()
+        await arrived.wait()
+        times.append((time.perf_counter() - start_s) / 2 * 1e3)
+        await asyncio.sleep(PACE_S)
+    return spread(times)["median"]
+
+
+async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -> dict[str, Any]:
+    assert echoing.stdin is not None and echoing.stdout is not None
+    bus, bare, arrived = await NatsBus.connect(url, name="bench"), await nats.connect(url), asyncio.Event()
+    side, activation = Side(bus, 0, 1, folder), torch.ones(ACTIVATION_SHAPE)
+
+    async def note() -> None:
+        arrived.set()
+
+    async def note_bare(message: Any) -> None:
+        arrived.set()
+
+    await bare.subscribe("bare.back", cb=note_bare)
+    await echoing.stdout.readline()
+    await side.start(note)
+    await side.connect()
+    echoing.stdin.write(b"\n")
+    await echoing.stdout.readline()
+    hops, bare_hops = [], []
+    for _ in range(NUM_ROUNDS):
+        hops.append(await half_round_trips_ms(lambda: side.send(activation), arrived))
+        bare_hops.append(await half_round_trips_ms(lambda: bare.publish("bare.out", bytes(100)), arrived))
+    await bare.close()
+    await bus.close()
+    return {"hop_ms": spread(hops), "bare_nats_py_hop_ms": spread(bare_hops)}
+
+
+async def main(work: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        async with NatsServer(Path(folder) / "nats") as server:
+            echoing = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "benchmarks.hop", server.url, folder),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            try:
+                return await measure(server.url, Path(folder), echoing)
+            finally:
+                echoing.kill()
+                await echoing.wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(echo(sys.argv[1], Path(sys.argv[2])))

@@ -1,0 +1,58 @@
+"""Training tokens per second through one node of two stages, against a plain PyTorch loop, same cores."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import SHAPES, model_folder
+from benchmarks.peer_process import running_peer
+from benchmarks.report import spread
+from benchmarks.workload import EXAMPLE_LENGTH, LEARNING_RATE, NUM_EXAMPLES, example_tokens
+from lemix.launcher import LocalCluster
+from lemix.steps import StepCounter, wait_nodes_ready
+from lemix.topology import ClusterOptions
+from shared import subjects
+from shared.bus.nats import NatsBus
+
+BATCHES_PER_ROUND = {"small": 10, "big": 2}
+NUM_ROUNDS = {"small": 5, "big": 2}
+
+
+async def train_round(bus: NatsBus, counter: StepCounter, first: int, count: int, vocab_size: int) -> float:
+    """Publish `count` batches and wait until they are in the weights; tokens per second."""
+    start_s = time.monotonic()
+    for number in range(first, first + count):
+        examples = [{"token_ids": tokens} for tokens in example_tokens(vocab_size, number)]
+        batch = {"id": f"bench-{number}", "examples": examples}
+        await bus.publish_durable(subjects.BATCHES, json.dumps(batch).encode())
+    await counter.wait_for(first + count, on_steps=lambda steps: None)
+    return count * NUM_EXAMPLES * EXAMPLE_LENGTH / (time.monotonic() - start_s)
+
+
+async def measure(name: str, work: Path) -> dict[str, Any]:
+    """Alternate rounds of both sides."""
+    folder = model_folder(name, work / "models")
+    vocab_size, count = SHAPES[name]["vocab_size"], BATCHES_PER_ROUND[name]
+    settings = {"LEMIX_LEARNING_RATE": str(LEARNING_RATE), "LEMIX_CHECKPOINT_EVERY": "1000"}
+    options = ClusterOptions(
+        name="bench-training", runs_dir=work, nodes=1, stages=2, model=str(folder), extra_env=settings
+    )
+    ours, theirs = [], []
+    async with LocalCluster(options) as cluster, running_peer("train", folder) as peer:
+        bus = await NatsBus.connect(cluster.nats_url, name="bench")
+        counter = StepCounter(bus, await wait_nodes_ready(bus, 1))
+        done = 0
+        for round_number in range(NUM_ROUNDS[name] + 1):
+            rate = await train_round(bus, counter, done, count, vocab_size)
+            done += count
+            if round_number > 0:
+                ours.append(rate)
+                theirs.append((await peer.measure())["tokens_per_s"])
+        await bus.close()
+    ratio = spread(ours)["median"] / spread(theirs)["median"]
+    return {"lemix": spread(ours), "plain_loop": spread(theirs), "ratio_of_medians": ratio}
+
+
+async def main(work: Path) -> dict[str, Any]:
+    return {name: await measure(name, work) for name in SHAPES}

@@ -1,0 +1,16 @@
+"""A connection to the bus for as long as a command needs it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from shared.bus.nats import NatsBus
+
+
+@asynccontextmanager
+async def open_bus(nats_url: str) -> AsyncIterator[NatsBus]:
+    """Raises BusError when no server answers."""
+    bus = await NatsBus.connect(nats_url, name="lemix")
+    try:
+        yield bus
+    finally:
+        await bus.close()

@@ -1,0 +1,23 @@
+"""How well the served weights predict held-out text, measured through the public API."""
+
+from collections.abc import Callable, Sequence
+
+from lemix.client import ApiClient
+
+
+async def served_loss(
+    api: ApiClient, lines: Sequence[str], *, nodes: int, on_scored: Callable[[int], None]
+) -> float:
+    """Negative log-likelihood per token over all `lines`, in nats.
+
+    Every line is asked for once per node, one request at a time: round_robin, the scheduler's
+    standard policy, then gives each line to each node, so that both replicas count alike.
+    """
+    nll_sum, num_tokens = 0.0, 0
+    for line in lines:
+        for _ in range(nodes):
+            score = await api.score(line)
+            nll_sum += score.nll_sum
+            num_tokens += score.num_tokens
+        on_scored(1)
+    return nll_sum / num_tokens

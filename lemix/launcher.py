@@ -1,0 +1,206 @@
+"""A whole LeMix on this machine: NATS, scheduler, gateway, trainer, and the stages of every node.
+
+NatsServer         the bus, unless a running one is given
+ServiceProcess     one for each service; a dead one is started again, within a budget
+ArenaFolder        where the stages of this run keep their shared memory
+RunFolder          logs, cluster.json, and the lock that keeps two launchers apart
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from lemix.arenas import ArenaFolder, default_base, remove_abandoned
+from lemix.health import HealthProbe
+from lemix.nats_server import NatsServer
+from lemix.ports import claim_port
+from lemix.run_folder import ClusterFile, RunFolder
+from lemix.status import require_unused
+from lemix.supervision import (
+    ClusterFailedError,
+    RestartBudget,
+    ServiceProcess,
+    Supervised,
+    last_lines,
+    stop_all,
+)
+from lemix.topology import ClusterOptions, CommandOf, ServiceSpec, module_command, service_specs
+from shared.clock import Clock, SystemClock
+from shared.errors import LemixError
+
+START_DEADLINE_S = 60.0
+STOP_GRACE_S = 4.0
+
+
+def _ignore(event: str) -> None:
+    """Nobody wants to hear of events."""
+
+
+class LocalCluster:
+    """Starts everything, keeps it running, stops it. An async context manager."""
+
+    def __init__(
+        self,
+        options: ClusterOptions,
+        *,
+        on_event: Callable[[str], None] = _ignore,
+        command_of: CommandOf = module_command,
+        clock: Clock | None = None,
+    ) -> None:
+        self._options = options
+        self._on_event = on_event
+        self._command_of = command_of
+        self._clock = clock or SystemClock()
+        self._run = RunFolder(options.run_dir)
+        self._undo = AsyncExitStack()
+        self._services: list[ServiceProcess] = []
+        self._ready = False
+        self._failed = asyncio.Event()
+        self._error: ClusterFailedError | None = None
+        self.nats_url = options.nats_url or ""
+        self.api_url = ""
+
+    @property
+    def run_dir(self) -> Path:
+        return self._run.path
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process id of each service, by its name."""
+        return {service.name: service.pid for service in self._services if service.pid is not None}
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Start all and return when a completion can be had; at a failure nothing is left running.
+
+        Raises ConfigurationError for wrong options, BusError without NATS, ClusterFailedError when
+        a service dies or nothing answers within START_DEADLINE_S.
+        """
+        self._options.validate()
+        try:
+            await self._start_processes()
+            await self._until_healthy()
+        except BaseException:
+            await self.stop()
+            raise
+        self._ready = True
+        self._describe()
+
+    async def stop(self) -> None:
+        """Stop all that was started, NATS last, and leave nothing behind; under 5 s, safe to call twice."""
+        await self._undo.aclose()
+
+    async def wait_failed(self) -> NoReturn:
+        """Wait until the cluster cannot go on; raises the ClusterFailedError that ended it."""
+        await self._failed.wait()
+        assert self._error is not None
+        raise self._error
+
+    async def _start_processes(self) -> None:
+        """Whatever is started is noted in `_undo` first, so that it is undone in the opposite order."""
+        self._run.claim()
+        self._undo.callback(self._run.release)
+        port = claim_port(self._options.host, self._options.port)
+        self.api_url = f"http://{self._options.host}:{port}"
+        remove_abandoned(default_base())
+        arenas = ArenaFolder.create(default_base())
+        self._undo.callback(arenas.remove)
+        if self.nats_url:
+            await require_unused(self.nats_url)
+        else:
+            await self._start_nats()
+        specs = service_specs(
+            self._options,
+            nats_url=self.nats_url,
+            port=port,
+            shm_dir=arenas.path,
+            inherited=os.environ,
+            command_of=self._command_of,
+        )
+        await self._start_services(specs)
+
+    async def _start_nats(self) -> None:
+        server = NatsServer(self._run.nats_store)
+        self._undo.push_async_callback(server.stop)
+        await server.start()
+        self.nats_url = server.url
+        self._watch(server)
+
+    async def _start_services(self, specs: Sequence[ServiceSpec]) -> None:
+        self._services = [ServiceProcess(spec, self._run.logs / f"{spec.name}.log") for spec in specs]
+        self._undo.push_async_callback(self._stop_services)
+        for service in self._services:
+            await service.start()
+            self._watch(service)
+
+    async def _stop_services(self) -> None:
+        for name in await stop_all(self._services, grace_s=STOP_GRACE_S):
+            self._on_event(f"{name} did not stop within {STOP_GRACE_S:.0f} s and was killed")
+
+    def _watch(self, process: Supervised) -> None:
+        watcher = asyncio.create_task(self._keep_running(process), name=f"watch {process.name}")
+        self._undo.push_async_callback(_cancel, watcher)
+
+    async def _keep_running(self, process: Supervised) -> None:
+        """Start the process again whenever it ends, until its budget is spent."""
+        budget = RestartBudget()
+        try:
+            while True:
+                ended = f"{process.name} ended with status {await process.wait()}"
+                if not self._ready:
+                    raise ClusterFailedError(f"{ended} while starting")
+                if not budget.take(self._clock.now_s()):
+                    raise ClusterFailedError(f"{ended}, {budget} are spent")
+                self._on_event(f"{ended}; starting it again (log: {process.log})")
+                await process.start()
+                self._describe()
+        except (LemixError, OSError) as error:
+            self._fail(process, str(error))
+
+    def _fail(self, process: Supervised, what: str) -> None:
+        if self._error is None:
+            lines = "".join(f"\n  {line}" for line in last_lines(process.log))
+            self._error = ClusterFailedError(f"{what}; the end of {process.log}:{lines}")
+        self._failed.set()
+
+    async def _until_healthy(self) -> None:
+        probe = HealthProbe(self.api_url)
+        well = asyncio.create_task(probe.wait())
+        failed = asyncio.create_task(self.wait_failed())
+        try:
+            done, _ = await asyncio.wait(
+                (well, failed), timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()
+        finally:
+            well.cancel()
+            failed.cancel()
+            await asyncio.gather(well, failed, return_exceptions=True)
+        if not done:
+            late = f"{self.api_url}/health was not well within {START_DEADLINE_S:.0f} s"
+            raise ClusterFailedError(f"{late}: {probe.last_answer}; logs are in {self._run.logs}")
+
+    def _describe(self) -> None:
+        self._run.write_cluster(
+            ClusterFile(
+                nats_url=self.nats_url, api_url=self.api_url, launcher_pid=os.getpid(), pids=self.pids
+            )
+        )
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,99 @@
+"""The folder of one run: logs, the description of the running cluster, and who holds it."""
+
+import json
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lemix.folder_lock import FolderLock
+from shared.errors import ConfigurationError
+
+CLUSTER_FILE = "cluster.json"
+OWN_ENTRIES = ("logs", "nats", "checkpoints", "spans.jsonl", "summary.json", CLUSTER_FILE)
+"""What a run writes into its folder."""
+
+
+class ClusterFile(BaseModel):
+    """What other commands must know of a running cluster."""
+
+    model_config = ConfigDict(frozen=True)
+
+    nats_url: str
+    api_url: str
+    launcher_pid: int
+    pids: dict[str, int]
+    """Process id of each service, by its name."""
+
+
+class RunFolder:
+    """The files of one run; at most one launcher holds a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: FolderLock | None = None
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def nats_store(self) -> Path:
+        return self.path / "nats"
+
+    def claim(self) -> None:
+        """Make the folder and hold it. Raises ConfigurationError when another launcher does."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock.acquire(self.path)
+        if self._lock is None:
+            raise ConfigurationError(
+                f"run {self.path.name!r} is already running; give this one another --name"
+            )
+
+    def write_cluster(self, cluster: ClusterFile) -> None:
+        temporary = self.path / f".{CLUSTER_FILE}"
+        temporary.write_text(json.dumps(cluster.model_dump(), indent=2) + "\n")
+        temporary.replace(self.path / CLUSTER_FILE)
+
+    def release(self) -> None:
+        """Let the folder go; does nothing when it was never claimed."""
+        if self._lock is not None:
+            (self.path / CLUSTER_FILE).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+
+def clear(path: Path) -> None:
+    """Remove what an earlier run wrote into its folder, and nothing else.
+
+    Raises ConfigurationError when that run is still running.
+    """
+    if not path.exists():
+        return
+    lock = FolderLock.acquire(path)
+    if lock is None:
+        raise ConfigurationError(f"run {path.name!r} is still running; stop it first")
+    for name in OWN_ENTRIES:
+        entry = path / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    lock.release()
+
+
+def newest_running(runs_dir: Path) -> ClusterFile | None:
+    """The cluster that was started last among those still running."""
+    files = sorted(runs_dir.glob(f"*/{CLUSTER_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return next((found for file in files if (found := _read_if_running(file)) is not None), None)
+
+
+def _read_if_running(file: Path) -> ClusterFile | None:
+    lock = FolderLock.acquire(file.parent)
+    if lock is not None:
+        lock.release()
+        return None
+    try:
+        return ClusterFile.model_validate_json(file.read_text())
+    except (OSError, ValidationError):
+        return None

@@ -1,0 +1,94 @@
+"""How a running cluster stands: asked over the bus, shown as a table."""
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lemix.bus import open_bus
+from lemix.run_folder import newest_running
+from shared.bus.base import Bus
+from shared.errors import ConfigurationError, NoResponderError
+from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
+from shared.subjects import STATUS
+
+TIMEOUT_S = 5.0
+
+
+def find_nats_url(given: str | None, runs_dir: Path) -> str:
+    """`given`, or the server of the newest cluster running here. Raises ConfigurationError."""
+    if given:
+        return given
+    cluster = newest_running(runs_dir)
+    if cluster is None:
+        raise ConfigurationError(
+            f"no LeMix is running under {runs_dir}/; start one with `lemix up`, or set LEMIX_NATS_URL"
+        )
+    return cluster.nats_url
+
+
+async def fetch_status(bus: Bus) -> ClusterStatus:
+    """Ask the scheduler. Raises NoResponderError when there is none."""
+    return await bus.request(STATUS.at(), StatusRequest(), timeout_s=TIMEOUT_S)
+
+
+async def run_status(nats_url: str | None, runs_dir: Path, console: Console) -> None:
+    """`lemix status`: ask, and print. Raises ConfigurationError or BusError."""
+    async with open_bus(find_nats_url(nats_url, runs_dir)) as bus:
+        try:
+            console.print(status_table(await fetch_status(bus)))
+        except NoResponderError:
+            raise NoResponderError("NATS answers, but no scheduler is connected to it") from None
+
+
+async def require_unused(nats_url: str) -> None:
+    """Raises ConfigurationError when a LeMix runs on that server already, BusError without a server.
+
+    A second trainer would take the training batches away from the first.
+    """
+    async with open_bus(nats_url) as bus:
+        try:
+            await fetch_status(bus)
+        except NoResponderError:
+            return
+    raise ConfigurationError(f"a LeMix is already running on {nats_url}; stop it, or use another server")
+
+
+def num_ready(status: ClusterStatus) -> int:
+    """How many nodes can take work."""
+    return sum(node.ready for node in status.nodes)
+
+
+def status_table(status: ClusterStatus) -> Table:
+    """One row for each stage; 80 columns wide at most.
+
+    train: batches placed on the node; run and wait: requests there; queue: work items of the stage;
+    KV: blocks used of all.
+    """
+    title = f"policy {status.policy}, {num_ready(status)} of {len(status.nodes)} nodes ready"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("node", "stage", "device", "ready"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("weights", "train", "run", "wait", "queue", "KV"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    for node in status.nodes:
+        for stage in sorted(node.stages, key=lambda stage: stage.stage):
+            table.add_row(*_row(node, stage))
+    return table
+
+
+def _row(node: NodeStatus, stage: Heartbeat) -> tuple[str, ...]:
+    is_head = stage.stage == 0
+    return (
+        str(stage.node),
+        f"{stage.stage}/{stage.num_stages}",
+        stage.device,
+        "yes" if stage.ready else "no",
+        f"v{stage.weights_version}",
+        str(node.training_tasks) if is_head else "",
+        str(stage.running) if is_head else "",
+        str(stage.waiting) if is_head else "",
+        str(stage.queued),
+        f"{stage.kv_blocks_used}/{stage.kv_blocks_total}",
+    )

@@ -1,0 +1,120 @@
+"""Which processes a local run consists of, and what each is told: a pure function of its options."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """What a person chooses about a local run."""
+
+    name: str = "default"
+    """The run's files lie under `runs_dir`/`name`."""
+    runs_dir: Path = Path("runs")
+    nodes: int = 2
+    stages: int = 2
+    """Pipeline stages of each node."""
+    devices: tuple[str, ...] = ("cpu",)
+    """`cpu` or `cuda:N`, dealt out to the stages of node 0, then node 1, ...; repeated when short."""
+    model: str | None = None
+    """A folder or a hub name; None: LEMIX_MODEL, or the embedded model."""
+    policy: str | None = None
+    """The scheduler's policy; None: LEMIX_POLICY, or the scheduler's own choice."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Of the API; 0: any free one."""
+    nats_url: str | None = None
+    """A running NATS server to use; None: start one."""
+    extra_env: Mapping[str, str] = field(default_factory=dict)
+    """Further settings for every service."""
+
+    @property
+    def run_dir(self) -> Path:
+        return (self.runs_dir / self.name).absolute()
+
+    def validate(self) -> None:
+        """Raises ConfigurationError, naming the option and its value."""
+        if self.nodes < 1 or self.stages < 1:
+            raise ConfigurationError(f"nodes={self.nodes} and stages={self.stages} must both be at least 1")
+        if not self.devices:
+            raise ConfigurationError("at least one device is needed, for example cpu or cuda:0")
+        if not 0 <= self.port <= 65535:
+            raise ConfigurationError(f"port={self.port} is not a port number")
+        if not self.name or Path(self.name).name != self.name:
+            raise ConfigurationError(f"name={self.name!r} must be one plain folder name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceSpec:
+    """One process to start."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+CommandOf = Callable[[str], tuple[str, ...]]
+"""From a package under services/ to the command that runs it."""
+
+
+def module_command(package: str) -> tuple[str, ...]:
+    """Run a service with the interpreter that runs this."""
+    return (sys.executable, "-m", f"services.{package}")
+
+
+def service_specs(
+    options: ClusterOptions,
+    *,
+    nats_url: str,
+    port: int,
+    shm_dir: Path,
+    inherited: Mapping[str, str],
+    command_of: CommandOf = module_command,
+) -> list[ServiceSpec]:
+    """Every process of the run but NATS, in the order in which they start.
+
+    `inherited` is the launcher's own environment; the run's settings override it.
+    """
+    common = {**inherited, **options.extra_env, **_common_settings(options, nats_url)}
+
+    def spec(name: str, package: str, settings: Mapping[str, str]) -> ServiceSpec:
+        return ServiceSpec(name=name, command=command_of(package), environment={**common, **settings})
+
+    specs = [
+        spec("scheduler", "scheduler", {"LEMIX_POLICY": options.policy} if options.policy else {}),
+        spec("gateway", "gateway", {"LEMIX_HOST": options.host, "LEMIX_PORT": str(port)}),
+        spec("trainer", "trainer", {}),
+    ]
+    for node in range(options.nodes):
+        for stage in range(options.stages):
+            settings = _stage_settings(options, node, stage, shm_dir)
+            # One thread for each stage: stages share the cores, and more threads only fight over them.
+            settings["OMP_NUM_THREADS"] = common.get("OMP_NUM_THREADS", "1")
+            specs.append(spec(f"node-{node}-stage-{stage}", "stage_worker", settings))
+    return specs
+
+
+def _common_settings(options: ClusterOptions, nats_url: str) -> dict[str, str]:
+    settings = {
+        "LEMIX_NATS_URL": nats_url,
+        "LEMIX_RUN_DIR": str(options.run_dir),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if options.model is not None:
+        settings["LEMIX_MODEL"] = options.model
+    return settings
+
+
+def _stage_settings(options: ClusterOptions, node: int, stage: int, shm_dir: Path) -> dict[str, str]:
+    place = node * options.stages + stage
+    return {
+        "LEMIX_NODE": str(node),
+        "LEMIX_STAGE": str(stage),
+        "LEMIX_NUM_STAGES": str(options.stages),
+        "LEMIX_DEVICE": options.devices[place % len(options.devices)],
+        "LEMIX_SHM_DIR": str(shm_dir),
+    }

@@ -1,0 +1,192 @@
+"""The whole system as real processes over real NATS: one node of two stages, by its public doors only."""
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgpack
+import nats
+import openai
+import pytest
+import pytest_asyncio
+
+from lemix.client import ApiClient, served_model
+from lemix.launcher import LocalCluster
+from lemix.topology import ClusterOptions
+from shared import checkpoints, subjects
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+HELD_OUT = "Sea area Northpoint, issued at 04:20. Wind south force 5, veering west by noon. Sea rough."
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    options = ClusterOptions(
+        name="end-to-end",
+        runs_dir=tmp_path_factory.mktemp("runs"),
+        nodes=1,
+        stages=2,
+        extra_env={"LEMIX_CHECKPOINT_EVERY": "4", "LEMIX_CHECKPOINT_IDLE_S": "0.2", "LEMIX_NATS_URL": ""},
+    )
+    async with LocalCluster(options) as running:
+        yield running
+
+
+def bulletin_batch(number: int) -> dict[str, Any]:
+    places = ("Northpoint", "Eastford", "Dunness", "Arnpoint")
+    texts = [
+        f"Sea area {place}, issued at {hour:02}:20. Wind south force {force}, veering west. Sea rough."
+        for hour, (place, force) in enumerate(zip(places, (3, 4, 5, 6), strict=True), start=number % 20)
+    ]
+    return {"id": f"bulletin-{number}", "examples": [{"text": text} for text in texts]}
+
+
+async def publish(cluster: LocalCluster, *bodies: bytes, headers: dict[str, str] | None = None) -> None:
+    client = await nats.connect(cluster.nats_url)
+    for body in bodies:
+        await client.jetstream().publish(subjects.BATCHES, body, headers=headers)
+    await client.close()
+
+
+def durable(cluster: LocalCluster) -> checkpoints.Manifest | None:
+    found = checkpoints.latest(cluster.run_dir / "checkpoints", 0)
+    return found.manifest if found else None
+
+
+async def durable_version(cluster: LocalCluster, at_least: int) -> checkpoints.Manifest:
+    await until(lambda: (manifest := durable(cluster)) is not None and manifest.version >= at_least)
+    manifest = durable(cluster)
+    assert manifest is not None
+    return manifest
+
+
+def spans(cluster: LocalCluster, matches: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    lines = (cluster.run_dir / "spans.jsonl").read_text().splitlines()
+    return [span for line in lines if matches(span := json.loads(line))]
+
+
+async def test_the_official_client_completes_and_streams(cluster: LocalCluster) -> None:
+    model = await served_model(cluster.api_url)
+    arguments: dict[str, Any] = {
+        "model": model,
+        "prompt": "The open() function",
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    async with openai.AsyncOpenAI(base_url=f"{cluster.api_url}/v1", api_key="none", max_retries=0) as client:
+        whole = await client.completions.create(**arguments)
+        stream = await client.completions.create(**arguments, stream=True)
+        pieces = [chunk.choices[0].text async for chunk in stream if chunk.choices]
+        with pytest.raises(openai.NotFoundError):
+            await client.completions.create(**{**arguments, "model": "no-such-model"})
+    assert whole.usage is not None and whole.usage.completion_tokens == 12
+    assert "".join(pieces) == whole.choices[0].text != ""
+
+
+async def test_one_request_is_one_trace_through_every_service_and_stage(cluster: LocalCluster) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{cluster.api_url}/v1", api_key="none") as client:
+        await client.completions.create(
+            model=await served_model(cluster.api_url),
+            prompt="Return the",
+            max_tokens=2,
+            extra_headers={"traceparent": TRACEPARENT},
+        )
+    expected = {"lemix.gateway", "lemix.scheduler", "lemix.stage_worker.0.0", "lemix.stage_worker.0.1"}
+
+    def of_request(span: dict[str, Any]) -> bool:
+        return bool(span["trace_id"] == TRACE_ID)
+
+    await until(lambda: {span["service"] for span in spans(cluster, of_request)} >= expected)
+    by_id = {span["span_id"]: span for span in spans(cluster, of_request)}
+    parents = {span["parent_span_id"] for span in by_id.values()}
+    assert parents - by_id.keys() == {"b7ad6b7169203331"}, "every span hangs under the client's"
+
+
+async def test_training_changes_the_weights_that_answer(cluster: LocalCluster) -> None:
+    async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client:
+        before = await client.score(HELD_OUT)
+        bodies = [json.dumps(bulletin_batch(number)).encode() for number in range(6)]
+        await publish(
+            cluster, *bodies, headers={"traceparent": TRACEPARENT.replace(TRACE_ID, TRACE_ID[::-1])}
+        )
+        manifest = await durable_version(cluster, 6)
+        after = await client.score(HELD_OUT)
+    assert set(manifest.recent_batch_ids) == {f"bulletin-{number}" for number in range(6)}
+    assert after.nll_sum < 0.8 * before.nll_sum
+
+    def of_batches(span: dict[str, Any]) -> bool:
+        return bool(span["trace_id"] == TRACE_ID[::-1])
+
+    expected = {"lemix.trainer", "lemix.scheduler", "lemix.stage_worker.0.0", "lemix.stage_worker.0.1"}
+    await until(lambda: {span["service"] for span in spans(cluster, of_batches)} >= expected)
+
+
+async def test_a_batch_published_twice_is_applied_once(cluster: LocalCluster) -> None:
+    again = msgpack.packb(bulletin_batch(3) | {"examples": [{"text": "Another body under an old id."}]})
+    await publish(cluster, again, json.dumps(bulletin_batch(100)).encode())
+    manifest = await durable_version(cluster, 7)
+    assert manifest.version == 7
+    assert sorted(manifest.recent_batch_ids) == sorted([*(f"bulletin-{n}" for n in range(6)), "bulletin-100"])
+
+
+async def test_a_bad_batch_is_rejected_with_its_reason(cluster: LocalCluster) -> None:
+    client = await nats.connect(cluster.nats_url)
+    rejected = await client.subscribe(subjects.REJECTED)
+    await publish(cluster, b"{not json", b'{"id": "empty", "examples": []}')
+    reasons = [json.loads((await rejected.next_msg(timeout=30)).data)["reason"] for _ in range(2)]
+    await client.close()
+    assert all(reasons)
+
+
+async def test_malformed_and_oversize_messages_break_nothing(cluster: LocalCluster) -> None:
+    client = await nats.connect(cluster.nats_url)
+    place: dict[str, int | str] = {"node": 0, "stage": 0, "gateway": "any"}
+    topics = [
+        value
+        for value in vars(subjects).values()
+        if isinstance(value, subjects.Topic | subjects.RequestTopic)
+    ]
+    assert len(topics) > 10
+    for topic in topics:
+        for stage in (0, 1):
+            await client.publish(topic.at(**(place | {"stage": stage})).name, b"\xc1 no message")
+    with pytest.raises(nats.errors.MaxPayloadError):
+        await client.publish(subjects.ASSIGN.at(node=0).name, bytes(2 << 20))
+    await client.close()
+    pids = cluster.pids
+    async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as api:
+        completion = await api.complete("The open() function", max_tokens=4)
+    assert completion.completion_tokens == 4
+    assert cluster.pids == pids, "no service was restarted"
+
+
+async def test_a_killed_trainer_loses_no_batch_and_applies_none_twice(cluster: LocalCluster) -> None:
+    before = durable(cluster)
+    assert before is not None
+    published = [f"bulletin-{number}" for number in range(200, 212)]
+    await publish(cluster, *(json.dumps(bulletin_batch(number)).encode() for number in range(200, 206)))
+    await durable_version(cluster, before.version + 1)
+    os.kill(cluster.pids["trainer"], signal.SIGKILL)
+    await publish(cluster, *(json.dumps(bulletin_batch(number)).encode() for number in range(206, 212)))
+    manifest = await durable_version(cluster, before.version + len(published))
+    assert manifest.version == before.version + len(published)
+    assert sorted(manifest.recent_batch_ids) == sorted([*before.recent_batch_ids, *published])
+
+
+async def test_the_checkpoint_is_a_model_that_transformers_loads(cluster: LocalCluster) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = checkpoints.latest(cluster.run_dir / "checkpoints", 0)
+    assert checkpoint is not None
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
+    tokens = AutoTokenizer.from_pretrained(checkpoint.folder)(HELD_OUT, return_tensors="pt").input_ids
+    loss = model(tokens, labels=tokens).loss.item()
+    async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client:
+        score = await client.score(HELD_OUT)
+    assert score.nll_sum / score.num_tokens == pytest.approx(loss, abs=1e-4)

@@ -1,0 +1,129 @@
+"""The trainer in front of real stages: what its checkpoints hold, against one process and across a crash."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.trainer.service import TRAIN_STREAM, Trainer
+from services.trainer.settings import TrainerSettings
+from shared import checkpoints
+from shared.bus.base import Incoming
+from shared.checkpoints import Checkpoint
+from shared.clock import SystemClock
+from shared.messages.inference import Placed, TaskEnded
+from shared.messages.training import TrainingTask
+from shared.subjects import BATCHES, ENDED, PLACE
+from shared.telemetry import Telemetry
+from tests.support.models import save_tiny_model
+from tests.support.node import Node, running_node
+from tests.support.training import ADAMW, LEARNING_RATE, adamw, loss_of, num_labels, random_batches
+
+DEADLINE_S = 60.0
+BATCHES_OF_THE_RUN = random_batches(6, 2)
+
+
+@asynccontextmanager
+async def running_trainer(node: Node, model: Path, run_dir: Path) -> AsyncIterator[None]:
+    settings = TrainerSettings(
+        model=str(model),
+        run_dir=run_dir,
+        schedule="sync",
+        microbatches=1,
+        learning_rate=LEARNING_RATE,
+        checkpoint_every=2,
+        checkpoint_idle_s=0.0,
+    )
+    telemetry = Telemetry("trainer", None)
+    trainer = Trainer(settings, bus=node.bus, clock=SystemClock(), telemetry=telemetry)
+    task = asyncio.create_task(trainer.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    assert task.cancelled()
+
+
+class Applied:
+    """Plays the scheduler; counts the batches that have ended."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._changed = asyncio.Event()
+
+    async def start(self, node: Node) -> None:
+        await node.bus.ensure_stream(TRAIN_STREAM)
+        await node.bus.respond(PLACE.at(), self._place)
+        await node.bus.subscribe(ENDED.at(), self._ended)
+
+    async def until(self, num: int) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while self.num < num:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def _place(self, incoming: Incoming[TrainingTask]) -> Placed:
+        return Placed(node=0)
+
+    async def _ended(self, incoming: Incoming[TaskEnded]) -> None:
+        self.num += len(incoming.message.task_ids)
+        self._changed.set()
+
+
+async def publish(node: Node, start: int, stop: int) -> None:
+    for number in range(start, stop):
+        examples = [{"token_ids": example} for part in BATCHES_OF_THE_RUN[number] for example in part]
+        body = json.dumps({"id": f"b{number}", "examples": examples}).encode()
+        await node.bus.publish_durable(BATCHES, body)
+
+
+async def durable(run_dir: Path, version: int) -> Checkpoint:
+    """The checkpoint of `version`, once it is there."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            found = await asyncio.to_thread(checkpoints.latest, run_dir / "checkpoints", 0)
+            if found and found.manifest.version == version:
+                return found
+            await asyncio.sleep(0.02)
+
+
+def trained_in_one_process(model: Any) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    optimizer = adamw(parameters.values())
+    for batch in BATCHES_OF_THE_RUN:
+        examples = [example for part in batch for example in part]
+        optimizer.zero_grad()
+        loss_of(model, parameters, examples, num_labels(batch)).backward()
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize(("family", "num_stages"), [("llama", 1), ("llama", 2), ("gpt2", 2)])
+async def test_a_killed_trainer_ends_with_the_weights_of_an_uninterrupted_run(
+    family: str, num_stages: int, tmp_path: Path
+) -> None:
+    model_folder, run_dir = tmp_path / "model", tmp_path / "run"
+    run_dir.mkdir()
+    model = save_tiny_model(family, model_folder)
+    applied = Applied()
+    async with running_node(model_folder, num_stages, run_dir, **ADAMW) as node:
+        await applied.start(node)
+        await publish(node, 0, 4)
+        async with running_trainer(node, model_folder, run_dir):
+            await applied.until(3)
+        await publish(node, 3, 6)
+        async with running_trainer(node, model_folder, run_dir):
+            checkpoint = await durable(run_dir, version=6)
+
+    assert checkpoint.manifest.recent_batch_ids == tuple(f"b{number}" for number in range(6))
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    expected = trained_in_one_process(model)
+    for name, parameter in loaded.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,79 @@
+from rich.console import Console
+
+from lemix.status import status_table
+from lemix.steps import StepCounter, weights_versions
+from shared.messages.base import Message
+from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
+
+
+def heartbeat(node: int, stage: int, version: int) -> Heartbeat:
+    return Heartbeat(
+        node=node,
+        stage=stage,
+        num_stages=2,
+        instance="i",
+        model="m",
+        device="cuda:0",
+        ready=True,
+        weights_version=version,
+        checkpoint="",
+        epoch=1,
+        running=12,
+        waiting=100,
+        queued=3,
+        kv_blocks_used=1000,
+        kv_blocks_total=1024,
+    )
+
+
+def status(*versions: tuple[int, int]) -> ClusterStatus:
+    """One node for each pair: the weights versions of its two stages."""
+    nodes = tuple(
+        NodeStatus(
+            node=node,
+            ready=True,
+            inference_tasks=3,
+            training_tasks=1,
+            stages=tuple(heartbeat(node, stage, version) for stage, version in enumerate(pair)),
+        )
+        for node, pair in enumerate(versions)
+    )
+    return ClusterStatus(policy="round_robin", nodes=nodes)
+
+
+def test_the_table_shows_every_stage_whole_within_80_columns() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(status_table(status((123, 124), (5, 5))))
+    shown = capture.get()
+    assert "round_robin, 2 of 2 nodes ready" in shown
+    assert "…" not in shown
+    rows = [line.split() for line in shown.splitlines() if "cuda:0" in line]
+    assert rows == [
+        ["0", "0/2", "cuda:0", "yes", "v123", "1", "12", "100", "3", "1000/1024"],
+        ["0", "1/2", "cuda:0", "yes", "v124", "3", "1000/1024"],
+        ["1", "0/2", "cuda:0", "yes", "v5", "1", "12", "100", "3", "1000/1024"],
+        ["1", "1/2", "cuda:0", "yes", "v5", "3", "1000/1024"],
+    ]
+
+
+class FakeBus:
+    """Answers each status request with the next of some states."""
+
+    def __init__(self, *states: ClusterStatus) -> None:
+        self._states = list(states)
+
+    async def request(self, *_: object, **__: object) -> Message:
+        return self._states.pop(0)
+
+
+def test_a_node_has_the_version_that_all_its_stages_have_reached() -> None:
+    assert weights_versions(status((3, 4), (7, 7))) == {0: 3, 1: 7}
+
+
+async def test_steps_are_summed_over_the_nodes_and_counted_from_the_start() -> None:
+    bus = FakeBus(status((3, 4), (6, 6)), status((4, 4), (7, 7)))
+    counter = StepCounter(bus, {0: 2, 1: 5})  # type: ignore[arg-type]
+    steps: list[int] = []
+    await counter.wait_for(4, on_steps=steps.append)
+    assert steps == [2, 2]
