@@ -16,6 +16,7 @@ import torch
 import uvloop
 
 from benchmarks.report import spread
+from lemix.arenas import default_base
 from lemix.nats_server import NatsServer
 from shared import subjects
 from shared.bus.base import Incoming
@@ -130,7 +131,7 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
 
 
 async def main(work: Path) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=default_base()) as folder:
         async with NatsServer(Path(folder) / "nats") as server:
             echoing = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "benchmarks.hop", server.url, folder),

@@ -20,7 +20,7 @@ from services.stage_worker.work import WorkQueue
 from shared import subjects
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
-from shared.errors import BusError, ConfigurationError, RefusedError
+from shared.errors import BusError, ConfigurationError
 from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, StageStopped
 from shared.telemetry import Telemetry
 
@@ -65,8 +65,8 @@ class StageWorker:
             executor=executor,
             queue=self._queue,
         )
-        self._seen: dict[int, tuple[str, float]] = {}
-        """Other stages of the node: instance, and when it was heard last."""
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}
+        """Other stages of the node: the last heartbeat, and when it came."""
         self._linked: dict[int, str] = {}
         """Stages that this one can send tensors to, with the instance that answered."""
         self._linking: set[int] = set()
@@ -91,7 +91,7 @@ class StageWorker:
         return {other for other in ({stage - 1, stage + 1} | tied_peer) - {stage} if 0 <= other <= last}
 
     async def _subscribe(self, facts: ModelFacts) -> None:
-        self._serving = Serving(self._parts)
+        self._serving = Serving(self._parts, is_node_whole=self._is_node_whole)
         tell_version = self._serving.set_version
         self._training = Training(self._parts, facts, group=self._group, tell_version=tell_version)
         place = {"node": self._settings.node, "stage": self._settings.stage}
@@ -109,12 +109,13 @@ class StageWorker:
         beat = incoming.message
         if beat.node != self._settings.node or beat.stage == self._settings.stage:
             return
-        known, _ = self._seen.get(beat.stage, ("", 0.0))
-        self._seen[beat.stage] = (beat.instance, self._clock.now_s())
+        known = self._seen[beat.stage][0].instance if beat.stage in self._seen else None
+        self._seen[beat.stage] = (beat, self._clock.now_s())
         if known != beat.instance:
-            await self._meet(beat.stage, is_restart=bool(known))
+            await self._meet(beat.stage, is_restart=known is not None)
         if beat.stage in self._targets and self._linked.get(beat.stage) != beat.instance:
             self._start_linking(beat.stage, beat.instance)
+        self._serving.pump()
 
     async def _meet(self, stage: int, *, is_restart: bool) -> None:
         if is_restart:
@@ -132,25 +133,36 @@ class StageWorker:
             offer = await self._executor.offer(stage, instance)
             target = subjects.LINK.at(node=self._settings.node, stage=stage)
             answer = await self._bus.request(target, offer, timeout_s=LINK_TIMEOUT_S)
-        except (BusError, RefusedError) as error:
+            if not answer.accepted:
+                log.warning("stage %d cannot share memory, tensors go inline: %s", stage, answer.reason)
+            await self._executor.connect(stage, answer)
+            self._linked[stage] = instance
+        except BusError as error:
             log.warning("no link to stage %d yet: %s", stage, error)
             return
-        finally:
+        finally:  # not before: an offer replaces the link of the one before it
             self._linking.discard(stage)
-        if not answer.accepted:
-            log.warning("stage %d cannot share memory, tensors go inline: %s", stage, answer.reason)
-        await self._executor.connect(stage, answer)
-        self._linked[stage] = instance
         await self._publish_heartbeat()
+        self._serving.pump()
 
     def _is_ready(self) -> bool:
-        now_s = self._clock.now_s()
+        """Whether this stage can send tensors to every stage that it has to."""
         return all(
-            stage in self._seen
-            and self._linked.get(stage) == self._seen[stage][0]
-            and now_s - self._seen[stage][1] < LOST_AFTER_S
+            (beat := self._heard_lately(stage)) is not None and self._linked.get(stage) == beat.instance
             for stage in self._targets
         )
+
+    def _is_node_whole(self) -> bool:
+        others = set(range(self._settings.num_stages)) - {self._settings.stage}
+        return self._is_ready() and all(
+            (beat := self._heard_lately(stage)) is not None and beat.ready for stage in others
+        )
+
+    def _heard_lately(self, stage: int) -> Heartbeat | None:
+        if stage not in self._seen:
+            return None
+        beat, when_s = self._seen[stage]
+        return beat if self._clock.now_s() - when_s < LOST_AFTER_S else None
 
     # How it stands
 

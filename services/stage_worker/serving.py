@@ -2,6 +2,7 @@
 
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -13,7 +14,7 @@ from services.stage_worker.parts import Parts
 from services.stage_worker.queue import WorkKind
 from shared import subjects
 from shared.bus.base import Incoming
-from shared.errors import LemixError, RefusedError, StaleTensorError
+from shared.errors import CarrierError, LemixError, RefusedError
 from shared.messages.inference import (
     CancelTask,
     InferenceTask,
@@ -37,13 +38,15 @@ log = logging.getLogger(__name__)
 class Serving:
     """Moves iterations through this stage; on stage 0 it also leads the node (`head`)."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, is_node_whole: Callable[[], bool]) -> None:
+        """`is_node_whole`: iterations can go through all stages (asked on stage 0 only)."""
         settings = self._settings = parts.settings
         self._bus = parts.bus
         self._clock = parts.clock
         self._telemetry = parts.telemetry
         self._executor = parts.executor
         self._queue = parts.queue
+        self._is_node_whole = is_node_whole
         self._is_last = settings.stage == settings.num_stages - 1
         self._spans: dict[str, Span] = {}
         self._started_s: dict[int, float] = {}
@@ -75,13 +78,13 @@ class Serving:
         oldest_s = min(self._started_s.values(), default=now_s)
         if now_s - oldest_s > ITERATION_TIMEOUT_S:
             raise LemixError(f"an iteration has not come back within {ITERATION_TIMEOUT_S:g} s")
-        self._pump()
+        self.pump()
 
     async def reset(self, reason: str) -> None:
         """The pipeline broke behind stage 0: nothing that is in it will come back."""
+        self._started_s.clear()
         for task in self.head.reset():
             await self._fail(task, 503, reason)
-        self._started_s.clear()
 
     def set_version(self, version: int) -> None:
         """Clients are told the version with their tokens."""
@@ -91,6 +94,9 @@ class Serving:
 
     async def _on_task(self, incoming: Incoming[InferenceTask]) -> None:
         task = incoming.message
+        if task.task_id in self._spans:
+            log.warning("%s came twice", task.task_id)
+            return
         attributes = {"lemix.node": self._settings.node, "lemix.prompt_tokens": len(task.prompt)}
         span = self._telemetry.span("stage.request", traceparent=incoming.traceparent, attributes=attributes)
         self._spans[task.task_id] = span
@@ -99,12 +105,12 @@ class Serving:
             self.head.submit(task, deadline_s=deadline_s, traceparent=traceparent_of(span))
         except RefusedError as refusal:
             await self._fail(task, refusal.code, refusal.reason)
-        self._pump()
+        self.pump()
 
     async def _on_cancel(self, incoming: Incoming[CancelTask]) -> None:
         if self.head.remove(incoming.message.task_id):
             await self._end(incoming.message.task_id, "cancelled")
-            self._pump()
+            self.pump()
 
     async def _on_iteration_done(self, incoming: Incoming[IterationDone]) -> None:
         await self._finish_iteration(incoming.message)
@@ -112,18 +118,22 @@ class Serving:
     async def _finish_iteration(self, done: IterationDone) -> None:
         self._started_s.pop(done.iteration, None)
         completed = self.head.finish_iteration(done)
-        self._pump()
+        self.pump()
         for sequence in completed:
             await self._end(sequence.task.task_id, "completed")
 
-    def _pump(self) -> None:
-        """Start as many iterations as the pipeline takes."""
-        while (iteration := self.head.next_iteration()) is not None:
+    def pump(self) -> None:
+        """Start as many iterations as the pipeline takes; none while a stage of the node is missing."""
+        while self._is_node_whole() and (iteration := self.head.next_iteration()) is not None:
             self._started_s[iteration.number] = self._clock.now_s()
             self._queue.put(WorkKind.INFERENCE, partial(self._run_first, iteration))
 
     async def _run_first(self, iteration: Iteration) -> None:
-        await self._run(iteration.number, iteration.chunks, iteration.tokens)
+        try:
+            await self._run(iteration.number, iteration.chunks, iteration.tokens)
+        except CarrierError as error:
+            log.warning("iteration %d lost: %s", iteration.number, error)
+            await self.reset(f"the next stage cannot be reached: {error}")
 
     async def _fail(self, task: InferenceTask, code: int, reason: str) -> None:
         failure = TaskFailed(task_id=task.task_id, code=code, reason=reason)
@@ -146,7 +156,7 @@ class Serving:
     async def _run_received(self, forward: IterationForward) -> None:
         try:
             await self._run(forward.iteration, forward.chunks, forward.hidden)
-        except StaleTensorError as error:
+        except CarrierError as error:  # a neighbour is gone; stage 0 will hear of it, too
             log.warning("iteration %d dropped: %s", forward.iteration, error)
 
     async def _run(self, number: int, chunks: tuple[SequenceChunk, ...], rows: Rows) -> None:

@@ -179,7 +179,7 @@ async def test_its_services_serve_a_completion_and_are_well_by_their_own_checks(
                 await HealthProbe(f"http://{places.gateway}").wait()
             async with ApiClient(f"http://{places.gateway}", model="embedded") as api:
                 completion = await api.complete("Return the", max_tokens=8, temperature=0)
-            assert completion.completion_tokens == 8
+            assert 1 <= completion.completion_tokens <= 8
             for service in own_services(compose).values():
                 await until_well(places, service)
         for service in ("gateway", "scheduler", "trainer", "stage_worker.0.0", "stage_worker.1.1"):

@@ -93,7 +93,7 @@ async def test_up_serves_and_ctrl_c_ends_it_and_all_it_started(tmp_path: Path, m
         model = await served_model(running.api_url)
         async with ApiClient(running.api_url, model=model) as api:
             completion = await api.complete("Return the", max_tokens=8)
-        assert completion.completion_tokens == 8
+        assert 1 <= completion.completion_tokens <= 8
         assert any(
             line.startswith("try:  curl http://") and f'"model": "{model}"' in line for line in running.output
         )

@@ -9,6 +9,7 @@ import torch
 
 from tests.support.models import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.support.node import Node, running_node
+from tests.support.reference import greedy_reference
 
 PROMPT_LENGTHS = (1, 3, 17, 40, 9, 26)
 MAX_TOKENS = 12
@@ -18,17 +19,6 @@ SMALL_ITERATIONS: dict[str, Any] = {"max_iteration_tokens": 24, "kv_tokens": 512
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
-
-
-def greedy_reference(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """Tokens of `generate()`, and their log-probabilities under one plain forward."""
-    inputs = torch.tensor([prompt])
-    everything = torch.ones_like(inputs)  # else generate() takes token 0 for padding
-    whole = model.generate(inputs, attention_mask=everything, max_new_tokens=MAX_TOKENS, do_sample=False)[0]
-    with torch.no_grad():
-        logprobs = torch.log_softmax(model(whole.unsqueeze(0)).logits[0], dim=-1)
-    chosen = logprobs[:-1].gather(1, whole[1:].unsqueeze(1)).squeeze(1).tolist()
-    return whole[len(prompt) :].tolist(), chosen
 
 
 async def ask_all(node: Node) -> list[Any]:
@@ -46,7 +36,7 @@ async def test_greedy_tokens_and_logprobs_equal_transformers(
     async with running_node(tmp_path / "model", num_stages, tmp_path, **SMALL_ITERATIONS) as node:
         answers = await ask_all(node)
     for prompt, answer in zip(prompts(), answers, strict=True):
-        tokens, logprobs = greedy_reference(model, prompt)
+        tokens, logprobs = greedy_reference(model, prompt, MAX_TOKENS)
         assert answer.token_ids == tokens
         told = [token.logprob for token in (*answer.prompt, *answer.tokens)]
         assert told == pytest.approx(logprobs, abs=1e-4)

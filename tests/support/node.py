@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,18 @@ from services.stage_worker.executor.torch import TorchExecutor
 from services.stage_worker.service import StageWorker
 from services.stage_worker.settings import StageWorkerSettings
 from shared import subjects
-from shared.bus.base import Bus, Incoming
-from shared.bus.memory import MemoryBroker
+from shared.bus.base import Incoming
+from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import IdSource, SystemClock
 from shared.messages.cluster import Heartbeat
-from shared.messages.inference import InferenceTask, Sampling, TaskFailed, TokenLogprob, TokensProduced
+from shared.messages.inference import (
+    CancelTask,
+    InferenceTask,
+    Sampling,
+    TaskFailed,
+    TokenLogprob,
+    TokensProduced,
+)
 from shared.messages.training import MicrobatchForward, StageReport
 from shared.messages.weights import RestoreWeights, SaveWeights
 from shared.telemetry import Telemetry
@@ -28,13 +35,24 @@ GATEWAY = "test"
 class Answer:
     """What came back for one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: InferenceTask) -> None:
+        self.task = task
         self.prompt: list[TokenLogprob] = []
         self.tokens: list[TokenLogprob] = []
         self.finish: str | None = None
         self.failure: TaskFailed | None = None
         self.versions: list[int] = []
+        self.begun = asyncio.Event()
         self.done = asyncio.Event()
+
+    async def first_token(self) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await self.begun.wait()
+
+    async def end(self) -> None:
+        """The whole answer, or its failure."""
+        async with asyncio.timeout(DEADLINE_S):
+            await self.done.wait()
 
     @property
     def token_ids(self) -> list[int]:
@@ -44,12 +62,13 @@ class Answer:
 class Node:
     """Plays the gateway, the scheduler and the trainer for one pipeline."""
 
-    def __init__(self, bus: Bus, num_stages: int) -> None:
-        self.bus = bus
+    def __init__(self, workers: "Workers", num_stages: int) -> None:
+        self.workers = workers
+        self.bus = workers.broker.connect()
         self.num_stages = num_stages
         self.heartbeats: dict[int, Heartbeat] = {}
         self.reports: asyncio.Queue[StageReport] = asyncio.Queue()
-        self._ready = asyncio.Event()
+        self._beaten = asyncio.Condition()
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
 
@@ -60,29 +79,55 @@ class Node:
         await self.bus.subscribe(subjects.REPORT.at(), self._on_report)
 
     async def ready(self) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            await self._ready.wait()
+        """Wait until every stage says that it is ready."""
+        await self.heard(
+            lambda: (
+                len(self.heartbeats) == self.num_stages
+                and all(beat.ready for beat in self.heartbeats.values())
+            )
+        )
 
-    async def start(self, prompt: list[int], *, prompt_logprobs: bool = False, **sampling: Any) -> Answer:
+    async def heard(self, what: Callable[[], bool]) -> None:
+        """Wait until the latest heartbeats of the stages fulfil `what`."""
+        async with asyncio.timeout(DEADLINE_S), self._beaten:
+            await self._beaten.wait_for(what)
+
+    async def replace(self, stage: int) -> None:
+        """Stop the worker of a stage and start another one; returns at its first heartbeat, not ready yet."""
+        gone = self.heartbeats[stage].instance
+        await asyncio.wait([self.workers.stop(stage)])
+        self.workers.start(stage)
+        await self.heard(lambda: self.heartbeats[stage].instance != gone)
+
+    async def cancel(self, answer: Answer) -> None:
+        await self.bus.publish(subjects.CANCEL.at(node=0), CancelTask(task_id=answer.task.task_id))
+
+    async def start(
+        self,
+        prompt: list[int],
+        *,
+        prompt_logprobs: bool = False,
+        timeout_s: float = DEADLINE_S,
+        **sampling: Any,
+    ) -> Answer:
         """Send a request; its answer grows."""
         task_id = f"task-{next(self._numbers)}"
-        answer = self._answers[task_id] = Answer()
         task = InferenceTask(
             task_id=task_id,
             gateway=GATEWAY,
             prompt=tuple(prompt),
             sampling=Sampling(**{"temperature": 0.0, **sampling}),
             prompt_logprobs=prompt_logprobs,
-            timeout_s=DEADLINE_S,
+            timeout_s=timeout_s,
         )
+        answer = self._answers[task_id] = Answer(task)
         await self.bus.publish(subjects.ASSIGN.at(node=0), task)
         return answer
 
     async def complete(self, prompt: list[int], **arguments: Any) -> Answer:
         """Send a request and wait for its whole answer."""
         answer = await self.start(prompt, **arguments)
-        async with asyncio.timeout(DEADLINE_S):
-            await answer.done.wait()
+        await answer.end()
         return answer
 
     async def restore(self, *, epoch: int = 1, version: int = 0, checkpoint: str = "") -> None:
@@ -110,19 +155,21 @@ class Node:
             if result.token is not None:
                 answer.tokens.append(result.token)
                 answer.versions.append(incoming.message.weights_version)
+                answer.begun.set()
             if result.finish is not None:
                 answer.finish = result.finish
                 answer.done.set()
 
     async def _on_failed(self, incoming: Incoming[TaskFailed]) -> None:
         answer = self._answers[incoming.message.task_id]
+        assert answer.failure is None, "an answer fails once"
         answer.failure = incoming.message
         answer.done.set()
 
     async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
-        self.heartbeats[incoming.message.stage] = incoming.message
-        if len(self.heartbeats) == self.num_stages and all(beat.ready for beat in self.heartbeats.values()):
-            self._ready.set()
+        async with self._beaten:
+            self.heartbeats[incoming.message.stage] = incoming.message
+            self._beaten.notify_all()
 
     async def _on_report(self, incoming: Incoming[StageReport]) -> None:
         self.reports.put_nowait(incoming.message)
@@ -131,41 +178,54 @@ class Node:
 @asynccontextmanager
 async def running_node(model: Path, num_stages: int, run_dir: Path, **settings: Any) -> AsyncIterator[Node]:
     """A ready node of `num_stages` stages; ends without leaving anything behind."""
-    broker = MemoryBroker()
-    node = Node(broker.connect(), num_stages)
-    await node.subscribe()
     async with asyncio.TaskGroup() as group:
-        workers = [
-            group.create_task(_worker(broker, stage, model, num_stages, run_dir, settings).run())
-            for stage in range(num_stages)
-        ]
-        await node.ready()
+        chosen = {"num_stages": num_stages, "model": str(model), "run_dir": run_dir, "shm_dir": run_dir}
+        node = Node(Workers(group, {**chosen, **settings}), num_stages)
+        await node.subscribe()
+        for stage in range(num_stages):
+            node.workers.start(stage)
         try:
+            await node.ready()
             yield node
         finally:
-            for worker in workers:
-                worker.cancel()
+            for stage in range(num_stages):
+                node.workers.stop(stage)
     await node.bus.close()
 
 
-def _worker(
-    broker: MemoryBroker, stage: int, model: Path, num_stages: int, run_dir: Path, settings: dict[str, Any]
-) -> StageWorker:
-    chosen = StageWorkerSettings(
-        node=0,
-        stage=stage,
-        num_stages=num_stages,
-        model=str(model),
-        run_dir=run_dir,
-        shm_dir=run_dir,
-        **settings,
-    )
-    instance = IdSource(random.Random(stage)).new("stage")
-    return StageWorker(
-        settings=chosen,
-        instance=instance,
-        bus=broker.connect(),
-        clock=SystemClock(),
-        telemetry=Telemetry("stage_worker", None),
-        executor=TorchExecutor(chosen, instance),
-    )
+class Workers:
+    """The stage workers of a node, as their processes would be; one that fails fails the test."""
+
+    def __init__(self, group: asyncio.TaskGroup, settings: dict[str, Any]) -> None:
+        self.broker = MemoryBroker()
+        self.buses: dict[int, MemoryBus] = {}
+        self._group = group
+        self._settings = settings
+        self._ids = IdSource(random.Random(0))
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    def start(self, stage: int) -> None:
+        self._tasks[stage] = self._group.create_task(self._run(stage))
+
+    def stop(self, stage: int) -> asyncio.Task[None]:
+        self._tasks[stage].cancel()
+        return self._tasks[stage]
+
+    async def _run(self, stage: int) -> None:
+        settings = StageWorkerSettings(node=0, stage=stage, **self._settings)
+        instance = self._ids.new("stage")
+        bus = self.buses[stage] = self.broker.connect()
+        worker = StageWorker(
+            settings=settings,
+            instance=instance,
+            bus=bus,
+            clock=SystemClock(),
+            telemetry=Telemetry("stage_worker", None),
+            executor=TorchExecutor(settings, instance),
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(worker.run())
+                group.create_task(bus.wait_failed())
+        finally:
+            await bus.close()

@@ -1,0 +1,362 @@
+"""A node that serves and trains at once, and what must not disturb it."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shared import subjects
+from shared.errors import RefusedError
+from shared.messages.base import Done, Message
+from shared.messages.training import (
+    BackwardDone,
+    MicrobatchForward,
+    SaveFailed,
+    ShardSaved,
+    StageReport,
+    StepDone,
+    TrainingFailed,
+)
+from shared.model.index import write_index
+from shared.subjects import RequestSubject, Subject
+from tests.support.models import VOCAB_SIZE, save_tiny_model
+from tests.support.node import Answer, Node, running_node
+from tests.support.reference import greedy_reference
+from tests.support.training import ADAMW, Batch, messages, random_batches
+
+PROMPT = [3, 14, 15, 92, 65, 35]
+ENDLESS: dict[str, Any] = {"max_tokens": 3000}
+"""Far more tokens than come before the test ends."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model("llama", path)
+    return path
+
+
+def prompt(number: int) -> list[int]:
+    generator = torch.Generator().manual_seed(number)
+    tokens: list[int] = torch.randint(VOCAB_SIZE, (5 + 6 * number,), generator=generator).tolist()
+    return tokens
+
+
+async def feed(node: Node, batch_id: str, batch: Batch, *, epoch: int = 1, **header: Any) -> None:
+    for message in messages(batch_id, batch, epoch=epoch, **header):
+        await node.feed(message)
+
+
+async def step(node: Node, batch_id: str, batch: Batch, **header: Any) -> list[StageReport]:
+    """Train on a batch; returns all reports until every stage has stepped."""
+    await feed(node, batch_id, batch, **header)
+    reports: list[StageReport] = []
+    while sum(isinstance(report.event, StepDone) for report in reports) < node.num_stages:
+        reports.append(await node.report())
+        assert not isinstance(reports[-1].event, TrainingFailed), reports[-1]
+    return reports
+
+
+def make_folder(checkpoint: Path, model: Path) -> None:
+    checkpoint.mkdir()
+    shutil.copy(model / "config.json", checkpoint)
+
+
+async def save(node: Node, model: Path, version: int, checkpoint: Path, *, epoch: int = 1) -> Path:
+    """A checkpoint as the trainer would have it, without its manifest."""
+    make_folder(checkpoint, model)
+    await node.save(version, checkpoint, epoch=epoch)
+    files: dict[str, str] = {}
+    for _ in range(node.num_stages):
+        event = (await node.report()).event
+        assert isinstance(event, ShardSaved), event
+        files.update(event.file_by_tensor)
+    write_index(checkpoint, files, 0)
+    return checkpoint
+
+
+def tensors_in(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights and optimizer state of all stages."""
+    found: dict[str, Tensor] = {}
+    for path in checkpoint.glob("*.safetensors"):
+        found.update(load_file(path))
+    return found
+
+
+@asynccontextmanager
+async def training_all_the_time(node: Node) -> AsyncIterator[list[StageReport]]:
+    """Training at learning rate 0 goes on behind the body; gives the reports so far."""
+    reports: list[StageReport] = []
+
+    async def train() -> None:
+        number = 0
+        while True:
+            for batch in random_batches(4, 2, seed=number):
+                reports.extend(await step(node, f"b{number}", batch, learning_rate=0.0))
+                number += 1
+
+    async with asyncio.TaskGroup() as group:
+        training = group.create_task(train())
+        yield reports
+        training.cancel()
+
+
+async def complete(node: Node, reports: list[StageReport], number: int) -> tuple[Answer, int]:
+    """An answer, with how many training reports came between its first and its last token."""
+    answer = await node.start(prompt(number), max_tokens=40, num_logprobs=1, prompt_logprobs=True)
+    await answer.first_token()
+    num_before = len(reports)
+    await answer.end()
+    return answer, len(reports) - num_before
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+async def test_answers_equal_transformers_while_training_runs(num_stages: int, tmp_path: Path) -> None:
+    model = save_tiny_model("llama_tied", tmp_path / "model")
+    busy = {"training_patience_s": 0.0, "max_iteration_tokens": 16}
+    async with running_node(tmp_path / "model", num_stages, tmp_path, **busy) as node:
+        await node.restore()
+        async with training_all_the_time(node) as reports:
+            answers = await asyncio.gather(*(complete(node, reports, number) for number in range(4)))
+    for number, (answer, num_reports) in enumerate(answers):
+        tokens, logprobs = greedy_reference(model, prompt(number), 40)
+        assert answer.token_ids == tokens
+        told = [token.logprob for token in (*answer.prompt, *answer.tokens)]
+        assert told == pytest.approx(logprobs, abs=1e-4)
+        assert num_reports > 0
+        assert answer.versions[-1] > answer.versions[0], "no step came between two tokens"
+
+
+async def test_sampled_answers_depend_on_their_seed_only(folder: Path, tmp_path: Path) -> None:
+    sampled = {"max_tokens": 12, "temperature": 1.2, "top_p": 0.9}
+    async with running_node(folder, 2, tmp_path, max_iteration_tokens=16) as node:
+        alone = await node.complete(PROMPT, seed=5, **sampled)
+        company = [node.complete(prompt(number), seed=number, **sampled) for number in range(5)]
+        again, *_ = await asyncio.gather(node.complete(PROMPT, seed=5, **sampled), *company)
+        other = await node.complete(PROMPT, seed=6, **sampled)
+    assert again.token_ids == alone.token_ids
+    assert other.token_ids != alone.token_ids
+
+
+async def test_a_cancel_frees_all_blocks(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 2, tmp_path, kv_tokens=3072) as node:
+        answer = await node.start(PROMPT, **ENDLESS)
+        await answer.first_token()
+        waiting = await node.start(PROMPT, **ENDLESS)
+        await node.cancel(waiting)
+        await node.cancel(answer)
+        node.heartbeats.clear()
+        await node.heard(lambda: 0 in node.heartbeats and node.heartbeats[0].kv_blocks_used == 0)
+        assert node.heartbeats[0].running == node.heartbeats[0].waiting == 0
+        assert not answer.done.is_set()
+        assert not waiting.done.is_set()
+        assert waiting.tokens == []
+        assert (await node.complete(PROMPT, max_tokens=15)).finish == "length"
+
+
+async def test_an_expired_request_fails_with_504(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 2, tmp_path) as node:
+        late = await node.complete(PROMPT, timeout_s=0.01, **ENDLESS)
+        assert late.failure is not None
+        assert (late.failure.code, late.failure.reason) == (504, "not finished within its 0.01 s")
+        assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"
+
+
+async def test_a_request_that_can_never_fit_fails_with_400(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 2, tmp_path, kv_tokens=64) as node:
+        for bad_prompt in (PROMPT * 20, []):
+            refused = await node.complete(bad_prompt, max_tokens=1)
+            assert refused.failure is not None
+            assert refused.failure.code == 400
+        assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"
+
+
+async def test_a_request_that_comes_twice_is_answered_once(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 2, tmp_path) as node:
+        expected = await node.complete(PROMPT, max_tokens=8)
+        answer = await node.start(PROMPT, max_tokens=8)
+        await node.bus.publish(subjects.ASSIGN.at(node=0), answer.task)
+        await answer.end()
+        assert (await node.complete(PROMPT, max_tokens=8)).token_ids == expected.token_ids
+    assert answer.token_ids == expected.token_ids
+
+
+class Garbage(Message):
+    """Bytes that are no MessagePack."""
+
+    def pack(self) -> bytes:
+        return b"\xc1 no message"
+
+
+def subjects_of(stage: int) -> tuple[list[str], list[str]]:
+    """Names of what a stage of two listens to, and of what it answers."""
+    place = {"node": 0, "stage": stage}
+    told = [topic.at(**place).name for topic in (subjects.FORWARD, subjects.BACKWARD, subjects.TIED)]
+    if stage == 0:
+        told += [
+            topic.at(**place).name for topic in (subjects.ASSIGN, subjects.CANCEL, subjects.ITERATION_DONE)
+        ]
+    else:
+        told.append(subjects.ITERATION.at(**place).name)
+    asked = [topic.at(**place).name for topic in (subjects.LINK, subjects.RESTORE, subjects.SAVE)]
+    return told, asked
+
+
+@pytest.mark.parametrize("bad", [Garbage(), StepDone(batch_id="b", version=1)])
+async def test_malformed_messages_are_counted_and_nothing_else_breaks(bad: Message, tmp_path: Path) -> None:
+    save_tiny_model("llama_tied", tmp_path / "model")
+    async with running_node(tmp_path / "model", 2, tmp_path, **ADAMW) as node:
+        await node.restore()
+        expected = await node.complete(PROMPT, max_tokens=4)
+        for stage in range(2):
+            told, asked = subjects_of(stage)
+            for name in told:
+                await node.bus.publish(Subject(name, type(bad)), bad)
+            for name in asked:
+                with pytest.raises(RefusedError) as refusal:
+                    await node.bus.request(RequestSubject(name, type(bad), Done), bad, timeout_s=5.0)
+                assert refusal.value.code == 400
+        await node.bus.publish(Subject(subjects.HEARTBEAT.at().name, type(bad)), bad)
+        assert (await node.complete(PROMPT, max_tokens=4)).token_ids == expected.token_ids
+        await step(node, "b0", random_batches(1, 2)[0])
+        for stage, bus in node.workers.buses.items():
+            assert bus.num_malformed == sum(map(len, subjects_of(stage))) + 1
+
+
+async def test_microbatches_of_an_older_epoch_are_ignored(folder: Path, tmp_path: Path) -> None:
+    old, new = random_batches(2, 2)
+    async with running_node(folder, 2, tmp_path, **ADAMW) as node:
+        await node.restore(epoch=2)
+        await feed(node, "old", old, epoch=1)
+        reports = await step(node, "new", new, epoch=2)
+        assert {report.epoch for report in reports} == {2}
+        assert {report.event.batch_id for report in reports} == {"new"}  # type: ignore[union-attr]
+        with pytest.raises(RefusedError, match="epoch 1 is over") as refusal:
+            await node.restore(epoch=1)
+        assert refusal.value.code == 409
+        reports = await step(node, "newer", old, epoch=2)
+    versions = {report.event.version for report in reports if isinstance(report.event, StepDone)}
+    assert versions == {2}
+
+
+def losses(reports: list[StageReport]) -> list[float]:
+    """What the last stage told of its microbatches."""
+    events = [report.event for report in reports]
+    return [event.loss for event in events if isinstance(event, BackwardDone) and event.loss is not None]
+
+
+async def test_restores_in_mid_flight_leave_nothing_behind(tmp_path: Path) -> None:
+    """More of them than an arena has slots: what is dropped must give its slot back."""
+    save_tiny_model("llama_tied", tmp_path / "model")
+    (batch,) = random_batches(1, 3)
+    num_restores = 12
+    async with running_node(tmp_path / "model", 2, tmp_path, **ADAMW) as node:
+        await node.restore()
+        (expected,) = losses(await step(node, "e1", batch[:1], epoch=1))
+        for epoch in range(2, 2 + num_restores):
+            await feed(node, f"e{epoch - 1}", batch, epoch=epoch - 1)
+            for _ in range(epoch % 4):
+                report = await node.report()
+                assert report.event.batch_id == f"e{report.epoch}"  # type: ignore[union-attr]
+            await node.restore(epoch=epoch)
+        while not node.reports.empty():
+            report = await node.report()
+            assert report.event.batch_id == f"e{report.epoch}"  # type: ignore[union-attr]
+        await node.complete(PROMPT, max_tokens=4)
+        reports = await step(node, "last", batch[:1], epoch=epoch)
+    assert {report.epoch for report in reports} == {epoch}
+    (loss,) = losses(reports)
+    assert loss == pytest.approx(expected, abs=1e-6)
+
+
+def with_bad_token(batch: Batch) -> list[MicrobatchForward]:
+    first, *others = messages("bad", batch)
+    return [first.model_copy(update={"tokens": (VOCAB_SIZE, *first.tokens[1:])}), *others]
+
+
+async def test_a_batch_that_raises_fails_alone(folder: Path, tmp_path: Path) -> None:
+    good, bad = random_batches(2, 1)
+    async with running_node(folder, 2, tmp_path, **ADAMW) as node:
+        await node.restore()
+        expected = await node.complete(PROMPT, max_tokens=20)
+        answer = await node.start(PROMPT, max_tokens=20)
+        for message in with_bad_token(bad):
+            await node.feed(message)
+        failure = (await node.report()).event
+        assert isinstance(failure, TrainingFailed)
+        assert failure.batch_id == "bad"
+        assert failure.reason.startswith("IndexError: ")
+        await answer.end()
+        await node.restore(epoch=2)
+        reports = await step(node, "good", good, epoch=2)
+        assert {report.event.version for report in reports if isinstance(report.event, StepDone)} == {1}
+    assert answer.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+async def test_a_restored_node_goes_on_as_if_nothing_had_been(family: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_tiny_model(family, model)
+    batches = random_batches(4, 2)
+    async with running_node(model, 2, tmp_path, **ADAMW) as node:
+        await node.restore()
+        for number in (0, 1):
+            await step(node, f"b{number}", batches[number], learning_rate=0.05)
+        before = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
+        checkpoint = await save(node, model, 2, tmp_path / "saved")
+        for number in (2, 3):
+            await step(node, f"b{number}", batches[number], learning_rate=0.05)
+        undisturbed = tensors_in(await save(node, model, 4, tmp_path / "undisturbed"))
+        changed = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
+
+        await node.restore(epoch=2, version=2, checkpoint=str(checkpoint))
+        after = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
+        for number in (2, 3):
+            await step(node, f"b{number}", batches[number], learning_rate=0.05, epoch=2)
+        disturbed = tensors_in(await save(node, model, 4, tmp_path / "disturbed", epoch=2))
+    assert after.token_ids == before.token_ids
+    logprobs = [token.logprob for token in before.tokens]
+    assert [token.logprob for token in after.tokens] == pytest.approx(logprobs, abs=1e-5)
+    assert [token.logprob for token in changed.tokens] != pytest.approx(logprobs, abs=1e-5)
+    assert set(after.versions) == {2}
+    assert disturbed.keys() == undisturbed.keys()
+    for name, tensor in undisturbed.items():
+        assert torch.equal(disturbed[name], tensor), name
+
+
+async def test_a_version_that_is_gone_cannot_be_saved(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 1, tmp_path, **ADAMW) as node:
+        await node.restore()
+        await step(node, "b0", random_batches(1, 1)[0])
+        with pytest.raises(RefusedError, match="version 0 is gone, this stage holds 1") as refusal:
+            await node.save(0, tmp_path)
+        assert refusal.value.code == 409
+
+
+async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 1, tmp_path, discipline="fifo", **ADAMW) as node:
+        await node.restore()
+        await feed(node, "b0", random_batches(1, 1)[0])
+        await node.save(0, tmp_path)
+        *_, stepped, failed = [(await node.report()).event for _ in range(4)]
+    assert stepped == StepDone(batch_id="b0", version=1)
+    assert failed == SaveFailed(version=0, reason="the stage has gone on to version 1")
+
+
+async def test_a_checkpoint_that_cannot_be_written_is_told_and_no_more(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 2, tmp_path, **ADAMW) as node:
+        await node.restore()
+        await node.save(0, tmp_path / "missing")
+        for _ in range(2):
+            event = (await node.report()).event
+            assert isinstance(event, SaveFailed)
+            assert event.version == 0
+        await step(node, "b0", random_batches(1, 1)[0])
+        assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"

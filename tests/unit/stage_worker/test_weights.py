@@ -1,0 +1,253 @@
+"""Weights that serve, are stashed and step, on a real stage of a tiny model."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.stage_worker.weights import AdamWSettings, StageWeights, WeightsVersion
+from shared.model.attention import PackedSegments
+from shared.model.loader import load_stage, model_partition, read_config
+from shared.model.stage import Stage
+from tests.support.models import VOCAB_SIZE, save_tiny_model
+
+RATE = 1e-2
+SETTINGS = AdamWSettings(epsilon=1e-3, weight_decay=0.01)
+TEXTS = [[1, 5, 9, 2], [7, 7, 3], [90, 12, 33, 4, 6], [2, 3]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model("llama_tied", path)
+    return path
+
+
+@pytest.fixture
+def stage(folder: Path) -> Stage:
+    (layers,) = model_partition(read_config(folder), 1)
+    return load_stage(folder, layers)
+
+
+@pytest.fixture
+def weights(stage: Stage) -> StageWeights:
+    return StageWeights(stage, SETTINGS, version=0)
+
+
+def loss_of(stage: Stage, text: list[int]) -> Tensor:
+    tokens = torch.tensor(text)
+    logits = stage.forward(tokens, torch.arange(len(text)), PackedSegments((len(text),)))
+    return torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum")
+
+
+class InFlight:
+    """A microbatch after its forward."""
+
+    def __init__(self, stage: Stage, weights: StageWeights, text: list[int]) -> None:
+        self._weights = weights
+        with weights.training_forward() as self.version:
+            self._loss = loss_of(stage, text)
+
+    def backward(self) -> None:
+        torch.autograd.backward(self._loss)
+        self._weights.backward_done(self.version)
+
+
+def train(stage: Stage, weights: StageWeights, batch_id: str, texts: Iterable[list[int]]) -> None:
+    for text in texts:
+        InFlight(stage, weights, text).backward()
+    weights.finish_batch(batch_id)
+    weights.step(batch_id, RATE)
+
+
+def values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def newest(stage: Stage) -> dict[str, Tensor]:
+    return values(dict(stage.named_tensors()))
+
+
+def places(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5)
+
+
+def plain_gradients(stage: Stage, texts: Iterable[list[int]]) -> dict[str, Tensor]:
+    """What autograd says without any stashing."""
+    parameters = stage.named_tensors()
+    loss = torch.stack([loss_of(stage, text) for text in texts]).sum()
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def leaves(version: WeightsVersion) -> dict[str, Tensor]:
+    return dict(version.leaves)
+
+
+def test_stashing_costs_no_memory(stage: Stage, weights: StageWeights) -> None:
+    first, second = InFlight(stage, weights, TEXTS[0]), InFlight(stage, weights, TEXTS[1])
+    assert first.version is second.version
+    assert places(first.version.leaves.values()) == places(stage.parameters())
+
+
+def test_gradients_equal_plain_autograd(stage: Stage, weights: StageWeights) -> None:
+    expected = plain_gradients(stage, TEXTS[:3])
+    for text in TEXTS[:3]:
+        InFlight(stage, weights, text).backward()
+    assert_close(weights.finish_batch("b"), expected)
+
+
+def test_a_step_with_nothing_in_flight_stays_in_place(stage: Stage, weights: StageWeights) -> None:
+    before, where = newest(stage), places(stage.parameters())
+    train(stage, weights, "b", TEXTS[:2])
+    assert places(stage.parameters()) == where
+    assert weights.version == 1
+    assert not torch.equal(newest(stage)["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_steps_equal_the_plain_optimizer(folder: Path, stage: Stage, weights: StageWeights) -> None:
+    plain = load_stage(folder, stage.layers)
+    optimizer = torch.optim.AdamW(
+        plain.parameters(), lr=RATE, betas=(0.9, 0.95), eps=SETTINGS.epsilon, weight_decay=0.01
+    )
+    for number, text in enumerate(TEXTS):
+        train(stage, weights, f"b{number}", [text])
+        torch.autograd.backward(loss_of(plain, text))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert weights.version == len(TEXTS)
+    assert_close(newest(stage), newest(plain))
+
+
+def test_a_step_leaves_the_weights_of_microbatches_in_flight_as_they_were(
+    stage: Stage, weights: StageWeights
+) -> None:
+    old = newest(stage)
+    expected = plain_gradients(stage, [TEXTS[1]])
+    first = InFlight(stage, weights, TEXTS[0])
+    later = InFlight(stage, weights, TEXTS[1])
+    first.backward()
+    weights.finish_batch("b0")
+    weights.step("b0", RATE)
+    assert_same(values(leaves(later.version)), old)
+    stepped = newest(stage)
+    assert not torch.equal(stepped["model.norm.weight"], old["model.norm.weight"])
+    newer = InFlight(stage, weights, TEXTS[2])
+    assert (later.version.number, newer.version.number) == (0, 1)
+    assert_same(values(leaves(newer.version)), stepped)
+    later.backward()
+    assert_close(weights.finish_batch("b1"), expected)
+    weights.step("b1", RATE)
+    assert_same(values(leaves(newer.version)), stepped)
+
+
+def test_gradients_of_a_batch_over_two_versions_add_up(stage: Stage, weights: StageWeights) -> None:
+    old = plain_gradients(stage, [TEXTS[1]])
+    first, second = InFlight(stage, weights, TEXTS[0]), InFlight(stage, weights, TEXTS[1])
+    first.backward()
+    weights.finish_batch("b0")
+    weights.step("b0", RATE)
+    new = plain_gradients(stage, [TEXTS[2]])
+    third = InFlight(stage, weights, TEXTS[2])
+    second.backward()
+    third.backward()
+    assert_close(weights.finish_batch("b1"), {name: old[name] + new[name] for name in old})
+
+
+def test_a_batch_keeps_what_went_backward_before_the_step_of_its_predecessor(
+    stage: Stage, weights: StageWeights
+) -> None:
+    """A stage with a tied embedding waits for the other end, and meanwhile the next batch goes backward."""
+    old = plain_gradients(stage, [TEXTS[1]])
+    InFlight(stage, weights, TEXTS[0]).backward()
+    weights.finish_batch("b0")
+    InFlight(stage, weights, TEXTS[1]).backward()
+    weights.step("b0", RATE)
+    new = plain_gradients(stage, [TEXTS[2]])
+    InFlight(stage, weights, TEXTS[2]).backward()
+    assert_close(weights.finish_batch("b1"), {name: old[name] + new[name] for name in old})
+
+
+def test_memory_of_retired_versions_is_used_again(stage: Stage, weights: StageWeights) -> None:
+    seen = set()
+    ahead = InFlight(stage, weights, TEXTS[0])
+    for number in range(6):
+        current, ahead = ahead, InFlight(stage, weights, TEXTS[number % 4])
+        current.backward()
+        weights.finish_batch(f"b{number}")
+        weights.step(f"b{number}", RATE)
+        seen.add(tuple(places(stage.parameters())))
+    assert len(seen) == 2  # that of the newest and that of the one in flight take turns
+
+
+def test_serving_sees_the_newest_weights_between_training_forwards(
+    stage: Stage, weights: StageWeights
+) -> None:
+    parameters = stage.parameters()
+    with weights.training_forward() as version:
+        assert stage.parameters() == list(version.leaves.values())
+    assert all(one is other for one, other in zip(stage.parameters(), parameters, strict=True))
+
+
+def test_a_forward_that_raises_leaves_the_newest_weights_in_place(
+    stage: Stage, weights: StageWeights
+) -> None:
+    parameters = stage.parameters()
+    with pytest.raises(IndexError), weights.training_forward() as version:
+        loss_of(stage, [VOCAB_SIZE, 1])
+    assert all(one is other for one, other in zip(stage.parameters(), parameters, strict=True))
+    assert version.num_in_flight == 0
+
+
+def test_another_ends_gradient_is_added_before_the_step(stage: Stage, weights: StageWeights) -> None:
+    name = stage.tied_embedding_name
+    assert name is not None
+    InFlight(stage, weights, TEXTS[0]).backward()
+    total = weights.finish_batch("b")
+    expected = total[name] + 1.0
+    weights.add_gradient("b", name, torch.ones_like(expected))
+    assert torch.equal(total[name], expected)
+
+
+def test_weights_and_optimizer_state_come_back(folder: Path, stage: Stage, weights: StageWeights) -> None:
+    train(stage, weights, "b0", TEXTS[:1])
+    train(stage, weights, "b1", TEXTS[1:2])
+    saved, state = newest(stage), values(weights.optimizer_state())
+    train(stage, weights, "b2", TEXTS[2:])
+    undisturbed = newest(stage)
+
+    other = load_stage(folder, stage.layers)
+    restored = StageWeights(other, SETTINGS, version=0)
+    train(other, restored, "x", TEXTS)
+    restored.load(saved, state, version=2)
+    assert restored.version == 2
+    assert_same(newest(other), saved)
+    assert_same(values(restored.optimizer_state()), state)
+    train(other, restored, "b2", TEXTS[2:])
+    assert_same(newest(other), undisturbed)
+
+
+def test_loading_forgets_all_training_in_progress(stage: Stage, weights: StageWeights) -> None:
+    saved = newest(stage)
+    lost = InFlight(stage, weights, TEXTS[0])
+    InFlight(stage, weights, TEXTS[1]).backward()
+    weights.load(saved, {}, version=7)
+    lost.backward()
+    assert weights.optimizer_state() == {}
+    expected = plain_gradients(stage, [TEXTS[2]])
+    InFlight(stage, weights, TEXTS[2]).backward()
+    assert_close(weights.finish_batch("b"), expected)
+    assert weights.step("b", RATE) == 8
