@@ -2,8 +2,8 @@
 
 Which block belongs to which sequence is decided elsewhere, in whole numbers; here are only tensors.
 
-Shape letters: T tokens of the flat row, N query heads, K key and value heads, D head size, B decode rows,
-L tokens of context (a whole number of blocks), S slots of a pool (blocks times block size).
+Shape letters: T tokens of the flat row, N query heads, K heads of keys and as many of values, X = 2K of both,
+D head size, B decode rows, L tokens of context (whole blocks), S slots of a pool (blocks times block size).
 """
 
 import mmap
@@ -22,8 +22,9 @@ from shared.model.attention import causal_attention
 
 
 class PagedKVCache:
-    """Two pools a layer, keys and values, each [K, S, D]: head-major, so that blocks are copied in long runs.
+    """One pool a layer, [X, S, D], the keys' heads before the values'.
 
+    Head-major, so that gathering blocks copies long runs; keys and values together, so that it is one copy.
     Memory is taken from the machine when a block is first written, not before (CPU).
     """
 
@@ -38,25 +39,22 @@ class PagedKVCache:
         device: str = "cpu",
     ) -> None:
         self.block_size = block_size
-        shape = (num_layers, num_kv_heads, num_blocks * block_size, head_dim)
-        self.keys = _lazy_zeros(shape, dtype, device).unbind()
-        self.values = _lazy_zeros(shape, dtype, device).unbind()
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
         self.dtype = dtype
         self.device = device
+        num_heads, num_slots = 2 * num_kv_heads, num_blocks * block_size
+        pools = _lazy_zeros((num_layers, num_heads, num_slots, head_dim), dtype, device)
+        self._by_slot = pools.unbind()
+        self._by_block = pools.view(num_layers, num_heads, num_blocks, block_size * head_dim).unbind()
 
-    def write(self, layer: int, slots_T: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> None:
+    def write(self, layer: int, slots_T: Tensor, key_value_XTD: Tensor) -> None:
         """Store T tokens of one layer at `slots_T` (int64)."""
-        self.keys[layer].index_copy_(1, slots_T, key_KTD)
-        self.values[layer].index_copy_(1, slots_T, value_KTD)
+        self._by_slot[layer].index_copy_(1, slots_T, key_value_XTD)
 
-    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values of `blocks` (int64, flat) in that order, each [K, tokens, D]."""
-        return self._gather(self.keys[layer], blocks), self._gather(self.values[layer], blocks)
-
-    def _gather(self, pool_KSD: Tensor, blocks: Tensor) -> Tensor:
-        num_heads, _, head_dim = pool_KSD.shape
-        by_block = pool_KSD.view(num_heads, -1, self.block_size * head_dim)
-        return by_block.index_select(1, blocks).view(num_heads, -1, head_dim)
+    def gather(self, layer: int, blocks: Tensor) -> Tensor:
+        """A copy of the keys and values of `blocks` (int64, flat) in that order, [X, tokens, D]."""
+        return self._by_block[layer].index_select(1, blocks).view(2 * self.num_kv_heads, -1, self.head_dim)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
@@ -129,46 +127,60 @@ class PagedAttention:
         sliding_window: int | None,
     ) -> Tensor:
         """Keep the keys and values, and return the attention output; see `AttentionContext.attend`."""
-        self._cache.write(layer, self._slots_T, key_1KTD[0], value_1KTD[0])
+        key_value_XTD = torch.cat((key_1KTD[0], value_1KTD[0]))
+        return self.attend_joined(
+            layer,
+            query_1NTD[0].transpose(0, 1),
+            key_value_XTD.transpose(0, 1),
+            scaling=scaling,
+            sliding_window=sliding_window,
+        )
+
+    def attend_joined(
+        self,
+        layer: int,
+        query_TND: Tensor,
+        key_value_TXD: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """The same with keys and values in one tensor, first the heads of the keys; returns [1, T, N, D]."""
+        self._cache.write(layer, self._slots_T, key_value_TXD.transpose(0, 1))
         decodes = self._decodes
-        if decodes is not None and decodes.num_rows == query_1NTD.size(2):
-            return self._attend_decodes(decodes, layer, query_1NTD[0], scaling, sliding_window).unsqueeze(0)
-        output_1TND = torch.empty_like(query_1NTD.transpose(1, 2), memory_format=torch.contiguous_format)
+        if decodes is not None and decodes.num_rows == len(query_TND):
+            return self._attend_decodes(decodes, layer, query_TND, scaling, sliding_window).unsqueeze(0)
+        output_TND = torch.empty(query_TND.shape, dtype=query_TND.dtype, device=query_TND.device)
         if decodes is not None:
-            query_NBD = query_1NTD[0][:, decodes.rows]
-            output_1TND[0, decodes.rows] = self._attend_decodes(
-                decodes, layer, query_NBD, scaling, sliding_window
+            query_BND = query_TND[decodes.rows]
+            output_TND[decodes.rows] = self._attend_decodes(
+                decodes, layer, query_BND, scaling, sliding_window
             )
         for number, (chunk, rows) in enumerate(zip(self._chunks, self._rows, strict=True)):
             if chunk.num_tokens > 1:
-                key, value = self._context(layer, number, key_1KTD, value_1KTD)
-                output = causal_attention(query_1NTD[:, :, rows], key, value, scaling, sliding_window)
-                output_1TND[:, rows] = output.transpose(1, 2)
-        return output_1TND
+                key, value = self._context(layer, number, key_value_TXD).unsqueeze(0).chunk(2, 1)
+                query_1NLD = query_TND[rows].transpose(0, 1).unsqueeze(0)
+                output_1NLD = causal_attention(query_1NLD, key, value, scaling, sliding_window)
+                output_TND[rows] = output_1NLD[0].transpose(0, 1)
+        return output_TND.unsqueeze(0)
 
-    def _context(
-        self, layer: int, number: int, key_1KTD: Tensor, value_1KTD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What a chunk of many tokens sees: its own keys and values when fresh, else all in the cache."""
+    def _context(self, layer: int, number: int, key_value_TXD: Tensor) -> Tensor:
+        """What a chunk of many tokens sees, [X, tokens, D]: its own rows when fresh, else the cache's."""
         if number not in self._chunk_blocks:
-            rows = self._rows[number]
-            return key_1KTD[:, :, rows], value_1KTD[:, :, rows]
-        key_KLD, value_KLD = self._cache.gather(layer, self._chunk_blocks[number])
-        end = self._chunks[number].end
-        return key_KLD[None, :, :end], value_KLD[None, :, :end]
+            return key_value_TXD[self._rows[number]].transpose(0, 1)
+        return self._cache.gather(layer, self._chunk_blocks[number])[:, : self._chunks[number].end]
 
     def _attend_decodes(
-        self, decodes: _Decodes, layer: int, query_NBD: Tensor, scaling: float, sliding_window: int | None
+        self, decodes: _Decodes, layer: int, query_BND: Tensor, scaling: float, sliding_window: int | None
     ) -> Tensor:
         """Attention output [B, N, D]; query heads of one key head go as if they were that many tokens."""
-        key_KXD, value_KXD = self._cache.gather(layer, decodes.blocks)
-        num_kv_heads, _, head_dim = key_KXD.shape
-        num_rows = decodes.num_rows
-        shape = (num_kv_heads, num_rows, -1, head_dim)
+        num_rows, num_kv_heads, head_dim = decodes.num_rows, self._cache.num_kv_heads, self._cache.head_dim
+        gathered = self._cache.gather(layer, decodes.blocks).view(2, num_kv_heads, num_rows, -1, head_dim)
+        key_BKLD, value_BKLD = gathered.transpose(1, 2).unbind()
         output = scaled_dot_product_attention(
-            query_NBD.transpose(0, 1).reshape(num_rows, num_kv_heads, -1, head_dim),
-            key_KXD.view(shape).transpose(0, 1),
-            value_KXD.view(shape).transpose(0, 1),
+            query_BND.reshape(num_rows, num_kv_heads, -1, head_dim),
+            key_BKLD,
+            value_BKLD,
             attn_mask=self._decode_mask(sliding_window),
             scale=scaling,
         )

@@ -1,4 +1,4 @@
-"""The stage's local queue: one item of work at a time, the next one chosen by a discipline."""
+"""The stage's local queue: work in the order that a discipline chooses."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from services.stage_worker.queue import Discipline, WorkKind
 from shared.clock import Clock
 from shared.errors import LemixError
+
+MAX_STARTED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,8 @@ class WorkQueue:
         self._discipline = discipline
         self._max_items = max_items
         self._items: list[Work] = []
-        self._arrived = asyncio.Event()
+        self._num_started = 0
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -36,13 +39,31 @@ class WorkQueue:
         if len(self._items) >= self._max_items:
             raise LemixError(f"{self._max_items} items of work are waiting on this stage already")
         self._items.append(Work(kind, self._clock.now_s(), run))
-        self._arrived.set()
+        self._changed.set()
 
     async def run(self) -> None:
-        """Work for ever."""
-        while True:
-            await self._arrived.wait()
-            while self._items:
-                item = self._items.pop(self._discipline(self._items, self._clock.now_s()))
-                await item.run()
-            self._arrived.clear()
+        """Work for ever.
+
+        Behind the running item the next one is handed to the executor too if it is inference: the executor
+        does one thing at a time, and need not wait for this loop between two iterations.
+        """
+        async with asyncio.TaskGroup() as group:
+            while True:
+                while (item := self._next()) is not None:
+                    self._num_started += 1
+                    group.create_task(self._work_off(item))
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _next(self) -> Work | None:
+        if not self._items or self._num_started >= MAX_STARTED:
+            return None
+        index = self._discipline(self._items, self._clock.now_s())
+        if self._num_started and self._items[index].kind is not WorkKind.INFERENCE:
+            return None
+        return self._items.pop(index)
+
+    async def _work_off(self, item: Work) -> None:
+        await item.run()
+        self._num_started -= 1
+        self._changed.set()

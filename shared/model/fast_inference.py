@@ -184,7 +184,8 @@ class _FusedAttention:
         self._layer: int = getattr(module, LAYER_ATTRIBUTE)
         self._head_dim: int = module.head_dim
         self._num_kv_heads: int = module.config.num_key_value_heads
-        self._num_rotated: int = module.config.num_attention_heads + self._num_kv_heads
+        self._num_heads: int = module.config.num_attention_heads
+        self._num_rotated = self._num_heads + self._num_kv_heads
         self._scaling: float = module.scaling
         self._sliding_window = _sliding_window(module)
         self._query_key_value = PackedWeights([module.q_proj, module.k_proj, module.v_proj])
@@ -200,22 +201,21 @@ class _FusedAttention:
         attention_context: AttentionContext,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled() or not self._query_key_value.ready():
+        attend_joined = getattr(attention_context, "attend_joined", None)  # contexts for training lack it
+        if attend_joined is None or torch.is_grad_enabled() or not self._query_key_value.ready():
             return self._plain(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_context=attention_context,
                 **others,
             )
-        heads = self._query_key_value(hidden_states).view(1, hidden_states.size(1), -1, self._head_dim)
-        unrotated, value = heads.tensor_split((self._num_rotated,), 2)
-        rotated = position_embeddings.rotate(unrotated)
-        query, key = rotated.tensor_split((self._num_rotated - self._num_kv_heads,), 2)
-        output_1TND = attention_context.attend(
+        heads_TXD = self._query_key_value(hidden_states).view(hidden_states.size(1), -1, self._head_dim)
+        rotated_TXD = position_embeddings.rotate(heads_TXD, self._num_rotated)
+        query_TND, key_value_TXD = rotated_TXD.split((self._num_heads, 2 * self._num_kv_heads), 1)
+        output_1TND: Tensor = attend_joined(
             self._layer,
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            query_TND,
+            key_value_TXD,
             scaling=self._scaling,
             sliding_window=self._sliding_window,
         )
@@ -269,13 +269,20 @@ class _Angles(tuple[Tensor, ...]):
     """Cosine and sine [1, T, D] as the models unpack them, and a rotation in fewer operations."""
 
     def __init__(self, angles: tuple[Tensor, Tensor]) -> None:
-        cos_1TD, sin_1TD = angles
-        self._half = sin_1TD.size(-1) // 2
-        self._cos_1T1D = cos_1TD.unsqueeze(2)
-        first, second = sin_1TD.chunk(2, -1)
-        self._signed_sin_1T1D = torch.cat((-first, second), -1).unsqueeze(2)
+        self._factors: tuple[Tensor, Tensor] | None = None
 
-    def rotate(self, heads: Tensor) -> Tensor:
-        """Rotary embedding of heads [1, T, heads, D]."""
-        swapped = torch.cat((heads[..., self._half :], heads[..., : self._half]), -1)
-        return torch.addcmul(heads * self._cos_1T1D, swapped, self._signed_sin_1T1D)
+    def rotate(self, heads_THD: Tensor, num_rotated: int) -> Tensor:
+        """Rotary embedding of the first `num_rotated` heads; the others (the values) pass as they are."""
+        if self._factors is None:
+            self._factors = self._make_factors(heads_THD, num_rotated)
+        cos_THD, sin_THD = self._factors
+        return torch.addcmul(heads_THD * cos_THD, heads_THD.roll(heads_THD.size(-1) // 2, -1), sin_THD)
+
+    def _make_factors(self, heads_THD: Tensor, num_rotated: int) -> tuple[Tensor, Tensor]:
+        """Made once for all layers: rotations for the heads that turn, the identity for the others."""
+        cos_1TD, sin_1TD = self
+        cos_THD, sin_THD = torch.ones_like(heads_THD), torch.zeros_like(heads_THD)
+        first, second = sin_1TD[0].chunk(2, -1)
+        cos_THD[:, :num_rotated] = cos_1TD[0].unsqueeze(1)
+        sin_THD[:, :num_rotated] = torch.cat((-first, second), -1).unsqueeze(1)
+        return cos_THD, sin_THD

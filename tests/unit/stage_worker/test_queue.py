@@ -83,7 +83,7 @@ async def test_an_error_of_an_item_ends_the_queue() -> None:
 
     queue = WorkQueue(SystemClock(), fifo, max_items=8)
     queue.put(WorkKind.CONTROL, fail)
-    with pytest.raises(LemixError, match="broken"):
+    with pytest.RaisesGroup(pytest.RaisesExc(LemixError, match="broken")):
         await queue.run()
 
 
