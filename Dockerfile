@@ -12,11 +12,12 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 
 # Slowest and least often changed first, so that a change of the code rebuilds only the last layer.
-RUN pip install "${TORCH}" || pip install "torch>=2.11,<2.14"
+COPY constraints.txt ./
+RUN pip install -c constraints.txt "${TORCH}" || pip install -c constraints.txt "torch>=2.11,<2.14"
 COPY pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > /tmp/requirements.txt \
-    && pip install -r /tmp/requirements.txt
+    && pip install -c constraints.txt -r /tmp/requirements.txt
 
 COPY README.md LICENSE ./
 COPY shared shared

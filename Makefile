@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Without an NVIDIA driver take the CPU build where the index offers one; never gigabytes of CUDA.
-HAS_GPU := $(shell command -v nvidia-smi)
+HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
+# No newer version than was tested, so that a release elsewhere cannot break a fresh clone.
+PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt
 
 .PHONY: demo test check bench clean
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(HAS_GPU),)
-	$(BIN)/pip install --quiet 'torch==2.13.0+cpu' || $(BIN)/pip install --quiet 'torch>=2.11,<2.14'
+	$(PIP_INSTALL) 'torch==2.13.0+cpu' || $(PIP_INSTALL) 'torch>=2.11,<2.14'
 endif
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed

@@ -1,6 +1,7 @@
 """Eight concurrent streams through one node of two stages, against `generate()` at batch 8, same cores."""
 
 import asyncio
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -9,52 +10,113 @@ from benchmarks.models import SHAPES, model_folder
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import BATCH_SIZE, MAX_TOKENS, prompt_tokens
-from lemix.client import ApiClient, Completion, served_model
+from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
+from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
+from shared import subjects
+from shared.bus.base import Incoming
+from shared.bus.nats import NatsBus
+from shared.messages.inference import InferenceTask, Sampling, TokensProduced
 
-NUM_ROUNDS = {"small": 9, "big": 5}
+NUM_ROUNDS = {"small": 15, "big": 5}
+KINDS = ("decode_tokens_per_s", "tokens_per_s")
 
 
-async def stream_all(client: ApiClient, prompts: list[list[int]]) -> dict[str, float]:
-    """Tokens per second over HTTP with server-sent events, as a client sees them."""
-    start_s = time.monotonic()
-    completions: list[Completion] = await asyncio.gather(
-        *(client.complete(prompt, max_tokens=MAX_TOKENS, temperature=0) for prompt in prompts)
-    )
-    whole_s = time.monotonic() - start_s
-    first_s = max(completion.ttft_s for completion in completions)
+def rates(start_s: float, first_s: float, last_s: float) -> dict[str, float]:
+    """`first_s`: when the last stream had its first token; `last_s`: when all had all."""
     return {
-        "decode_tokens_per_s": BATCH_SIZE * (MAX_TOKENS - 1) / (whole_s - first_s),
-        "tokens_per_s": BATCH_SIZE * MAX_TOKENS / whole_s,
-        "ttft_max_s": first_s,
+        "decode_tokens_per_s": BATCH_SIZE * (MAX_TOKENS - 1) / (last_s - first_s),
+        "tokens_per_s": BATCH_SIZE * MAX_TOKENS / (last_s - start_s),
+        "ttft_max_s": first_s - start_s,
     }
 
 
+async def stream_over_http(client: ApiClient, prompts: list[list[int]]) -> dict[str, float]:
+    """Server-sent events, as a client sees them."""
+    start_s = time.monotonic()
+    completions = await asyncio.gather(
+        *(client.complete(prompt, max_tokens=MAX_TOKENS, temperature=0) for prompt in prompts)
+    )
+    assert all(completion.completion_tokens == MAX_TOKENS for completion in completions)
+    return rates(start_s, start_s + max(one.ttft_s for one in completions), time.monotonic())
+
+
+class BusStreams:
+    """Eight streams as a gateway sees them: tokens on the bus, from the node itself."""
+
+    def __init__(self, bus: NatsBus) -> None:
+        self._bus = bus
+        self._num_tokens: dict[str, int] = {}
+        self._all_begun, self._all_done = asyncio.Event(), asyncio.Event()
+        self._ids = itertools.count()
+
+    async def start(self) -> None:
+        await self._bus.subscribe(subjects.TOKENS.at(gateway="bench"), self._on_tokens)
+
+    async def run(self, prompts: list[list[int]]) -> dict[str, float]:
+        self._num_tokens = {f"bench-{next(self._ids)}": 0 for _ in prompts}
+        self._all_begun.clear()
+        self._all_done.clear()
+        start_s = time.monotonic()
+        await asyncio.gather(*(self._submit(*one) for one in zip(self._num_tokens, prompts, strict=True)))
+        await self._all_begun.wait()
+        first_s = time.monotonic()
+        await self._all_done.wait()
+        return rates(start_s, first_s, time.monotonic())
+
+    async def _submit(self, task_id: str, prompt: list[int]) -> None:
+        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
+        task = InferenceTask(
+            task_id=task_id, gateway="bench", prompt=tuple(prompt), sampling=sampling, timeout_s=300.0
+        )
+        await self._bus.request(subjects.SUBMIT.at(), task, timeout_s=10.0)
+
+    async def _on_tokens(self, incoming: Incoming[TokensProduced]) -> None:
+        for result in incoming.message.results:
+            self._num_tokens[result.task_id] += result.token is not None
+        if min(self._num_tokens.values()) >= 1:
+            self._all_begun.set()
+        if min(self._num_tokens.values()) == MAX_TOKENS:
+            self._all_done.set()
+
+
 async def measure(name: str, work: Path) -> dict[str, Any]:
-    """Alternate rounds of both sides; medians, ranges and the ratio of medians."""
+    """Alternate rounds of both sides; medians, ranges and ratios of medians."""
     folder = model_folder(name, work / "models")
     prompts = prompt_tokens(SHAPES[name]["vocab_size"])
-    options = ClusterOptions(name="bench", runs_dir=work, nodes=1, stages=2, model=str(folder))
-    ours, theirs = [], []
+    options = ClusterOptions(name=f"decode-{name}", runs_dir=work, nodes=1, stages=2, model=str(folder))
+    clear(options.run_dir)
+    rounds: dict[str, list[dict[str, float]]] = {"node": [], "http": [], "generate": []}
     async with (
         LocalCluster(options) as cluster,
         running_peer("generate", folder) as peer,
         ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client,
     ):
-        await stream_all(client, prompts)
+        bus = await NatsBus.connect(cluster.nats_url, name="bench")
+        streams = BusStreams(bus)
+        await streams.start()
+        await stream_over_http(client, prompts)
         for _ in range(NUM_ROUNDS[name]):
-            ours.append(await stream_all(client, prompts))
-            theirs.append(await peer.measure())
-    return {
-        kind: {
-            "lemix": spread([one[kind] for one in ours]),
-            "generate": spread([one[kind] for one in theirs]),
-            "ratio_of_medians": spread([one[kind] for one in ours])["median"]
-            / spread([one[kind] for one in theirs])["median"],
+            rounds["node"].append(await streams.run(prompts))
+            rounds["generate"].append(await peer.measure())
+            rounds["http"].append(await stream_over_http(client, prompts))
+        await bus.close()
+    return summary(rounds)
+
+
+def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    spreads = {
+        side: {kind: spread([one[kind] for one in measured]) for kind in measured[0]}
+        for side, measured in rounds.items()
+    }
+    ratios = {
+        f"{side}_to_generate": {
+            kind: spreads[side][kind]["median"] / spreads["generate"][kind]["median"] for kind in KINDS
         }
-        for kind in ("decode_tokens_per_s", "tokens_per_s")
-    } | {"ttft_max_s": spread([one["ttft_max_s"] for one in ours])}
+        for side in ("node", "http")
+    }
+    return spreads | {"ratio_of_medians": ratios}
 
 
 async def main(work: Path) -> dict[str, Any]:

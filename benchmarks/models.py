@@ -1,13 +1,14 @@
 """The two random-weight models of the benchmarks; sizes as in the measurements that the targets rest on."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 8192, "num_attention_heads": 4},
     "big": {"hidden_size": 1024, "num_hidden_layers": 12, "vocab_size": 32000, "num_attention_heads": 16},
 }

@@ -7,14 +7,16 @@ from typing import Any
 from benchmarks.report import spread
 from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
+from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 
 NUM_ROUNDS = 3
 
 
 async def start_once(work: Path) -> dict[str, float]:
+    options = ClusterOptions(name="startup", runs_dir=work, nodes=2, stages=2)
+    clear(options.run_dir)
     start_s = time.monotonic()
-    options = ClusterOptions(name="bench", runs_dir=work, nodes=2, stages=2)
     async with LocalCluster(options) as cluster:
         async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client:
             await client.complete("The open() function", max_tokens=8)

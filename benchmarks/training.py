@@ -10,6 +10,7 @@ from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import EXAMPLE_LENGTH, LEARNING_RATE, NUM_EXAMPLES, example_tokens
 from lemix.launcher import LocalCluster
+from lemix.run_folder import clear
 from lemix.steps import StepCounter, wait_nodes_ready
 from lemix.topology import ClusterOptions
 from shared import subjects
@@ -36,8 +37,9 @@ async def measure(name: str, work: Path) -> dict[str, Any]:
     vocab_size, count = SHAPES[name]["vocab_size"], BATCHES_PER_ROUND[name]
     settings = {"LEMIX_LEARNING_RATE": str(LEARNING_RATE), "LEMIX_CHECKPOINT_EVERY": "1000"}
     options = ClusterOptions(
-        name="bench-training", runs_dir=work, nodes=1, stages=2, model=str(folder), extra_env=settings
+        name=f"training-{name}", runs_dir=work, nodes=1, stages=2, model=str(folder), extra_env=settings
     )
+    clear(options.run_dir)
     ours, theirs = [], []
     async with LocalCluster(options) as cluster, running_peer("train", folder) as peer:
         bus = await NatsBus.connect(cluster.nats_url, name="bench")

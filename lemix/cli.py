@@ -73,6 +73,9 @@ def up(
     name: Annotated[str, typer.Option(help="Files of the run go under runs/NAME.")] = "default",
     runs_dir: RunsDir = Path("runs"),
     nats_url: NatsUrl = None,
+    start_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds until something must answer; a download counts.")
+    ] = 60.0,
 ) -> None:
     """Start everything on this machine, and keep it running until Ctrl-C."""
     from lemix.running import run_command
@@ -90,6 +93,7 @@ def up(
         host=host,
         port=port,
         nats_url=nats_url,
+        start_timeout_s=start_timeout,
     )
     run_command(run_up(options, Console(), SystemClock()))
 
@@ -129,14 +133,14 @@ def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches
     from lemix.demo_data import DemoData
     from lemix.demo_view import DemoView, summary_table
     from lemix.running import run_command
-    from shared.settings import LemixSettings
+    from shared.settings import LemixSettings, read_settings
 
     console = Console()
     options = DemoOptions(seconds=seconds, requests_per_s=rate)
     data = DemoData.load(
         num_batches=num_batches,
         run_id=f"demo-{secrets.token_hex(4)}",
-        model=cluster.model or LemixSettings().model,
+        model=cluster.model or read_settings(LemixSettings).model,
     )
     with DemoView(console) as view:
         summary = run_command(run_demo(cluster, options, data, view, SystemClock()))

@@ -9,7 +9,7 @@ summary            what all that amounts to
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemix.bus import open_bus
 from lemix.client import ApiClient, served_model
@@ -52,6 +52,9 @@ async def run_demo(
     come to its end.
     """
     began_s = clock.now_s()
+    # A server that was running before may hold the batches of earlier runs.
+    settings = {**cluster_options.extra_env, "LEMIX_TRAIN_FROM": "next"}
+    cluster_options = replace(cluster_options, extra_env=settings)
     clear(cluster_options.run_dir)
     view.say(f"starting {cluster_options.nodes} nodes x {cluster_options.stages} stages")
     async with LocalCluster(cluster_options, on_event=view.say) as cluster, asyncio.TaskGroup() as group:

@@ -15,7 +15,7 @@ from services.stage_worker.settings import StageWorkerSettings
 from shared.bus.base import Incoming
 from shared.errors import ConfigurationError, LemixError
 from shared.messages.cluster import Heartbeat
-from shared.settings import LemixSettings
+from shared.settings import LemixSettings, read_settings
 from shared.subjects import HEARTBEAT, HEARTBEAT_S
 
 PATIENCE_S = 5 * HEARTBEAT_S
@@ -75,9 +75,9 @@ async def check(arguments: list[str]) -> None:
     """Raises LemixError when the service is not well, or unknown."""
     match arguments:
         case ["scheduler"]:
-            await check_scheduler(LemixSettings().nats_url)
+            await check_scheduler(read_settings(LemixSettings).nats_url)
         case ["stage"]:
-            settings = StageWorkerSettings()
+            settings = read_settings(StageWorkerSettings)
             await check_stage(settings.nats_url, node=settings.node, stage=settings.stage)
         case ["trainer", monitor_url]:
             await check_trainer(monitor_url)

@@ -17,7 +17,7 @@ from typing import Self
 from shared.errors import BusError, ConfigurationError
 
 START_TIMEOUT_S = 10.0
-STOP_TIMEOUT_S = 2.0
+STOP_TIMEOUT_S = 1.0
 POLL_S = 0.01
 WATCH_S = 0.25
 PR_SET_PDEATHSIG = 1

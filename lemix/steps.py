@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Callable, Mapping
 
-from lemix.status import fetch_status, num_ready
+from lemix.status import fetch_status
 from shared.bus.base import Bus
 from shared.errors import LemixError
-from shared.messages.cluster import ClusterStatus
+from shared.messages.cluster import ClusterStatus, NodeStatus
 
 READY_DEADLINE_S = 60.0
 STALL_DEADLINE_S = 60.0
@@ -25,18 +25,25 @@ def weights_versions(status: ClusterStatus) -> dict[int, int]:
 
 
 async def wait_nodes_ready(bus: Bus, num_nodes: int) -> dict[int, int]:
-    """Wait until so many nodes take work; returns the weights version of each. Raises StepsError."""
+    """Wait until so many nodes take requests, and the trainer has restored them, so that it takes batches.
+
+    Returns the weights version of each. Raises StepsError.
+    """
     ready = 0
     try:
         async with asyncio.timeout(READY_DEADLINE_S):
             while True:
                 status = await fetch_status(bus)
-                ready = num_ready(status)
+                ready = sum(node.ready and _is_restored(node) for node in status.nodes)
                 if ready >= num_nodes:
                     return weights_versions(status)
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise StepsError(f"{ready} of {num_nodes} nodes were ready after {READY_DEADLINE_S:.0f} s") from None
+
+
+def _is_restored(node: NodeStatus) -> bool:
+    return all(stage.epoch > 0 for stage in node.stages)
 
 
 class StepCounter:

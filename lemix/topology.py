@@ -29,6 +29,8 @@ class ClusterOptions:
     """Of the API; 0: any free one."""
     nats_url: str | None = None
     """A running NATS server to use; None: start one."""
+    start_timeout_s: float = 60.0
+    """When nothing answers after this, the start has failed."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
     """Further settings for every service."""
 

@@ -9,6 +9,7 @@
 A folder without a readable manifest is no checkpoint: its writer died before it was whole.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from shared.errors import ConfigurationError
 from shared.messages.base import Message
 
 MANIFEST_NAME = "lemix.json"
@@ -35,6 +37,9 @@ class Manifest(Message):
     """Optimizer steps that the weights contain."""
     num_stages: int
     model: str
+    """What was trained: the setting as it was given."""
+    stream: str = ""
+    """Identity of the training stream that the sequences are of; empty: not known."""
     watermark: int
     """Stream sequences up to this one are done: in a durable checkpoint of some node, or refused."""
     sequences: tuple[int, ...]
@@ -74,14 +79,67 @@ def nodes(root: Path) -> list[int]:
 
 def checkpoints(root: Path, node: int) -> list[Checkpoint]:
     """All whole checkpoints of `node`, newest first."""
-    folders = (path for path in node_folder(root, node).glob("step-*") if _STEP.fullmatch(path.name))
+    folders = _step_folders(root, node)
     found = [Checkpoint(manifest, folder) for folder in folders if (manifest := read(folder))]
     return sorted(found, key=lambda checkpoint: checkpoint.manifest.version, reverse=True)
+
+
+def _step_folders(root: Path, node: int) -> list[Path]:
+    """Newest first, whole or not."""
+    found = [path for path in node_folder(root, node).glob("step-*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def latest(root: Path, node: int) -> Checkpoint | None:
     """The newest whole checkpoint of `node`."""
     return next(iter(checkpoints(root, node)), None)
+
+
+def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
+    """What `node` goes on from: its newest checkpoint, each file checked against the manifest.
+
+    Raises ConfigurationError when it is of another model, or damaged.
+    """
+    folders = (folder for folder in _step_folders(root, node) if (folder / MANIFEST_NAME).exists())
+    folder = next(folders, None)
+    if folder is None:
+        return None
+    manifest = read(folder)
+    if manifest is None:
+        raise _damaged(folder, "its manifest cannot be read, or files are missing")
+    checkpoint = Checkpoint(manifest, folder)
+    check_model(checkpoint, model)
+    _check_digests(checkpoint)
+    return checkpoint
+
+
+def _damaged(folder: Path, reason: str) -> ConfigurationError:
+    remedy = "put a copy in its place, or choose another --name"
+    return ConfigurationError(f"checkpoint {folder} is damaged: {reason}; {remedy}")
+
+
+def check_model(checkpoint: Checkpoint, model: str) -> None:
+    """Raises ConfigurationError when the checkpoint is of another model."""
+    trained = checkpoint.manifest.model
+    if trained != model and Path(trained).resolve() != Path(model).resolve():
+        raise ConfigurationError(
+            f"{checkpoint.folder} is a checkpoint of model {trained!r}, not of {model!r}: "
+            "choose another --name"
+        )
+
+
+def _check_digests(checkpoint: Checkpoint) -> None:
+    for name, sha256 in checkpoint.manifest.sha256_by_file.items():
+        if _sha256(checkpoint.folder / name) != sha256:
+            raise _damaged(checkpoint.folder, f"{name} is not what its manifest says")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
 
 
 def read(folder: Path) -> Manifest | None:

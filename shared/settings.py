@@ -1,8 +1,13 @@
 """Settings that every service shares, read from LEMIX_* environment variables."""
 
 from pathlib import Path
+from typing import Literal, TypeVar
 
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import ConfigurationError
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "model" / "embedded")
 
@@ -19,7 +24,25 @@ class LemixSettings(BaseSettings):
     """Spans, checkpoints and logs of this run go under this folder."""
     model: str = EMBEDDED_MODEL
     """A folder in Hugging Face format, or a hub name."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
 
     @property
     def checkpoint_dir(self) -> Path:
         return self.run_dir / "checkpoints"
+
+
+S = TypeVar("S", bound=LemixSettings)
+
+
+def read_settings(kind: type[S]) -> S:
+    """From the environment. Raises ConfigurationError, naming each variable that is wrong."""
+    try:
+        return kind()
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        raise ConfigurationError("; ".join(map(_describe, faults))) from error
+
+
+def _describe(fault: ErrorDetails) -> str:
+    given = "" if fault["type"] == "missing" else f", not {fault['input']!r}"
+    return f"LEMIX_{str(fault['loc'][0]).upper()}: {fault['msg']}{given}"

@@ -152,7 +152,7 @@ def save_weights(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
@@ -195,7 +195,7 @@ def train(model: LlamaForCausalLM, tokens: Tensor, num_steps: int, seed: int) ->
     for step in range(num_steps):
         starts = torch.randint(last_start, (NUM_SEQUENCES_IN_BATCH,), generator=generator)
         loss = loss_of(model, sequences_at(tokens, starts))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         apply_gradients(model, optimizers, learning_rate_factor(step, num_steps))
         yield step + 1, loss.item()
 

@@ -8,7 +8,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve
 from services.gateway.service import Gateway
 from services.gateway.settings import GatewaySettings
-from shared.lifecycle import World, run_service
+from shared.lifecycle import World, load_settings, run_service
 from shared.model_files import CONFIG_FILES, TOKENIZER_FILES, ModelCard, name_of, read_card, resolve
 from shared.text import TextTokenizer
 
@@ -45,5 +45,5 @@ async def run(world: World, settings: GatewaySettings) -> None:
 
 
 if __name__ == "__main__":
-    settings = GatewaySettings()
+    settings = load_settings(GatewaySettings)
     run_service("gateway", settings, lambda world: run(world, settings))

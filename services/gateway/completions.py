@@ -149,10 +149,10 @@ class Completion:
         self._record.end(at_s=self._clock.now_s(), num_prompt_tokens=self._num_prompt_tokens, error=error)
 
     def _take(self, arrival: Arrival) -> tuple[int, Piece] | None:
-        """What an arrival adds; None when its choice has already been ended by a stop string."""
+        """What an arrival adds; None for a repeated one, or after a stop string has ended its choice."""
         index = arrival.place
         sequence = self._sequences[index]
-        if sequence.finished:
+        if sequence.finished or sequence.repeats(arrival.result):
             return None
         if arrival.result.token is not None:
             self._record.token(index, arrival.at_s)

@@ -114,7 +114,7 @@ class Session:
 
     def refused(self, task_id: str, error: LemixError) -> None:
         """Called by the gateway: no answer will come for a task."""
-        self._end(task_id)
+        self._end(task_id, self._nodes.get(task_id))
         self.fail(error)
 
     def placed(self, task_id: str, node: int) -> bool:
@@ -122,9 +122,9 @@ class Session:
         self._nodes[task_id] = node
         return task_id not in self._unwanted
 
-    def _end(self, task_id: str) -> None:
+    def _end(self, task_id: str, node: int | None = None) -> None:
         self._running.remove(task_id)
-        self._gateway.forget(task_id, None)
+        self._gateway.forget(task_id, node)
 
     def fail_after(self, timeout_s: float) -> None:
         """Called by the gateway: end with an error when the session is still open then."""
@@ -192,7 +192,7 @@ class Gateway:
             placing.cancel()
 
     def forget(self, task_id: str, node: int | None) -> None:
-        """Called by a session: expect nothing more of a task; it still runs on `node` when one is given."""
+        """Called by a session: expect nothing more of a task; it may still run on `node` if one is given."""
         del self._sessions[task_id]
         if node is not None:
             self.spawn(self._cancel(task_id, node))
@@ -225,8 +225,10 @@ class Gateway:
         message, at_s = incoming.message, self._clock.now_s()
         for result in message.results:
             session = self._sessions.get(result.task_id)
-            if session is not None:  # else it was given up while these tokens were on their way
+            if session is not None:
                 session.add(result, message.weights_version, at_s)
+            elif result.finish is None:  # given up; its node may never have heard of that
+                await self._cancel(result.task_id, message.node)
 
     async def _on_failed(self, incoming: Incoming[TaskFailed]) -> None:
         failed = incoming.message

@@ -76,9 +76,17 @@ class Sequence:
         self.num_tokens = 0
         """Tokens generated so far."""
         self.finished = False
+        self._newest: SequenceResult | None = None
+
+    def repeats(self, result: SequenceResult) -> bool:
+        """Whether this is the newest token once more."""
+        return result.token is not None and result == self._newest
 
     def apply(self, result: SequenceResult) -> Piece:
-        """Take in what an iteration produced. Raises RefusedError when a part of it is missing."""
+        """Take in what an iteration produced. Raises RefusedError when a part of the answer is missing."""
+        if result.index != self.num_tokens:
+            raise _lost()
+        self._newest = result
         scores = () if self._prompt is None else self._prompt.take(result.prompt)
         text = "" if result.token is None else self._take(result.token, result.finish)
         if result.finish is not None:
@@ -93,9 +101,9 @@ class Sequence:
         return "" if finish == "stop" else self._stream.push(produced.token)
 
     def _check_complete(self, finish: FinishReason) -> None:
-        unscored = self._prompt is not None and self._prompt.num_left > 0
+        unscored = self._prompt is not None and self._prompt.num_left != 0
         if unscored or (finish == "length" and self.num_tokens != self._max_tokens):
-            raise RefusedError("a part of the answer was lost on its way", code=502)
+            raise _lost()
 
     def _show(self, scores: tuple[TokenEntry, ...], text: str, finish: FinishReason | None) -> Piece:
         self._decoded_length += len(text)
@@ -144,6 +152,10 @@ class _PromptScores:
         before = self._offset
         self._offset += len(self._stream.push(token))
         return before
+
+
+def _lost() -> RefusedError:
+    return RefusedError("a part of the answer was lost on its way", code=502)
 
 
 def _entry(tokenizer: TextTokenizer, produced: TokenLogprob, text_offset: int) -> TokenEntry:

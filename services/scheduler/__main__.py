@@ -3,7 +3,7 @@
 from services.scheduler.policies import policy_named
 from services.scheduler.service import Scheduler
 from services.scheduler.settings import SchedulerSettings
-from shared.lifecycle import World, run_service
+from shared.lifecycle import World, load_settings, run_service
 
 
 async def serve(world: World, settings: SchedulerSettings) -> None:
@@ -11,7 +11,7 @@ async def serve(world: World, settings: SchedulerSettings) -> None:
 
 
 def main() -> None:
-    settings = SchedulerSettings()
+    settings = load_settings(SchedulerSettings)
     run_service("scheduler", settings, lambda world: serve(world, settings))
 
 

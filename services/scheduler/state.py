@@ -75,7 +75,8 @@ class _Node:
     @property
     def is_ready(self) -> bool:
         stages = self.stages.values()
-        return bool(stages) and all(beat.ready and beat.num_stages == len(stages) for beat in stages)
+        is_whole = 0 in self.stages and self.stages[0].whole
+        return is_whole and all(beat.ready and beat.num_stages == len(stages) for beat in stages)
 
 
 class ClusterState:

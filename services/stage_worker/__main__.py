@@ -5,7 +5,7 @@ import sys
 from services.stage_worker.executor.torch import TorchExecutor
 from services.stage_worker.service import StageWorker
 from services.stage_worker.settings import StageWorkerSettings
-from shared.lifecycle import World, run_service
+from shared.lifecycle import World, load_settings, run_service
 
 SWITCH_INTERVAL_S = 0.0005
 """The event loop shares the interpreter with the compute thread and must not wait 5 ms for it."""
@@ -13,7 +13,7 @@ SWITCH_INTERVAL_S = 0.0005
 
 def main() -> None:
     """Settings from the environment, torch as the executor."""
-    settings = StageWorkerSettings()
+    settings = load_settings(StageWorkerSettings)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def serve(world: World) -> None:

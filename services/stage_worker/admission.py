@@ -14,8 +14,18 @@ class Admission:
     A sequence is admitted with all the blocks that it can ever need, so that no running one is evicted.
     """
 
-    def __init__(self, allocator: BlockAllocator, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        *,
+        max_waiting: int,
+        vocab_size: int,
+        context_length: int | None = None,
+    ) -> None:
+        """`context_length`: tokens of prompt and completion together; None: no limit but the cache's."""
         self._allocator = allocator
+        self._vocab_size = vocab_size
+        self._context_length = context_length
         self._max_waiting = max_waiting
         self._line: deque[Sequence] = deque()
 
@@ -24,8 +34,7 @@ class Admission:
 
     def offer(self, sequence: Sequence) -> None:
         """Put a sequence in line. Raises RefusedError when it can never run, or the line is full."""
-        if not sequence.task.prompt:
-            raise RefusedError("the prompt is empty", code=400)
+        self._check_words(sequence.task)
         if self._blocks_for(sequence.task) > self._allocator.num_blocks:
             capacity = self._allocator.num_blocks * self._allocator.block_size
             wanted = len(sequence.task.prompt) + sequence.task.sampling.max_tokens
@@ -34,6 +43,18 @@ class Admission:
         if len(self._line) >= self._max_waiting:
             raise RefusedError(f"{self._max_waiting} requests are already waiting on this node", code=429)
         self._line.append(sequence)
+
+    def _check_words(self, task: InferenceTask) -> None:
+        """Raises RefusedError when the model cannot read the prompt."""
+        if not task.prompt:
+            raise RefusedError("the prompt is empty", code=400)
+        if min(task.prompt) < 0 or max(task.prompt) >= self._vocab_size:
+            raise RefusedError(f"the model's tokens are 0 to {self._vocab_size - 1}", code=400)
+        wanted, limit = len(task.prompt) + task.sampling.max_tokens, self._context_length
+        if limit is not None and wanted > limit:
+            raise RefusedError(
+                f"prompt and max_tokens make {wanted} tokens; the model reads {limit}", code=400
+            )
 
     def admit(self) -> list[Sequence]:
         """Give the sequences at the head of the line their blocks, as many as fit now."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +53,11 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_optimizer_state(folder: Path) -> dict[str, Tensor]:
-    """The optimizer state of all stages in a checkpoint, as it was saved; empty when there is none."""
+def read_optimizer_state(folder: Path, parameters: Collection[str]) -> dict[str, Tensor]:
+    """The optimizer state of these parameters in a checkpoint, whichever stages saved it; may be {}."""
     state: dict[str, Tensor] = {}
     for path in sorted(folder.glob("optimizer-*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            state.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+            own = [key for key in file.keys() if key.partition(".")[2] in parameters]  # noqa: SIM118
+            state.update({key: file.get_tensor(key) for key in own})
     return state

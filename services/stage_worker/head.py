@@ -25,10 +25,20 @@ class Head:
     """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, num_in_flight: int, token_budget: int, max_waiting: int
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_in_flight: int,
+        token_budget: int,
+        max_waiting: int,
+        vocab_size: int,
+        context_length: int | None = None,
     ) -> None:
         self.allocator = BlockAllocator(num_blocks, block_size)
-        self.admission = Admission(self.allocator, max_waiting=max_waiting)
+        self.admission = Admission(
+            self.allocator, max_waiting=max_waiting, vocab_size=vocab_size, context_length=context_length
+        )
         self._num_in_flight = num_in_flight
         self._token_budget = token_budget
         self._running: dict[str, Sequence] = {}

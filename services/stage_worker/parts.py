@@ -1,6 +1,7 @@
 """What both halves of a stage worker, serving and training, are made from."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from services.stage_worker.executor.base import Executor
@@ -21,3 +22,8 @@ class Parts:
     telemetry: Telemetry
     executor: Executor[Any]
     queue: WorkQueue
+
+
+def is_inside(path: str, folder: Path) -> bool:
+    """Whether a path that a message names lies in `folder`, links followed."""
+    return Path(path).resolve().is_relative_to(folder.resolve())

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from services.stage_worker.executor.base import Executor, ModelFacts
-from services.stage_worker.parts import Parts
+from services.stage_worker.parts import Parts, is_inside
 from services.stage_worker.queue import DISCIPLINES
 from services.stage_worker.serving import Serving
 from services.stage_worker.settings import StageWorkerSettings
@@ -21,11 +21,14 @@ from shared import subjects
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
 from shared.errors import BusError, ConfigurationError
-from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, StageStopped
+from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, LinkPurpose, StageStopped
 from shared.telemetry import Telemetry
 
 LOST_AFTER_S = 3 * subjects.HEARTBEAT_S
 LINK_TIMEOUT_S = 5.0
+
+Target = tuple[int, LinkPurpose]
+"""A stage that this one sends tensors to, and which."""
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +70,18 @@ class StageWorker:
         )
         self._seen: dict[int, tuple[Heartbeat, float]] = {}
         """Other stages of the node: the last heartbeat, and when it came."""
-        self._linked: dict[int, str] = {}
-        """Stages that this one can send tensors to, with the instance that answered."""
-        self._linking: set[int] = set()
+        self._linked: dict[Target, str] = {}
+        """Where this stage can send tensors to, with the instance that accepted."""
+        self._linking: set[Target] = set()
+        self._refused: set[str] = set()
+        """Instances whose refusal was logged."""
+        self._told_whole = False
+        """What the last heartbeat said (stage 0)."""
 
     async def run(self) -> None:
         """Load the model, then serve and train until cancelled."""
         facts = await self._executor.load()
-        self._targets = self._stages_to_send_to(facts)
+        self._targets = self._targets_of(facts)
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -85,15 +92,24 @@ class StageWorker:
             await self._executor.close()
             await self._say_goodbye()
 
-    def _stages_to_send_to(self, facts: ModelFacts) -> set[int]:
+    def _targets_of(self, facts: ModelFacts) -> set[Target]:
         stage, last = self._settings.stage, self._settings.num_stages - 1
-        tied_peer = {0, last} if facts.is_tied_across_stages else set()
-        return {other for other in ({stage - 1, stage + 1} | tied_peer) - {stage} if 0 <= other <= last}
+        targets: set[Target] = {
+            (other, "activations") for other in (stage - 1, stage + 1) if 0 <= other <= last
+        }
+        if facts.is_tied_across_stages and stage in (0, last):
+            targets.add((last - stage, "tied"))
+        return targets
 
     async def _subscribe(self, facts: ModelFacts) -> None:
-        self._serving = Serving(self._parts, is_node_whole=self._is_node_whole)
-        tell_version = self._serving.set_version
-        self._training = Training(self._parts, facts, group=self._group, tell_version=tell_version)
+        self._serving = Serving(self._parts, facts, is_node_whole=self._is_node_whole)
+        self._training = Training(
+            self._parts,
+            facts,
+            group=self._group,
+            tell_version=self._serving.set_version,
+            tell_restored=self._publish_heartbeat,
+        )
         place = {"node": self._settings.node, "stage": self._settings.stage}
         await self._bus.respond(subjects.LINK.at(**place), self._on_link_offer)
         await self._serving.subscribe()
@@ -103,7 +119,10 @@ class StageWorker:
     # Neighbours
 
     async def _on_link_offer(self, incoming: Incoming[LinkOffer]) -> LinkAnswer:
-        return await self._executor.accept(incoming.message)
+        offer, shm_dir = incoming.message, self._settings.shm_dir
+        if not is_inside(offer.place, shm_dir):
+            return LinkAnswer(accepted=False, reason=f"{offer.place} is not in this stage's {shm_dir}")
+        return await self._executor.accept(offer)
 
     async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         beat = incoming.message
@@ -113,50 +132,77 @@ class StageWorker:
         self._seen[beat.stage] = (beat, self._clock.now_s())
         if known != beat.instance:
             await self._meet(beat.stage, is_restart=known is not None)
-        if beat.stage in self._targets and self._linked.get(beat.stage) != beat.instance:
-            self._start_linking(beat.stage, beat.instance)
+        self._start_linking(beat)
+        await self._tell_whether_whole()
         self._serving.pump()
+
+    async def _tell_whether_whole(self) -> None:
+        if self._settings.stage == 0 and self._is_node_whole() != self._told_whole:
+            await self._publish_heartbeat()
+            log.info("node %d is %s", self._settings.node, "whole" if self._told_whole else "not whole")
 
     async def _meet(self, stage: int, *, is_restart: bool) -> None:
         if is_restart:
             await self._serving.reset(f"stage {stage} of the node was restarted")
         await self._publish_heartbeat()  # so that the newcomer need not wait for the next one
 
-    def _start_linking(self, stage: int, instance: str) -> None:
-        if stage not in self._linking:
-            self._linking.add(stage)
-            self._group.create_task(self._link(stage, instance))
+    def _start_linking(self, beat: Heartbeat) -> None:
+        for target in self._targets - self._linking:
+            if target[0] == beat.stage and self._linked.get(target) != beat.instance:
+                self._linking.add(target)
+                self._group.create_task(self._link(target, beat.instance))
 
-    async def _link(self, stage: int, instance: str) -> None:
-        """Offer an arena; a peer that does not answer is asked again at its next heartbeat."""
+    async def _link(self, target: Target, instance: str) -> None:
+        """Offer an arena; a peer that does not accept is asked again at its next heartbeat."""
+        stage, purpose = target
         try:
-            offer = await self._executor.offer(stage, instance)
-            target = subjects.LINK.at(node=self._settings.node, stage=stage)
-            answer = await self._bus.request(target, offer, timeout_s=LINK_TIMEOUT_S)
-            if not answer.accepted:
-                log.warning("stage %d cannot share memory, tensors go inline: %s", stage, answer.reason)
-            await self._executor.connect(stage, answer)
-            self._linked[stage] = instance
+            offer = await self._executor.offer(stage, instance, purpose)
+            place = subjects.LINK.at(node=self._settings.node, stage=stage)
+            answer = await self._bus.request(place, offer, timeout_s=LINK_TIMEOUT_S)
+            await self._executor.connect(stage, purpose, answer)
         except BusError as error:
             log.warning("no link to stage %d yet: %s", stage, error)
             return
         finally:  # not before: an offer replaces the link of the one before it
-            self._linking.discard(stage)
+            self._linking.discard(target)
+        if not answer.accepted:
+            self._log_refusal(stage, instance, answer.reason)
+            return
+        self._linked[target] = instance
         await self._publish_heartbeat()
         self._serving.pump()
+
+    def _log_refusal(self, stage: int, instance: str, reason: str) -> None:
+        if instance not in self._refused:
+            self._refused.add(instance)
+            log.error(
+                "stage %d cannot read this stage's memory: %s. The node serves nothing: its stages"
+                " must run on one host and share LEMIX_SHM_DIR.",
+                stage,
+                reason,
+            )
 
     def _is_ready(self) -> bool:
         """Whether this stage can send tensors to every stage that it has to."""
         return all(
-            (beat := self._heard_lately(stage)) is not None and self._linked.get(stage) == beat.instance
-            for stage in self._targets
+            (beat := self._heard_lately(target[0])) is not None and self._linked.get(target) == beat.instance
+            for target in self._targets
         )
 
     def _is_node_whole(self) -> bool:
+        """Whether requests can go through all stages, and meet weights of one lineage on their way."""
         others = set(range(self._settings.num_stages)) - {self._settings.stage}
         return self._is_ready() and all(
-            (beat := self._heard_lately(stage)) is not None and beat.ready for stage in others
+            (beat := self._heard_lately(stage)) is not None and beat.ready and self._has_same_weights(beat)
+            for stage in others
         )
+
+    def _has_same_weights(self, beat: Heartbeat) -> bool:
+        """A restore puts all stages on one version; a stage that restarts falls back to an older one."""
+        training = self._training
+        if training.restored_epoch and training.restored_epoch == beat.epoch:
+            return True
+        return (training.version, training.checkpoint) == (beat.weights_version, beat.checkpoint)
 
     def _heard_lately(self, stage: int) -> Heartbeat | None:
         if stage not in self._seen:
@@ -179,6 +225,7 @@ class StageWorker:
 
     async def _publish_heartbeat(self) -> None:
         settings, head, training = self._settings, self._serving.head, self._training
+        self._told_whole = settings.stage == 0 and self._is_node_whole()
         beat = Heartbeat(
             node=settings.node,
             stage=settings.stage,
@@ -187,9 +234,10 @@ class StageWorker:
             model=settings.model,
             device=settings.device,
             ready=self._is_ready(),
+            whole=self._told_whole,
             weights_version=training.version,
             checkpoint=training.checkpoint,
-            epoch=training.epoch,
+            epoch=training.restored_epoch,
             running=head.num_running,
             waiting=len(head.admission),
             queued=len(self._queue),

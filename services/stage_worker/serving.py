@@ -1,14 +1,14 @@
 """The serving half of a stage worker: requests in at stage 0, iterations through, tokens out at the last."""
 
 import logging
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
 from opentelemetry.trace import Span
 
-from services.stage_worker.executor.base import IterationOutput, Rows
+from services.stage_worker.executor.base import IterationOutput, ModelFacts, Rows
 from services.stage_worker.head import Head, Iteration
 from services.stage_worker.parts import Parts
 from services.stage_worker.queue import WorkKind
@@ -31,6 +31,7 @@ from shared.telemetry import traceparent_of
 
 ITERATION_TIMEOUT_S = 60.0
 """An iteration that takes longer is lost, and its pipeline with it."""
+MAX_EARLY_CANCELS = 256
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 class Serving:
     """Moves iterations through this stage; on stage 0 it also leads the node (`head`)."""
 
-    def __init__(self, parts: Parts, *, is_node_whole: Callable[[], bool]) -> None:
+    def __init__(self, parts: Parts, facts: ModelFacts, *, is_node_whole: Callable[[], bool]) -> None:
         """`is_node_whole`: iterations can go through all stages (asked on stage 0 only)."""
         settings = self._settings = parts.settings
         self._bus = parts.bus
@@ -51,6 +52,8 @@ class Serving:
         self._spans: dict[str, Span] = {}
         self._started_s: dict[int, float] = {}
         """When each iteration in flight was started (stage 0)."""
+        self._cancelled: deque[str] = deque(maxlen=MAX_EARLY_CANCELS)
+        """Tasks that were not here when they were cancelled: they may still come (stage 0)."""
         self._weights_version = 0
         self.head = Head(
             num_blocks=settings.kv_blocks,
@@ -58,6 +61,8 @@ class Serving:
             num_in_flight=settings.num_stages,
             token_budget=settings.max_iteration_tokens,
             max_waiting=settings.max_waiting,
+            vocab_size=facts.vocab_size,
+            context_length=facts.context_length,
         )
 
     async def subscribe(self) -> None:
@@ -100,6 +105,9 @@ class Serving:
         attributes = {"lemix.node": self._settings.node, "lemix.prompt_tokens": len(task.prompt)}
         span = self._telemetry.span("stage.request", traceparent=incoming.traceparent, attributes=attributes)
         self._spans[task.task_id] = span
+        if task.task_id in self._cancelled:
+            await self._end(task.task_id, "cancelled")
+            return
         deadline_s = self._clock.now_s() + task.timeout_s
         try:
             self.head.submit(task, deadline_s=deadline_s, traceparent=traceparent_of(span))
@@ -108,12 +116,20 @@ class Serving:
         self.pump()
 
     async def _on_cancel(self, incoming: Incoming[CancelTask]) -> None:
-        if self.head.remove(incoming.message.task_id):
-            await self._end(incoming.message.task_id, "cancelled")
-            self.pump()
+        task_id = incoming.message.task_id
+        if not self.head.remove(task_id):
+            self._cancelled.append(task_id)
+            return
+        await self._end(task_id, "cancelled")
+        self.pump()
 
     async def _on_iteration_done(self, incoming: Incoming[IterationDone]) -> None:
-        await self._finish_iteration(incoming.message)
+        done = incoming.message
+        if not done.lost:
+            await self._finish_iteration(done)
+        elif done.iteration in self._started_s:  # else the pipeline was reset since
+            await self.reset(done.lost)
+            self.pump()
 
     async def _finish_iteration(self, done: IterationDone) -> None:
         self._started_s.pop(done.iteration, None)
@@ -156,8 +172,11 @@ class Serving:
     async def _run_received(self, forward: IterationForward) -> None:
         try:
             await self._run(forward.iteration, forward.chunks, forward.hidden)
-        except CarrierError as error:  # a neighbour is gone; stage 0 will hear of it, too
-            log.warning("iteration %d dropped: %s", forward.iteration, error)
+        except CarrierError as error:
+            log.warning("iteration %d lost: %s", forward.iteration, error)
+            reason = f"an iteration was lost at stage {self._settings.stage}: {error}"
+            lost = IterationDone(iteration=forward.iteration, lost=reason)
+            await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), lost)
 
     async def _run(self, number: int, chunks: tuple[SequenceChunk, ...], rows: Rows) -> None:
         with ExitStack() as spans:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from services.stage_worker.executor.base import ModelFacts
-from services.stage_worker.parts import Parts
+from services.stage_worker.parts import Parts, is_inside
 from services.stage_worker.queue import WorkKind
 from shared import subjects
 from shared.bus.base import Incoming
-from shared.errors import RefusedError
+from shared.errors import CarrierError, RefusedError
 from shared.messages.base import Done
 from shared.messages.training import (
     BackwardDone,
@@ -32,7 +32,7 @@ from shared.messages.training import (
 from shared.messages.weights import RestoreWeights, SaveWeights
 from shared.tensors.ref import TensorRef
 
-RESTORE_DEADLINE_S = 60.0
+RESTORE_DEADLINE_S = 600.0
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Training:
         *,
         group: asyncio.TaskGroup,
         tell_version: Callable[[int], None],
+        tell_restored: Callable[[], Awaitable[None]],
     ) -> None:
         settings = self._settings = parts.settings
         self._bus = parts.bus
@@ -65,9 +66,13 @@ class Training:
         self._queue = parts.queue
         self._group = group
         self._tell_version = tell_version
+        self._tell_restored = tell_restored
         last = settings.num_stages - 1
         self._tied_peer = (last if settings.stage == 0 else 0) if facts.is_tied_across_stages else None
         self.epoch = 0
+        """The fence: set as soon as a restore is asked for."""
+        self.restored_epoch = 0
+        """Of the last restore that is done."""
         self.version = facts.version
         self.checkpoint = facts.checkpoint
         self._is_untouched = True
@@ -127,8 +132,7 @@ class Training:
             await item.work()
         except Exception as error:
             log.exception("training on %s failed", item.batch_id)
-            reason = f"{type(error).__name__}: {error}"
-            await self._report(item.epoch, TrainingFailed(batch_id=item.batch_id, reason=reason))
+            await self._report(item.epoch, _failure(item.batch_id, error))
 
     async def _forward(self, message: MicrobatchForward) -> None:
         microbatch = message.microbatch
@@ -224,6 +228,7 @@ class Training:
     async def _on_save(self, incoming: Incoming[SaveWeights]) -> Done:
         message = incoming.message
         self._check_epoch(message.epoch)
+        self._check_folder(message.folder)
         if message.version < self.version:
             raise RefusedError(
                 f"version {message.version} is gone, this stage holds {self.version}", code=409
@@ -261,11 +266,16 @@ class Training:
     async def _on_restore(self, incoming: Incoming[RestoreWeights]) -> Done:
         message = incoming.message
         self._check_epoch(message.epoch)
+        if message.checkpoint:
+            self._check_folder(message.checkpoint)
         self.epoch = message.epoch
         done = asyncio.get_running_loop().create_future()
         self._queue.put(WorkKind.CONTROL, partial(self._restore, message, done))
-        async with asyncio.timeout(RESTORE_DEADLINE_S):
-            await done
+        try:
+            async with asyncio.timeout(RESTORE_DEADLINE_S):
+                await done
+        except TimeoutError as error:
+            raise RefusedError(f"not restored within {RESTORE_DEADLINE_S:g} s", code=504) from error
         return Done()
 
     async def _restore(self, message: RestoreWeights, done: asyncio.Future[None]) -> None:
@@ -279,9 +289,25 @@ class Training:
         self._is_untouched = True
         self.checkpoint = message.checkpoint
         self._set_version(message.version)
+        self.restored_epoch = message.epoch
+        await self._tell_restored()
         if not done.done():
             done.set_result(None)
+
+    def _check_folder(self, folder: str) -> None:
+        """Raises RefusedError: messages must not lead this process to any file there is."""
+        allowed = self._settings.checkpoint_dir
+        if not is_inside(folder, allowed):
+            raise RefusedError(f"{folder} is not in this run's folder of checkpoints {allowed}", code=403)
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch < self.epoch:
             raise RefusedError(f"epoch {epoch} is over, this stage follows {self.epoch}", code=409)
+
+
+def _failure(batch_id: str, error: Exception) -> TrainingFailed:
+    """torch is not loaded here: its out-of-memory error is known by name."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    is_elsewhere = isinstance(error, CarrierError | MemoryError) or "OutOfMemoryError" in names
+    reason = f"{type(error).__name__}: {error}"
+    return TrainingFailed(batch_id=batch_id, reason=reason, is_batch_at_fault=not is_elsewhere)

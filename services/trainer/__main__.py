@@ -1,16 +1,20 @@
 """`python -m services.trainer`"""
 
+import asyncio
+from functools import partial
+
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
-from shared.lifecycle import World, run_service
+from shared.lifecycle import World, load_settings, run_service
 
 
 def main() -> None:
     """Run the trainer until a signal."""
-    settings = TrainerSettings()
+    settings = load_settings(TrainerSettings)
 
     async def train(world: World) -> None:
-        await Trainer(settings, bus=world.bus, clock=world.clock, telemetry=world.telemetry).run()
+        make = partial(Trainer, settings, bus=world.bus, clock=world.clock, telemetry=world.telemetry)
+        await (await asyncio.to_thread(make)).run()
 
     run_service("trainer", settings, train)
 

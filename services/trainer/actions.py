@@ -22,6 +22,7 @@ from services.trainer.node_training import (
 from services.trainer.outbox import Outbox
 from services.trainer.schedules import Slot
 from services.trainer.settings import TrainerSettings
+from services.trainer.streams import TRAIN_STREAM
 from services.trainer.waiting import ask_all, on_disk
 from shared.bus.base import Bus
 from shared.clock import Clock
@@ -33,6 +34,10 @@ from shared.subjects import ENDED, FORWARD, REJECTED, RESTORE, SAVE
 
 RESTORE_TIMEOUT_S = 60.0
 SAVE_TIMEOUT_S = 10.0
+MAX_FAILURES = 2
+"""A batch whose computation fails so often is rejected: once may be the node's fault."""
+MAX_REASON_CHARACTERS = 2000
+REJECT_RETRY_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ class ActionRunner:
         book: BatchBook,
         files: CheckpointFiles,
         folders: dict[int, Path],
+        stream: str,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._settings = settings
@@ -58,7 +64,10 @@ class ActionRunner:
         self._files = files
         self._folders = folders
         """The newest durable checkpoint of each node that has one."""
+        self._stream = stream
+        """Identity of the training stream."""
         self._tasks = tasks
+        self._pruning = asyncio.Lock()
         self.outbox = Outbox(bus)
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
@@ -84,7 +93,8 @@ class ActionRunner:
         self.changed.set()
 
     def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
-        """Tell the batch's publisher, then be done with the message."""
+        """Tell the batch's publisher, then be done with the message, which the book holds until then."""
+        rejected = rejected.model_copy(update={"reason": rejected.reason[:MAX_REASON_CHARACTERS]})
         log.warning("batch %s (%d) is rejected: %s", rejected.batch_id, rejected.sequence, rejected.reason)
         self._tasks.create_task(self._publish_rejected(rejected, list(acks)))
 
@@ -136,9 +146,16 @@ class ActionRunner:
         given_back = lost + closed.unfinished
         log.warning("node %d: %s; %d batches will run again", node.node, closed.reason, len(given_back))
         self.end(self._book.pending[batch_id] for batch_id in closed.unfinished)
-        self._book.wait(batch_id for batch_id in given_back if batch_id != closed.poisoned)
-        if closed.poisoned in given_back:
-            self._drop(closed.poisoned, closed.reason)
+        hopeless = closed.failed if closed.failed in given_back and self._is_hopeless(closed.failed) else None
+        self._book.wait(batch_id for batch_id in given_back if batch_id != hopeless)
+        if hopeless is not None:
+            self._drop(hopeless, closed.reason)
+
+    def _is_hopeless(self, batch_id: str) -> bool:
+        """Count one more failure of the batch; an epoch ends with the first."""
+        pending = self._book.pending[batch_id]
+        pending.num_failures += 1
+        return pending.num_failures >= MAX_FAILURES
 
     def _drop(self, batch_id: str, reason: str) -> None:
         pending = self._book.drop(batch_id)
@@ -188,6 +205,7 @@ class ActionRunner:
             action.version,
             num_stages=action.num_stages,
             model=self._settings.model,
+            stream=self._stream,
             wall_s=self._clock.wall_s(),
         )
         folder = self._files.temporary(node.node, action.version, node.epoch)
@@ -203,18 +221,30 @@ class ActionRunner:
         await self._prune(node.node)
 
     async def _prune(self, node: int) -> None:
+        """Remove old checkpoints, and then the messages that none of those left would need again."""
         try:
-            await on_disk(partial(self._files.prune, node))
-        except OSError as error:
-            log.warning("node %d: old checkpoints stay: %s", node, error)
+            async with self._pruning:
+                await on_disk(partial(self._files.prune, node))
+                watermark = await on_disk(self._files.oldest_watermark)
+            await self._bus.purge_stream(TRAIN_STREAM.name, watermark)
+        except (OSError, BusError) as error:
+            log.warning("node %d: old checkpoints or messages stay: %s", node, error)
 
     async def _publish_rejected(self, rejected: RejectedBatch, acks: list[Ack]) -> None:
+        while not await self._is_stored(rejected):  # noqa: ASYNC110  # each time it is tried again
+            await asyncio.sleep(REJECT_RETRY_S)
+        self._book.skip(rejected.sequence)
+        self.changed.set()
+        await _acknowledge(acks)
+
+    async def _is_stored(self, rejected: RejectedBatch) -> bool:
         body = rejected.model_dump_json().encode()
         try:
             await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")
         except BusError as error:
-            log.error("the rejection of batch %s is not stored: %s", rejected.batch_id, error)
-        await _acknowledge(acks)
+            log.error("the rejection of batch %s is not stored yet: %s", rejected.batch_id, error)
+            return False
+        return True
 
 
 async def _acknowledge(acks: list[Ack]) -> None:

@@ -66,7 +66,7 @@ class BatchFlow:
 
     def _has_room(self) -> bool:
         enough = BATCHES_PER_NODE * max(1, self._nodes.num_known)
-        return self._book.num_waiting < enough and len(self._book.pending) < MAX_PENDING
+        return self._book.num_waiting < enough and len(self._book.ledger.pending) < MAX_PENDING
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -84,7 +84,7 @@ class BatchFlow:
 
     def _decide(self, message: StreamMessage, prepared: TrainingBatch | RejectedBatch) -> None:
         if isinstance(prepared, RejectedBatch):
-            self._book.skip(message.sequence)
+            self._book.hold(message.sequence)
             self._actions.reject(prepared, [message.ack])
         elif self._book.ledger.knows(prepared.batch_id):
             log.warning(

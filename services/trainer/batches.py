@@ -6,6 +6,7 @@ from operator import attrgetter
 
 from opentelemetry.trace import Span
 
+from services.trainer.intake import id_of
 from services.trainer.microbatches import TrainingBatch
 from services.trainer.versions import Ledger
 from shared.telemetry import Attributes, Telemetry, traceparent_of
@@ -20,6 +21,8 @@ class Pending:
         self.batch = batch
         self.acks = [ack]
         """To call when the batch is done with: its own, and those of later messages that repeat its id."""
+        self.num_failures = 0
+        """Lives of nodes that its computation has ended."""
         self._telemetry = telemetry
         self._parent = parent
         self.span = self._new_span()
@@ -103,12 +106,14 @@ class BatchBook:
         """A message that was done with before."""
         self.ledger = self.ledger.pass_over(sequence)
 
-    def skip(self, sequence: int) -> None:
-        """A message that is no batch."""
-        self.ledger = self.ledger.skip(sequence)
+    def hold(self, sequence: int) -> None:
+        """A message that is no batch; not done with before `skip`."""
+        self.ledger = self.ledger.accept(sequence, id_of(sequence))
 
     def drop(self, batch_id: str) -> Pending:
-        """A pending batch that neither waits nor is held by a node is never to be run again."""
-        pending = self.pending.pop(batch_id)
-        self.ledger = self.ledger.skip(pending.batch.sequence)
-        return pending
+        """A pending batch that neither waits nor is held by a node never runs again; `skip` comes later."""
+        return self.pending.pop(batch_id)
+
+    def skip(self, sequence: int) -> None:
+        """What was held or dropped is done with."""
+        self.ledger = self.ledger.skip(sequence)

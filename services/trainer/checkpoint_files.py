@@ -10,7 +10,9 @@ from pathlib import Path
 
 from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
+from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
+from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
 from shared.model.index import write_index
 
@@ -33,6 +35,7 @@ TRAINED_DTYPE = "float32"
 """What stages hold and save, whatever the model was published in."""
 
 _TEMPORARY = ".saving-"
+_START = "start.json"
 
 
 class CheckpointFiles:
@@ -43,10 +46,36 @@ class CheckpointFiles:
         self._model_folder = model_folder
         self._keep = keep
 
-    def load(self) -> dict[int, Checkpoint]:
-        """The newest checkpoint of each node."""
-        found = {node: checkpoints.latest(self._root, node) for node in checkpoints.nodes(self._root)}
-        return {node: checkpoint for node, checkpoint in found.items() if checkpoint}
+    def load(self, *, model: str, stream: str) -> dict[int, Checkpoint]:
+        """The newest checkpoint of each node.
+
+        Raises ConfigurationError when one is of another model or another training stream, or damaged.
+        """
+        nodes = checkpoints.nodes(self._root)
+        newest = (checkpoints.newest_of(self._root, node, model=model) for node in nodes)
+        found = {checkpoint.manifest.node: checkpoint for checkpoint in newest if checkpoint}
+        if any(checkpoint.manifest.stream not in ("", stream) for checkpoint in found.values()):
+            raise ConfigurationError(
+                f"the checkpoints in {self._root} are of another training stream than the one of this NATS "
+                f"server: choose another --name, or remove {self._root}"
+            )
+        return found
+
+    def start_after(self, stream: StreamState) -> int:
+        """The stream's last sequence when this was first asked: a restart before the first checkpoint
+        must not pass over the batches that have come since.
+        """
+        path, known = self._root / _START, {}
+        if path.exists():
+            known = json.loads(path.read_text())
+        if known.get("stream") != stream.identity:
+            known = {"stream": stream.identity, "after_sequence": stream.last_sequence}
+            self._root.mkdir(parents=True, exist_ok=True)
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(known))
+            checkpoints.sync(new)
+            checkpoints.sync(new.replace(path).parent)
+        return int(known["after_sequence"])
 
     def temporary(self, node: int, version: int, epoch: int) -> Path:
         """Where the stages write their shards of `version` in this life of the node."""
@@ -74,8 +103,10 @@ class CheckpointFiles:
         self._copy_model_files(folder)
         checkpoints.write(folder, manifest)
         final = folder.with_name(checkpoints.checkpoint_name(manifest.version))
+        if checkpoints.read(final):
+            raise FileExistsError(f"{final} is whole already: another trainer has written it")
         if final.exists():
-            shutil.rmtree(final)  # not whole: a whole one would be the version that the node descends from
+            shutil.rmtree(final)
         folder.rename(final)
         checkpoints.sync(final.parent)
         return Checkpoint(manifest, final)
@@ -84,6 +115,15 @@ class CheckpointFiles:
         """Remove all but the newest checkpoints of the node."""
         for old in checkpoints.checkpoints(self._root, node)[self._keep :]:
             shutil.rmtree(old.folder)
+
+    def oldest_watermark(self) -> int:
+        """Up to this stream sequence, no node needs a batch again, whichever checkpoint it goes back to."""
+        kept = (
+            each
+            for node in checkpoints.nodes(self._root)
+            for each in checkpoints.checkpoints(self._root, node)
+        )
+        return min((checkpoint.manifest.watermark for checkpoint in kept), default=0)
 
     def _copy_model_files(self, folder: Path) -> None:
         config = json.loads((self._model_folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -117,7 +157,7 @@ def ledger_of(found: Iterable[Checkpoint]) -> Ledger:
 
 
 def manifest_of(
-    ledger: Ledger, node: int, version: int, *, num_stages: int, model: str, wall_s: float
+    ledger: Ledger, node: int, version: int, *, num_stages: int, model: str, stream: str, wall_s: float
 ) -> Manifest:
     """What a checkpoint of the node at `version` will say, files apart."""
     durable = ledger.make_durable(node, version)
@@ -127,6 +167,7 @@ def manifest_of(
         version=version,
         num_stages=num_stages,
         model=model,
+        stream=stream,
         watermark=durable.watermark,
         sequences=tuple(sorted(lineage.sequences)),
         rejected=tuple(sorted(durable.skipped)),

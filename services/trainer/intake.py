@@ -1,5 +1,6 @@
 """From a message of the training stream to a batch that can be fed, or to the reason why not."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -16,6 +17,14 @@ from shared.model_files import name_of, read_card
 from shared.text import TextTokenizer
 
 ID_HEADER = "Nats-Msg-Id"
+OWN_ID_PREFIX = "seq-"
+
+log = logging.getLogger(__name__)
+
+
+def id_of(sequence: int) -> str:
+    """The id of a batch whose publisher gave it none; no publisher may give one like it."""
+    return f"{OWN_ID_PREFIX}{sequence}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +54,20 @@ class Intake:
 
     def prepare(self, message: StreamMessage) -> TrainingBatch | RejectedBatch:
         """Blocks while it tokenises."""
-        batch_id = message.headers.get(ID_HEADER, "")[:MAX_ID_CHARACTERS] or f"seq-{message.sequence}"
+        batch_id = message.headers.get(ID_HEADER, "")[:MAX_ID_CHARACTERS]
         try:
             body = read_body(message.body)
             batch_id = body.id or batch_id
-            return self._cut(batch_id, message.sequence, self._encode(body))
+            _check_id(batch_id)
+            return self._cut(batch_id or id_of(message.sequence), message.sequence, self._encode(body))
         except InvalidBatchError as error:
-            return RejectedBatch(batch_id=batch_id, sequence=message.sequence, reason=str(error))
+            reason = str(error)
+        except Exception as error:  # a tokenizer or template may raise anything, and would again
+            log.exception("batch %s (%d) cannot be prepared", batch_id, message.sequence)
+            reason = f"{type(error).__name__}: {error}"
+        return RejectedBatch(
+            batch_id=batch_id or id_of(message.sequence), sequence=message.sequence, reason=reason
+        )
 
     def _encode(self, body: BatchBody) -> list[LabelledTokens]:
         encoded = []
@@ -67,3 +83,8 @@ class Intake:
         groups = split(lengths, self.microbatches, self.max_microbatch_tokens)
         rows = tuple(join(examples[group.start : group.stop]) for group in groups)
         return TrainingBatch(batch_id=batch_id, sequence=sequence, microbatches=rows)
+
+
+def _check_id(batch_id: str) -> None:
+    if batch_id.startswith(OWN_ID_PREFIX):
+        raise InvalidBatchError(f"id: ids that begin with {OWN_ID_PREFIX!r} are kept for batches without one")

@@ -94,8 +94,8 @@ class Closed:
     reason: str
     unfinished: tuple[str, ...]
     """Batches that were placed here and not applied, in order."""
-    poisoned: str | None = None
-    """The batch whose computation failed: not to be run again."""
+    failed: str | None = None
+    """The batch whose own fault it seems to be."""
 
 
 Action = Feed | Applied | Restore | RequestSave | WriteCheckpoint | SaveAbandoned | Closed
@@ -180,9 +180,9 @@ class NodeTraining:
                 self._backward_done(stage, report.event)
             case StepDone():
                 return self._step_done(stage, report.event) + self._advance(now_s)
-            case TrainingFailed(batch_id=batch_id, reason=reason):
-                failed = self._close(f"stage {stage} failed: {reason}", poisoned=batch_id)
-                return failed + self._restore_if_complete()
+            case TrainingFailed(batch_id=batch_id, reason=reason, is_batch_at_fault=is_at_fault):
+                closed = self._close(f"stage {stage} failed: {reason}", batch_id if is_at_fault else None)
+                return closed + self._restore_if_complete()
             case ShardSaved() | SaveFailed():
                 self._shard_reported(stage, report.event)
                 return self._settle_save() + self._advance(now_s)
@@ -300,11 +300,11 @@ class NodeTraining:
             self._silent_since_s = now_s
         return self._silent_since_s is not None and now_s - self._silent_since_s > STALLED_AFTER_S
 
-    def _close(self, reason: str, poisoned: str | None = None) -> list[Action]:
+    def _close(self, reason: str, failed: str | None = None) -> list[Action]:
         if self.phase == "closed":
             return []
         self.phase = "closed"
-        closed = Closed(reason, self._pipeline.batch_ids, poisoned)
+        closed = Closed(reason, self._pipeline.batch_ids, failed)
         if self._save is not None and self._save.writing:
             # Whether its batches are durable is only known when the manifest is written.
             self._closing = closed

@@ -11,33 +11,35 @@ This file puts them together.
 """
 
 import asyncio
+from functools import partial
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batch_flow import BatchFlow
 from services.trainer.batches import BatchBook
-from services.trainer.checkpoint_files import MODEL_FILES, CheckpointFiles, ledger_of
+from services.trainer.checkpoint_files import CONFIG_FILE, MODEL_FILES, CheckpointFiles, ledger_of
 from services.trainer.intake import Intake
 from services.trainer.nodes import Nodes
 from services.trainer.settings import TrainerSettings
+from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
+from services.trainer.versions import Ledger
 from services.trainer.waiting import on_disk
-from shared.bus.base import Bus, StreamSpec
+from shared.bus.base import Bus, StreamState
+from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.model_files import resolve
-from shared.subjects import BATCHES, HEARTBEAT, REJECTED, REPORT
+from shared.subjects import HEARTBEAT, REPORT
 from shared.telemetry import Telemetry
-
-TRAIN_STREAM = StreamSpec("LEMIX_TRAIN", (BATCHES,))
-REJECTED_STREAM = StreamSpec("LEMIX_REJECTED", (REJECTED,))
 
 
 class Trainer:
-    """The edge. Reads the model's small files when it is made; `run` then works until it is cancelled.
+    """The edge. Making it fetches and reads the model's small files, which blocks; `run` then works until
+    it is cancelled.
 
     Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used.
     """
 
     def __init__(self, settings: TrainerSettings, *, bus: Bus, clock: Clock, telemetry: Telemetry) -> None:
-        model_folder = resolve(settings.model, MODEL_FILES)
+        model_folder = resolve(settings.model, (CONFIG_FILE, *MODEL_FILES))
         self._settings = settings
         self._bus = bus
         self._clock = clock
@@ -48,12 +50,16 @@ class Trainer:
         )
 
     async def run(self) -> None:
-        """Train until cancelled. Raises BusError, and ConfigurationError when another trainer takes over."""
-        await self._bus.ensure_stream(TRAIN_STREAM)
+        """Train until cancelled.
+
+        Raises BusError, and ConfigurationError when the run's checkpoints cannot be gone on from, or when
+        another trainer takes over.
+        """
+        stream = await self._bus.ensure_stream(TRAIN_STREAM)
         await self._bus.ensure_stream(REJECTED_STREAM)
         term = await self._bus.next_epoch("trainer")
-        found = await on_disk(self._files.load)
-        book = BatchBook(ledger_of(found.values()))
+        found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
+        book = BatchBook(await on_disk(partial(self._first_ledger, found, stream)))
         async with asyncio.TaskGroup() as tasks:
             actions = ActionRunner(
                 self._settings,
@@ -62,6 +68,7 @@ class Trainer:
                 book=book,
                 files=self._files,
                 folders={node: checkpoint.folder for node, checkpoint in found.items()},
+                stream=stream.identity,
                 tasks=tasks,
             )
             nodes = Nodes(self._settings, clock=self._clock, book=book, actions=actions, term=term)
@@ -87,3 +94,8 @@ class Trainer:
             finally:
                 await heartbeats.unsubscribe()
                 await reports.unsubscribe()
+
+    def _first_ledger(self, found: dict[int, Checkpoint], stream: StreamState) -> Ledger:
+        if not found and self._settings.train_from == "next":
+            return Ledger.restore({}, (), self._files.start_after(stream))
+        return ledger_of(found.values())

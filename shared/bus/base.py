@@ -38,11 +38,23 @@ class Subscription(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamSpec:
-    """A durable stream: kept by limits, new messages refused when it is full."""
+    """A durable stream, kept by limits."""
 
     name: str
     subjects: tuple[str, ...]
     max_bytes: int = 1 << 30
+    discard_old: bool = False
+    """When it is full: the oldest messages make room. Otherwise new ones are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """A durable stream as it was found."""
+
+    identity: str
+    """Of this stream alone: one that is made anew under the same name has another."""
+    last_sequence: int
+    """Of the newest message that was ever stored; 0 before the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +121,12 @@ class Bus(Protocol):
         """
         ...
 
-    async def ensure_stream(self, spec: StreamSpec) -> None:
-        """Create the durable stream unless it exists."""
+    async def ensure_stream(self, spec: StreamSpec) -> StreamState:
+        """Create the durable stream unless it exists; one that exists is left as it is."""
+        ...
+
+    async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
+        """Remove the messages up to this sequence, which makes room; the others keep their sequences."""
         ...
 
     async def publish_durable(

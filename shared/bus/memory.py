@@ -5,6 +5,7 @@ left to chance: the same calls give the same order.
 """
 
 import asyncio
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,6 +17,7 @@ from shared.bus.base import (
     StreamMessage,
     StreamReader,
     StreamSpec,
+    StreamState,
     Subscription,
 )
 from shared.bus.dispatch import HEADERS_BYTES, Dispatcher, Receiver, stored_size_bytes
@@ -28,6 +30,9 @@ R = TypeVar("R", bound=Message)
 
 MAX_MESSAGE_BYTES = (1 << 20) - HEADERS_BYTES
 """What a NATS server carries unless configured otherwise."""
+
+_stream_numbers = itertools.count(1)
+"""No two streams of this process are the same one."""
 
 
 class MemoryBroker:
@@ -136,8 +141,14 @@ class MemoryBus:
         if size_bytes > self.max_message_bytes:
             raise MessageTooLargeError(f"{size_bytes} bytes for {name}, at most {self.max_message_bytes}")
 
-    async def ensure_stream(self, spec: StreamSpec) -> None:
-        self._broker.streams.setdefault(spec.name, _Stream(spec))
+    async def ensure_stream(self, spec: StreamSpec) -> StreamState:
+        if spec.name not in self._broker.streams:
+            self._broker.streams[spec.name] = _Stream(spec)
+        stream = self._broker.streams[spec.name]
+        return StreamState(stream.identity, stream.last_sequence)
+
+    async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
+        self._stream(stream).purge(up_to_sequence)
 
     async def publish_durable(
         self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
@@ -148,9 +159,12 @@ class MemoryBus:
         return self._broker.stream_of(subject).append(body, message_id, sent)
 
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
-        if stream not in self._broker.streams:
-            raise BusError(f"{stream}: there is no such stream")
-        return _MemoryStreamReader(self._broker.streams[stream], reader, after_sequence)
+        return _MemoryStreamReader(self._stream(stream), reader, after_sequence)
+
+    def _stream(self, name: str) -> "_Stream":
+        if name not in self._broker.streams:
+            raise BusError(f"{name}: there is no such stream")
+        return self._broker.streams[name]
 
     async def next_epoch(self, name: str) -> int:
         return self._broker.next_epoch(name)
@@ -258,8 +272,10 @@ class _Stream:
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
-        self.messages: list[tuple[bytes, dict[str, str]]] = []
-        """The message of sequence n stands at n - 1."""
+        self.identity = f"memory-{next(_stream_numbers)}"
+        self.messages: deque[tuple[bytes, dict[str, str]]] = deque()
+        """The last of them has `last_sequence`."""
+        self.last_sequence = 0
         self.readers: dict[str, _MemoryStreamReader] = {}
         self.grown = asyncio.Event()
         """Set, and replaced, whenever a reader may have something to look at."""
@@ -270,14 +286,34 @@ class _Stream:
         """Store and return the sequence. Raises BusError when the stream is full."""
         if message_id in self._sequence_by_id:
             return self._sequence_by_id[message_id]
-        if self._size_bytes + len(body) > self.spec.max_bytes:
+        if self.spec.discard_old and len(body) <= self.spec.max_bytes:
+            while not self._has_room(body):
+                self._remove_first()
+        if not self._has_room(body):
             raise BusError(f"{self.spec.name}: the stream is full ({self.spec.max_bytes} bytes)")
         self._size_bytes += len(body)
         self.messages.append((body, headers))
+        self.last_sequence += 1
         if message_id:
-            self._sequence_by_id[message_id] = len(self.messages)
+            self._sequence_by_id[message_id] = self.last_sequence
         self.wake()
-        return len(self.messages)
+        return self.last_sequence
+
+    def purge(self, up_to_sequence: int) -> None:
+        while self.messages and self.num_removed < up_to_sequence:
+            self._remove_first()
+
+    @property
+    def num_removed(self) -> int:
+        """How many are gone: all up to this sequence."""
+        return self.last_sequence - len(self.messages)
+
+    def _has_room(self, body: bytes) -> bool:
+        return self._size_bytes + len(body) <= self.spec.max_bytes
+
+    def _remove_first(self) -> None:
+        body, _ = self.messages.popleft()
+        self._size_bytes -= len(body)
 
     def wake(self) -> None:
         self.grown.set()
@@ -307,8 +343,11 @@ class _MemoryStreamReader:
     def _next(self, max_messages: int) -> list[StreamMessage]:
         if self._stream.readers[self._name] is not self:
             raise BusError(f"another reader {self._name!r} of {self._stream.spec.name} has taken over")
-        start = self._last_sequence
-        found = self._stream.messages[start : start + max_messages]
+        num_removed = self._stream.num_removed
+        start = max(self._last_sequence, num_removed)
+        found = itertools.islice(
+            self._stream.messages, start - num_removed, start - num_removed + max_messages
+        )
         return [
             StreamMessage(start + i, body, headers, _ack) for i, (body, headers) in enumerate(found, start=1)
         ]

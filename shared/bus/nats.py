@@ -35,6 +35,7 @@ from shared.bus.base import (
     StreamMessage,
     StreamReader,
     StreamSpec,
+    StreamState,
     Subscription,
 )
 from shared.bus.dispatch import CLOSE_TIMEOUT_S, HEADERS_BYTES, Dispatcher, Receiver, stored_size_bytes
@@ -195,21 +196,29 @@ class NatsBus:
             {SCHEMA_HEADER: SCHEMA_VERSION, TRACE_HEADER: trace} if trace else {SCHEMA_HEADER: SCHEMA_VERSION}
         )
 
-    async def ensure_stream(self, spec: StreamSpec) -> None:
+    async def ensure_stream(self, spec: StreamSpec) -> StreamState:
         config = StreamConfig(
             name=spec.name,
             subjects=list(spec.subjects),
             retention=RetentionPolicy.LIMITS,
-            discard=DiscardPolicy.NEW,
+            discard=DiscardPolicy.OLD if spec.discard_old else DiscardPolicy.NEW,
             storage=StorageType.FILE,
             max_bytes=spec.max_bytes,
         )
         with _translated(spec.name):
             try:
-                await self._jetstream.add_stream(config)
+                found = await self._jetstream.add_stream(config)
             except BadRequestError as error:
                 if error.err_code != STREAM_NAME_IN_USE:
                     raise
+                found = await self._jetstream.stream_info(spec.name)
+        assert found.created is not None
+        return StreamState(found.created.isoformat(), found.state.last_seq)
+
+    async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
+        if up_to_sequence > 0:  # 0 would purge everything
+            with _translated(stream):
+                await self._jetstream.purge_stream(stream, seq=up_to_sequence + 1)
 
     async def publish_durable(
         self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from shared.messages.base import Message
 
 
@@ -11,16 +13,19 @@ class Heartbeat(Message):
     node: int
     stage: int
     num_stages: int
-    instance: str
-    """Changes with every start of the process."""
+    instance: str = Field(pattern=r"^[\w.-]+$")
+    """Changes with every start of the process. Part of file names."""
     model: str
     device: str
     ready: bool
     """The model is loaded and the links to both neighbours stand."""
+    whole: bool = False
+    """Stage 0 only: all stages are ready and hold weights of one lineage, so that requests may come."""
     weights_version: int
     checkpoint: str
     """The checkpoint that the weights descend from; empty: the model as published."""
     epoch: int
+    """Of the trainer's last restore on this stage; 0 before any."""
     running: int
     """Sequences in the KV cache (stage 0)."""
     waiting: int
@@ -39,20 +44,25 @@ class StageStopped(Message):
     instance: str
 
 
+LinkPurpose = Literal["activations", "tied"]
+"""What goes over a link: rows of activations and their gradients, or the gradient of a tied embedding."""
+
+
 class LinkOffer(Message):
     """A producer offers its arena to the consumer of its tensors."""
 
     stage: int
     instance: str
+    purpose: LinkPurpose = "activations"
     carrier: str
     place: str
     """Path of the arena's file (`shm`)."""
-    slot_bytes: int
-    num_slots: int
+    slot_bytes: int = Field(gt=0, le=1 << 36)
+    num_slots: int = Field(gt=0, le=256)
 
 
 class LinkAnswer(Message):
-    """Whether the consumer could open what was offered; if not, the producer sends inline."""
+    """Whether the consumer could open what was offered; if not, only small tensors can be sent (inline)."""
 
     accepted: bool
     reason: str = ""

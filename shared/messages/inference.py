@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from shared.messages.base import Message
 from shared.tensors.ref import TensorRef
 
@@ -11,13 +13,13 @@ FinishReason = Literal["stop", "length"]
 class Sampling(Message):
     """How tokens of one sequence are drawn; travels with every chunk so that stages keep no state."""
 
-    max_tokens: int
-    temperature: float = 1.0
+    max_tokens: int = Field(ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """0 means greedy."""
-    top_p: float = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
-    num_logprobs: int | None = None
+    num_logprobs: int | None = Field(default=None, ge=0, le=20)
     """None: no log-probabilities; k: the chosen token's and the k likeliest."""
 
 
@@ -25,13 +27,14 @@ class InferenceTask(Message):
     """One sequence to complete. gateway -> scheduler -> stage 0 of the chosen node."""
 
     task_id: str
-    gateway: str
+    gateway: str = Field(pattern=r"^[\w-]+$")
     """Id of the gateway that waits for the tokens."""
     prompt: tuple[int, ...]
+    """Stage 0 refuses what the model has no words for."""
     sampling: Sampling
     prompt_logprobs: bool = False
     """Also return the log-probability of every prompt token but the first."""
-    timeout_s: float
+    timeout_s: float = Field(gt=0, allow_inf_nan=False)
     """The task fails with a clear error when it is older than this."""
 
 
@@ -51,16 +54,16 @@ class SequenceChunk(Message):
     """The rows of one sequence in one iteration: a piece of its prompt, or its newest token."""
 
     task_id: str
-    gateway: str
-    start: int
+    gateway: str = Field(pattern=r"^[\w-]+$")
+    start: int = Field(ge=0)
     """Position of the first row in the sequence."""
-    num_tokens: int
+    num_tokens: int = Field(ge=1)
     blocks: tuple[int, ...]
     """KV-cache blocks of the sequence, in order, up to the chunk's last row at least."""
     sampling: Sampling
     produces: bool
     """The chunk's last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
-    index: int = 0
+    index: int = Field(default=0, ge=0)
     """How many tokens the sequence has produced before this one."""
     targets: tuple[int, ...] = ()
     """Prompt tokens that follow the chunk's rows, when their log-probabilities are wanted."""
@@ -93,6 +96,8 @@ class SequenceResult(Message):
     """Log-probabilities of the prompt tokens that this chunk predicts."""
     token: TokenLogprob | None = None
     """The new token."""
+    index: int = 0
+    """How many tokens the sequence has produced before this result: a lost one is noticed by it."""
     finish: FinishReason | None = None
 
 
@@ -113,10 +118,12 @@ class SampledToken(Message):
 
 
 class IterationDone(Message):
-    """An iteration has left the last stage. last stage -> stage 0."""
+    """An iteration has left the last stage, or was lost on its way there. later stages -> stage 0."""
 
     iteration: int
-    tokens: tuple[SampledToken, ...]
+    tokens: tuple[SampledToken, ...] = ()
+    lost: str = ""
+    """Why a stage had to drop it on the way; empty: it came through."""
 
 
 class TaskFailed(Message):

@@ -1,8 +1,8 @@
 """Messages of a training batch's life: placed, cut into microbatches, run, reported."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from shared.messages.base import Message
 from shared.tensors.ref import TensorRef
@@ -19,22 +19,30 @@ class TrainingTask(Message):
 class Microbatch(Message):
     """What every stage must know of a microbatch."""
 
-    epoch: int
+    epoch: int = Field(ge=0)
     """The trainer's fencing number; stages ignore lower ones than the last they saw."""
     batch_id: str
-    index: int
+    index: int = Field(ge=0)
     count: int
     """Microbatches in the batch; the stage steps after the last one's backward."""
-    lengths: tuple[int, ...]
+    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
     """Tokens of each example; their sum is the number of rows T."""
     label_rows: tuple[int, ...]
     """Rows in 0..T-1 whose next token counts in the loss."""
     labels: tuple[int, ...]
     """The next token of each of `label_rows`."""
-    loss_weight: float
+    loss_weight: float = Field(ge=0, allow_inf_nan=False)
     """1 / (labels in the whole batch): the loss is the batch's mean over labels."""
-    learning_rate: float
+    learning_rate: float = Field(ge=0, allow_inf_nan=False)
     traceparent: str = ""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.index >= self.count:
+            raise ValueError(f"microbatch {self.index} of {self.count}")
+        if len(self.labels) != len(self.label_rows):
+            raise ValueError(f"{len(self.labels)} labels for {len(self.label_rows)} rows")
+        return self
 
 
 class MicrobatchForward(Message):
@@ -98,6 +106,8 @@ class TrainingFailed(Message):
     kind: Literal["failed"] = "failed"
     batch_id: str
     reason: str
+    is_batch_at_fault: bool = True
+    """False: memory or a carrier gave out, which says nothing about the batch."""
 
 
 class ShardSaved(Message):

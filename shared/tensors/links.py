@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import CarrierError, StaleTensorError
-from shared.messages.cluster import LinkAnswer, LinkOffer
+from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.tensors import inline, shm
 from shared.tensors.ref import INLINE_LIMIT_BYTES, TensorRef
 
@@ -20,12 +20,13 @@ class OutgoingLink:
         self._arena = shm.ArenaWriter(path, slot_bytes=slot_bytes, num_slots=num_slots)
         self._is_shared = False
 
-    def offer(self, stage: int, instance: str) -> LinkOffer:
+    def offer(self, stage: int, instance: str, purpose: LinkPurpose = "activations") -> LinkOffer:
         """What the consumer must know to open the arena."""
         arena = self._arena
         return LinkOffer(
             stage=stage,
             instance=instance,
+            purpose=purpose,
             carrier=shm.CARRIER,
             place=str(arena.path),
             slot_bytes=arena.slot_bytes,
@@ -60,21 +61,22 @@ class IncomingLinks:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._arenas: dict[str, shm.ArenaReader] = {}
-        self._place_of: dict[int, str] = {}
+        self._place_of: dict[tuple[int, LinkPurpose], str] = {}
 
     def accept(self, offer: LinkOffer) -> LinkAnswer:
-        """Open an arena; it replaces what the same stage offered before."""
+        """Open an arena; it replaces what the same stage offered for the same purpose before."""
         try:
             path = Path(offer.place)
             arena = shm.ArenaReader(path, slot_bytes=offer.slot_bytes, num_slots=offer.num_slots)
         except CarrierError as error:
             return LinkAnswer(accepted=False, reason=str(error))
-        self._arenas.pop(self._place_of.get(offer.stage, ""), None)
-        self._arenas[offer.place], self._place_of[offer.stage] = arena, offer.place
+        link = offer.stage, offer.purpose
+        self._arenas.pop(self._place_of.get(link, ""), None)
+        self._arenas[offer.place], self._place_of[link] = arena, offer.place
         return LinkAnswer(accepted=True)
 
     def take(self, ref: TensorRef) -> Tensor:
-        """A private copy on this stage's device. Raises StaleTensorError."""
+        """A private copy on this stage's device. Raises CarrierError; StaleTensorError when it is gone."""
         if ref.carrier == inline.CARRIER:
             return inline.take(ref).to(self._device)
         if ref.place not in self._arenas:
@@ -84,5 +86,5 @@ class IncomingLinks:
     def discard(self, ref: TensorRef) -> None:
         """Give back the room of a tensor that nobody wants any more; one that is gone is no news."""
         if ref.place in self._arenas:
-            with suppress(StaleTensorError):
+            with suppress(CarrierError):
                 self._arenas[ref.place].discard(ref)

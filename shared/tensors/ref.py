@@ -1,7 +1,12 @@
 """The handle of a tensor that travels outside the message."""
 
+from typing import Literal
+
+from pydantic import Field
+
 from shared.messages.base import Message
 
+DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
 INLINE_LIMIT_BYTES = 32 * 1024
 
 
@@ -11,13 +16,13 @@ class TensorRef(Message):
     carrier: str
     """Which carrier wrote it: `inline`, `shm`."""
     shape: tuple[int, ...]
-    dtype: str
+    dtype: DtypeName
     """The torch name without its prefix: `float32`, `bfloat16`, `int64`."""
-    size_bytes: int
+    size_bytes: int = Field(ge=0)
     place: str = ""
     """The arena that holds it (`shm`)."""
-    slot: int = 0
-    generation: int = 0
+    slot: int = Field(default=0, ge=0)
+    generation: int = Field(default=0, ge=0)
     """How often the slot was written; a reader of an older one must not take the newer."""
     data: bytes = b""
     """The bytes themselves (`inline` only)."""

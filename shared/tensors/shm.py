@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import CarrierError, StaleTensorError
-from shared.tensors.inline import dtype_name, dtype_of
+from shared.tensors.inline import check_size, dtype_name, dtype_of
 from shared.tensors.ref import TensorRef
 
 CARRIER = "shm"
@@ -36,6 +36,13 @@ class _Mapping:
         self.slots = everything.view(num_slots, slot_bytes)
 
     def view(self, ref: TensorRef) -> Tensor:
+        """Raises CarrierError when no such tensor can lie here."""
+        check_size(ref)
+        num_slots, slot_bytes = self.slots.shape
+        if ref.slot >= num_slots or ref.size_bytes > slot_bytes:
+            raise CarrierError(
+                f"{ref.size_bytes} bytes in slot {ref.slot}: there are {num_slots} of {slot_bytes} bytes"
+            )
         return self.slots[ref.slot, : ref.size_bytes].view(dtype_of(ref)).view(ref.shape)
 
 
@@ -123,14 +130,19 @@ class ArenaReader:
             os.close(file)
 
     def take(self, ref: TensorRef, device: torch.device) -> Tensor:
-        """A private copy of the tensor; its slot is free again. Raises StaleTensorError."""
+        """A private copy of the tensor; its slot is free again.
+
+        Raises StaleTensorError, or CarrierError when no such tensor can lie here.
+        """
+        view = self._memory.view(ref)
         self._check_unread(ref)
-        tensor = self._memory.view(ref).to(device, copy=True)
+        tensor = view.to(device, copy=True)
         self._memory.read[ref.slot] = ref.generation
         return tensor
 
     def discard(self, ref: TensorRef) -> None:
-        """Free the tensor's slot unread. Raises StaleTensorError."""
+        """Free the tensor's slot unread. Raises as `take`."""
+        self._memory.view(ref)
         self._check_unread(ref)
         self._memory.read[ref.slot] = ref.generation
 

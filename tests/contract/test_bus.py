@@ -353,6 +353,44 @@ async def test_a_stream_that_exists_is_left_as_it_is(connect: Connect) -> None:
     assert await bus.publish_durable("test.stored", b"2") == 2
 
 
+async def test_a_stream_tells_who_it_is_and_how_far_it_goes(connect: Connect) -> None:
+    one, other = await connect(), await connect()
+    first = await one.ensure_stream(STREAM)
+    assert first.last_sequence == 0
+    for _ in range(2):
+        await one.publish_durable("test.stored", b"1")
+    await one.purge_stream("TEST", 2)
+    again = await other.ensure_stream(StreamSpec(STREAM.name, STREAM.subjects, max_bytes=1 << 20))
+    assert (again.identity, again.last_sequence) == (first.identity, 2)
+    assert (await other.ensure_stream(StreamSpec("OTHER", ("test.other",)))).identity != first.identity
+
+
+async def test_purged_messages_make_room_and_the_others_stay_as_they_are(connect: Connect) -> None:
+    bus = await connect()
+    await bus.ensure_stream(STREAM)
+    for size in (1500, 1500, 500):
+        await bus.publish_durable("test.stored", bytes(size))
+    reader = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
+    await bus.purge_stream("TEST", 0)
+    assert [message.sequence for message in await reader.fetch(1, timeout_s=5)] == [1]
+    await bus.purge_stream("TEST", 2)
+    await bus.purge_stream("TEST", 1)
+    assert await bus.publish_durable("test.stored", bytes(2000)) == 4
+    later = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
+    assert [(m.sequence, len(m.body)) for m in await later.fetch(2, timeout_s=5)] == [(3, 500), (4, 2000)]
+    with pytest.raises(BusError, match="NOWHERE"):
+        await bus.purge_stream("NOWHERE", 1)
+
+
+async def test_a_stream_may_give_up_its_oldest_messages_for_new_ones(connect: Connect) -> None:
+    bus = await connect()
+    await bus.ensure_stream(StreamSpec("TEST", ("test.stored",), max_bytes=4096, discard_old=True))
+    for sequence in (1, 2, 3):
+        assert await bus.publish_durable("test.stored", bytes(1500)) == sequence
+    reader = await bus.read_stream("TEST", reader="r", after_sequence=0)
+    assert (await reader.fetch(1, timeout_s=5))[0].sequence > 1
+
+
 async def test_what_no_stream_takes_is_an_error(connect: Connect) -> None:
     bus = await connect()
     with pytest.raises(BusError, match=r"test\.nowhere"):

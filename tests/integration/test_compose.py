@@ -182,8 +182,8 @@ async def test_its_services_serve_a_completion_and_are_well_by_their_own_checks(
             assert 1 <= completion.completion_tokens <= 8
             for service in own_services(compose).values():
                 await until_well(places, service)
-        for service in ("gateway", "scheduler", "trainer", "stage_worker.0.0", "stage_worker.1.1"):
-            assert f"lemix.{service}".encode() in collector.received
+        for name in ("gateway", "scheduler", "trainer", "stage_worker.0.0", "stage_worker.1.1"):
+            assert f"lemix.{name}".encode() in collector.received
 
 
 async def test_a_check_of_what_does_not_run_fails(tmp_path: Path) -> None:

@@ -310,20 +310,43 @@ async def test_requests_beyond_the_limit_are_refused_until_one_ends() -> None:
     assert (refused.status_code, error_of(refused)["type"]) == (429, "rate_limit_error")
 
 
+async def test_a_node_that_works_for_nobody_is_told_to_stop() -> None:
+    """As after a lost answer of the scheduler: the gateway has given up and never knew the node."""
+    async with gateway_world(request_timeout_s=0.05) as world:
+        world.cluster.gate.clear()
+        response = await world.http.post(URL, json=ask())
+        task = world.cluster.submitted.get_nowait()
+        assert world.cluster.cancelled.empty()
+        await world.cluster.say(task, "x")
+        assert await world.cluster.cancelled.get() == task.task_id
+        world.cluster.gate.set()
+    assert response.status_code == 504
+
+
 async def test_one_failed_choice_fails_the_answer_and_frees_the_others() -> None:
     async with gateway_world() as world, asyncio.TaskGroup() as group:
         answer = group.create_task(world.http.post(URL, json=ask(n=2)))
         failing, other = [await world.cluster.submitted.get() for _ in range(2)]
         await world.cluster.fail(failing, 503, "out of memory")
         assert (await answer).status_code == 503
-        assert await world.cluster.cancelled.get() == other.task_id
+        cancelled = {await world.cluster.cancelled.get() for _ in range(2)}
+        assert cancelled == {failing.task_id, other.task_id}, "who failed it is not known: both are freed"
         assert world.cluster.cancelled.empty()
 
 
-async def test_lost_tokens_are_an_error() -> None:
-    async with gateway_world(lambda task: says(TEXT)(task)[3:]) as world:
-        response = await world.http.post(URL, json=ask(max_tokens=6))
+@pytest.mark.parametrize("max_tokens", [6, 100], ids=["length", "stop"])
+async def test_lost_tokens_are_an_error(max_tokens: int) -> None:
+    async with gateway_world(lambda task: says(TEXT)(task)[:2] + says(TEXT)(task)[3:]) as world:
+        response = await world.http.post(URL, json=ask(max_tokens=max_tokens))
     assert response.status_code == 502
+    assert "lost" in error_of(response)["message"]
+
+
+async def test_tokens_that_come_twice_count_once() -> None:
+    async with gateway_world(lambda task: [r for r in says(TEXT)(task) for _ in range(2)]) as world:
+        response = await world.http.post(URL, json=ask(max_tokens=6))
+    assert response.json()["choices"][0]["text"] == TOKENIZER.decode(TOKENIZER.encode(TEXT)[:6])
+    assert response.json()["usage"]["completion_tokens"] == 6
 
 
 # Clients that go away

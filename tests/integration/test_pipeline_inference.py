@@ -1,19 +1,37 @@
-"""A node's answers against `generate()` of transformers, for every family and number of stages."""
+"""A node's answers against `generate()` of transformers, for every family and number of stages.
+
+Each is asked twice: of a node that only serves, and of one that trains at learning rate 0 at the same time.
+"""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from shared.messages.training import StepDone, TrainingFailed
 from tests.support.models import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.support.node import Node, running_node
 from tests.support.reference import greedy_reference
+from tests.support.training import messages, random_batches
 
 PROMPT_LENGTHS = (1, 3, 17, 40, 9, 26)
 MAX_TOKENS = 12
-SMALL_ITERATIONS: dict[str, Any] = {"max_iteration_tokens": 24, "kv_tokens": 512}
+SMALL_ITERATIONS: dict[str, Any] = {
+    "max_iteration_tokens": 24,
+    "kv_tokens": 512,
+    "training_patience_s": 0.0,  # training never waits for the answers
+}
+
+
+class Family(NamedTuple):
+    """A model and what transformers answers with it: tokens and log-probabilities for each prompt."""
+
+    folder: Path
+    expected: list[tuple[list[int], list[float]]]
 
 
 def prompts() -> list[list[int]]:
@@ -27,17 +45,53 @@ async def ask_all(node: Node) -> list[Any]:
     )
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-async def test_greedy_tokens_and_logprobs_equal_transformers(
-    family: str, num_stages: int, tmp_path: Path
-) -> None:
-    model = save_tiny_model(family, tmp_path / "model")
-    async with running_node(tmp_path / "model", num_stages, tmp_path, **SMALL_ITERATIONS) as node:
-        answers = await ask_all(node)
-    for prompt, answer in zip(prompts(), answers, strict=True):
-        tokens, logprobs = greedy_reference(model, prompt, MAX_TOKENS)
+async def train_for_ever(node: Node) -> None:
+    (batch,) = random_batches(1, 2)
+    for number in range(1_000_000):
+        for message in messages(f"b{number}", batch, learning_rate=0.0):
+            await node.feed(message)
+        num_left = node.num_stages
+        while num_left:
+            event = (await node.report()).event
+            assert not isinstance(event, TrainingFailed), event
+            num_left -= isinstance(event, StepDone)
+
+
+@asynccontextmanager
+async def training(node: Node) -> AsyncIterator[None]:
+    """The node trains, with weights that stay as they are, while the block runs."""
+    await node.restore()
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(train_for_ever(node))
+        yield
+        task.cancel()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """One of them, with its answers computed once for all numbers of stages."""
+    folder = tmp_path_factory.mktemp("model")
+    model = save_tiny_model(request.param, folder)
+    return Family(folder, [greedy_reference(model, prompt, MAX_TOKENS) for prompt in prompts()])
+
+
+def assert_answers(answers: list[Any], expected: list[tuple[list[int], list[float]]]) -> None:
+    for answer, (tokens, logprobs) in zip(answers, expected, strict=True):
         assert answer.token_ids == tokens
         told = [token.logprob for token in (*answer.prompt, *answer.tokens)]
         assert told == pytest.approx(logprobs, abs=1e-4)
         assert answer.finish == "length"
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+async def test_greedy_tokens_and_logprobs_equal_transformers(
+    family: Family, num_stages: int, tmp_path: Path
+) -> None:
+    async with running_node(family.folder, num_stages, tmp_path, **SMALL_ITERATIONS) as node:
+        alone = await ask_all(node)
+        async with training(node):
+            mixed = await ask_all(node)
+    assert_answers(alone, family.expected)
+    assert_answers(mixed, family.expected)
+    for answer in mixed:
+        assert answer.versions[-1] > answer.versions[0], "no step came between two tokens"

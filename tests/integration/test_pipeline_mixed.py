@@ -12,9 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from services.stage_worker import training
 from shared import subjects
+from shared.bus.base import Incoming
 from shared.errors import RefusedError
 from shared.messages.base import Done, Message
+from shared.messages.cluster import LinkOffer
+from shared.messages.inference import CancelTask, IterationForward, Sampling, TaskEnded
 from shared.messages.training import (
     BackwardDone,
     MicrobatchForward,
@@ -65,7 +69,7 @@ async def step(node: Node, batch_id: str, batch: Batch, **header: Any) -> list[S
 
 
 def make_folder(checkpoint: Path, model: Path) -> None:
-    checkpoint.mkdir()
+    checkpoint.mkdir(parents=True)
     shutil.copy(model / "config.json", checkpoint)
 
 
@@ -161,6 +165,22 @@ async def test_a_cancel_frees_all_blocks(folder: Path, tmp_path: Path) -> None:
         assert (await node.complete(PROMPT, max_tokens=15)).finish == "length"
 
 
+async def test_a_cancel_may_come_before_its_request(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 2, tmp_path) as node:
+        ended: asyncio.Queue[TaskEnded] = asyncio.Queue()
+
+        async def on_ended(incoming: Incoming[TaskEnded]) -> None:
+            ended.put_nowait(incoming.message)
+
+        await node.bus.subscribe(subjects.ENDED.at(), on_ended)
+        await node.bus.publish(subjects.CANCEL.at(node=0), CancelTask(task_id="task-0"))
+        early = await node.start(PROMPT, **ENDLESS)
+        assert early.task.task_id == "task-0"
+        assert await ended.get() == TaskEnded(task_ids=("task-0",))
+        assert (await node.complete(PROMPT, max_tokens=4)).finish == "length"
+        assert (early.tokens, early.failure) == ([], None)
+
+
 async def test_an_expired_request_fails_with_504(folder: Path, tmp_path: Path) -> None:
     async with running_node(folder, 2, tmp_path) as node:
         late = await node.complete(PROMPT, timeout_s=0.01, **ENDLESS)
@@ -195,6 +215,17 @@ class Garbage(Message):
         return b"\xc1 no message"
 
 
+class BadTask(Message):
+    """A request without the bounds of its fields."""
+
+    task_id: str
+    gateway: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    prompt_logprobs: bool
+    timeout_s: float
+
+
 def subjects_of(stage: int) -> tuple[list[str], list[str]]:
     """Names of what a stage of two listens to, and of what it answers."""
     place = {"node": 0, "stage": stage}
@@ -207,6 +238,69 @@ def subjects_of(stage: int) -> tuple[list[str], list[str]]:
         told.append(subjects.ITERATION.at(**place).name)
     asked = [topic.at(**place).name for topic in (subjects.LINK, subjects.RESTORE, subjects.SAVE)]
     return told, asked
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": (3, VOCAB_SIZE)}, f"the model's tokens are 0 to {VOCAB_SIZE - 1}"),
+        ({"prompt": (3, -1)}, f"the model's tokens are 0 to {VOCAB_SIZE - 1}"),
+        (
+            {"sampling": Sampling(max_tokens=4095)},
+            "prompt and max_tokens make 4101 tokens; the model reads 4096",
+        ),
+    ],
+)
+async def test_a_senseless_request_fails_clearly(
+    change: dict[str, Any], reason: str, folder: Path, tmp_path: Path
+) -> None:
+    async with running_node(folder, 2, tmp_path) as node:
+        refused = await node.start(PROMPT, max_tokens=4, changes=change)
+        await refused.end()
+        assert refused.failure is not None
+        assert (refused.failure.code, refused.failure.reason) == (400, reason)
+        assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"
+
+
+async def test_what_no_request_can_be_is_dropped_and_counted(folder: Path, tmp_path: Path) -> None:
+    async with running_node(folder, 2, tmp_path) as node:
+        answer = await node.complete(PROMPT, max_tokens=2)
+        fields = answer.task.model_dump() | {"timeout_s": -1.0}
+        bad = BadTask(**fields)
+        await node.bus.publish(Subject(subjects.ASSIGN.at(node=0).name, BadTask), bad)
+        assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"
+        assert node.workers.buses[0].num_malformed == 1
+
+
+SENSELESS_REFS: list[dict[str, Any]] = [
+    {"slot": 10**6},
+    {"size_bytes": 10**6},
+    {"shape": (10**6, 32)},
+    {"shape": (-1, -32)},
+    {"shape": (4, 8)},
+    {"dtype": "int64", "shape": (1, 16)},
+    {"carrier": "inline"},
+    {"place": "nowhere"},
+]
+
+
+@pytest.mark.parametrize("change", SENSELESS_REFS)
+async def test_senseless_activations_cost_an_iteration_and_no_more(
+    change: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    async with running_node(folder, 2, tmp_path) as node:
+        place = subjects.ITERATION.at(node=0, stage=1)
+        seen: list[IterationForward] = []
+
+        async def on_iteration(incoming: Incoming[IterationForward]) -> None:
+            seen.append(incoming.message)
+
+        await node.bus.subscribe(place, on_iteration)
+        expected = await node.complete(PROMPT, max_tokens=2)
+        last = seen[-1]
+        hidden = last.hidden.model_copy(update={"generation": last.hidden.generation, **change})
+        await node.bus.publish(place, last.model_copy(update={"hidden": hidden, "iteration": 10**6}))
+        assert (await node.complete(PROMPT, max_tokens=2)).token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize("bad", [Garbage(), StepDone(batch_id="b", version=1)])
@@ -310,17 +404,17 @@ async def test_a_restored_node_goes_on_as_if_nothing_had_been(family: str, tmp_p
         for number in (0, 1):
             await step(node, f"b{number}", batches[number], learning_rate=0.05)
         before = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
-        checkpoint = await save(node, model, 2, tmp_path / "saved")
+        checkpoint = await save(node, model, 2, tmp_path / "checkpoints" / "saved")
         for number in (2, 3):
             await step(node, f"b{number}", batches[number], learning_rate=0.05)
-        undisturbed = tensors_in(await save(node, model, 4, tmp_path / "undisturbed"))
+        undisturbed = tensors_in(await save(node, model, 4, tmp_path / "checkpoints" / "undisturbed"))
         changed = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
 
         await node.restore(epoch=2, version=2, checkpoint=str(checkpoint))
         after = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
         for number in (2, 3):
             await step(node, f"b{number}", batches[number], learning_rate=0.05, epoch=2)
-        disturbed = tensors_in(await save(node, model, 4, tmp_path / "disturbed", epoch=2))
+        disturbed = tensors_in(await save(node, model, 4, tmp_path / "checkpoints" / "disturbed", epoch=2))
     assert after.token_ids == before.token_ids
     logprobs = [token.logprob for token in before.tokens]
     assert [token.logprob for token in after.tokens] == pytest.approx(logprobs, abs=1e-5)
@@ -336,7 +430,7 @@ async def test_a_version_that_is_gone_cannot_be_saved(folder: Path, tmp_path: Pa
         await node.restore()
         await step(node, "b0", random_batches(1, 1)[0])
         with pytest.raises(RefusedError, match="version 0 is gone, this stage holds 1") as refusal:
-            await node.save(0, tmp_path)
+            await node.save(0, tmp_path / "checkpoints")
         assert refusal.value.code == 409
 
 
@@ -344,7 +438,7 @@ async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_
     async with running_node(folder, 1, tmp_path, discipline="fifo", **ADAMW) as node:
         await node.restore()
         await feed(node, "b0", random_batches(1, 1)[0])
-        await node.save(0, tmp_path)
+        await node.save(0, tmp_path / "checkpoints")
         *_, stepped, failed = [(await node.report()).event for _ in range(4)]
     assert stepped == StepDone(batch_id="b0", version=1)
     assert failed == SaveFailed(version=0, reason="the stage has gone on to version 1")
@@ -353,10 +447,43 @@ async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_
 async def test_a_checkpoint_that_cannot_be_written_is_told_and_no_more(folder: Path, tmp_path: Path) -> None:
     async with running_node(folder, 2, tmp_path, **ADAMW) as node:
         await node.restore()
-        await node.save(0, tmp_path / "missing")
+        await node.save(0, tmp_path / "checkpoints" / "missing")
         for _ in range(2):
             event = (await node.report()).event
             assert isinstance(event, SaveFailed)
             assert event.version == 0
         await step(node, "b0", random_batches(1, 1)[0])
+        assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"
+
+
+async def test_messages_lead_to_no_files_outside_the_run(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "checkpoints" / ".." / "elsewhere"
+    async with running_node(folder, 2, tmp_path, **ADAMW) as node:
+        for request in (node.save(0, outside), node.restore(checkpoint=str(folder))):
+            with pytest.raises(RefusedError, match="not in this run's folder of checkpoints") as refusal:
+                await request
+            assert refusal.value.code == 403
+        offer = LinkOffer(
+            stage=0,
+            instance="x",
+            carrier="shm",
+            place=str(folder / "config.json"),
+            slot_bytes=64,
+            num_slots=1,
+        )
+        answer = await node.bus.request(subjects.LINK.at(node=0, stage=1), offer, timeout_s=5.0)
+        assert (answer.accepted, "is not in this stage's" in answer.reason) == (False, True)
+        assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"
+
+
+async def test_a_restore_that_takes_too_long_is_refused_and_done_later(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_node(folder, 2, tmp_path, **ADAMW) as node:
+        with monkeypatch.context() as impatient:
+            impatient.setattr(training, "RESTORE_DEADLINE_S", 0.0)
+            with pytest.raises(RefusedError, match="not restored within 0 s") as refusal:
+                await node.restore(epoch=1)
+            assert refusal.value.code == 504
+        await node.restore(epoch=2)
         assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"

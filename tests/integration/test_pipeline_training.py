@@ -79,8 +79,8 @@ class Feeder:
 
 async def weights_of(node: Node, version: int, folder: Path) -> dict[str, Tensor]:
     """What the node holds, through a checkpoint that transformers loads as one whole model."""
-    folder.mkdir()  # noqa: ASYNC240
-    shutil.copy(folder.parent / "model" / "config.json", folder)
+    folder.mkdir(parents=True)  # noqa: ASYNC240
+    shutil.copy(folder.parent.parent / "model" / "config.json", folder)
     await node.save(version, folder)
     files: dict[str, str] = {}
     for _ in range(node.num_stages):
@@ -130,7 +130,7 @@ async def test_synchronous_training_equals_one_process(family: str, num_stages: 
         await node.restore()
         feeder = Feeder(node)
         await feeder.sync(batches)
-        weights = await weights_of(node, NUM_BATCHES, tmp_path / "checkpoint")
+        weights = await weights_of(node, NUM_BATCHES, tmp_path / "checkpoints" / "end")
     losses = train_in_one_process(model, batches)
     assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
     assert_equal(weights, model.state_dict())
@@ -143,7 +143,7 @@ async def test_asynchronous_training_on_one_stage_equals_one_process(tmp_path: P
         await node.restore()
         feeder = Feeder(node)
         await feeder.asynchronous(batches)
-        weights = await weights_of(node, NUM_BATCHES, tmp_path / "checkpoint")
+        weights = await weights_of(node, NUM_BATCHES, tmp_path / "checkpoints" / "end")
     losses = train_in_one_process(model, batches)
     assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
     assert_equal(weights, model.state_dict())
@@ -188,8 +188,8 @@ async def test_asynchronous_training_equals_delayed_weights(num_stages: int, tmp
         await node.restore()
         feeder = Feeder(node)
         await feeder.asynchronous(batches)
-        weights = await weights_of(node, len(batches), tmp_path / "checkpoint")
-    stage_of = stage_of_parameter(tmp_path / "checkpoint")
+        weights = await weights_of(node, len(batches), tmp_path / "checkpoints" / "end")
+    stage_of = stage_of_parameter(tmp_path / "checkpoints" / "end")
     losses = train_with_delayed_weights(model, batches, stage_of, feeder.versions)
     on_time = {number for (_, batch_id, _), number in feeder.versions.items() if int(batch_id[1:]) > number}
     assert on_time, "no forward ran with delayed weights: the schedule did not overlap"

@@ -1,12 +1,18 @@
 """A stage that dies and comes back takes the requests in flight with it, clearly, and no others."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
+import torch
 
-from shared.messages.training import ForwardDone
+from shared import subjects
+from shared.bus.base import Incoming
+from shared.messages.inference import IterationForward
+from shared.messages.training import ForwardDone, StepDone
+from shared.tensors import inline
 from tests.support.models import save_tiny_model
-from tests.support.node import running_node
+from tests.support.node import Node, running_node
 from tests.support.training import messages, random_batches
 
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -60,6 +66,92 @@ async def test_requests_wait_until_a_new_stage_is_linked(num_stages: int, tmp_pa
                 await answer.end()
                 assert answer.finish == "length"
             await node.restore(epoch=epoch)
-            for message in messages(f"b{epoch}", random_batches(1, 1)[0], epoch=epoch):
-                await node.feed(message)
+            (first,) = messages(f"b{epoch}", random_batches(1, 1)[0], epoch=epoch)
+            await node.feed(first)
             assert isinstance((await node.report()).event, ForwardDone)
+            await node.restore(epoch=epoch)  # the batch is forgotten: the weights stay those of the model
+
+
+@pytest.mark.parametrize(("num_stages", "stage"), [(2, 0), (2, 1), (3, 1)])
+async def test_a_node_with_mixed_weights_serves_nothing_until_it_is_restored(
+    num_stages: int, stage: int, tmp_path: Path
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    async with running_node(tmp_path / "model", num_stages, tmp_path) as node:
+        expected = await node.complete(PROMPT, max_tokens=12)
+        await node.restore(epoch=1)
+        await step(node, "b0", epoch=1)
+        changed = await node.complete(PROMPT, max_tokens=12)
+        await node.replace(stage)
+        await node.heard(lambda: all(beat.ready for beat in node.heartbeats.values()))
+        early = await node.start(PROMPT, max_tokens=12)
+        node.heartbeats.clear()
+        await node.heard(lambda: 0 in node.heartbeats)
+        await node.heard(lambda: len(node.heartbeats) == num_stages)
+        assert not node.heartbeats[0].whole
+        assert early.tokens == []
+        await node.restore(epoch=2)
+        await early.end()
+        await node.ready()
+    assert (early.token_ids, early.versions) == (expected.token_ids, [0] * 12)
+    assert changed.token_ids != expected.token_ids
+
+
+async def test_a_stage_that_cannot_share_memory_is_not_ready(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    async with running_node(tmp_path / "model", 2, tmp_path) as node:
+        node.workers.settings_of[1] = {"shm_dir": elsewhere}
+        await node.replace(1)
+        early = await node.start(PROMPT, max_tokens=4)
+        await node.heard(lambda: caplog.text.count("must run on one host and share LEMIX_SHM_DIR") == 2)
+        node.heartbeats.clear()
+        await node.heard(lambda: len(node.heartbeats) == 2)
+        assert not any(beat.ready or beat.whole for beat in node.heartbeats.values())
+        assert (early.tokens, early.failure) == ([], None)
+        assert list(elsewhere.iterdir()) == []
+        del node.workers.settings_of[1]
+        await node.replace(1)
+        await early.end()
+        assert early.failure is not None
+        assert early.failure.reason == "stage 1 of the node was restarted"
+        assert (await node.complete(PROMPT, max_tokens=4)).finish == "length"
+
+
+async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    async with running_node(tmp_path / "model", 2, tmp_path) as node:
+        expected = await node.complete(PROMPT, max_tokens=4)
+        place = subjects.ITERATION.at(node=0, stage=1)
+
+        spoilt = asyncio.Event()
+
+        async def spoil(incoming: Incoming[IterationForward]) -> None:
+            """Be quicker than stage 0 with the next iteration."""
+            if spoilt.is_set():
+                return
+            spoilt.set()
+            changes = {
+                "iteration": incoming.message.iteration + 1,
+                "hidden": inline.put(torch.zeros(99, 32)),
+            }
+            await node.bus.publish(place, incoming.message.model_copy(update=changes))
+
+        await node.bus.subscribe(place, spoil)
+        answer = await node.start(PROMPT, max_tokens=3000)
+        await answer.end()
+        assert answer.failure is not None
+        assert answer.failure.code == 503
+        assert answer.failure.reason.startswith("an iteration was lost at stage 1: float32 [99, 32] for ")
+        assert (await node.complete(PROMPT, max_tokens=4)).token_ids == expected.token_ids
+
+
+async def step(node: Node, batch_id: str, *, epoch: int) -> None:
+    """Train on one batch, hard enough for other answers."""
+    for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch, learning_rate=0.1):
+        await node.feed(message)
+    for _ in range(node.num_stages):
+        while not isinstance((await node.report()).event, StepDone):
+            pass

@@ -4,7 +4,9 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import msgpack
@@ -12,16 +14,19 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from services.trainer import actions
 from services.trainer.checkpoint_files import CheckpointFiles
-from services.trainer.service import TRAIN_STREAM, Trainer
+from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
+from services.trainer.streams import TRAIN_STREAM
 from shared import checkpoints
 from shared.bus.base import TRACE_HEADER, Handler, Incoming, StreamMessage, StreamReader, Subscription
 from shared.bus.memory import MemoryBroker, MemoryBus
-from shared.errors import BusError, RefusedError
+from shared.errors import BusError, ConfigurationError, RefusedError
 from shared.messages.inference import Placed, TaskEnded
 from shared.messages.training import RejectedBatch, TrainingTask
-from shared.subjects import BATCHES, ENDED, HEARTBEAT, PLACE, Subject
+from shared.settings import EMBEDDED_MODEL
+from shared.subjects import BATCHES, ENDED, HEARTBEAT, PLACE, REJECTED, Subject
 from shared.telemetry import Telemetry
 from tests.support.fake_node import FakeNode, read_shard
 
@@ -91,6 +96,7 @@ class WatchedBus(MemoryBus):
     def __init__(self, broker: MemoryBroker, acked: Callable[[int], None]) -> None:
         super().__init__(broker, "")
         self.listens = asyncio.Event()
+        self.on_purge: Callable[[], None] = lambda: None
         self._acked = acked
 
     async def subscribe(
@@ -100,6 +106,10 @@ class WatchedBus(MemoryBus):
         if subject.name == HEARTBEAT.at().name:
             self.listens.set()
         return subscription
+
+    async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
+        await super().purge_stream(stream, up_to_sequence)
+        self.on_purge()
 
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         plain = await super().read_stream(stream, reader=reader, after_sequence=after_sequence)
@@ -154,6 +164,7 @@ class Cluster:
         """A trainer that has heard of all nodes."""
         fields = {"run_dir": self.folder, "checkpoint_idle_s": 0.0, "microbatches": 2, **changes}
         bus = WatchedBus(self.broker, self._on_ack)
+        bus.on_purge = self.news.tell
         telemetry = Telemetry("trainer", None)
         telemetry._provider.add_span_processor(SimpleSpanProcessor(self.spans))
         trainer = Trainer(TrainerSettings(**fields), bus=bus, clock=self.clock, telemetry=telemetry)
@@ -277,6 +288,129 @@ async def test_a_batch_whose_computation_fails_is_rejected_and_the_others_run_ag
     await stop(trainer)
 
     assert [(each.batch_id, each.reason) for each in cluster.rejected()] == [("p", "stage 1 failed: NaN")]
+    assert len(cluster.nodes[0].restores) == 2 * 3, "one restore of both stages after each of two failures"
+
+
+async def test_a_fault_of_the_node_rejects_no_batch_however_often_it_comes(cluster: Cluster) -> None:
+    await cluster.start()
+    cluster.nodes[0].num_faults = 3
+    await cluster.publish("a")
+    trainer = await cluster.trainer()
+    await cluster.until_durable(1)
+    await stop(trainer)
+
+    assert (cluster.durable(), cluster.rejected()) == (["a"], [])
+
+
+async def test_a_batch_that_fails_once_is_tried_again(cluster: Cluster) -> None:
+    await cluster.start()
+    node = cluster.nodes[0]
+    node.poison = "p"
+
+    def mend(turn: str) -> None:
+        if turn == "restore" and len(node.restores) > 2:
+            node.poison = ""
+        cluster.news.tell()
+
+    node.happened = mend
+    await cluster.publish("p")
+    trainer = await cluster.trainer()
+    await cluster.until_durable(1)
+    await stop(trainer)
+
+    assert (cluster.durable(), cluster.rejected()) == (["p"], [])
+
+
+async def test_a_batch_is_done_with_only_when_its_rejection_is_stored(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "REJECT_RETRY_S", 0.0)
+    stored, refusals = MemoryBus.publish_durable, iter([True, True])
+    watermarks = []
+
+    async def publish(bus: MemoryBus, subject: str, body: bytes, **more: Any) -> int:
+        if subject == REJECTED:
+            await cluster.until_durable(1)
+            (checkpoint,) = checkpoints.checkpoints(cluster.folder / "checkpoints", 0)
+            watermarks.append(checkpoint.manifest.watermark)
+            if next(refusals, False):
+                raise BusError("no")
+        return await stored(bus, subject, body, **more)
+
+    monkeypatch.setattr(MemoryBus, "publish_durable", publish)
+    await cluster.start()
+    await cluster.publish("bad", b"{")
+    await cluster.publish("a")
+    trainer = await cluster.trainer()
+    await cluster.news.until(lambda: len(cluster.acked) == 2)
+    await stop(trainer)
+
+    assert watermarks == [0, 0, 0]
+    assert [each.sequence for each in cluster.rejected()] == [1]
+
+
+async def test_what_every_checkpoint_contains_leaves_the_stream(cluster: Cluster) -> None:
+    await cluster.start()
+    stream = cluster.broker.streams[TRAIN_STREAM.name]
+    trainer = await cluster.trainer(keep_checkpoints=2)
+    for number in range(1, 5):
+        await cluster.publish(f"b{number}")
+        await cluster.until_durable(number)
+    await cluster.news.until(lambda: stream.num_removed == 3)
+    await stop(trainer)
+
+    oldest = checkpoints.checkpoints(cluster.folder / "checkpoints", 0)[-1].manifest
+    assert (oldest.version, oldest.watermark) == (3, 3)
+    trainer = await cluster.trainer()
+    await cluster.publish("b5")
+    await cluster.until_durable(5)
+    await stop(trainer)
+
+
+async def test_a_new_run_may_begin_after_what_the_stream_holds(cluster: Cluster) -> None:
+    await cluster.start()
+    await cluster.publish("of an earlier run")
+    trainer = await cluster.trainer(train_from="next")
+    await stop(trainer)
+    await cluster.publish("a")
+    trainer = await cluster.trainer(train_from="next")
+    await cluster.until_durable(1)
+    await stop(trainer)
+    await cluster.publish("while it was away")
+
+    trainer = await cluster.trainer(train_from="next")
+    await cluster.until_durable(2)
+    await stop(trainer)
+
+    assert cluster.durable() == ["a", "while it was away"]
+
+
+async def test_checkpoints_of_another_stream_end_the_trainer(cluster: Cluster, tmp_path: Path) -> None:
+    await cluster.start()
+    await cluster.publish("a")
+    trainer = await cluster.trainer()
+    await cluster.until_durable(1)
+    await stop(trainer)
+
+    settings = TrainerSettings(run_dir=tmp_path)
+    bus = MemoryBroker().connect()
+    other = Trainer(settings, bus=bus, clock=cluster.clock, telemetry=Telemetry("trainer", None))
+    with pytest.raises(ConfigurationError, match="another training stream"):
+        await other.run()
+
+
+def test_the_config_of_a_hub_model_is_fetched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(model: str, *, allow_patterns: list[str]) -> str:
+        for file in Path(EMBEDDED_MODEL).iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                copyfile(file, tmp_path / file.name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("shared.model_files.snapshot_download", fetch)
+    settings = TrainerSettings(model="someone/some-model", run_dir=tmp_path)
+    Trainer(settings, bus=MemoryBroker().connect(), clock=SetClock(), telemetry=Telemetry("trainer", None))
+    assert (tmp_path / "tokenizer.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 TURNS = ["restore", "forward", "backward", "save", "step", "shard"]

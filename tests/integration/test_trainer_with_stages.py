@@ -1,4 +1,4 @@
-"""The trainer in front of real stages: what its checkpoints hold, against one process and across a crash."""
+"""The trainer in front of real stages: its checkpoints against one process, and across a restart."""
 
 import asyncio
 import json
@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.trainer.service import TRAIN_STREAM, Trainer
+from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
+from services.trainer.streams import TRAIN_STREAM
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
@@ -106,7 +107,7 @@ def trained_in_one_process(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("family", "num_stages"), [("llama", 1), ("llama", 2), ("gpt2", 2)])
-async def test_a_killed_trainer_ends_with_the_weights_of_an_uninterrupted_run(
+async def test_a_trainer_that_was_ended_goes_on_to_the_weights_of_an_uninterrupted_run(
     family: str, num_stages: int, tmp_path: Path
 ) -> None:
     model_folder, run_dir = tmp_path / "model", tmp_path / "run"

@@ -4,7 +4,13 @@ from shared.messages.cluster import Heartbeat
 
 
 def heartbeat(
-    node: int, stage: int = 0, *, num_stages: int = 1, instance: str = "a", ready: bool = True
+    node: int,
+    stage: int = 0,
+    *,
+    num_stages: int = 1,
+    instance: str = "a",
+    ready: bool = True,
+    whole: bool = True,
 ) -> Heartbeat:
     """Of an idle stage."""
     return Heartbeat(
@@ -15,6 +21,7 @@ def heartbeat(
         model="m",
         device="cpu",
         ready=ready,
+        whole=ready and whole,
         weights_version=0,
         checkpoint="",
         epoch=0,

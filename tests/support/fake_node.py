@@ -1,5 +1,6 @@
 """A node played by a script: stages whose weights are the list of batch ids that they contain."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class FakeNode:
         self.microbatches: list[MicrobatchForward] = []
         self.poison = ""
         """Id of a batch whose backward fails."""
+        self.num_faults = 0
+        """So many microbatches more fail, through no fault of their batch."""
         self.full_disk = False
         self.refuses_saves = False
         self.happened: Callable[[str], None] = lambda turn: None
@@ -106,6 +109,11 @@ class FakeNode:
             await self._report(number, done)
         self.happened("forward")
         last = len(self.stages) - 1
+        if self.num_faults > 0:
+            self.num_faults -= 1
+            failed = TrainingFailed(batch_id=batch_id, reason="out of memory", is_batch_at_fault=False)
+            await self._report(last, failed)
+            return
         if batch_id == self.poison:
             await self._report(last, TrainingFailed(batch_id=batch_id, reason="NaN"))
             return
@@ -134,9 +142,13 @@ class FakeNode:
             await self._report(number, SaveFailed(version=version, reason="no space left"))
             return
         name = shard_name(number, len(self.stages))
-        (folder / name).write_text(json.dumps(stage.contents))
+        weights = json.dumps(stage.contents).encode()
+        (folder / name).write_bytes(weights)
         shard = ShardSaved(
-            version=version, sha256_by_file={name: "-"}, file_by_tensor={f"t{number}": name}, size_bytes=1
+            version=version,
+            sha256_by_file={name: hashlib.sha256(weights).hexdigest()},
+            file_by_tensor={f"t{number}": name},
+            size_bytes=1,
         )
         await self._report(number, shard)
         self.happened("shard")

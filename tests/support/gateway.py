@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def results_of(task: InferenceTask, tokens: list[int]) -> list[SequenceResult]:
     for place, token in enumerate(tokens[: task.sampling.max_tokens]):
         finish = "length" if place + 1 == task.sampling.max_tokens else None
         finish = "stop" if token in task.sampling.stop_token_ids else finish
-        results.append(SequenceResult(task_id=task.task_id, token=_scored(token), finish=finish))
+        results.append(SequenceResult(task_id=task.task_id, token=_scored(token), index=place, finish=finish))
     return results
 
 
@@ -79,6 +80,8 @@ class FakeCluster:
     submitted: asyncio.Queue[InferenceTask] = field(default_factory=asyncio.Queue)
     cancelled: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     traceparents: list[str] = field(default_factory=list)
+    num_said: Counter[str] = field(default_factory=Counter)
+    """Tokens of each task that `say` has produced."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is clear, placements are not answered."""
 
@@ -96,7 +99,10 @@ class FakeCluster:
     async def say(self, task: InferenceTask, text: str) -> None:
         """Produce the tokens of `text`, without an end."""
         for token in TOKENIZER.encode(text):
-            await self.produce(task, SequenceResult(task_id=task.task_id, token=TokenLogprob(token=token)))
+            index = self.num_said[task.task_id]
+            self.num_said[task.task_id] += 1
+            produced = TokenLogprob(token=token)
+            await self.produce(task, SequenceResult(task_id=task.task_id, token=produced, index=index))
 
     async def fail(self, task: InferenceTask, code: int, reason: str) -> None:
         failed = TaskFailed(task_id=task.task_id, code=code, reason=reason)
@@ -123,7 +129,7 @@ class FakeCluster:
 
 def _heartbeat(stage: int) -> Heartbeat:
     fields = {name: 0 for name, field in Heartbeat.model_fields.items() if field.annotation is int}
-    texts = {name: "" for name, field in Heartbeat.model_fields.items() if field.annotation is str}
+    texts = {name: "x" for name, field in Heartbeat.model_fields.items() if field.annotation is str}
     flags = {name: True for name, field in Heartbeat.model_fields.items() if field.annotation is bool}
     known = {"node": NODE, "stage": stage, "weights_version": VERSION, "kv_blocks_used": 11}
     return Heartbeat.model_validate(fields | texts | flags | known)

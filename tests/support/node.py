@@ -79,11 +79,12 @@ class Node:
         await self.bus.subscribe(subjects.REPORT.at(), self._on_report)
 
     async def ready(self) -> None:
-        """Wait until every stage says that it is ready."""
+        """Wait until every stage says that it is ready, and the first that the node is whole."""
         await self.heard(
             lambda: (
                 len(self.heartbeats) == self.num_stages
                 and all(beat.ready for beat in self.heartbeats.values())
+                and self.heartbeats[0].whole
             )
         )
 
@@ -108,9 +109,10 @@ class Node:
         *,
         prompt_logprobs: bool = False,
         timeout_s: float = DEADLINE_S,
+        changes: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> Answer:
-        """Send a request; its answer grows."""
+        """Send a request, `changes` made to it; its answer grows."""
         task_id = f"task-{next(self._numbers)}"
         task = InferenceTask(
             task_id=task_id,
@@ -119,7 +121,7 @@ class Node:
             sampling=Sampling(**{"temperature": 0.0, **sampling}),
             prompt_logprobs=prompt_logprobs,
             timeout_s=timeout_s,
-        )
+        ).model_copy(update=changes or {})
         answer = self._answers[task_id] = Answer(task)
         await self.bus.publish(subjects.ASSIGN.at(node=0), task)
         return answer
@@ -201,6 +203,8 @@ class Workers:
         self.buses: dict[int, MemoryBus] = {}
         self._group = group
         self._settings = settings
+        self.settings_of: dict[int, dict[str, Any]] = {}
+        """What the next worker of a stage has of its own."""
         self._ids = IdSource(random.Random(0))
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -212,7 +216,9 @@ class Workers:
         return self._tasks[stage]
 
     async def _run(self, stage: int) -> None:
-        settings = StageWorkerSettings(node=0, stage=stage, **self._settings)
+        settings = StageWorkerSettings(
+            node=0, stage=stage, **self._settings | self.settings_of.get(stage, {})
+        )
         instance = self._ids.new("stage")
         bus = self.buses[stage] = self.broker.connect()
         worker = StageWorker(

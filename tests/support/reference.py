@@ -7,7 +7,7 @@ import torch
 
 def greedy_reference(model: Any, prompt: list[int], max_tokens: int) -> tuple[list[int], list[float]]:
     """Tokens of `generate()`; log-probabilities of all tokens but the first under one plain forward."""
-    inputs = torch.tensor([prompt])
+    inputs = torch.tensor([prompt], device=model.device)
     everything = torch.ones_like(inputs)  # else generate() takes token 0 for padding
     whole = model.generate(inputs, attention_mask=everything, max_new_tokens=max_tokens, do_sample=False)[0]
     with torch.no_grad():

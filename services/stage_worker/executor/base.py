@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from shared.messages.cluster import LinkAnswer, LinkOffer
+from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult
 from shared.messages.training import Microbatch
 from shared.tensors.ref import TensorRef
@@ -57,6 +57,9 @@ class ModelFacts:
     is_tied_across_stages: bool
     version: int
     checkpoint: str
+    vocab_size: int
+    context_length: int | None
+    """Tokens that a prompt and its completion may have together; None: the model has no limit."""
 
 
 class Executor(Protocol[Snapshot]):
@@ -66,11 +69,11 @@ class Executor(Protocol[Snapshot]):
         """Build the stage, warm it up, and say what it holds."""
         ...
 
-    async def offer(self, peer: int, instance: str) -> LinkOffer:
+    async def offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
         """Prepare to send tensors to the process `instance` of stage `peer`."""
         ...
 
-    async def connect(self, peer: int, answer: LinkAnswer) -> None:
+    async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
         """The peer has answered the offer."""
         ...
 

@@ -99,4 +99,4 @@ def _result(
         finish = (
             "length" if token is None else sampling.finish_reason(token.token, chunk.index, chunk.sampling)
         )
-    return SequenceResult(task_id=chunk.task_id, prompt=prompt, token=token, finish=finish)
+    return SequenceResult(task_id=chunk.task_id, prompt=prompt, token=token, index=chunk.index, finish=finish)

@@ -71,13 +71,18 @@ class MicrobatchRunner:
         return microbatch.inputs.grad
 
     def forward_and_backward(self, microbatch: Microbatch, inputs: Tensor) -> LastStageOutput:
-        """What the last stage does: forward, loss, backward."""
+        """What the last stage does: forward, loss, backward.
+
+        Raises LemixError when the loss is not finite: no gradient of it may reach the weights.
+        """
         inputs = self._as_leaf(inputs)
         rows = torch.tensor(microbatch.label_rows, device=self._device)
         labels = torch.tensor(microbatch.labels, device=self._device)
         with self._weights.training_forward() as version:
             logits = self._run(microbatch, inputs, rows)
         loss = functional.cross_entropy(logits.float(), labels, reduction="sum") * microbatch.loss_weight
+        if not torch.isfinite(loss):
+            raise LemixError(f"the loss is not finite: {loss.item()}")
         torch.autograd.backward(loss)
         self._weights.backward_done(version)
         return LastStageOutput(version.number, loss.item(), inputs.grad)

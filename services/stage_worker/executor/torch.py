@@ -4,6 +4,7 @@ Shape letters: T rows, H hidden size, R rows of logits, V vocabulary.
 """
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from services.stage_worker.executor.microbatches import MicrobatchRunner
 from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.weights import AdamWSettings, StageWeights
-from shared.checkpoints import latest
-from shared.messages.cluster import LinkAnswer, LinkOffer
+from shared import checkpoints
+from shared.errors import CarrierError
+from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk
 from shared.messages.training import Microbatch
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
@@ -39,6 +41,18 @@ from shared.tensors.ref import TensorRef
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+NUM_TIED_SLOTS = 2
+"""One end of the pipeline may gather its next batch while the other still reads the one before."""
+
+
+def _context_length(stage: Stage) -> int | None:
+    names = ("max_position_embeddings", "n_positions")
+    return next((value for name in names if (value := getattr(stage.config, name, None))), None)
+
+
+def _optimizer_state(folder: Path, stage: Stage) -> dict[str, Tensor]:
+    return files.read_optimizer_state(folder, set(stage.named_tensors()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +75,17 @@ class TorchExecutor:
         self._device = torch.device(settings.device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._incoming = IncomingLinks(self._device)
-        self._outgoing: dict[int, OutgoingLink] = {}
+        self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
         self._model: _Loaded | None = None
 
     async def load(self) -> ModelFacts:
         return await self._run(self._load)
 
-    async def offer(self, peer: int, instance: str) -> LinkOffer:
-        return await self._run(self._offer, peer, instance)
+    async def offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
+        return await self._run(self._offer, peer, instance, purpose)
 
-    async def connect(self, peer: int, answer: LinkAnswer) -> None:
-        await self._run(self._outgoing[peer].connect, answer)
+    async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
+        await self._run(self._outgoing[peer, purpose].connect, answer)
 
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         return await self._run(self._incoming.accept, offer)
@@ -122,21 +136,25 @@ class TorchExecutor:
         settings = self._settings
         torch.set_num_threads(settings.num_threads)
         base = resolve(settings.model, CONFIG_FILES + WEIGHT_FILES)
-        durable = latest(settings.checkpoint_dir, settings.node)
+        durable = checkpoints.newest_of(settings.checkpoint_dir, settings.node, model=settings.model)
         folder = durable.folder if durable else base
         layers = model_partition(read_config(folder), settings.num_stages)[settings.stage]
         stage = load_stage(folder, layers, device=settings.device)
         weights = StageWeights(stage, self._adamw(), version=durable.manifest.version if durable else 0)
         if durable:
-            weights.load(stage.named_tensors(), files.read_optimizer_state(folder), version=weights.version)
+            weights.load(stage.named_tensors(), _optimizer_state(folder, stage), version=weights.version)
         cache = self._cache(stage)
         microbatches = MicrobatchRunner(stage, weights, self._device)
         self._model = _Loaded(stage, cache, weights, microbatches, enable_fast_inference(stage))
         self._warm_up(stage, cache)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: collections under load need not look at it
         return ModelFacts(
             is_tied_across_stages=stage.tied_embedding_name is not None and layers.num_stages > 1,
             version=weights.version,
             checkpoint=str(folder) if durable else "",
+            vocab_size=stage.vocab_size,
+            context_length=_context_length(stage),
         )
 
     def _adamw(self) -> AdamWSettings:
@@ -171,28 +189,43 @@ class TorchExecutor:
             with torch.no_grad():
                 stage.forward(inputs, rows + start, PagedAttention(cache, [(start, num_tokens, (0,))]))
 
-    def _offer(self, peer: int, instance: str) -> LinkOffer:
+    def _offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
         settings, stage = self._settings, self._loaded.stage
         element_bytes = 4
         rows = max(settings.max_iteration_tokens, settings.max_microbatch_tokens)
-        if stage.tied_embedding_name is not None:
-            rows = max(rows, stage.vocab_size)  # first and last stage exchange the embedding's gradient
-        if peer in self._outgoing:
-            self._outgoing.pop(peer).close()
-        path = settings.shm_dir / f"lemix-{self._instance}-{peer}-{instance}.arena"
-        link = OutgoingLink(
-            path, slot_bytes=rows * stage.hidden_size * element_bytes, num_slots=2 * settings.num_stages + 2
-        )
-        self._outgoing[peer] = link
-        return link.offer(settings.stage, self._instance)
+        num_slots = 2 * settings.num_stages + 2
+        if purpose == "tied":  # far larger tensors, one for each batch
+            rows, num_slots = stage.vocab_size, NUM_TIED_SLOTS
+        if (peer, purpose) in self._outgoing:
+            self._outgoing.pop((peer, purpose)).close()
+        path = settings.shm_dir / f"lemix-{self._instance}-{peer}-{instance}-{purpose}.arena"
+        link = OutgoingLink(path, slot_bytes=rows * stage.hidden_size * element_bytes, num_slots=num_slots)
+        self._outgoing[peer, purpose] = link
+        return link.offer(settings.stage, self._instance, purpose)
 
-    def _inputs(self, rows: Rows) -> Tensor:
-        if isinstance(rows, TensorRef):
-            return self._incoming.take(rows)
-        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+    def _inputs(self, rows: Rows, num_rows: int) -> Tensor:
+        """Raises CarrierError when activations are not there, or not those of `num_rows`."""
+        if not isinstance(rows, TensorRef):
+            return torch.tensor(rows, dtype=torch.int64, device=self._device)
+        hidden, hidden_size = self._incoming.take(rows), self._loaded.stage.hidden_size
+        if hidden.shape != (num_rows, hidden_size) or not hidden.is_floating_point():
+            raise CarrierError(
+                f"{rows.dtype} {list(rows.shape)} for {num_rows} rows of {hidden_size} activations"
+            )
+        return hidden
+
+    def _check_blocks(self, chunks: Sequence[SequenceChunk]) -> None:
+        """Raises CarrierError: rows without room here would end the process, on a GPU beyond repair."""
+        num_blocks, block_size = self._settings.kv_blocks, self._settings.kv_block_size
+        for chunk in chunks:
+            has_room = chunk.start + chunk.num_tokens <= len(chunk.blocks) * block_size
+            if not has_room or min(chunk.blocks) < 0 or max(chunk.blocks) >= num_blocks:
+                raise CarrierError(f"{chunk.task_id} has no room in the KV cache of this stage")
 
     def _iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput:
-        loaded, inputs = self._loaded, self._inputs(rows)
+        loaded, inputs = self._loaded, self._inputs(rows, sum(chunk.num_tokens for chunk in chunks))
+        if isinstance(rows, TensorRef):
+            self._check_blocks(chunks)
         positions = [row for chunk in chunks for row in range(chunk.start, chunk.start + chunk.num_tokens)]
         attention = PagedAttention(
             loaded.cache, [(chunk.start, chunk.num_tokens, chunk.blocks) for chunk in chunks]
@@ -207,15 +240,16 @@ class TorchExecutor:
                 torch.tensor(plan.rows, dtype=torch.int64, device=self._device) if plan else None,
             )
         if plan is None:
-            return IterationOutput(self._outgoing[layers.stage + 1].put(outputs))
+            return IterationOutput(self._outgoing[layers.stage + 1, "activations"].put(outputs))
         return IterationOutput(None, plan.results(outputs))
 
     def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
-        loaded, inputs = self._loaded, self._inputs(rows)
+        loaded, inputs = self._loaded, self._inputs(rows, sum(microbatch.lengths))
         layers = loaded.stage.layers
         if not layers.is_last:
             version, hidden = loaded.microbatches.forward(microbatch, inputs)
-            return ForwardOutput(version, hidden=self._outgoing[layers.stage + 1].put(hidden))
+            sent = self._outgoing[layers.stage + 1, "activations"].put(hidden)
+            return ForwardOutput(version, hidden=sent)
         last = loaded.microbatches.forward_and_backward(microbatch, inputs)
         return ForwardOutput(last.version, loss=last.loss, gradient=self._send_back(last.gradient))
 
@@ -224,7 +258,9 @@ class TorchExecutor:
         return self._send_back(inputs_gradient)
 
     def _send_back(self, gradient: Tensor | None) -> TensorRef | None:
-        return None if gradient is None else self._outgoing[self._settings.stage - 1].put(gradient)
+        if gradient is None:
+            return None
+        return self._outgoing[self._settings.stage - 1, "activations"].put(gradient)
 
     def _finish_batch(self, batch_id: str) -> TensorRef | None:
         gradients, layers = self._loaded.weights.finish_batch(batch_id), self._loaded.stage.layers
@@ -232,7 +268,7 @@ class TorchExecutor:
         if tied is None or layers.num_stages == 1:
             return None
         other_end = layers.num_stages - 1 if layers.is_first else 0
-        return self._outgoing[other_end].put(gradients[tied])
+        return self._outgoing[other_end, "tied"].put(gradients[tied])
 
     def _step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
         loaded = self._loaded
@@ -246,10 +282,12 @@ class TorchExecutor:
     def _restore(self, checkpoint: str, version: int) -> None:
         loaded, settings = self._loaded, self._settings
         loaded.microbatches.drop_all()
+        if checkpoint and (manifest := checkpoints.read(Path(checkpoint))):
+            checkpoints.check_model(checkpoints.Checkpoint(manifest, Path(checkpoint)), settings.model)
         folder = Path(checkpoint) if checkpoint else resolve(settings.model, CONFIG_FILES + WEIGHT_FILES)
         tensors = load_stage(folder, loaded.stage.layers, device=settings.device).named_tensors()
         loaded.weights.load(
-            tensors, files.read_optimizer_state(folder) if checkpoint else {}, version=version
+            tensors, _optimizer_state(folder, loaded.stage) if checkpoint else {}, version=version
         )
         loaded.packed.invalidate()
 

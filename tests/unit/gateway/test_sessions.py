@@ -12,19 +12,26 @@ from tests.support.gateway import CARD, TOKENIZER
 EOS = CARD.eos_token_ids[0]
 
 
-def result(token: int, finish: FinishReason | None = None) -> SequenceResult:
-    produced = TokenLogprob(token=token, logprob=-0.5, top=((token, -0.5), (EOS, -3.0)))
-    return SequenceResult(task_id="t", token=produced, finish=finish)
+def results(tokens: list[int], last: FinishReason) -> list[SequenceResult]:
+    """The tokens as a stage tells of them."""
+    produced = [TokenLogprob(token=token, logprob=-0.5, top=((token, -0.5), (EOS, -3.0))) for token in tokens]
+    told = [SequenceResult(task_id="t", token=token, index=index) for index, token in enumerate(produced)]
+    return [*told[:-1], told[-1].model_copy(update={"finish": last})]
+
+
+def feed(sequence: Sequence, told: list[SequenceResult]) -> list[Piece]:
+    """Apply results until the sequence ends."""
+    pieces = []
+    for result in told:
+        pieces.append(sequence.apply(result))
+        if sequence.finished:
+            break
+    return pieces
 
 
 def play(sequence: Sequence, tokens: list[int], last: FinishReason) -> list[Piece]:
     """Feed tokens until the sequence ends."""
-    pieces = []
-    for place, token in enumerate(tokens):
-        pieces.append(sequence.apply(result(token, last if place + 1 == len(tokens) else None)))
-        if sequence.finished:
-            break
-    return pieces
+    return feed(sequence, results(tokens, last))
 
 
 def text_of(pieces: list[Piece]) -> str:
@@ -131,11 +138,34 @@ def test_chosen_token_is_always_among_the_top() -> None:
     assert piece.entries[0].top == {"x": -9999.0}
 
 
-def test_lost_tokens_are_an_error_and_not_a_shorter_answer() -> None:
-    tokens = TOKENIZER.encode("one two three four")
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=len(tokens))
+@pytest.mark.parametrize("lost", [0, 2, 3])
+@pytest.mark.parametrize("last", ["length", "stop"])
+def test_lost_tokens_are_an_error_and_not_a_shorter_answer(last: FinishReason, lost: int) -> None:
+    told = results([*TOKENIZER.encode("one two three four"), EOS], last)
+    sequence = Sequence(TOKENIZER, [EOS], max_tokens=len(told))
     with pytest.raises(RefusedError, match="lost"):
-        play(sequence, tokens[1:], "length")
+        feed(sequence, told[:lost] + told[lost + 1 :])
+
+
+def test_only_the_newest_token_is_known_as_a_repetition() -> None:
+    first, second, *_ = results(TOKENIZER.encode("one two three"), "length")
+    sequence = Sequence(TOKENIZER, [EOS], max_tokens=9)
+    assert not sequence.repeats(first)
+    sequence.apply(first)
+    assert sequence.repeats(first)
+    assert not sequence.repeats(second)
+    sequence.apply(second)
+    assert not sequence.repeats(first)
+    with pytest.raises(RefusedError, match="lost"):
+        sequence.apply(first)
+
+
+def test_scores_that_come_twice_are_an_error() -> None:
+    sequence = Sequence(TOKENIZER, [1, 2], max_tokens=0, with_logprobs=True, echo="")
+    scored = SequenceResult(task_id="t", prompt=(TokenLogprob(token=2),))
+    sequence.apply(scored)
+    with pytest.raises(RefusedError, match="lost"):
+        sequence.apply(scored.model_copy(update={"finish": "length"}))
 
 
 def test_lost_scores_are_an_error() -> None:

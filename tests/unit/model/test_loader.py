@@ -48,7 +48,8 @@ def test_shards_of_all_stages_are_the_whole_model(
     whole_model: Callable[..., Any],
 ) -> None:
     save_shards(model_folder(family), num_stages, tmp_path)
-    read_back, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    read_back, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     expected = whole_model(family).state_dict()
     assert read_back.state_dict().keys() == expected.keys()

@@ -42,6 +42,14 @@ def test_a_node_is_ready_when_all_its_stages_are() -> None:
     assert state.ready_nodes == []
 
 
+def test_a_node_whose_stages_hold_different_weights_is_not_ready() -> None:
+    state = ClusterState()
+    for whole, ready_nodes in ((False, []), (True, [3]), (False, [])):
+        state.apply(HeartbeatSeen(heartbeat(3, 0, num_stages=2, whole=whole), 0.0))
+        state.apply(HeartbeatSeen(heartbeat(3, 1, num_stages=2, whole=False), 0.0))
+        assert state.ready_nodes == ready_nodes
+
+
 def test_stages_that_disagree_on_their_number_make_no_node() -> None:
     state = ClusterState()
     state.apply(HeartbeatSeen(heartbeat(0, 0, num_stages=2), 0.0))

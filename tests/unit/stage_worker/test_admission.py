@@ -9,6 +9,12 @@ from shared.errors import RefusedError
 from tests.unit.stage_worker.support import sequence
 
 
+def admission_of(
+    allocator: BlockAllocator, *, max_waiting: int, context_length: int | None = None
+) -> Admission:
+    return Admission(allocator, max_waiting=max_waiting, vocab_size=100, context_length=context_length)
+
+
 def ids(sequences: list[Sequence]) -> list[str]:
     return [one.task.task_id for one in sequences]
 
@@ -34,7 +40,7 @@ def test_more_blocks_than_are_free_are_not_handed_out() -> None:
 
 
 def test_a_sequence_gets_all_blocks_that_it_can_ever_need() -> None:
-    admission = Admission(BlockAllocator(8, 4), max_waiting=8)
+    admission = admission_of(BlockAllocator(8, 4), max_waiting=8)
     admission.offer(sequence(prompt_length=6, max_tokens=4))  # 9 rows: the last token is never cached
     (admitted,) = admission.admit()
     assert len(admitted.blocks) == 3
@@ -43,7 +49,7 @@ def test_a_sequence_gets_all_blocks_that_it_can_ever_need() -> None:
 
 def test_a_sequence_waits_until_its_blocks_are_free() -> None:
     allocator = BlockAllocator(4, 4)
-    admission = Admission(allocator, max_waiting=8)
+    admission = admission_of(allocator, max_waiting=8)
     for name in "ab":
         admission.offer(sequence(name, prompt_length=8, max_tokens=5))
     (first,) = admission.admit()
@@ -55,7 +61,7 @@ def test_a_sequence_waits_until_its_blocks_are_free() -> None:
 
 def test_nobody_overtakes_the_head_of_the_line() -> None:
     allocator = BlockAllocator(4, 4)
-    admission = Admission(allocator, max_waiting=8)
+    admission = admission_of(allocator, max_waiting=8)
     taken = allocator.allocate(2)
     admission.offer(sequence("large", prompt_length=12))
     admission.offer(sequence("small", prompt_length=1, max_tokens=1))
@@ -66,7 +72,7 @@ def test_nobody_overtakes_the_head_of_the_line() -> None:
 
 
 def test_what_can_never_fit_is_refused_with_400() -> None:
-    admission = Admission(BlockAllocator(4, 4), max_waiting=8)
+    admission = admission_of(BlockAllocator(4, 4), max_waiting=8)
     admission.offer(sequence("fits", prompt_length=10, max_tokens=7))
     with pytest.raises(RefusedError, match="18 tokens of KV cache; a node has 16") as refusal:
         admission.offer(sequence("too large", prompt_length=10, max_tokens=8))
@@ -76,12 +82,29 @@ def test_what_can_never_fit_is_refused_with_400() -> None:
 
 def test_an_empty_prompt_is_refused_with_400() -> None:
     with pytest.raises(RefusedError, match="empty") as refusal:
-        Admission(BlockAllocator(4, 4), max_waiting=8).offer(sequence(prompt_length=0))
+        admission_of(BlockAllocator(4, 4), max_waiting=8).offer(sequence(prompt_length=0))
+    assert refusal.value.code == 400
+
+
+@pytest.mark.parametrize("token", [-1, 100])
+def test_a_token_that_the_model_does_not_know_is_refused_with_400(token: int) -> None:
+    strange = sequence()
+    strange.task = strange.task.model_copy(update={"prompt": (1, token)})
+    with pytest.raises(RefusedError, match="tokens are 0 to 99") as refusal:
+        admission_of(BlockAllocator(4, 4), max_waiting=8).offer(strange)
+    assert refusal.value.code == 400
+
+
+def test_more_than_the_models_context_is_refused_with_400() -> None:
+    admission = admission_of(BlockAllocator(4, 4), max_waiting=8, context_length=8)
+    admission.offer(sequence("fits", prompt_length=5, max_tokens=3))
+    with pytest.raises(RefusedError, match="make 9 tokens; the model reads 8") as refusal:
+        admission.offer(sequence("too long", prompt_length=5, max_tokens=4))
     assert refusal.value.code == 400
 
 
 def test_a_full_line_refuses_with_429() -> None:
-    admission = Admission(BlockAllocator(4, 4), max_waiting=2)
+    admission = admission_of(BlockAllocator(4, 4), max_waiting=2)
     for name in "ab":
         admission.offer(sequence(name))
     with pytest.raises(RefusedError, match="2 requests are already waiting") as refusal:
@@ -90,7 +113,7 @@ def test_a_full_line_refuses_with_429() -> None:
 
 
 def test_a_waiting_sequence_can_leave_the_line() -> None:
-    admission = Admission(BlockAllocator(4, 4), max_waiting=8)
+    admission = admission_of(BlockAllocator(4, 4), max_waiting=8)
     for name in "abc":
         admission.offer(sequence(name))
     assert admission.remove("b")

@@ -20,6 +20,7 @@ def new_head(*, num_in_flight: int = 2, token_budget: int = 8, num_blocks: int =
         num_in_flight=num_in_flight,
         token_budget=token_budget,
         max_waiting=64,
+        vocab_size=128,
     )
 
 

@@ -1,6 +1,7 @@
 """Inline tensors, and how two stages choose their carrier."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,3 +104,26 @@ def test_discarding_frees_a_slot_and_never_fails(tmp_path: Path) -> None:
     incoming.discard(inline.put(torch.tensor([1])))
     incoming.discard(ref.model_copy(update={"place": "nowhere"}))
     assert incoming.take(outgoing.put(torch.tensor([2]))).item() == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"slot": 99}, {"size_bytes": 48}, {"shape": (6,)}, {"shape": (-5, -1)}, {"dtype": "float32"}],
+)
+def test_a_reference_that_contradicts_itself_is_told(change: dict[str, Any], tmp_path: Path) -> None:
+    outgoing, incoming = link(tmp_path), IncomingLinks(CPU)
+    meet(outgoing, incoming)
+    sent = torch.arange(5)
+    for ref in (outgoing.put(sent), inline.put(sent)):
+        bad = ref.model_copy(update=change)
+        if bad.carrier == "inline" and "slot" in change:
+            continue
+        with pytest.raises(CarrierError):
+            incoming.take(bad)
+        incoming.discard(bad)
+        assert torch.equal(incoming.take(ref), sent)
+
+
+def test_an_inline_tensor_must_have_all_its_bytes() -> None:
+    with pytest.raises(CarrierError, match="0 bytes came of 40"):
+        inline.take(inline.put(torch.arange(5)).model_copy(update={"data": b""}))

@@ -1,5 +1,6 @@
 """Checkpoints on the disk: whole or not at all."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 
 from services.trainer.checkpoint_files import CheckpointFiles, ledger_of
 from shared import checkpoints
-from shared.checkpoints import Manifest
+from shared.checkpoints import Checkpoint, Manifest
+from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
 
 
@@ -33,9 +35,10 @@ def shards(folder: Path) -> list[ShardSaved]:
     for stage in (1, 2):
         name = f"model-{stage:05}-of-00002.safetensors"
         (folder / name).write_text("weights")
+        digest = hashlib.sha256(b"weights").hexdigest()
         saved.append(
             ShardSaved(
-                version=1, sha256_by_file={name: f"{stage}"}, file_by_tensor={f"t{stage}": name}, size_bytes=7
+                version=1, sha256_by_file={name: digest}, file_by_tensor={f"t{stage}": name}, size_bytes=7
             )
         )
     return saved
@@ -74,20 +77,18 @@ def test_a_checkpoint_is_one_model_with_its_tokenizer(files: CheckpointFiles, tm
     assert index["weight_map"]["t2"] == "model-00002-of-00002.safetensors"
 
 
+def load(files: CheckpointFiles) -> dict[int, Checkpoint]:
+    return files.load(model="m", stream="s")
+
+
 def test_the_newest_whole_checkpoint_of_each_node_is_found(files: CheckpointFiles, tmp_path: Path) -> None:
     save(files, 1)
     save(files, 2)
     other = save(files, 7, node=3)
     root = tmp_path / "checkpoints"
     (root / "node-0" / "step-00000009").mkdir()
-    torn = root / "node-0" / "step-00000008"
-    torn.mkdir()
-    (torn / "lemix.json").write_text('{"node": 0')
-    lacking = root / "node-0" / "step-00000007"
-    lacking.mkdir()
-    checkpoints.write(lacking, manifest(7, sha256_by_file={"gone.safetensors": "1"}))
 
-    found = files.load()
+    found = load(files)
 
     assert {node: checkpoint.manifest.version for node, checkpoint in found.items()} == {0: 2, 3: 7}
     assert found[3].folder == other
@@ -114,7 +115,7 @@ def test_a_reported_file_that_is_not_there_makes_no_checkpoint(files: Checkpoint
     with pytest.raises(FileNotFoundError, match="model-00002"):
         files.finish(folder, manifest(1), written)
 
-    assert files.load() == {}
+    assert load(files) == {}
 
 
 def test_a_broken_folder_of_the_same_version_is_replaced(files: CheckpointFiles) -> None:
@@ -122,7 +123,71 @@ def test_a_broken_folder_of_the_same_version_is_replaced(files: CheckpointFiles)
     (folder / "lemix.json").unlink()
 
     assert save(files, 1) == folder
-    assert files.load()[0].manifest.version == 1
+    assert load(files)[0].manifest.version == 1
+
+
+def test_a_whole_checkpoint_of_the_same_version_stays(files: CheckpointFiles) -> None:
+    folder = save(files, 1)
+    weights = (folder / "model-00001-of-00002.safetensors").stat().st_ino
+
+    with pytest.raises(OSError, match="another trainer"):
+        save(files, 1)
+
+    assert (folder / "model-00001-of-00002.safetensors").stat().st_ino == weights
+
+
+def test_a_checkpoint_of_another_model_is_refused(files: CheckpointFiles) -> None:
+    save(files, 1)
+
+    with pytest.raises(ConfigurationError, match="model 'm', not of 'other': choose another --name"):
+        files.load(model="other", stream="s")
+
+
+def test_a_model_folder_may_be_named_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints.check_model(Checkpoint(manifest(1, model="./models/m"), tmp_path), str(tmp_path / "models/m"))
+
+
+def test_a_checkpoint_of_another_stream_is_refused(files: CheckpointFiles) -> None:
+    folder = files.temporary(0, 1, 1)
+    files.begin(folder)
+    files.finish(folder, manifest(1, stream="s"), shards(folder))
+
+    assert load(files)[0].manifest.version == 1
+    with pytest.raises(ConfigurationError, match="another training stream"):
+        files.load(model="m", stream="of another server")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"node": 0', manifest(8, sha256_by_file={"gone.safetensors": "1"}).model_dump_json()]
+)
+def test_a_newest_checkpoint_that_is_no_longer_whole_is_named(files: CheckpointFiles, content: str) -> None:
+    folder = save(files, 1).with_name("step-00000008")
+    folder.mkdir()
+    (folder / "lemix.json").write_text(content)
+
+    with pytest.raises(ConfigurationError, match="step-00000008 is damaged"):
+        load(files)
+
+
+def test_a_damaged_checkpoint_is_named(files: CheckpointFiles) -> None:
+    save(files, 1)
+    folder = save(files, 2)
+    (folder / "model-00002-of-00002.safetensors").write_text("weightx")
+
+    with pytest.raises(ConfigurationError, match="step-00000002 is damaged: model-00002-of-00002"):
+        load(files)
+
+
+def test_the_stream_is_needed_from_the_oldest_checkpoint_on(files: CheckpointFiles) -> None:
+    assert files.oldest_watermark() == 0
+    for node, version, watermark in ((0, 1, 3), (0, 2, 8), (0, 3, 9), (1, 1, 10)):
+        folder = files.temporary(node, version, 1)
+        files.begin(folder)
+        files.finish(folder, manifest(version, node=node, watermark=watermark), shards(folder))
+    files.prune(0)
+
+    assert files.oldest_watermark() == 8
 
 
 def test_the_ledger_is_what_all_manifests_say_together(files: CheckpointFiles, tmp_path: Path) -> None:
@@ -136,7 +201,7 @@ def test_the_ledger_is_what_all_manifests_say_together(files: CheckpointFiles, t
         files.begin(folder)
         files.finish(folder, manifest(9, node=node, **content), shards(folder))
 
-    ledger = ledger_of(files.load().values())
+    ledger = ledger_of(load(files).values())
 
     assert ledger.watermark == 8
     assert ledger.lineage(1).version == 9

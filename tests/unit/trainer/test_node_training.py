@@ -162,9 +162,17 @@ def test_a_failed_computation_names_its_batch_and_restores_the_node() -> None:
     driver.place("b")
 
     assert driver.report(1, TrainingFailed(batch_id="a", reason="NaN")) == [
-        Closed("stage 1 failed: NaN", ("a", "b"), poisoned="a"),
+        Closed("stage 1 failed: NaN", ("a", "b"), failed="a"),
         Restore(2, 2),
     ]
+
+
+def test_a_failure_that_is_not_the_batchs_fault_blames_none() -> None:
+    driver = Driver().open()
+    driver.place("a")
+
+    failure = TrainingFailed(batch_id="a", reason="out of memory", is_batch_at_fault=False)
+    assert driver.report(1, failure) == [Closed("stage 1 failed: out of memory", ("a",)), Restore(2, 2)]
 
 
 def test_a_stage_at_another_version_than_it_should_be_restores_the_node() -> None:

@@ -15,7 +15,7 @@ NODES = (0, 1)
 
 
 def manifest(ledger: Ledger, node: int, version: int) -> Manifest:
-    return manifest_of(ledger, node, version, num_stages=1, model="m", wall_s=0.0)
+    return manifest_of(ledger, node, version, num_stages=1, model="m", stream="s", wall_s=0.0)
 
 
 @dataclass

@@ -1,0 +1,42 @@
+"""What a stage begins with: its node's newest checkpoint, if that is one of its model."""
+
+from pathlib import Path
+
+import pytest
+
+from services.stage_worker.executor.torch import TorchExecutor
+from services.stage_worker.settings import StageWorkerSettings
+from shared import checkpoints
+from shared.checkpoints import Manifest
+from shared.errors import ConfigurationError
+
+
+def checkpoint(run_dir: Path, **fields: object) -> Path:
+    folder = checkpoints.node_folder(run_dir / "checkpoints", 0) / checkpoints.checkpoint_name(1)
+    folder.mkdir(parents=True)
+    content = {"node": 0, "version": 1, "num_stages": 1, "watermark": 0, "created_wall_s": 0.0}
+    empty = {"sequences": (), "rejected": (), "recent_batch_ids": (), "sha256_by_file": {}}
+    checkpoints.write(folder, Manifest.model_validate(content | empty | fields))
+    return folder
+
+
+async def refusal(run_dir: Path, *, restored_from: Path | None = None) -> str:
+    settings = StageWorkerSettings(node=0, stage=0, num_stages=1, run_dir=run_dir)
+    executor = TorchExecutor(settings, "a")
+    try:
+        with pytest.raises(ConfigurationError) as caught:
+            await executor.load()
+            await executor.restore(str(restored_from), 1)
+    finally:
+        await executor.close()
+    return str(caught.value)
+
+
+async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path, model="other")
+    assert "is a checkpoint of model 'other'" in await refusal(tmp_path)
+
+
+async def test_a_restore_of_another_model_is_refused(tmp_path: Path) -> None:
+    elsewhere = checkpoint(tmp_path / "elsewhere", model="other")
+    assert "is a checkpoint of model 'other'" in await refusal(tmp_path, restored_from=elsewhere)

@@ -1,0 +1,41 @@
+"""A message becomes a batch, or the reason why not: nothing that it says ends the trainer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from services.trainer.examples import ExampleEncoder
+from services.trainer.intake import Intake
+from services.trainer.settings import TrainerSettings
+from shared.bus.base import StreamMessage
+from shared.messages.training import RejectedBatch
+from shared.settings import EMBEDDED_MODEL
+
+BODY = b'{"examples": [{"token_ids": [1, 2, 3]}]}'
+
+
+async def ack() -> None:
+    pass
+
+
+def prepared(body: bytes, **headers: str) -> object:
+    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL))
+    return intake.prepare(StreamMessage(7, body, headers, ack))
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [(BODY.replace(b"{", b'{"id": "seq-7", ', 1), {}), (BODY, {"Nats-Msg-Id": "seq-7"})],
+)
+def test_an_id_like_those_of_nameless_batches_is_refused(body: bytes, headers: dict[str, str]) -> None:
+    reason = "id: ids that begin with 'seq-' are kept for batches without one"
+    assert prepared(body, **headers) == RejectedBatch(batch_id="seq-7", sequence=7, reason=reason)
+
+
+def test_an_unexpected_error_rejects_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(encoder: ExampleEncoder, example: object) -> Sequence[int]:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(ExampleEncoder, "encode", broken)
+    assert prepared(BODY) == RejectedBatch(batch_id="seq-7", sequence=7, reason="RecursionError: too deep")
