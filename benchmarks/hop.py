@@ -25,20 +25,19 @@ from shared.messages.cluster import LinkOffer
 from shared.messages.inference import IterationForward, Sampling, SequenceChunk
 from shared.tensors.links import IncomingLinks, OutgoingLink
 
-ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32
+ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32: a piece of 64 tokens of one prompt
 NUM_ROUNDS, NUM_PER_ROUND, PACE_S = 5, 400, 0.002
 DEVICE = torch.device("cpu")
-CHUNKS = tuple(
+CHUNKS = (
     SequenceChunk(
-        task_id=f"task-{number}",
+        task_id="task-0",
         gateway="gateway",
         start=128,
-        num_tokens=1,
-        blocks=tuple(range(9)),
+        num_tokens=ACTIVATION_SHAPE[0],
+        blocks=tuple(range(12)),
         sampling=Sampling(max_tokens=64),
         produces=True,
-    )
-    for number in range(8)
+    ),
 )
 
 
@@ -46,6 +45,7 @@ class Side:
     """One of the two processes: sends activations to `other`, takes them from it."""
 
     def __init__(self, bus: NatsBus, own: int, other: int, folder: Path) -> None:
+        torch.set_num_threads(1)  # as in stage workers
         self._bus, self._own, self._other = bus, own, other
         self._incoming = IncomingLinks(DEVICE)
         size_bytes = 4 * ACTIVATION_SHAPE[0] * ACTIVATION_SHAPE[1]

@@ -10,7 +10,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +29,8 @@ class _Mapping:
 
     def __init__(self, file: int, slot_bytes: int, num_slots: int) -> None:
         memory = mmap.mmap(file, _HEADER_BYTES + slot_bytes * num_slots)
-        counters = np.frombuffer(memory, dtype=np.int64, count=2 * num_slots)
-        self.written, self.read = counters[:num_slots], counters[num_slots:]
+        counters = memoryview(memory)[:_HEADER_BYTES].cast("q")
+        self.written, self.read = counters[:num_slots], counters[num_slots : 2 * num_slots]
         everything = torch.frombuffer(memory, dtype=torch.uint8)[_HEADER_BYTES:]
         self.slots = everything.view(num_slots, slot_bytes)
 
@@ -94,7 +93,7 @@ class ArenaWriter:
             size_bytes=size_bytes,
             place=str(self.path),
             slot=slot,
-            generation=int(self._memory.written[slot]) + 1,
+            generation=self._memory.written[slot] + 1,
         )
         self._memory.view(ref).copy_(tensor.detach())
         self._memory.written[slot] = ref.generation
@@ -102,15 +101,17 @@ class ArenaWriter:
 
     def _free_slot(self, timeout_s: float) -> int:
         deadline_s = time.monotonic() + timeout_s
-        while True:
-            free = np.flatnonzero(self._memory.written == self._memory.read)
-            if len(free):
-                return int(free[0])
+        while (slot := self._first_free()) is None:
             if time.monotonic() > deadline_s:
                 raise CarrierError(
                     f"all {self.num_slots} slots of {self.path} still unread after {timeout_s} s"
                 )
             time.sleep(_WAIT_STEP_S)
+        return slot
+
+    def _first_free(self) -> int | None:
+        counters = enumerate(zip(self._memory.written, self._memory.read, strict=True))
+        return next((slot for slot, (written, read) in counters if written == read), None)
 
 
 class ArenaReader:
@@ -147,7 +148,7 @@ class ArenaReader:
         self._memory.read[ref.slot] = ref.generation
 
     def _check_unread(self, ref: TensorRef) -> None:
-        written, read = int(self._memory.written[ref.slot]), int(self._memory.read[ref.slot])
+        written, read = self._memory.written[ref.slot], self._memory.read[ref.slot]
         if written != ref.generation:
             raise StaleTensorError(
                 f"{ref.place} slot {ref.slot}: asked for {ref.generation}, there is {written}"
