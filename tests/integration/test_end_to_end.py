@@ -100,10 +100,13 @@ async def test_one_request_is_one_trace_through_every_service_and_stage(cluster:
     def of_request(span: dict[str, Any]) -> bool:
         return bool(span["trace_id"] == TRACE_ID)
 
-    await until(lambda: {span["service"] for span in spans(cluster, of_request)} >= expected)
-    by_id = {span["span_id"]: span for span in spans(cluster, of_request)}
-    parents = {span["parent_span_id"] for span in by_id.values()}
-    assert parents - by_id.keys() == {"b7ad6b7169203331"}, "every span hangs under the client's"
+    def is_whole() -> bool:
+        """Each process exports its spans in its own time, a child often before its parent."""
+        found = spans(cluster, of_request)
+        unknown_parents = {span["parent_span_id"] for span in found} - {span["span_id"] for span in found}
+        return {span["service"] for span in found} >= expected and unknown_parents == {"b7ad6b7169203331"}
+
+    await until(is_whole)
 
 
 async def test_training_changes_the_weights_that_answer(cluster: LocalCluster) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from shared.errors import ConfigurationError
 from shared.messages.cluster import ClusterStatus, StatusRequest
 from shared.subjects import STATUS
 from tests.support.processes import is_alive, marked_with
+from tests.support.waiting import until
 
 FAKE = Path(__file__).parents[1] / "support" / "fake_service.py"
 
@@ -63,12 +64,6 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     harness = Harness(tmp_path)
     yield harness
     assert harness.left_behind() == []
-
-
-async def until(condition: Callable[[], bool], *, deadline_s: float = 10.0) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not condition():  # noqa: ASYNC110  # what is waited for happens in other processes
-            await asyncio.sleep(0.02)
 
 
 async def test_everything_starts_is_described_and_stops(harness: Harness) -> None:

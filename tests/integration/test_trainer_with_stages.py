@@ -25,6 +25,7 @@ from shared.telemetry import Telemetry
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
 from tests.support.training import ADAMW, LEARNING_RATE, adamw, loss_of, num_labels, random_batches
+from tests.support.waiting import until
 
 DEADLINE_S = 60.0
 BATCHES_OF_THE_RUN = random_batches(6, 2)
@@ -87,12 +88,11 @@ async def publish(node: Node, start: int, stop: int) -> None:
 
 async def durable(run_dir: Path, version: int) -> Checkpoint:
     """The checkpoint of `version`, once it is there."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            found = await asyncio.to_thread(checkpoints.latest, run_dir / "checkpoints", 0)
-            if found and found.manifest.version == version:
-                return found
-            await asyncio.sleep(0.02)
+    root = run_dir / "checkpoints"
+    await until(lambda: (found := checkpoints.latest(root, 0)) and found.manifest.version == version)
+    found = checkpoints.latest(root, 0)
+    assert found is not None
+    return found
 
 
 def trained_in_one_process(model: Any) -> dict[str, torch.Tensor]:
