@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,28 @@ from shared.messages.cluster import LinkOffer
 from shared.messages.inference import IterationForward, Sampling, SequenceChunk
 from shared.tensors.links import IncomingLinks, OutgoingLink
 
-ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32: a piece of 64 tokens of one prompt
+ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32
 NUM_ROUNDS, NUM_PER_ROUND, PACE_S = 5, 400, 0.002
 DEVICE = torch.device("cpu")
-CHUNKS = (
-    SequenceChunk(
-        task_id="task-0",
+
+
+def chunk(number: int, num_tokens: int) -> SequenceChunk:
+    return SequenceChunk(
+        task_id=f"task-{number}",
         gateway="gateway",
         start=128,
-        num_tokens=ACTIVATION_SHAPE[0],
+        num_tokens=num_tokens,
         blocks=tuple(range(12)),
         sampling=Sampling(max_tokens=64),
         produces=True,
-    ),
-)
+    )
+
+
+MESSAGES = {
+    "one_sequence": (chunk(0, ACTIVATION_SHAPE[0]),),
+    "eight_sequences": tuple(chunk(number, ACTIVATION_SHAPE[0] // 8) for number in range(8)),
+}
+Chunks = tuple[SequenceChunk, ...]
 
 
 class Side:
@@ -52,10 +61,10 @@ class Side:
         self.link = OutgoingLink(folder / f"{own}.arena", slot_bytes=size_bytes, num_slots=4)
         self.arrived = asyncio.Event()
 
-    async def start(self, on_arrival: Callable[[], Awaitable[None]]) -> None:
+    async def start(self, on_arrival: Callable[[Chunks], Awaitable[None]]) -> None:
         async def handler(incoming: Incoming[IterationForward]) -> None:
             self._incoming.take(incoming.message.hidden)
-            await on_arrival()
+            await on_arrival(incoming.message.chunks)
 
         async def accept(incoming: Incoming[LinkOffer]) -> Any:
             return self._incoming.accept(incoming.message)
@@ -67,8 +76,8 @@ class Side:
         target = subjects.LINK.at(node=0, stage=self._other)
         self.link.connect(await self._bus.request(target, self.link.offer(self._own, "bench"), timeout_s=5))
 
-    async def send(self, activation: torch.Tensor) -> None:
-        forward = IterationForward(iteration=0, chunks=CHUNKS, hidden=self.link.put(activation))
+    async def send(self, chunks: Chunks, activation: torch.Tensor) -> None:
+        forward = IterationForward(iteration=0, chunks=chunks, hidden=self.link.put(activation))
         await self._bus.publish(subjects.ITERATION.at(node=0, stage=self._other), forward)
 
 
@@ -83,7 +92,7 @@ async def echo(url: str, folder: Path) -> None:
 
     await bare.subscribe("bare.out", cb=back)
     await bare.flush()
-    await side.start(lambda: side.send(activation))
+    await side.start(lambda chunks: side.send(chunks, activation))
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     await side.connect()
@@ -109,7 +118,7 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
     bus, bare, arrived = await NatsBus.connect(url, name="bench"), await nats.connect(url), asyncio.Event()
     side, activation = Side(bus, 0, 1, folder), torch.ones(ACTIVATION_SHAPE)
 
-    async def note() -> None:
+    async def note(chunks: Chunks) -> None:
         arrived.set()
 
     async def note_bare(message: Any) -> None:
@@ -121,13 +130,18 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
     await side.connect()
     echoing.stdin.write(b"\n")
     await echoing.stdout.readline()
-    hops, bare_hops = [], []
+    hops: dict[str, list[float]] = {name: [] for name in MESSAGES}
+    bare_hops = []
     for _ in range(NUM_ROUNDS):
-        hops.append(await half_round_trips_ms(lambda: side.send(activation), arrived))
+        for name, chunks in MESSAGES.items():
+            hops[name].append(await half_round_trips_ms(partial(side.send, chunks, activation), arrived))
         bare_hops.append(await half_round_trips_ms(lambda: bare.publish("bare.out", bytes(100)), arrived))
     await bare.close()
     await bus.close()
-    return {"hop_ms": spread(hops), "bare_nats_py_hop_ms": spread(bare_hops)}
+    return {
+        "hop_ms": {name: spread(values) for name, values in hops.items()},
+        "bare_nats_py_hop_ms": spread(bare_hops),
+    }
 
 
 async def main(work: Path) -> dict[str, Any]:
