@@ -5,9 +5,17 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import decode, hop, report, startup, training
+from benchmarks import deciding, decode, hop, profile_error, report, simulation, startup, training
 
-BENCHMARKS = {"hop": hop.main, "decode": decode.main, "training": training.main, "startup": startup.main}
+BENCHMARKS = {
+    "hop": hop.main,
+    "decode": decode.main,
+    "training": training.main,
+    "startup": startup.main,
+    "deciding": deciding.main,
+    "profile_error": profile_error.main,
+    "simulation": simulation.main,
+}
 WORK = Path("runs/bench")
 RESULTS = Path("docs/benchmarks")
 

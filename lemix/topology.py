@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.errors import ConfigurationError
+from shared.profiles.profile import profile_named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class ClusterOptions:
     """Pipeline stages of each node."""
     devices: tuple[str, ...] = ("cpu",)
     """`cpu` or `cuda:N`, dealt out to the stages of node 0, then node 1, ...; repeated when short."""
+    emulate: str | None = None
+    """A profile that the stages obey instead of computing: `llama2-7b@a100`, or a file."""
     model: str | None = None
     """A folder or a hub name; None: LEMIX_MODEL, or the embedded model."""
     policy: str | None = None
@@ -48,6 +51,8 @@ class ClusterOptions:
             raise ConfigurationError(f"port={self.port} is not a port number")
         if not self.name or Path(self.name).name != self.name:
             raise ConfigurationError(f"name={self.name!r} must be one plain folder name")
+        if self.emulate is not None:
+            profile_named(self.emulate, self.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +92,7 @@ def service_specs(
         return ServiceSpec(name=name, command=command_of(package), environment={**common, **settings})
 
     specs = [
-        spec("scheduler", "scheduler", {"LEMIX_POLICY": options.policy} if options.policy else {}),
+        spec("scheduler", "scheduler", _scheduler_settings(options)),
         spec("gateway", "gateway", {"LEMIX_HOST": options.host, "LEMIX_PORT": str(port)}),
         spec("trainer", "trainer", {}),
     ]
@@ -111,9 +116,17 @@ def _common_settings(options: ClusterOptions, nats_url: str) -> dict[str, str]:
     return settings
 
 
+def _scheduler_settings(options: ClusterOptions) -> dict[str, str]:
+    chosen = {"LEMIX_POLICY": options.policy, "LEMIX_PROFILE": options.emulate}
+    set_ones = {name: value for name, value in chosen.items() if value is not None}
+    return {"LEMIX_NUM_STAGES": str(options.stages), **set_ones}
+
+
 def _stage_settings(options: ClusterOptions, node: int, stage: int, shm_dir: Path) -> dict[str, str]:
     place = node * options.stages + stage
+    emulated = {"LEMIX_EMULATE": options.emulate} if options.emulate is not None else {}
     return {
+        **emulated,
         "LEMIX_NODE": str(node),
         "LEMIX_STAGE": str(stage),
         "LEMIX_NUM_STAGES": str(options.stages),

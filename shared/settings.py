@@ -1,9 +1,9 @@
 """Settings that every service shares, read from LEMIX_* environment variables."""
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -25,6 +25,13 @@ class LemixSettings(BaseSettings):
     model: str = EMBEDDED_MODEL
     """A folder in Hugging Face format, or a hub name."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+
+    @classmethod
+    def given(cls, **values: Any) -> Self:
+        """Settings of these values, and defaults for all others, whatever the environment says."""
+        settings = cls.__new__(cls)
+        BaseModel.__init__(settings, **values)
+        return settings
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -12,6 +12,7 @@ from shared.messages.cluster import (
     StageStopped,
     StatusRequest,
 )
+from shared.messages.events import StageProgress
 from shared.messages.inference import (
     CancelTask,
     InferenceTask,
@@ -123,7 +124,9 @@ SAVE = RequestTopic(
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 
 # Cluster
-HEARTBEAT = Topic("lemix.cluster.heartbeat", Heartbeat, "stage -> scheduler, trainer, neighbours: I am here")
+HEARTBEAT = Topic("lemix.cluster.heartbeat", Heartbeat, "stage -> scheduler, trainer: I am here")
+NEIGHBOUR = Topic("lemix.node.{node}.heartbeat", Heartbeat, "stage -> the node's other stages: I am here")
+PROGRESS = Topic("lemix.cluster.progress", StageProgress, "stage -> scheduler: what I do and have done")
 STOPPED = Topic("lemix.cluster.stopped", StageStopped, "stage -> scheduler: I am leaving")
 STATUS = RequestTopic(
     "lemix.cluster.status", StatusRequest, ClusterStatus, "anyone -> scheduler: how do things stand"

@@ -10,7 +10,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -20,8 +20,10 @@ Attributes = Mapping[str, AttributeValue]
 
 
 def traceparent_of(span: Span) -> str:
-    """The W3C `traceparent` that makes `span` the parent at the receiver."""
+    """The W3C `traceparent` that makes `span` the parent at the receiver; empty for one that is no span."""
     context = span.get_span_context()
+    if not context.is_valid:
+        return ""
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
 
 
@@ -72,6 +74,27 @@ class Telemetry:
         """Export what is left."""
         self._root.end()
         self._provider.shutdown()
+
+
+class NoTelemetry(Telemetry):
+    """Traces nothing, and costs nothing: for simulations."""
+
+    def __init__(self) -> None:
+        self.traceparent = ""
+
+    def span(
+        self,
+        name: str,
+        *,
+        traceparent: str = "",
+        attributes: Attributes | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,
+        start_wall_s: float | None = None,
+    ) -> Span:
+        return INVALID_SPAN
+
+    def close(self) -> None:
+        pass
 
 
 class JsonLinesExporter(SpanExporter):

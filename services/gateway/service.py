@@ -68,6 +68,11 @@ class Session:
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def nodes(self) -> tuple[int | None, ...]:
+        """Where each sequence went; None: nowhere yet."""
+        return tuple(self._nodes.get(task_id) for task_id in self._task_ids)
+
     async def next(self) -> list[Arrival]:
         """Wait for results, and take all that are here.
 

@@ -1,18 +1,46 @@
 """`python -m services.scheduler`: places every task on a node."""
 
-from services.scheduler.policies import policy_named
+import random
+import sys
+
+from services.scheduler.costs import costs_named
+from services.scheduler.policies import policy_named, uses_profile
+from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
 from services.scheduler.settings import SchedulerSettings
-from shared.lifecycle import World, load_settings, run_service
+from shared.errors import ConfigurationError
+from shared.lifecycle import ServiceMain, World, load_settings, run_service
+from shared.profiles.profile import profile_named
 
 
-async def serve(world: World, settings: SchedulerSettings) -> None:
-    await Scheduler(world, policy_named(settings.policy)).run()
+def serving(settings: SchedulerSettings) -> ServiceMain:
+    """What the process does. Raises ConfigurationError when a setting names what is not there."""
+    profile = profile_named(settings.profile, settings.num_stages) if settings.profile else None
+    room = TrainingRoom.of(profile) if profile else None
+    policy = policy_named(settings.policy, random.SystemRandom().random, room)
+    costs = costs_named(settings.costs, profile if uses_profile(policy) else None, settings.hop_s)
+    slo_s = settings.slo_factor * profile.model_forward_s(profile.reference_tokens) if profile else None
+
+    async def serve(world: World) -> None:
+        await Scheduler(
+            world,
+            policy,
+            costs=costs,
+            slo_s=slo_s,
+            slo_factor=settings.slo_factor,
+            is_synchronous=settings.schedule == "sync",
+        ).run()
+
+    return serve
 
 
 def main() -> None:
     settings = load_settings(SchedulerSettings)
-    run_service("scheduler", settings, lambda world: serve(world, settings))
+    try:
+        serve = serving(settings)
+    except ConfigurationError as error:
+        sys.exit(f"ERROR {error}")
+    run_service("scheduler", settings, serve)
 
 
 if __name__ == "__main__":

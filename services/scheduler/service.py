@@ -1,33 +1,63 @@
 """The edge of the scheduler: messages in, decision, messages out."""
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from opentelemetry.trace import Span, use_span
 
-from services.scheduler.policies.base import Policy, Task
+from services.scheduler.costs import Costs
+from services.scheduler.moments import MeanError
+from services.scheduler.policies.base import Arrival, Place, Policy, Refuse, Task, Wait
 from services.scheduler.state import (
+    DEFAULT_SLO_FACTOR,
     OVERDUE_SLACK_S,
     ClusterState,
     Event,
     HeartbeatSeen,
     PlacedTask,
     StageLeft,
+    StageProgressed,
+    TaskArrived,
     TaskAssigned,
     TasksEnded,
     TimePassed,
 )
+from services.scheduler.tasks import shape_of
 from shared.bus.base import Incoming
 from shared.errors import RefusedError
 from shared.lifecycle import World
-from shared.messages.cluster import ClusterStatus, Heartbeat, StageStopped, StatusRequest
-from shared.messages.inference import InferenceTask, Placed, TaskEnded, TaskFailed
+from shared.messages.cluster import (
+    ClusterStatus,
+    ForecastError,
+    Heartbeat,
+    StageStopped,
+    StatusRequest,
+    TaskKind,
+)
+from shared.messages.events import StageProgress
+from shared.messages.inference import DEFERRED, InferenceTask, Placed, TaskEnded, TaskFailed
 from shared.messages.training import TrainingTask
-from shared.subjects import ASSIGN, ENDED, FAILED, HEARTBEAT, HEARTBEAT_S, PLACE, STATUS, STOPPED, SUBMIT
+from shared.subjects import (
+    ASSIGN,
+    ENDED,
+    FAILED,
+    HEARTBEAT,
+    HEARTBEAT_S,
+    PLACE,
+    PROGRESS,
+    STATUS,
+    STOPPED,
+    SUBMIT,
+)
 from shared.telemetry import traceparent_of
 
 CHECK_S = HEARTBEAT_S / 2
 """How often silence is looked for: a lost node is noticed at most this much late."""
+HOLD_S: Mapping[TaskKind, float] = {"inference": 8.0, "training": 3.0}
+"""How long a task that must wait is held before its asker is told to ask again: less than the asker waits."""
+SHORTEST_WAIT_S = 0.001
 QUEUE = "scheduler"
 
 
@@ -38,18 +68,31 @@ class Scheduler:
     TaskAssigned that follows from it.
     """
 
-    def __init__(self, world: World, policy: Policy) -> None:
+    def __init__(
+        self,
+        world: World,
+        policy: Policy,
+        *,
+        costs: Costs,
+        slo_s: float | None = None,
+        slo_factor: float = DEFAULT_SLO_FACTOR,
+        is_synchronous: bool = False,
+    ) -> None:
+        """See `ClusterState` for what follows `policy`."""
         self._bus = world.bus
         self._clock = world.clock
         self._telemetry = world.telemetry
         self._policy = policy
-        self._state = ClusterState()
+        self._state = ClusterState(
+            costs=costs, slo_s=slo_s, slo_factor=slo_factor, is_synchronous=is_synchronous
+        )
 
     async def run(self) -> None:
         """Serve for ever."""
         await self._bus.subscribe(HEARTBEAT.at(), self._on_heartbeat)
         await self._bus.subscribe(STOPPED.at(), self._on_stopped)
         await self._bus.subscribe(ENDED.at(), self._on_ended)
+        await self._bus.subscribe(PROGRESS.at(), self._on_progress)
         await self._bus.respond(SUBMIT.at(), self._submit, queue=QUEUE)
         await self._bus.respond(PLACE.at(), self._place, queue=QUEUE)
         await self._bus.respond(STATUS.at(), self._status, queue=QUEUE)
@@ -66,45 +109,75 @@ class Scheduler:
     async def _on_ended(self, incoming: Incoming[TaskEnded]) -> None:
         await self._apply(TasksEnded(incoming.message.task_ids))
 
+    async def _on_progress(self, incoming: Incoming[StageProgress]) -> None:
+        await self._apply(StageProgressed(incoming.message, self._clock.now_s()))
+
     async def _submit(self, incoming: Incoming[InferenceTask]) -> Placed:
         task = incoming.message
-        await self._pass_time()
-        if already := self._state.placed(task.task_id):
-            return Placed(node=already.node)  # delivered twice: it must not run twice
         with self._span(incoming) as span:
-            placed = PlacedTask(
-                task_id=task.task_id,
-                kind="inference",
-                node=self._choose(task, span),
-                gateway=task.gateway,
-                traceparent=traceparent_of(span),
-                overdue_s=self._clock.now_s() + task.timeout_s + OVERDUE_SLACK_S,
-            )
-            await self._apply(TaskAssigned(placed))
-            await self._bus.publish(ASSIGN.at(node=placed.node), task, traceparent=placed.traceparent)
-        return Placed(node=placed.node)
+            placed, is_new = await self._decide(task, span)
+            if is_new:
+                await self._bus.publish(ASSIGN.at(node=placed.node), task, traceparent=traceparent_of(span))
+        return placed
 
     async def _place(self, incoming: Incoming[TrainingTask]) -> Placed:
-        task = incoming.message
-        await self._pass_time()
-        if already := self._state.placed(task.task_id):
-            return Placed(node=already.node)
         with self._span(incoming) as span:
-            node = self._choose(task, span)
-            await self._apply(TaskAssigned(PlacedTask(task_id=task.task_id, kind="training", node=node)))
-        return Placed(node=node)
+            placed, _ = await self._decide(incoming.message, span)
+        return placed
 
     async def _status(self, incoming: Incoming[StatusRequest]) -> ClusterStatus:
         await self._pass_time()
-        return ClusterStatus(policy=self._policy.name, nodes=self._state.status())
+        state = self._state
+        return ClusterStatus(
+            policy=self._policy.name,
+            nodes=state.status(),
+            forward_error=_told(state.forward_error),
+            response_error=_told(state.response_error),
+            slo_s=state.slo_s,
+        )
 
-    def _choose(self, task: Task, span: Span) -> int:
-        """Raises RefusedError when no node can take the task."""
-        node = self._policy.choose(self._state, task)
-        if node is None:
-            raise RefusedError(f"no node is ready ({self._state.num_nodes} known)", code=503)
-        span.set_attribute("lemix.node", node)
-        return node
+    async def _decide(self, task: Task, span: Span) -> tuple[Placed, bool]:
+        """Hold the task until it has a node; False: it had one before.
+
+        Raises RefusedError when it gets none, or none within HOLD_S.
+        """
+        shape, asked_s = shape_of(task), self._clock.now_s()
+        kind: TaskKind = "inference" if isinstance(task, InferenceTask) else "training"
+        give_up_s = asked_s + HOLD_S[kind]
+        await self._apply(TaskArrived(task.task_id, kind, shape, asked_s))
+        while True:
+            await self._pass_time()
+            if already := self._state.placed(task.task_id):
+                return Placed(node=already.node, offload=already.offload), False  # it must not run twice
+            now_s = self._clock.now_s()
+            arrived_s = self._state.arrived_s(task.task_id) or asked_s
+            match self._policy.choose(self._state, Arrival(task, arrived_s), now_s):
+                case Place() as place:
+                    await self._apply(TaskAssigned(self._placed(task, place, arrived_s, span), now_s))
+                    return Placed(node=place.node, offload=place.offload), True
+                case Refuse(code, reason):
+                    raise RefusedError(reason, code=code)
+                case Wait(until_s, reason):
+                    if now_s >= give_up_s:
+                        raise RefusedError(f"{DEFERRED}: {reason}", code=503)
+                    await asyncio.sleep(max(SHORTEST_WAIT_S, min(until_s, give_up_s) - now_s))
+
+    def _placed(self, task: Task, place: Place, arrived_s: float, span: Span) -> PlacedTask:
+        span.set_attribute("lemix.node", place.node)
+        placed = PlacedTask(
+            task_id=task.task_id,
+            kind="training",
+            node=place.node,
+            traceparent=traceparent_of(span),
+            shape=shape_of(task),
+            arrived_s=arrived_s,
+            forecast=place.forecast,
+            offload=place.offload,
+        )
+        if isinstance(task, TrainingTask):
+            return placed
+        overdue_s = self._clock.now_s() + task.timeout_s + OVERDUE_SLACK_S
+        return replace(placed, kind="inference", gateway=task.gateway, overdue_s=overdue_s)
 
     def _span(
         self, incoming: Incoming[InferenceTask] | Incoming[TrainingTask]
@@ -125,3 +198,7 @@ class Scheduler:
             await self._bus.publish(
                 FAILED.at(gateway=lost.task.gateway), failed, traceparent=lost.task.traceparent
             )
+
+
+def _told(error: MeanError) -> ForecastError:
+    return ForecastError(mean=error.mean, count=error.count)

@@ -1,5 +1,10 @@
 """Settings of the scheduler."""
 
+from typing import Literal
+
+from pydantic import Field
+
+from services.scheduler.state import DEFAULT_SLO_FACTOR
 from shared.settings import LemixSettings
 
 
@@ -7,4 +12,16 @@ class SchedulerSettings(LemixSettings):
     """Read from LEMIX_* environment variables."""
 
     policy: str = "round_robin"
-    """Name of the placement policy (see `policies.POLICIES`)."""
+    """How tasks are placed: `name` or `name:key=value,key=value` (see `policies.POLICIES`)."""
+    profile: str = ""
+    """Name or file of a profile, which costs start from; empty: learned from what stages tell."""
+    num_stages: int | None = Field(default=None, ge=1)
+    """Stages of each node, where the profile is for any number of them; None: the profile's default."""
+    costs: str = "affine"
+    """What predicts how long stages take (see `costs.COSTS`)."""
+    hop_s: float = Field(default=0.0005, ge=0)
+    """What a message takes from one service to another."""
+    slo_factor: float = Field(default=DEFAULT_SLO_FACTOR, gt=0)
+    """The objective for the time to first token, in forward times of a lone prompt of mean length."""
+    schedule: Literal["async", "sync"] = "async"
+    """How the trainer feeds batches; the same for both."""

@@ -5,13 +5,24 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from services.scheduler.costs import Costs
+from services.scheduler.forecast import Forecast
+from services.scheduler.moments import ArrivalRate, MeanError, RunningMoments
+from services.scheduler.tasks import NO_SHAPE, TaskShape, work_of_op
+from services.scheduler.timeline import NodeTimeline
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
+from shared.messages.events import OpEnded, StageProgress
+from shared.profiles.times import work_of_rows
 from shared.subjects import HEARTBEAT_S
 
 LOST_AFTER_S = 3 * HEARTBEAT_S
 """A stage that was silent for this long is lost, and its node with it."""
 OVERDUE_SLACK_S = 5.0
 """How long after a task's own deadline its node still counts it, should nobody report its end."""
+DEFAULT_SLO_FACTOR = 5.0
+"""The objective in forward times of a lone prompt, as in the paper."""
+MAX_REMEMBERED = 4096
+"""Tasks that have asked for a node and got none, of which the time of their first asking is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +38,13 @@ class PlacedTask:
     """Context of the span that placed it."""
     overdue_s: float | None = None
     """When (clock of the events) it leaves the state unasked; None: never."""
+    shape: TaskShape = NO_SHAPE
+    arrived_s: float = 0.0
+    """When it first asked for a node."""
+    forecast: Forecast | None = None
+    """What its policy expects of it there."""
+    offload: bool = False
+    """Training: with its saved activations in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +64,19 @@ class TimePassed:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskArrived:
+    """A task asks for a node; one that waits, or whose asker was told to ask again, may come repeatedly."""
+
+    task_id: str
+    kind: TaskKind
+    shape: TaskShape
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskAssigned:
     task: PlacedTask
+    now_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +84,13 @@ class TasksEnded:
     task_ids: tuple[str, ...]
 
 
-Event = HeartbeatSeen | StageLeft | TimePassed | TaskAssigned | TasksEnded
+@dataclass(frozen=True, slots=True)
+class StageProgressed:
+    progress: StageProgress
+    now_s: float
+
+
+Event = HeartbeatSeen | StageLeft | TimePassed | TaskArrived | TaskAssigned | TasksEnded | StageProgressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +103,11 @@ class LostTask:
 
 @dataclass(slots=True)
 class _Node:
+    timeline: NodeTimeline
+    kv_capacity: int = 0
+    """Tokens that its KV cache holds."""
+    kv_tokens: int = 0
+    """What the living inference tasks may need in the KV cache, prompts and completions together."""
     stages: dict[int, Heartbeat] = field(default_factory=dict)
     """The newest heartbeat of each living stage."""
     tasks: dict[str, PlacedTask] = field(default_factory=dict)
@@ -76,21 +116,51 @@ class _Node:
     def is_ready(self) -> bool:
         stages = self.stages.values()
         is_whole = 0 in self.stages and self.stages[0].whole
-        return is_whole and all(beat.ready and beat.num_stages == len(stages) for beat in stages)
+        wanted = self.timeline.num_stages
+        is_complete = len(stages) == wanted and all(beat.num_stages == wanted for beat in stages)
+        return is_whole and is_complete and all(beat.ready for beat in stages)
 
 
 class ClusterState:
     """Nodes, their stages and their tasks.
 
-    Every event costs O(log n) but for a node that is lost (O(its tasks)): the same class runs in a
-    simulation of a thousand nodes.
+    Every event costs O(log n) in nodes and tasks, but for a node that is lost (O(its tasks)): the same class
+    runs in a simulation of a thousand nodes.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        costs: Costs,
+        slo_s: float | None = None,
+        slo_factor: float = DEFAULT_SLO_FACTOR,
+        is_synchronous: bool = False,
+    ) -> None:
+        """`slo_s`: the objective for the time to first token; None: `slo_factor` times what the costs say
+        of a prompt of mean length. `is_synchronous`: how the trainer feeds batches (S-PP).
+        """
+        self.costs = costs
+        self._slo_s = slo_s
+        self._slo_factor = slo_factor
+        self.inference_rate = ArrivalRate()
+        self.training_rate = ArrivalRate()
+        self.inference_lengths = RunningMoments()
+        """Prompts of all inference tasks that have arrived, in tokens."""
+        self.training_lengths = RunningMoments()
+        """Likewise of training tasks: rows of all their microbatches."""
+        self.forward_error = MeanError()
+        """Of what the cost model says of iterations and training forwards, before it learns from them."""
+        self.response_error = MeanError()
+        """Of the forecast at placement: from a request's arrival to its first token."""
+        self._is_synchronous = is_synchronous
+        self._arrived_s: dict[str, float] = {}
+        """When tasks that have no node yet first asked for one, the oldest first."""
         self.ready_nodes: list[int] = []
         """Ids of the nodes that can take a task now, ascending."""
         self.last_node = -1
         """The node that was chosen last."""
+        self.last_node_of: dict[TaskKind, int] = {"inference": -1, "training": -1}
+        """The node that was chosen last for a task of each kind."""
         self._nodes: dict[int, _Node] = {}
         self._tasks: dict[str, PlacedTask] = {}
         self._seen_s: dict[tuple[int, int], float] = {}
@@ -108,15 +178,31 @@ class ClusterState:
             case TimePassed(now_s):
                 self._drop_overdue(now_s)
                 return self._drop_silent(now_s)
-            case TaskAssigned(task):
-                self._assign(task)
+            case TaskArrived():
+                self._arrive(event)
+                return []
+            case TaskAssigned(task, now_s):
+                self._assign(task, now_s)
                 return []
             case TasksEnded(task_ids):
                 for task_id in task_ids:
                     self._end(task_id)
                 return []
+            case StageProgressed(progress, now_s):
+                self._progress(progress, now_s)
+                return []
             case _:
                 assert_never(event)
+
+    @property
+    def slo_s(self) -> float:
+        """The objective: from a request's arrival to its first token."""
+        if self._slo_s is not None:
+            return self._slo_s
+        work = work_of_rows(0, max(1, round(self.inference_lengths.mean)))
+        return self._slo_factor * sum(
+            self.costs.iteration_s(stage, work) for stage in range(self.costs.num_stages or 1)
+        )
 
     @property
     def num_nodes(self) -> int:
@@ -130,6 +216,19 @@ class ClusterState:
     def placed(self, task_id: str) -> PlacedTask | None:
         """Where the task is, if it is anywhere."""
         return self._tasks.get(task_id)
+
+    def arrived_s(self, task_id: str) -> float | None:
+        """When a task that has no node yet first asked for one."""
+        return self._arrived_s.get(task_id)
+
+    def timeline(self, node: int) -> NodeTimeline:
+        """What is known of the node's work and future."""
+        return self._nodes[node].timeline
+
+    def kv_tokens_free(self, node: int) -> int:
+        """Room in the node's KV cache when every task that is placed there has grown to its full length."""
+        state = self._nodes[node]
+        return state.kv_capacity - state.kv_tokens
 
     def status(self) -> tuple[NodeStatus, ...]:
         """All known nodes, ascending."""
@@ -150,15 +249,24 @@ class ClusterState:
         key = (heartbeat.node, heartbeat.stage)
         self._seen_s.pop(key, None)  # so that it goes to the end
         self._seen_s[key] = now_s
-        stages = self._nodes.setdefault(heartbeat.node, _Node()).stages
-        before = stages.get(heartbeat.stage)
-        stages[heartbeat.stage] = heartbeat
+        node = self._nodes.get(heartbeat.node) or self._add(heartbeat)
+        before = node.stages.get(heartbeat.stage)
+        node.stages[heartbeat.stage] = heartbeat
+        if heartbeat.stage == 0:
+            node.kv_capacity = heartbeat.kv_blocks_total * heartbeat.kv_block_size
+        if self.costs.num_stages is None:
+            self.costs.num_stages = heartbeat.num_stages
         self._list_readiness(heartbeat.node)
         if before is not None and before.instance != heartbeat.instance:
-            return self._lose_tasks(
-                heartbeat.node, f"stage {heartbeat.stage} of node {heartbeat.node} restarted"
-            )
+            reason = f"stage {heartbeat.stage} of node {heartbeat.node} restarted"
+            return self._lose_tasks(heartbeat.node, reason)
         return []
+
+    def _add(self, heartbeat: Heartbeat) -> _Node:
+        num_stages = self.costs.num_stages or heartbeat.num_stages  # a node of another number is never ready
+        timeline = NodeTimeline(num_stages, self.costs, is_synchronous=self._is_synchronous)
+        self._nodes[heartbeat.node] = _Node(timeline)
+        return self._nodes[heartbeat.node]
 
     def _stage_left(self, stopped: StageStopped) -> list[LostTask]:
         node = self._nodes.get(stopped.node)
@@ -190,19 +298,63 @@ class ClusterState:
         tasks = list(self._nodes[node].tasks.values())
         for task in tasks:
             self._end(task.task_id)
+        self._nodes[node].timeline.clear()
         return [LostTask(task, reason) for task in tasks if task.kind == "inference"]
 
-    def _assign(self, task: PlacedTask) -> None:
+    def _arrive(self, arrived: TaskArrived) -> None:
+        if arrived.task_id in self._arrived_s:
+            return
+        if len(self._arrived_s) >= MAX_REMEMBERED:
+            del self._arrived_s[next(iter(self._arrived_s))]
+        self._arrived_s[arrived.task_id] = arrived.now_s
+        is_training = arrived.kind == "training"
+        (self.training_rate if is_training else self.inference_rate).add(arrived.now_s)
+        (self.training_lengths if is_training else self.inference_lengths).add(arrived.shape.num_tokens)
+
+    def _assign(self, task: PlacedTask, now_s: float) -> None:
+        self._arrived_s.pop(task.task_id, None)
         self._tasks[task.task_id] = task
-        self._nodes[task.node].tasks[task.task_id] = task
-        self.last_node = task.node
+        node = self._nodes[task.node]
+        node.tasks[task.task_id] = task
+        node.kv_tokens += _kv_tokens(task, node)
+        node.timeline.assign(
+            task.task_id,
+            task.kind,
+            task.shape,
+            forecast=task.forecast,
+            arrived_s=task.arrived_s,
+            now_s=now_s,
+        )
+        self.last_node = self.last_node_of[task.kind] = task.node
         if task.overdue_s is not None:
             heapq.heappush(self._overdue, (task.overdue_s, task.task_id))
 
     def _end(self, task_id: str) -> None:
         task = self._tasks.pop(task_id, None)
         if task is not None:
-            del self._nodes[task.node].tasks[task_id]
+            node = self._nodes[task.node]
+            del node.tasks[task_id]
+            node.kv_tokens -= _kv_tokens(task, node)
+            node.timeline.end(task_id)
+
+    def _progress(self, progress: StageProgress, now_s: float) -> None:
+        node = self._nodes.get(progress.node)
+        if node is None or progress.stage >= node.timeline.num_stages:
+            return
+        for ended in progress.ended:
+            self._learn(progress.stage, ended)
+        for task in node.timeline.progressed(progress, now_s):
+            if task.expected_s is not None and task.first_token_s is not None:
+                self.response_error.add(task.expected_s - task.arrived_s, task.first_token_s - task.arrived_s)
+
+    def _learn(self, stage: int, ended: OpEnded) -> None:
+        op, costs = ended.op, self.costs
+        work = work_of_op(op)
+        if op.kind == "iteration":
+            self.forward_error.add(costs.iteration_s(stage, work), ended.elapsed_s)
+        elif op.kind == "forward":
+            self.forward_error.add(costs.forward_s(stage, work), ended.elapsed_s)
+        costs.observe(stage, op.kind, work, ended.elapsed_s)
 
     def _drop_overdue(self, now_s: float) -> None:
         while self._overdue and self._overdue[0][0] <= now_s:
@@ -221,3 +373,12 @@ class ClusterState:
     def _is_listed_ready(self, node: int) -> bool:
         at = bisect_left(self.ready_nodes, node)
         return at < len(self.ready_nodes) and self.ready_nodes[at] == node
+
+
+def _kv_tokens(task: PlacedTask, node: _Node) -> int:
+    """What the task may need at most: the last token is never fed back, and blocks are given whole."""
+    if task.kind == "training" or 0 not in node.stages:
+        return 0
+    tokens = task.shape.prompt_tokens + max(task.shape.max_tokens - 1, 0)
+    block_size = node.stages[0].kv_block_size
+    return -(-tokens // block_size) * block_size

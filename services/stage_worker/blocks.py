@@ -7,11 +7,13 @@ class BlockAllocator:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_used_ever = 0
+        """Blocks from this one on were never taken: most stages of a large simulation take none."""
+        self._given_back: list[int] = []
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self.num_blocks - self._num_used_ever + len(self._given_back)
 
     def needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens`."""
@@ -19,10 +21,13 @@ class BlockAllocator:
 
     def allocate(self, num_blocks: int) -> tuple[int, ...]:
         """Take blocks; the caller has checked `num_free`."""
-        assert num_blocks <= len(self._free), (num_blocks, len(self._free))
-        return tuple(self._free.pop() for _ in range(num_blocks))
+        assert num_blocks <= self.num_free, (num_blocks, self.num_free)
+        again = [self._given_back.pop() for _ in range(min(num_blocks, len(self._given_back)))]
+        first_new = self._num_used_ever
+        self._num_used_ever += num_blocks - len(again)
+        return (*again, *range(first_new, self._num_used_ever))
 
     def release(self, blocks: tuple[int, ...]) -> None:
         """Give blocks back."""
-        self._free.extend(reversed(blocks))
-        assert len(self._free) <= self.num_blocks
+        self._given_back.extend(reversed(blocks))
+        assert self.num_free <= self.num_blocks

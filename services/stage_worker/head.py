@@ -1,6 +1,7 @@
 """Stage 0 leads its node: admits requests, forms iterations, follows every sequence to its end."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 from services.stage_worker.admission import Admission
 from services.stage_worker.batcher import Sequence, chunk_of, form_iteration, tokens_of
@@ -71,7 +72,7 @@ class Head:
         number, self._next_number = self._next_number, self._next_number + 1
         block_size = self.allocator.block_size
         chunks = tuple(chunk_of(sequence, count, block_size=block_size) for sequence, count in rows)
-        tokens = tuple(token for sequence, count in rows for token in tokens_of(sequence, count))
+        tokens = tuple(chain.from_iterable(tokens_of(sequence, count) for sequence, count in rows))
         for (sequence, count), chunk in zip(rows, chunks, strict=True):
             sequence.num_cached += count
             sequence.in_flight = chunk.produces
@@ -83,7 +84,9 @@ class Head:
 
         Tells of iterations and sequences that are no longer known are ignored.
         """
-        self._in_flight.discard(done.iteration)
+        if done.iteration not in self._in_flight:
+            return []
+        self._in_flight.remove(done.iteration)
         completed = []
         for sampled in done.tokens:
             sequence = self._running.pop(sampled.task_id, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from services.stage_worker.executor.base import Executor
+from services.stage_worker.progress import Progress
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.work import WorkQueue
 from shared.bus.base import Bus
@@ -22,6 +23,7 @@ class Parts:
     telemetry: Telemetry
     executor: Executor[Any]
     queue: WorkQueue
+    progress: Progress
 
 
 def is_inside(path: str, folder: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from services.stage_worker.executor.base import Executor, ModelFacts
 from services.stage_worker.parts import Parts, is_inside
+from services.stage_worker.progress import Progress
 from services.stage_worker.queue import DISCIPLINES
 from services.stage_worker.serving import Serving
 from services.stage_worker.settings import StageWorkerSettings
@@ -60,6 +61,7 @@ class StageWorker:
         self._executor = executor
         discipline = DISCIPLINES[settings.discipline](settings.training_patience_s)
         self._queue = WorkQueue(clock, discipline, max_items=settings.max_queued)
+        self._progress = Progress(node=settings.node, stage=settings.stage, bus=bus, clock=clock)
         self._parts = Parts(
             settings=settings,
             bus=bus,
@@ -67,6 +69,7 @@ class StageWorker:
             telemetry=telemetry,
             executor=executor,
             queue=self._queue,
+            progress=self._progress,
         )
         self._seen: dict[int, tuple[Heartbeat, float]] = {}
         """Other stages of the node: the last heartbeat, and when it came."""
@@ -87,6 +90,7 @@ class StageWorker:
                 self._group = group
                 await self._subscribe(facts)
                 group.create_task(self._queue.run())
+                group.create_task(self._progress.run())
                 group.create_task(self._beat())
         finally:
             await self._executor.close()
@@ -114,7 +118,7 @@ class StageWorker:
         await self._bus.respond(subjects.LINK.at(**place), self._on_link_offer)
         await self._serving.subscribe()
         await self._training.subscribe()
-        await self._bus.subscribe(subjects.HEARTBEAT.at(), self._on_heartbeat)
+        await self._bus.subscribe(subjects.NEIGHBOUR.at(node=self._settings.node), self._on_heartbeat)
 
     # Neighbours
 
@@ -126,7 +130,7 @@ class StageWorker:
 
     async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         beat = incoming.message
-        if beat.node != self._settings.node or beat.stage == self._settings.stage:
+        if beat.stage == self._settings.stage:
             return
         known = self._seen[beat.stage][0].instance if beat.stage in self._seen else None
         self._seen[beat.stage] = (beat, self._clock.now_s())
@@ -243,8 +247,10 @@ class StageWorker:
             queued=len(self._queue),
             kv_blocks_used=head.allocator.num_blocks - head.allocator.num_free,
             kv_blocks_total=head.allocator.num_blocks,
+            kv_block_size=settings.kv_block_size,
         )
         await self._bus.publish(subjects.HEARTBEAT.at(), beat)
+        await self._bus.publish(subjects.NEIGHBOUR.at(node=settings.node), beat)
 
     async def _say_goodbye(self) -> None:
         gone = StageStopped(node=self._settings.node, stage=self._settings.stage, instance=self._instance)

@@ -11,6 +11,7 @@ from opentelemetry.trace import Span
 from services.stage_worker.executor.base import IterationOutput, ModelFacts, Rows
 from services.stage_worker.head import Head, Iteration
 from services.stage_worker.parts import Parts
+from services.stage_worker.progress import iteration_op
 from services.stage_worker.queue import WorkKind
 from shared import subjects
 from shared.bus.base import Incoming
@@ -47,6 +48,7 @@ class Serving:
         self._telemetry = parts.telemetry
         self._executor = parts.executor
         self._queue = parts.queue
+        self._progress = parts.progress
         self._is_node_whole = is_node_whole
         self._is_last = settings.stage == settings.num_stages - 1
         self._spans: dict[str, Span] = {}
@@ -140,7 +142,9 @@ class Serving:
 
     def pump(self) -> None:
         """Start as many iterations as the pipeline takes; none while a stage of the node is missing."""
-        while self._is_node_whole() and (iteration := self.head.next_iteration()) is not None:
+        if not self._is_node_whole():
+            return
+        while (iteration := self.head.next_iteration()) is not None:
             self._started_s[iteration.number] = self._clock.now_s()
             self._queue.put(WorkKind.INFERENCE, partial(self._run_first, iteration))
 
@@ -183,7 +187,8 @@ class Serving:
             for chunk in chunks:
                 if chunk.traceparent:
                     spans.callback(self._prefill_span(chunk).end)
-            output = await self._executor.iteration(chunks, rows)
+            with self._progress.doing(iteration_op(number, chunks)):
+                output = await self._executor.iteration(chunks, rows)
         if self._is_last:
             await self._tell_results(number, chunks, output)
         else:

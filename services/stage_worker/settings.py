@@ -18,6 +18,8 @@ class StageWorkerSettings(LemixSettings):
     num_stages: int = Field(ge=1)
     device: str = "cpu"
     """`cpu` or `cuda:N`."""
+    emulate: str = ""
+    """A profile, as `llama2-7b@a100` or a file: take its time and compute nothing. Empty: compute."""
     num_threads: int = Field(default=1, ge=1)
     """Compute threads on the CPU; one per worker, unless a worker has cores of its own."""
     shm_dir: Path = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(gettempdir())

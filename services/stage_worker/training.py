@@ -10,6 +10,7 @@ from typing import Any
 
 from services.stage_worker.executor.base import ModelFacts
 from services.stage_worker.parts import Parts, is_inside
+from services.stage_worker.progress import microbatch_op, step_op
 from services.stage_worker.queue import WorkKind
 from shared import subjects
 from shared.bus.base import Incoming
@@ -64,6 +65,7 @@ class Training:
         self._telemetry = parts.telemetry
         self._executor = parts.executor
         self._queue = parts.queue
+        self._progress = parts.progress
         self._group = group
         self._tell_version = tell_version
         self._tell_restored = tell_restored
@@ -138,7 +140,8 @@ class Training:
         microbatch = message.microbatch
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         span = self._span("stage.training_forward", microbatch)
-        output = await self._executor.forward(microbatch, message.hidden or message.tokens)
+        with self._progress.doing(microbatch_op("forward", microbatch)):
+            output = await self._executor.forward(microbatch, message.hidden or message.tokens)
         span.end()
         if output.hidden is not None:
             passed_on = MicrobatchForward(microbatch=microbatch, hidden=output.hidden)
@@ -154,7 +157,8 @@ class Training:
     async def _backward(self, message: MicrobatchBackward) -> None:
         microbatch = self._in_flight[message.batch_id, message.index]
         span = self._span("stage.training_backward", microbatch)
-        gradient = await self._executor.backward(message.batch_id, message.index, message.gradient)
+        with self._progress.doing(microbatch_op("backward", microbatch)):
+            gradient = await self._executor.backward(message.batch_id, message.index, message.gradient)
         span.end()
         await self._went_backward(microbatch, gradient, None)
 
@@ -198,7 +202,9 @@ class Training:
             return
         microbatch, tied = self._awaiting_tied.pop(batch_id), self._tied.pop(batch_id, None)
         span = self._span("stage.step", microbatch)
-        self._set_version(await self._executor.step(batch_id, microbatch.learning_rate, tied))
+        with self._progress.doing(step_op(batch_id)):
+            version = await self._executor.step(batch_id, microbatch.learning_rate, tied)
+        self._set_version(version)
         span.end()
         await self._report_on(microbatch, StepDone(batch_id=batch_id, version=self.version))
         await self._save_if_due()
@@ -308,6 +314,10 @@ class Training:
 def _failure(batch_id: str, error: Exception) -> TrainingFailed:
     """torch is not loaded here: its out-of-memory error is known by name."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    is_elsewhere = isinstance(error, CarrierError | MemoryError) or "OutOfMemoryError" in names
-    reason = f"{type(error).__name__}: {error}"
-    return TrainingFailed(batch_id=batch_id, reason=reason, is_batch_at_fault=not is_elsewhere)
+    lacks_memory = isinstance(error, MemoryError) or "OutOfMemoryError" in names
+    return TrainingFailed(
+        batch_id=batch_id,
+        reason=f"{type(error).__name__}: {error}",
+        is_batch_at_fault=not (lacks_memory or isinstance(error, CarrierError)),
+        lacks_memory=lacks_memory,
+    )

@@ -1,6 +1,7 @@
 """The stage's local queue: work in the order that a discipline chooses."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class WorkQueue:
         self._max_items = max_items
         self._items: list[Work] = []
         self._num_started = 0
-        self._changed = asyncio.Event()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        """Of workers that found nothing to do."""
 
     def __len__(self) -> int:
         return len(self._items)
@@ -39,7 +41,7 @@ class WorkQueue:
         if len(self._items) >= self._max_items:
             raise LemixError(f"{self._max_items} items of work are waiting on this stage already")
         self._items.append(Work(kind, self._clock.now_s(), run))
-        self._changed.set()
+        self._wake_one()
 
     async def run(self) -> None:
         """Work for ever.
@@ -48,12 +50,23 @@ class WorkQueue:
         does one thing at a time, and need not wait for this loop between two iterations.
         """
         async with asyncio.TaskGroup() as group:
-            while True:
-                while (item := self._next()) is not None:
-                    self._num_started += 1
-                    group.create_task(self._work_off(item))
-                self._changed.clear()
-                await self._changed.wait()
+            for _ in range(MAX_STARTED):
+                group.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            while (item := self._next()) is not None:
+                self._num_started += 1
+                if self._items:
+                    self._wake_one()
+                await item.run()
+                self._num_started -= 1
+            self._idle.append(asyncio.get_running_loop().create_future())
+            await self._idle[-1]
+
+    def _wake_one(self) -> None:
+        if self._idle and not (idle := self._idle.popleft()).done():  # done: cancelled
+            idle.set_result(None)
 
     def _next(self) -> Work | None:
         if not self._items or self._num_started >= MAX_STARTED:
@@ -62,8 +75,3 @@ class WorkQueue:
         if self._num_started and self._items[index].kind is not WorkKind.INFERENCE:
             return None
         return self._items.pop(index)
-
-    async def _work_off(self, item: Work) -> None:
-        await item.run()
-        self._num_started -= 1
-        self._changed.set()

@@ -90,7 +90,8 @@ class ActionRunner:
                     self._tasks.create_task(self._request_save(node, action))
                 case WriteCheckpoint():
                     self._tasks.create_task(self._write_checkpoint(node, action))
-        self.changed.set()
+        if actions:
+            self.changed.set()
 
     def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
         """Tell the batch's publisher, then be done with the message, which the book holds until then."""
@@ -121,6 +122,7 @@ class ActionRunner:
             labels=rows.labels,
             loss_weight=pending.batch.loss_weight,
             learning_rate=self._settings.learning_rate,
+            offload=pending.offload,
             traceparent=pending.traceparent,
         )
         message = MicrobatchForward(microbatch=microbatch, tokens=rows.tokens)
@@ -146,10 +148,19 @@ class ActionRunner:
         given_back = lost + closed.unfinished
         log.warning("node %d: %s; %d batches will run again", node.node, closed.reason, len(given_back))
         self.end(self._book.pending[batch_id] for batch_id in closed.unfinished)
-        hopeless = closed.failed if closed.failed in given_back and self._is_hopeless(closed.failed) else None
+        failed = self._at_fault(closed)
+        hopeless = failed if failed in given_back and self._is_hopeless(failed) else None
         self._book.wait(batch_id for batch_id in given_back if batch_id != hopeless)
         if hopeless is not None:
             self._drop(hopeless, closed.reason)
+
+    def _at_fault(self, closed: Closed) -> str | None:
+        """A batch that finds no memory may yet be offloaded; one that was cannot be helped."""
+        pending = self._book.pending.get(closed.unfit) if closed.unfit else None
+        if pending is None or pending.offload:
+            return closed.failed or closed.unfit
+        pending.num_unfit += 1
+        return closed.failed
 
     def _is_hopeless(self, batch_id: str) -> bool:
         """Count one more failure of the batch; an epoch ends with the first."""
@@ -217,6 +228,7 @@ class ActionRunner:
         else:
             self._folders[node.node] = checkpoint.folder
             self.acknowledge(self._book.make_durable(node.node, action.version))
+            self.changed.set()
         self.run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
         await self._prune(node.node)
 

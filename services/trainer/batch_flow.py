@@ -9,19 +9,19 @@ from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook, Pending
 from services.trainer.intake import Intake
 from services.trainer.microbatches import TrainingBatch
-from services.trainer.nodes import BATCHES_PER_NODE, Nodes
+from services.trainer.nodes import Nodes
 from services.trainer.schedules import Shape
 from shared.bus.base import TRACE_HEADER, Bus, StreamMessage, StreamReader
-from shared.errors import BusError
+from shared.errors import BusError, RefusedError
+from shared.messages.inference import DEFERRED
 from shared.messages.training import RejectedBatch, TrainingTask
 from shared.subjects import PLACE
 from shared.telemetry import Telemetry
 
-MAX_PENDING = 1024
-"""Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
 FETCH_AT_ONCE = 8
 FETCH_TIMEOUT_S = 5.0
 PLACE_TIMEOUT_S = 5.0
+"""Longer than the scheduler holds a batch that must wait."""
 PLACE_RETRY_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class BatchFlow:
         book: BatchBook,
         actions: ActionRunner,
         nodes: Nodes,
+        max_pending: int,
     ) -> None:
         self._intake = intake
         self._bus = bus
@@ -46,6 +47,7 @@ class BatchFlow:
         self._book = book
         self._actions = actions
         self._nodes = nodes
+        self._max_pending = max_pending
 
     async def read(self, reader: StreamReader) -> None:
         """Take in the stream for ever, no faster than nodes take batches."""
@@ -62,11 +64,10 @@ class BatchFlow:
             pending = self._book.take()
             if not await self._place(pending):
                 self._book.wait([pending.batch.batch_id])
-                await asyncio.sleep(PLACE_RETRY_S)
 
     def _has_room(self) -> bool:
-        enough = BATCHES_PER_NODE * max(1, self._nodes.num_known)
-        return self._book.num_waiting < enough and len(self._book.ledger.pending) < MAX_PENDING
+        enough = max(FETCH_AT_ONCE, self._nodes.num_wanted)
+        return self._book.num_waiting < enough and len(self._book.ledger.pending) < self._max_pending
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -96,18 +97,34 @@ class BatchFlow:
             self._book.admit(Pending(prepared, self._telemetry, parent=parent, ack=message.ack))
 
     async def _place(self, pending: Pending) -> bool:
-        """Ask the scheduler for a node. False when there is none now."""
+        """Ask the scheduler for a node. False when there is none now: after a pause, or its own wait."""
         batch = pending.batch
-        sizes = tuple(len(rows.tokens) for rows in batch.microbatches)
-        task = TrainingTask(task_id=batch.batch_id, microbatch_tokens=sizes)
         try:
             placed = await self._bus.request(
-                PLACE.at(), task, timeout_s=PLACE_TIMEOUT_S, traceparent=pending.traceparent
+                PLACE.at(), _task_of(batch), timeout_s=PLACE_TIMEOUT_S, traceparent=pending.traceparent
             )
         except BusError as error:
-            log.info("batch %s finds no node: %s", batch.batch_id, error)
+            await self._pause_after(batch.batch_id, error)
             return False
+        pending.offload = placed.offload or pending.must_offload
         if self._nodes.place(placed.node, Shape(batch.batch_id, len(batch.microbatches))):
             return True
         self._actions.end([pending])
+        await asyncio.sleep(PLACE_RETRY_S)
         return False
+
+    async def _pause_after(self, batch_id: str, error: BusError) -> None:
+        """The scheduler holds a batch that it defers: that was the pause."""
+        if isinstance(error, RefusedError) and error.reason.startswith(DEFERRED):
+            log.debug("batch %s: %s", batch_id, error)
+            return
+        log.info("batch %s finds no node: %s", batch_id, error)
+        await asyncio.sleep(PLACE_RETRY_S)
+
+
+def _task_of(batch: TrainingBatch) -> TrainingTask:
+    return TrainingTask(
+        task_id=batch.batch_id,
+        microbatch_tokens=tuple(len(rows.tokens) for rows in batch.microbatches),
+        microbatch_lengths=tuple(rows.lengths for rows in batch.microbatches),
+    )

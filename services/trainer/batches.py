@@ -11,6 +11,9 @@ from services.trainer.microbatches import TrainingBatch
 from services.trainer.versions import Ledger
 from shared.telemetry import Attributes, Telemetry, traceparent_of
 
+MAX_UNFIT = 3
+"""A batch that found no memory so often is offloaded: the first times others may have had it."""
+
 Ack = Callable[[], Awaitable[None]]
 
 
@@ -21,8 +24,12 @@ class Pending:
         self.batch = batch
         self.acks = [ack]
         """To call when the batch is done with: its own, and those of later messages that repeat its id."""
+        self.offload = False
+        """Where it is placed now, for want of memory: stages keep what they save of it on the host."""
         self.num_failures = 0
         """Lives of nodes that its computation has ended."""
+        self.num_unfit = 0
+        """Lives of nodes that ended because it found no memory."""
         self._telemetry = telemetry
         self._parent = parent
         self.span = self._new_span()
@@ -30,6 +37,11 @@ class Pending:
     @property
     def traceparent(self) -> str:
         return traceparent_of(self.span)
+
+    @property
+    def must_offload(self) -> bool:
+        """Whether trying without has failed often enough, whatever the scheduler says."""
+        return self.num_unfit >= MAX_UNFIT
 
     def begin_again(self) -> None:
         """It was applied, and must be once more: that is another span of its trace."""

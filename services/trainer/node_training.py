@@ -96,6 +96,8 @@ class Closed:
     """Batches that were placed here and not applied, in order."""
     failed: str | None = None
     """The batch whose own fault it seems to be."""
+    unfit: str | None = None
+    """The batch that found no memory."""
 
 
 Action = Feed | Applied | Restore | RequestSave | WriteCheckpoint | SaveAbandoned | Closed
@@ -130,6 +132,10 @@ class NodeTraining:
     def is_known(self) -> bool:
         """Whether batches may be placed here: they are fed at once, or when the restore is through."""
         return self.phase != "closed"
+
+    @property
+    def num_stages(self) -> int:
+        return self._members.num_stages
 
     @property
     def num_unfinished(self) -> int:
@@ -180,8 +186,12 @@ class NodeTraining:
                 self._backward_done(stage, report.event)
             case StepDone():
                 return self._step_done(stage, report.event) + self._advance(now_s)
-            case TrainingFailed(batch_id=batch_id, reason=reason, is_batch_at_fault=is_at_fault):
-                closed = self._close(f"stage {stage} failed: {reason}", batch_id if is_at_fault else None)
+            case TrainingFailed(batch_id=batch_id, reason=reason) as failure:
+                closed = self._close(
+                    f"stage {stage} failed: {reason}",
+                    failed=batch_id if failure.is_batch_at_fault else None,
+                    unfit=batch_id if failure.lacks_memory else None,
+                )
                 return closed + self._restore_if_complete()
             case ShardSaved() | SaveFailed():
                 self._shard_reported(stage, report.event)
@@ -300,11 +310,11 @@ class NodeTraining:
             self._silent_since_s = now_s
         return self._silent_since_s is not None and now_s - self._silent_since_s > STALLED_AFTER_S
 
-    def _close(self, reason: str, failed: str | None = None) -> list[Action]:
+    def _close(self, reason: str, *, failed: str | None = None, unfit: str | None = None) -> list[Action]:
         if self.phase == "closed":
             return []
         self.phase = "closed"
-        closed = Closed(reason, self._pipeline.batch_ids, failed)
+        closed = Closed(reason, self._pipeline.batch_ids, failed, unfit)
         if self._save is not None and self._save.writing:
             # Whether its batches are durable is only known when the manifest is written.
             self._closing = closed

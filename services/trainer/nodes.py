@@ -18,8 +18,6 @@ from shared.subjects import HEARTBEAT_S
 EPOCHS_PER_TERM = 1 << 20
 """A trainer's epochs are its term (its durable number) times this, plus one more for each restore:
 what belongs to an earlier life of a node is refused by its stages, and so is an earlier trainer."""
-BATCHES_PER_NODE = 2
-"""Placed and not applied: one that is being fed, and the next, so that the pipeline does not run dry."""
 SHORTEST_TICK_S = 0.01
 
 
@@ -39,19 +37,24 @@ class Nodes:
             checkpoint_every=settings.checkpoint_every,
             checkpoint_idle_s=settings.checkpoint_idle_s,
         )
+        self._settings = settings
         self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
         self._nodes: dict[int, NodeTraining] = {}
 
     @property
-    def num_known(self) -> int:
-        """Nodes that batches can be placed on."""
-        return sum(node.is_known for node in self._nodes.values())
+    def num_wanted(self) -> int:
+        """Batches that may be placed and not applied: they fill the pipelines, and each node has its next."""
+        known = (node for node in self._nodes.values() if node.is_known)
+        return sum(1 + self._num_filling(node.num_stages) for node in known)
 
     @property
     def have_room(self) -> bool:
         """Whether one more batch may be placed."""
-        placed = sum(node.num_unfinished for node in self._nodes.values())
-        return placed < BATCHES_PER_NODE * self.num_known
+        return sum(node.num_unfinished for node in self._nodes.values()) < self.num_wanted
+
+    def _num_filling(self, num_stages: int) -> int:
+        """Without a flush, as many microbatches are in flight as a node has stages."""
+        return 1 if self._settings.schedule == "sync" else -(-num_stages // self._settings.microbatches)
 
     async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         """A stage is alive. Raises ConfigurationError when it obeys a later trainer."""

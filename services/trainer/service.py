@@ -38,13 +38,22 @@ class Trainer:
     Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used.
     """
 
-    def __init__(self, settings: TrainerSettings, *, bus: Bus, clock: Clock, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        *,
+        bus: Bus,
+        clock: Clock,
+        telemetry: Telemetry,
+        intake: Intake | None = None,
+    ) -> None:
+        """`intake`: reads batches for another model than that of the settings (None: for that one)."""
         model_folder = resolve(settings.model, (CONFIG_FILE, *MODEL_FILES))
         self._settings = settings
         self._bus = bus
         self._clock = clock
         self._telemetry = telemetry
-        self._intake = Intake.load(settings, model_folder)
+        self._intake = intake or Intake.load(settings, model_folder)
         self._files = CheckpointFiles(
             settings.checkpoint_dir, model_folder=model_folder, keep=settings.keep_checkpoints
         )
@@ -79,6 +88,7 @@ class Trainer:
                 book=book,
                 actions=actions,
                 nodes=nodes,
+                max_pending=self._settings.max_pending,
             )
             tasks.create_task(actions.outbox.run())
             tasks.create_task(nodes.tick())

@@ -23,5 +23,7 @@ class TrainerSettings(LemixSettings):
     """A node without training for so long saves what it has learnt since its last checkpoint."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints of each node that are kept."""
+    max_pending: int = Field(default=1024, ge=1)
+    """Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
     train_from: Literal["first", "next"] = "first"
     """Where a run without checkpoints begins: at the `first` batch of the stream or at the `next` to come."""

@@ -1,13 +1,15 @@
 """The bus inside one process and one event loop: no threads, no sockets, same contract as NATS.
 
 Time is the loop's own (`asyncio.timeout`), so a loop with virtual time drives it, and nothing is
-left to chance: the same calls give the same order.
+left to chance: the same calls give the same order. Simulations give messages a time on their way.
 """
 
 import asyncio
 import itertools
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from shared.bus.base import (
@@ -35,27 +37,68 @@ _stream_numbers = itertools.count(1)
 """No two streams of this process are the same one."""
 
 
+Carriage = Callable[[str], Sequence[float]]
+"""subject -> the delays (seconds) after which copies of a message arrive there; none: it is lost."""
+Route = tuple["MemoryBus | None", str]
+"""Sender and subject."""
+Observer = Callable[[str, Message, float], None]
+"""Is told of each message that is sent: subject, message, now (the loop's seconds)."""
+
+
 class MemoryBroker:
     """What all services of one simulated world are connected to."""
 
-    def __init__(self, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        checks_sizes: bool = True,
+        latency_s: float = 0.0,
+        carriage: Carriage | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        """`checks_sizes`: whether messages that are too large raise, which costs packing each of them.
+        `carriage`: what happens to messages on their way; None: they take `latency_s`, all alike.
+        """
         self.max_message_bytes = max_message_bytes
+        self.checks_sizes = checks_sizes
         self.streams: dict[str, _Stream] = {}
         self._interests: dict[str, _Interest] = {}
         self._epochs: dict[str, int] = {}
+        self._latency_s = latency_s
+        self._carriage = carriage
+        self._observe = observe
+        self._transit = _Transit()
 
     def connect(self, *, traceparent: str = "") -> "MemoryBus":
         """A bus for one service; `traceparent` goes with every message published without one."""
         return MemoryBus(self, traceparent)
 
-    def route(self, subject: str, delivery: "_MemoryDelivery") -> bool:
-        """Put the message where it belongs; False when nobody listens."""
-        interest = self._interests.get(subject)
+    def route(self, delivery: "_MemoryDelivery") -> bool:
+        """Send the message to where it belongs; False when nobody listens."""
+        if self._observe is not None:
+            self._observe(delivery.subject, delivery.message, asyncio.get_running_loop().time())
+        interest = self._interests.get(delivery.subject)
         if interest is None:
             return False
         for inbox in interest.next_inboxes():
-            inbox.put(delivery)
+            self._carry(delivery.sender, delivery.subject, partial(inbox.put, delivery))
         return True
+
+    def answer(self, question: "_MemoryDelivery", answer: Message | RefusedError) -> None:
+        """Send the answer to where the question came from."""
+        if self._observe is not None and isinstance(answer, Message):
+            self._observe(f"{question.subject}.answer", answer, asyncio.get_running_loop().time())
+        self._carry(None, question.subject, partial(question.settle, answer))
+
+    def _carry(self, sender: "MemoryBus | None", subject: str, arrive: Callable[[], None]) -> None:
+        if self._carriage is not None:
+            for delay_s in self._carriage(subject):
+                self._transit.add_in_order((sender, subject), delay_s, arrive)
+        elif self._latency_s:
+            self._transit.add(asyncio.get_running_loop().time() + self._latency_s, arrive)
+        else:
+            arrive()
 
     def add(self, inbox: "_Inbox") -> None:
         self._interests.setdefault(inbox.subject, _Interest()).add(inbox)
@@ -77,15 +120,43 @@ class MemoryBroker:
         return self._epochs[name]
 
 
+class _Transit:
+    """Messages on their way."""
+
+    def __init__(self) -> None:
+        self._due: dict[float, list[Callable[[], None]]] = {}
+        """What arrives at each time, in order; the loop has one timer for each."""
+        self._last_s: defaultdict[Route, float] = defaultdict(float)
+        """When the newest message of each route arrives."""
+
+    def add(self, due_s: float, arrive: Callable[[], None]) -> None:
+        if due_s in self._due:
+            self._due[due_s].append(arrive)
+        else:
+            self._due[due_s] = [arrive]
+            asyncio.get_running_loop().call_at(due_s, self._arrive, due_s)
+
+    def add_in_order(self, route: Route, delay_s: float, arrive: Callable[[], None]) -> None:
+        """Not to arrive before what was sent before it on the same route."""
+        now_s = asyncio.get_running_loop().time()
+        self._last_s[route] = max(now_s + delay_s, self._last_s[route])
+        self.add(self._last_s[route], arrive)
+
+    def _arrive(self, due_s: float) -> None:
+        for arrive in self._due.pop(due_s):
+            arrive()
+
+
 class MemoryBus:
     """A `Bus` to a MemoryBroker. Make it with `MemoryBroker.connect`."""
 
     def __init__(self, broker: MemoryBroker, traceparent: str) -> None:
-        self._broker = broker
+        self.broker = broker
         self._traceparent = traceparent
         self._dispatcher = Dispatcher()
-        self._inboxes: set[_Inbox] = set()
+        self._inboxes: list[_Inbox] = []
         self._closed = False
+        self._is_cut = False
         self.max_message_bytes = broker.max_message_bytes
 
     @property
@@ -120,21 +191,28 @@ class MemoryBus:
         self, name: str, message: Message, traceparent: str, answer: "asyncio.Future[Message] | None"
     ) -> bool:
         self._check_open()
-        size_bytes = len(message.pack())
-        self.check_size(name, size_bytes)
-        delivery = _MemoryDelivery(self, message, size_bytes, traceparent or self._traceparent, answer)
-        return self._broker.route(name, delivery)
+        if self._is_cut:
+            return True
+        self.check_size_of(message, name)
+        return self.broker.route(
+            _MemoryDelivery(self, name, message, traceparent or self._traceparent, answer)
+        )
 
     def _receive(self, name: str, queue: str, receiver: Receiver) -> Subscription:
         self._check_open()
-        inbox = _Inbox(self._broker, name, queue, receiver)
-        self._broker.add(inbox)
-        self._inboxes.add(inbox)
+        inbox = _Inbox(self.broker, name, queue, receiver)
+        self.broker.add(inbox)
+        self._inboxes.append(inbox)
         return inbox
 
     def _check_open(self) -> None:
         if self._closed:
             raise BusError("the bus is closed")
+
+    def check_size_of(self, message: Message, name: str) -> None:
+        """Raises MessageTooLargeError."""
+        if self.broker.checks_sizes:
+            self.check_size(name, len(message.pack()))
 
     def check_size(self, name: str, size_bytes: int) -> None:
         """Raises MessageTooLargeError."""
@@ -142,9 +220,9 @@ class MemoryBus:
             raise MessageTooLargeError(f"{size_bytes} bytes for {name}, at most {self.max_message_bytes}")
 
     async def ensure_stream(self, spec: StreamSpec) -> StreamState:
-        if spec.name not in self._broker.streams:
-            self._broker.streams[spec.name] = _Stream(spec)
-        stream = self._broker.streams[spec.name]
+        if spec.name not in self.broker.streams:
+            self.broker.streams[spec.name] = _Stream(spec)
+        stream = self.broker.streams[spec.name]
         return StreamState(stream.identity, stream.last_sequence)
 
     async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
@@ -156,28 +234,34 @@ class MemoryBus:
         self._check_open()
         sent = ({TRACE_HEADER: self._traceparent} if self._traceparent else {}) | (headers or {})
         self.check_size(subject, stored_size_bytes(body, sent))
-        return self._broker.stream_of(subject).append(body, message_id, sent)
+        return self.broker.stream_of(subject).append(body, message_id, sent)
 
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         return _MemoryStreamReader(self._stream(stream), reader, after_sequence)
 
     def _stream(self, name: str) -> "_Stream":
-        if name not in self._broker.streams:
+        if name not in self.broker.streams:
             raise BusError(f"{name}: there is no such stream")
-        return self._broker.streams[name]
+        return self.broker.streams[name]
 
     async def next_epoch(self, name: str) -> int:
-        return self._broker.next_epoch(name)
+        return self.broker.next_epoch(name)
 
     async def wait_failed(self) -> None:
         await self._dispatcher.failure.wait()
+
+    def cut(self) -> None:
+        """The process has died: nothing more goes out or comes in, and nobody is told."""
+        self._is_cut = True
+        for inbox in self._inboxes:
+            inbox.end()
 
     async def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         for inbox in self._inboxes:
-            await inbox.unsubscribe()
+            inbox.end()
         await self._dispatcher.close()
 
 
@@ -186,31 +270,42 @@ def _read(message: Message, kind: type[M]) -> M:
     return message if type(message) is kind else kind.unpack(message.pack())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _MemoryDelivery:
     """A `Delivery` that holds the sender's frozen message."""
 
     sender: MemoryBus
+    subject: str
     message: Message
-    size_bytes: int
     traceparent: str
-    answer: "asyncio.Future[Message] | None"
+    asker: "asyncio.Future[Message] | None"
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.message.pack())
 
     def read(self, kind: type[M]) -> M:
         return _read(self.message, kind)
 
     async def reply(self, message: Message) -> None:
-        self.sender.check_size("a reply", len(message.pack()))
-        if self.answer is not None and not self.answer.done():
-            self.answer.set_result(message)
+        self.sender.check_size_of(message, "a reply")
+        self.sender.broker.answer(self, message)
 
     async def refuse(self, code: int, reason: str) -> None:
-        if self.answer is not None and not self.answer.done():
-            self.answer.set_exception(RefusedError(reason, code=code))
+        self.sender.broker.answer(self, RefusedError(reason, code=code))
+
+    def settle(self, answer: Message | RefusedError) -> None:
+        """The answer has arrived; the first one counts."""
+        if self.asker is None or self.asker.done():
+            return
+        if isinstance(answer, RefusedError):
+            self.asker.set_exception(answer)
+        else:
+            self.asker.set_result(answer)
 
 
 class _Inbox:
-    """A `Subscription`: messages wait here; a task runs only while there are any."""
+    """A `Subscription`: messages wait here for a task that hands them on, one by one."""
 
     def __init__(self, broker: MemoryBroker, subject: str, queue: str, receiver: Receiver) -> None:
         self.subject = subject
@@ -219,18 +314,34 @@ class _Inbox:
         self._receiver = receiver
         self._waiting: deque[_MemoryDelivery] = deque()
         self._task: asyncio.Task[None] | None = None
+        """Begins with the first message."""
+        self._idle: asyncio.Future[None] | None = None
+        """What the task waits for when there is no message."""
+        self._is_over = False
 
     def put(self, delivery: _MemoryDelivery) -> None:
+        if self._is_over:
+            return
         self._waiting.append(delivery)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
+        elif self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
 
     async def _run(self) -> None:
-        while self._waiting:
-            await self._receiver(self._waiting.popleft())
-        self._task = None
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._waiting:
+                await self._receiver(self._waiting.popleft())
+            self._idle = loop.create_future()
+            await self._idle
 
     async def unsubscribe(self) -> None:
+        self.end()
+
+    def end(self) -> None:
+        self._is_over = True
         self._broker.remove(self)
         self._waiting.clear()
         if self._task is not None:

@@ -34,6 +34,8 @@ class Heartbeat(Message):
     """Work items in the stage's local queue."""
     kv_blocks_used: int
     kv_blocks_total: int
+    kv_block_size: int = Field(default=1, ge=1)
+    """Tokens of a block."""
 
 
 class StageStopped(Message):
@@ -82,11 +84,25 @@ class NodeStatus(Message):
     stages: tuple[Heartbeat, ...]
 
 
+class ForecastError(Message):
+    """How far predictions were from what happened."""
+
+    mean: float = 0.0
+    """Mean absolute error relative to what happened (MAPE / 100)."""
+    count: int = 0
+
+
 class ClusterStatus(Message):
     """The scheduler's answer to `lemix status` and to the gateway's metrics."""
 
     policy: str
     nodes: tuple[NodeStatus, ...]
+    forward_error: ForecastError = ForecastError()
+    """Of the cost model, for each iteration and training forward on a stage."""
+    response_error: ForecastError = ForecastError()
+    """Of the forecast at placement, for each request from its arrival to its first token."""
+    slo_s: float = 0.0
+    """The scheduler's objective: from a request's arrival to its first token."""
 
 
 TaskKind = Literal["inference", "training"]

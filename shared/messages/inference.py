@@ -42,6 +42,12 @@ class Placed(Message):
     """The scheduler's answer: the node that the task went to."""
 
     node: int
+    offload: bool = False
+    """Training only: stages keep what they save for its backwards in host memory."""
+
+
+DEFERRED = "deferred"
+"""How the reason begins when a task is refused (503) only for now: whoever can wait asks again."""
 
 
 class CancelTask(Message):

@@ -13,7 +13,9 @@ class TrainingTask(Message):
 
     task_id: str
     microbatch_tokens: tuple[int, ...]
-    """Rows of each microbatch: what the forecast needs."""
+    """Rows of each microbatch."""
+    microbatch_lengths: tuple[tuple[PositiveInt, ...], ...] = ()
+    """Tokens of each example of each microbatch; empty: each microbatch is one example."""
 
 
 class Microbatch(Message):
@@ -34,6 +36,8 @@ class Microbatch(Message):
     loss_weight: float = Field(ge=0, allow_inf_nan=False)
     """1 / (labels in the whole batch): the loss is the batch's mean over labels."""
     learning_rate: float = Field(ge=0, allow_inf_nan=False)
+    offload: bool = False
+    """Keep what the forward saves for its backward in host memory, for want of room on the device."""
     traceparent: str = ""
 
     @model_validator(mode="after")
@@ -108,6 +112,8 @@ class TrainingFailed(Message):
     reason: str
     is_batch_at_fault: bool = True
     """False: memory or a carrier gave out, which says nothing about the batch."""
+    lacks_memory: bool = False
+    """It was memory that gave out."""
 
 
 class ShardSaved(Message):

@@ -317,7 +317,7 @@ async def test_malformed_messages_are_counted_and_nothing_else_breaks(bad: Messa
                 with pytest.raises(RefusedError) as refusal:
                     await node.bus.request(RequestSubject(name, type(bad), Done), bad, timeout_s=5.0)
                 assert refusal.value.code == 400
-        await node.bus.publish(Subject(subjects.HEARTBEAT.at().name, type(bad)), bad)
+        await node.bus.publish(Subject(subjects.NEIGHBOUR.at(node=0).name, type(bad)), bad)
         assert (await node.complete(PROMPT, max_tokens=4)).token_ids == expected.token_ids
         await step(node, "b0", random_batches(1, 2)[0])
         for stage, bus in node.workers.buses.items():

@@ -23,6 +23,7 @@ from shared.messages.training import TrainingTask
 from shared.subjects import ASSIGN, ENDED, FAILED, HEARTBEAT, PLACE, STATUS, STOPPED, SUBMIT
 from shared.telemetry import Telemetry
 from tests.support.cluster import heartbeat
+from tests.support.policies import LinearCosts
 
 TRACE = f"00-{'1' * 32}-{'2' * 16}-01"
 
@@ -91,7 +92,9 @@ async def running(telemetry: Telemetry, policy: str = "round_robin") -> AsyncIte
     world = World(bus=bus, clock=clock, ids=IdSource(random.Random(0)), telemetry=telemetry)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(Scheduler(world, policy_named(policy)).run()),
+            group.create_task(
+                Scheduler(world, policy_named(policy, lambda: 0.0), costs=LinearCosts(1)).run()
+            ),
             group.create_task(bus.wait_failed()),
         ]
         await until_it_listens(cluster)

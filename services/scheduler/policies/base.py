@@ -1,7 +1,10 @@
-"""What a placement policy is."""
+"""What a placement policy is, and what it may decide."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from services.scheduler.forecast import Forecast
 from services.scheduler.state import ClusterState
 from shared.messages.inference import InferenceTask
 from shared.messages.training import TrainingTask
@@ -9,11 +12,58 @@ from shared.messages.training import TrainingTask
 Task = InferenceTask | TrainingTask
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A task that wants a node now."""
+
+    task: Task
+    arrived_s: float
+    """When it first asked (scheduler's clock); a task that waits asks again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Run the task on this node."""
+
+    node: int
+    forecast: Forecast | None = None
+    """What the policy expects of it there; None when it does not forecast."""
+    offload: bool = False
+    """Training only: keep its saved activations in host memory, for want of room on the devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Ask again at `until_s`, or when the task's patience is over."""
+
+    until_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The task gets no node; `code` is an HTTP status."""
+
+    code: int
+    reason: str
+
+
+Decision = Place | Wait | Refuse
+
+
 class Policy(Protocol):
-    """Chooses a node. Pure: the same state and task give the same node, and nothing changes."""
+    """Decides where a task runs. Pure: it changes nothing but, for `random`, its own generator."""
 
     name: str
 
-    def choose(self, state: ClusterState, task: Task) -> int | None:
-        """The id of one of `state.ready_nodes`; None when there is none."""
-        ...
+    def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision: ...
+
+
+def ready_nodes(state: ClusterState, limit: int | None) -> Sequence[int]:
+    """The ready nodes, ascending; the first `limit` of them (the paper's "+" forms)."""
+    return state.ready_nodes if limit is None else state.ready_nodes[:limit]
+
+
+def no_node(state: ClusterState) -> Refuse:
+    """What every policy says when no node can take a task."""
+    return Refuse(503, f"no node is ready ({state.num_nodes} known)")

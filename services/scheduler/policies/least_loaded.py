@@ -1,6 +1,7 @@
 """Mix-LUF of the paper, with the tasks in flight as the load instead of device memory."""
 
-from services.scheduler.policies.base import Task
+from services.scheduler.policies.base import Arrival, Decision, Place, no_node, ready_nodes
+from services.scheduler.policies.options import Options
 from services.scheduler.state import ClusterState
 
 
@@ -9,5 +10,9 @@ class LeastLoaded:
 
     name = "least_loaded"
 
-    def choose(self, state: ClusterState, task: Task) -> int | None:
-        return min(state.ready_nodes, key=state.num_tasks, default=None)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
+        ready = ready_nodes(state, self._options.nodes)
+        return Place(min(ready, key=state.num_tasks)) if ready else no_node(state)

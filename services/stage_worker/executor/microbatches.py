@@ -1,5 +1,6 @@
 """Training on one stage: forwards that keep their graphs, backwards that use them up."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class MicrobatchRunner:
     def forward(self, microbatch: Microbatch, inputs: Tensor) -> tuple[int, Tensor]:
         """Forward on a stage that is not the last; returns the weights version and activations [T, H]."""
         inputs = self._as_leaf(inputs)
-        with self._weights.training_forward() as version:
+        with self._weights.training_forward() as version, self._saving(microbatch):
             outputs = self._run(microbatch, inputs, None)
         self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(inputs, outputs, version)
         return version.number, outputs.detach()
@@ -89,6 +90,12 @@ class MicrobatchRunner:
 
     def _as_leaf(self, inputs: Tensor) -> Tensor:
         return inputs.requires_grad_() if inputs.is_floating_point() else inputs
+
+    def _saving(self, microbatch: Microbatch) -> AbstractContextManager[object]:
+        """Where a forward keeps what its backward needs. The last stage goes backward at once: not asked."""
+        if not microbatch.offload:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
 
     def _run(self, microbatch: Microbatch, inputs: Tensor, logit_rows: Tensor | None) -> Tensor:
         positions = torch.cat([torch.arange(length, device=self._device) for length in microbatch.lengths])

@@ -52,6 +52,16 @@ def test_the_run_overrides_what_the_launcher_inherited_and_keeps_the_rest(tmp_pa
     assert specs["scheduler"].environment["LEMIX_POLICY"] == "least_loaded"
 
 
+def test_emulated_stages_and_the_scheduler_are_told_the_same_profile() -> None:
+    specs = specs_of(ClusterOptions(nodes=1, stages=4, emulate="llama2-7b@a100"))
+    assert specs["scheduler"].environment["LEMIX_PROFILE"] == "llama2-7b@a100"
+    assert specs["scheduler"].environment["LEMIX_NUM_STAGES"] == "4"
+    assert specs["node-0-stage-1"].environment["LEMIX_EMULATE"] == "llama2-7b@a100"
+    computing = specs_of(ClusterOptions(nodes=1, stages=2))
+    assert "LEMIX_PROFILE" not in computing["scheduler"].environment
+    assert "LEMIX_EMULATE" not in computing["node-0-stage-1"].environment
+
+
 def test_stage_workers_compute_on_one_thread_unless_told_otherwise() -> None:
     options = ClusterOptions(nodes=1, stages=1, model="some/model")
     assert specs_of(options)["node-0-stage-0"].environment["OMP_NUM_THREADS"] == "1"
@@ -70,6 +80,8 @@ def test_stage_workers_compute_on_one_thread_unless_told_otherwise() -> None:
         (ClusterOptions(port=70000), "port=70000"),
         (ClusterOptions(name="../other"), "name='../other'"),
         (ClusterOptions(name=""), "name=''"),
+        (ClusterOptions(emulate="llama2-7b"), "llama2-7b"),
+        (ClusterOptions(emulate="llama2-70b@a100", stages=4), "do not fit into 4 stages"),
     ],
 )
 def test_a_wrong_option_is_named(options: ClusterOptions, fault: str) -> None:

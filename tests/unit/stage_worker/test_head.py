@@ -207,7 +207,10 @@ class FakePipeline:
 
 def assert_every_block_has_one_owner(head: Head) -> None:
     owned = [block for one in head._running.values() for block in one.blocks]
-    assert sorted(owned + head.allocator._free) == list(range(head.allocator.num_blocks))
+    allocator = head.allocator
+    free = [*allocator._given_back, *range(allocator._num_used_ever, allocator.num_blocks)]
+    assert len(free) == allocator.num_free
+    assert sorted(owned + free) == list(range(allocator.num_blocks))
 
 
 def expected_answer(prompt_length: int, max_tokens: int) -> list[int]:

@@ -1,0 +1,43 @@
+"""One simulated run: from plain options to what happened and what it amounts to."""
+
+import random
+
+from lemix.simulation.cluster import SimulationOptions, simulated_cluster
+from lemix.simulation.drive import DriveOptions, drive
+from lemix.simulation.loop import run_virtual
+from lemix.simulation.metrics import RunMetrics, metrics_of
+from lemix.simulation.record import RunRecord
+from lemix.simulation.workload import Workload, WorkloadOptions, plan
+from services.trainer.settings import TrainerSettings
+from shared.profiles.profile import profile_named
+
+
+def simulate(options: SimulationOptions, workload: WorkloadOptions) -> tuple[RunRecord, RunMetrics]:
+    """Run a workload in virtual time; the same options give the same run.
+
+    Raises ConfigurationError naming the option that is wrong.
+    """
+    record = run_virtual(_drive(options, planned(workload, options.seed)))
+    return record, metrics_of(record, slo_s=slo_s(options))
+
+
+def planned(workload: WorkloadOptions, seed: int) -> Workload:
+    """The workload of a seed, whatever it runs on."""
+    return plan(workload, random.Random(f"workload {seed}"))
+
+
+def slo_s(options: SimulationOptions) -> float:
+    """The objective for the time to first token: of the profile alone, so the same for every policy."""
+    profile = profile_named(options.profile, options.stages)
+    return options.slo_factor * profile.model_forward_s(profile.reference_tokens)
+
+
+def drive_options(options: SimulationOptions) -> DriveOptions:
+    """How the driver follows what the trainer does."""
+    microbatches = TrainerSettings.given(**options.trainer_settings).microbatches
+    return DriveOptions(schedule=options.schedule, microbatches=microbatches)
+
+
+async def _drive(options: SimulationOptions, workload: Workload) -> RunRecord:
+    async with simulated_cluster(options) as world:
+        return await drive(world, workload, drive_options(options))

@@ -1,0 +1,66 @@
+"""The requests of a workload, sent at their times through a gateway of their own."""
+
+import asyncio
+from collections.abc import Sequence
+
+from lemix.simulation.record import RequestRecord
+from lemix.simulation.workload import PlannedRequest
+from services.gateway.service import Gateway, SequenceSpec, Session
+from shared.clock import Clock
+from shared.errors import LemixError
+from shared.messages.inference import Sampling
+
+TOKEN = 1
+"""What prompts and examples are made of: only their lengths matter."""
+
+
+async def send_requests(
+    gateway: Gateway, requests: Sequence[PlannedRequest], *, clock: Clock, began_s: float
+) -> tuple[RequestRecord, ...]:
+    """Send each at its time, whatever became of the earlier ones; returns when all have ended."""
+    ended: dict[int, RequestRecord] = {}
+
+    async def send(place: int, request: PlannedRequest) -> None:
+        ended[place] = await _send(gateway, request, clock, began_s)
+
+    async with asyncio.TaskGroup() as group:
+        for place, request in enumerate(requests):
+            await asyncio.sleep(began_s + request.at_s - clock.now_s())
+            group.create_task(send(place, request))
+    return tuple(ended[place] for place in range(len(requests)))
+
+
+async def _send(gateway: Gateway, request: PlannedRequest, clock: Clock, began_s: float) -> RequestRecord:
+    arrived_s = clock.now_s() - began_s
+    session = gateway.submit(_specs(request))
+    times_s: list[list[float]] = [[] for _ in request.lengths]
+    error = ""
+    try:
+        await _collect(session, times_s, began_s)
+    except LemixError as failure:
+        error = str(failure) or type(failure).__name__
+    finally:
+        session.close()
+    return RequestRecord(
+        arrived_s=arrived_s,
+        lengths=request.lengths,
+        ended_s=clock.now_s() - began_s,
+        nodes=session.nodes,
+        token_times_s=tuple(map(tuple, times_s)),
+        error=error,
+    )
+
+
+def _specs(request: PlannedRequest) -> list[SequenceSpec]:
+    sampling = Sampling(max_tokens=request.max_tokens, temperature=0)
+    return [SequenceSpec(prompt=(TOKEN,) * length, sampling=sampling) for length in request.lengths]
+
+
+async def _collect(session: Session, times_s: list[list[float]], began_s: float) -> None:
+    """Note when each token comes, until every sequence is finished. Raises what ends the session."""
+    num_running = len(times_s)
+    while num_running:
+        for arrival in await session.next():
+            if arrival.result.token is not None:
+                times_s[arrival.place].append(arrival.at_s - began_s)
+            num_running -= arrival.result.finish is not None

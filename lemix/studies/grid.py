@@ -1,0 +1,85 @@
+"""What a study is: the runs to make, and how to tell what came of them."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from lemix.simulation.cluster import SimulationOptions
+from lemix.simulation.workload import WorkloadOptions
+from lemix.studies.charts import Chart
+from lemix.studies.rows import POLICY, Label, Labels, Metrics, Row
+from lemix.studies.verdicts import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run."""
+
+    labels: Labels
+    """What tables call it; equal for the seeds of one setting."""
+    cluster: SimulationOptions
+    workload: WorkloadOptions
+    extra: Mapping[str, Label] = field(default_factory=dict)
+    """What else decides the result."""
+
+    @property
+    def policy(self) -> str:
+        return str(self.labels[POLICY])
+
+    def options(self) -> dict[str, Any]:
+        """All that decides the result, as JSON; two cells with equal options are one run."""
+        found: dict[str, Any] = to_jsonable_python(
+            {"cluster": self.cluster, "workload": self.workload, **self.extra}
+        )
+        return found
+
+    def key(self) -> str:
+        return json.dumps(self.options(), sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A table with a heading, in Markdown."""
+
+    title: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a study says."""
+
+    sections: Sequence[Section] = ()
+    verdicts: Sequence[Verdict] = ()
+    charts: Mapping[str, Chart] = field(default_factory=dict)
+    """By the end of the file's name."""
+
+
+RunCell = Callable[[Cell], Metrics]
+"""Makes one run, in a process of its own (so a function of a module)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """One study, quick or full."""
+
+    name: str
+    title: str
+    about: str
+    """What varies, what stays, and what the paper did; Markdown."""
+    cells: Sequence[Cell]
+    report: Callable[[Sequence[Row]], Report]
+    run: RunCell
+    timelines: Sequence[Cell] = ()
+    """Runs whose pipelines are drawn."""
+    max_workers: int | None = None
+    """Runs at the same time; None: as many as there are cores."""
+
+
+def grid(**axes: Iterable[Label]) -> list[dict[str, Label]]:
+    """Every combination, the last axis fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]

@@ -1,0 +1,40 @@
+"""Metrics as tables and figures show them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lemix.studies.verdicts import SLO, THROUGHPUT, TRAINING
+
+Format = Callable[[float], str]
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where a person would not write one."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:.0f}" if abs(value) >= 1_000 else f"{value:#.3g}".rstrip(".")
+    return f"{value:.2e}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A metric, and how a person reads it."""
+
+    metric: str
+    title: str
+    form: Format = number
+    scale: float = 1.0
+    """Of figures."""
+
+
+SLO_ATTAINMENT = Measure(SLO, "SLO attainment (%)", percent, 100)
+TASKS_PER_NODE_S = Measure(THROUGHPUT, "tasks per node-second")
+TRAINING_TOKENS = Measure(TRAINING, "training tokens/s")
+IDLE_SHARE = Measure("idle_share", "idle share (%)", percent, 100)
+TTFT = Measure("ttft_mean_s", "mean TTFT (s)")
+TBT = Measure("tbt_mean_s", "mean TBT (s)")
+RESPONSE = Measure("response_mean_s", "mean response (s)")
+NODES_USED = Measure("nodes_used", "nodes used")

@@ -1,0 +1,80 @@
+"""One run of a study, as numbers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+
+from lemix.simulation.cluster import devices_of
+from lemix.simulation.metrics import RunMetrics
+from lemix.simulation.run import planned, simulate, slo_s
+from lemix.simulation.workload import WorkloadOptions
+from lemix.studies import bounds
+from lemix.studies.bounds import Pipelines, Request
+from lemix.studies.grid import Cell
+from lemix.studies.rows import BOUND, Metrics
+from lemix.studies.verdicts import APPLIED, GOODPUT, IN_TIME, SLO, THROUGHPUT, TRAINING
+from services.stage_worker.settings import StageWorkerSettings
+
+
+def run_cell(cell: Cell) -> Metrics:
+    """Simulate it; the cells of the policy `bound` are what no policy can exceed."""
+    if cell.policy == BOUND:
+        return bound_metrics(cell)
+    _, metrics = simulate(cell.cluster, cell.workload)
+    return as_numbers(metrics, cell.workload)
+
+
+def as_numbers(metrics: RunMetrics, workload: WorkloadOptions) -> Metrics:
+    """Flat, with the applied batches as a share of all that were to come, not only of those that came."""
+    numbers = dict(_numbers(metrics))
+    share = numbers[APPLIED]
+    if share is not None:
+        numbers[APPLIED] = share * metrics.num_batches / workload.num_batches
+    return numbers
+
+
+def _numbers(metrics: RunMetrics) -> Iterator[tuple[str, float | None]]:
+    for each in fields(metrics):
+        value = getattr(metrics, each.name)
+        if isinstance(value, tuple):
+            yield from ((f"{each.name}_{index}", part) for index, part in enumerate(value))
+        else:
+            yield each.name, value
+
+
+def bound_metrics(cell: Cell) -> Metrics:
+    """Bounds under the names of the metrics they bound; times are bounded from below, all else from above."""
+    workload, limit_s = planned(cell.workload, cell.cluster.seed), slo_s(cell.cluster)
+    pipelines = Pipelines(
+        nodes=cell.cluster.nodes,
+        times=devices_of(cell.cluster).times,
+        hop_s=cell.cluster.hop_s,
+        max_iteration_tokens=_max_iteration_tokens(cell),
+    )
+    requests = [Request(each.at_s, each.lengths) for each in workload.requests]
+    batches = [each.lengths for each in workload.batches]
+    slo = bounds.slo_clairvoyant(pipelines, requests, limit_s)
+    return {
+        SLO: slo,
+        "slo_attainment_alone": bounds.slo_alone(pipelines, requests, limit_s),
+        GOODPUT: slo * len(requests) / requests[-1].at_s,
+        THROUGHPUT: bounds.tasks_per_node_s(pipelines, requests, batches),
+        f"{THROUGHPUT}{IN_TIME}": bounds.tasks_per_node_s_in_time(pipelines, requests, batches, limit_s),
+        TRAINING: bounds.training_tokens_per_s(pipelines, batches, _gate(cell, pipelines)),
+        "ttft_mean_s": sum(bounds.response_s(pipelines, each) for each in requests) / len(requests),
+        "tbt_mean_s": bounds.tbt_s(pipelines) if cell.workload.max_tokens[1] > 1 else None,
+        "slo_s": limit_s,
+    }
+
+
+def _gate(cell: Cell, pipelines: Pipelines) -> Callable[[Sequence[int]], float]:
+    """What the release of the next batch waits for."""
+    if cell.workload.release != "closed":
+        return lambda lengths: 0.0
+    is_synchronous = cell.cluster.schedule == "sync"
+    return partial(bounds.applying_s if is_synchronous else bounds.passing_s, pipelines)
+
+
+def _max_iteration_tokens(cell: Cell) -> int:
+    default = StageWorkerSettings.model_fields["max_iteration_tokens"].default
+    return int(cell.cluster.stage_settings.get("max_iteration_tokens", default))

@@ -1,0 +1,277 @@
+"""What a node will do with all work it knows of, if nothing more comes: list scheduling, op by op. Pure.
+
+Rules, as stage workers and trainer follow them: a stage does one op at a time, to its end; inference goes
+first, then backwards, then training forwards (discipline `slo_first`; its patience with training, half a
+second, is left out). A batch's step follows its last backward; one iteration that waits by then goes before
+it. At most one iteration and one microbatch per stage are in flight.
+
+Decoding sequences are no ops here, but for their iterations that are in flight already: they would be
+hundreds. They come in between: after each training op, a stage gives `decode_gap_s` to them.
+"""
+
+from heapq import heappop, heappush
+
+from services.scheduler.known_work import (
+    BACKWARD,
+    FORWARD,
+    ITERATION,
+    STEP,
+    Batch,
+    Iteration,
+    KnownWork,
+    Op,
+)
+from services.scheduler.prediction import Prediction
+
+_END, _WAKE = 8, 9
+"""At one instant arrivals come first, then ends: whoever is there may be chosen."""
+
+
+def predict(known: KnownWork, now_s: float) -> Prediction:
+    """The course of everything known from `now_s` on."""
+    return _Course(known, now_s).prediction()
+
+
+class _Course:
+    """A little discrete-event simulation: arrivals at stages, and ends of ops."""
+
+    def __init__(self, known: KnownWork, now_s: float) -> None:
+        stages = range(known.num_stages)
+        self._known = known
+        self._now_s = now_s
+        self._last = known.num_stages - 1
+        self._hop_s = known.hop_s
+        self._events: list[tuple[float, int, int, int, Op | None]] = []
+        """(time, rank, tie, stage, op)."""
+        self._tie = 0
+        self._queues: list[list[tuple[int, int, Op]]] = [[] for _ in stages]
+        self._is_busy = [False for _ in stages]
+        self._training_from_s = [now_s for _ in stages]
+        self._due_steps: list[Op | None] = [None for _ in stages]
+        """Steps that follow the backward that has just ended: one iteration that waits by then goes first."""
+        self._lets_pass = [False for _ in stages]
+        self._ops: list[list[Op]] = [[] for _ in stages]
+        self._starts_s: list[list[float]] = [[] for _ in stages]
+        self._ends_s: list[list[float]] = [[] for _ in stages]
+        self._inference_ends_s = [now_s for _ in stages]
+        self._first_tokens_s: dict[str, float] = {}
+        self._waiting: list[Iteration] = []
+        """Without a slot, in order."""
+        self._next_waiting = 0
+        self._last_waiting: Iteration | None = None
+        self._last_entry_s = now_s
+        self._last_starts_s: list[float] = []
+        self._slot_s = self._feed_s = float("inf")
+        self._unfed: list[tuple[int, Batch, int]] = []
+        """(place of the batch, batch, microbatch) that the trainer holds back, in order."""
+        self._next_unfed = 0
+        self._is_at_stage_0 = False
+        """A microbatch is fed, and not through stage 0's forward."""
+        self._num_in_flight = 0
+        """Microbatches fed, and not through stage 0's backward."""
+        self._backwards_left: dict[tuple[str, int], int] = {}
+        self._steps_left: dict[str, int] = {}
+        self._num_applied = 0
+        self._begin_running()
+        self._begin_iterations()
+        self._begin_training()
+
+    def prediction(self) -> Prediction:
+        events, is_busy = self._events, self._is_busy
+        while events:
+            at_s, rank, tie, stage, op = heappop(events)
+            if rank < _END:
+                assert op is not None
+                heappush(self._queues[stage], (rank, tie, op))
+            elif op is not None:
+                is_busy[stage] = False
+                self._follow(op, stage, at_s)
+            if not is_busy[stage]:
+                self._start_next(stage, at_s)
+        return Prediction(
+            at_s=self._now_s,
+            ops=self._ops,
+            starts_s=self._starts_s,
+            ends_s=self._ends_s,
+            inference_ends_s=self._inference_ends_s,
+            stage_ends_s=[ends[-1] if ends else self._now_s for ends in self._ends_s],
+            slot_s=self._slot_s,
+            feed_s=self._feed_s,
+            first_tokens_s=self._first_tokens_s,
+            last_entry_s=self._last_entry_s,
+            last_starts_s=self._last_starts_s,
+            known=self._known,
+        )
+
+    # The present
+
+    def _begin_running(self) -> None:
+        for stage, running in enumerate(self._known.running):
+            if running is not None:
+                end_s = max(self._now_s, running.start_s + running.op.duration_s)
+                self._record(stage, running.op, running.start_s, end_s)
+
+    def _begin_iterations(self) -> None:
+        known, now_s = self._known, self._now_s
+        running = {id(each.op.flow) for each in known.running if each is not None}
+        for iteration in known.in_flight:
+            if id(iteration) not in running:
+                self._iterate(iteration, iteration.stage, max(now_s, iteration.ready_s))
+        num_free = max(0, known.num_stages - len(known.in_flight))
+        for iteration in known.formed[:num_free]:
+            self._iterate(iteration, 0, max(now_s, iteration.ready_s))
+        self._waiting = known.formed[num_free:]
+        self._last_waiting = self._waiting[-1] if self._waiting else None
+        if len(known.formed) < num_free:
+            self._slot_s = now_s
+
+    def _begin_training(self) -> None:
+        for place, batch in enumerate(self._known.batches):
+            for index, num_passes in enumerate(batch.passes):
+                self._begin_microbatch(place, batch, index, num_passes)
+            self._begin_steps(batch)
+        self._feed(max(self._now_s, self._known.feed_s))
+
+    def _begin_microbatch(self, place: int, batch: Batch, index: int, num_passes: int) -> None:
+        ops = [each.op for each in self._known.running if each is not None and each.op.flow is batch]
+        is_running = any(op.kind != STEP and op.microbatch == index for op in ops)
+        if num_passes == 0 and not is_running:
+            self._unfed.append((place, batch, index))
+        elif num_passes < 2 * self._last + 1:
+            self._num_in_flight += 1
+            self._is_at_stage_0 |= num_passes == 0
+            if not is_running:
+                self._pass(batch, index, num_passes, max(self._now_s, batch.ready_s[index]))
+
+    def _begin_steps(self, batch: Batch) -> None:
+        self._steps_left[batch.batch_id] = self._known.num_stages - len(batch.stepped)
+        self._num_applied += self._steps_left[batch.batch_id] == 0
+        for stage, running in enumerate(self._known.running):
+            last_pass = 2 * self._last - stage
+            left = sum(num_passes <= last_pass for num_passes in batch.passes)
+            self._backwards_left[batch.batch_id, stage] = left
+            is_stepping = running is not None and running.op.flow is batch and running.op.kind == STEP
+            if left == 0 and stage not in batch.stepped and not is_stepping:
+                self._due_steps[stage] = Op(STEP, batch, 0, batch.step_s[stage])
+                self._wake(self._now_s, stage)
+
+    # The future
+
+    def _arrive(self, at_s: float, stage: int, op: Op) -> None:
+        self._tie += 1
+        heappush(self._events, (at_s, op.kind, self._tie, stage, op))
+
+    def _wake(self, at_s: float, stage: int) -> None:
+        self._tie += 1
+        heappush(self._events, (at_s, _WAKE, self._tie, stage, None))
+
+    def _start_next(self, stage: int, at_s: float) -> None:
+        queue, due = self._queues[stage], self._due_steps[stage]
+        if due is not None:
+            if self._lets_pass[stage] and queue and queue[0][0] == ITERATION:
+                self._lets_pass[stage] = False
+            else:
+                self._due_steps[stage] = None
+                self._record(stage, due, at_s, at_s + due.duration_s)
+                return
+        if not queue:
+            return
+        kind, _, op = queue[0]
+        if kind != ITERATION and at_s < self._training_from_s[stage]:
+            self._wake(self._training_from_s[stage], stage)
+            return
+        heappop(queue)
+        self._record(stage, op, at_s, at_s + op.duration_s)
+
+    def _record(self, stage: int, op: Op, start_s: float, end_s: float) -> None:
+        self._ops[stage].append(op)
+        self._starts_s[stage].append(start_s)
+        self._ends_s[stage].append(end_s)
+        if op.flow is self._last_waiting is not None:
+            self._last_starts_s.append(start_s)
+        self._is_busy[stage] = True
+        self._tie += 1
+        heappush(self._events, (end_s, _END, self._tie, stage, op))
+
+    def _follow(self, op: Op, stage: int, at_s: float) -> None:
+        flow = op.flow
+        if isinstance(flow, Iteration):
+            self._inference_ends_s[stage] = at_s
+            if stage < self._last:
+                self._iterate(flow, stage + 1, at_s + self._hop_s)
+            else:
+                self._free_slot(flow, at_s)
+            return
+        if flow is None:
+            return
+        gaps_s = self._known.decode_gap_s
+        if gaps_s and at_s < self._known.decode_until_s:
+            self._training_from_s[stage] = at_s + gaps_s[stage]
+        if op.kind == STEP:
+            self._stepped(flow, at_s)
+        else:
+            self._passed(flow, op, stage, at_s)
+
+    def _iterate(self, iteration: Iteration, stage: int, at_s: float) -> None:
+        self._arrive(at_s, stage, Op(ITERATION, iteration, 0, iteration.durations_s[stage]))
+
+    def _free_slot(self, done: Iteration, at_s: float) -> None:
+        for task_id in done.completes:
+            self._first_tokens_s[task_id] = at_s
+        free_s = at_s + (self._hop_s if self._last else 0.0)
+        if self._next_waiting < len(self._waiting):
+            self._iterate(self._waiting[self._next_waiting], 0, free_s)
+            self._next_waiting += 1
+            self._last_entry_s = free_s
+        else:
+            self._slot_s = min(self._slot_s, free_s)
+
+    def _pass(self, batch: Batch, index: int, num_passes: int, at_s: float) -> None:
+        """Bring a microbatch to where its next pass runs."""
+        last = self._last
+        if num_passes <= last:
+            self._arrive(at_s, num_passes, Op(FORWARD, batch, index, batch.forward_s[index][num_passes]))
+        else:
+            stage = 2 * last - num_passes
+            self._arrive(at_s, stage, Op(BACKWARD, batch, index, batch.backward_s[index][stage]))
+
+    def _passed(self, batch: Batch, op: Op, stage: int, at_s: float) -> None:
+        last = self._last
+        is_backward = op.kind == BACKWARD
+        num_passes = 2 * last + 1 - stage if is_backward else stage + 1
+        if num_passes < 2 * last + 1:
+            self._pass(batch, op.microbatch, num_passes, at_s + self._hop_s)
+        else:
+            self._num_in_flight -= 1
+        if is_backward or stage == last:
+            place = (batch.batch_id, stage)
+            self._backwards_left[place] -= 1
+            if self._backwards_left[place] == 0:
+                self._due_steps[stage] = Op(STEP, batch, 0, batch.step_s[stage])
+                self._lets_pass[stage] = True
+        if stage == 0:
+            if not is_backward:
+                self._is_at_stage_0 = False
+            self._feed(at_s + 2 * self._hop_s)
+
+    def _stepped(self, batch: Batch, at_s: float) -> None:
+        self._steps_left[batch.batch_id] -= 1
+        if self._steps_left[batch.batch_id] == 0:
+            self._num_applied += 1
+            self._feed(at_s + 2 * self._hop_s)
+
+    def _feed(self, at_s: float) -> None:
+        """The next microbatch enters, if it may. `at_s`: the trainer has heard, and its message is here."""
+        known = self._known
+        if self._is_at_stage_0 or self._num_in_flight >= known.num_stages:
+            return
+        if self._next_unfed == len(self._unfed):
+            if not (known.is_synchronous and self._num_applied < len(known.batches)):
+                self._feed_s = min(self._feed_s, at_s)
+            return
+        place, batch, index = self._unfed[self._next_unfed]
+        if known.is_synchronous and place > self._num_applied:
+            return
+        self._next_unfed += 1
+        self._is_at_stage_0, self._num_in_flight = True, self._num_in_flight + 1
+        self._pass(batch, index, 0, at_s)

@@ -1,0 +1,209 @@
+"""When a task would run on each stage of a node, given all that is placed there. Pure; changes nothing.
+
+A decision looks at many nodes. What is the same for all of them, the task's course on a node with nothing
+else to do, is made once (`inference_alone`, `training_alone`) by the same simulation that predicts nodes;
+for each node it is then pushed back, stage after stage, by what is in its way there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from services.scheduler.costs import Costs
+from services.scheduler.course import predict
+from services.scheduler.known_work import (
+    BACKWARD,
+    MAX_ITERATION_TOKENS,
+    STEP,
+    Iteration,
+    KnownWork,
+    batch_of,
+    durations_of,
+)
+from services.scheduler.prediction import Prediction
+from shared.profiles.times import Work, work_of_rows
+
+BACKWARD_SHARE = 2 / 3
+"""Of the last stage's op, which does a microbatch's forward and backward: a backward costs two forwards."""
+
+
+class Interval(NamedTuple):
+    """A time on one stage (scheduler's clock)."""
+
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The predicted course of one task over the stages of a node.
+
+    A training batch of several microbatches: from the first one's start to the last one's end.
+    """
+
+    forward: tuple[Interval, ...]
+    """By stage."""
+    backward: tuple[Interval, ...] = ()
+    """By stage; training only."""
+    idle_s: float = 0.0
+    """Device time, summed over stages, that stays unused in front of the task because of its dependencies."""
+
+    @property
+    def end_s(self) -> float:
+        """When the last stage's forward ends: the first token."""
+        return self.forward[-1].end_s
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A task that comes at time 0 to a node with nothing else to do."""
+
+    costs: Costs
+    work: Work
+    """All of its rows."""
+    forward: tuple[Interval, ...]
+    backward: tuple[Interval, ...] = ()
+    idle_s: float = 0.0
+
+    def durations_with(self, others: Work) -> list[float]:
+        """Of an iteration with other rows too, by stage: they cost all stages what they cost the first."""
+        durations_s = [end_s - start_s for start_s, end_s in self.forward]
+        if others.num_tokens == 0:
+            return durations_s
+        ratio = self.costs.iteration_s(0, self.work + others) / durations_s[0]
+        return [ratio * duration_s for duration_s in durations_s]
+
+    def at(self, now_s: float) -> Forecast:
+        """Its forecast on such a node."""
+        return Forecast(_shifted(self.forward, now_s), _shifted(self.backward, now_s), self.idle_s)
+
+
+def inference_alone(costs: Costs, num_prompt_tokens: int) -> Alone:
+    """A prompt goes in as few iterations as hold it; the scheduler's message takes a hop."""
+    num_stages = _num_stages(costs)
+    pieces = [
+        work_of_rows(start, min(MAX_ITERATION_TOKENS, num_prompt_tokens - start))
+        for start in range(0, num_prompt_tokens, MAX_ITERATION_TOKENS)
+    ]
+    known = KnownWork(
+        num_stages=num_stages,
+        hop_s=costs.hop_s,
+        running=[None] * num_stages,
+        formed=[
+            Iteration(work, durations_of(work, costs, num_stages), ready_s=costs.hop_s) for work in pieces
+        ],
+    )
+    course = predict(known, 0.0)
+    forward = tuple(map(_span, course.starts_s, course.ends_s))
+    return Alone(costs, work_of_rows(0, num_prompt_tokens), forward, (), _idle_of(forward))
+
+
+def training_alone(costs: Costs, microbatches: Sequence[Work]) -> Alone:
+    """The scheduler's answer to the trainer and its microbatch to stage 0 take a hop each."""
+    num_stages = _num_stages(costs)
+    known = KnownWork(
+        num_stages=num_stages,
+        hop_s=costs.hop_s,
+        running=[None] * num_stages,
+        batches=[batch_of("", microbatches, costs, num_stages)],
+        feed_s=2 * costs.hop_s,
+    )
+    course = predict(known, 0.0)
+    forward, backward = [], []
+    for ops, starts_s, ends_s in zip(course.ops, course.starts_s, course.ends_s, strict=True):
+        spans = list(zip(ops, starts_s, ends_s, strict=True))
+        forwards = [(start_s, end_s) for op, start_s, end_s in spans if op.kind not in (BACKWARD, STEP)]
+        backwards = [(start_s, end_s) for op, start_s, end_s in spans if op.kind == BACKWARD]
+        if not backwards:
+            turns_s = [end_s - BACKWARD_SHARE * (end_s - start_s) for start_s, end_s in forwards]
+            backwards = [(turn_s, end_s) for turn_s, (_, end_s) in zip(turns_s, forwards, strict=True)]
+            forwards = [(start_s, turn_s) for turn_s, (start_s, _) in zip(turns_s, forwards, strict=True)]
+        forward.append(Interval(forwards[0][0], forwards[-1][1]))
+        backward.append(Interval(backwards[0][0], backwards[-1][1]))
+    work = sum(microbatches[1:], microbatches[0])
+    return Alone(costs, work, tuple(forward), tuple(backward), _idle_of(forward))
+
+
+def forecast_inference(prediction: Prediction, alone: Alone, now_s: float) -> Forecast:
+    """An iteration waits for the op in progress where it comes, and for inference ahead of it.
+
+    It does not wait for training that waits itself (`slo_first`).
+    """
+    if prediction.is_idle:
+        return alone.at(now_s)
+    if prediction.slot_s > now_s + alone.costs.hop_s:
+        return _forecast_without_slot(prediction, alone, now_s)
+    forward = []
+    start_s = delay_s = now_s
+    idle_s = 0.0
+    for stage, (alone_start_s, alone_end_s) in enumerate(alone.forward):
+        start_s = prediction.turn_of_iteration(stage, alone_start_s + delay_s, start_s)
+        delay_s = start_s - alone_start_s
+        forward.append(Interval(start_s, alone_end_s + delay_s))
+        idle_s += max(0.0, start_s - max(prediction.stage_ends_s[stage], now_s))
+    return Forecast(tuple(forward), (), idle_s)
+
+
+def _forecast_without_slot(prediction: Prediction, alone: Alone, now_s: float) -> Forecast:
+    """One iteration per stage is on its way: the next one takes all that wait, and its share of decodes."""
+    hop_s, known = alone.costs.hop_s, prediction.known
+    joined = known.formed[-1] if prediction.last_entry_s > now_s + hop_s else None
+    if joined is not None and joined.work.num_tokens + alone.work.num_tokens > MAX_ITERATION_TOKENS:
+        joined = None
+    durations_s = alone.durations_with(known.joins if joined is None else joined.work)
+    start_s = at_s = max(now_s + hop_s, prediction.slot_s if joined is None else now_s)
+    forward, idle_s = [], 0.0
+    for stage, duration_s in enumerate(durations_s):
+        if joined is not None:
+            start_s = max(at_s, prediction.last_starts_s[stage])
+        else:
+            start_s = prediction.turn_of_iteration(stage, at_s, start_s)
+        at_s = start_s + duration_s + hop_s
+        forward.append(Interval(start_s, start_s + duration_s))
+        idle_s += max(0.0, start_s - max(prediction.stage_ends_s[stage], now_s))
+    return Forecast(tuple(forward), (), idle_s)
+
+
+def forecast_training(prediction: Prediction, alone: Alone, now_s: float) -> Forecast:
+    """A training op runs when its stage has nothing else to do, after what the trainer feeds before it."""
+    if prediction.is_idle and prediction.feed_s <= now_s:
+        return alone.at(now_s)
+    last = len(alone.forward) - 1
+    delay_s, idle_s = max(now_s, prediction.feed_s - alone.forward[0].start_s), 0.0
+    forward, backward = [], []
+    for stage, (alone_start_s, alone_end_s) in enumerate(alone.forward):
+        start_s = _after_decodes(prediction, stage, prediction.first_idle(stage, alone_start_s + delay_s))
+        delay_s = start_s - alone_start_s
+        forward.append(Interval(start_s, alone_end_s + delay_s))
+        idle_s += max(0.0, start_s - max(prediction.stage_ends_s[stage], now_s))
+    for stage in range(last, -1, -1):
+        alone_start_s, alone_end_s = alone.backward[stage]
+        if stage < last:
+            start_s = _after_decodes(prediction, stage, prediction.first_idle(stage, alone_start_s + delay_s))
+            delay_s = start_s - alone_start_s
+        backward.append(Interval(alone_start_s + delay_s, alone_end_s + delay_s))
+    return Forecast(tuple(forward), tuple(reversed(backward)), idle_s)
+
+
+def _after_decodes(prediction: Prediction, stage: int, at_s: float) -> float:
+    known = prediction.known
+    if known.decode_gap_s and at_s < known.decode_until_s:
+        return at_s + known.decode_gap_s[stage]
+    return at_s
+
+
+def _num_stages(costs: Costs) -> int:
+    assert costs.num_stages is not None, "nodes are known before tasks are placed on them"
+    return costs.num_stages
+
+
+def _idle_of(forward: Sequence[Interval]) -> float:
+    return sum(interval.start_s for interval in forward)
+
+
+def _span(starts_s: Sequence[float], ends_s: Sequence[float]) -> Interval:
+    return Interval(starts_s[0], ends_s[-1])
+
+
+def _shifted(intervals: tuple[Interval, ...], by_s: float) -> tuple[Interval, ...]:
+    return tuple([Interval(start_s + by_s, end_s + by_s) for start_s, end_s in intervals])

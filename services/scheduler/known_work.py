@@ -1,0 +1,112 @@
+"""What a node has before it, as far as the scheduler knows: the words that predictions are made of. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from services.scheduler.costs import Costs
+from shared.profiles.times import NO_WORK, Work
+
+MAX_ITERATION_TOKENS = 512
+"""Rows that stage workers put into one iteration (their LEMIX_MAX_ITERATION_TOKENS, unless set)."""
+
+ITERATION, STEP, BACKWARD, FORWARD = range(4)
+"""In the order in which a stage prefers them."""
+
+
+@dataclass(slots=True, eq=False)
+class Iteration:
+    """Rows on their way through the stages, or about to be."""
+
+    work: Work
+    durations_s: Sequence[float]
+    """By stage."""
+    completes: tuple[str, ...] = ()
+    """Tasks whose prompt it completes."""
+    num_decodes: int = 0
+    """Decoding sequences in it."""
+    stage: int = 0
+    """Where it runs or waits."""
+    ready_s: float = 0.0
+    """When it is there."""
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """A training batch. A microbatch passes S times forward, then S - 1 times backward: the last stage does
+    both in one.
+    """
+
+    batch_id: str
+    forward_s: Sequence[Sequence[float]]
+    """By microbatch and stage; on the last stage with its backward."""
+    backward_s: Sequence[Sequence[float]]
+    step_s: Sequence[float]
+    """By stage."""
+    passes: list[int]
+    """How many each microbatch has behind it."""
+    ready_s: list[float]
+    """When each microbatch is where its next pass runs."""
+    stepped: set[int] = field(default_factory=set)
+    """Stages that have stepped."""
+
+
+def durations_of(work: Work, costs: Costs, num_stages: int) -> list[float]:
+    """Of an iteration, by stage."""
+    return [costs.iteration_s(stage, work) for stage in range(num_stages)]
+
+
+def batch_of(batch_id: str, microbatches: Sequence[Work], costs: Costs, num_stages: int) -> Batch:
+    """A batch of which nothing has run yet."""
+    stages = range(num_stages)
+    return Batch(
+        batch_id,
+        [[costs.forward_s(stage, work) for stage in stages] for work in microbatches],
+        [[costs.backward_s(stage, work) for stage in stages] for work in microbatches],
+        [costs.step_s(stage) for stage in stages],
+        passes=[0] * len(microbatches),
+        ready_s=[0.0] * len(microbatches),
+    )
+
+
+class Op(NamedTuple):
+    """What a stage does without interruption."""
+
+    kind: int
+    flow: Iteration | Batch | None
+    """What it is a part of; None: of nothing that lives."""
+    microbatch: int
+    """Its place in the batch; 0 otherwise."""
+    duration_s: float
+
+
+class Running(NamedTuple):
+    """What a stage does now."""
+
+    op: Op
+    start_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class KnownWork:
+    """All that a node has before it."""
+
+    num_stages: int
+    hop_s: float
+    running: list[Running | None]
+    """By stage."""
+    in_flight: list[Iteration] = field(default_factory=list)
+    """Begun, and not done by the last stage; in order."""
+    formed: list[Iteration] = field(default_factory=list)
+    """Not begun, in order: each enters when fewer than one per stage are in flight."""
+    batches: list[Batch] = field(default_factory=list)
+    """In the order of their placement."""
+    feed_s: float = 0.0
+    """When the next microbatch can be at stage 0 at the earliest."""
+    is_synchronous: bool = False
+    """Whether a batch enters only when the one before it is applied."""
+    decode_gap_s: Sequence[float] = ()
+    """By stage: what decoding sequences take between two training ops; empty: none decode."""
+    decode_until_s: float = 0.0
+    joins: Work = NO_WORK
+    """What a newcomer's iteration carries besides, when it has to wait for a slot: its share of decodes."""

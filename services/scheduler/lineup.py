@@ -1,0 +1,249 @@
+"""The iterations of a node: those on their way, and those that stage 0 will form from what waits. Pure.
+
+Stage 0 forms an iteration as soon as it has something to put in and fewer than one per stage are on their
+way. It tells only of what it runs; what lies in its queue is followed here by its own rules.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from services.scheduler.costs import Costs
+from services.scheduler.known_work import MAX_ITERATION_TOKENS, Iteration, durations_of
+from services.scheduler.now_running import NowRunning
+from services.scheduler.tasks import Assigned, work_of_op
+from shared.messages.events import StageOp
+from shared.profiles.times import NO_WORK, Work, work_of_rows
+
+
+class _Part(NamedTuple):
+    """Rows of one prompt in an iteration."""
+
+    task: Assigned
+    start: int
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.num_tokens == self.task.shape.prompt_tokens
+
+
+@dataclass(slots=True, eq=False)
+class _Formed:
+    """An iteration that stage 0 has not begun."""
+
+    iteration: Iteration
+    parts: list[_Part]
+    carried: Work
+    """Its share of decodes."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.carried.num_tokens + sum(part.num_tokens for part in self.parts)
+
+
+class Lineup:
+    """Iterations of one node, from the placement of a request to its last token."""
+
+    def __init__(self, num_stages: int, costs: Costs, running: NowRunning) -> None:
+        self.decoding: dict[str, Assigned] = {}
+        """Requests whose first token is out and not their last; longest unserved first."""
+        self._num_stages = num_stages
+        self._costs = costs
+        self._running = running
+        self._num_requests = 0
+        self._in_flight: dict[int, Iteration] = {}
+        """By number: seen on a stage, and not done by the last."""
+        self._formed: list[_Formed] = []
+        """What stage 0 has or will have in its queue, in order."""
+        self._last_done = -1
+        """The newest iteration that the last stage has done."""
+
+    @property
+    def in_flight(self) -> list[Iteration]:
+        """Begun, and not done by the last stage; in order."""
+        return list(self._in_flight.values())
+
+    @property
+    def formed(self) -> list[Iteration]:
+        """Not begun, in order."""
+        return [formed.iteration for formed in self._formed]
+
+    def add(self, task: Assigned, ready_s: float) -> None:
+        """A prompt comes to stage 0: into iterations of its own while there are slots for them."""
+        self._num_requests += 1
+        start = 0
+        while start < task.shape.prompt_tokens:
+            formed = self._with_room(ready_s)
+            num_tokens = min(task.shape.prompt_tokens - start, MAX_ITERATION_TOKENS - formed.num_tokens)
+            formed.parts.append(_Part(task, start, num_tokens))
+            self._measure(formed)
+            start += num_tokens
+
+    def remove(self, task_id: str) -> None:
+        """A request is over. Without any, what is still in flight was lost, or is nobody's."""
+        self._num_requests -= 1
+        self.decoding.pop(task_id, None)
+        self._take_out((task_id,))
+        self._drop_decodes()
+        if not self._num_requests:
+            for iteration in self._in_flight.values():
+                self._running.orphan(iteration)
+            self._in_flight.clear()
+
+    def clear(self) -> None:
+        """The node begins anew, and with it the numbers of its iterations."""
+        self._in_flight.clear()
+        self._formed.clear()
+        self._last_done = -1
+
+    def comes(self, stage: int, op: StageOp) -> Iteration | None:
+        """The iteration that has come to the stage; None when it is past it already, or nobody's."""
+        for number in [number for number in self._in_flight if number < op.index]:
+            if self._in_flight[number].stage <= stage:
+                self._running.orphan(self._in_flight.pop(number))  # none overtakes another: it was lost
+        iteration = self._in_flight.get(op.index)
+        if iteration is None:
+            if op.index <= self._last_done or not self._num_requests:
+                return None
+            iteration = self._in_flight[op.index] = self._begun(op)
+        if iteration.stage < stage:
+            self._running.passed(iteration)
+            iteration.stage = stage
+        return iteration if iteration.stage == stage else None
+
+    def leaves(self, op: StageOp, tasks: list[Assigned], end_s: float) -> list[Assigned]:
+        """The last stage has done an iteration; returns those of the `tasks` whose first token is now out."""
+        self._in_flight.pop(op.index, None)
+        self._last_done = max(self._last_done, op.index)
+        self._take_turns(op.num_sequences - len(op.task_ids))
+        through = [task for task in tasks if task.first_token_s is None]
+        for task in through:
+            task.first_token_s, task.num_generated = end_s, 1
+            if task.shape.max_tokens > 1:
+                self.decoding[task.task_id] = task
+        self._give_slot(end_s + self._costs.hop_s)
+        return through
+
+    def decode_share(self) -> Work:
+        """Decoding sequences that one iteration takes."""
+        return self._decodes(self._num_per_iteration)
+
+    # Slots
+
+    def _num_slots(self, at_s: float) -> int:
+        """How many of the formed iterations may enter by then."""
+        is_one_leaving = self._running.leaves_by(at_s - self._costs.hop_s)
+        return max(0, self._num_stages - len(self._in_flight) + is_one_leaving)
+
+    def _with_room(self, ready_s: float) -> _Formed:
+        """Where a prompt's next rows go."""
+        num_slots, formed = self._num_slots(ready_s), self._formed
+        if formed and len(formed) > num_slots and formed[-1].num_tokens < MAX_ITERATION_TOKENS:
+            return formed[-1]
+        carried = self.decode_share() if len(formed) >= num_slots else NO_WORK
+        formed.append(_Formed(Iteration(NO_WORK, (), ready_s=ready_s), [], carried))
+        return formed[-1]
+
+    def _give_slot(self, ready_s: float) -> None:
+        """The next iteration that waits for a slot has one, with the decodes that are due; or they alone."""
+        place = min(self._num_slots(ready_s) - 1, len(self._formed))
+        if place < 0:
+            return
+        carried = self._due_decodes()
+        if place < len(self._formed):
+            self._formed[place].carried = carried
+            self._measure(self._formed[place])
+        elif carried.num_tokens:
+            self._formed.append(_Formed(Iteration(NO_WORK, (), ready_s=ready_s), [], carried))
+            self._measure(self._formed[place])
+
+    def _begun(self, op: StageOp) -> Iteration:
+        """Stage 0 has begun an iteration: what is in it waits no more."""
+        num_rows = self._take_out(op.task_ids)
+        if not op.task_ids and op.num_tokens == op.num_sequences:
+            self._take_out_decodes()
+        num_others = op.num_sequences - len(op.task_ids)
+        if op.num_tokens - num_rows > num_others:  # more than a row for each: a piece of a longer prompt
+            self._take_out_piece(op.num_tokens - num_rows - num_others + 1)
+            num_others -= 1
+        work = work_of_op(op)
+        return Iteration(work, durations_of(work, self._costs, self._num_stages), op.task_ids, num_others)
+
+    def _take_out(self, task_ids: tuple[str, ...]) -> int:
+        """These tasks wait in no iteration any more; returns how many rows they had there."""
+        before = sum(formed.num_tokens for formed in self._formed)
+        for formed in list(self._formed) if task_ids else ():
+            kept = [part for part in formed.parts if part.task.task_id not in task_ids]
+            if len(kept) < len(formed.parts):
+                self._keep(formed, kept)
+        return before - sum(formed.num_tokens for formed in self._formed)
+
+    def _take_out_decodes(self) -> None:
+        """An iteration of decodes alone waits no more."""
+        alone = next((formed for formed in self._formed if not formed.parts), None)
+        if alone is not None:
+            self._formed.remove(alone)
+
+    def _take_out_piece(self, num_tokens: int) -> None:
+        """The first prompt in line has gone on by so many rows."""
+        formed = next((formed for formed in self._formed if formed.parts), None)
+        if formed is not None:
+            (task, start, num_rows), *others = formed.parts
+            rest = _Part(task, start + num_tokens, num_rows - num_tokens)
+            self._keep(formed, [rest, *others] if rest.num_tokens > 0 else others)
+
+    def _keep(self, formed: _Formed, parts: list[_Part]) -> None:
+        formed.parts = parts
+        if parts:
+            self._measure(formed)
+        else:
+            self._formed.remove(formed)
+
+    def _measure(self, formed: _Formed) -> None:
+        iteration = formed.iteration
+        works = (work_of_rows(part.start, part.num_tokens) for part in formed.parts)
+        iteration.work = sum(works, formed.carried)
+        iteration.durations_s = durations_of(iteration.work, self._costs, self._num_stages)
+        iteration.num_decodes = formed.carried.num_sequences
+        iteration.completes = tuple(part.task.task_id for part in formed.parts if part.is_last)
+
+    # Decodes
+
+    @property
+    def _num_per_iteration(self) -> int:
+        return -(-len(self.decoding) // self._num_stages)
+
+    def _due_decodes(self) -> Work:
+        """What the next iteration takes of the decoding sequences: its share of those that are in none."""
+        num_busy = sum(each.num_decodes for each in self._in_flight.values())
+        num_busy += sum(formed.carried.num_sequences for formed in self._formed)
+        return self._decodes(min(self._num_per_iteration, len(self.decoding) - num_busy))
+
+    def _decodes(self, count: int) -> Work:
+        """So many decoding sequences of mean length."""
+        if count <= 0:
+            return NO_WORK
+        num_rows = sum(task.shape.prompt_tokens + task.num_generated for task in self.decoding.values())
+        return Work(count, count * num_rows // len(self.decoding), count)
+
+    def _take_turns(self, count: int) -> None:
+        """So many decoding sequences, the longest unserved ones, have one more token."""
+        for task_id in list(islice(self.decoding, count)):
+            task = self.decoding.pop(task_id)
+            task.num_generated += 1
+            self.decoding[task_id] = task
+
+    def _drop_decodes(self) -> None:
+        """Fewer sequences decode than the iterations that were to come had counted on."""
+        left = len(self.decoding) - sum(each.num_decodes for each in self._in_flight.values())
+        for formed in list(self._formed):
+            count = max(0, min(left, formed.carried.num_sequences))
+            left -= count
+            if count == formed.carried.num_sequences:
+                continue
+            formed.carried = self._decodes(count)
+            if formed.parts or count:
+                self._measure(formed)
+            else:
+                self._formed.remove(formed)

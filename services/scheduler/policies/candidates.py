@@ -1,0 +1,49 @@
+"""The nodes worth a forecast: a few of any number, found by what is cheap to know."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
+
+from services.scheduler.state import ClusterState
+from services.scheduler.timeline import NodeTimeline
+
+MAX_BUSY = 8
+"""Busy nodes looked at: those with the fewest tasks."""
+MAX_IDLE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that may get the task."""
+
+    node: int
+    timeline: NodeTimeline
+    is_active: bool
+    """It works, or did a moment ago."""
+    idle_s: float
+    """Since it last had work; 0 while it has, infinite if it never had."""
+
+
+def shortlist(state: ClusterState, nodes: Sequence[int], *, now_s: float, linger_s: float) -> list[Candidate]:
+    """The least loaded busy nodes, and the idle nodes that worked last; ascending, at least one.
+
+    Idle nodes differ in nothing else, so two stand for all: one for the task, one for what comes after it.
+    Where all are idle, the one that worked last goes on; else it stays active for `linger_s`.
+    """
+    busy = [node for node in nodes if state.num_tasks(node)]
+    found = [
+        Candidate(node, state.timeline(node), True, 0.0)
+        for node in nsmallest(MAX_BUSY, busy, key=state.num_tasks)
+    ]
+    if len(busy) < len(nodes):
+        idle_s = {node: _idle_s(state.timeline(node), now_s) for node in nodes if not state.num_tasks(node)}
+        newest = nsmallest(MAX_IDLE, idle_s, key=idle_s.__getitem__)
+        active_s = linger_s if busy else idle_s[newest[0]]
+        found += [
+            Candidate(node, state.timeline(node), idle_s[node] <= active_s, idle_s[node]) for node in newest
+        ]
+    return sorted(found, key=lambda candidate: candidate.node)
+
+
+def _idle_s(timeline: NodeTimeline, now_s: float) -> float:
+    return float("inf") if timeline.last_active_s is None else now_s - timeline.last_active_s

@@ -1,0 +1,197 @@
+"""LeMix: every task goes where it leaves devices least idle while responses meet their objective.
+
+In this order: does memory allow the task anywhere now; which node suits it best; must a batch wait for the
+sake of requests. docs/policy.md explains each part and its options.
+"""
+
+from collections.abc import Sequence
+
+from services.scheduler.costs import Costs
+from services.scheduler.forecast import (
+    Alone,
+    forecast_inference,
+    forecast_training,
+    inference_alone,
+    training_alone,
+)
+from services.scheduler.policies.base import (
+    Arrival,
+    Decision,
+    Place,
+    Refuse,
+    Wait,
+    no_node,
+    ready_nodes,
+)
+from services.scheduler.policies.candidates import Candidate, shortlist
+from services.scheduler.policies.deferral import (
+    MIN_RATE_PER_S,
+    BatchOps,
+    Expected,
+    OpTimes,
+    late_share,
+    safe_again_s,
+)
+from services.scheduler.policies.lemix_options import LemixOptions
+from services.scheduler.policies.lemix_score import Prospect, Question, ranked
+from services.scheduler.policies.memory import TrainingRoom, activation_tokens, kv_tokens_of
+from services.scheduler.state import ClusterState
+from services.scheduler.tasks import TaskShape, shape_of
+from shared.messages.inference import InferenceTask
+from shared.messages.training import TrainingTask
+
+ASK_AGAIN = 0.1
+"""Of an objective: after it a task that waits asks again, if nothing is known to change before."""
+
+
+class Lemix:
+    """Keeps nothing between two decisions: all that it knows is in the cluster's state."""
+
+    name = "lemix"
+
+    def __init__(self, options: LemixOptions, room: TrainingRoom | None) -> None:
+        """`room`: for activations; None: not known, and not minded."""
+        self._options = options
+        self._room = room if options.has("memory") else None
+        self.uses_profile = options.has("profile")
+        """Whether costs should know the model's profile."""
+
+    def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
+        nodes = ready_nodes(state, self._options.nodes)
+        if not nodes:
+            return no_node(state)
+        if isinstance(arrival.task, TrainingTask):
+            return self._place_batch(state, nodes, arrival.task, now_s - arrival.arrived_s, now_s)
+        return self._place_request(state, nodes, arrival.task, now_s - arrival.arrived_s, now_s)
+
+    # Requests
+
+    def _place_request(
+        self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float
+    ) -> Decision:
+        wanted = kv_tokens_of(task)
+        if self._options.has("memory"):
+            nodes = [node for node in nodes if state.kv_tokens_free(node) >= wanted]
+            if not nodes:
+                return self._without_memory(state, task, wanted, waited_s, now_s)
+        length = len(task.prompt)
+        found = self._shortlist(state, nodes, now_s)
+        alone = inference_alone(state.costs, length)
+        prospects = [_prospect_of_request(each, alone, now_s) for each in found]
+        spare_s = max(0.0, state.slo_s - waited_s - alone.forward[-1].end_s)
+        question = Question(
+            length=length,
+            limit_s=alone.forward[-1].end_s + self._options.comfort * spare_s,
+            opening_s=alone.forward[-1].end_s + self._options.opening * spare_s,
+            unit_s=state.slo_s,
+            slo_s=state.slo_s,
+            now_s=now_s,
+        )
+        best = ranked(prospects, question, self._options)[0]
+        return Place(best.node, best.forecast)
+
+    def _without_memory(
+        self, state: ClusterState, task: InferenceTask, wanted: int, waited_s: float, now_s: float
+    ) -> Decision:
+        """No node has room for the request's keys and values now."""
+        if waited_s >= min(self._options.memory_patience_s, task.timeout_s / 2):
+            return Refuse(429, f"no node had {wanted} tokens of KV cache free for {waited_s:.3g} s")
+        reason = f"no node has {wanted} tokens of KV cache free"
+        return Wait(now_s + ASK_AGAIN * state.slo_s, reason)
+
+    # Training
+
+    def _place_batch(
+        self, state: ClusterState, nodes: Sequence[int], task: TrainingTask, waited_s: float, now_s: float
+    ) -> Decision:
+        found, shape = self._shortlist(state, nodes, now_s), shape_of(task)
+        alone = training_alone(state.costs, shape.microbatches)
+        prospects = [_prospect_of_batch(each, alone, now_s) for each in found]
+        best = ranked(prospects, self._question_of_batch(state, prospects, shape, now_s), self._options)
+        with_room = [each for each in best if self._has_room(each.candidate, task)]
+        if not with_room and self._may_wait_for_room(found[0], task, waited_s / state.slo_s):
+            tokens = sum(task.microbatch_tokens)
+            reason = f"no node has room for the activations of {tokens} tokens"
+            return Wait(now_s + self._options.offload_after * state.slo_s, reason)
+        best = with_room or best
+        if self._options.has("deferral") and state.inference_rate.per_s(now_s) >= MIN_RATE_PER_S:
+            expected = _expected(state, found, now_s)
+            ops = _ops_of(state.costs, shape, found[0].timeline.num_stages)
+            shares = [late_share(each.node, each.forecast, ops, expected) for each in best]
+            patience_s = self._options.patience * state.slo_s
+            allowed = self._options.late_share + waited_s / patience_s
+            if min(shares) > allowed:
+                until_s = min(safe_again_s(now_s, expected), now_s + (min(shares) - allowed) * patience_s)
+                return Wait(max(until_s, now_s + ASK_AGAIN * state.slo_s), "requests would be late")
+            best = [each for each, share in zip(best, shares, strict=True) if share <= allowed]
+        return Place(best[0].node, best[0].forecast, offload=not with_room)
+
+    def _question_of_batch(
+        self, state: ClusterState, prospects: Sequence[Prospect], shape: TaskShape, now_s: float
+    ) -> Question:
+        fastest_s = min(prospect.duration_s for prospect in prospects)
+        limit_s = (1 + self._options.stretch) * fastest_s
+        return Question(
+            length=shape.num_tokens,
+            limit_s=limit_s,
+            opening_s=limit_s,
+            unit_s=fastest_s,
+            slo_s=state.slo_s,
+            now_s=now_s,
+        )
+
+    def _has_room(self, candidate: Candidate, task: TrainingTask) -> bool:
+        if self._room is None:
+            return True
+        there = [
+            work.num_tokens for each in candidate.timeline.assigned() for work in each.shape.microbatches
+        ]
+        held = activation_tokens([*there, *task.microbatch_tokens], candidate.timeline.num_stages)
+        return held <= self._room.tokens
+
+    def _may_wait_for_room(self, candidate: Candidate, task: TrainingTask, waited: float) -> bool:
+        """Whether patience is left (`waited`: objectives), and the batch would fit on an empty node."""
+        alone = activation_tokens(task.microbatch_tokens, candidate.timeline.num_stages)
+        is_patient = waited < self._options.offload_after
+        return self._room is not None and is_patient and alone <= self._room.tokens
+
+    def _shortlist(self, state: ClusterState, nodes: Sequence[int], now_s: float) -> list[Candidate]:
+        return shortlist(state, nodes, now_s=now_s, linger_s=self._options.linger * state.slo_s)
+
+
+def _prospect_of_request(candidate: Candidate, alone: Alone, now_s: float) -> Prospect:
+    forecast = forecast_inference(candidate.timeline.prediction, alone, now_s)
+    return Prospect(candidate, forecast, forecast.end_s - now_s, candidate.timeline.exposure_s)
+
+
+def _prospect_of_batch(candidate: Candidate, alone: Alone, now_s: float) -> Prospect:
+    forecast = forecast_training(candidate.timeline.prediction, alone, now_s)
+    return Prospect(candidate, forecast, forecast.backward[0].end_s - now_s)
+
+
+def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> Expected:
+    """Requests like those that came."""
+    timelines = {candidate.node: candidate.timeline for candidate in found}
+    length = max(1, round(state.inference_lengths.mean))
+    alone = inference_alone(state.costs, length)
+
+    def response(node: int, at_s: float) -> float:
+        return forecast_inference(timelines[node].prediction, alone, at_s).end_s - at_s
+
+    return Expected(
+        response=response,
+        nodes=tuple(timelines),
+        slo_s=state.slo_s,
+        batches_per_s=state.training_rate.per_s(now_s),
+    )
+
+
+def _ops_of(costs: Costs, shape: TaskShape, num_stages: int) -> BatchOps:
+    work = max(shape.microbatches, key=lambda work: work.num_tokens)
+    return BatchOps(
+        tuple(
+            OpTimes(costs.forward_s(stage, work), costs.backward_s(stage, work), costs.step_s(stage))
+            for stage in range(num_stages)
+        ),
+        len(shape.microbatches),
+    )

@@ -1,0 +1,32 @@
+"""What fits on a node: keys and values of a request, activations of a batch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from heapq import nlargest
+from typing import Self
+
+from shared.messages.inference import InferenceTask
+from shared.profiles.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRoom:
+    """Device memory that a node has for saved activations."""
+
+    tokens: int
+    """Rows of microbatches in flight whose activations fit on every stage."""
+
+    @classmethod
+    def of(cls, profile: Profile) -> Self:
+        """Half of what weights and training leave: the KV cache has the other half."""
+        return cls(min(stage.memory.activation_tokens for stage in profile.stages))
+
+
+def kv_tokens_of(task: InferenceTask) -> int:
+    """What the request takes at most; the token produced last is never fed back."""
+    return len(task.prompt) + max(task.sampling.max_tokens - 1, 0)
+
+
+def activation_tokens(microbatch_tokens: Iterable[int], num_stages: int) -> int:
+    """Rows held at most, whatever else waits: as many microbatches are in flight as there are stages."""
+    return sum(nlargest(num_stages, microbatch_tokens))

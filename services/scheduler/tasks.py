@@ -1,0 +1,68 @@
+"""Tasks as the scheduler sees them: how large they are, and how they fare on their node. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.scheduler.forecast import Interval
+from shared.messages.cluster import TaskKind
+from shared.messages.events import StageOp
+from shared.messages.inference import InferenceTask
+from shared.messages.training import TrainingTask
+from shared.profiles.times import NO_WORK, Work, work_of_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskShape:
+    """The size of a task."""
+
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    microbatches: tuple[Work, ...] = ()
+    """Of a training task."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of its forwards: the length that the paper's length consistency compares."""
+        return self.prompt_tokens + sum(work.num_tokens for work in self.microbatches)
+
+
+NO_SHAPE = TaskShape()
+
+
+def shape_of(task: InferenceTask | TrainingTask) -> TaskShape:
+    """What the scheduler must know of a task's size."""
+    if isinstance(task, InferenceTask):
+        return TaskShape(prompt_tokens=len(task.prompt), max_tokens=task.sampling.max_tokens)
+    lengths = task.microbatch_lengths or tuple((tokens,) for tokens in task.microbatch_tokens)
+    return TaskShape(microbatches=tuple(_work_of_examples(examples) for examples in lengths))
+
+
+def _work_of_examples(lengths: Sequence[int]) -> Work:
+    return sum((work_of_rows(0, length) for length in lengths), NO_WORK)
+
+
+def work_of_op(op: StageOp) -> Work:
+    """The size of an op that a stage tells of."""
+    return Work(op.num_tokens, op.num_pairs, op.num_sequences)
+
+
+@dataclass(slots=True, eq=False)
+class Assigned:
+    """A task on its node. `forward` and `backward`, by stage: as forecast, then as they happened.
+
+    Empty intervals when it was placed without a forecast.
+    """
+
+    task_id: str
+    kind: TaskKind
+    shape: TaskShape
+    arrived_s: float
+    assigned_s: float
+    forward: list[Interval]
+    backward: list[Interval]
+    num_generated: int = 0
+    """Tokens (inference), as far as it can be told from the sizes of iterations."""
+    expected_s: float | None = None
+    """When its prompt should be through the last stage, as predicted when it was placed by a forecast."""
+    first_token_s: float | None = None
+    """When its prompt was through the last stage."""

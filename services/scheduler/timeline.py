@@ -1,0 +1,292 @@
+"""What is known of one node: its work so far, as its stages tell of it, and by that its future. Pure.
+
+Messages of different stages overtake each other, tell things late, or get lost: what is seen on a later
+stage has happened on the earlier ones, and nothing that is over comes back.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from services.scheduler.agreement import Agreement
+from services.scheduler.costs import Costs
+from services.scheduler.course import predict
+from services.scheduler.forecast import BACKWARD_SHARE, Forecast, Interval
+from services.scheduler.known_work import (
+    BACKWARD,
+    FORWARD,
+    ITERATION,
+    STEP,
+    Batch,
+    KnownWork,
+    Op,
+    Running,
+    batch_of,
+    durations_of,
+)
+from services.scheduler.lineup import Lineup
+from services.scheduler.moments import RunningMoments
+from services.scheduler.now_running import NowRunning
+from services.scheduler.prediction import Prediction
+from services.scheduler.tasks import Assigned, TaskShape
+from shared.messages.cluster import TaskKind
+from shared.messages.events import StageOp, StageProgress
+
+
+class NodeTimeline:
+    """Changed by the cluster's state alone; policies read."""
+
+    def __init__(self, num_stages: int, costs: Costs, *, is_synchronous: bool = False) -> None:
+        self.num_stages = num_stages
+        self.last_arrival_s: float | None = None
+        """When the task assigned last had arrived (the paper's release)."""
+        self.last_assigned: Assigned | None = None
+        """Whether it lives or not."""
+        self.last_active_s: float | None = None
+        """When something happened here last: an assignment, or an op's start or end."""
+        self.lengths = RunningMoments()
+        """Of all tasks assigned here, in tokens."""
+        self._costs = costs
+        self._is_synchronous = is_synchronous
+        self._tasks: dict[str, Assigned] = {}
+        """Living, in the order of their assignment."""
+        self._batches: dict[str, Batch] = {}
+        """Of those the ones that train."""
+        self._running = NowRunning(num_stages)
+        self._lineup = Lineup(num_stages, costs, self._running)
+        self._feed_s = 0.0
+        """When the trainer's next microbatch can be here at the earliest."""
+        self._prediction: Prediction | None = None
+        """None: something has happened since it was made that it did not foresee."""
+        self._agreement: Agreement | None = None
+
+    # What policies read
+
+    @property
+    def num_inference(self) -> int:
+        """Living inference tasks."""
+        return len(self._tasks) - len(self._batches)
+
+    @property
+    def num_training(self) -> int:
+        """Living training tasks."""
+        return len(self._batches)
+
+    @property
+    def num_decoding(self) -> int:
+        """Living inference tasks whose first token is out."""
+        return len(self._lineup.decoding)
+
+    @property
+    def num_waiting_training(self) -> int:
+        """Training tasks of which nothing has run yet."""
+        return sum(not any(batch.passes) for batch in self._batches.values())
+
+    @property
+    def training_tokens(self) -> int:
+        """Rows of microbatches that are not through the node: those whose activations it may have to hold."""
+        return sum(
+            work.num_tokens
+            for batch_id, batch in self._batches.items()
+            for work, passes in zip(self._tasks[batch_id].shape.microbatches, batch.passes, strict=True)
+            if passes < 2 * self.num_stages - 1
+        )
+
+    @property
+    def exposure_s(self) -> float:
+        """The longest training forward of each stage after the first, summed: what a request may yet meet."""
+        forwards_s = [forward_s for batch in self._batches.values() for forward_s in batch.forward_s]
+        return sum(
+            max((each[stage] for each in forwards_s), default=0.0) for stage in range(1, self.num_stages)
+        )
+
+    def assigned(self) -> Iterable[Assigned]:
+        """Living tasks in the order of their assignment."""
+        return self._tasks.values()
+
+    def waiting_inference(self) -> Iterator[Assigned]:
+        """Living inference tasks whose first token is not out."""
+        tasks = self._tasks.values()
+        return (task for task in tasks if task.kind == "inference" and task.first_token_s is None)
+
+    @property
+    def prediction(self) -> Prediction:
+        """The future as of the last event here that was not foreseen; made when it is first asked for."""
+        if self._prediction is None:
+            at_s = self.last_active_s or 0.0
+            self._prediction = predict(self._known_work(at_s), at_s)
+            self._agreement = Agreement(self._prediction)
+        return self._prediction
+
+    def stage_ends(self, now_s: float) -> list[float]:
+        """By stage: when everything known there is over."""
+        return [max(end_s, now_s) for end_s in self.prediction.stage_ends_s]
+
+    def training_ops(self, stage: int) -> list[Interval]:
+        """Predicted forwards, backwards and steps, the one that runs included, in order."""
+        prediction = self.prediction
+        ops = zip(prediction.ops[stage], prediction.starts_s[stage], prediction.ends_s[stage], strict=True)
+        return [Interval(start_s, end_s) for op, start_s, end_s in ops if op.kind != ITERATION]
+
+    # What changes it
+
+    def assign(
+        self,
+        task_id: str,
+        kind: TaskKind,
+        shape: TaskShape,
+        *,
+        forecast: Forecast | None,
+        arrived_s: float,
+        now_s: float,
+    ) -> None:
+        """A task comes to this node."""
+        task = Assigned(
+            task_id,
+            kind,
+            shape,
+            arrived_s,
+            now_s,
+            forward=list(forecast.forward if forecast else ()),
+            backward=list(forecast.backward if forecast else ()),
+        )
+        self._tasks[task_id] = self.last_assigned = task
+        self.last_arrival_s = arrived_s
+        self.lengths.add(shape.num_tokens)
+        if kind == "training":
+            self._batches[task_id] = batch_of(task_id, shape.microbatches, self._costs, self.num_stages)
+            self._feed_s = max(self._feed_s, now_s + 2 * self._costs.hop_s)
+        else:
+            self._lineup.add(task, now_s + self._costs.hop_s)
+        self.last_active_s, self._prediction = now_s, None
+        if forecast is not None:
+            task.expected_s = self.prediction.first_tokens_s.get(task_id)
+
+    def end(self, task_id: str) -> None:
+        """A living task of this node is over, one way or another."""
+        task = self._tasks.pop(task_id)
+        if not (self._tasks and self._is_done(task)):
+            self._prediction = None
+        if task.kind == "training":
+            self._running.orphan(self._batches.pop(task_id))
+        else:
+            self._lineup.remove(task_id)
+
+    def clear(self) -> None:
+        """All stages begin anew; the tasks have been ended."""
+        self._running.clear()
+        self._lineup.clear()
+        self._prediction = None
+
+    def progressed(self, progress: StageProgress, now_s: float) -> list[Assigned]:
+        """A stage tells what it has done and does; returns the tasks whose first token is now out.
+
+        `now_s`: the receiver's; the message has travelled for a hop.
+        """
+        stage, sent_s = progress.stage, now_s - self._costs.hop_s
+        self._running.by_stage[stage] = None
+        through: list[Assigned] = []
+        for ended in progress.ended:
+            end_s = sent_s - ended.ago_s
+            if ended.op.kind == "iteration":
+                through += self._iterated(stage, ended.op, end_s - ended.elapsed_s, end_s)
+            else:
+                self._trained(stage, ended.op, end_s - ended.elapsed_s, end_s)
+        started = progress.running
+        if started is not None:
+            self._running.by_stage[stage] = self._begun(stage, started.op, sent_s - started.ago_s)
+        self.last_active_s = now_s
+        if self._agreement is None or not self._agreement.holds(progress, sent_s):
+            self._prediction = None
+        return through
+
+    def _is_done(self, task: Assigned) -> bool:
+        """Whether its end is no news."""
+        if task.kind == "training":
+            return len(self._batches[task.task_id].stepped) == self.num_stages
+        return task.first_token_s is not None and task.task_id not in self._lineup.decoding
+
+    def _begun(self, stage: int, op: StageOp, start_s: float) -> Running | None:
+        """What the stage runs; None when it belongs to nothing that lives."""
+        if op.kind == "iteration":
+            iteration = self._lineup.comes(stage, op)
+            if iteration is None:
+                return None
+            return Running(Op(ITERATION, iteration, 0, iteration.durations_s[stage]), start_s)
+        batch = self._batches.get(op.task_ids[0])
+        if batch is None:
+            return None
+        if op.kind == "step":
+            return Running(Op(STEP, batch, 0, batch.step_s[stage]), start_s)
+        is_forward = op.kind == "forward"
+        self._reach(batch, op.index, self._pass_number(stage, is_forward), start_s)
+        durations_s = (batch.forward_s if is_forward else batch.backward_s)[op.index]
+        return Running(Op(FORWARD if is_forward else BACKWARD, batch, op.index, durations_s[stage]), start_s)
+
+    def _iterated(self, stage: int, op: StageOp, start_s: float, end_s: float) -> list[Assigned]:
+        iteration = self._lineup.comes(stage, op)
+        if iteration is not None:
+            iteration.stage, iteration.ready_s = stage + 1, end_s + self._costs.hop_s
+        tasks = [task for task_id in op.task_ids if (task := self._tasks.get(task_id))]
+        for task in tasks:
+            if task.forward:
+                task.forward[stage] = Interval(start_s, end_s)
+        return self._lineup.leaves(op, tasks, end_s) if stage == self.num_stages - 1 else []
+
+    def _trained(self, stage: int, op: StageOp, start_s: float, end_s: float) -> None:
+        batch = self._batches.get(op.task_ids[0])
+        if batch is None:
+            return
+        if op.kind == "step":
+            batch.stepped.add(stage)
+            return
+        is_forward, hop_s = op.kind == "forward", self._costs.hop_s
+        self._reach(batch, op.index, self._pass_number(stage, is_forward) + 1, end_s + hop_s)
+        if stage == 0:
+            self._feed_s = end_s + 2 * hop_s
+        task, count = self._tasks[batch.batch_id], len(batch.passes)
+        if not is_forward:
+            _overwrite(task.backward, stage, op.index, count, Interval(start_s, end_s))
+        elif stage < self.num_stages - 1:
+            _overwrite(task.forward, stage, op.index, count, Interval(start_s, end_s))
+        else:
+            turn_s = end_s - BACKWARD_SHARE * (end_s - start_s)
+            _overwrite(task.forward, stage, op.index, count, Interval(start_s, turn_s))
+            _overwrite(task.backward, stage, op.index, count, Interval(turn_s, end_s))
+
+    def _pass_number(self, stage: int, is_forward: bool) -> int:
+        return stage if is_forward else 2 * (self.num_stages - 1) - stage
+
+    def _reach(self, batch: Batch, microbatch: int, num_passes: int, at_s: float) -> None:
+        """A microbatch has so many passes behind it."""
+        if batch.passes[microbatch] < num_passes:
+            batch.passes[microbatch], batch.ready_s[microbatch] = num_passes, at_s
+            self._running.passed(batch, microbatch)
+
+    def _known_work(self, now_s: float) -> KnownWork:
+        known = KnownWork(
+            num_stages=self.num_stages,
+            hop_s=self._costs.hop_s,
+            running=list(self._running.by_stage),
+            in_flight=self._lineup.in_flight,
+            formed=self._lineup.formed,
+            batches=list(self._batches.values()),
+            feed_s=self._feed_s,
+            is_synchronous=self._is_synchronous,
+        )
+        if decoding := self._lineup.decoding.values():
+            known.joins = self._lineup.decode_share()
+            decode_s = durations_of(known.joins, self._costs, self.num_stages)
+            num_parallel = min(1.0, len(decoding) / self.num_stages)
+            known.decode_gap_s = [num_parallel * seconds for seconds in decode_s]
+            num_left = sum(task.shape.max_tokens - task.num_generated for task in decoding) / len(decoding)
+            known.decode_until_s = now_s + num_left * (sum(decode_s) + self.num_stages * self._costs.hop_s)
+        return known
+
+
+def _overwrite(intervals: list[Interval], stage: int, microbatch: int, count: int, actual: Interval) -> None:
+    """A microbatch's part of a batch's interval has happened: the first one's start, the last one's end."""
+    if not intervals:
+        return
+    before = intervals[stage]
+    start_s = actual.start_s if microbatch == 0 else before.start_s
+    end_s = actual.end_s if microbatch == count - 1 else max(before.end_s, actual.end_s)
+    intervals[stage] = Interval(start_s, end_s)

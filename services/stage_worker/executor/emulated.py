@@ -1,0 +1,219 @@
+"""The executor that only takes the time: a device that is as fast as a profile says, and computes nothing."""
+
+import hashlib
+import json
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from services.stage_worker.executor.base import (
+    ForwardOutput,
+    IterationOutput,
+    ModelFacts,
+    Rows,
+    ShardFiles,
+)
+from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.sizes import work_of_iteration, work_of_microbatch
+from shared.clock import Clock
+from shared.errors import LemixError
+from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
+from shared.messages.inference import SequenceChunk, SequenceResult, TokenLogprob
+from shared.messages.training import Microbatch
+from shared.profiles.records import StageMemory
+from shared.profiles.times import StageTimes
+from shared.tensors.ref import TensorRef
+
+CARRIER = "inline"
+NO_TENSOR = TensorRef(carrier=CARRIER, shape=(0,), dtype="float32", size_bytes=0)
+"""Stands for activations and gradients: nobody looks into them."""
+
+Snapshot = int
+"""The version is all there is to a stage's weights."""
+
+
+class EmulatedExecutor:
+    """Implements `Executor`: one thing at a time, each for as long as `times` says.
+
+    Activations of microbatches in flight take room, as `memory` says, unless they are offloaded, which takes
+    time instead.
+
+    Tokens follow from their positions alone, and none ends its sequence before max_tokens. Losses shrink
+    with the number of steps, for want of anything to compute them from.
+    """
+
+    def __init__(
+        self,
+        settings: StageWorkerSettings,
+        instance: str,
+        *,
+        times: StageTimes,
+        memory: StageMemory | None = None,
+        vocab_size: int,
+        context_length: int,
+        hold_until: Callable[[float], Awaitable[None]],
+        clock: Clock,
+    ) -> None:
+        """`hold_until` returns when `clock` shows the given time; `memory` None: there is no end of it."""
+        self._settings = settings
+        self._instance = instance
+        self._times = times
+        self._memory = memory
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+        self._hold_until = hold_until
+        self._clock = clock
+        self._is_last = settings.stage == settings.num_stages - 1
+        self._free_at_s = 0.0
+        """When everything begun so far is over."""
+        self._version = 0
+        self._in_flight: dict[tuple[str, int], Microbatch] = {}
+        """Microbatches between their forward and their backward."""
+
+    async def load(self) -> ModelFacts:
+        return ModelFacts(
+            is_tied_across_stages=False,
+            version=self._version,
+            checkpoint="",
+            vocab_size=self._vocab_size,
+            context_length=self._context_length,
+        )
+
+    async def offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
+        return LinkOffer(
+            stage=self._settings.stage,
+            instance=self._instance,
+            purpose=purpose,
+            carrier=CARRIER,
+            place=str(self._settings.shm_dir / self._instance),
+            slot_bytes=1,
+            num_slots=1,
+        )
+
+    async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
+        pass
+
+    async def accept(self, offer: LinkOffer) -> LinkAnswer:
+        return LinkAnswer(accepted=True)
+
+    async def iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput:
+        await self._hold(self._times.iteration_s(work_of_iteration(chunks)))
+        if not self._is_last:
+            return IterationOutput(NO_TENSOR)
+        told = (self._result(chunk) for chunk in chunks if chunk.targets or chunk.produces)
+        return IterationOutput(None, tuple(told))
+
+    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
+        """Raises MemoryError when what the backward will need does not fit."""
+        self._check_room(microbatch)
+        version = self._version
+        forward_s = self._times.forward_s(work_of_microbatch(microbatch)) + self._offload_s(microbatch)
+        if not self._is_last:
+            await self._hold(forward_s)
+            self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
+            return ForwardOutput(version, hidden=NO_TENSOR)
+        await self._hold(forward_s + self._backward_s(microbatch))
+        gradient = NO_TENSOR if self._settings.stage > 0 else None
+        return ForwardOutput(version, loss=self._loss(microbatch), gradient=gradient)
+
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
+        """Raises LemixError when the microbatch is not in flight here."""
+        microbatch = self._in_flight.pop((batch_id, index), None)
+        if microbatch is None:
+            raise LemixError(
+                f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
+            )
+        await self._hold(self._backward_s(microbatch))
+        return NO_TENSOR if self._settings.stage > 0 else None
+
+    async def discard(self, tensor: TensorRef) -> None:
+        pass
+
+    async def finish_batch(self, batch_id: str) -> TensorRef | None:
+        return None
+
+    async def step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
+        await self._hold(self._times.step_s())
+        self._version += 1
+        return self._version
+
+    async def restore(self, checkpoint: str, version: int) -> None:
+        self._in_flight.clear()
+        self._version = version
+        if self._memory is not None:
+            await self._hold(self._memory.load_s)
+
+    async def snapshot(self) -> Snapshot:
+        return self._version
+
+    async def write(self, snapshot: Snapshot, folder: Path) -> ShardFiles:
+        settings = self._settings
+        name = f"model-{settings.stage + 1:05}-of-{settings.num_stages:05}.json"
+        content = json.dumps({"version": snapshot}).encode()
+        (folder / name).write_bytes(content)
+        return ShardFiles(
+            sha256_by_file={name: hashlib.sha256(content).hexdigest()},
+            file_by_tensor={f"stage.{settings.stage}": name},
+            size_bytes=len(content),
+        )
+
+    async def close(self) -> None:
+        pass
+
+    async def _hold(self, duration_s: float) -> None:
+        """Occupy the device, after what occupies it already."""
+        self._free_at_s = max(self._clock.now_s(), self._free_at_s) + duration_s
+        await self._hold_until(self._free_at_s)
+
+    def _check_room(self, microbatch: Microbatch) -> None:
+        """Raises MemoryError when the microbatch's activations do not fit."""
+        if self._memory is None or microbatch.offload:
+            return
+        room = self._memory.activation_tokens
+        taken = sum(sum(each.lengths) for each in self._in_flight.values() if not each.offload)
+        wanted = sum(microbatch.lengths)
+        if taken + wanted > room:
+            raise MemoryError(
+                f"the activations of {wanted} tokens do not fit: {taken} of {room} tokens' room are taken"
+            )
+
+    def _backward_s(self, microbatch: Microbatch) -> float:
+        return self._times.backward_s(work_of_microbatch(microbatch)) + self._offload_s(microbatch)
+
+    def _offload_s(self, microbatch: Microbatch) -> float:
+        """To the host in the forward, and from it in the backward."""
+        is_moved = self._memory is not None and microbatch.offload
+        return self._memory.offload_s(sum(microbatch.lengths)) if is_moved else 0.0
+
+    def _result(self, chunk: SequenceChunk) -> SequenceResult:
+        token = finish = None
+        if chunk.produces and chunk.sampling.max_tokens > 0:
+            token = self._told(self._next_token(chunk), chunk)
+        if chunk.produces and chunk.index + 1 >= chunk.sampling.max_tokens:
+            finish = "length"
+        return SequenceResult(
+            task_id=chunk.task_id,
+            prompt=tuple(self._told(target, chunk) for target in chunk.targets),
+            token=token,
+            index=chunk.index,
+            finish=finish,
+        )
+
+    def _next_token(self, chunk: SequenceChunk) -> int:
+        position = chunk.start + chunk.num_tokens
+        tokens = (at % self._vocab_size for at in range(position, position + self._vocab_size))
+        return next(token for token in tokens if token not in chunk.sampling.stop_token_ids)
+
+    def _told(self, token: int, chunk: SequenceChunk) -> TokenLogprob:
+        """Every token is as likely as any other."""
+        num_top = chunk.sampling.num_logprobs
+        if num_top is None:
+            return TokenLogprob(token=token)
+        logprob = -math.log(self._vocab_size)
+        top = tuple((other, logprob) for other in range(num_top))
+        return TokenLogprob(token=token, logprob=logprob, top=top)
+
+    def _loss(self, microbatch: Microbatch) -> float:
+        """The microbatch's share of a mean loss that falls from that of a guess towards 0."""
+        share = len(microbatch.labels) * microbatch.loss_weight
+        return share * math.log(self._vocab_size) / (1 + self._version / 100)

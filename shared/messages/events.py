@@ -1,0 +1,52 @@
+"""What stages do and when: the scheduler's forecast is corrected by it, and its error measured."""
+
+from typing import Literal
+
+from shared.messages.base import Message
+
+OpKind = Literal["iteration", "forward", "backward", "step"]
+"""`iteration`: inference. `forward` and `backward`: of a training microbatch; on the last stage its
+`forward` includes its backward. `step`: the optimizer's."""
+
+
+class StageOp(Message):
+    """One thing that a stage does without interruption."""
+
+    kind: OpKind
+    task_ids: tuple[str, ...]
+    """The sequences of an iteration; else the one training batch."""
+    index: int
+    """The iteration's number on its node; else the microbatch's in its batch (0 for a step)."""
+    num_tokens: int
+    """Rows; 0 for a step."""
+    num_pairs: int
+    """Sum over rows of the positions that each attends to, its own included."""
+    num_sequences: int
+
+
+class OpEnded(Message):
+    """An op is over."""
+
+    op: StageOp
+    elapsed_s: float
+    """From its start on the device to its end; waiting in line is not in it."""
+    ago_s: float
+    """Between its end and the sending of this message."""
+
+
+class OpStarted(Message):
+    """An op is running."""
+
+    op: StageOp
+    ago_s: float
+    """Between its start and the sending of this message."""
+
+
+class StageProgress(Message):
+    """What a stage has done since its last message, and what it does now. stage -> scheduler."""
+
+    node: int
+    stage: int
+    ended: tuple[OpEnded, ...]
+    """In the order of their ends."""
+    running: OpStarted | None

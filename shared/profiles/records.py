@@ -1,0 +1,87 @@
+"""What is known of one stage: measured points of its ops, and what it needs of its device's memory."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from pydantic import Field
+
+from shared.messages.base import Message
+from shared.messages.events import OpKind
+from shared.profiles.devices import PCIE_4_BYTES_PER_S
+from shared.profiles.fit import FittedTimes, fitted_times
+from shared.profiles.times import Work
+
+
+class ProfilePoint(Message):
+    """How long one op took. The last stage's `forward` includes its backward, as the op does."""
+
+    kind: OpKind
+    num_tokens: int = Field(ge=1)
+    num_pairs: int = Field(ge=1)
+    num_sequences: int = Field(ge=1)
+    elapsed_s: float = Field(gt=0)
+
+    @property
+    def work(self) -> Work:
+        return Work(self.num_tokens, self.num_pairs, self.num_sequences)
+
+
+class StageMemory(Message):
+    """What a stage needs of its device, and what the device has."""
+
+    weights_bytes: int
+    training_bytes: int
+    """Gradients and the optimizer's state."""
+    kv_bytes_per_token: int
+    activation_bytes_per_token: int
+    """Of a training forward, until its backward."""
+    capacity_bytes: int
+    """What a stage may use in all."""
+    host_bytes_per_s: int = Field(default=PCIE_4_BYTES_PER_S, gt=0)
+    """From and to the host's memory."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values fit into half of what weights and training leave.
+
+        The other half is for activations. At least 1.
+        """
+        return max(1, self._half_bytes // self.kv_bytes_per_token)
+
+    @property
+    def activation_tokens(self) -> int:
+        """Rows of microbatches in flight whose activations fit into the other half."""
+        return max(0, self._half_bytes // self.activation_bytes_per_token)
+
+    def offload_s(self, num_tokens: int) -> float:
+        """What so many rows' activations take to the host, or back."""
+        return num_tokens * self.activation_bytes_per_token / self.host_bytes_per_s
+
+    @property
+    def load_s(self) -> float:
+        """What the weights take from the host."""
+        return self.weights_bytes / self.host_bytes_per_s
+
+    @property
+    def _half_bytes(self) -> int:
+        return (self.capacity_bytes - self.weights_bytes - self.training_bytes) // 2
+
+
+class StageProfile(Message):
+    """One stage of the pipeline."""
+
+    points: tuple[ProfilePoint, ...]
+    step_s: float
+    memory: StageMemory
+
+    def samples(self, kind: OpKind) -> tuple[tuple[Work, float], ...]:
+        return tuple((point.work, point.elapsed_s) for point in self.points if point.kind == kind)
+
+    def fitted(self, kind: OpKind) -> FittedTimes | None:
+        """None: the stage has no such op."""
+        return _fitted(self.samples(kind))
+
+
+@lru_cache(maxsize=256)
+def _fitted(samples: Sequence[tuple[Work, float]]) -> FittedTimes | None:
+    return fitted_times(samples) if samples else None

@@ -1,0 +1,33 @@
+"""`lemix up --emulate`: the real services over NATS, on stages that only take their time."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lemix.bus import open_bus
+from lemix.client import ApiClient, served_model
+from lemix.launcher import LocalCluster
+from lemix.status import fetch_status
+from lemix.steps import StepCounter, wait_nodes_ready
+from lemix.topology import ClusterOptions
+from shared.subjects import BATCHES
+
+PROFILE = "gpt2-small@rtx6000ada"
+
+
+async def test_a_completion_and_a_training_step_without_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LEMIX_NATS_URL", raising=False)
+    options = ClusterOptions(name="run", runs_dir=tmp_path, nodes=1, stages=2, emulate=PROFILE)
+    async with LocalCluster(options) as cluster, open_bus(cluster.nats_url) as bus:
+        async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as api:
+            completion = await api.complete("The function returns", max_tokens=8)
+        counter = StepCounter(bus, await wait_nodes_ready(bus, 1))
+        batch = {"id": "one", "examples": [{"token_ids": [1, 2, 3, 4]}]}
+        await bus.publish_durable(BATCHES, json.dumps(batch).encode())
+        await counter.wait_for(1, on_steps=lambda steps: None)
+        (node,) = (await fetch_status(bus)).nodes
+    assert (completion.completion_tokens, completion.finish_reason) == (8, "length")
+    assert [(stage.device, stage.weights_version) for stage in node.stages] == [(PROFILE, 1), (PROFILE, 1)]

@@ -1,0 +1,291 @@
+"""What a node's timeline makes of what its stages tell: late, twice, out of order, or not at all."""
+
+import pytest
+
+from services.scheduler.forecast import Forecast, Interval
+from services.scheduler.tasks import TaskShape, shape_of
+from services.scheduler.timeline import NodeTimeline
+from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
+from shared.messages.training import TrainingTask
+from shared.profiles.times import Work, work_of_rows
+from tests.support.policies import LinearCosts, request
+
+
+def op(kind: OpKind, *task_ids: str, index: int = 0, tokens: int = 0, sequences: int = 1) -> StageOp:
+    return StageOp(
+        kind=kind,
+        task_ids=task_ids,
+        index=index,
+        num_tokens=tokens,
+        num_pairs=tokens,
+        num_sequences=sequences,
+    )
+
+
+def ended(
+    timeline: NodeTimeline, stage: int, what: StageOp, at_s: float, elapsed_s: float = 0.1
+) -> list[str]:
+    """The stage tells of the op's end, and does nothing now; ids of tasks whose first token is out."""
+    progress = StageProgress(
+        node=0, stage=stage, ended=(OpEnded(op=what, elapsed_s=elapsed_s, ago_s=0.0),), running=None
+    )
+    return [task.task_id for task in timeline.progressed(progress, at_s)]
+
+
+def started(timeline: NodeTimeline, stage: int, what: StageOp, at_s: float) -> None:
+    progress = StageProgress(node=0, stage=stage, ended=(), running=OpStarted(op=what, ago_s=0.0))
+    timeline.progressed(progress, at_s)
+
+
+def place_request(
+    timeline: NodeTimeline,
+    task_id: str,
+    tokens: int,
+    *,
+    at_s: float = 0.0,
+    max_tokens: int = 1,
+    forecast: Forecast | None = None,
+) -> None:
+    shape = TaskShape(prompt_tokens=tokens, max_tokens=max_tokens)
+    timeline.assign(task_id, "inference", shape, forecast=forecast, arrived_s=at_s, now_s=at_s)
+
+
+def place_batch(
+    timeline: NodeTimeline, task_id: str, *tokens: int, at_s: float = 0.0, forecast: Forecast | None = None
+) -> None:
+    shape = TaskShape(microbatches=tuple(work_of_rows(0, each) for each in tokens))
+    timeline.assign(task_id, "training", shape, forecast=forecast, arrived_s=at_s, now_s=at_s)
+
+
+def two_stages() -> NodeTimeline:
+    """A millisecond per token and stage."""
+    return NodeTimeline(2, LinearCosts(2))
+
+
+def starts(timeline: NodeTimeline, stage: int) -> list[float]:
+    return [pytest.approx(start_s) for start_s in timeline.prediction.starts_s[stage]]
+
+
+def test_the_shape_of_tasks() -> None:
+    shape = shape_of(request("r", 7, max_tokens=3))
+    assert (shape.prompt_tokens, shape.max_tokens, shape.num_tokens) == (7, 3, 7)
+    alone = TrainingTask(task_id="b", microbatch_tokens=(5, 4))
+    assert shape_of(alone).microbatches == (Work(5, 15, 1), Work(4, 10, 1))
+    packed = TrainingTask(task_id="b", microbatch_tokens=(5, 4), microbatch_lengths=((2, 3), (4,)))
+    assert shape_of(packed).microbatches == (Work(5, 3 + 6, 2), Work(4, 10, 1))
+    assert shape_of(packed).num_tokens == 9
+
+
+def test_requests_go_alone_while_there_are_slots_and_together_after() -> None:
+    timeline = two_stages()
+    for index, tokens in enumerate((100, 100, 60, 40)):
+        place_request(timeline, f"r{index}", tokens)
+    assert timeline.prediction.first_tokens_s == pytest.approx({"r0": 0.2, "r1": 0.3, "r2": 0.4, "r3": 0.4})
+    assert len(timeline.prediction.ops[0]) == 3
+
+
+def test_a_long_prompt_goes_in_pieces() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 1000)
+    assert [op.duration_s for op in timeline.prediction.ops[0]] == pytest.approx([0.512, 0.488])
+    started(timeline, 0, op("iteration", index=0, tokens=512), 0.0)
+    assert [op.duration_s for op in timeline.prediction.ops[0]] == pytest.approx([0.512, 0.488])
+    assert timeline.prediction.first_tokens_s == pytest.approx({"r": 0.512 + 0.512 + 0.488})
+
+
+def test_a_late_op_ends_now_for_all_one_knows() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100)
+    started(timeline, 0, op("iteration", "r", tokens=100), 0.0)
+    place_request(timeline, "s", 100, at_s=0.5)
+    assert timeline.prediction.first_tokens_s == pytest.approx({"r": 0.6, "s": 0.7})
+
+
+def test_what_a_later_stage_tells_first_has_left_the_earlier_one() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100)
+    started(timeline, 0, op("iteration", "r", tokens=100), 0.0)
+    started(timeline, 1, op("iteration", "r", tokens=100), 0.1)
+    assert [timeline.prediction.ops[0], starts(timeline, 1)] == [[], [0.1]]
+    ended(timeline, 0, op("iteration", "r", tokens=100), 0.105)
+    assert [timeline.prediction.ops[0], starts(timeline, 1)] == [[], [0.1]]
+
+
+def test_an_iteration_that_is_over_does_not_come_back() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100)
+    place_request(timeline, "s", 100)
+    assert ended(timeline, 1, op("iteration", "r", tokens=100), 0.2) == ["r"]
+    assert ended(timeline, 1, op("iteration", "r", tokens=100), 0.2) == []
+    ended(timeline, 0, op("iteration", "r", tokens=100), 0.21)
+    assert set(timeline.prediction.first_tokens_s) == {"s"}
+
+
+def test_an_iteration_that_was_lost_is_forgotten() -> None:
+    timeline = two_stages()
+    for task_id in ("r", "s"):
+        place_request(timeline, task_id, 100)
+    ended(timeline, 0, op("iteration", "r", index=0, tokens=100), 0.1)
+    ended(timeline, 0, op("iteration", "s", index=1, tokens=100), 0.2)
+    started(timeline, 1, op("iteration", "s", index=1, tokens=100), 0.2)
+    assert set(timeline.prediction.first_tokens_s) == {"s"}
+
+
+def test_tasks_that_end_early_leave_nothing_behind() -> None:
+    timeline = two_stages()
+    for task_id in ("r", "s", "t"):
+        place_request(timeline, task_id, 100)
+    place_batch(timeline, "b", 50, 50)
+    started(timeline, 0, op("iteration", "r", tokens=100), 0.0)
+    for task_id in ("t", "r", "b", "s"):
+        timeline.end(task_id)
+    assert list(timeline.assigned()) == []
+    assert (timeline.num_inference, timeline.num_training) == (0, 0)
+    assert [len(ops) for ops in timeline.prediction.ops] == [1, 0]  # stage 0 is busy all the same
+    ended(timeline, 0, op("iteration", "r", tokens=100), 0.1)
+    assert timeline.prediction.is_idle
+
+
+def test_a_node_that_begins_anew_has_nothing_to_do() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100)
+    started(timeline, 0, op("iteration", "r", index=7, tokens=100), 0.0)
+    timeline.end("r")
+    timeline.clear()
+    assert timeline.prediction.is_idle
+    place_request(timeline, "s", 100, at_s=1.0)
+    assert ended(timeline, 1, op("iteration", "s", index=0, tokens=100), 1.2) == ["s"]
+
+
+def test_progress_of_tasks_that_nobody_knows_is_no_work() -> None:
+    timeline = two_stages()
+    started(timeline, 0, op("iteration", "old", tokens=100), 0.0)
+    started(timeline, 1, op("backward", "old", tokens=100), 0.0)
+    ended(timeline, 1, op("step", "old"), 0.1)
+    assert timeline.prediction.is_idle
+
+
+def test_a_batch_goes_forward_backward_and_steps() -> None:
+    timeline = two_stages()
+    place_batch(timeline, "b", 100, 100)
+    # Stage 1 takes 3 ms per token (forward and backward), stage 0 goes backward with 2 ms.
+    assert [starts(timeline, 0), starts(timeline, 1)] == [[0.0, 0.1, 0.4, 0.7, 0.9], [0.1, 0.4, 0.7]]
+    ended(timeline, 0, op("forward", "b", index=0, tokens=100), 0.1)
+    started(timeline, 1, op("forward", "b", index=0, tokens=100), 0.2)
+    assert [starts(timeline, 0), starts(timeline, 1)] == [[0.2, 0.5, 0.8, 1.0], [0.2, 0.5, 0.8]]
+    assert timeline.num_waiting_training == 0
+    assert timeline.training_tokens == 200
+
+
+def test_batches_of_a_synchronous_trainer_wait_for_the_steps_before() -> None:
+    for is_synchronous, second_s in ((False, 0.1), (True, 0.6)):
+        timeline = NodeTimeline(2, LinearCosts(2), is_synchronous=is_synchronous)
+        place_batch(timeline, "a", 100)
+        place_batch(timeline, "b", 100)
+        assert second_s in starts(timeline, 0)
+        assert (0.1 in starts(timeline, 0)) is not is_synchronous
+
+
+def test_inference_goes_before_training_but_interrupts_nothing() -> None:
+    timeline = two_stages()
+    place_batch(timeline, "b", 100)
+    started(timeline, 0, op("forward", "b", tokens=100), 0.0)
+    place_batch(timeline, "c", 100)
+    place_request(timeline, "r", 10, at_s=0.05)
+    assert starts(timeline, 0)[:3] == [0.0, 0.1, 0.11]
+    assert timeline.prediction.first_tokens_s == pytest.approx({"r": 0.1 + 0.3 + 0.01})  # b holds stage 1
+
+
+def test_sequences_that_decode_take_turns_with_training() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100, max_tokens=500)
+    ended(timeline, 1, op("iteration", "r", tokens=100), 0.2)
+    assert timeline.num_decoding == 1
+    assert [op.duration_s for op in timeline.prediction.ops[0]] == pytest.approx([0.001])
+    place_batch(timeline, "b", 100, 100, at_s=0.2)
+    first, second = (ends_s for ends_s in timeline.prediction.ends_s[0][1:3])
+    assert second - first == pytest.approx(0.1 + 0.0005)  # half a decode of one sequence over two stages
+    timeline.end("r")
+    assert timeline.prediction.known.decode_gap_s == ()
+
+
+def test_what_happened_replaces_what_was_forecast() -> None:
+    timeline = two_stages()
+    forecast = Forecast(
+        forward=(Interval(0.0, 0.2), Interval(0.2, 0.3)), backward=(Interval(0.5, 0.9), Interval(0.3, 0.5))
+    )
+    place_batch(timeline, "b", 100, 100, forecast=forecast)
+    (task,) = timeline.assigned()
+    ended(timeline, 0, op("forward", "b", index=0, tokens=100), 1.1)
+    assert task.forward[0] == pytest.approx((1.0, 1.1))
+    ended(timeline, 0, op("forward", "b", index=1, tokens=100), 1.3)
+    assert task.forward[0] == pytest.approx((1.0, 1.3))
+    ended(timeline, 1, op("forward", "b", index=0, tokens=100), 1.4, elapsed_s=0.3)
+    assert task.forward[1] == pytest.approx((1.1, 1.2))
+    assert task.backward[1] == pytest.approx((1.2, 1.4))
+    ended(timeline, 0, op("backward", "b", index=0, tokens=100), 1.6)
+    assert task.backward[0] == pytest.approx((1.5, 1.6))
+
+
+def test_a_request_that_was_forecast_is_expected_when_the_node_predicts_it() -> None:
+    timeline = two_stages()
+    place_request(timeline, "a", 100)
+    place_request(timeline, "b", 100, forecast=Forecast((Interval(0.0, 0.1), Interval(0.1, 0.2))))
+    expected = {task.task_id: task.expected_s for task in timeline.assigned()}
+    assert expected == {"a": None, "b": pytest.approx(0.3)}
+
+
+def test_what_policies_read() -> None:
+    timeline = two_stages()
+    assert (timeline.last_arrival_s, timeline.last_active_s, timeline.last_assigned) == (None, None, None)
+    place_request(timeline, "r", 100)
+    place_batch(timeline, "b", 50, 150, at_s=0.5)
+    assert (timeline.last_arrival_s, timeline.lengths.mean, timeline.lengths.std) == (0.5, 150, 50)
+    assert timeline.last_assigned is not None and timeline.last_assigned.task_id == "b"
+    assert [task.task_id for task in timeline.waiting_inference()] == ["r"]
+    assert timeline.stage_ends(9.0) == [9.0, 9.0]
+    assert timeline.training_ops(0)[0].start_s == pytest.approx(0.6)
+    ended(timeline, 1, op("iteration", "r", tokens=100), 0.7)
+    assert list(timeline.waiting_inference()) == []
+
+
+def test_a_prediction_holds_while_stages_do_what_it_says() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100)
+    prediction = timeline.prediction
+    started(timeline, 0, op("iteration", "r", tokens=100), 0.0)
+    ended(timeline, 0, op("iteration", "r", tokens=100), 0.101)
+    started(timeline, 1, op("iteration", "r", tokens=100), 0.101)
+    ended(timeline, 1, op("iteration", "r", tokens=100), 0.201)
+    assert timeline.prediction is prediction
+    place_request(timeline, "s", 100, at_s=0.3)
+    assert timeline.prediction is not prediction
+
+
+@pytest.mark.parametrize(
+    ("what", "at_s"),
+    [
+        (op("iteration", "r", tokens=100), 0.11),
+        (op("iteration", "r", tokens=100), 0.09),
+        (op("iteration", "r", tokens=90), 0.1),
+        (op("iteration", "s", tokens=100), 0.1),
+        (op("forward", "r", tokens=100), 0.1),
+    ],
+)
+def test_a_prediction_does_not_hold_when_stages_do_otherwise(what: StageOp, at_s: float) -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100)
+    prediction = timeline.prediction
+    ended(timeline, 0, what, at_s)
+    assert timeline.prediction is not prediction
+
+
+def test_a_stage_that_rests_where_it_should_work_is_noticed() -> None:
+    timeline = two_stages()
+    place_request(timeline, "r", 100)
+    place_request(timeline, "s", 100)
+    prediction = timeline.prediction
+    ended(timeline, 0, op("iteration", "r", tokens=100), 0.1)
+    assert timeline.prediction is prediction  # "s" is due now
+    timeline.progressed(StageProgress(node=0, stage=0, ended=(), running=None), 0.15)
+    assert timeline.prediction is not prediction

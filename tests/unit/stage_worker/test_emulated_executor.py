@@ -1,0 +1,191 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from services.stage_worker.executor.base import Executor
+from services.stage_worker.executor.emulated import NO_TENSOR, EmulatedExecutor
+from services.stage_worker.settings import StageWorkerSettings
+from shared.errors import LemixError
+from shared.messages.inference import Sampling, SequenceChunk
+from shared.messages.training import Microbatch
+from shared.profiles.times import Work
+
+VOCAB_SIZE = 50
+
+
+class Times:
+    """One second for each row, ten for its backward, a hundred for a step."""
+
+    def iteration_s(self, work: Work) -> float:
+        return work.num_tokens + work.num_pairs / 1000
+
+    def forward_s(self, work: Work) -> float:
+        return float(work.num_tokens)
+
+    def backward_s(self, work: Work) -> float:
+        return 10.0 * work.num_tokens
+
+    def step_s(self) -> float:
+        return 100.0
+
+
+class Clock:
+    """Jumps to whatever is waited for."""
+
+    def __init__(self) -> None:
+        self.s = 0.0
+
+    def now_s(self) -> float:
+        return self.s
+
+    def wall_s(self) -> float:
+        return self.s
+
+    async def hold_until(self, at_s: float) -> None:
+        assert at_s >= self.s
+        self.s = at_s
+
+
+def executor(clock: Clock, stage: int, num_stages: int = 2) -> EmulatedExecutor:
+    settings = StageWorkerSettings(node=0, stage=stage, num_stages=num_stages)
+    return EmulatedExecutor(
+        settings,
+        "stage-a",
+        times=Times(),
+        vocab_size=VOCAB_SIZE,
+        context_length=128,
+        hold_until=clock.hold_until,
+        clock=clock,
+    )
+
+
+def chunk(task_id: str, *, start: int, num_tokens: int, index: int = 0, **sampling: object) -> SequenceChunk:
+    return SequenceChunk(
+        task_id=task_id,
+        gateway="g",
+        start=start,
+        num_tokens=num_tokens,
+        blocks=(0,),
+        sampling=Sampling.model_validate({"max_tokens": 2, **sampling}),
+        produces=True,
+        index=index,
+    )
+
+
+def microbatch(index: int = 0) -> Microbatch:
+    return Microbatch(
+        epoch=1,
+        batch_id="b",
+        index=index,
+        count=2,
+        lengths=(3, 2),
+        label_rows=(0, 1, 3),
+        labels=(4, 5, 6),
+        loss_weight=1 / 6,
+        learning_rate=0.1,
+    )
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+async def test_it_is_an_executor_and_says_what_it_runs() -> None:
+    it: Executor[int] = executor(Clock(), 0)
+    facts = await it.load()
+    assert (facts.vocab_size, facts.context_length, facts.version) == (VOCAB_SIZE, 128, 0)
+    offer = await it.offer(1, "peer", "activations")
+    assert (await it.accept(offer)).accepted
+
+
+async def test_an_iteration_takes_the_time_of_all_its_rows_and_pairs() -> None:
+    clock = Clock()
+    chunks = [chunk("a", start=4, num_tokens=2), chunk("b", start=9, num_tokens=1)]
+    output = await executor(clock, 0).iteration(chunks, (1, 2, 3))
+    assert output.hidden == NO_TENSOR
+    assert output.results == ()
+    # Rows at 4 and 5 attend to 5 and 6 positions, the one at 9 to 10.
+    assert clock.s == pytest.approx(3 + (5 + 6 + 10) / 1000)
+
+
+async def test_the_last_stage_gives_tokens_until_max_tokens() -> None:
+    it = executor(Clock(), 1)
+    scored = chunk("b", start=0, num_tokens=2).model_copy(update={"produces": False, "targets": (7, 8)})
+    silent = scored.model_copy(update={"task_id": "c", "targets": ()})
+    chunks = [chunk("a", start=0, num_tokens=3), scored, silent]
+    first, prompt = (await it.iteration(chunks, NO_TENSOR)).results
+    assert (first.task_id, first.index, first.finish) == ("a", 0, None)
+    assert first.token is not None and 0 <= first.token.token < VOCAB_SIZE
+    assert [each.token for each in prompt.prompt] == [7, 8]
+    assert prompt.token is None and prompt.finish is None
+    (last,) = (await it.iteration([chunk("a", start=3, num_tokens=1, index=1)], NO_TENSOR)).results
+    assert (last.index, last.finish) == (1, "length")
+
+
+async def test_a_request_for_no_token_gets_none() -> None:
+    chunks = [chunk("a", start=0, num_tokens=3, max_tokens=0)]
+    (result,) = (await executor(Clock(), 1).iteration(chunks, NO_TENSOR)).results
+    assert result.token is None
+    assert result.finish == "length"
+
+
+async def test_no_token_stops_a_sequence_and_logprobs_are_those_of_chance() -> None:
+    stops = tuple(range(VOCAB_SIZE - 1))
+    chunks = [chunk("a", start=0, num_tokens=3, stop_token_ids=stops, num_logprobs=2)]
+    (result,) = (await executor(Clock(), 1).iteration(chunks, NO_TENSOR)).results
+    assert result.token is not None
+    assert result.token.token == VOCAB_SIZE - 1
+    assert result.token.logprob == pytest.approx(math.log(1 / VOCAB_SIZE))
+    assert len(result.token.top) == 2
+
+
+async def test_a_batch_runs_forward_backward_and_steps() -> None:
+    clock = Clock()
+    first, last = executor(clock, 0), executor(clock, 1)
+    forward = await first.forward(microbatch(), (1, 2, 3, 4, 5))
+    assert (clock.s, forward.version, forward.hidden) == (5.0, 0, NO_TENSOR)
+    output = await last.forward(microbatch(), NO_TENSOR)
+    assert clock.s == 5.0 + 5.0 + 50.0, "the last stage's forward includes its backward"
+    assert output.loss == pytest.approx(math.log(VOCAB_SIZE) / 2), "half of the batch's labels"
+    assert output.gradient is not None
+    assert await first.backward("b", 0, output.gradient) is None
+    assert clock.s == 60.0 + 50.0
+    assert await first.finish_batch("b") is None
+    assert await first.step("b", 0.1, None) == 1
+    assert clock.s == 210.0
+    assert (await first.forward(microbatch(1), (1,))).version == 1
+
+
+async def test_ops_follow_each_other() -> None:
+    clock = Clock()
+    it = executor(clock, 0)
+    held: list[float] = []
+
+    async def note(at_s: float) -> None:
+        held.append(at_s)
+
+    it._hold_until = note
+    await it.iteration([chunk("a", start=0, num_tokens=1)], (1,))
+    await it.iteration([chunk("b", start=0, num_tokens=1)], (1,))
+    assert held == pytest.approx([1.001, 2.002])
+
+
+async def test_a_restore_drops_what_is_in_flight() -> None:
+    it = executor(Clock(), 0)
+    await it.forward(microbatch(), (1,))
+    await it.restore("", 7)
+    with pytest.raises(LemixError, match="microbatch 0 of b"):
+        await it.backward("b", 0, NO_TENSOR)
+    assert await it.step("b", 0.1, None) == 8
+
+
+async def test_a_shard_is_a_file_of_its_own(tmp_path: Path) -> None:
+    names = set()
+    for stage in range(2):
+        it = executor(Clock(), stage)
+        shard = await it.write(await it.snapshot(), tmp_path)
+        assert set(shard.file_by_tensor.values()) == set(shard.sha256_by_file)
+        names |= set(shard.sha256_by_file)
+    assert names_in(tmp_path) == names
+    assert len(names) == 2

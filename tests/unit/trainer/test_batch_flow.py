@@ -1,0 +1,114 @@
+"""How the trainer asks for nodes: at once again when it was deferred, after a pause when it was refused."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from lemix.simulation.loop import run_virtual
+from services.trainer.batch_flow import PLACE_RETRY_S, BatchFlow
+from services.trainer.batches import BatchBook, Pending
+from services.trainer.microbatches import Rows, TrainingBatch
+from services.trainer.schedules import Shape
+from services.trainer.versions import Ledger
+from shared.errors import RefusedError
+from shared.messages.inference import DEFERRED, Placed
+from shared.messages.training import TrainingTask
+from shared.telemetry import NoTelemetry
+
+HELD_S = 3.0
+
+
+@dataclass
+class FakeScheduler:
+    """Stands for the bus: answers what it is given, in turn, each after HELD_S."""
+
+    answers: list[Placed | RefusedError]
+    asked: list[tuple[float, TrainingTask]] = field(default_factory=list)
+
+    async def request(
+        self, subject: Any, task: TrainingTask, *, timeout_s: float, traceparent: str
+    ) -> Placed:
+        self.asked.append((asyncio.get_running_loop().time(), task))
+        await asyncio.sleep(HELD_S)
+        answer = self.answers.pop(0)
+        if isinstance(answer, RefusedError):
+            raise answer
+        return answer
+
+
+@dataclass
+class FakeNodes:
+    """Takes what is placed."""
+
+    placed: list[tuple[int, Shape]] = field(default_factory=list)
+    have_room: bool = True
+
+    def place(self, node: int, shape: Shape) -> bool:
+        self.placed.append((node, shape))
+        self.have_room = False
+        return True
+
+
+@dataclass
+class FakeActions:
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def no_ack() -> None:
+    pass
+
+
+def pending() -> Pending:
+    rows = (
+        Rows(lengths=(2, 3), tokens=(1, 2, 3, 4, 5), label_rows=(0,), labels=(2,)),
+        Rows(lengths=(1,), tokens=(6,), label_rows=(0,), labels=(7,)),
+    )
+    return Pending(TrainingBatch("b", 1, rows), NoTelemetry(), parent="", ack=no_ack)
+
+
+def placed_after(answers: list[Placed | RefusedError]) -> tuple[FakeScheduler, FakeNodes, Pending]:
+    """Place one batch with a scheduler that answers so."""
+    scheduler, nodes, batch = FakeScheduler(answers), FakeNodes(), pending()
+
+    async def case() -> None:
+        book = BatchBook(Ledger.restore({}, (), 0))
+        book.admit(batch)
+        flow = BatchFlow(
+            None,
+            bus=scheduler,
+            telemetry=NoTelemetry(),
+            book=book,
+            actions=FakeActions(),
+            nodes=nodes,
+            max_pending=8,
+        )
+        placing = asyncio.create_task(flow.place())
+        await asyncio.sleep(60)
+        placing.cancel()
+
+    run_virtual(case())
+    return scheduler, nodes, batch
+
+
+def test_the_scheduler_is_told_the_size_of_every_example() -> None:
+    scheduler, nodes, batch = placed_after([Placed(node=3)])
+    ((_, task),) = scheduler.asked
+    assert (task.microbatch_tokens, task.microbatch_lengths) == ((5, 1), ((2, 3), (1,)))
+    assert (nodes.placed, batch.offload) == ([(3, Shape("b", 2))], False)
+
+
+def test_a_batch_that_does_not_fit_is_offloaded() -> None:
+    _, _, batch = placed_after([Placed(node=0, offload=True)])
+    assert batch.offload
+
+
+@pytest.mark.parametrize(
+    ("reason", "pause_s"), [(f"{DEFERRED}: x", 0.0), ("no node is ready", PLACE_RETRY_S)]
+)
+def test_a_pause_follows_a_refusal_but_not_a_deferral(reason: str, pause_s: float) -> None:
+    scheduler, nodes, _ = placed_after([RefusedError(reason), RefusedError(reason), Placed(node=0)])
+    times_s = [at_s for at_s, _ in scheduler.asked]
+    assert times_s == pytest.approx([0.0, HELD_S + pause_s, 2 * (HELD_S + pause_s)])
+    assert len(nodes.placed) == 1
