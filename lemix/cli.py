@@ -40,7 +40,7 @@ Model = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    typer.Option(help="The scheduler's policy.", envvar="LEMIX_POLICY", show_default="round_robin"),
+    typer.Option(help="The scheduler's policy.", envvar="LEMIX_POLICY", show_default="lemix"),
 ]
 Device = Annotated[
     list[str] | None,

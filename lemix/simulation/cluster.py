@@ -77,7 +77,7 @@ class Devices:
     context_length: int
     kv_tokens: int
     profile: Profile | None = None
-    """What the scheduler is told of them, and their memory; None: it has to learn, and there is no end of it."""
+    """What the scheduler is told of them, and their memory. None: it has to learn, and memory is endless."""
 
 
 def devices_of(options: SimulationOptions) -> Devices:

@@ -11,7 +11,7 @@ from shared.settings import LemixSettings
 class SchedulerSettings(LemixSettings):
     """Read from LEMIX_* environment variables."""
 
-    policy: str = "round_robin"
+    policy: str = "lemix"
     """How tasks are placed: `name` or `name:key=value,key=value` (see `policies.POLICIES`)."""
     profile: str = ""
     """Name or file of a profile, which costs start from; empty: learned from what stages tell."""

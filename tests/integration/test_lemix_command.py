@@ -124,7 +124,7 @@ async def test_status_and_publish_find_the_running_cluster(tmp_path: Path) -> No
         async with asyncio.timeout(COMMAND_DEADLINE_S):
             while "v3" not in (status := await lemix("status", "--runs-dir", str(tmp_path))).output:
                 assert (status.status, status.errors) == (0, "")
-        assert "policy round_robin, 1 of 1 nodes ready" in status.output
+        assert "policy lemix, 1 of 1 nodes ready" in status.output
         assert "0/2" in status.output and "1/2" in status.output
         await running.interrupt()
 

@@ -18,7 +18,7 @@ class TrainingRoom:
 
     @classmethod
     def of(cls, profile: Profile) -> Self:
-        """Half of what weights and training leave: the KV cache has the other half."""
+        """On the fullest stage. Half of what weights and training leave: the KV cache has the other half."""
         return cls(min(stage.memory.activation_tokens for stage in profile.stages))
 
 

@@ -182,8 +182,9 @@ class EmulatedExecutor:
 
     def _offload_s(self, microbatch: Microbatch) -> float:
         """To the host in the forward, and from it in the backward."""
-        is_moved = self._memory is not None and microbatch.offload
-        return self._memory.offload_s(sum(microbatch.lengths)) if is_moved else 0.0
+        if self._memory is None or not microbatch.offload:
+            return 0.0
+        return self._memory.offload_s(sum(microbatch.lengths))
 
     def _result(self, chunk: SequenceChunk) -> SequenceResult:
         token = finish = None

@@ -79,7 +79,7 @@ class MicrobatchRunner:
         inputs = self._as_leaf(inputs)
         rows = torch.tensor(microbatch.label_rows, device=self._device)
         labels = torch.tensor(microbatch.labels, device=self._device)
-        with self._weights.training_forward() as version:
+        with self._weights.training_forward() as version, self._saving(microbatch):
             logits = self._run(microbatch, inputs, rows)
         loss = functional.cross_entropy(logits.float(), labels, reduction="sum") * microbatch.loss_weight
         if not torch.isfinite(loss):
@@ -92,7 +92,7 @@ class MicrobatchRunner:
         return inputs.requires_grad_() if inputs.is_floating_point() else inputs
 
     def _saving(self, microbatch: Microbatch) -> AbstractContextManager[object]:
-        """Where a forward keeps what its backward needs. The last stage goes backward at once: not asked."""
+        """Where a forward keeps what its backward needs."""
         if not microbatch.offload:
             return nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")

@@ -9,9 +9,19 @@ from services.stage_worker.settings import StageWorkerSettings
 from shared.errors import LemixError
 from shared.messages.inference import Sampling, SequenceChunk
 from shared.messages.training import Microbatch
+from shared.profiles.records import StageMemory
 from shared.profiles.times import Work
 
 VOCAB_SIZE = 50
+MEMORY = StageMemory(
+    weights_bytes=40,
+    training_bytes=120,
+    kv_bytes_per_token=1,
+    activation_bytes_per_token=10,
+    capacity_bytes=320,
+    host_bytes_per_s=5,
+)
+"""Room for the activations of eight rows, each of which takes two seconds to the host."""
 
 
 class Times:
@@ -47,12 +57,13 @@ class Clock:
         self.s = at_s
 
 
-def executor(clock: Clock, stage: int, num_stages: int = 2) -> EmulatedExecutor:
-    settings = StageWorkerSettings(node=0, stage=stage, num_stages=num_stages)
+def executor(clock: Clock, stage: int, memory: StageMemory | None = None) -> EmulatedExecutor:
+    settings = StageWorkerSettings(node=0, stage=stage, num_stages=2)
     return EmulatedExecutor(
         settings,
         "stage-a",
         times=Times(),
+        memory=memory,
         vocab_size=VOCAB_SIZE,
         context_length=128,
         hold_until=clock.hold_until,
@@ -189,3 +200,46 @@ async def test_a_shard_is_a_file_of_its_own(tmp_path: Path) -> None:
         names |= set(shard.sha256_by_file)
     assert names_in(tmp_path) == names
     assert len(names) == 2
+
+
+async def test_activations_in_flight_leave_no_room_until_they_are_gone_backward() -> None:
+    clock = Clock()
+    first = executor(clock, 0, memory=MEMORY)
+    await first.forward(microbatch(0), (1,))
+    with pytest.raises(MemoryError, match="5 tokens do not fit: 5 of 8"):
+        await first.forward(microbatch(1), (1,))
+    assert clock.s == 5.0, "it fails at once"
+    await first.backward("b", 0, NO_TENSOR)
+    await first.forward(microbatch(1), (1,))
+
+
+async def test_the_last_stage_needs_room_for_one_microbatch_at_a_time() -> None:
+    last = executor(Clock(), 1, memory=MEMORY)
+    for index in range(2):
+        await last.forward(microbatch(index), NO_TENSOR)
+    cramped = executor(Clock(), 1, memory=MEMORY.model_copy(update={"capacity_bytes": 240}))
+    with pytest.raises(MemoryError, match="0 of 4"):
+        await cramped.forward(microbatch(), NO_TENSOR)
+
+
+async def test_what_is_offloaded_takes_time_and_no_room() -> None:
+    clock = Clock()
+    first, last = executor(clock, 0, memory=MEMORY), executor(clock, 1, memory=MEMORY)
+    offloaded = microbatch().model_copy(update={"offload": True})
+    await first.forward(offloaded, (1,))
+    assert clock.s == 5.0 + 10.0
+    await first.forward(microbatch(1), (1,))
+    assert clock.s == 15.0 + 5.0
+    await first.backward("b", 0, NO_TENSOR)
+    assert clock.s == 20.0 + 50.0 + 10.0
+    await last.forward(offloaded, NO_TENSOR)
+    assert clock.s == 80.0 + 5.0 + 10.0 + 50.0 + 10.0
+
+
+async def test_a_restore_frees_the_room_and_loads_the_weights() -> None:
+    clock = Clock()
+    it = executor(clock, 0, memory=MEMORY)
+    await it.forward(microbatch(0), (1,))
+    await it.restore("", 0)
+    assert clock.s == 5.0 + 40 / 5
+    await it.forward(microbatch(1), (1,))

@@ -15,21 +15,22 @@ from tests.support.models import save_tiny_model
 
 
 @pytest.mark.parametrize(
-    ("error", "is_batch_at_fault"),
+    ("error", "is_batch_at_fault", "lacks_memory"),
     [
-        (CarrierError("no slot"), False),
-        (StaleTensorError("gone"), False),
-        (MemoryError(), False),
-        (torch.OutOfMemoryError("2 GiB"), False),
-        (RuntimeError("shapes differ"), True),
-        (LemixError("the loss is not finite: nan"), True),
+        (CarrierError("no slot"), False, False),
+        (StaleTensorError("gone"), False, False),
+        (MemoryError(), False, True),
+        (torch.OutOfMemoryError("2 GiB"), False, True),
+        (RuntimeError("shapes differ"), True, False),
+        (LemixError("the loss is not finite: nan"), True, False),
     ],
 )
 def test_a_batch_is_blamed_only_for_what_it_may_have_caused(
-    error: Exception, is_batch_at_fault: bool
+    error: Exception, is_batch_at_fault: bool, lacks_memory: bool
 ) -> None:
     failed = _failure("a", error)
     assert failed.is_batch_at_fault == is_batch_at_fault
+    assert failed.lacks_memory == lacks_memory
     assert failed.reason == f"{type(error).__name__}: {error}"
 
 

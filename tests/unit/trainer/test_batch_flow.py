@@ -8,7 +8,7 @@ import pytest
 
 from lemix.simulation.loop import run_virtual
 from services.trainer.batch_flow import PLACE_RETRY_S, BatchFlow
-from services.trainer.batches import BatchBook, Pending
+from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
 from services.trainer.microbatches import Rows, TrainingBatch
 from services.trainer.schedules import Shape
 from services.trainer.versions import Ledger
@@ -68,9 +68,11 @@ def pending() -> Pending:
     return Pending(TrainingBatch("b", 1, rows), NoTelemetry(), parent="", ack=no_ack)
 
 
-def placed_after(answers: list[Placed | RefusedError]) -> tuple[FakeScheduler, FakeNodes, Pending]:
+def placed_after(
+    answers: list[Placed | RefusedError], batch: Pending | None = None
+) -> tuple[FakeScheduler, FakeNodes, Pending]:
     """Place one batch with a scheduler that answers so."""
-    scheduler, nodes, batch = FakeScheduler(answers), FakeNodes(), pending()
+    scheduler, nodes, batch = FakeScheduler(answers), FakeNodes(), batch or pending()
 
     async def case() -> None:
         book = BatchBook(Ledger.restore({}, (), 0))
@@ -101,6 +103,13 @@ def test_the_scheduler_is_told_the_size_of_every_example() -> None:
 
 def test_a_batch_that_does_not_fit_is_offloaded() -> None:
     _, _, batch = placed_after([Placed(node=0, offload=True)])
+    assert batch.offload
+
+
+def test_a_batch_that_never_fitted_is_offloaded_whatever_the_scheduler_says() -> None:
+    batch = pending()
+    batch.num_unfit = MAX_UNFIT
+    placed_after([Placed(node=0)], batch)
     assert batch.offload
 
 

@@ -175,6 +175,14 @@ def test_a_failure_that_is_not_the_batchs_fault_blames_none() -> None:
     assert driver.report(1, failure) == [Closed("stage 1 failed: out of memory", ("a",)), Restore(2, 2)]
 
 
+def test_it_is_told_which_batch_found_no_memory() -> None:
+    driver = Driver().open()
+    driver.place("a")
+
+    failure = TrainingFailed(batch_id="a", reason="no", is_batch_at_fault=False, lacks_memory=True)
+    assert driver.report(1, failure) == [Closed("stage 1 failed: no", ("a",), unfit="a"), Restore(2, 2)]
+
+
 def test_a_stage_at_another_version_than_it_should_be_restores_the_node() -> None:
     driver = Driver().open()
     driver.place("a")

@@ -1,0 +1,80 @@
+"""What becomes of a batch for which a node's memory gave out."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.trainer.actions import ActionRunner
+from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
+from services.trainer.microbatches import Rows, TrainingBatch
+from services.trainer.node_training import Closed, NodeTraining, Rules
+from services.trainer.schedules import SCHEDULES
+from services.trainer.settings import TrainerSettings
+from services.trainer.versions import Ledger
+from shared.messages.training import RejectedBatch
+from shared.telemetry import NoTelemetry
+
+
+@dataclass
+class FakeBus:
+    """Keeps the rejections."""
+
+    rejected: list[RejectedBatch] = field(default_factory=list)
+
+    async def publish(self, subject: Any, message: Any, *, traceparent: str) -> None:
+        pass
+
+    async def publish_durable(self, subject: Any, body: bytes, *, message_id: str) -> None:
+        self.rejected.append(RejectedBatch.model_validate_json(body))
+
+
+async def no_ack() -> None:
+    pass
+
+
+def after_failures(num_failures: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
+    """Place the only batch so often, offloaded when it has to be, and have no memory for it each time."""
+    rows = (Rows(lengths=(2,), tokens=(1, 2), label_rows=(0,), labels=(2,)),)
+    pending = Pending(TrainingBatch("b", 1, rows), NoTelemetry(), parent="", ack=no_ack)
+    book, bus = BatchBook(Ledger.restore({}, (), 0)), FakeBus()
+    rules = Rules(schedule=SCHEDULES["async"], checkpoint_every=1, checkpoint_idle_s=1.0)
+    node = NodeTraining(0, 1, rules=rules, durable_version=0, epochs=iter(()))
+
+    async def case() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            actions = ActionRunner(
+                TrainerSettings(),
+                bus=bus,
+                clock=None,
+                book=book,
+                files=None,
+                folders={},
+                stream="s",
+                tasks=tasks,
+            )
+            book.admit(pending)
+            for _ in range(num_failures):
+                book.take().offload = pending.must_offload
+                actions.run(node, [Closed("no memory", ("b",), unfit="b")])
+
+    asyncio.run(case())
+    return pending, book, bus.rejected
+
+
+def test_a_batch_that_finds_no_memory_runs_again_as_it_was() -> None:
+    pending, book, _ = after_failures(MAX_UNFIT - 1)
+    assert book.num_waiting == 1
+    assert not pending.must_offload
+
+
+def test_after_some_times_it_is_offloaded() -> None:
+    pending, book, rejected = after_failures(MAX_UNFIT)
+    assert book.num_waiting == 1
+    assert pending.must_offload
+    assert rejected == []
+
+
+def test_one_that_finds_none_although_it_is_offloaded_is_rejected() -> None:
+    _, book, rejected = after_failures(MAX_UNFIT + 2)
+    assert book.num_waiting == 0
+    assert [(each.batch_id, each.reason) for each in rejected] == [("b", "no memory")]
