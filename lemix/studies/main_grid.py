@@ -72,6 +72,8 @@ class Grid:
     paper_schedule: str = ""
     """Whose numbers of the paper stand beside ours."""
     training_rates: Sequence[float] = field(default=paper.TRAINING_RATES)
+    sweeps_only: bool = False
+    """Only what the paper draws: rates at the middle training rate, training rates at the middle rate."""
 
     def study(self, *, quick: bool) -> Study:
         return Study(
@@ -91,6 +93,8 @@ class Grid:
         for labels in grid(
             **{"class": [model.name for model in classes]}, rate=rates, training_rate=training_rates
         ):
+            if self.sweeps_only and not _is_on_a_sweep(labels):
+                continue
             for contender in (*(ESSENTIAL if quick else _contenders(labels)), LIMIT):
                 for seed in seeds(quick):
                     yield self._cell(labels, contender, seed, num_tasks(quick))
@@ -112,6 +116,10 @@ class Grid:
         }
         for contender in ESSENTIAL[:1] if quick else ESSENTIAL:
             yield self._cell(labels, contender, 0, num_tasks(quick=True))
+
+
+def _is_on_a_sweep(labels: Mapping[str, Label]) -> bool:
+    return labels["rate"] == MIDDLE_RATE or labels["training_rate"] == MIDDLE_TRAINING_RATE
 
 
 def _contenders(labels: Mapping[str, Label]) -> Sequence[Contender]:
@@ -204,13 +212,14 @@ that LeMix is held against the best of them. Of the paper's A-PP grid only headl
 {paper.HEADLINE_THROUGHPUT} times Separate's throughput and {paper.HEADLINE_SLO} times its SLO
 attainment."""
 ABOUT_SYNCHRONOUS = """\
-The main grid with a flush after each training batch: four nodes of GPT, two of Llama, as in the paper.
+A flush after each training batch, four nodes of GPT, two of Llama, as in the paper, of which this makes the
+two sweeps: of rates at training rate 0.5, and of training rates at 16 requests per second.
 `paper: ...` rows are read from its figures (±1 %), which do not say what each sweep kept fixed; its
 devices and its software took other times than ours: the order can be compared, the level hardly."""
 ABOUT_DATA_PARALLEL = """\
-GPT on eight nodes of one stage each, synchronous, as in the paper, whose replicas are never averaged;
-nor are ours here. `paper: ...` rows are read from its figures (±1 %); their order can be compared with
-ours, their level hardly."""
+GPT on eight nodes of one stage each, synchronous, the two sweeps as in the paper, whose replicas are
+never averaged; nor are ours here. `paper: ...` rows are read from its figures (±1 %); their order can be
+compared with ours, their level hardly."""
 
 MAIN = Grid(
     name="main",
@@ -228,6 +237,7 @@ SYNCHRONOUS = Grid(
     rates=paper.RATES,
     cluster=lambda model: {"schedule": "sync", "nodes": 4 if model in GPT_CLASSES else 2},
     paper_schedule="S-PP",
+    sweeps_only=True,
 )
 DATA_PARALLEL = Grid(
     name="data-parallel",
@@ -237,4 +247,5 @@ DATA_PARALLEL = Grid(
     rates=paper.RATES,
     cluster=lambda model: {"schedule": "sync", "nodes": 8, "stages": 1},
     paper_schedule="DP",
+    sweeps_only=True,
 )
