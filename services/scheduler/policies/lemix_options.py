@@ -35,7 +35,7 @@ class LemixOptions(Options):
     """While an active node answers within this share of that time, no further node is opened."""
     stretch: float = Field(default=0.1, ge=0)
     """A batch may end by this share later than on the fastest node, so that fewer nodes are used."""
-    linger: float = Field(default=20.0, ge=0)
+    linger: float = Field(default=4.0, ge=0)
     """A node without work stays active for so many objectives."""
     late_share: float = Field(default=0.01, ge=0)
     """Share of expected requests that training may make late without having to wait for it."""
