@@ -1,7 +1,7 @@
 """The paper's grid of rates, training rates, models and policies: A-PP (`main`), S-PP, data parallelism."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from lemix.studies.verdicts import (
     SEPARATE,
     SLO,
     THROUGHPUT,
+    Verdict,
     main_verdicts,
     possible_throughput_ratio,
 )
@@ -131,10 +132,26 @@ def report(rows: Sequence[Row], *, paper_schedule: str) -> Report:
     ran = contest(rows)
     shown = [*rows, *paper_rows(paper_schedule, rows)]
     return Report(
-        sections=[*_possible(rows), *_sections(shown)],
-        verdicts=main_verdicts(points(ran)),
+        sections=[*_possible(_within_the_paper(rows)), *_sections(shown)],
+        verdicts=_verdicts(ran),
         charts=dict(_charts(ran)),
     )
+
+
+def _within_the_paper(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.labels["rate"] in paper.RATES]
+
+
+def _verdicts(ran: Sequence[Row]) -> list[Verdict]:
+    """On the paper's grid; then, apart, beyond it."""
+    beyond = [
+        replace(verdict, criterion=f"at {rate} requests per second: {verdict.criterion}")
+        for rate in BEYOND
+        if (there := select(ran, rate=rate))
+        for verdict in main_verdicts(points(there))
+        if verdict.findings
+    ]
+    return main_verdicts(points(_within_the_paper(ran))) + beyond
 
 
 def _possible(rows: Sequence[Row]) -> Iterable[Section]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lemix.studies.charts import draw
 from lemix.studies.grid import Cell, Report, Section, Study
-from lemix.studies.rows import BOUND, POLICY, Row, select
+from lemix.studies.rows import BOUND, POLICY, Row, Spread, select
 from lemix.studies.tables import missed_sections, verdict_table
 from lemix.studies.verdicts import Verdict
 
@@ -83,12 +83,17 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    """Each metric as [median, lowest, highest]."""
+    """Each metric as [median, lowest, highest], or as one number where the runs agree."""
     return {
         "labels": dict(row.labels),
         "runs": row.num_runs,
-        "metrics": {name: [_short(part) for part in spread] for name, spread in row.metrics.items()},
+        "metrics": {name: _spread(spread) for name, spread in row.metrics.items()},
     }
+
+
+def _spread(spread: Spread) -> list[float] | float:
+    parts = [_short(part) for part in spread]
+    return parts[0] if len(set(parts)) == 1 else parts
 
 
 def _short(value: float) -> float:
