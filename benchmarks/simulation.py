@@ -21,6 +21,7 @@ from shared.profiles.times import Work
 from shared.subjects import BATCHES
 
 NUM_ROUNDS = 5
+POLICIES = ("round_robin", "lemix")
 NODES = (4, 16, 64, 256, 1000)
 REQUESTS_PER_NODE = 100
 REQUESTS_PER_S = 10.0
@@ -61,32 +62,45 @@ async def main(work: Path) -> dict[str, Any]:
 
 def _measure_all() -> dict[str, Any]:
     measure(1, stages=2, requests_per_node=10)  # loads what is loaded at first use
-    rounds = [measure(4, stages=2, requests_per_node=500) for _ in range(NUM_ROUNDS)]
+    rounds = [
+        measure(4, stages=2, requests_per_node=500, policy=policy)
+        for _ in range(NUM_ROUNDS)
+        for policy in POLICIES
+    ]
     return {
-        "events_per_s": spread([each["events_per_s"] for each in rounds]),
+        "events_per_s": {policy: _spread(rounds, policy, "events_per_s") for policy in POLICIES},
+        "events_per_cpu_s": {policy: _spread(rounds, policy, "events_per_cpu_s") for policy in POLICIES},
         "rounds": rounds,
         "by_nodes": [measure(nodes, stages=4, requests_per_node=REQUESTS_PER_NODE) for nodes in NODES],
     }
 
 
-def measure(nodes: int, *, stages: int, requests_per_node: int) -> dict[str, Any]:
+def _spread(rounds: list[dict[str, Any]], policy: str, what: str) -> dict[str, float]:
+    return spread([each[what] for each in rounds if each["policy"] == policy])
+
+
+def measure(
+    nodes: int, *, stages: int, requests_per_node: int, policy: str = "round_robin"
+) -> dict[str, Any]:
     """One run. Peak memory is that of the process so far: measure small clusters first."""
     times = tuple(CountingTimes(is_last=stage == stages - 1) for stage in range(stages))
     devices = Devices(times=times, vocab_size=32000, context_length=4096, kv_tokens=1 << 18)
-    options = SimulationOptions(nodes=nodes, stages=stages, profile="constant", policy="round_robin")
+    options = SimulationOptions(nodes=nodes, stages=stages, profile="constant", policy=policy)
     begun_s, cpu_s = time.perf_counter(), time.process_time()
     virtual_s = run_virtual(_run(options, devices, num_requests=nodes * requests_per_node))
-    wall_s = time.perf_counter() - begun_s
+    wall_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - cpu_s
     num_events = 2 * sum(stage.num_ops for stage in times)
     return {
+        "policy": policy,
         "nodes": nodes,
         "stages": stages,
         "requests": nodes * requests_per_node,
         "virtual_s": virtual_s,
         "wall_s": wall_s,
-        "cpu_s": time.process_time() - cpu_s,
+        "cpu_s": cpu_s,
         "events": num_events,
         "events_per_s": num_events / wall_s,
+        "events_per_cpu_s": num_events / cpu_s,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
