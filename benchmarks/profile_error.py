@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.models import model_folder
 from lemix.arenas import ArenaFolder, default_base
-from lemix.profile_command import ProfileOptions, measure, profile_of
-from lemix.profile_grid import MAX_ROWS, IterationShape, decoding, grid_for, mixed, prefill
-from lemix.profile_pipeline import MeasuredOp, ProfiledPipeline, profiled_pipeline
+from lemix.profiling.command import ProfileOptions, measure, profile_of
+from lemix.profiling.grid import MAX_ROWS, IterationShape, decoding, grid_for, mixed, prefill
+from lemix.profiling.pipeline import MeasuredOp, ProfiledPipeline, profiled_pipeline
 from services.scheduler.costs import COSTS, Costs
 from shared.clock import Clock, SystemClock
 from shared.model_files import name_of, read_card

@@ -301,7 +301,7 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="A few points only, to try it out.")] = False,
 ) -> None:
     """Measure a model's stages on a device, for forecasts and for emulation."""
-    from lemix.profile_command import ProfileOptions, run_profile
+    from lemix.profiling.command import ProfileOptions, run_profile
     from lemix.running import run_command
     from shared.settings import LemixSettings, read_settings
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.scheduler.costs import Costs
-from services.scheduler.course import predict
-from services.scheduler.known_work import (
+from services.scheduler.node.course import predict
+from services.scheduler.node.known_work import (
     BACKWARD,
     MAX_ITERATION_TOKENS,
     STEP,
@@ -20,7 +20,7 @@ from services.scheduler.known_work import (
     batch_of,
     durations_of,
 )
-from services.scheduler.prediction import Prediction
+from services.scheduler.node.prediction import Prediction
 from shared.profiles.times import Work, work_of_rows
 
 BACKWARD_SHARE = 2 / 3

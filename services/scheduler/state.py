@@ -8,8 +8,8 @@ from typing import assert_never
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import Forecast
 from services.scheduler.moments import ArrivalRate, MeanError, RunningMoments
+from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.tasks import NO_SHAPE, TaskShape, work_of_op
-from services.scheduler.timeline import NodeTimeline
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageProgress
 from shared.profiles.times import work_of_rows

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lemix.profile_command import ProfileOptions, measured_profile
+from lemix.profiling.command import ProfileOptions, measured_profile
 from shared.clock import SystemClock
 from tests.support.models import NUM_LAYERS, save_tiny_model
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from services.scheduler.known_work import BACKWARD, FORWARD, ITERATION, STEP, Batch, Iteration, Op
-from services.scheduler.prediction import Prediction
+from services.scheduler.node.known_work import BACKWARD, FORWARD, ITERATION, STEP, Batch, Iteration, Op
+from services.scheduler.node.prediction import Prediction
+from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.tasks import TaskShape
-from services.scheduler.timeline import NodeTimeline
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.profiles.times import Work, work_of_rows
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
+from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.state import ClusterState
-from services.scheduler.timeline import NodeTimeline
 
 MAX_BUSY = 8
 """Busy nodes looked at: those with the fewest tasks."""

@@ -6,12 +6,12 @@ from statistics import fmean
 from pydantic import Field
 
 from services.scheduler.costs import Costs
+from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.policies.base import Arrival, Decision, Place, Wait, no_node, ready_nodes
 from services.scheduler.policies.options import Options
 from services.scheduler.policies.released_score import NodeTrace, Scored, Trained, Weights, score
 from services.scheduler.state import ClusterState
 from services.scheduler.tasks import TaskShape, shape_of
-from services.scheduler.timeline import NodeTimeline
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work, work_of_rows
 

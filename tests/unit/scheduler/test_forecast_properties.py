@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.forecast import forecast_inference, forecast_training, inference_alone, training_alone
-from services.scheduler.known_work import (
+from services.scheduler.node.known_work import (
     BACKWARD,
     FORWARD,
     ITERATION,
@@ -15,7 +15,7 @@ from services.scheduler.known_work import (
     STEP,
     Op,
 )
-from services.scheduler.prediction import Prediction
+from services.scheduler.node.prediction import Prediction
 from shared.profiles.times import work_of_rows
 from tests.support.courses import UnevenCosts, node_with, ops_after, tell
 

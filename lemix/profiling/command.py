@@ -9,9 +9,9 @@ from statistics import median
 from rich.console import Console
 
 from lemix.arenas import ArenaFolder, default_base
-from lemix.profile_grid import Grid, grid_for
-from lemix.profile_memory import stage_memory
-from lemix.profile_pipeline import MeasuredOp, ProfiledPipeline, profiled_pipeline
+from lemix.profiling.grid import Grid, grid_for
+from lemix.profiling.memory import stage_memory
+from lemix.profiling.pipeline import MeasuredOp, ProfiledPipeline, profiled_pipeline
 from shared.clock import Clock
 from shared.errors import ConfigurationError
 from shared.model.loader import model_partition, read_config

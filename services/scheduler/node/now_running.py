@@ -1,6 +1,6 @@
 """What the stages of a node do at this moment, as far as they have told. Pure."""
 
-from services.scheduler.known_work import ITERATION, STEP, Batch, Iteration, Running
+from services.scheduler.node.known_work import ITERATION, STEP, Batch, Iteration, Running
 
 
 class NowRunning:

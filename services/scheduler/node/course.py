@@ -11,7 +11,7 @@ hundreds. They come in between: after each training op, a stage gives `decode_ga
 
 from heapq import heappop, heappush
 
-from services.scheduler.known_work import (
+from services.scheduler.node.known_work import (
     BACKWARD,
     FORWARD,
     ITERATION,
@@ -21,7 +21,7 @@ from services.scheduler.known_work import (
     KnownWork,
     Op,
 )
-from services.scheduler.prediction import Prediction
+from services.scheduler.node.prediction import Prediction
 
 _END, _WAKE = 8, 9
 """At one instant arrivals come first, then ends: whoever is there may be chosen."""

@@ -9,8 +9,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from services.scheduler.costs import Costs
-from services.scheduler.known_work import MAX_ITERATION_TOKENS, Iteration, durations_of
-from services.scheduler.now_running import NowRunning
+from services.scheduler.node.known_work import MAX_ITERATION_TOKENS, Iteration, durations_of
+from services.scheduler.node.now_running import NowRunning
 from services.scheduler.tasks import Assigned, work_of_op
 from shared.messages.events import StageOp
 from shared.profiles.times import NO_WORK, Work, work_of_rows

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from lemix.profile_grid import MAX_ROWS, IterationShape
+from lemix.profiling.grid import MAX_ROWS, IterationShape
 from services.stage_worker.executor.base import Rows
 from services.stage_worker.executor.torch import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings

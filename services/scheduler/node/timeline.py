@@ -6,11 +6,12 @@ stage has happened on the earlier ones, and nothing that is over comes back.
 
 from collections.abc import Iterable, Iterator
 
-from services.scheduler.agreement import Agreement
 from services.scheduler.costs import Costs
-from services.scheduler.course import predict
 from services.scheduler.forecast import BACKWARD_SHARE, Forecast, Interval
-from services.scheduler.known_work import (
+from services.scheduler.moments import RunningMoments
+from services.scheduler.node.agreement import Agreement
+from services.scheduler.node.course import predict
+from services.scheduler.node.known_work import (
     BACKWARD,
     FORWARD,
     ITERATION,
@@ -22,10 +23,9 @@ from services.scheduler.known_work import (
     batch_of,
     durations_of,
 )
-from services.scheduler.lineup import Lineup
-from services.scheduler.moments import RunningMoments
-from services.scheduler.now_running import NowRunning
-from services.scheduler.prediction import Prediction
+from services.scheduler.node.lineup import Lineup
+from services.scheduler.node.now_running import NowRunning
+from services.scheduler.node.prediction import Prediction
 from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import StageOp, StageProgress

@@ -3,8 +3,8 @@
 import pytest
 
 from services.scheduler.forecast import Forecast, Interval
+from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.tasks import TaskShape, shape_of
-from services.scheduler.timeline import NodeTimeline
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work, work_of_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lemix.profile_pipeline import MeasuredOp
+from lemix.profiling.pipeline import MeasuredOp
 from shared.model.loader import load_stage
 from shared.model.partition import LayerRange
 from shared.model.stage import Stage

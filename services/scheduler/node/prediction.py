@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from services.scheduler.known_work import FORWARD, ITERATION, STEP, Batch, KnownWork, Op
+from services.scheduler.node.known_work import FORWARD, ITERATION, STEP, Batch, KnownWork, Op
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Whether stages do what was predicted: then the prediction still holds, and need not be made anew. Pure."""
 
-from services.scheduler.known_work import BACKWARD, FORWARD, ITERATION, STEP, Iteration, Op
-from services.scheduler.prediction import Prediction
+from services.scheduler.node.known_work import BACKWARD, FORWARD, ITERATION, STEP, Iteration, Op
+from services.scheduler.node.prediction import Prediction
 from shared.messages.events import OpKind, StageOp, StageProgress
 
 TOLERANCE_S = 0.0005

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lemix.profile_grid import MAX_ROWS, decoding, grid_for, mixed, prefill
+from lemix.profiling.grid import MAX_ROWS, decoding, grid_for, mixed, prefill
 
 
 @pytest.mark.parametrize("is_quick", [True, False])

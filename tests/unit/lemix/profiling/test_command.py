@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lemix.profile_command import ProfileOptions, measure, medians, run_profile
-from lemix.profile_grid import Grid, IterationShape, prefill
-from lemix.profile_pipeline import MeasuredOp
+from lemix.profiling.command import ProfileOptions, measure, medians, run_profile
+from lemix.profiling.grid import Grid, IterationShape, prefill
+from lemix.profiling.pipeline import MeasuredOp
 from services.scheduler.costs import AffineCosts
 from shared.clock import SystemClock
 from shared.errors import ConfigurationError
