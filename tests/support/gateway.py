@@ -131,7 +131,13 @@ def _heartbeat(stage: int) -> Heartbeat:
     fields = {name: 0 for name, field in Heartbeat.model_fields.items() if field.annotation is int}
     texts = {name: "x" for name, field in Heartbeat.model_fields.items() if field.annotation is str}
     flags = {name: True for name, field in Heartbeat.model_fields.items() if field.annotation is bool}
-    known = {"node": NODE, "stage": stage, "weights_version": VERSION, "kv_blocks_used": 11}
+    known = {
+        "node": NODE,
+        "stage": stage,
+        "weights_version": VERSION,
+        "kv_blocks_used": 11,
+        "kv_block_size": 16,
+    }
     return Heartbeat.model_validate(fields | texts | flags | known)
 
 
