@@ -28,7 +28,7 @@ class NothingToWaitForError(LemixError):
 class _Call(asyncio.TimerHandle):
     """A callback that is due; cheaper to make than its base, of which it keeps only the methods' names."""
 
-    __slots__ = ("args", "at_s", "callback", "context", "is_cancelled")
+    __slots__ = ("args", "at_s", "callback", "context")
 
     def __init__(
         self, at_s: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
@@ -37,6 +37,9 @@ class _Call(asyncio.TimerHandle):
         self.callback: Callable[..., object] | None = callback
         self.args = args
         self.context = copy_context() if context is None else context
+
+    def __repr__(self) -> str:
+        return f"<call of {self.callback} at {self.at_s}>"
 
     def cancel(self) -> None:
         self.callback, self.args = None, ()

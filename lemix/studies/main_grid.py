@@ -221,13 +221,13 @@ def paper_rows(schedule: str, rows: Sequence[Row]) -> list[Row]:
 
 ABOUT_MAIN = f"""\
 Rates from 4 to 32 requests per second as in the paper, and 128 beyond it; training rates from 0.1 to 0.9;
-334 tasks; each training batch is released when its predecessor has passed stage 0. All policies
-run on stages that let inference overtake training (`slo_first`); `round_robin (fifo)` is Mix-RR on stages
-as in the paper; that, `lemix_released`, `random` and the dynamic split run at every other point only.
-`{AS_IN_THE_PAPER.label}` is Separate as in the paper; it also gets other splits, so
-that LeMix is held against the best of them. Of the paper's A-PP grid only headlines are known: up to
-{paper.HEADLINE_THROUGHPUT} times Separate's throughput and {paper.HEADLINE_SLO} times its SLO
-attainment."""
+334 tasks (GPT trains on batches of three sequences; a request is one, where the paper's are three); each
+training batch is released when its predecessor has passed stage 0. All policies run on stages that let
+inference overtake training (`slo_first`); `round_robin (fifo)` is Mix-RR on stages as in the paper; that,
+`lemix_released`, `random` and the dynamic split run at every other point only.
+`{AS_IN_THE_PAPER.label}` is Separate as in the paper; it also gets other splits, so that LeMix is held
+against the best of them. Of the paper's A-PP grid only headlines are known: up to
+{paper.HEADLINE_THROUGHPUT} times Separate's throughput and {paper.HEADLINE_SLO} times its SLO attainment."""
 ABOUT_SYNCHRONOUS = """\
 A flush after each training batch, four nodes of GPT, two of Llama, as in the paper, of which this makes the
 two sweeps: of rates at training rate 0.5, and of training rates at 16 requests per second.

@@ -76,7 +76,7 @@ def _as_json(study: Study, rows: Sequence[Row], report: Report, command: str) ->
 def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {
         "criterion": verdict.criterion,
-        "met": verdict.met,
+        "met": verdict.met if verdict.findings else None,
         "points": len(verdict.findings),
         "missed": [asdict(finding) for finding in verdict.missed],
     }

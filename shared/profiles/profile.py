@@ -139,6 +139,8 @@ def read_profile(path: Path) -> Profile:
         raise ConfigurationError(f"profile {str(path)!r}: {where}: {fault['msg']}") from error
     if not all(stage.samples("iteration") and stage.samples("forward") for stage in profile.stages):
         raise ConfigurationError(f"profile {str(path)!r}: a stage lacks iterations or forwards")
+    if not all(stage.samples("backward") for stage in profile.stages[:-1]):
+        raise ConfigurationError(f"profile {str(path)!r}: a stage before the last lacks backwards")
     if len(profile.stages) != profile.num_stages:
         raise ConfigurationError(
             f"profile {str(path)!r}: num_stages={profile.num_stages}, but it has {len(profile.stages)} stages"

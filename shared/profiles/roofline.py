@@ -27,7 +27,8 @@ KERNELS_PER_STEP = 20
 """AdamW over all of a stage's tensors at once, in a few launches for each of its operations."""
 
 WEIGHT_BYTES = 2
-"""Weights, gradients and both of AdamW's moments are kept in 16 bits, as the paper's released code does."""
+"""Weights, gradients and both of AdamW's moments are kept in 16 bits, as the paper's released code does for
+Llama; its GPT are in 32 bits, ours are not."""
 TRAINED_BYTES = 4 * WEIGHT_BYTES
 """A parameter's weight, gradient and two moments."""
 STEP_BYTES = 7 * WEIGHT_BYTES
