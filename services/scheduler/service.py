@@ -141,6 +141,8 @@ class Scheduler:
 
         Raises RefusedError when it gets none, or none within HOLD_S.
         """
+        if isinstance(task, InferenceTask) and not task.prompt:
+            raise RefusedError("the prompt is empty", code=400)
         shape, asked_s = shape_of(task), self._clock.now_s()
         kind: TaskKind = "inference" if isinstance(task, InferenceTask) else "training"
         give_up_s = asked_s + HOLD_S[kind]

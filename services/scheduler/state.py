@@ -299,11 +299,12 @@ class ClusterState:
         for task in tasks:
             self._end(task.task_id)
         self._nodes[node].timeline.clear()
+        self._nodes[node].kv_tokens = 0  # whatever block size stage 0 had
         return [LostTask(task, reason) for task in tasks if task.kind == "inference"]
 
     def _arrive(self, arrived: TaskArrived) -> None:
-        if arrived.task_id in self._arrived_s:
-            return
+        if arrived.task_id in self._arrived_s or arrived.task_id in self._tasks:
+            return  # it asks again
         if len(self._arrived_s) >= MAX_REMEMBERED:
             del self._arrived_s[next(iter(self._arrived_s))]
         self._arrived_s[arrived.task_id] = arrived.now_s

@@ -90,6 +90,7 @@ class Lineup:
             for iteration in self._in_flight.values():
                 self._running.orphan(iteration)
             self._in_flight.clear()
+            self._formed.clear()
 
     def clear(self) -> None:
         """The node begins anew, and with it the numbers of its iterations."""
@@ -114,8 +115,8 @@ class Lineup:
 
     def leaves(self, op: StageOp, tasks: list[Assigned], end_s: float) -> list[Assigned]:
         """The last stage has done an iteration; returns those of the `tasks` whose first token is now out."""
-        self._in_flight.pop(op.index, None)
-        self._last_done = max(self._last_done, op.index)
+        if self._in_flight.pop(op.index, None) is not None:  # else it is of an earlier life of stage 0
+            self._last_done = max(self._last_done, op.index)
         self._take_turns(op.num_sequences - len(op.task_ids))
         through = [task for task in tasks if task.first_token_s is None]
         for task in through:
@@ -164,7 +165,9 @@ class Lineup:
         if not op.task_ids and op.num_tokens == op.num_sequences:
             self._take_out_decodes()
         num_others = op.num_sequences - len(op.task_ids)
-        if op.num_tokens - num_rows > num_others:  # more than a row for each: a piece of a longer prompt
+        if (
+            num_others and op.num_tokens - num_rows > num_others
+        ):  # more than a row each: a longer prompt's piece
             self._take_out_piece(op.num_tokens - num_rows - num_others + 1)
             num_others -= 1
         work = work_of_op(op)
@@ -222,7 +225,7 @@ class Lineup:
 
     def _decodes(self, count: int) -> Work:
         """So many decoding sequences of mean length."""
-        if count <= 0:
+        if count <= 0 or not self.decoding:
             return NO_WORK
         num_rows = sum(task.shape.prompt_tokens + task.num_generated for task in self.decoding.values())
         return Work(count, count * num_rows // len(self.decoding), count)

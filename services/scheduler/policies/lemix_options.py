@@ -41,8 +41,9 @@ class LemixOptions(Options):
     """Share of expected requests that training may make late without having to wait for it."""
     patience: float = Field(default=10.0, gt=0)
     """A batch that has waited for so many objectives runs whatever it makes late."""
-    memory_patience_s: float = Field(default=10.0, ge=0)
-    """How long a request waits for room in a KV cache; then it is refused."""
+    memory_patience_s: float = Field(default=7.0, ge=0)
+    """How long a request waits for room in a KV cache; then it is refused. The scheduler holds none longer
+    than 8 s."""
     offload_after: float = Field(default=0.005, ge=0)
     """A batch that has waited for room for its activations for so many objectives is offloaded."""
 

@@ -206,6 +206,24 @@ def test_the_cache_has_room_for_what_placed_tasks_may_grow_to() -> None:
     assert state.kv_tokens_free(0) == 160 - 16
 
 
+def test_the_cache_is_empty_after_stage_0_is_lost() -> None:
+    state = ClusterState(costs=LinearCosts(None))
+    room = {"kv_blocks_total": 10, "kv_block_size": 16, "num_stages": 2}
+    for stage in (0, 1):
+        state.apply(HeartbeatSeen(heartbeat(0, stage).model_copy(update=room), 0.0))
+    state.apply(TaskAssigned(placed("r", 20), 0.0))
+    state.apply(StageLeft(StageStopped(node=0, stage=0, instance=heartbeat(0).instance)))
+    state.apply(HeartbeatSeen(heartbeat(0, instance="b").model_copy(update=room), 1.0))
+    assert state.kv_tokens_free(0) == 160
+
+
+def test_a_placed_task_that_asks_again_is_no_new_arrival() -> None:
+    state = with_nodes(0)
+    state.apply(TaskAssigned(placed("r", 1), 0.0))
+    state.apply(TaskArrived("r", "inference", TaskShape(prompt_tokens=1), 1.0))
+    assert state.arrived_s("r") is None
+
+
 def test_the_objective_follows_the_mean_prompt_where_no_profile_says() -> None:
     state = ClusterState(costs=LinearCosts(2), slo_factor=4.0)
     for task_id, tokens in (("r", 10), ("s", 30)):

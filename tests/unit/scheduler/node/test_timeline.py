@@ -4,11 +4,13 @@ import pytest
 
 from services.scheduler.forecast import Forecast, Interval
 from services.scheduler.node.timeline import NodeTimeline
+from services.scheduler.policies.base import Place
+from services.scheduler.state import ClusterState, StageProgressed, TasksEnded
 from services.scheduler.tasks import TaskShape, shape_of
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work, work_of_rows
-from tests.support.policies import LinearCosts, request
+from tests.support.policies import LinearCosts, assign, cluster, request
 
 
 def op(kind: OpKind, *task_ids: str, index: int = 0, tokens: int = 0, sequences: int = 1) -> StageOp:
@@ -289,3 +291,39 @@ def test_a_stage_that_rests_where_it_should_work_is_noticed() -> None:
     assert timeline.prediction is prediction  # "s" is due now
     timeline.progressed(StageProgress(node=0, stage=0, ended=(), running=None), 0.15)
     assert timeline.prediction is not prediction
+
+
+def test_a_prompt_that_nobody_knows_any_more_leaves_the_others_alone() -> None:
+    """It was cancelled while its iteration stood behind others, or an earlier scheduler placed it."""
+    state = cluster(0)
+    names = [f"r{number}" for number in range(4)]
+    for name in names:
+        assign(state, request(name, 10, max_tokens=5), Place(0), 0.0)
+    assign(state, request("other", 200, max_tokens=5), Place(0), 0.0)
+    first = _iteration(0, tuple(names), num_tokens=40, num_sequences=4)
+    for stage in (0, 1):
+        _tell(state, stage, first, stage + 0.1, is_over=False)
+        _tell(state, stage, first, stage + 0.2, is_over=True)
+    _tell(state, 0, _iteration(1, ("cancelled",), num_tokens=100, num_sequences=1), 2.0, is_over=False)
+    state.apply(TasksEnded(tuple(names)))
+    assert [task.task_id for task in state.timeline(0).assigned()] == ["other"]
+    state.apply(TasksEnded(("other",)))
+    assert not any(state.timeline(0).prediction.known.formed)
+
+
+def _iteration(index: int, task_ids: tuple[str, ...], *, num_tokens: int, num_sequences: int) -> StageOp:
+    return StageOp(
+        kind="iteration",
+        task_ids=task_ids,
+        index=index,
+        num_tokens=num_tokens,
+        num_pairs=num_tokens,
+        num_sequences=num_sequences,
+    )
+
+
+def _tell(state: ClusterState, stage: int, op: StageOp, now_s: float, *, is_over: bool) -> None:
+    ended = (OpEnded(op=op, elapsed_s=0.01, ago_s=0.0),) if is_over else ()
+    running = None if is_over else OpStarted(op=op, ago_s=0.0)
+    progress = StageProgress(node=0, stage=stage, ended=ended, running=running)
+    state.apply(StageProgressed(progress, now_s))
