@@ -146,8 +146,6 @@ class ClusterState:
         self.training_rate = ArrivalRate()
         self.inference_lengths = RunningMoments()
         """Prompts of all inference tasks that have arrived, in tokens."""
-        self.training_lengths = RunningMoments()
-        """Likewise of training tasks: rows of all their microbatches."""
         self.forward_error = MeanError()
         """Of what the cost model says of iterations and training forwards, before it learns from them."""
         self.response_error = MeanError()
@@ -310,7 +308,8 @@ class ClusterState:
         self._arrived_s[arrived.task_id] = arrived.now_s
         is_training = arrived.kind == "training"
         (self.training_rate if is_training else self.inference_rate).add(arrived.now_s)
-        (self.training_lengths if is_training else self.inference_lengths).add(arrived.shape.num_tokens)
+        if not is_training:
+            self.inference_lengths.add(arrived.shape.num_tokens)
 
     def _assign(self, task: PlacedTask, now_s: float) -> None:
         self._arrived_s.pop(task.task_id, None)

@@ -4,7 +4,7 @@ Messages of different stages overtake each other, tell things late, or get lost:
 stage has happened on the earlier ones, and nothing that is over comes back.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import BACKWARD_SHARE, Forecast, Interval
@@ -76,21 +76,6 @@ class NodeTimeline:
         return len(self._lineup.decoding)
 
     @property
-    def num_waiting_training(self) -> int:
-        """Training tasks of which nothing has run yet."""
-        return sum(not any(batch.passes) for batch in self._batches.values())
-
-    @property
-    def training_tokens(self) -> int:
-        """Rows of microbatches that are not through the node: those whose activations it may have to hold."""
-        return sum(
-            work.num_tokens
-            for batch_id, batch in self._batches.items()
-            for work, passes in zip(self._tasks[batch_id].shape.microbatches, batch.passes, strict=True)
-            if passes < 2 * self.num_stages - 1
-        )
-
-    @property
     def exposure_s(self) -> float:
         """The longest training forward of each stage after the first, summed: what a request may yet meet."""
         forwards_s = [forward_s for batch in self._batches.values() for forward_s in batch.forward_s]
@@ -102,11 +87,6 @@ class NodeTimeline:
         """Living tasks in the order of their assignment."""
         return self._tasks.values()
 
-    def waiting_inference(self) -> Iterator[Assigned]:
-        """Living inference tasks whose first token is not out."""
-        tasks = self._tasks.values()
-        return (task for task in tasks if task.kind == "inference" and task.first_token_s is None)
-
     @property
     def prediction(self) -> Prediction:
         """The future as of the last event here that was not foreseen; made when it is first asked for."""
@@ -115,16 +95,6 @@ class NodeTimeline:
             self._prediction = predict(self._known_work(at_s), at_s)
             self._agreement = Agreement(self._prediction)
         return self._prediction
-
-    def stage_ends(self, now_s: float) -> list[float]:
-        """By stage: when everything known there is over."""
-        return [max(end_s, now_s) for end_s in self.prediction.stage_ends_s]
-
-    def training_ops(self, stage: int) -> list[Interval]:
-        """Predicted forwards, backwards and steps, the one that runs included, in order."""
-        prediction = self.prediction
-        ops = zip(prediction.ops[stage], prediction.starts_s[stage], prediction.ends_s[stage], strict=True)
-        return [Interval(start_s, end_s) for op, start_s, end_s in ops if op.kind != ITERATION]
 
     # What changes it
 

@@ -181,7 +181,6 @@ def test_a_task_arrives_once_however_often_it_asks() -> None:
     state.apply(TaskArrived("b", "training", TaskShape(microbatches=(Work(8, 36, 1), Work(4, 10, 1))), 3.0))
     assert state.arrived_s("r") == 1.0
     assert (state.inference_lengths.count, state.inference_lengths.mean) == (1, 30)
-    assert (state.training_lengths.count, state.training_lengths.mean) == (1, 12)
     assert state.inference_rate.per_s(4.0) > 0 and state.training_rate.per_s(4.0) > 0
     state.apply(TaskAssigned(placed("r", 30), 4.0))
     assert state.arrived_s("r") is None

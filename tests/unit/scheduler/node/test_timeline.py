@@ -175,8 +175,6 @@ def test_a_batch_goes_forward_backward_and_steps() -> None:
     ended(timeline, 0, op("forward", "b", index=0, tokens=100), 0.1)
     started(timeline, 1, op("forward", "b", index=0, tokens=100), 0.2)
     assert [starts(timeline, 0), starts(timeline, 1)] == [[0.2, 0.5, 0.8, 1.0], [0.2, 0.5, 0.8]]
-    assert timeline.num_waiting_training == 0
-    assert timeline.training_tokens == 200
 
 
 def test_batches_of_a_synchronous_trainer_wait_for_the_steps_before() -> None:
@@ -244,11 +242,10 @@ def test_what_policies_read() -> None:
     place_batch(timeline, "b", 50, 150, at_s=0.5)
     assert (timeline.last_arrival_s, timeline.lengths.mean, timeline.lengths.std) == (0.5, 150, 50)
     assert timeline.last_assigned is not None and timeline.last_assigned.task_id == "b"
-    assert [task.task_id for task in timeline.waiting_inference()] == ["r"]
-    assert timeline.stage_ends(9.0) == [9.0, 9.0]
-    assert timeline.training_ops(0)[0].start_s == pytest.approx(0.6)
+    assert [task.first_token_s for task in timeline.assigned()] == [None, None]
+    assert starts(timeline, 0)[:2] == pytest.approx([0.5, 0.6])  # the request, and the batch behind it
     ended(timeline, 1, op("iteration", "r", tokens=100), 0.7)
-    assert list(timeline.waiting_inference()) == []
+    assert [task.first_token_s for task in timeline.assigned()] == [0.7, None]
 
 
 def test_a_prediction_holds_while_stages_do_what_it_says() -> None:
