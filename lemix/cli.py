@@ -11,6 +11,7 @@ from rich.console import Console
 from lemix.simulation.workload import Arrivals, Order, Release
 from shared.clock import SystemClock
 from shared.errors import LemixError
+from shared.schedule import ScheduleName
 
 if TYPE_CHECKING:
     from lemix.topology import ClusterOptions
@@ -175,9 +176,7 @@ def simulate(
         int | None, typer.Option(min=1, help="Pipeline stages of each node.", show_default="the profile's")
     ] = None,
     policy: Annotated[str, typer.Option(help="The scheduler's policy.")] = "lemix",
-    schedule: Annotated[
-        Literal["async", "sync"], typer.Option(help="Whether batches overlap in a pipeline.")
-    ] = "async",
+    schedule: Annotated[ScheduleName, typer.Option(help="Whether batches overlap in a pipeline.")] = "async",
     discipline: Annotated[
         Literal["slo_first", "fifo"], typer.Option(help="What a stage takes first.")
     ] = "slo_first",

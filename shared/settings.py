@@ -51,5 +51,7 @@ def read_settings(kind: type[S]) -> S:
 
 
 def _describe(fault: ErrorDetails) -> str:
+    if not fault["loc"]:  # of several settings together
+        return fault["msg"].removeprefix("Value error, ")
     given = "" if fault["type"] == "missing" else f", not {fault['input']!r}"
     return f"LEMIX_{str(fault['loc'][0]).upper()}: {fault['msg']}{given}"

@@ -27,6 +27,7 @@ from shared.messages.training import (
     MicrobatchBackward,
     MicrobatchForward,
     StageReport,
+    StepOrder,
     TiedGradient,
     TrainingTask,
 )
@@ -107,6 +108,7 @@ FORWARD = Topic(
     "lemix.node.{node}.stage.{stage}.forward", MicrobatchForward, "trainer, stage s-1 -> s: microbatch"
 )
 BACKWARD = Topic("lemix.node.{node}.stage.{stage}.backward", MicrobatchBackward, "stage s+1 -> s: gradient")
+STEP = Topic("lemix.node.{node}.stage.{stage}.step", StepOrder, "trainer -> stage: step, or skip it")
 TIED = Topic(
     "lemix.node.{node}.stage.{stage}.tied", TiedGradient, "first <-> last stage: tied embedding's gradient"
 )

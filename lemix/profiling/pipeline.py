@@ -18,7 +18,7 @@ from shared.clock import Clock
 from shared.messages.cluster import LinkPurpose
 from shared.messages.events import OpKind
 from shared.messages.inference import Sampling, SequenceChunk
-from shared.messages.training import Microbatch
+from shared.messages.training import Microbatch, StepOrder
 from shared.profiles.times import NO_WORK, Work
 from shared.tensors.ref import TensorRef
 
@@ -101,8 +101,10 @@ class ProfiledPipeline:
     async def _steps(self, batch_id: str) -> list[MeasuredOp]:
         gathered = [await executor.finish_batch(batch_id) for executor in self._executors]
         measured = list[MeasuredOp]()
+        order = StepOrder(epoch=1, batch_id=batch_id, version=1, learning_rate=0.0)
         for stage, (executor, tied) in enumerate(zip(self._executors, reversed(gathered), strict=True)):
-            _, op = await self._measured(stage, "step", NO_WORK, executor.step(batch_id, 0.0, tied))
+            await executor.measure(batch_id, tied)
+            _, op = await self._measured(stage, "step", NO_WORK, executor.step(order))
             measured.append(op)
         return measured
 
@@ -195,5 +197,4 @@ def _microbatch(batch_id: str, lengths: tuple[int, ...]) -> Microbatch:
         label_rows=label_rows,
         labels=_tokens(len(label_rows)),
         loss_weight=1 / len(label_rows),
-        learning_rate=0.0,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from lemix.simulation.faults import NO_FAULTS, Faults, carriage
 from lemix.simulation.loop import VirtualClock
@@ -30,6 +30,7 @@ from shared.messages.cluster import StatusRequest
 from shared.model_files import ModelCard
 from shared.profiles.profile import Profile, profile_named, stage_times
 from shared.profiles.times import StageTimes
+from shared.schedule import ScheduleName, is_synchronous
 from shared.subjects import STATUS
 from shared.telemetry import NoTelemetry
 
@@ -53,7 +54,7 @@ class SimulationOptions:
     """None: what the profile says."""
     profile: str
     policy: str
-    schedule: Literal["async", "sync"] = "async"
+    schedule: ScheduleName = "async"
     discipline: str = "slo_first"
     costs: str = "affine"
     seed: int = 0
@@ -207,7 +208,7 @@ class SimulatedCluster:
             costs=costs_named(options.costs, profile if uses_profile(policy) else None, options.hop_s),
             slo_s=slo_s,
             slo_factor=options.slo_factor,
-            is_synchronous=options.schedule == "sync",
+            is_synchronous=is_synchronous(options.schedule),
         ).run()
 
     async def _trainer(self, world: World) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lemix.simulation.record import Op, OpLog, RequestRecord, RunRecord
-from lemix.simulation.sent_batches import Schedule, SentBatches
+from lemix.simulation.sent_batches import SentBatches
 from lemix.simulation.sent_requests import send_requests
 from lemix.simulation.workload import Workload
 from services.gateway.service import Gateway
@@ -20,6 +20,7 @@ from shared.lifecycle import World
 from shared.messages.base import Message
 from shared.messages.cluster import ClusterStatus, ForecastError, StatusRequest
 from shared.messages.events import StageProgress
+from shared.schedule import ScheduleName
 from shared.subjects import PROGRESS, REPORT, STATUS, Subject
 
 M = TypeVar("M", bound=Message)
@@ -33,7 +34,7 @@ SETTLE_S = 0.2
 class DriveOptions:
     """How a workload is driven."""
 
-    schedule: Schedule
+    schedule: ScheduleName
     """The trainer's: it decides when the closed release goes on."""
     microbatches: int
     """The trainer's: parts of a batch, if it has so many sequences (and is not so long that it has more)."""

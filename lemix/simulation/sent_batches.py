@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 import msgpack
 
@@ -13,9 +12,8 @@ from lemix.simulation.workload import PlannedBatch, Workload
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
 from shared.messages.training import ForwardDone, StageReport, StepDone
+from shared.schedule import ScheduleName, is_synchronous
 from shared.subjects import BATCHES
-
-Schedule = Literal["async", "sync"]
 
 
 class _Sent:
@@ -50,7 +48,7 @@ class SentBatches:
         clock: Clock,
         run_id: str,
         num_stages: int,
-        schedule: Schedule,
+        schedule: ScheduleName,
         microbatches: int,
         began_s: float,
     ) -> None:
@@ -69,7 +67,7 @@ class SentBatches:
         """Publish every batch when the workload's release says so; returns when all are applied.
 
         Closed release (the paper's): the next batch comes when its predecessor has passed its first
-        stage's forward (async), or has been applied (sync). Waits for ever: cancel it.
+        stage's forward (async), or has been applied (the others). Waits for ever: cancel it.
         """
         for batch in workload.batches:
             await asyncio.sleep(self._began_s + batch.at_s - self._clock.now_s())
@@ -102,7 +100,7 @@ class SentBatches:
             self._num_applied += 1
 
     def _lets_next_come(self, sent: _Sent) -> bool:
-        if self._schedule == "sync":
+        if is_synchronous(self._schedule):
             return sent.applied_s is not None
         return len(sent.entered) >= min(self._microbatches, len(sent.batch.lengths))
 

@@ -49,7 +49,7 @@ def generation(*, quick: bool) -> Study:
             Load(rate_per_s=rate, training_rate=TRAINING_RATE, num_tasks=num_tasks(quick)),
             seed=seed,
             labels={"class": model.name, "rate": rate, "batch": batch_size},
-            cluster={"schedule": "sync", "stage_settings": {"kv_tokens": KV_TOKENS}},
+            cluster={"schedule": "1f1b", "stage_settings": {"kv_tokens": KV_TOKENS}},
             workload={"request_size": 1, "max_length": MAX_LENGTH, "max_tokens": MAX_TOKENS},
         )
         for rate, batch_size in places

@@ -252,7 +252,7 @@ SYNCHRONOUS = Grid(
     about=ABOUT_SYNCHRONOUS,
     classes=(*GPT_CLASSES, *LLAMA_CLASSES),
     rates=paper.RATES,
-    cluster=lambda model: {"schedule": "sync", "nodes": 4 if model in GPT_CLASSES else 2},
+    cluster=lambda model: {"schedule": "1f1b", "nodes": 4 if model in GPT_CLASSES else 2},
     paper_schedule="S-PP",
     sweeps_only=True,
 )
@@ -262,7 +262,7 @@ DATA_PARALLEL = Grid(
     about=ABOUT_DATA_PARALLEL,
     classes=GPT_CLASSES,
     rates=paper.RATES,
-    cluster=lambda model: {"schedule": "sync", "nodes": 8, "stages": 1},
+    cluster=lambda model: {"schedule": "1f1b", "nodes": 8, "stages": 1},
     paper_schedule="DP",
     sweeps_only=True,
 )

@@ -14,6 +14,7 @@ from lemix.studies.grid import Cell
 from lemix.studies.rows import BOUND, Metrics
 from lemix.studies.verdicts import APPLIED, GOODPUT, IN_TIME, SLO, THROUGHPUT, TRAINING
 from services.stage_worker.settings import StageWorkerSettings
+from shared.schedule import is_synchronous
 
 
 def run_cell(cell: Cell) -> Metrics:
@@ -71,8 +72,9 @@ def _gate(cell: Cell, pipelines: Pipelines) -> Callable[[Sequence[int]], float]:
     """What the release of the next batch waits for."""
     if cell.workload.release != "closed":
         return lambda lengths: 0.0
-    is_synchronous = cell.cluster.schedule == "sync"
-    return partial(bounds.applying_s if is_synchronous else bounds.passing_s, pipelines)
+    return partial(
+        bounds.applying_s if is_synchronous(cell.cluster.schedule) else bounds.passing_s, pipelines
+    )
 
 
 def _max_iteration_tokens(cell: Cell) -> int:

@@ -11,6 +11,7 @@ from services.scheduler.settings import SchedulerSettings
 from shared.errors import ConfigurationError
 from shared.lifecycle import ServiceMain, World, load_settings, run_service
 from shared.profiles.profile import profile_named
+from shared.schedule import is_synchronous
 
 
 def serving(settings: SchedulerSettings) -> ServiceMain:
@@ -28,7 +29,7 @@ def serving(settings: SchedulerSettings) -> ServiceMain:
             costs=costs,
             slo_s=slo_s,
             slo_factor=settings.slo_factor,
-            is_synchronous=settings.schedule == "sync",
+            is_synchronous=is_synchronous(settings.schedule),
         ).run()
 
     return serve

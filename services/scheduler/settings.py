@@ -1,10 +1,9 @@
 """Settings of the scheduler."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from services.scheduler.state import DEFAULT_SLO_FACTOR
+from shared.schedule import ScheduleName
 from shared.settings import LemixSettings
 
 
@@ -23,5 +22,5 @@ class SchedulerSettings(LemixSettings):
     """What a message takes from one service to another."""
     slo_factor: float = Field(default=DEFAULT_SLO_FACTOR, gt=0)
     """The objective for the time to first token, in forward times of a lone prompt of mean length."""
-    schedule: Literal["async", "sync"] = "async"
+    schedule: ScheduleName = "async"
     """How the trainer feeds batches; the same for both."""

@@ -12,8 +12,9 @@ class WorkKind(IntEnum):
     CONTROL = 0
     """Restoring or saving weights."""
     INFERENCE = 1
-    BACKWARD = 2
-    TRAINING_FORWARD = 3
+    STEP = 2
+    BACKWARD = 3
+    TRAINING_FORWARD = 4
 
 
 class Waiting(Protocol):

@@ -19,6 +19,7 @@ from shared.messages.base import Done
 from shared.messages.training import (
     BackwardDone,
     ForwardDone,
+    GradientsReady,
     Microbatch,
     MicrobatchBackward,
     MicrobatchForward,
@@ -27,6 +28,7 @@ from shared.messages.training import (
     StageEvent,
     StageReport,
     StepDone,
+    StepOrder,
     TiedGradient,
     TrainingFailed,
 )
@@ -81,8 +83,14 @@ class Training:
         """No microbatch has run since the weights were loaded: restoring the same ones is a no-op."""
         self._in_flight: dict[tuple[str, int], Microbatch] = {}
         self._num_backward: dict[str, int] = {}
+        self._losses: dict[tuple[str, int], float] = {}
+        """Of microbatches between their forward and their backward (last stage)."""
+        self._held: dict[str, list[Microbatch]] = {}
+        """Of batches whose backwards wait until all forwards are done (last stage)."""
         self._awaiting_tied: dict[str, Microbatch] = {}
         self._tied: dict[str, TensorRef] = {}
+        self._awaiting_order: dict[str, Microbatch] = {}
+        """Batches whose gradients are complete; the last microbatch of each."""
         self._saves: dict[int, SaveWeights] = {}
         """What the trainer wants written, by the version to write."""
         tell_version(self.version)
@@ -92,6 +100,7 @@ class Training:
         place = {"node": self._settings.node, "stage": self._settings.stage}
         await self._bus.subscribe(subjects.FORWARD.at(**place), self._on_forward)
         await self._bus.subscribe(subjects.BACKWARD.at(**place), self._on_backward)
+        await self._bus.subscribe(subjects.STEP.at(**place), self._on_step)
         await self._bus.respond(subjects.RESTORE.at(**place), self._on_restore)
         await self._bus.respond(subjects.SAVE.at(**place), self._on_save)
         if self._tied_peer is not None:
@@ -106,13 +115,18 @@ class Training:
 
     async def _on_backward(self, incoming: Incoming[MicrobatchBackward]) -> None:
         message = incoming.message
-        item = _Item(message.epoch, message.batch_id, message.gradient, partial(self._backward, message))
-        self._enqueue(WorkKind.BACKWARD, item)
+        work = partial(self._backward, message.batch_id, message.index, message.gradient)
+        self._enqueue(WorkKind.BACKWARD, _Item(message.epoch, message.batch_id, message.gradient, work))
 
     async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
         message = incoming.message
         item = _Item(message.epoch, message.batch_id, message.gradient, partial(self._take_tied, message))
-        self._enqueue(WorkKind.BACKWARD, item)
+        self._enqueue(WorkKind.STEP, item)
+
+    async def _on_step(self, incoming: Incoming[StepOrder]) -> None:
+        order = incoming.message
+        item = _Item(order.epoch, order.batch_id, None, partial(self._step, order))
+        self._enqueue(WorkKind.STEP, item)
 
     def _enqueue(self, kind: WorkKind, item: _Item) -> None:
         is_current = item.epoch == self.epoch
@@ -151,22 +165,35 @@ class Training:
             microbatch,
             ForwardDone(batch_id=microbatch.batch_id, index=microbatch.index, version=output.version),
         )
-        if output.loss is not None:
-            await self._went_backward(microbatch, output.gradient, output.loss)
+        if output.loss is None:
+            return
+        self._losses[microbatch.batch_id, microbatch.index] = output.loss
+        if microbatch.backward_after_all:
+            self._hold_backward(microbatch)
+        else:
+            await self._went_backward(microbatch, output.gradient)
 
-    async def _backward(self, message: MicrobatchBackward) -> None:
-        microbatch = self._in_flight[message.batch_id, message.index]
+    def _hold_backward(self, microbatch: Microbatch) -> None:
+        """GPipe: the last stage turns a batch around when all of it is there."""
+        held = self._held.setdefault(microbatch.batch_id, [])
+        held.append(microbatch)
+        if len(held) == microbatch.count:
+            for each in self._held.pop(microbatch.batch_id):
+                turn = partial(self._backward, each.batch_id, each.index, None)
+                self._enqueue(WorkKind.BACKWARD, _Item(each.epoch, each.batch_id, None, turn))
+
+    async def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> None:
+        microbatch = self._in_flight[batch_id, index]
         span = self._span("stage.training_backward", microbatch)
         with self._progress.doing(microbatch_op("backward", microbatch)):
-            gradient = await self._executor.backward(message.batch_id, message.index, message.gradient)
+            of_inputs = await self._executor.backward(batch_id, index, gradient)
         span.end()
-        await self._went_backward(microbatch, gradient, None)
+        await self._went_backward(microbatch, of_inputs)
 
-    async def _went_backward(
-        self, microbatch: Microbatch, gradient: TensorRef | None, loss: float | None
-    ) -> None:
+    async def _went_backward(self, microbatch: Microbatch, gradient: TensorRef | None) -> None:
         batch_id, index = microbatch.batch_id, microbatch.index
         del self._in_flight[batch_id, index]
+        loss = self._losses.pop((batch_id, index), None)
         if gradient is not None:
             passed_back = MicrobatchBackward(
                 epoch=microbatch.epoch, batch_id=batch_id, index=index, gradient=gradient
@@ -189,24 +216,30 @@ class Training:
             tied = TiedGradient(epoch=microbatch.epoch, batch_id=batch_id, gradient=gradient)
             other_end = subjects.TIED.at(node=self._settings.node, stage=self._tied_peer)
             await self._bus.publish(other_end, tied, traceparent=microbatch.traceparent)
-        await self._step_if_complete(batch_id)
+        await self._measure_if_complete(batch_id)
 
     async def _take_tied(self, message: TiedGradient) -> None:
         self._tied[message.batch_id] = message.gradient
-        await self._step_if_complete(message.batch_id)
+        await self._measure_if_complete(message.batch_id)
 
-    async def _step_if_complete(self, batch_id: str) -> None:
-        """Step when this stage's gradients are gathered and, for a tied embedding, the other end's too."""
+    async def _measure_if_complete(self, batch_id: str) -> None:
+        """Tell when this stage's gradients are gathered and, for a tied embedding, the other end's too."""
         is_tied = self._tied_peer is not None
         if batch_id not in self._awaiting_tied or (is_tied and batch_id not in self._tied):
             return
         microbatch, tied = self._awaiting_tied.pop(batch_id), self._tied.pop(batch_id, None)
+        squared_norm = await self._executor.measure(batch_id, tied)
+        self._awaiting_order[batch_id] = microbatch
+        await self._report_on(microbatch, GradientsReady(batch_id=batch_id, squared_norm=squared_norm))
+
+    async def _step(self, order: StepOrder) -> None:
+        microbatch = self._awaiting_order.pop(order.batch_id)
         span = self._span("stage.step", microbatch)
-        with self._progress.doing(step_op(batch_id)):
-            version = await self._executor.step(batch_id, microbatch.learning_rate, tied)
-        self._set_version(version)
+        with self._progress.doing(step_op(order.batch_id)):
+            await self._executor.step(order)
+        self._set_version(order.version)
         span.end()
-        await self._report_on(microbatch, StepDone(batch_id=batch_id, version=self.version))
+        await self._report_on(microbatch, StepDone(batch_id=order.batch_id, version=self.version))
         await self._save_if_due()
 
     def _set_version(self, version: int) -> None:
@@ -287,8 +320,7 @@ class Training:
     async def _restore(self, message: RestoreWeights, done: asyncio.Future[None]) -> None:
         for gradient in self._tied.values():
             await self._executor.discard(gradient)
-        for held in (self._in_flight, self._num_backward, self._awaiting_tied, self._tied, self._saves):
-            held.clear()
+        self._forget()
         holds_it = self.version == message.version and self.checkpoint == message.checkpoint
         if not (self._is_untouched and holds_it):
             await self._executor.restore(message.checkpoint, message.version)
@@ -299,6 +331,17 @@ class Training:
         await self._tell_restored()
         if not done.done():
             done.set_result(None)
+
+    def _forget(self) -> None:
+        """All training in progress."""
+        self._in_flight.clear()
+        self._losses.clear()
+        self._held.clear()
+        self._num_backward.clear()
+        self._awaiting_tied.clear()
+        self._tied.clear()
+        self._awaiting_order.clear()
+        self._saves.clear()
 
     def _check_folder(self, folder: str) -> None:
         """Raises RefusedError: messages must not lead this process to any file there is."""

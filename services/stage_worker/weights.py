@@ -89,22 +89,33 @@ class StageWeights:
         """Add what another stage's copy of a tied parameter has gathered for a finished batch."""
         self._gradients[batch_id][name].add_(gradient)
 
-    def step(self, batch_id: str, learning_rate: float) -> int:
-        """Apply a finished batch's gradients; returns the new version."""
+    def squared_norm(self, batch_id: str, *, but: str | None = None) -> float:
+        """Sum of the squares of a finished batch's gradients, those of parameter `but` left out."""
+        counted = [gradient for name, gradient in self._gradients[batch_id].items() if name != but]
+        norms = torch._foreach_norm(counted)
+        return sum(norm.item() ** 2 for norm in norms)
+
+    def skip(self, batch_id: str) -> None:
+        """Drop a finished batch's gradients."""
+        del self._gradients[batch_id]
+
+    def step(self, batch_id: str, learning_rate: float, *, version: int, scale: float = 1.0) -> None:
+        """Apply a finished batch's gradients times `scale`; the weights are then of `version`."""
         gradients = self._gradients.pop(batch_id)
         if self._current is not None and self._current.num_in_flight:
             self._move_newest_to_other_memory()
         self._current = None
+        if scale != 1.0:
+            torch._foreach_mul_(list(gradients.values()), scale)
         for name, parameter in self._newest.items():
             parameter.grad = gradients.get(name)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._gather()  # of the next batch, whose backwards may have begun while this one waited to step
+        self._gather()  # of later batches, whose backwards may have begun while this one waited to step
         self._retire()
-        self.version += 1
-        return self.version
+        self.version = version
 
     def drop_training(self) -> None:
         """Forget every microbatch in flight and every gradient."""

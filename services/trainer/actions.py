@@ -8,15 +8,19 @@ from pathlib import Path
 
 from services.trainer.batches import Ack, BatchBook, Pending
 from services.trainer.checkpoint_files import CheckpointFiles, manifest_of
+from services.trainer.learning_rate import LearningRate
 from services.trainer.node_training import (
     Action,
     Applied,
     Closed,
     Feed,
+    Halted,
     NodeTraining,
     RequestSave,
     Restore,
     SaveAbandoned,
+    Skipped,
+    Step,
     WriteCheckpoint,
 )
 from services.trainer.outbox import Outbox
@@ -28,9 +32,9 @@ from shared.bus.base import Bus
 from shared.clock import Clock
 from shared.errors import BusError
 from shared.messages.inference import TaskEnded
-from shared.messages.training import Microbatch, MicrobatchForward, RejectedBatch
+from shared.messages.training import Microbatch, MicrobatchForward, RejectedBatch, StepOrder
 from shared.messages.weights import RestoreWeights, SaveWeights
-from shared.subjects import ENDED, FORWARD, REJECTED, RESTORE, SAVE
+from shared.subjects import ENDED, FORWARD, REJECTED, RESTORE, SAVE, STEP
 
 RESTORE_TIMEOUT_S = 60.0
 SAVE_TIMEOUT_S = 10.0
@@ -58,6 +62,13 @@ class ActionRunner:
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._settings = settings
+        self._learning_rate = LearningRate(
+            peak=settings.learning_rate,
+            decay=settings.learning_rate_schedule,
+            warmup_batches=settings.warmup_batches,
+            num_batches=settings.learning_rate_batches,
+            final=settings.final_learning_rate,
+        )
         self._bus = bus
         self._clock = clock
         self._book = book
@@ -78,8 +89,14 @@ class ActionRunner:
             match action:
                 case Feed(slot=slot):
                     self._feed(node, slot)
+                case Step():
+                    self._step(node, action)
                 case Applied():
                     self._applied(node, action)
+                case Skipped():
+                    self._skipped(action)
+                case Halted(reason=reason):
+                    log.error("node %d trains no more: %s", node.node, reason)
                 case Closed():
                     self._closed(node, action)
                 case SaveAbandoned(version=version, reason=reason):
@@ -121,12 +138,30 @@ class ActionRunner:
             label_rows=rows.label_rows,
             labels=rows.labels,
             loss_weight=pending.batch.loss_weight,
-            learning_rate=self._settings.learning_rate,
+            backward_after_all=self._settings.schedule == "gpipe",
             offload=pending.offload,
             traceparent=pending.traceparent,
         )
         message = MicrobatchForward(microbatch=microbatch, tokens=rows.tokens)
         self.outbox.post(FORWARD.at(node=node.node, stage=0), message, traceparent=pending.traceparent)
+
+    def _step(self, node: NodeTraining, step: Step) -> None:
+        pending = self._book.pending[step.batch_id]
+        order = StepOrder(
+            epoch=node.epoch,
+            batch_id=step.batch_id,
+            version=step.version,
+            learning_rate=self._learning_rate.at(pending.batch.sequence - 1),
+            gradient_scale=step.gradient_scale,
+            skip=step.is_skipped,
+        )
+        for stage in range(node.num_stages):
+            self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending.traceparent)
+
+    def _skipped(self, skipped: Skipped) -> None:
+        """The batch is put aside: applied, it would have left nothing of the weights."""
+        self.end([self._book.pending[skipped.batch_id]])
+        self._drop(skipped.batch_id, f"its gradients are not finite (loss {skipped.loss:g})")
 
     def _applied(self, node: NodeTraining, applied: Applied) -> None:
         pending = self._book.apply(node.node, applied.batch_id)

@@ -7,15 +7,17 @@ closed --all stages ready--> restoring --all hold the checkpoint--> open
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import inf, isfinite, sqrt
 from typing import Literal
 
 from services.trainer.members import Members
 from services.trainer.saves import Save
-from services.trainer.schedules import Pipeline, Schedule, Shape, Slot
+from services.trainer.schedules import OpenBatch, Pipeline, Schedule, Shape, Slot
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import (
     BackwardDone,
     ForwardDone,
+    GradientsReady,
     SaveFailed,
     ShardSaved,
     StageReport,
@@ -35,6 +37,10 @@ class Rules:
     schedule: Schedule
     checkpoint_every: int
     checkpoint_idle_s: float
+    max_gradient_norm: float = inf
+    """Gradients whose norm over all stages is larger are scaled down to it."""
+    max_skips: int = 3
+    """After so many batches in a row whose gradients are not finite the node trains no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,32 @@ class Feed:
     """Send this microbatch to stage 0."""
 
     slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Order every stage to step on a batch, or to skip it."""
+
+    batch_id: str
+    version: int
+    """Of the weights afterwards."""
+    gradient_scale: float = 1.0
+    is_skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """No stage's weights contain the batch, nor ever will: its gradients were not finite."""
+
+    batch_id: str
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """The node trains no more, and goes on serving."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +132,18 @@ class Closed:
     """The batch that found no memory."""
 
 
-Action = Feed | Applied | Restore | RequestSave | WriteCheckpoint | SaveAbandoned | Closed
+Action = (
+    Feed
+    | Step
+    | Applied
+    | Skipped
+    | Halted
+    | Restore
+    | RequestSave
+    | WriteCheckpoint
+    | SaveAbandoned
+    | Closed
+)
 
 
 class NodeTraining:
@@ -120,6 +163,8 @@ class NodeTraining:
         self._members = Members(num_stages)
         self._pipeline = Pipeline(num_stages)
         self._losses: dict[str, float] = {}
+        self._num_skips = 0
+        """Batches skipped since one was applied."""
         self._save: Save | None = None
         self._closing: Closed | None = None
         """Set while the node must close and a manifest is still being written."""
@@ -131,7 +176,12 @@ class NodeTraining:
     @property
     def is_known(self) -> bool:
         """Whether batches may be placed here: they are fed at once, or when the restore is through."""
-        return self.phase != "closed"
+        return self.phase != "closed" and not self.is_halted
+
+    @property
+    def is_halted(self) -> bool:
+        """Whether training here has stopped for good: nothing enters any more."""
+        return self._num_skips >= self._rules.max_skips
 
     @property
     def num_stages(self) -> int:
@@ -184,6 +234,8 @@ class NodeTraining:
                 self._pipeline = self._pipeline.forward_done(stage, batch_id, index)
             case BackwardDone():
                 self._backward_done(stage, report.event)
+            case GradientsReady(batch_id=batch_id, squared_norm=squared_norm):
+                self._pipeline = self._pipeline.gradients_ready(stage, batch_id, squared_norm)
             case StepDone():
                 return self._step_done(stage, report.event) + self._advance(now_s)
             case TrainingFailed(batch_id=batch_id, reason=reason) as failure:
@@ -225,45 +277,73 @@ class NodeTraining:
 
     def _step_done(self, stage: int, event: StepDone) -> list[Action]:
         batch_id = event.batch_id
-        if batch_id not in self._pipeline.batch_ids:
+        batch = self._pipeline.open_batch(batch_id)
+        if batch is None:
             return []
-        expected = self.version + self._pipeline.num_steps_to(batch_id)
-        if event.version != expected:
-            reason = f"stage {stage} is at version {event.version} after {batch_id}, not at {expected}"
+        if event.version != batch.version:
+            reason = f"stage {stage} is at version {event.version} after {batch_id}, not at {batch.version}"
             return self._close(reason) + self._restore_if_complete()
         self._pipeline = self._pipeline.step_done(stage, batch_id)
-        if batch_id in self._pipeline.batch_ids:
+        if self._pipeline.open_batch(batch_id) is not None:
             return []
-        self.version += 1
-        return [Applied(batch_id, self.version, self._losses.pop(batch_id, 0.0)), *self._settle_save()]
+        self.version = batch.version
+        loss = self._losses.pop(batch_id, 0.0)
+        if batch.is_skipped:
+            return self._count_skip(Skipped(batch_id, loss))
+        if not self.is_halted:
+            self._num_skips = 0
+        return [Applied(batch_id, self.version, loss), *self._settle_save()]
+
+    def _count_skip(self, skipped: Skipped) -> list[Action]:
+        self._num_skips += 1
+        if not self.is_halted:
+            return [skipped]
+        return [skipped, Halted(f"the gradients of {self._num_skips} batches in a row were not finite")]
 
     def _advance(self, now_s: float) -> list[Action]:
-        """Feed what may enter now."""
+        """Order the steps that can be, and feed what may enter now."""
+        return [*self._order_steps(now_s), *self._feed()]
+
+    def _order_steps(self, now_s: float) -> list[Action]:
+        actions: list[Action] = []
+        while self.phase == "open" and (batch := self._pipeline.complete):
+            if self._save is not None and not self._save.answered:
+                break  # a stage must know that it has to save a version before it steps beyond it
+            step = self._step_of(batch)
+            self._pipeline = self._pipeline.order(step.batch_id, step.version, is_skipped=step.is_skipped)
+            actions += [step, *self._request_save_if_due(step.version, now_s)]
+        return actions
+
+    def _step_of(self, batch: OpenBatch) -> Step:
+        present = self._pipeline.ordered_version
+        version = self.version if present is None else present
+        if not isfinite(batch.squared_norm):
+            return Step(batch.batch_id, version, is_skipped=True)
+        norm = sqrt(batch.squared_norm)
+        limit = self._rules.max_gradient_norm
+        return Step(batch.batch_id, version + 1, gradient_scale=limit / norm if norm > limit else 1.0)
+
+    def _feed(self) -> list[Action]:
         actions: list[Action] = []
         while (
             self.phase == "open"
+            and not self.is_halted
             and (slot := self._pipeline.upcoming)
             and self._rules.schedule(self._pipeline)
         ):
-            if slot.is_last:
-                # After its last microbatch the stages step on their own: a save of that version, or of
-                # the one before, must have reached them by then.
-                actions += self._request_save_if_due(slot, now_s)
-                if self._save is not None and not self._save.answered:
-                    break
             self._pipeline = self._pipeline.feed()
             actions.append(Feed(slot))
         return actions
 
-    def _request_save_if_due(self, slot: Slot, now_s: float) -> list[Action]:
-        version = self.version + self._pipeline.num_steps_to(slot.batch_id)
+    def _request_save_if_due(self, version: int, now_s: float) -> list[Action]:
         due = version - self.durable_version >= self._rules.checkpoint_every
         if self._save is not None or not due or version < self._save_from_version:
             return []
         return self._request_save(version, now_s)
 
     def _save_if_idle(self, now_s: float) -> list[Action]:
-        idle = self.phase == "open" and self._pipeline.is_empty and self._save is None
+        is_empty = self._pipeline.is_empty or (self.is_halted and not self._pipeline.open_batches)
+        idle = self.phase == "open" and is_empty and self._save is None
         if not idle or self.version == self.durable_version:
             self._idle_since_s = None
         elif self._idle_since_s is None:

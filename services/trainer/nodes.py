@@ -6,13 +6,14 @@ import itertools
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook
 from services.trainer.node_training import NodeTraining, Rules
-from services.trainer.schedules import SCHEDULES, Shape
+from services.trainer.schedules import SCHEDULES, Shape, double_buffered
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Incoming
 from shared.clock import Clock
 from shared.errors import ConfigurationError
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import StageReport
+from shared.schedule import is_synchronous
 from shared.subjects import HEARTBEAT_S
 
 EPOCHS_PER_TERM = 1 << 20
@@ -32,10 +33,13 @@ class Nodes:
         self._actions = actions
         self._term = term
         self._epochs = itertools.count(term * EPOCHS_PER_TERM + 1)
+        schedule = SCHEDULES[settings.schedule]
         self._rules = Rules(
-            schedule=SCHEDULES[settings.schedule],
+            schedule=double_buffered(schedule) if settings.stashing == "double" else schedule,
             checkpoint_every=settings.checkpoint_every,
             checkpoint_idle_s=settings.checkpoint_idle_s,
+            max_gradient_norm=settings.max_gradient_norm,
+            max_skips=settings.max_skips,
         )
         self._settings = settings
         self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
@@ -54,7 +58,9 @@ class Nodes:
 
     def _num_filling(self, num_stages: int) -> int:
         """Without a flush, as many microbatches are in flight as a node has stages."""
-        return 1 if self._settings.schedule == "sync" else -(-num_stages // self._settings.microbatches)
+        if is_synchronous(self._settings.schedule):
+            return 1
+        return -(-num_stages // self._settings.microbatches)
 
     async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         """A stage is alive. Raises ConfigurationError when it obeys a later trainer."""

@@ -1,12 +1,15 @@
-"""When the next microbatch enters a node: pure functions of what is on its way there.
+"""When the next microbatch enters a node, and the next batch may step: pure functions of what is on its way.
 
 A microbatch enters at stage 0, leaves stage 0 forward, and is in flight until its backward has come
-back to stage 0. After the last backward of a batch each stage steps by itself.
+back to stage 0. When every stage has all gradients of a batch it is complete, and all stages are ordered to
+step: one decision, from the gradients of all.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
+
+from shared.schedule import ScheduleName
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Slot:
 
     @property
     def is_last(self) -> bool:
-        """Whether the stages step after it."""
+        """Whether the batch ends with it."""
         return self.index == self.count - 1
 
 
@@ -37,8 +40,18 @@ class OpenBatch:
     """A batch that has begun to enter, and that not every stage has stepped for."""
 
     batch_id: str
+    squared_norms: Mapping[int, float] = field(default_factory=dict)
+    """Of the gradients of each stage that has them all."""
+    version: int | None = None
+    """Of the weights after its step, once that is ordered; of the present ones when it is skipped."""
+    is_skipped: bool = False
     stepped: frozenset[int] = frozenset()
-    """Stages that have."""
+    """Stages that have done as ordered."""
+
+    @property
+    def squared_norm(self) -> float:
+        """Of the gradients of all stages, as far as they are known."""
+        return sum(self.squared_norms.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +84,20 @@ class Pipeline:
         """The microbatch that enters next."""
         return Slot(self.queue[0].batch_id, self.next_index, self.queue[0].count) if self.queue else None
 
-    def num_steps_to(self, batch_id: str) -> int:
-        """Steps until the node contains the batch: 1 for the oldest one."""
-        return self.batch_ids.index(batch_id) + 1
+    @property
+    def complete(self) -> OpenBatch | None:
+        """The oldest batch whose step is not ordered, if every stage has all its gradients."""
+        batch = next((batch for batch in self.open_batches if batch.version is None), None)
+        return batch if batch is not None and len(batch.squared_norms) == self.num_stages else None
+
+    @property
+    def ordered_version(self) -> int | None:
+        """Of the weights after all steps that are ordered and not done; None without any."""
+        versions = [batch.version for batch in self.open_batches if batch.version is not None]
+        return versions[-1] if versions else None
+
+    def open_batch(self, batch_id: str) -> OpenBatch | None:
+        return next((batch for batch in self.open_batches if batch.batch_id == batch_id), None)
 
     def add(self, shape: Shape) -> Self:
         return replace(self, queue=(*self.queue, shape))
@@ -104,13 +128,29 @@ class Pipeline:
         left = tuple(slot for slot in self.in_flight if (slot.batch_id, slot.index) != (batch_id, index))
         return replace(self, in_flight=left)
 
+    def gradients_ready(self, stage: int, batch_id: str, squared_norm: float) -> Self:
+        batch = self.open_batch(batch_id)
+        if batch is None:
+            return self
+        return self._with(replace(batch, squared_norms={**batch.squared_norms, stage: squared_norm}))
+
+    def order(self, batch_id: str, version: int, *, is_skipped: bool = False) -> Self:
+        """The complete batch's step is ordered."""
+        batch = self.open_batch(batch_id)
+        assert batch is not None
+        return self._with(replace(batch, version=version, is_skipped=is_skipped))
+
     def step_done(self, stage: int, batch_id: str) -> Self:
-        """Batches for which all stages have stepped leave: compare `batch_ids` before and after."""
-        stepped = (
-            replace(batch, stepped=batch.stepped | {stage}) if batch.batch_id == batch_id else batch
-            for batch in self.open_batches
-        )
-        return replace(self, open_batches=tuple(b for b in stepped if len(b.stepped) < self.num_stages))
+        """Batches for which all stages have done as ordered leave: compare `batch_ids` before and after."""
+        batch = self.open_batch(batch_id)
+        if batch is None:
+            return self
+        left = self._with(replace(batch, stepped=batch.stepped | {stage})).open_batches
+        return replace(self, open_batches=tuple(b for b in left if len(b.stepped) < self.num_stages))
+
+    def _with(self, changed: OpenBatch) -> Self:
+        batches = (changed if batch.batch_id == changed.batch_id else batch for batch in self.open_batches)
+        return replace(self, open_batches=tuple(batches))
 
 
 Schedule = Callable[[Pipeline], bool]
@@ -118,13 +158,50 @@ Schedule = Callable[[Pipeline], bool]
 
 
 def asynchronous(pipeline: Pipeline) -> bool:
-    """A-PP: when its predecessor has left stage 0, and fewer than one per stage are in flight."""
+    """A-PP: when its predecessor has left stage 0, and fewer than one per stage are in flight.
+
+    One stage alone has no bubble to fill: there a batch sees the step of the one before.
+    """
+    return _has_room(pipeline) and (pipeline.num_stages > 1 or _is_flushed(pipeline))
+
+
+def one_forward_one_backward(pipeline: Pipeline) -> bool:
+    """1F1B, S-PP: as in A-PP within a batch; the next batch enters when all stages have stepped."""
+    return _has_room(pipeline) and _is_flushed(pipeline)
+
+
+def gpipe(pipeline: Pipeline) -> bool:
+    """GPipe: all of a batch enters, as fast as stage 0 takes it; the next one when all have stepped.
+
+    That no backward runs before all forwards is the last stage's part (`Microbatch.backward_after_all`).
+    """
+    return pipeline.at_stage_0 is None and _is_flushed(pipeline)
+
+
+def _has_room(pipeline: Pipeline) -> bool:
     return pipeline.at_stage_0 is None and len(pipeline.in_flight) < pipeline.num_stages
 
 
-def synchronous(pipeline: Pipeline) -> bool:
-    """S-PP: as in A-PP within a batch; the next batch enters when all stages have stepped."""
-    return asynchronous(pipeline) and (pipeline.next_index > 0 or not pipeline.open_batches)
+def _is_flushed(pipeline: Pipeline) -> bool:
+    return pipeline.next_index > 0 or not pipeline.open_batches
 
 
-SCHEDULES: Mapping[str, Schedule] = {"async": asynchronous, "sync": synchronous}
+def double_buffered(schedule: Schedule) -> Schedule:
+    """The same, but a batch enters only when at most one other has not stepped.
+
+    Its microbatches then see at most two versions of the weights: the newest, and the one before
+    (PipeDream-2BW, arXiv 2006.09503).
+    """
+
+    def enters(pipeline: Pipeline) -> bool:
+        return schedule(pipeline) and (pipeline.next_index > 0 or len(pipeline.open_batches) < 2)
+
+    return enters
+
+
+SCHEDULES: Mapping[ScheduleName, Schedule] = {
+    "async": asynchronous,
+    "1f1b": one_forward_one_backward,
+    "gpipe": gpipe,
+    "dp": one_forward_one_backward,
+}

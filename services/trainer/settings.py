@@ -1,22 +1,38 @@
 """Settings of the trainer."""
 
-from typing import Literal
+from math import inf
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from shared.schedule import ScheduleName
 from shared.settings import LemixSettings
 
 
 class TrainerSettings(LemixSettings):
     """How batches become microbatches, steps and checkpoints."""
 
-    schedule: Literal["async", "sync"] = "async"
-    """`async` (A-PP): no flush between batches; `sync` (S-PP): a batch waits for the step of the last."""
+    schedule: ScheduleName = "async"
+    """`async` (A-PP): no flush between batches; `1f1b`, `gpipe` (S-PP): a batch waits for the last step."""
+    stashing: Literal["full", "double", "none"] = "full"
+    """Old weights kept for microbatches in flight; `double`: two versions, so that batches wait for room."""
     microbatches: int = Field(default=4, ge=1)
     """Parts that a batch is cut into; more when they would be too large."""
     max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)
     """Tokens in a microbatch at most; the upper limit keeps its message below 1 MiB."""
     learning_rate: float = Field(default=1e-3, ge=0)
+    """The highest of the schedule."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How it falls after the warm-up, until `learning_rate_batches`."""
+    warmup_batches: int = Field(default=0, ge=0)
+    """Batches of the stream over which the learning rate rises from 0."""
+    learning_rate_batches: int = Field(default=0, ge=0)
+    """Batches of the stream after which it has fallen to `final_learning_rate`."""
+    final_learning_rate: float = Field(default=0.0, ge=0)
+    max_gradient_norm: float = Field(default=inf, gt=0)
+    """Gradients are scaled down to this norm over all stages."""
+    max_skips: int = Field(default=3, ge=1)
+    """Batches in a row without finite gradients, after which a node trains no more."""
     checkpoint_every: int = Field(default=16, ge=1)
     """Applied batches of a node between two of its checkpoints."""
     checkpoint_idle_s: float = Field(default=2.0, ge=0)
@@ -27,3 +43,12 @@ class TrainerSettings(LemixSettings):
     """Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
     train_from: Literal["first", "next"] = "first"
     """Where a run without checkpoints begins: at the `first` batch of the stream or at the `next` to come."""
+
+    @model_validator(mode="after")
+    def _schedules_have_an_end(self) -> Self:
+        if self.learning_rate_schedule != "constant" and self.learning_rate_batches <= self.warmup_batches:
+            raise ValueError(
+                f"learning_rate_schedule={self.learning_rate_schedule} needs learning_rate_batches above "
+                f"warmup_batches={self.warmup_batches}, not {self.learning_rate_batches}"
+            )
+        return self

@@ -26,7 +26,7 @@ class Microbatch(Message):
     batch_id: str
     index: int = Field(ge=0)
     count: int
-    """Microbatches in the batch; the stage steps after the last one's backward."""
+    """Microbatches in the batch; a stage's gradients are complete after the last one's backward."""
     lengths: tuple[PositiveInt, ...] = Field(min_length=1)
     """Tokens of each example; their sum is the number of rows T."""
     label_rows: tuple[int, ...]
@@ -35,7 +35,8 @@ class Microbatch(Message):
     """The next token of each of `label_rows`."""
     loss_weight: float = Field(ge=0, allow_inf_nan=False)
     """1 / (labels in the whole batch): the loss is the batch's mean over labels."""
-    learning_rate: float = Field(ge=0, allow_inf_nan=False)
+    backward_after_all: bool = False
+    """The last stage runs no backward of the batch before all its forwards (GPipe)."""
     offload: bool = False
     """Keep what the forward saves for its backward in host memory, for want of room on the device."""
     traceparent: str = ""
@@ -77,6 +78,20 @@ class TiedGradient(Message):
     """[vocab_size, hidden_size]."""
 
 
+class StepOrder(Message):
+    """What becomes of a batch whose gradients every stage has. trainer -> each stage, the same to all."""
+
+    epoch: int
+    batch_id: str
+    version: int
+    """Of the weights after the step."""
+    learning_rate: float = Field(ge=0, allow_inf_nan=False)
+    gradient_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """What the gradients are multiplied with: clips their norm over all stages."""
+    skip: bool = False
+    """Drop the gradients and change nothing: some stage's are not finite. `version` is the present one."""
+
+
 class ForwardDone(Message):
     """A stage has run a microbatch forward with the weights of `version`."""
 
@@ -96,8 +111,18 @@ class BackwardDone(Message):
     """Share of the microbatch in the batch's mean loss per label, in nats."""
 
 
+class GradientsReady(Message):
+    """A stage has the whole batch's gradients, and waits for the order to step."""
+
+    kind: Literal["gradients"] = "gradients"
+    batch_id: str
+    squared_norm: float
+    """Sum of the squares of this stage's gradients, a tied embedding's on the first stage only; not finite
+    when one of them is not."""
+
+
 class StepDone(Message):
-    """A stage's weights now contain the batch; `version` counts its steps."""
+    """A stage has stepped as ordered, or skipped; its weights are now of `version`."""
 
     kind: Literal["step"] = "step"
     batch_id: str
@@ -136,7 +161,7 @@ class SaveFailed(Message):
 
 
 StageEvent = Annotated[
-    ForwardDone | BackwardDone | StepDone | TrainingFailed | ShardSaved | SaveFailed,
+    ForwardDone | BackwardDone | GradientsReady | StepDone | TrainingFailed | ShardSaved | SaveFailed,
     Field(discriminator="kind"),
 ]
 

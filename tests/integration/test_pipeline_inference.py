@@ -47,8 +47,9 @@ async def ask_all(node: Node) -> list[Any]:
 
 async def train_for_ever(node: Node) -> None:
     (batch,) = random_batches(1, 2)
+    node.learning_rate = 0.0
     for number in range(1_000_000):
-        for message in messages(f"b{number}", batch, learning_rate=0.0):
+        for message in messages(f"b{number}", batch):
             await node.feed(message)
         num_left = node.num_stages
         while num_left:

@@ -100,10 +100,10 @@ async def training_all_the_time(node: Node) -> AsyncIterator[list[StageReport]]:
     reports: list[StageReport] = []
 
     async def train() -> None:
-        number = 0
+        node.learning_rate, number = 0.0, 0
         while True:
             for batch in random_batches(4, 2, seed=number):
-                reports.extend(await step(node, f"b{number}", batch, learning_rate=0.0))
+                reports.extend(await step(node, f"b{number}", batch))
                 number += 1
 
     async with asyncio.TaskGroup() as group:
@@ -400,20 +400,21 @@ async def test_a_restored_node_goes_on_as_if_nothing_had_been(family: str, tmp_p
     save_tiny_model(family, model)
     batches = random_batches(4, 2)
     async with running_node(model, 2, tmp_path, **ADAMW) as node:
+        node.learning_rate = 0.05
         await node.restore()
         for number in (0, 1):
-            await step(node, f"b{number}", batches[number], learning_rate=0.05)
+            await step(node, f"b{number}", batches[number])
         before = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
         checkpoint = await save(node, model, 2, tmp_path / "checkpoints" / "saved")
         for number in (2, 3):
-            await step(node, f"b{number}", batches[number], learning_rate=0.05)
+            await step(node, f"b{number}", batches[number])
         undisturbed = tensors_in(await save(node, model, 4, tmp_path / "checkpoints" / "undisturbed"))
         changed = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
 
         await node.restore(epoch=2, version=2, checkpoint=str(checkpoint))
         after = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
         for number in (2, 3):
-            await step(node, f"b{number}", batches[number], learning_rate=0.05, epoch=2)
+            await step(node, f"b{number}", batches[number], epoch=2)
         disturbed = tensors_in(await save(node, model, 4, tmp_path / "checkpoints" / "disturbed", epoch=2))
     assert after.token_ids == before.token_ids
     logprobs = [token.logprob for token in before.tokens]
@@ -437,9 +438,14 @@ async def test_a_version_that_is_gone_cannot_be_saved(folder: Path, tmp_path: Pa
 async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_path: Path) -> None:
     async with running_node(folder, 1, tmp_path, discipline="fifo", **ADAMW) as node:
         await node.restore()
-        await feed(node, "b0", random_batches(1, 1)[0])
+        node.orders_steps = False
+        first, second = random_batches(2, 1)
+        await feed(node, "b0", first)
+        *_, gathered = [await node.report() for _ in range(3)]
+        await feed(node, "b1", second)  # the step waits behind it, and the save behind the step
+        await node.order(gathered, "b0")
         await node.save(0, tmp_path / "checkpoints")
-        *_, stepped, failed = [(await node.report()).event for _ in range(4)]
+        *_, stepped, failed = [(await node.report()).event for _ in range(5)]
     assert stepped == StepDone(batch_id="b0", version=1)
     assert failed == SaveFailed(version=0, reason="the stage has gone on to version 1")
 

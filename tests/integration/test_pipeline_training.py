@@ -74,6 +74,8 @@ class Feeder:
                 self.in_flight += 1
                 while self.left_first_stage == before or self.in_flight >= self._node.num_stages:
                     await self.next_report()
+            if self._node.num_stages == 1:
+                await self.wait_for(f"b{number}")
         await self.wait_for(f"b{len(batches) - 1}")
 
 

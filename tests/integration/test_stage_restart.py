@@ -150,7 +150,8 @@ async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(
 
 async def step(node: Node, batch_id: str, *, epoch: int) -> None:
     """Train on one batch, hard enough for other answers."""
-    for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch, learning_rate=0.1):
+    node.learning_rate = 0.1
+    for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch):
         await node.feed(message)
     for _ in range(node.num_stages):
         while not isinstance((await node.report()).event, StepDone):

@@ -36,7 +36,7 @@ async def running_trainer(node: Node, model: Path, run_dir: Path) -> AsyncIterat
     settings = TrainerSettings(
         model=str(model),
         run_dir=run_dir,
-        schedule="sync",
+        schedule="1f1b",
         microbatches=1,
         learning_rate=LEARNING_RATE,
         checkpoint_every=2,

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
 from shared.bus.base import Bus, Incoming
@@ -12,16 +13,18 @@ from shared.messages.base import Done
 from shared.messages.training import (
     BackwardDone,
     ForwardDone,
+    GradientsReady,
     MicrobatchForward,
     SaveFailed,
     ShardSaved,
     StageEvent,
     StageReport,
     StepDone,
+    StepOrder,
     TrainingFailed,
 )
 from shared.messages.weights import RestoreWeights, SaveWeights
-from shared.subjects import FORWARD, HEARTBEAT, REPORT, RESTORE, SAVE
+from shared.subjects import FORWARD, HEARTBEAT, REPORT, RESTORE, SAVE, STEP
 from tests.support.cluster import heartbeat
 
 
@@ -44,6 +47,9 @@ class FakeNode:
         self.stages = [FakeStage(f"{node}.{stage}.0") for stage in range(num_stages)]
         self.restores: list[RestoreWeights] = []
         self.microbatches: list[MicrobatchForward] = []
+        self.orders: list[StepOrder] = []
+        self.diverging: set[str] = set()
+        """Ids of batches whose gradients are not finite."""
         self.poison = ""
         """Id of a batch whose backward fails."""
         self.num_faults = 0
@@ -59,6 +65,7 @@ class FakeNode:
         for stage in range(len(self.stages)):
             await self._bus.respond(RESTORE.at(node=self.node, stage=stage), self._restorer(stage))
             await self._bus.respond(SAVE.at(node=self.node, stage=stage), self._saver(stage))
+            await self._bus.subscribe(STEP.at(node=self.node, stage=stage), self._stepper(stage))
 
     async def beat(self) -> None:
         """All stages are alive and ready."""
@@ -122,15 +129,25 @@ class FakeNode:
             await self._report(number, BackwardDone(batch_id=batch_id, index=index, loss=loss))
         self.happened("backward")
         if index == microbatch.count - 1:
+            squared_norm = nan if batch_id in self.diverging else 1.0
             for number in range(last, -1, -1):
-                await self._step(number, batch_id)
+                await self._report(number, GradientsReady(batch_id=batch_id, squared_norm=squared_norm))
+            self.happened("gradients")
 
-    async def _step(self, number: int, batch_id: str) -> None:
-        contents = self.stages[number].contents
-        contents.append(batch_id)
-        await self._report(number, StepDone(batch_id=batch_id, version=len(contents)))
-        self.happened("step")
-        await self._save_if_due(number)
+    def _stepper(self, number: int) -> Callable[[Incoming[StepOrder]], Awaitable[None]]:
+        async def step(incoming: Incoming[StepOrder]) -> None:
+            order, stage = incoming.message, self.stages[number]
+            if order.epoch != stage.epoch:
+                return
+            self.orders.append(order)
+            if not order.skip:
+                stage.contents.append(order.batch_id)
+            assert order.version == len(stage.contents)
+            await self._report(number, StepDone(batch_id=order.batch_id, version=order.version))
+            self.happened("step")
+            await self._save_if_due(number)
+
+        return step
 
     async def _save_if_due(self, number: int) -> None:
         stage = self.stages[number]

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,9 +25,10 @@ from shared.messages.inference import (
     TokenLogprob,
     TokensProduced,
 )
-from shared.messages.training import MicrobatchForward, StageReport
+from shared.messages.training import GradientsReady, MicrobatchForward, StageReport, StepOrder
 from shared.messages.weights import RestoreWeights, SaveWeights
 from shared.telemetry import Telemetry
+from tests.support.training import LEARNING_RATE
 
 DEADLINE_S = 60.0
 GATEWAY = "test"
@@ -68,6 +70,14 @@ class Node:
         self.num_stages = num_stages
         self.heartbeats: dict[int, Heartbeat] = {}
         self.reports: asyncio.Queue[StageReport] = asyncio.Queue()
+        self.orders_steps = True
+        """Have stages step as soon as all have a batch's gradients; else that is told in `reports`."""
+        self.learning_rate = LEARNING_RATE
+        self.version = 0
+        """Of the weights after the last step that was ordered."""
+        self._epoch = 0
+        self._squared_norms: dict[str, dict[int, float]] = defaultdict(dict)
+        """Of each batch whose step is not ordered, by stage."""
         self._beaten = asyncio.Condition()
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
@@ -137,6 +147,8 @@ class Node:
         message = RestoreWeights(epoch=epoch, version=version, checkpoint=checkpoint)
         for stage in range(self.num_stages):
             await self.bus.request(subjects.RESTORE.at(node=0, stage=stage), message, timeout_s=DEADLINE_S)
+        self._epoch, self.version = epoch, version
+        self._squared_norms.clear()
 
     async def save(self, version: int, folder: Path, *, epoch: int = 1) -> None:
         message = SaveWeights(epoch=epoch, version=version, folder=str(folder))
@@ -173,8 +185,27 @@ class Node:
             self.heartbeats[incoming.message.stage] = incoming.message
             self._beaten.notify_all()
 
+    async def order(self, report: StageReport, batch_id: str, **changes: Any) -> None:
+        """Have every stage step on the batch, as the trainer orders when all have its gradients."""
+        self.version += 1
+        order = StepOrder(
+            epoch=report.epoch, batch_id=batch_id, version=self.version, learning_rate=self.learning_rate
+        ).model_copy(update=changes)
+        for stage in range(self.num_stages):
+            await self.bus.publish(subjects.STEP.at(node=0, stage=stage), order)
+
     async def _on_report(self, incoming: Incoming[StageReport]) -> None:
-        self.reports.put_nowait(incoming.message)
+        report = incoming.message
+        if not (self.orders_steps and isinstance(report.event, GradientsReady)):
+            self.reports.put_nowait(report)
+            return
+        if report.epoch != self._epoch:
+            return
+        batch_id, squared_norms = report.event.batch_id, self._squared_norms[report.event.batch_id]
+        squared_norms[report.stage] = report.event.squared_norm
+        if len(squared_norms) == self.num_stages:
+            del self._squared_norms[batch_id]
+            await self.order(report, batch_id)
 
 
 @asynccontextmanager

@@ -41,15 +41,11 @@ def num_labels(batch: Batch) -> int:
     return sum(len(example) - 1 for microbatch in batch for example in microbatch)
 
 
-def messages(
-    batch_id: str, batch: Batch, *, epoch: int = 1, learning_rate: float = LEARNING_RATE
-) -> list[MicrobatchForward]:
+def messages(batch_id: str, batch: Batch, *, epoch: int = 1) -> list[MicrobatchForward]:
     """The batch as the trainer would feed it."""
     return [
         MicrobatchForward(
-            microbatch=_header(
-                batch_id, index, len(batch), examples, num_labels(batch), epoch, learning_rate
-            ),
+            microbatch=_header(batch_id, index, len(batch), examples, num_labels(batch), epoch),
             tokens=tuple(token for example in examples for token in example),
         )
         for index, examples in enumerate(batch)
@@ -57,7 +53,7 @@ def messages(
 
 
 def _header(
-    batch_id: str, index: int, count: int, examples: Sequence[Example], labels: int, epoch: int, rate: float
+    batch_id: str, index: int, count: int, examples: Sequence[Example], labels: int, epoch: int
 ) -> Microbatch:
     tokens = [token for example in examples for token in example]
     ends = torch.tensor([len(example) for example in examples]).cumsum(0).tolist()
@@ -71,7 +67,6 @@ def _header(
         label_rows=tuple(rows),
         labels=tuple(tokens[row + 1] for row in rows),
         loss_weight=1 / labels,
-        learning_rate=rate,
     )
 
 

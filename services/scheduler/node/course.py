@@ -2,8 +2,8 @@
 
 Rules, as stage workers and trainer follow them: a stage does one op at a time, to its end; inference goes
 first, then backwards, then training forwards (discipline `slo_first`; its patience with training, half a
-second, is left out). A batch's step follows its last backward; one iteration that waits by then goes before
-it. At most one iteration and one microbatch per stage are in flight.
+second, is left out). The trainer orders all stages to step when stage 0 has done a batch's last backward;
+steps go before backwards. At most one iteration and one microbatch per stage are in flight.
 
 Decoding sequences are no ops here, but for their iterations that are in flight already: they would be
 hundreds. They come in between: after each training op, a stage gives `decode_gap_s` to them.
@@ -47,9 +47,6 @@ class _Course:
         self._queues: list[list[tuple[int, int, Op]]] = [[] for _ in stages]
         self._is_busy = [False for _ in stages]
         self._training_from_s = [now_s for _ in stages]
-        self._due_steps: list[Op | None] = [None for _ in stages]
-        """Steps that follow the backward that has just ended: one iteration that waits by then goes first."""
-        self._lets_pass = [False for _ in stages]
         self._ops: list[list[Op]] = [[] for _ in stages]
         self._starts_s: list[list[float]] = [[] for _ in stages]
         self._ends_s: list[list[float]] = [[] for _ in stages]
@@ -69,7 +66,8 @@ class _Course:
         """A microbatch is fed, and not through stage 0's forward."""
         self._num_in_flight = 0
         """Microbatches fed, and not through stage 0's backward."""
-        self._backwards_left: dict[tuple[str, int], int] = {}
+        self._backwards_left: dict[str, int] = {}
+        """Of each batch, on stage 0: the last stage to do them."""
         self._steps_left: dict[str, int] = {}
         self._num_applied = 0
         self._begin_running()
@@ -146,14 +144,12 @@ class _Course:
     def _begin_steps(self, batch: Batch) -> None:
         self._steps_left[batch.batch_id] = self._known.num_stages - len(batch.stepped)
         self._num_applied += self._steps_left[batch.batch_id] == 0
+        left = sum(num_passes <= 2 * self._last for num_passes in batch.passes)
+        self._backwards_left[batch.batch_id] = left
         for stage, running in enumerate(self._known.running):
-            last_pass = 2 * self._last - stage
-            left = sum(num_passes <= last_pass for num_passes in batch.passes)
-            self._backwards_left[batch.batch_id, stage] = left
             is_stepping = running is not None and running.op.flow is batch and running.op.kind == STEP
             if left == 0 and stage not in batch.stepped and not is_stepping:
-                self._due_steps[stage] = Op(STEP, batch, 0, batch.step_s[stage])
-                self._wake(self._now_s, stage)
+                self._step(batch, stage, self._now_s)
 
     # The future
 
@@ -166,14 +162,7 @@ class _Course:
         heappush(self._events, (at_s, _WAKE, self._tie, stage, None))
 
     def _start_next(self, stage: int, at_s: float) -> None:
-        queue, due = self._queues[stage], self._due_steps[stage]
-        if due is not None:
-            if self._lets_pass[stage] and queue and queue[0][0] == ITERATION:
-                self._lets_pass[stage] = False
-            else:
-                self._due_steps[stage] = None
-                self._record(stage, due, at_s, at_s + due.duration_s)
-                return
+        queue = self._queues[stage]
         if not queue:
             return
         kind, _, op = queue[0]
@@ -243,16 +232,18 @@ class _Course:
             self._pass(batch, op.microbatch, num_passes, at_s + self._hop_s)
         else:
             self._num_in_flight -= 1
-        if is_backward or stage == last:
-            place = (batch.batch_id, stage)
-            self._backwards_left[place] -= 1
-            if self._backwards_left[place] == 0:
-                self._due_steps[stage] = Op(STEP, batch, 0, batch.step_s[stage])
-                self._lets_pass[stage] = True
+        if num_passes == 2 * last + 1:
+            self._backwards_left[batch.batch_id] -= 1
+            if self._backwards_left[batch.batch_id] == 0:
+                for each in range(self._known.num_stages):
+                    self._step(batch, each, at_s + 2 * self._hop_s)
         if stage == 0:
             if not is_backward:
                 self._is_at_stage_0 = False
             self._feed(at_s + 2 * self._hop_s)
+
+    def _step(self, batch: Batch, stage: int, at_s: float) -> None:
+        self._arrive(at_s, stage, Op(STEP, batch, 0, batch.step_s[stage]))
 
     def _stepped(self, batch: Batch, at_s: float) -> None:
         self._steps_left[batch.batch_id] -= 1

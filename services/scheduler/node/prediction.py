@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from services.scheduler.node.known_work import FORWARD, ITERATION, STEP, Batch, KnownWork, Op
+from services.scheduler.node.known_work import FORWARD, Batch, KnownWork, Op
 
 
 @dataclass(slots=True)
@@ -38,20 +38,13 @@ class Prediction:
     def turn_of_iteration(self, stage: int, at_s: float, before_s: float) -> float:
         """When an iteration that comes at `at_s`, and began on the stage before at `before_s`, can run.
 
-        It waits for the op in progress and for inference ahead of it, and where an iteration has already gone
-        before a batch's step, for that step.
+        It waits for the op in progress and for inference ahead of it.
         """
-        starts_s, ends_s, ops = self.starts_s[stage], self.ends_s[stage], self.ops[stage]
-        place = bisect_left(starts_s, at_s) - 1
+        ends_s = self.ends_s[stage]
+        place = bisect_left(self.starts_s[stage], at_s) - 1
         turn_s = at_s
         if place >= 0 and ends_s[place] > at_s and not self._is_overtaken(stage, place, before_s):
             turn_s = ends_s[place]
-            has_passed = ops[place].kind == ITERATION
-            for following in range(place + 1, len(ops)):
-                kind = ops[following].kind
-                if starts_s[following] > turn_s or kind > STEP or (kind == STEP and not has_passed):
-                    break
-                turn_s, has_passed = ends_s[following], True
         return max(turn_s, self.inference_ends_s[stage])
 
     def _is_overtaken(self, stage: int, place: int, before_s: float) -> bool:

@@ -45,7 +45,7 @@ class NodeTimeline:
         self.lengths = RunningMoments()
         """Of all tasks assigned here, in tokens."""
         self._costs = costs
-        self._is_synchronous = is_synchronous
+        self._is_synchronous = is_synchronous or num_stages == 1
         self._tasks: dict[str, Assigned] = {}
         """Living, in the order of their assignment."""
         self._batches: dict[str, Batch] = {}

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult
-from shared.messages.training import Microbatch
+from shared.messages.training import Microbatch, StepOrder
 from shared.tensors.ref import TensorRef
 
 Snapshot = TypeVar("Snapshot")
@@ -30,9 +30,10 @@ class IterationOutput:
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """What a microbatch's forward gives. The last stage runs its backward at once.
+    """What a microbatch's forward gives.
 
-    hidden: activations for the next stage. loss, gradient: of the last stage (gradient None when S = 1).
+    hidden: activations for the next stage. loss: of the last stage, which goes backward at once unless the
+    microbatch says `backward_after_all`. gradient: of that backward (None when S = 1).
     """
 
     version: int
@@ -85,8 +86,8 @@ class Executor(Protocol[Snapshot]):
 
     async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput: ...
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
-        """Gradient of the stage's inputs; None at stage 0."""
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
+        """Gradient of the stage's inputs, None at stage 0. `gradient`: of its outputs, None at the last."""
         ...
 
     async def discard(self, tensor: TensorRef) -> None:
@@ -100,8 +101,12 @@ class Executor(Protocol[Snapshot]):
         """
         ...
 
-    async def step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
-        """Apply the batch's gradients; returns the new weights version."""
+    async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
+        """Add the other end's gradient of a tied embedding; returns the sum of the gradients' squares."""
+        ...
+
+    async def step(self, order: StepOrder) -> None:
+        """Apply a measured batch's gradients, or drop them."""
         ...
 
     async def restore(self, checkpoint: str, version: int) -> None:

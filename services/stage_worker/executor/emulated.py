@@ -19,7 +19,7 @@ from shared.clock import Clock
 from shared.errors import LemixError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult, TokenLogprob
-from shared.messages.training import Microbatch
+from shared.messages.training import Microbatch, StepOrder
 from shared.profiles.records import StageMemory
 from shared.profiles.times import StageTimes
 from shared.tensors.ref import TensorRef
@@ -108,15 +108,16 @@ class EmulatedExecutor:
         self._check_room(microbatch)
         version = self._version
         forward_s = self._times.forward_s(work_of_microbatch(microbatch)) + self._offload_s(microbatch)
-        if not self._is_last:
-            await self._hold(forward_s)
-            self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
-            return ForwardOutput(version, hidden=NO_TENSOR)
-        await self._hold(forward_s + self._backward_s(microbatch))
-        gradient = NO_TENSOR if self._settings.stage > 0 else None
-        return ForwardOutput(version, loss=self._loss(microbatch), gradient=gradient)
+        if self._is_last and not microbatch.backward_after_all:
+            await self._hold(forward_s + self._backward_s(microbatch))
+            return ForwardOutput(version, loss=self._loss(microbatch), gradient=self._inputs_gradient)
+        await self._hold(forward_s)
+        self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
+        if self._is_last:
+            return ForwardOutput(version, loss=self._loss(microbatch))
+        return ForwardOutput(version, hidden=NO_TENSOR)
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         """Raises LemixError when the microbatch is not in flight here."""
         microbatch = self._in_flight.pop((batch_id, index), None)
         if microbatch is None:
@@ -124,6 +125,10 @@ class EmulatedExecutor:
                 f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
             )
         await self._hold(self._backward_s(microbatch))
+        return self._inputs_gradient
+
+    @property
+    def _inputs_gradient(self) -> TensorRef | None:
         return NO_TENSOR if self._settings.stage > 0 else None
 
     async def discard(self, tensor: TensorRef) -> None:
@@ -132,10 +137,13 @@ class EmulatedExecutor:
     async def finish_batch(self, batch_id: str) -> TensorRef | None:
         return None
 
-    async def step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
-        await self._hold(self._times.step_s())
-        self._version += 1
-        return self._version
+    async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
+        return 0.0
+
+    async def step(self, order: StepOrder) -> None:
+        if not order.skip:
+            await self._hold(self._times.step_s())
+        self._version = order.version
 
     async def restore(self, checkpoint: str, version: int) -> None:
         self._in_flight.clear()

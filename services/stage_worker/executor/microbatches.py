@@ -20,16 +20,8 @@ class _InFlight:
 
     inputs: Tensor
     outputs: Tensor
+    """Activations [T, H], or on the last stage the loss."""
     version: WeightsVersion
-
-
-@dataclass(frozen=True, slots=True)
-class LastStageOutput:
-    """The last stage goes backward at once: `gradient` [T, H] is None when it is the first one too."""
-
-    version: int
-    loss: float
-    gradient: Tensor | None
 
 
 class MicrobatchRunner:
@@ -50,15 +42,20 @@ class MicrobatchRunner:
         self._weights.drop_training()
 
     def forward(self, microbatch: Microbatch, inputs: Tensor) -> tuple[int, Tensor]:
-        """Forward on a stage that is not the last; returns the weights version and activations [T, H]."""
+        """Returns the weights version, and activations [T, H], or on the last stage the loss [].
+
+        The loss is the microbatch's share of the batch's mean over labels, in nats.
+        """
         inputs = self._as_leaf(inputs)
         with self._weights.training_forward() as version, self._saving(microbatch):
-            outputs = self._run(microbatch, inputs, None)
+            outputs = self._outputs(microbatch, inputs)
         self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(inputs, outputs, version)
         return version.number, outputs.detach()
 
-    def backward(self, batch_id: str, index: int, gradient: Tensor) -> Tensor | None:
-        """Backward with the gradient [T, H] of the activations; returns that of the inputs, None at stage 0.
+    def backward(self, batch_id: str, index: int, gradient: Tensor | None) -> Tensor | None:
+        """Backward with the gradient [T, H] of the activations, None of the loss on the last stage.
+
+        Returns the gradient [T, H] of the inputs, None at stage 0.
 
         Raises LemixError when the microbatch is not in flight here.
         """
@@ -71,22 +68,13 @@ class MicrobatchRunner:
         self._weights.backward_done(microbatch.version)
         return microbatch.inputs.grad
 
-    def forward_and_backward(self, microbatch: Microbatch, inputs: Tensor) -> LastStageOutput:
-        """What the last stage does: forward, loss, backward.
-
-        Raises LemixError when the loss is not finite: no gradient of it may reach the weights.
-        """
-        inputs = self._as_leaf(inputs)
+    def _outputs(self, microbatch: Microbatch, inputs: Tensor) -> Tensor:
+        if not self._stage.layers.is_last:
+            return self._run(microbatch, inputs, None)
         rows = torch.tensor(microbatch.label_rows, device=self._device)
         labels = torch.tensor(microbatch.labels, device=self._device)
-        with self._weights.training_forward() as version, self._saving(microbatch):
-            logits = self._run(microbatch, inputs, rows)
-        loss = functional.cross_entropy(logits.float(), labels, reduction="sum") * microbatch.loss_weight
-        if not torch.isfinite(loss):
-            raise LemixError(f"the loss is not finite: {loss.item()}")
-        torch.autograd.backward(loss)
-        self._weights.backward_done(version)
-        return LastStageOutput(version.number, loss.item(), inputs.grad)
+        logits = self._run(microbatch, inputs, rows)
+        return functional.cross_entropy(logits.float(), labels, reduction="sum") * microbatch.loss_weight
 
     def _as_leaf(self, inputs: Tensor) -> Tensor:
         return inputs.requires_grad_() if inputs.is_floating_point() else inputs

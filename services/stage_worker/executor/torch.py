@@ -31,7 +31,7 @@ from shared import checkpoints
 from shared.errors import CarrierError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk
-from shared.messages.training import Microbatch
+from shared.messages.training import Microbatch, StepOrder
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import load_stage, model_partition, read_config, stage_state_dict
 from shared.model.stage import Stage
@@ -96,7 +96,7 @@ class TorchExecutor:
     async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         return await self._run(self._forward, microbatch, rows)
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         return await self._run(self._backward, batch_id, index, gradient)
 
     async def discard(self, tensor: TensorRef) -> None:
@@ -105,8 +105,11 @@ class TorchExecutor:
     async def finish_batch(self, batch_id: str) -> TensorRef | None:
         return await self._run(self._finish_batch, batch_id)
 
-    async def step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
-        return await self._run(self._step, batch_id, learning_rate, tied)
+    async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
+        return await self._run(self._measure, batch_id, tied)
+
+    async def step(self, order: StepOrder) -> None:
+        await self._run(self._step, order)
 
     async def restore(self, checkpoint: str, version: int) -> None:
         await self._run(self._restore, checkpoint, version)
@@ -246,21 +249,20 @@ class TorchExecutor:
     def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(microbatch.lengths))
         layers = loaded.stage.layers
+        version, outputs = loaded.microbatches.forward(microbatch, inputs)
         if not layers.is_last:
-            version, hidden = loaded.microbatches.forward(microbatch, inputs)
-            sent = self._outgoing[layers.stage + 1, "activations"].put(hidden)
+            sent = self._outgoing[layers.stage + 1, "activations"].put(outputs)
             return ForwardOutput(version, hidden=sent)
-        last = loaded.microbatches.forward_and_backward(microbatch, inputs)
-        return ForwardOutput(last.version, loss=last.loss, gradient=self._send_back(last.gradient))
+        turns = not microbatch.backward_after_all
+        gradient = self._backward(microbatch.batch_id, microbatch.index, None) if turns else None
+        return ForwardOutput(version, loss=outputs.item(), gradient=gradient)
 
-    def _backward(self, batch_id: str, index: int, gradient: TensorRef) -> TensorRef | None:
-        inputs_gradient = self._loaded.microbatches.backward(batch_id, index, self._incoming.take(gradient))
-        return self._send_back(inputs_gradient)
-
-    def _send_back(self, gradient: Tensor | None) -> TensorRef | None:
-        if gradient is None:
+    def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
+        of_outputs = None if gradient is None else self._incoming.take(gradient)
+        of_inputs = self._loaded.microbatches.backward(batch_id, index, of_outputs)
+        if of_inputs is None:
             return None
-        return self._outgoing[self._settings.stage - 1, "activations"].put(gradient)
+        return self._outgoing[self._settings.stage - 1, "activations"].put(of_inputs)
 
     def _finish_batch(self, batch_id: str) -> TensorRef | None:
         gradients, layers = self._loaded.weights.finish_batch(batch_id), self._loaded.stage.layers
@@ -270,14 +272,23 @@ class TorchExecutor:
         other_end = layers.num_stages - 1 if layers.is_first else 0
         return self._outgoing[other_end, "tied"].put(gradients[tied])
 
-    def _step(self, batch_id: str, learning_rate: float, tied: TensorRef | None) -> int:
-        loaded = self._loaded
+    def _measure(self, batch_id: str, tied: TensorRef | None) -> float:
+        weights, stage = self._loaded.weights, self._loaded.stage
         if tied is not None:
-            assert loaded.stage.tied_embedding_name is not None
-            loaded.weights.add_gradient(batch_id, loaded.stage.tied_embedding_name, self._incoming.take(tied))
-        version = loaded.weights.step(batch_id, learning_rate)
+            assert stage.tied_embedding_name is not None
+            weights.add_gradient(batch_id, stage.tied_embedding_name, self._incoming.take(tied))
+        counted_elsewhere = None if stage.layers.is_first else stage.tied_embedding_name
+        return weights.squared_norm(batch_id, but=counted_elsewhere)
+
+    def _step(self, order: StepOrder) -> None:
+        loaded = self._loaded
+        if order.skip:
+            loaded.weights.skip(order.batch_id)
+            return
+        loaded.weights.step(
+            order.batch_id, order.learning_rate, scale=order.gradient_scale, version=order.version
+        )
         loaded.packed.invalidate()
-        return version
 
     def _restore(self, checkpoint: str, version: int) -> None:
         loaded, settings = self._loaded, self._settings

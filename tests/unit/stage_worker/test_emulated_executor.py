@@ -8,7 +8,7 @@ from services.stage_worker.executor.emulated import NO_TENSOR, EmulatedExecutor
 from services.stage_worker.settings import StageWorkerSettings
 from shared.errors import LemixError
 from shared.messages.inference import Sampling, SequenceChunk
-from shared.messages.training import Microbatch
+from shared.messages.training import Microbatch, StepOrder
 from shared.profiles.records import StageMemory
 from shared.profiles.times import Work
 
@@ -94,7 +94,6 @@ def microbatch(index: int = 0) -> Microbatch:
         label_rows=(0, 1, 3),
         labels=(4, 5, 6),
         loss_weight=1 / 6,
-        learning_rate=0.1,
     )
 
 
@@ -163,7 +162,7 @@ async def test_a_batch_runs_forward_backward_and_steps() -> None:
     assert await first.backward("b", 0, output.gradient) is None
     assert clock.s == 60.0 + 50.0
     assert await first.finish_batch("b") is None
-    assert await first.step("b", 0.1, None) == 1
+    await first.step(StepOrder(epoch=1, batch_id="b", version=1, learning_rate=0.1))
     assert clock.s == 210.0
     assert (await first.forward(microbatch(1), (1,))).version == 1
 
@@ -188,7 +187,7 @@ async def test_a_restore_drops_what_is_in_flight() -> None:
     await it.restore("", 7)
     with pytest.raises(LemixError, match="microbatch 0 of b"):
         await it.backward("b", 0, NO_TENSOR)
-    assert await it.step("b", 0.1, None) == 8
+    await it.step(StepOrder(epoch=1, batch_id="b", version=8, learning_rate=0.1))
 
 
 async def test_a_shard_is_a_file_of_its_own(tmp_path: Path) -> None:

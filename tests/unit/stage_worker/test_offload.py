@@ -24,7 +24,6 @@ def microbatch(batch_id: str, *, offload: bool) -> Microbatch:
         label_rows=(),
         labels=(),
         loss_weight=1.0,
-        learning_rate=0.1,
         offload=offload,
     )
 
@@ -44,7 +43,7 @@ def trained(folder: Path, *, offload: bool) -> list[dict[str, Tensor]]:
         runner.backward(batch_id, 0, torch.ones_like(outputs[batch_id]))
         found = weights.finish_batch(batch_id)
         gradients.append({name: gradient.clone() for name, gradient in found.items()})
-        weights.step(batch_id, 0.1)
+        weights.step(batch_id, 0.1, version=weights.version + 1)
     return gradients
 
 

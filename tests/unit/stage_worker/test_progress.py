@@ -56,7 +56,6 @@ def test_training_ops_are_named_after_their_batch() -> None:
         label_rows=(),
         labels=(),
         loss_weight=1.0,
-        learning_rate=0.1,
     )
     assert microbatch_op("backward", microbatch) == StageOp(
         kind="backward", task_ids=("b",), index=1, num_tokens=5, num_pairs=3 + 6, num_sequences=2

@@ -59,7 +59,7 @@ def train(stage: Stage, weights: StageWeights, batch_id: str, texts: Iterable[li
     for text in texts:
         InFlight(stage, weights, text).backward()
     weights.finish_batch(batch_id)
-    weights.step(batch_id, RATE)
+    weights.step(batch_id, RATE, version=weights.version + 1)
 
 
 def values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def test_a_step_leaves_the_weights_of_microbatches_in_flight_as_they_were(
     later = InFlight(stage, weights, TEXTS[1])
     first.backward()
     weights.finish_batch("b0")
-    weights.step("b0", RATE)
+    weights.step("b0", RATE, version=1)
     assert_same(values(leaves(later.version)), old)
     stepped = newest(stage)
     assert not torch.equal(stepped["model.norm.weight"], old["model.norm.weight"])
@@ -150,7 +150,7 @@ def test_a_step_leaves_the_weights_of_microbatches_in_flight_as_they_were(
     assert_same(values(leaves(newer.version)), stepped)
     later.backward()
     assert_close(weights.finish_batch("b1"), expected)
-    weights.step("b1", RATE)
+    weights.step("b1", RATE, version=2)
     assert_same(values(leaves(newer.version)), stepped)
 
 
@@ -159,7 +159,7 @@ def test_gradients_of_a_batch_over_two_versions_add_up(stage: Stage, weights: St
     first, second = InFlight(stage, weights, TEXTS[0]), InFlight(stage, weights, TEXTS[1])
     first.backward()
     weights.finish_batch("b0")
-    weights.step("b0", RATE)
+    weights.step("b0", RATE, version=1)
     new = plain_gradients(stage, [TEXTS[2]])
     third = InFlight(stage, weights, TEXTS[2])
     second.backward()
@@ -175,7 +175,7 @@ def test_a_batch_keeps_what_went_backward_before_the_step_of_its_predecessor(
     InFlight(stage, weights, TEXTS[0]).backward()
     weights.finish_batch("b0")
     InFlight(stage, weights, TEXTS[1]).backward()
-    weights.step("b0", RATE)
+    weights.step("b0", RATE, version=1)
     new = plain_gradients(stage, [TEXTS[2]])
     InFlight(stage, weights, TEXTS[2]).backward()
     assert_close(weights.finish_batch("b1"), {name: old[name] + new[name] for name in old})
@@ -188,7 +188,7 @@ def test_memory_of_retired_versions_is_used_again(stage: Stage, weights: StageWe
         current, ahead = ahead, InFlight(stage, weights, TEXTS[number % 4])
         current.backward()
         weights.finish_batch(f"b{number}")
-        weights.step(f"b{number}", RATE)
+        weights.step(f"b{number}", RATE, version=number + 1)
         seen.add(tuple(places(stage.parameters())))
     assert len(seen) == 2  # that of the newest and that of the one in flight take turns
 
@@ -250,4 +250,5 @@ def test_loading_forgets_all_training_in_progress(stage: Stage, weights: StageWe
     expected = plain_gradients(stage, [TEXTS[2]])
     InFlight(stage, weights, TEXTS[2]).backward()
     assert_close(weights.finish_batch("b"), expected)
-    assert weights.step("b", RATE) == 8
+    weights.step("b", RATE, version=8)
+    assert weights.version == 8

@@ -1,6 +1,8 @@
 """One node as the trainer drives it: what it is told, and what it then does."""
 
 import itertools
+from math import inf, nan
+from typing import Any
 
 import pytest
 
@@ -11,17 +13,21 @@ from services.trainer.node_training import (
     Applied,
     Closed,
     Feed,
+    Halted,
     NodeTraining,
     RequestSave,
     Restore,
     Rules,
     SaveAbandoned,
+    Skipped,
+    Step,
     WriteCheckpoint,
 )
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
     BackwardDone,
     ForwardDone,
+    GradientsReady,
     SaveFailed,
     ShardSaved,
     StageEvent,
@@ -35,8 +41,10 @@ from tests.support.cluster import heartbeat
 class Driver:
     """A node of two stages, and short ways of telling it things. Time stands still unless moved."""
 
-    def __init__(self, *, checkpoint_every: int = 100, durable_version: int = 0) -> None:
-        rules = Rules(schedule=SCHEDULES["async"], checkpoint_every=checkpoint_every, checkpoint_idle_s=2.0)
+    def __init__(self, *, checkpoint_every: int = 100, durable_version: int = 0, **rest: Any) -> None:
+        rules = Rules(
+            schedule=SCHEDULES["async"], checkpoint_every=checkpoint_every, checkpoint_idle_s=2.0, **rest
+        )
         self.now_s = 0.0
         self.node = NodeTraining(
             0, 2, rules=rules, durable_version=durable_version, epochs=itertools.count(1)
@@ -71,13 +79,24 @@ class Driver:
         forward = self.report(0, ForwardDone(batch_id=batch_id, index=index, version=0))
         return forward + self.report(0, BackwardDone(batch_id=batch_id, index=index))
 
+    def gather(self, batch_id: str, *squared_norms: float) -> list[Action]:
+        """Both stages have all gradients, stage 1 first."""
+        of_1, of_0 = squared_norms or (1.0, 1.0)
+        first = self.report(1, GradientsReady(batch_id=batch_id, squared_norm=of_1))
+        return first + self.report(0, GradientsReady(batch_id=batch_id, squared_norm=of_0))
+
     def step(self, batch_id: str, version: int, loss: float = 1.0) -> list[Action]:
+        """Both stages have stepped, stage 1 first."""
         self.report(1, BackwardDone(batch_id=batch_id, index=0, loss=loss))
         first = self.report(1, StepDone(batch_id=batch_id, version=version))
         return first + self.report(0, StepDone(batch_id=batch_id, version=version))
 
+    def learn(self, batch_id: str) -> list[Action]:
+        """The batch is placed and its gradients are gathered."""
+        return self.place(batch_id) + self.through_stage_0(batch_id) + self.gather(batch_id)
+
     def apply(self, batch_id: str, version: int) -> list[Action]:
-        return self.place(batch_id) + self.through_stage_0(batch_id) + self.step(batch_id, version)
+        return self.learn(batch_id) + self.step(batch_id, version)
 
     def answer(self, version: int, refusals: dict[int, str] | None = None) -> list[Action]:
         return self.node.save_answered(self.node.epoch, version, refusals or {}, self.now_s)
@@ -107,6 +126,7 @@ def test_a_batch_is_applied_when_all_stages_have_stepped_and_its_loss_is_the_sum
     driver.through_stage_0("a", 0)
     driver.report(1, BackwardDone(batch_id="a", index=0, loss=0.5))
     driver.report(1, BackwardDone(batch_id="a", index=1, loss=0.25))
+    assert driver.gather("a") == [Step("a", 6)]
     assert driver.report(1, StepDone(batch_id="a", version=6)) == []
 
     assert driver.report(0, StepDone(batch_id="a", version=6)) == [Applied("a", 6, 0.75)]
@@ -185,7 +205,7 @@ def test_it_is_told_which_batch_found_no_memory() -> None:
 
 def test_a_stage_at_another_version_than_it_should_be_restores_the_node() -> None:
     driver = Driver().open()
-    driver.place("a")
+    driver.learn("a")
 
     actions = driver.report(0, StepDone(batch_id="a", version=3))
 
@@ -213,20 +233,83 @@ def test_a_node_that_reports_nothing_while_it_has_work_starts_again() -> None:
     assert driver.tick(STALLED_AFTER_S + 1)[0] == Closed(f"no report for {STALLED_AFTER_S:g} s", ("a",))
 
 
-def test_a_save_is_asked_for_before_the_last_microbatch_of_its_version() -> None:
+def test_a_step_beyond_a_version_that_is_to_be_saved_waits_until_every_stage_knows_of_it() -> None:
     driver = Driver(checkpoint_every=2).open()
     driver.apply("a", 1)
-    assert driver.place("b", 2) == [Feed(Slot("b", 0, 2))]
+    driver.place("b")
+    driver.through_stage_0("b")
+    assert driver.gather("b") == [Step("b", 2), RequestSave(1, 2, 2)]
+    driver.step("b", 2)
+    assert driver.place("c") == [Feed(Slot("c", 0, 1))]
+    driver.through_stage_0("c")
 
-    assert driver.report(0, ForwardDone(batch_id="b", index=0, version=1)) == [RequestSave(1, 2, 2)]
-    assert driver.answer(2) == [Feed(Slot("b", 1, 2))]
+    assert driver.gather("c") == []
+    assert driver.answer(2) == [Step("c", 3)]
+
+
+def test_gradients_are_scaled_down_to_the_largest_norm_over_all_stages() -> None:
+    driver = Driver(max_gradient_norm=1.0).open()
+    driver.place("a")
+    driver.place("b")
+    driver.through_stage_0("a")
+    driver.through_stage_0("b")
+
+    assert driver.gather("a", 9.0, 16.0) == [Step("a", 1, gradient_scale=1 / 5)]
+    assert driver.gather("b", 0.09, 0.16) == [Step("b", 2)]
+
+
+@pytest.mark.parametrize("squared_norms", [(nan, 1.0), (1.0, inf)])
+def test_a_batch_without_finite_gradients_is_skipped_by_all_stages(squared_norms: tuple[float, ...]) -> None:
+    driver = Driver().open()
+    for batch_id in ("a", "b"):
+        driver.place(batch_id)
+        driver.through_stage_0(batch_id)
+
+    assert driver.gather("a", *squared_norms) == [Step("a", 0, is_skipped=True)]
+    assert driver.gather("b") == [Step("b", 1)]
+    assert driver.step("a", 0, loss=3.0) == [Skipped("a", 3.0)]
+    assert driver.step("b", 1) == [Applied("b", 1, 1.0)]
+
+
+def test_a_node_whose_gradients_are_not_finite_again_and_again_trains_no_more_and_saves_what_it_has() -> None:
+    driver = Driver(max_skips=2).open()
+    driver.apply("good", 1)
+    for batch_id in ("a", "b", "c"):
+        driver.place(batch_id)
+        if batch_id != "c":
+            driver.through_stage_0(batch_id)
+            driver.gather(batch_id, nan, nan)
+    assert driver.step("a", 1) == [Skipped("a", 1.0)]
+    *_, halted = driver.step("b", 1)
+    assert halted == Halted("the gradients of 2 batches in a row were not finite")
+    assert not driver.node.is_known
+    assert driver.place("d") == []
+
+    driver.through_stage_0("c")
+    driver.gather("c")
+    driver.step("c", 2)  # was on its way
+    assert not driver.node.is_known
+    driver.tick(0)
+    assert driver.tick(2) == [RequestSave(1, 2, 2)]
+
+
+def test_one_batch_with_finite_gradients_is_enough_to_go_on() -> None:
+    driver = Driver(max_skips=2).open()
+    for batch_id, squared_norm in (("a", nan), ("b", 1.0), ("c", nan)):
+        driver.place(batch_id)
+        driver.through_stage_0(batch_id)
+        driver.gather(batch_id, squared_norm, squared_norm)
+    driver.step("a", 0)
+    driver.step("b", 1)
+    driver.step("c", 1)
+
+    assert driver.node.is_known
 
 
 def test_a_checkpoint_is_written_when_all_shards_are_there_and_all_stages_have_stepped() -> None:
     driver = Driver(checkpoint_every=1).open()
-    assert driver.place("a") == [RequestSave(1, 1, 2)]
+    assert driver.learn("a")[-1] == RequestSave(1, 1, 2)
     driver.answer(1)
-    driver.through_stage_0("a")
     driver.report(1, StepDone(batch_id="a", version=1))
     assert driver.saved(1, 1) == []
     assert driver.saved(0, 1) == []  # its StepDone is overtaken
@@ -241,25 +324,25 @@ def test_a_checkpoint_is_written_when_all_shards_are_there_and_all_stages_have_s
 @pytest.mark.parametrize("stage_1_says", ["refuses", "fails"])
 def test_a_save_that_one_stage_does_not_do_ends_and_comes_again_at_the_next_batch(stage_1_says: str) -> None:
     driver = Driver(checkpoint_every=1).open()
-    driver.place("a")
+    driver.learn("a")
     driver.answer(1, {1: "past it"} if stage_1_says == "refuses" else {})
-    driver.through_stage_0("a")
     driver.step("a", 1)
     if stage_1_says == "fails":
         driver.report(1, SaveFailed(version=1, reason="past it"))
 
     assert driver.saved(0, 1) == [SaveAbandoned(1, "stage 1: past it")]
-    assert driver.place("b") == [RequestSave(1, 2, 2)]
+    assert driver.learn("b")[-1] == RequestSave(1, 2, 2)
 
 
-def test_a_refused_save_does_not_hold_the_batch_up() -> None:
+def test_a_refused_save_does_not_hold_the_next_step_up() -> None:
     driver = Driver(checkpoint_every=1).open()
-    driver.place("a")
+    driver.apply("a", 1)
+    assert driver.learn("b") == [Feed(Slot("b", 0, 1))]
 
-    assert driver.answer(1, {0: "no", 1: "no"}) == [
-        SaveAbandoned(1, "stage 0: no; stage 1: no"),
-        Feed(Slot("a", 0, 1)),
-    ]
+    abandoned, *steps = driver.answer(1, {0: "no", 1: "no"})
+
+    assert abandoned == SaveAbandoned(1, "stage 0: no; stage 1: no")
+    assert steps == [Step("b", 2), RequestSave(1, 2, 2)]
 
 
 def test_an_idle_node_saves_what_it_has_learnt_and_tries_again_when_that_fails() -> None:
@@ -280,16 +363,14 @@ def test_no_step_may_overtake_a_save_of_an_idle_node() -> None:
     driver.tick(0)
     driver.tick(2)
 
-    assert driver.place("b") == []
-    assert driver.answer(1) == [Feed(Slot("b", 0, 1))]
+    assert driver.learn("b") == [Feed(Slot("b", 0, 1))]
+    assert driver.answer(1) == [Step("b", 2)]
 
 
 def test_a_save_that_never_ends_is_given_up() -> None:
     driver = Driver(checkpoint_every=1).open()
-    driver.place("a")
+    driver.apply("a", 1)
     driver.answer(1)
-    driver.through_stage_0("a")
-    driver.step("a", 1)
 
     assert driver.tick(SAVE_DEADLINE_S + 1)[0] == SaveAbandoned(
         1, f"not written within {SAVE_DEADLINE_S:g} s"
@@ -299,10 +380,8 @@ def test_a_save_that_never_ends_is_given_up() -> None:
 @pytest.mark.parametrize("failure", ["", "disk full"])
 def test_a_node_closes_only_when_it_is_known_whether_its_checkpoint_is_durable(failure: str) -> None:
     driver = Driver(checkpoint_every=1).open()
-    driver.place("a")
+    driver.apply("a", 1)
     driver.answer(1)
-    driver.through_stage_0("a")
-    driver.step("a", 1)
     driver.saved(0, 1)
     assert isinstance(driver.saved(1, 1)[0], WriteCheckpoint)
 
@@ -316,10 +395,12 @@ def test_a_node_closes_only_when_it_is_known_whether_its_checkpoint_is_durable(f
 
 def test_an_answer_to_a_save_of_an_earlier_life_is_ignored() -> None:
     driver = Driver(checkpoint_every=1).open()
-    driver.place("a")
+    driver.learn("a")
     driver.beat(0, instance="new")
     driver.node.restored(2, "", 0.0)
-    assert driver.place("a") == [RequestSave(2, 1, 2)]
+    assert driver.learn("a")[-1] == RequestSave(2, 1, 2)
+    driver.step("a", 1)
+    driver.learn("b")
 
     assert driver.node.save_answered(1, 1, {0: "gone"}, 0.0) == []
-    assert driver.answer(1) == [Feed(Slot("a", 0, 1))]
+    assert driver.answer(1) == [Step("b", 2)]

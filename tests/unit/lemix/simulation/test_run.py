@@ -130,7 +130,7 @@ def test_closed_release_waits_for_both_microbatches_to_pass_the_first_stage() ->
 
 
 def test_closed_release_of_the_synchronous_schedule_waits_for_the_step() -> None:
-    record, _ = simulate(replace(CLUSTER, schedule="sync"), replace(WORKLOAD, num_tasks=6, training_rate=1.0))
+    record, _ = simulate(replace(CLUSTER, schedule="1f1b"), replace(WORKLOAD, num_tasks=6, training_rate=1.0))
     for earlier, later in pairwise(record.batches):
         assert later.published_s == pytest.approx(earlier.applied_s)
 

@@ -171,10 +171,11 @@ def test_a_batch_goes_forward_backward_and_steps() -> None:
     timeline = two_stages()
     place_batch(timeline, "b", 100, 100)
     # Stage 1 takes 3 ms per token (forward and backward), stage 0 goes backward with 2 ms.
-    assert [starts(timeline, 0), starts(timeline, 1)] == [[0.0, 0.1, 0.4, 0.7, 0.9], [0.1, 0.4, 0.7]]
+    # Both step when stage 0 has done its last backward.
+    assert [starts(timeline, 0), starts(timeline, 1)] == [[0.0, 0.1, 0.4, 0.7, 0.9], [0.1, 0.4, 0.9]]
     ended(timeline, 0, op("forward", "b", index=0, tokens=100), 0.1)
     started(timeline, 1, op("forward", "b", index=0, tokens=100), 0.2)
-    assert [starts(timeline, 0), starts(timeline, 1)] == [[0.2, 0.5, 0.8, 1.0], [0.2, 0.5, 0.8]]
+    assert [starts(timeline, 0), starts(timeline, 1)] == [[0.2, 0.5, 0.8, 1.0], [0.2, 0.5, 1.0]]
 
 
 def test_batches_of_a_synchronous_trainer_wait_for_the_steps_before() -> None:
