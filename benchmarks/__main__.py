@@ -5,7 +5,7 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import deciding, decode, hop, profile_error, report, simulation, startup, training
+from benchmarks import deciding, decode, hop, profile_error, report, schedules, simulation, startup, training
 
 BENCHMARKS = {
     "hop": hop.main,
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "deciding": deciding.main,
     "profile_error": profile_error.main,
     "simulation": simulation.main,
+    "schedules": schedules.main,
 }
 WORK = Path("runs/bench")
 RESULTS = Path("docs/benchmarks")

@@ -37,6 +37,8 @@ class Rules:
     schedule: Schedule
     checkpoint_every: int
     checkpoint_idle_s: float
+    extra_in_flight: int = 0
+    """Of microbatches, without a flush: see `Pipeline`."""
     max_gradient_norm: float = inf
     """Gradients whose norm over all stages is larger are scaled down to it."""
     max_skips: int = 3
@@ -161,7 +163,7 @@ class NodeTraining:
         self._rules = rules
         self._epochs = epochs
         self._members = Members(num_stages)
-        self._pipeline = Pipeline(num_stages)
+        self._pipeline = self._empty_pipeline()
         self._losses: dict[str, float] = {}
         self._num_skips = 0
         """Batches skipped since one was applied."""
@@ -383,6 +385,9 @@ class NodeTraining:
         self._save_from_version = version + 1
         return [SaveAbandoned(version, reason)]
 
+    def _empty_pipeline(self) -> Pipeline:
+        return Pipeline(self._members.num_stages, self._rules.extra_in_flight)
+
     def _is_stalled(self, now_s: float) -> bool:
         if self.phase != "open" or not self._pipeline.open_batches:
             self._silent_since_s = None
@@ -404,7 +409,7 @@ class NodeTraining:
     def _finish_closing(self, closed: Closed) -> list[Action]:
         abandoned = self._abandon_save(closed.reason) if self._save is not None else []
         self._closing = None
-        self._pipeline = Pipeline(self._members.num_stages)
+        self._pipeline = self._empty_pipeline()
         self._losses.clear()
         self.version = self.durable_version
         self._save_from_version = 0
@@ -415,5 +420,5 @@ class NodeTraining:
             return []
         self.phase = "restoring"
         self.epoch = next(self._epochs)
-        self._pipeline = Pipeline(self._members.num_stages)
+        self._pipeline = self._empty_pipeline()
         return [Restore(self.epoch, self._members.num_stages)]

@@ -38,6 +38,7 @@ class Nodes:
             schedule=double_buffered(schedule) if settings.stashing == "double" else schedule,
             checkpoint_every=settings.checkpoint_every,
             checkpoint_idle_s=settings.checkpoint_idle_s,
+            extra_in_flight=settings.extra_in_flight,
             max_gradient_norm=settings.max_gradient_norm,
             max_skips=settings.max_skips,
         )
@@ -60,7 +61,7 @@ class Nodes:
         """Without a flush, as many microbatches are in flight as a node has stages."""
         if is_synchronous(self._settings.schedule):
             return 1
-        return -(-num_stages // self._settings.microbatches)
+        return -(-(num_stages + self._settings.extra_in_flight) // self._settings.microbatches)
 
     async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         """A stage is alive. Raises ConfigurationError when it obeys a later trainer."""

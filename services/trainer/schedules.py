@@ -59,6 +59,8 @@ class Pipeline:
     """What is on its way through one node, and what waits for it."""
 
     num_stages: int
+    extra_in_flight: int = 0
+    """Microbatches that may be in flight beyond one per stage, without a flush."""
     queue: tuple[Shape, ...] = ()
     """Batches not wholly fed."""
     next_index: int = 0
@@ -158,11 +160,13 @@ Schedule = Callable[[Pipeline], bool]
 
 
 def asynchronous(pipeline: Pipeline) -> bool:
-    """A-PP: when its predecessor has left stage 0, and fewer than one per stage are in flight.
+    """A-PP: when its predecessor has left stage 0, and fewer than one per stage, and the extra, are in flight.
 
     One stage alone has no bubble to fill: there a batch sees the step of the one before.
     """
-    return _has_room(pipeline) and (pipeline.num_stages > 1 or _is_flushed(pipeline))
+    if pipeline.num_stages == 1:
+        return one_forward_one_backward(pipeline)
+    return _has_room(pipeline, extra=pipeline.extra_in_flight)
 
 
 def one_forward_one_backward(pipeline: Pipeline) -> bool:
@@ -178,8 +182,8 @@ def gpipe(pipeline: Pipeline) -> bool:
     return pipeline.at_stage_0 is None and _is_flushed(pipeline)
 
 
-def _has_room(pipeline: Pipeline) -> bool:
-    return pipeline.at_stage_0 is None and len(pipeline.in_flight) < pipeline.num_stages
+def _has_room(pipeline: Pipeline, *, extra: int = 0) -> bool:
+    return pipeline.at_stage_0 is None and len(pipeline.in_flight) < pipeline.num_stages + extra
 
 
 def _is_flushed(pipeline: Pipeline) -> bool:

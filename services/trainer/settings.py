@@ -16,6 +16,8 @@ class TrainerSettings(LemixSettings):
     """`async` (A-PP): no flush between batches; `1f1b`, `gpipe` (S-PP): a batch waits for the last step."""
     stashing: Literal["full", "double", "none"] = "full"
     """Old weights kept for microbatches in flight; `double`: two versions, so that batches wait for room."""
+    extra_in_flight: int = Field(default=0, ge=0)
+    """Microbatches in flight beyond one per stage (`async`): they hide messages and steps, at some memory."""
     microbatches: int = Field(default=4, ge=1)
     """Parts that a batch is cut into; more when they would be too large."""
     max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)

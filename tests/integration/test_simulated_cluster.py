@@ -59,7 +59,7 @@ def test_a_batch_takes_exactly_its_forwards_backwards_and_step() -> None:
         await training.listen()
         await training.publish("b", 4)
         await training.applied("b")
-        # Trainer to scheduler and back, to stage 0 to 1 to 0, to the trainer and back, the report of the step.
+        # Trainer to scheduler and back, to stage 0 to 1 to 0, to the trainer and back, and the step's report.
         hops_s = 8 * HOP_S
         compute_s = 2 * (2 + 4) * ROW_S * 4
         assert clock.now_s() - begun_s == pytest.approx(hops_s + compute_s + STEP_S, abs=1e-9)
