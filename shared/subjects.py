@@ -31,7 +31,7 @@ from shared.messages.training import (
     TiedGradient,
     TrainingTask,
 )
-from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.messages.weights import MergeWeights, ReduceGradients, RestoreWeights, SaveWeights
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -122,6 +122,14 @@ RESTORE = RequestTopic(
 )
 SAVE = RequestTopic(
     "lemix.node.{node}.stage.{stage}.save", SaveWeights, Done, "trainer -> stage: write a shard"
+)
+MERGE = RequestTopic(
+    "lemix.node.{node}.stage.{stage}.merge", MergeWeights, Done, "trainer -> stage: hold the nodes' mean"
+)
+REDUCE = Topic(
+    "lemix.node.{node}.stage.{stage}.reduce",
+    ReduceGradients,
+    "trainer -> stage: average the nodes' gradients",
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 
