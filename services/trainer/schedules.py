@@ -160,7 +160,7 @@ Schedule = Callable[[Pipeline], bool]
 
 
 def asynchronous(pipeline: Pipeline) -> bool:
-    """A-PP: when its predecessor has left stage 0, and no more than one per stage and the extra are in flight.
+    """A-PP: when its predecessor has left stage 0, and not one per stage and the extra are in flight.
 
     One stage alone has no bubble to fill: there a batch sees the step of the one before.
     """

@@ -63,7 +63,7 @@ class MergeWeights(Message):
 
 
 class ReduceGradients(Message):
-    """Average a batch's gradients over the members, for one step of all. trainer -> each stage of each member.
+    """Average gradients over the members, for one step of all. trainer -> each stage of each member.
 
     Then `GradientsReady` and `StepOrder` speak of the group's name instead of the batch.
     """
