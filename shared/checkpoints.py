@@ -40,6 +40,8 @@ class Manifest(Message):
     """What was trained: the setting as it was given."""
     stream: str = ""
     """Identity of the training stream that the sequences are of; empty: not known."""
+    merge: str = "none"
+    """How the nodes' weights became one: the trainer's setting."""
     watermark: int
     """Stream sequences up to this one are done: in a durable checkpoint of some node, or refused."""
     sequences: tuple[int, ...]

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from services.trainer.batches import Ack, BatchBook, Pending
@@ -80,6 +81,8 @@ class ActionRunner:
         self._tasks = tasks
         self._pruning = asyncio.Lock()
         self.outbox = Outbox(bus)
+        self.look: Callable[[], None] = lambda: None
+        """What to do after a node has decided something: whoever decides for several nodes looks at them."""
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
 
@@ -109,6 +112,7 @@ class ActionRunner:
                     self._tasks.create_task(self._write_checkpoint(node, action))
         if actions:
             self.changed.set()
+        self.look()
 
     def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
         """Tell the batch's publisher, then be done with the message, which the book holds until then."""
@@ -146,7 +150,7 @@ class ActionRunner:
         self.outbox.post(FORWARD.at(node=node.node, stage=0), message, traceparent=pending.traceparent)
 
     def _step(self, node: NodeTraining, step: Step) -> None:
-        pending = self._book.pending[step.batch_id]
+        pending = self._book.pending[step.rate_of or step.batch_id]
         order = StepOrder(
             epoch=node.epoch,
             batch_id=step.batch_id,
@@ -210,7 +214,7 @@ class ActionRunner:
         self.reject(rejected, pending.acks)
 
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
-        folder = self._folders.get(node.node)
+        folder = self._folder_of(node.node)
         message = RestoreWeights(
             epoch=action.epoch, version=node.durable_version, checkpoint=str(folder) if folder else ""
         )
@@ -224,6 +228,12 @@ class ActionRunner:
         )
         failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
         self.run(node, node.restored(action.epoch, failure, self._clock.now_s()))
+
+    def _folder_of(self, node: int) -> Path | None:
+        """The node's newest durable checkpoint; of any node, where they share their weights."""
+        if self._settings.merging == "none":
+            return self._folders.get(node)
+        return max(self._folders.values(), key=attrgetter("name"), default=None)
 
     async def _request_save(self, node: NodeTraining, action: RequestSave) -> None:
         folder = self._files.temporary(node.node, action.version, action.epoch)
@@ -252,6 +262,7 @@ class ActionRunner:
             num_stages=action.num_stages,
             model=self._settings.model,
             stream=self._stream,
+            merge=self._settings.merging,
             wall_s=self._clock.wall_s(),
         )
         folder = self._files.temporary(node.node, action.version, node.epoch)

@@ -103,9 +103,17 @@ class BatchBook:
 
     def roll_back(self, node: int) -> tuple[str, ...]:
         """The node is back at its durable checkpoint; returns the batches that it thereby lost."""
-        lost = self.ledger.lineage(node).applied
+        lost = self.ledger.only_applied_by(node)
         self.ledger = self.ledger.roll_back(node)
         return lost
+
+    def share(self, nodes: Iterable[int]) -> None:
+        """These nodes' weights are merged."""
+        self.ledger = self.ledger.share(nodes)
+
+    def join(self, node: int) -> None:
+        """The node holds the newest durable weights of any."""
+        self.ledger = self.ledger.join(node)
 
     def make_durable(self, node: int, version: int) -> list[Ack]:
         """A durable checkpoint of the node contains `version` steps; returns what to acknowledge."""

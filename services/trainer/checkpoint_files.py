@@ -5,7 +5,7 @@ All methods block on the disk and raise OSError when it refuses; the durable che
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from services.trainer.versions import Ledger, Lineage
@@ -141,6 +141,21 @@ def _check_shards(folder: Path, manifest: Manifest) -> None:
         raise FileNotFoundError(f"stages have reported files that {folder} lacks: {', '.join(missing)}")
 
 
+def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
+    """What nodes that share their weights go on from.
+
+    Raises ConfigurationError when they did not share them: what only one of them has learnt would be lost.
+    """
+    apart = sorted(node for node, checkpoint in found.items() if checkpoint.manifest.merge == "none")
+    if len(found) > 1 and apart:
+        raise ConfigurationError(
+            f"nodes {apart} of this run were trained apart and cannot be merged now: go on with "
+            "LEMIX_MERGE=none, or choose another --name"
+        )
+    newest = max(found, key=lambda node: found[node].manifest.version, default=None)
+    return {} if newest is None else {newest: found[newest]}
+
+
 def ledger_of(found: Iterable[Checkpoint]) -> Ledger:
     """What the nodes' newest checkpoints say about batches."""
     manifests = [checkpoint.manifest for checkpoint in found]
@@ -157,7 +172,15 @@ def ledger_of(found: Iterable[Checkpoint]) -> Ledger:
 
 
 def manifest_of(
-    ledger: Ledger, node: int, version: int, *, num_stages: int, model: str, stream: str, wall_s: float
+    ledger: Ledger,
+    node: int,
+    version: int,
+    *,
+    num_stages: int,
+    model: str,
+    stream: str,
+    merge: str = "none",
+    wall_s: float,
 ) -> Manifest:
     """What a checkpoint of the node at `version` will say, files apart."""
     durable = ledger.make_durable(node, version)
@@ -168,6 +191,7 @@ def manifest_of(
         num_stages=num_stages,
         model=model,
         stream=stream,
+        merge=merge,
         watermark=durable.watermark,
         sequences=tuple(sorted(lineage.sequences)),
         rejected=tuple(sorted(durable.skipped)),

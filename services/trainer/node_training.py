@@ -39,6 +39,10 @@ class Rules:
     checkpoint_idle_s: float
     extra_in_flight: int = 0
     """Of microbatches, without a flush: see `Pipeline`."""
+    shares_weights: bool = False
+    """Nodes are merged: when to save and when to restore is decided for all of them together."""
+    shares_steps: bool = False
+    """Gradients are averaged over the nodes: when to step is, too."""
     max_gradient_norm: float = inf
     """Gradients whose norm over all stages is larger are scaled down to it."""
     max_skips: int = 3
@@ -61,6 +65,9 @@ class Step:
     """Of the weights afterwards."""
     gradient_scale: float = 1.0
     is_skipped: bool = False
+    rate_of: str = ""
+    """The batch whose place in the stream sets the learning rate, when it is not this one: nodes that step
+    together step alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,12 @@ class NodeTraining:
         """After a failed checkpoint, the next occasion."""
         self._idle_since_s: float | None = None
         self._silent_since_s: float | None = None
+        self.is_held = False
+        """No further batch begins for now."""
+        self._has_spoken = False
+        """Since it closed: a restore that fails is tried again at the next heartbeat, and not before."""
+        self.may_restore = not rules.shares_weights
+        """Whether this is the time: a node that joins others must get the weights that they have."""
 
     @property
     def is_known(self) -> bool:
@@ -184,6 +197,53 @@ class NodeTraining:
     def is_halted(self) -> bool:
         """Whether training here has stopped for good: nothing enters any more."""
         return self._num_skips >= self._rules.max_skips
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing trains here, and nothing is being saved."""
+        return self.phase == "open" and not self._pipeline.open_batches and self._save is None
+
+    @property
+    def is_saving(self) -> bool:
+        return self._save is not None
+
+    @property
+    def is_save_unanswered(self) -> bool:
+        return self._save is not None and not self._save.answered
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it is not yet known what this node has made durable."""
+        return self._closing is not None
+
+    @property
+    def waits_to_join(self) -> bool:
+        """All stages are there, and wait for the weights to hold."""
+        return self._can_restore and self._has_spoken
+
+    @property
+    def _can_restore(self) -> bool:
+        return self.phase == "closed" and not self.is_closing and self._members.are_complete
+
+    @property
+    def complete(self) -> OpenBatch | None:
+        """The batch whose gradients every stage has, and whose step is not ordered."""
+        return self._pipeline.complete if self.phase == "open" else None
+
+    @property
+    def has_nothing_begun(self) -> bool:
+        """No batch is on its way through the stages."""
+        return not self._pipeline.open_batches
+
+    @property
+    def has_joint_step(self) -> bool:
+        """Whether a step that is made with other nodes is not done here."""
+        return any(batch.is_joint for batch in self._pipeline.open_batches)
+
+    @property
+    def is_idle(self) -> bool:
+        """Open, and no batch is here."""
+        return self.phase == "open" and self._pipeline.is_empty
 
     @property
     def num_stages(self) -> int:
@@ -197,6 +257,7 @@ class NodeTraining:
         """A stage is alive."""
         actions = self._close(f"stage {beat.stage} was restarted") if self._members.is_restart(beat) else []
         self._members = self._members.after(beat, now_s)
+        self._has_spoken = True
         return actions + self._restore_if_complete()
 
     def tick(self, now_s: float) -> list[Action]:
@@ -272,6 +333,57 @@ class NodeTraining:
             return actions + self._finish_closing(self._closing) + self._restore_if_complete()
         return actions + self._advance(now_s)
 
+    # Together with other nodes
+
+    def hold(self) -> None:
+        """Let no further batch begin; what has begun goes on to its end."""
+        self.is_held = True
+
+    def release(self, now_s: float) -> list[Action]:
+        self.is_held = False
+        return self._advance(now_s)
+
+    def allow_restore(self, durable_version: int) -> list[Action]:
+        """The closed node may join; that is the version that all nodes' newest checkpoint holds."""
+        self.may_restore, self.version, self.durable_version = True, durable_version, durable_version
+        return self._restore_if_complete()
+
+    def fail(self, reason: str) -> list[Action]:
+        """Give everything back that is not durable, for what happened elsewhere."""
+        return self._close(reason)
+
+    def merged(self, version: int) -> None:
+        """The stages hold merged weights."""
+        assert self.is_quiet
+        self.version = version
+
+    def adopt(self, durable_version: int) -> None:
+        """Another node has written a checkpoint of just these weights."""
+        self.durable_version = durable_version
+
+    def save(self, now_s: float) -> list[Action]:
+        """Make the present version durable."""
+        return self._request_save(self.version, now_s)
+
+    def skip(self, now_s: float) -> list[Action]:
+        """Drop the complete batch, whose own gradients are not finite, before others are averaged with it."""
+        return self._order(self.version, now_s)
+
+    def join_step(self, name: str) -> str:
+        """Let the averaged gradients take the place of this node's; returns its batch, empty without one."""
+        batch = self._pipeline.complete
+        self._pipeline = self._pipeline.join(batch.batch_id if batch else name)
+        return batch.batch_id if batch else ""
+
+    @property
+    def has_joint_gradients(self) -> bool:
+        """Whether every stage has the averaged ones."""
+        return self._pipeline.complete is not None and self._pipeline.complete.is_joint
+
+    def order_step(self, version: int, now_s: float, *, rate_of: str) -> list[Action]:
+        """Every node has the averaged gradients: all step to `version`, or skip."""
+        return self._order(version, now_s, rate_of=rate_of)
+
     def _backward_done(self, stage: int, event: BackwardDone) -> None:
         self._pipeline = self._pipeline.backward_done(stage, event.batch_id, event.index)
         if event.loss is not None:
@@ -290,6 +402,8 @@ class NodeTraining:
             return []
         self.version = batch.version
         loss = self._losses.pop(batch_id, 0.0)
+        if batch.is_placeholder:
+            return []
         if batch.is_skipped:
             return self._count_skip(Skipped(batch_id, loss))
         if not self.is_halted:
@@ -308,22 +422,31 @@ class NodeTraining:
 
     def _order_steps(self, now_s: float) -> list[Action]:
         actions: list[Action] = []
-        while self.phase == "open" and (batch := self._pipeline.complete):
-            if self._save is not None and not self._save.answered:
+        while self.phase == "open" and self._pipeline.complete and not self._rules.shares_steps:
+            if self.is_save_unanswered:
                 break  # a stage must know that it has to save a version before it steps beyond it
-            step = self._step_of(batch)
-            self._pipeline = self._pipeline.order(step.batch_id, step.version, is_skipped=step.is_skipped)
-            actions += [step, *self._request_save_if_due(step.version, now_s)]
+            actions += self._order(self._present_version + 1, now_s)
         return actions
 
-    def _step_of(self, batch: OpenBatch) -> Step:
-        present = self._pipeline.ordered_version
-        version = self.version if present is None else present
+    def _order(self, version: int, now_s: float, *, rate_of: str = "") -> list[Action]:
+        """Step on the complete batch, to `version`; skip it when its gradients are not finite."""
+        batch = self._pipeline.complete
+        assert batch is not None
+        step = replace(self._step_of(batch, version), rate_of=rate_of)
+        self._pipeline = self._pipeline.order(step.batch_id, step.version, is_skipped=step.is_skipped)
+        return [step, *self._request_save_if_due(step.version, now_s)]
+
+    @property
+    def _present_version(self) -> int:
+        """Of the weights when all that is ordered is done."""
+        ordered = self._pipeline.ordered_version
+        return self.version if ordered is None else ordered
+
+    def _step_of(self, batch: OpenBatch, version: int) -> Step:
         if not isfinite(batch.squared_norm):
-            return Step(batch.batch_id, version, is_skipped=True)
-        norm = sqrt(batch.squared_norm)
-        limit = self._rules.max_gradient_norm
-        return Step(batch.batch_id, version + 1, gradient_scale=limit / norm if norm > limit else 1.0)
+            return Step(batch.batch_id, self._present_version, is_skipped=True)
+        norm, limit = sqrt(batch.squared_norm), self._rules.max_gradient_norm
+        return Step(batch.batch_id, version, gradient_scale=limit / norm if norm > limit else 1.0)
 
     def _feed(self) -> list[Action]:
         actions: list[Action] = []
@@ -331,6 +454,7 @@ class NodeTraining:
             self.phase == "open"
             and not self.is_halted
             and (slot := self._pipeline.upcoming)
+            and not (self.is_held and slot.index == 0)
             and self._rules.schedule(self._pipeline)
         ):
             self._pipeline = self._pipeline.feed()
@@ -338,14 +462,16 @@ class NodeTraining:
         return actions
 
     def _request_save_if_due(self, version: int, now_s: float) -> list[Action]:
-        due = version - self.durable_version >= self._rules.checkpoint_every
+        due = (
+            version - self.durable_version >= self._rules.checkpoint_every and not self._rules.shares_weights
+        )
         if self._save is not None or not due or version < self._save_from_version:
             return []
         return self._request_save(version, now_s)
 
     def _save_if_idle(self, now_s: float) -> list[Action]:
         is_empty = self._pipeline.is_empty or (self.is_halted and not self._pipeline.open_batches)
-        idle = self.phase == "open" and is_empty and self._save is None
+        idle = self.phase == "open" and is_empty and self._save is None and not self._rules.shares_weights
         if not idle or self.version == self.durable_version:
             self._idle_since_s = None
         elif self._idle_since_s is None:
@@ -398,7 +524,7 @@ class NodeTraining:
     def _close(self, reason: str, *, failed: str | None = None, unfit: str | None = None) -> list[Action]:
         if self.phase == "closed":
             return []
-        self.phase = "closed"
+        self.phase, self.is_held, self._has_spoken = "closed", False, False
         closed = Closed(reason, self._pipeline.batch_ids, failed, unfit)
         if self._save is not None and self._save.writing:
             # Whether its batches are durable is only known when the manifest is written.
@@ -416,9 +542,9 @@ class NodeTraining:
         return [*abandoned, closed]
 
     def _restore_if_complete(self) -> list[Action]:
-        if self.phase != "closed" or self._closing is not None or not self._members.are_complete:
+        if not (self._can_restore and self.may_restore):
             return []
-        self.phase = "restoring"
+        self.phase, self.may_restore = "restoring", not self._rules.shares_weights
         self.epoch = next(self._epochs)
         self._pipeline = self._empty_pipeline()
         return [Restore(self.epoch, self._members.num_stages)]

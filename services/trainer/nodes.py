@@ -28,6 +28,7 @@ class Nodes:
     def __init__(
         self, settings: TrainerSettings, *, clock: Clock, book: BatchBook, actions: ActionRunner, term: int
     ) -> None:
+        self.by_number: dict[int, NodeTraining] = {}
         self._clock = clock
         self._book = book
         self._actions = actions
@@ -39,23 +40,24 @@ class Nodes:
             checkpoint_every=settings.checkpoint_every,
             checkpoint_idle_s=settings.checkpoint_idle_s,
             extra_in_flight=settings.extra_in_flight,
+            shares_weights=settings.merging != "none",
+            shares_steps=settings.merging == "allreduce",
             max_gradient_norm=settings.max_gradient_norm,
             max_skips=settings.max_skips,
         )
         self._settings = settings
         self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
-        self._nodes: dict[int, NodeTraining] = {}
 
     @property
     def num_wanted(self) -> int:
         """Batches that may be placed and not applied: they fill the pipelines, and each node has its next."""
-        known = (node for node in self._nodes.values() if node.is_known)
+        known = (node for node in self.by_number.values() if node.is_known)
         return sum(1 + self._num_filling(node.num_stages) for node in known)
 
     @property
     def have_room(self) -> bool:
         """Whether one more batch may be placed."""
-        return sum(node.num_unfinished for node in self._nodes.values()) < self.num_wanted
+        return sum(node.num_unfinished for node in self.by_number.values()) < self.num_wanted
 
     def _num_filling(self, num_stages: int) -> int:
         """Without a flush, as many microbatches are in flight as a node has stages."""
@@ -68,18 +70,18 @@ class Nodes:
         beat = incoming.message
         if beat.epoch >= (self._term + 1) * EPOCHS_PER_TERM:
             raise ConfigurationError(f"another trainer has taken over node {beat.node} (epoch {beat.epoch})")
-        node = self._nodes.get(beat.node) or self._add(beat)
+        node = self.by_number.get(beat.node) or self._add(beat)
         self._actions.run(node, node.heartbeat(beat, self._clock.now_s()))
 
     async def on_report(self, incoming: Incoming[StageReport]) -> None:
         """Something happened on a stage."""
         report = incoming.message
-        if node := self._nodes.get(report.node):
+        if node := self.by_number.get(report.node):
             self._actions.run(node, node.report(report, self._clock.now_s()))
 
     def place(self, number: int, shape: Shape) -> bool:
         """Give a batch to a node; False when the node is gone."""
-        node = self._nodes.get(number)
+        node = self.by_number.get(number)
         if node is None or not node.is_known:
             return False
         self._actions.run(node, node.place(shape, self._clock.now_s()))
@@ -89,10 +91,12 @@ class Nodes:
         """Let time pass on every node, for ever."""
         while True:
             await asyncio.sleep(self._tick_s)
-            for node in self._nodes.values():
+            for node in self.by_number.values():
                 self._actions.run(node, node.tick(self._clock.now_s()))
 
     def _add(self, beat: Heartbeat) -> NodeTraining:
+        if self._rules.shares_weights:
+            self._book.join(beat.node)
         durable_version = self._book.ledger.lineage(beat.node).durable_version
         node = NodeTraining(
             beat.node,
@@ -101,5 +105,5 @@ class Nodes:
             durable_version=durable_version,
             epochs=self._epochs,
         )
-        self._nodes[beat.node] = node
+        self.by_number[beat.node] = node
         return node

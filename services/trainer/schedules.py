@@ -47,6 +47,10 @@ class OpenBatch:
     is_skipped: bool = False
     stepped: frozenset[int] = frozenset()
     """Stages that have done as ordered."""
+    is_joint: bool = False
+    """Its gradients are, or will be, the mean over several nodes."""
+    is_placeholder: bool = False
+    """There is no batch here: the node steps with others all the same."""
 
     @property
     def squared_norm(self) -> float:
@@ -78,7 +82,7 @@ class Pipeline:
     @property
     def batch_ids(self) -> tuple[str, ...]:
         """Every batch that is not applied, in order."""
-        opened = tuple(batch.batch_id for batch in self.open_batches)
+        opened = tuple(batch.batch_id for batch in self.open_batches if not batch.is_placeholder)
         return opened + tuple(shape.batch_id for shape in self.queue if shape.batch_id not in opened)
 
     @property
@@ -135,6 +139,14 @@ class Pipeline:
         if batch is None:
             return self
         return self._with(replace(batch, squared_norms={**batch.squared_norms, stage: squared_norm}))
+
+    def join(self, batch_id: str) -> Self:
+        """The mean over several nodes will take the place of the complete batch's gradients, or of none."""
+        batch = self.open_batch(batch_id)
+        if batch is not None:
+            return self._with(replace(batch, squared_norms={}, is_joint=True))
+        placeholder = OpenBatch(batch_id, is_joint=True, is_placeholder=True)
+        return replace(self, open_batches=(*self.open_batches, placeholder))
 
     def order(self, batch_id: str, version: int, *, is_skipped: bool = False) -> Self:
         """The complete batch's step is ordered."""

@@ -5,6 +5,7 @@
       batches           pending batches, and the ledger of what is durable (versions)
     nodes             listens to stages
       node_training     per node: what to feed, save and restore (members, schedules, saves)
+      merging           for all nodes: when their weights become one (merges, reductions, replicas)
     actions           carries out what nodes decide (outbox, checkpoint_files)
 
 This file puts them together.
@@ -12,12 +13,20 @@ This file puts them together.
 
 import asyncio
 from functools import partial
+from itertools import count
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batch_flow import BatchFlow
 from services.trainer.batches import BatchBook
-from services.trainer.checkpoint_files import CONFIG_FILE, MODEL_FILES, CheckpointFiles, ledger_of
+from services.trainer.checkpoint_files import (
+    CONFIG_FILE,
+    MODEL_FILES,
+    CheckpointFiles,
+    ledger_of,
+    only_newest,
+)
 from services.trainer.intake import Intake
+from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
@@ -68,6 +77,8 @@ class Trainer:
         await self._bus.ensure_stream(REJECTED_STREAM)
         term = await self._bus.next_epoch("trainer")
         found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
+        if self._settings.merging != "none":
+            found = only_newest(found)
         book = BatchBook(await on_disk(partial(self._first_ledger, found, stream)))
         async with asyncio.TaskGroup() as tasks:
             actions = ActionRunner(
@@ -81,6 +92,18 @@ class Trainer:
                 tasks=tasks,
             )
             nodes = Nodes(self._settings, clock=self._clock, book=book, actions=actions, term=term)
+            if self._settings.merging != "none":
+                names = (f"merge-{term}-{number}" for number in count())
+                actions.look = Merging(
+                    self._settings,
+                    bus=self._bus,
+                    clock=self._clock,
+                    book=book,
+                    actions=actions,
+                    nodes=nodes.by_number,
+                    new_name=partial(next, names),
+                    tasks=tasks,
+                ).look
             batches = BatchFlow(
                 self._intake,
                 bus=self._bus,

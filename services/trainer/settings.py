@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from shared.schedule import ScheduleName
 from shared.settings import LemixSettings
 
+Merging = Literal["none", "average", "outer", "allreduce"]
+
 
 class TrainerSettings(LemixSettings):
     """How batches become microbatches, steps and checkpoints."""
@@ -22,6 +24,13 @@ class TrainerSettings(LemixSettings):
     """Parts that a batch is cut into; more when they would be too large."""
     max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)
     """Tokens in a microbatch at most; the upper limit keeps its message below 1 MiB."""
+    merge: Merging = "none"
+    """How the nodes' weights become one: never; as their mean, or by DiLoCo's outer step on it, every
+    `merge_every` batches; or step by step, by the mean of their gradients."""
+    merge_every: int = Field(default=16, ge=1)
+    """Batches of each node, on average, between two merges."""
+    outer_learning_rate: float = Field(default=0.7, gt=0)
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
     learning_rate: float = Field(default=1e-3, ge=0)
     """The highest of the schedule."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -45,6 +54,11 @@ class TrainerSettings(LemixSettings):
     """Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
     train_from: Literal["first", "next"] = "first"
     """Where a run without checkpoints begins: at the `first` batch of the stream or at the `next` to come."""
+
+    @property
+    def merging(self) -> Merging:
+        """`dp` is the mean of gradients over nodes of one stage."""
+        return "allreduce" if self.schedule == "dp" else self.merge
 
     @model_validator(mode="after")
     def _schedules_have_an_end(self) -> Self:

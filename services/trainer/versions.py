@@ -8,6 +8,7 @@ sequence is done when a durable checkpoint of some node contains its batch, or w
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Self
 
 MAX_RECENT_IDS = 100_000
@@ -31,6 +32,13 @@ class Lineage:
     def version(self) -> int:
         """Optimizer steps that the weights contain now."""
         return self.durable_version + len(self.applied)
+
+    def begins_like(self, other: "Lineage", num_steps: int) -> bool:
+        """Whether the next steps after the same checkpoint are the same."""
+        return (
+            self.durable_version == other.durable_version
+            and self.applied[:num_steps] == other.applied[:num_steps]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,24 +107,52 @@ class Ledger:
         return self._with(node, replace(lineage, applied=(*lineage.applied, batch_id)))
 
     def roll_back(self, node: int) -> Self:
-        """The node goes back to its durable checkpoint; what it had applied since is merely pending."""
+        """The node goes back to its durable checkpoint; what only it had applied since is merely pending."""
         return self._with(node, replace(self.lineage(node), applied=()))
 
+    def only_applied_by(self, node: int) -> tuple[str, ...]:
+        """Batches that no other node's weights contain, and no durable checkpoint."""
+        others = {
+            each for other, lineage in self.lineages.items() if other != node for each in lineage.applied
+        }
+        return tuple(each for each in self.lineage(node).applied if each not in others)
+
+    def share(self, nodes: Iterable[int]) -> Self:
+        """The weights of these nodes, which descend from one checkpoint, are merged into one."""
+        members = list(nodes)
+        applied = tuple(dict.fromkeys(each for node in members for each in self.lineage(node).applied))
+        shared = {node: replace(self.lineage(node), applied=applied) for node in members}
+        return replace(self, lineages={**self.lineages, **shared})
+
+    def join(self, node: int) -> Self:
+        """The node holds the newest durable checkpoint of any node."""
+        newest = max(self.lineages.values(), key=attrgetter("durable_version"), default=Lineage())
+        return self._with(node, replace(newest, applied=()))
+
     def make_durable(self, node: int, version: int) -> Self:
-        """A durable checkpoint of the node contains its first `version` steps."""
+        """A durable checkpoint of the node contains its first `version` steps.
+
+        It is one of every node whose weights consist of the same steps.
+        """
         lineage = self.lineage(node)
         num_saved = version - lineage.durable_version
         assert 0 <= num_saved <= len(lineage.applied)
         saved = lineage.applied[:num_saved]
+        lineages = {
+            other: self._grown(each, saved) if each.begins_like(lineage, num_saved) else each
+            for other, each in {**self.lineages, node: lineage}.items()
+        }
+        pending = {batch_id: each for batch_id, each in self.pending.items() if batch_id not in saved}
+        return replace(self, lineages=lineages, pending=pending)._pruned()
+
+    def _grown(self, lineage: Lineage, saved: tuple[str, ...]) -> Lineage:
         ids = [*lineage.recent_ids, *saved][-MAX_RECENT_IDS:]
-        grown = Lineage(
-            durable_version=version,
+        return Lineage(
+            durable_version=lineage.durable_version + len(saved),
             sequences=lineage.sequences | {self.pending[batch_id] for batch_id in saved},
             recent_ids=dict.fromkeys(ids),
-            applied=lineage.applied[num_saved:],
+            applied=lineage.applied[len(saved) :],
         )
-        pending = {batch_id: each for batch_id, each in self.pending.items() if batch_id not in saved}
-        return replace(self._with(node, grown), pending=pending)._pruned()
 
     def _with(self, node: int, lineage: Lineage) -> Self:
         return replace(self, lineages={**self.lineages, node: lineage})

@@ -28,7 +28,7 @@ from shared.messages.training import RejectedBatch, TrainingTask
 from shared.settings import EMBEDDED_MODEL
 from shared.subjects import BATCHES, ENDED, HEARTBEAT, PLACE, REJECTED, Subject
 from shared.telemetry import Telemetry
-from tests.support.fake_node import FakeNode, read_shard
+from tests.support.fake_node import FakeNode, Meeting, read_shard
 
 DEADLINE_S = 20.0
 TRACE_ID = "1" * 32
@@ -126,6 +126,7 @@ class Cluster:
         self.clock = SetClock()
         self.news = News()
         self.nodes: list[FakeNode] = []
+        self.meeting = Meeting()
         self.acked: list[int] = []
         self.ended: list[str] = []
         self.placements: list[str] = []
@@ -136,7 +137,7 @@ class Cluster:
     async def start(self, num_nodes: int = 1, num_stages: int = 2) -> None:
         await self.bus.ensure_stream(TRAIN_STREAM)
         for number in range(num_nodes):
-            node = FakeNode(self.bus, number, num_stages)
+            node = FakeNode(self.bus, number, num_stages, self.meeting)
             node.happened = lambda turn: self.news.tell()
             self.nodes.append(node)
             await node.start()

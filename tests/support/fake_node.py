@@ -1,7 +1,9 @@
 """A node played by a script: stages whose weights are the list of batch ids that they contain."""
 
+import asyncio
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from math import nan
@@ -23,8 +25,14 @@ from shared.messages.training import (
     StepOrder,
     TrainingFailed,
 )
-from shared.messages.weights import RestoreWeights, SaveWeights
-from shared.subjects import FORWARD, HEARTBEAT, REPORT, RESTORE, SAVE, STEP
+from shared.messages.weights import (
+    MergeGroup,
+    MergeWeights,
+    ReduceGradients,
+    RestoreWeights,
+    SaveWeights,
+)
+from shared.subjects import FORWARD, HEARTBEAT, MERGE, REDUCE, REPORT, RESTORE, SAVE, STEP
 from tests.support.cluster import heartbeat
 
 
@@ -39,15 +47,37 @@ class FakeStage:
     saves: dict[int, Path] = field(default_factory=dict)
 
 
+class Meeting:
+    """Where the fake stages of one merge meet: all of its members, and the same stage of each."""
+
+    def __init__(self) -> None:
+        self._contents: dict[tuple[str, int], dict[int, list[str]]] = defaultdict(dict)
+        self._met = asyncio.Condition()
+
+    async def union(self, group: MergeGroup, stage: int, node: int, contents: list[str]) -> list[str]:
+        """What all members bring, in their order; what several bring counts once."""
+        brought = self._contents[group.name, stage]
+        async with self._met:
+            brought[node] = list(contents)
+            self._met.notify_all()
+            await self._met.wait_for(lambda: len(brought) == len(group.members))
+        every = [batch_id for member in group.members for batch_id in brought[member.node]]
+        return list(dict.fromkeys(every))
+
+
 class FakeNode:
     """Runs each microbatch through all its stages at once; `happened` is told of every turn."""
 
-    def __init__(self, bus: Bus, node: int, num_stages: int) -> None:
+    def __init__(self, bus: Bus, node: int, num_stages: int, meeting: Meeting | None = None) -> None:
+        self._meeting = meeting or Meeting()
+        self._joint: dict[str, list[str]] = {}
+        """Batches behind averaged gradients, by what the step will be called here."""
         self.node = node
         self.stages = [FakeStage(f"{node}.{stage}.0") for stage in range(num_stages)]
         self.restores: list[RestoreWeights] = []
         self.microbatches: list[MicrobatchForward] = []
         self.orders: list[StepOrder] = []
+        self.merges: list[MergeWeights] = []
         self.diverging: set[str] = set()
         """Ids of batches whose gradients are not finite."""
         self.poison = ""
@@ -66,6 +96,8 @@ class FakeNode:
             await self._bus.respond(RESTORE.at(node=self.node, stage=stage), self._restorer(stage))
             await self._bus.respond(SAVE.at(node=self.node, stage=stage), self._saver(stage))
             await self._bus.subscribe(STEP.at(node=self.node, stage=stage), self._stepper(stage))
+            await self._bus.respond(MERGE.at(node=self.node, stage=stage), self._merger(stage))
+            await self._bus.subscribe(REDUCE.at(node=self.node, stage=stage), self._reducer(stage))
 
     async def beat(self) -> None:
         """All stages are alive and ready."""
@@ -134,6 +166,28 @@ class FakeNode:
                 await self._report(number, GradientsReady(batch_id=batch_id, squared_norm=squared_norm))
             self.happened("gradients")
 
+    def _merger(self, number: int) -> Callable[[Incoming[MergeWeights]], Awaitable[Done]]:
+        async def merge(incoming: Incoming[MergeWeights]) -> Done:
+            message, stage = incoming.message, self.stages[number]
+            _check_epoch(message.epoch, stage)
+            self.merges.append(message)
+            self.happened("merge")
+            stage.contents = await self._meeting.union(message.group, number, self.node, stage.contents)
+            assert len(stage.contents) == message.version
+            return Done()
+
+        return merge
+
+    def _reducer(self, number: int) -> Callable[[Incoming[ReduceGradients]], Awaitable[None]]:
+        async def reduce(incoming: Incoming[ReduceGradients]) -> None:
+            message = incoming.message
+            own = [message.batch_id] if message.batch_id else []
+            name = message.batch_id or message.group.name
+            self._joint[name] = await self._meeting.union(message.group, number, self.node, own)
+            await self._report(number, GradientsReady(batch_id=name, squared_norm=1.0))
+
+        return reduce
+
     def _stepper(self, number: int) -> Callable[[Incoming[StepOrder]], Awaitable[None]]:
         async def step(incoming: Incoming[StepOrder]) -> None:
             order, stage = incoming.message, self.stages[number]
@@ -141,7 +195,7 @@ class FakeNode:
                 return
             self.orders.append(order)
             if not order.skip:
-                stage.contents.append(order.batch_id)
+                stage.contents += self._joint.get(order.batch_id, [order.batch_id])
             assert order.version == len(stage.contents)
             await self._report(number, StepDone(batch_id=order.batch_id, version=order.version))
             self.happened("step")

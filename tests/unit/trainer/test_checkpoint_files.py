@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.checkpoint_files import CheckpointFiles, ledger_of
+from services.trainer.checkpoint_files import CheckpointFiles, ledger_of, manifest_of, only_newest
+from services.trainer.versions import Ledger
 from shared import checkpoints
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
@@ -206,3 +207,25 @@ def test_the_ledger_is_what_all_manifests_say_together(files: CheckpointFiles, t
     assert ledger.watermark == 8
     assert ledger.lineage(1).version == 9
     assert all(ledger.knows(batch_id) for batch_id in "abc")
+
+
+@pytest.mark.parametrize(("merges", "expected"), [(("average", "average"), {1}), (("none",), {0})])
+def test_nodes_that_share_their_weights_go_on_from_the_newest(
+    merges: tuple[str, ...], expected: set[int], tmp_path: Path
+) -> None:
+    found = {
+        node: Checkpoint(
+            manifest_of(
+                Ledger(), node, 0, num_stages=1, model="m", stream="s", merge=merge, wall_s=0.0
+            ).model_copy(update={"version": 3 + node}),
+            tmp_path,
+        )
+        for node, merge in enumerate(merges)
+    }
+    assert set(only_newest(found)) == expected
+
+
+def test_nodes_that_were_trained_apart_are_not_taken_for_one(tmp_path: Path) -> None:
+    manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", wall_s=0.0)
+    with pytest.raises(ConfigurationError, match=r"nodes \[0, 1\] of this run were trained apart"):
+        only_newest({node: Checkpoint(manifest, tmp_path) for node in (0, 1)})

@@ -1,0 +1,119 @@
+"""When the weights of nodes that train apart become one again: `average` and `outer`. Pure.
+
+    train apart --enough batches, or idle--> hold --all quiet--> merge --all hold the mean--> save --> ...
+
+Between two merges all nodes descend from the same checkpoint: that of the last merge, which one of them has
+written. So a node may join, or come back, at any other time, and a checkpoint of one node is one of all.
+Training rests during a merge, so that what a version contains is clear; serving goes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from services.trainer.node_training import NodeTraining
+from services.trainer.replicas import (
+    Decision,
+    Member,
+    Merge,
+    Nodes,
+    Shared,
+    admit,
+    give_up,
+    open_nodes,
+    told,
+)
+
+
+@dataclass(slots=True)
+class _Round:
+    """One merge on its way."""
+
+    name: str
+    members: tuple[int, ...]
+    phase: Literal["holding", "merging", "saving"] = "holding"
+    version: int = 0
+
+
+class Merges:
+    """Looks at the nodes after everything that happens."""
+
+    def __init__(self, *, every: int, idle_s: float, new_name: Callable[[], str]) -> None:
+        """`every`: batches of each node, on average, between two merges. After `idle_s` without work there is
+        one, too.
+        """
+        self._every = every
+        self._idle_s = idle_s
+        self._new_name = new_name
+        self._round: _Round | None = None
+        self._idle_since_s: float | None = None
+
+    def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        """What to do now; look again until nothing is."""
+        if self._round is None:
+            return admit(nodes) or self._begin_if_due(nodes, now_s)
+        members = [nodes[number] for number in self._round.members]
+        if gone := [node.node for node in members if node.phase != "open"]:
+            return self._end(give_up(members, f"node {gone[0]} left during a merge"))
+        match self._round.phase:
+            case "holding" if all(node.is_quiet for node in members):
+                return self._merge(members, self._round)
+            case "saving" if not members[0].is_saving:
+                return self._saved(members, self._round, now_s)
+        return []
+
+    def merged(self, name: str, failure: str, nodes: Nodes, now_s: float) -> list[Decision]:
+        """The stages hold the mean, or do not (`failure` says why)."""
+        if self._round is None or self._round.name != name:
+            return []
+        members = [nodes[number] for number in self._round.members]
+        if failure or any(node.phase != "open" for node in members):
+            return self._end(give_up(members, f"a merge failed: {failure or 'a node left'}"))
+        for node in members:
+            node.merged(self._round.version)
+        self._round.phase = "saving"
+        return [Shared(self._round.members), told(members[0], members[0].save(now_s))]
+
+    def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        members = open_nodes(nodes)
+        num_apart = _num_apart(members)
+        is_idle = num_apart > 0 and all(node.is_idle for node in members)
+        if not is_idle:
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        is_due = members and num_apart >= self._every * len(members)
+        has_rested = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
+        if not (is_due or has_rested):
+            return []
+        self._idle_since_s = None
+        self._round = _Round(self._new_name(), tuple(node.node for node in members))
+        for node in members:
+            node.hold()
+        return self.look(nodes, now_s)
+
+    def _merge(self, members: list[NodeTraining], now: _Round) -> list[Decision]:
+        base, num_apart = members[0].durable_version, _num_apart(members)
+        now.phase, now.version = "merging", base + num_apart
+        taking_part = tuple(
+            Member(node.node, node.epoch, node.num_stages, (node.version - base) / num_apart)
+            for node in members
+        )
+        return [Merge(now.name, now.version, taking_part)]
+
+    def _saved(self, members: list[NodeTraining], now: _Round, now_s: float) -> list[Decision]:
+        leader, *others = members
+        if leader.durable_version != now.version:
+            return self._end(give_up(members, "the merged weights could not be saved"))
+        for node in others:
+            node.adopt(now.version)
+        return self._end([told(node, node.release(now_s)) for node in members])
+
+    def _end(self, decisions: list[Decision]) -> list[Decision]:
+        self._round = None
+        return decisions
+
+
+def _num_apart(members: list[NodeTraining]) -> int:
+    """Batches that single nodes contain, and not all."""
+    return sum(node.version - node.durable_version for node in members)

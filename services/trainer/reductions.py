@@ -1,0 +1,129 @@
+"""Steps that all nodes make together, on the mean of their gradients: `allreduce`, and data-parallel. Pure.
+
+    train --each has gradients, or no batch--> reduce --all have the mean--> step --all have stepped--> ...
+
+All nodes always hold the same weights. A node that joins gets them from a checkpoint, for which the others
+wait; when one leaves in the middle of a step, all go back to the newest checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+from services.trainer.node_training import NodeTraining
+from services.trainer.replicas import (
+    Decision,
+    Member,
+    Nodes,
+    Reduce,
+    Shared,
+    admit,
+    durable_version,
+    give_up,
+    open_nodes,
+    told,
+)
+
+
+@dataclass(slots=True)
+class _Round:
+    """One step on its way."""
+
+    members: tuple[int, ...]
+    version: int
+    """Of the weights after it: each batch counts."""
+    rate_of: str
+    """The batch that sets the learning rate of all."""
+    phase: Literal["reducing", "stepping"] = "reducing"
+
+
+class Reductions:
+    """Looks at the nodes after everything that happens."""
+
+    def __init__(self, *, save_every: int, idle_s: float, new_name: Callable[[], str]) -> None:
+        """`save_every`: batches between two checkpoints; without work for `idle_s` there is one, too."""
+        self._save_every = save_every
+        self._idle_s = idle_s
+        self._new_name = new_name
+        self._round: _Round | None = None
+        self._idle_since_s: float | None = None
+
+    def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        """What to do now; look again until nothing is."""
+        members = open_nodes(nodes)
+        if self._round is not None:
+            return self._go_on(self._round, nodes, now_s)
+        self._share_checkpoints(members, nodes)
+        if any(node.waits_to_join or node.phase == "restoring" for node in nodes.values()):
+            return self._let_join(members, nodes, now_s)
+        released: list[Decision] = [told(node, node.release(now_s)) for node in members if node.is_held]
+        return released or self._save_if_due(members, now_s) or self._begin_if_ready(members, now_s)
+
+    def _go_on(self, now: _Round, nodes: Nodes, now_s: float) -> list[Decision]:
+        members = [nodes[number] for number in now.members]
+        if gone := [node.node for node in members if node.phase != "open"]:
+            self._round = None
+            return give_up(members, f"node {gone[0]} left during a step of all")
+        if now.phase == "reducing" and all(node.has_joint_gradients for node in members):
+            now.phase = "stepping"
+            return [told(node, node.order_step(now.version, now_s, rate_of=now.rate_of)) for node in members]
+        if now.phase == "stepping" and not any(node.has_joint_step for node in members):
+            self._round = None
+            return [Shared(now.members)]
+        return []
+
+    def _share_checkpoints(self, members: list[NodeTraining], nodes: Nodes) -> None:
+        version = durable_version(nodes)
+        for node in members:
+            node.adopt(version)
+
+    def _let_join(self, members: list[NodeTraining], nodes: Nodes, now_s: float) -> list[Decision]:
+        """The others wait with nothing under way until the newcomers hold what they hold."""
+        for node in members:
+            node.hold()
+        if not all(node.is_quiet for node in members):
+            return self._begin_if_ready(members, now_s)
+        if members and members[0].version != durable_version(nodes):
+            return [told(members[0], members[0].save(now_s))]
+        return admit(nodes)
+
+    def _save_if_due(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
+        if not members or members[0].is_saving:
+            return []
+        leader = members[0]
+        num_undurable = leader.version - leader.durable_version
+        if not (num_undurable and all(node.is_idle for node in members)):
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        has_rested = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
+        if num_undurable >= self._save_every or has_rested:
+            self._idle_since_s = None
+            return [told(leader, leader.save(now_s))]
+        return []
+
+    def _begin_if_ready(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
+        """When each has gradients or nothing to compute them from, and somebody has."""
+        for node in members:
+            if node.complete is not None and not isfinite(node.complete.squared_norm):
+                return [told(node, node.skip(now_s))]
+        ready = [node for node in members if node.complete is not None]
+        others_rest = all(node.complete is not None or node.has_nothing_begun for node in members)
+        if not ready or not others_rest or any(node.is_save_unanswered for node in members):
+            return []
+        name = self._new_name()
+        taking_part = tuple(
+            Member(
+                node.node,
+                node.epoch,
+                node.num_stages,
+                1 / len(ready) if node in ready else 0.0,
+                node.join_step(name),
+            )
+            for node in members
+        )
+        version = members[0].version + len(ready)
+        rate_of = next(member.batch_id for member in taking_part if member.batch_id)
+        self._round = _Round(tuple(node.node for node in members), version, rate_of)
+        return [Reduce(name, taking_part)]

@@ -1,0 +1,94 @@
+"""What is decided for several nodes together, and the state of a node that such decisions look at."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from services.trainer.node_training import Action, NodeTraining
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node that takes part."""
+
+    node: int
+    epoch: int
+    num_stages: int
+    share: float
+    """Of the mean."""
+    batch_id: str = ""
+    """Whose gradients it brings; empty: none, or weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Have every stage of every member hold the mean of their weights; answer with `merged`."""
+
+    name: str
+    version: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Have every stage of every member average its gradients; nodes then hear of them as their own."""
+
+    name: str
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """These nodes' weights are now the same, and contain what any of them contained."""
+
+    nodes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Joins:
+    """The node will hold the newest checkpoint of any node."""
+
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeActions:
+    """What a node has decided when it was told."""
+
+    node: int
+    actions: tuple[Action, ...]
+
+
+Decision = Merge | Reduce | Shared | Joins | NodeActions
+Nodes = Mapping[int, NodeTraining]
+
+
+def told(node: NodeTraining, actions: Iterable[Action]) -> NodeActions:
+    return NodeActions(node.node, tuple(actions))
+
+
+def open_nodes(nodes: Nodes) -> list[NodeTraining]:
+    """Those that hold weights and train, lowest first."""
+    return [nodes[number] for number in sorted(nodes) if nodes[number].phase == "open"]
+
+
+def durable_version(nodes: Nodes) -> int:
+    """Of the newest checkpoint of any node: what each goes back to."""
+    return max((node.durable_version for node in nodes.values()), default=0)
+
+
+def admit(nodes: Nodes) -> list[Decision]:
+    """Let those that wait to join hold the newest checkpoint. None does before it is known which that is."""
+    if any(node.is_closing for node in nodes.values()):
+        return []
+    version = durable_version(nodes)
+    waiting = [node for node in nodes.values() if node.waits_to_join]
+    return [
+        decision
+        for node in waiting
+        for decision in (Joins(node.node), told(node, node.allow_restore(version)))
+    ]
+
+
+def give_up(members: Iterable[NodeTraining], reason: str) -> list[Decision]:
+    """All go back to the newest checkpoint: some may already be where others never came to."""
+    return [told(node, node.fail(reason)) for node in members]

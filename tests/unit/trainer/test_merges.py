@@ -1,0 +1,225 @@
+"""Nodes whose weights become one: what is decided for them together, event by event."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from services.trainer.merges import Merges
+from services.trainer.node_training import (
+    Action,
+    Applied,
+    Closed,
+    Feed,
+    NodeTraining,
+    RequestSave,
+    Restore,
+    Rules,
+)
+from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
+from services.trainer.schedules import SCHEDULES, Shape, Slot
+from shared.messages.training import (
+    BackwardDone,
+    ForwardDone,
+    GradientsReady,
+    ShardSaved,
+    StageEvent,
+    StageReport,
+    StepDone,
+)
+from tests.support.cluster import heartbeat
+
+
+class Replicas:
+    """Nodes of one stage each, and whoever decides for them together. Keeps what was decided."""
+
+    def __init__(self, num_nodes: int, decides: Any, **rules: Any) -> None:
+        epochs: Iterator[int] = itertools.count(1)
+        self.now_s = 0.0
+        self.decides = decides
+        self.decided: list[Decision] = []
+        self.nodes = {
+            number: NodeTraining(
+                number,
+                1,
+                rules=Rules(
+                    schedule=SCHEDULES["1f1b"],
+                    checkpoint_every=1000,
+                    checkpoint_idle_s=1000,
+                    shares_weights=True,
+                    **rules,
+                ),
+                durable_version=0,
+                epochs=epochs,
+            )
+            for number in range(num_nodes)
+        }
+
+    def look(self) -> list[Decision]:
+        """What is decided now, until nothing is."""
+        found: list[Decision] = []
+        while decisions := self.decides.look(self.nodes, self.now_s):
+            found += decisions
+        self.decided += found
+        return found
+
+    def beat(self, node: int, instance: str = "a") -> list[Action]:
+        beat = heartbeat(node, 0, num_stages=1, instance=instance)
+        return self.nodes[node].heartbeat(beat, self.now_s)
+
+    def open(self, *numbers: int) -> "Replicas":
+        for number in numbers or self.nodes:
+            self.beat(number)
+        self.look()
+        for number in numbers or self.nodes:
+            self.restored(number)
+        return self
+
+    def restored(self, number: int) -> None:
+        node = self.nodes[number]
+        node.restored(node.epoch, "", self.now_s)
+        assert node.phase == "open"
+
+    def report(self, node: int, event: StageEvent) -> list[Action]:
+        report = StageReport(node=node, stage=0, epoch=self.nodes[node].epoch, event=event)
+        return self.nodes[node].report(report, self.now_s)
+
+    def learn(self, node: int, batch_id: str, squared_norm: float = 1.0) -> list[Action]:
+        """A batch is placed, and its gradients are there."""
+        actions = self.nodes[node].place(Shape(batch_id, 1), self.now_s)
+        self.report(node, ForwardDone(batch_id=batch_id, index=0, version=0))
+        self.report(node, BackwardDone(batch_id=batch_id, index=0, loss=1.0))
+        return actions + self.report(node, GradientsReady(batch_id=batch_id, squared_norm=squared_norm))
+
+    def apply(self, node: int, batch_id: str, version: int) -> list[Action]:
+        self.learn(node, batch_id)
+        return self.report(node, StepDone(batch_id=batch_id, version=version))
+
+    def save(self, node: int, version: int, failure: str = "") -> None:
+        """The checkpoint that was asked for is written."""
+        it = self.nodes[node]
+        it.save_answered(it.epoch, version, {}, self.now_s)
+        shard = ShardSaved(version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)
+        self.report(node, shard)
+        it.checkpoint_written(version, failure, self.now_s)
+
+
+def averaging(num_nodes: int = 2, *, every: int = 2) -> Replicas:
+    names = (f"merge-{number}" for number in itertools.count())
+    return Replicas(num_nodes, Merges(every=every, idle_s=2.0, new_name=lambda: next(names)))
+
+
+def merged(replicas: Replicas, name: str = "merge-0", failure: str = "") -> list[Decision]:
+    decisions: list[Decision] = replicas.decides.merged(name, failure, replicas.nodes, replicas.now_s)
+    return decisions + replicas.look()
+
+
+def test_nodes_join_with_the_newest_checkpoint_of_any() -> None:
+    replicas = averaging()
+    replicas.nodes[1].adopt(5)
+    replicas.beat(0)
+
+    joins, told = replicas.look()
+
+    assert joins == Joins(0)
+    assert isinstance(told, NodeActions)
+    assert told.actions == (Restore(1, 1),)
+    assert replicas.nodes[0].version == 5
+
+
+def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on() -> None:
+    replicas = averaging().open()
+    replicas.apply(0, "a", 1)
+    replicas.apply(0, "b", 2)
+    replicas.apply(0, "c", 3)
+    assert replicas.look() == []
+    replicas.learn(1, "d")  # its step is on its way
+    replicas.nodes[1].place(Shape("e", 1), 0.0)
+    replicas.report(1, StepDone(batch_id="d", version=1))
+
+    # Node 1 has begun e meanwhile: the merge waits for it.
+    assert replicas.look() == []
+    assert replicas.nodes[0].place(Shape("f", 1), 0.0) == []
+    replicas.report(1, ForwardDone(batch_id="e", index=0, version=1))
+    replicas.report(1, BackwardDone(batch_id="e", index=0, loss=1.0))
+    replicas.report(1, GradientsReady(batch_id="e", squared_norm=1.0))
+    replicas.report(1, StepDone(batch_id="e", version=2))
+    assert replicas.look() == [Merge("merge-0", 5, (Member(0, 1, 1, 3 / 5), Member(1, 2, 1, 2 / 5)))]
+
+    shared, told = merged(replicas)
+    assert shared == Shared((0, 1))
+    assert isinstance(told, NodeActions)
+    assert told.actions == (RequestSave(1, 5, 1),)
+    assert {node.version for node in replicas.nodes.values()} == {5}
+
+    replicas.save(0, 5)
+    released = [decision.actions for decision in replicas.look() if isinstance(decision, NodeActions)]
+    assert released == [(Feed(Slot("f", 0, 1)),), ()]
+    assert {node.durable_version for node in replicas.nodes.values()} == {5}
+
+
+def test_without_work_nodes_merge_what_they_have() -> None:
+    replicas = averaging(every=100).open()
+    replicas.apply(1, "a", 1)
+    assert replicas.look() == []
+    replicas.now_s = 1.9
+    assert replicas.look() == []
+    replicas.now_s = 2.0
+
+    assert replicas.look() == [Merge("merge-0", 1, (Member(0, 1, 1, 0.0), Member(1, 2, 1, 1.0)))]
+
+
+@pytest.mark.parametrize("what", ["leaves", "does not merge", "does not save"])
+def test_a_merge_that_fails_takes_all_back_to_the_last_checkpoint(what: str) -> None:
+    replicas = averaging(every=1).open()
+    replicas.apply(0, "a", 1)
+    replicas.apply(1, "b", 1)
+    replicas.look()
+    if what == "leaves":
+        replicas.beat(1, instance="new")
+        decided = replicas.look()
+    elif what == "does not merge":
+        decided = merged(replicas, failure="node 1, stage 0: no answer")
+    else:
+        merged(replicas)
+        replicas.save(0, 2, failure="disk full")
+        decided = replicas.look()
+
+    closed = [each.actions for each in decided if isinstance(each, NodeActions) and each.actions]
+    assert all(isinstance(actions[0], Closed | Restore) for actions in closed)
+    assert {node.version for node in replicas.nodes.values()} == {0}
+    assert {node.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
+
+
+def test_nobody_joins_in_the_middle_of_a_merge() -> None:
+    replicas = averaging(3, every=1).open(0, 1)
+    replicas.apply(0, "a", 1)
+    replicas.apply(1, "b", 1)
+    replicas.look()
+    replicas.beat(2)
+    assert replicas.look() == []
+    merged(replicas)
+    replicas.save(0, 2)
+
+    replicas.look()
+
+    assert replicas.nodes[2].phase == "restoring"
+    assert replicas.nodes[2].version == 2
+
+
+def test_a_node_that_fails_apart_from_a_merge_gives_back_only_its_own() -> None:
+    replicas = averaging(every=100).open()
+    replicas.apply(0, "a", 1)
+    replicas.apply(1, "b", 1)
+
+    assert replicas.beat(1, instance="new") == [Closed("stage 0 was restarted", ())]
+    replicas.look()
+
+    assert replicas.nodes[0].version == 1
+    assert (replicas.nodes[1].phase, replicas.nodes[1].version) == ("restoring", 0)
+
+
+def test_an_applied_batch_is_told_of_as_ever() -> None:
+    replicas = averaging().open()
+    assert replicas.apply(0, "a", 1) == [Applied("a", 1, 1.0)]

@@ -1,0 +1,121 @@
+"""Steps that nodes make together, event by event."""
+
+import itertools
+from collections.abc import Sequence
+from math import nan
+
+from services.trainer.node_training import Action, Applied, RequestSave, Skipped, Step
+from services.trainer.reductions import Reductions
+from services.trainer.replicas import Decision, Joins, Member, NodeActions, Reduce, Shared
+from services.trainer.schedules import Shape
+from shared.messages.training import GradientsReady, StepDone
+from tests.unit.trainer.test_merges import Replicas
+
+
+def reducing(num_nodes: int = 2, *, save_every: int = 100) -> Replicas:
+    names = (f"round-{number}" for number in itertools.count())
+    decides = Reductions(save_every=save_every, idle_s=2.0, new_name=lambda: next(names))
+    return Replicas(num_nodes, decides, shares_steps=True)
+
+
+def actions_in(decisions: Sequence[Decision]) -> list[Action]:
+    return [action for each in decisions if isinstance(each, NodeActions) for action in each.actions]
+
+
+def step(replicas: Replicas, version: int, **batches: str) -> list[Action]:
+    """All have the averaged gradients and then step; `node_0="a"`: what each steps on."""
+    by_node = {int(node.removeprefix("node_")): batch_id for node, batch_id in batches.items()}
+    for node, batch_id in by_node.items():
+        replicas.report(node, GradientsReady(batch_id=batch_id, squared_norm=1.0))
+    rate_of = next(batch_id for batch_id in by_node.values() if not batch_id.startswith("round"))
+    assert actions_in(replicas.look()) == [
+        Step(batch_id, version, rate_of=rate_of) for batch_id in by_node.values()
+    ]
+    applied: list[Action] = []
+    for node, batch_id in by_node.items():
+        applied += replicas.report(node, StepDone(batch_id=batch_id, version=version))
+    assert replicas.look()[0] == Shared(tuple(by_node))
+    return applied
+
+
+def test_all_nodes_step_on_the_mean_of_their_gradients() -> None:
+    replicas = reducing().open()
+    assert replicas.learn(0, "a")[1:] == [], "no node steps by itself"
+    replicas.learn(1, "b")
+
+    assert replicas.look() == [Reduce("round-0", (Member(0, 1, 1, 0.5, "a"), Member(1, 2, 1, 0.5, "b")))]
+    assert step(replicas, 2, node_0="a", node_1="b") == [Applied("a", 2, 1.0), Applied("b", 2, 1.0)]
+    assert {node.version for node in replicas.nodes.values()} == {2}
+
+
+def test_a_node_without_a_batch_steps_with_the_others() -> None:
+    replicas = reducing().open()
+    replicas.learn(1, "b")
+
+    assert replicas.look() == [Reduce("round-0", (Member(0, 1, 1, 0.0, ""), Member(1, 2, 1, 1.0, "b")))]
+    assert step(replicas, 1, node_0="round-0", node_1="b") == [Applied("b", 1, 1.0)]
+    assert {node.version for node in replicas.nodes.values()} == {1}
+
+
+def test_a_batch_on_its_way_is_waited_for() -> None:
+    replicas = reducing().open()
+    replicas.nodes[1].place(Shape("b", 1), 0.0)
+    replicas.learn(0, "a")
+
+    assert replicas.look() == []
+
+
+def test_gradients_that_are_not_finite_spoil_no_others() -> None:
+    replicas = reducing().open()
+    replicas.learn(0, "a", nan)
+    replicas.learn(1, "b")
+
+    first, *rest = replicas.look()
+
+    assert actions_in([first]) == [Step("a", 0, is_skipped=True)]
+    assert rest == []
+    assert replicas.report(0, StepDone(batch_id="a", version=0)) == [Skipped("a", 1.0)]
+    assert replicas.look() == [Reduce("round-0", (Member(0, 1, 1, 0.0, ""), Member(1, 2, 1, 1.0, "b")))]
+
+
+def test_one_node_saves_for_all() -> None:
+    replicas = reducing(save_every=2).open()
+    replicas.learn(0, "a")
+    replicas.learn(1, "b")
+    replicas.look()
+    step(replicas, 2, node_0="a", node_1="b")
+    assert RequestSave(1, 2, 1) in actions_in(replicas.decided)
+    replicas.save(0, 2)
+    replicas.look()
+
+    assert {node.durable_version for node in replicas.nodes.values()} == {2}
+
+
+def test_who_joins_gets_what_the_others_hold_and_they_wait() -> None:
+    replicas = reducing().open(0)
+    replicas.learn(0, "a")
+    replicas.look()
+    step(replicas, 1, node_0="a")
+    replicas.beat(1)
+    assert actions_in(replicas.look()) == [RequestSave(1, 1, 1)]
+    replicas.save(0, 1)
+    decided = replicas.look()
+    assert decided[0] == Joins(1)
+    assert (replicas.nodes[1].phase, replicas.nodes[1].version) == ("restoring", 1)
+    assert replicas.nodes[0].is_held
+
+    replicas.restored(1)
+    replicas.look()
+
+    assert not replicas.nodes[0].is_held
+
+
+def test_who_leaves_in_the_middle_takes_all_back() -> None:
+    replicas = reducing().open()
+    replicas.learn(0, "a")
+    replicas.learn(1, "b")
+    replicas.look()
+    replicas.beat(1, instance="new")
+    replicas.look()
+
+    assert {node.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
