@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.schedule import ScheduleName
+from shared.schedule import ScheduleName, StashingName
 from shared.settings import LemixSettings
 
 
@@ -14,7 +14,7 @@ class TrainerSettings(LemixSettings):
 
     schedule: ScheduleName = "async"
     """`async` (A-PP): no flush between batches; `1f1b`, `gpipe` (S-PP): a batch waits for the last step."""
-    stashing: Literal["full", "double", "none"] = "full"
+    stashing: StashingName = "full"
     """Old weights kept for microbatches in flight; `double`: two versions, so that batches wait for room."""
     microbatches: int = Field(default=4, ge=1)
     """Parts that a batch is cut into; more when they would be too large."""

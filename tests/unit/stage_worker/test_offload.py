@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from services.stage_worker.executor.microbatches import MicrobatchRunner
-from services.stage_worker.weights import AdamWSettings, StageWeights
+from services.stage_worker.optimizers import OptimizerSettings
+from services.stage_worker.weights import StageWeights
 from shared.messages.training import Microbatch
 from shared.model.loader import load_stage, model_partition, read_config
 from tests.support.models import save_tiny_model
@@ -32,7 +33,7 @@ def trained(folder: Path, *, offload: bool) -> list[dict[str, Tensor]]:
     """The first stage's gradients of two batches: the second one's forward precedes the first one's step."""
     layers = model_partition(read_config(folder), 2)[0]
     stage = load_stage(folder, layers)
-    weights = StageWeights(stage, AdamWSettings(), version=0)
+    weights = StageWeights(stage, OptimizerSettings(), version=0)
     runner = MicrobatchRunner(stage, weights, torch.device("cpu"))
     tokens = torch.arange(sum(LENGTHS))
     outputs = {}
