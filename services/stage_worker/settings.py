@@ -48,6 +48,8 @@ class StageWorkerSettings(LemixSettings):
 
     stashing: StashingName = "full"
     """Old weights kept for microbatches in flight; the trainer must use the same."""
+    activation_checkpointing: bool = False
+    """Keep only a microbatch's inputs, and run its forward again when its backward comes."""
     optimizer: OptimizerName = "adamw"
     """`adamw`, or one that stands delayed gradients: `nadamw`."""
     optimizer_beta1: float | None = Field(default=None, ge=0, lt=1)

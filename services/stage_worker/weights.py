@@ -62,12 +62,18 @@ class StageWeights:
     def training_forward(self) -> Iterator[WeightsVersion]:
         """Run the stage with leaves of the newest weights; graphs recorded inside keep them."""
         version = self._begin_version()
+        with self.installed(version):
+            yield version
+        version.num_in_flight += 1
+
+    @contextmanager
+    def installed(self, version: WeightsVersion) -> Iterator[None]:
+        """Run the stage with that version's leaves."""
         self._install(version.leaves)
         try:
-            yield version
+            yield
         finally:
             self._install(self._newest)
-        version.num_in_flight += 1
 
     def backward_done(self, version: WeightsVersion) -> None:
         """A microbatch of that version has run backward: its gradients count for the batch that runs."""

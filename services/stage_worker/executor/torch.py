@@ -153,7 +153,9 @@ class TorchExecutor:
         if durable:
             weights.load(stage.named_tensors(), _optimizer_state(folder, stage), version=weights.version)
         cache = self._cache(stage)
-        microbatches = MicrobatchRunner(stage, weights, self._device)
+        microbatches = MicrobatchRunner(
+            stage, weights, self._device, checkpointing=settings.activation_checkpointing
+        )
         self._model = _Loaded(stage, cache, weights, microbatches, enable_fast_inference(stage))
         self._warm_up(stage, cache)
         gc.collect()
