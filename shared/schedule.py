@@ -1,10 +1,16 @@
-"""The names of training's pipeline schedules: what trainer, scheduler and command line agree on."""
+"""The names of training's pipeline schedules, and of what they keep: what services and commands agree on."""
 
 from typing import Literal
 
 ScheduleName = Literal["async", "1f1b", "gpipe", "dp"]
 """`async`: A-PP, no flush between batches. `1f1b`, `gpipe`: S-PP, a batch enters when the one before it is
 in the weights. `dp`: nodes of one stage, whose gradients are averaged over the nodes at each step.
+"""
+
+StashingName = Literal["full", "double", "none"]
+"""Old weights that a stage keeps for microbatches in flight. `full`: as many versions as they need. `double`:
+two, the newest and the one before; batches wait for room. `none`: only the newest, so that a step changes the
+weights between a microbatch's forward and its backward: wrong on purpose, to measure what stashing is worth.
 """
 
 

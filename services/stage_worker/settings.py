@@ -2,10 +2,14 @@
 
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Literal
 
 from pydantic import Field
 
+from shared.schedule import StashingName
 from shared.settings import LemixSettings
+
+OptimizerName = Literal["adamw", "nadamw"]
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -42,10 +46,17 @@ class StageWorkerSettings(LemixSettings):
     max_queued: int = Field(default=1024, ge=1)
     """Work items in the local queue; more mean that a peer does not keep to the protocol."""
 
-    adamw_beta1: float = 0.9
-    adamw_beta2: float = 0.95
-    adamw_epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    stashing: StashingName = "full"
+    """Old weights kept for microbatches in flight; the trainer must use the same."""
+    activation_checkpointing: bool = False
+    """Keep only a microbatch's inputs, and run its forward again when its backward comes."""
+    optimizer: OptimizerName = "adamw"
+    """`adamw`, or one that stands delayed gradients: `nadamw`."""
+    optimizer_beta1: float | None = Field(default=None, ge=0, lt=1)
+    """Momentum; None: 0.9 of `adamw`, 0.99 of `nadamw`."""
+    optimizer_beta2: float = Field(default=0.95, ge=0, lt=1)
+    optimizer_epsilon: float = Field(default=1e-8, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
 
     @property
     def kv_blocks(self) -> int:

@@ -7,25 +7,17 @@ leaves keep the old one (copy on write). A backward thus uses exactly the weight
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from services.stage_worker.optimizers import OptimizerSettings, build_optimizer
+from shared.errors import LemixError
 from shared.model.stage import Stage
+from shared.schedule import StashingName
 
 Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdamWSettings:
-    """Of torch.optim.AdamW; the learning rate comes with each step."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
 
 
 class WeightsVersion:
@@ -37,50 +29,62 @@ class WeightsVersion:
         self.leaves = {name: Parameter(parameter.data) for name, parameter in newest.items()}
         self.num_in_flight = 0
 
+    def take_gradients(self) -> Tensors:
+        """The gradients that backwards have left on the leaves, which have none then."""
+        taken = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        return taken
+
 
 class StageWeights:
     """Owns the parameters of a stage. All methods belong to the compute thread."""
 
-    def __init__(self, stage: Stage, settings: AdamWSettings, *, version: int) -> None:
+    def __init__(
+        self, stage: Stage, optimizer: OptimizerSettings, *, version: int, stashing: StashingName = "full"
+    ) -> None:
         self._stage = stage
         self._newest = stage.named_tensors()
         self.version = version
+        self._stashing = stashing
         self._current: WeightsVersion | None = None
         self._versions: list[WeightsVersion] = []
-        """Those whose leaves may hold gradients, oldest first."""
+        """Those that microbatches in flight need, and the current one; oldest first."""
         self._spare: list[Tensors] = []
         """Memory of versions that nobody needs any more: fresh pages would cost more than the copy."""
         self._gathered: Tensors = {}
-        """Gradients of the batch whose backwards run now, from versions that are gone already."""
+        """Gradients of the batch whose backwards run now."""
         self._gradients: dict[str, Tensors] = {}
         """Of batches whose backwards are all done, until their step."""
-        self._optimizer = torch.optim.AdamW(
-            self._newest.values(),
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._optimizer = build_optimizer(optimizer, self._newest.values())
 
     @contextmanager
     def training_forward(self) -> Iterator[WeightsVersion]:
         """Run the stage with leaves of the newest weights; graphs recorded inside keep them."""
         version = self._begin_version()
-        self._install(version.leaves)
-        try:
+        with self.installed(version):
             yield version
-        finally:
-            self._install(self._newest)
         version.num_in_flight += 1
 
+    @contextmanager
+    def installed(self, version: WeightsVersion) -> Iterator[None]:
+        """Run the stage with that version's leaves."""
+        self._install(version.leaves)
+        try:
+            yield
+        finally:
+            self._install(self._newest)
+
     def backward_done(self, version: WeightsVersion) -> None:
-        """A microbatch of that version has run backward."""
+        """A microbatch of that version has run backward: its gradients count for the batch that runs."""
+        if version not in self._versions:
+            return  # all training was dropped since its forward
         version.num_in_flight -= 1
+        self._gather(version.take_gradients())
+        self._retire()
 
     def finish_batch(self, batch_id: str) -> Tensors:
-        """Collect the gradients of a batch, whose backwards were the latest; returns them by name."""
-        self._gather()
-        self._retire()
+        """The gradients, by name, of a batch whose backwards were the latest; they wait for its step."""
         total, self._gathered = self._gathered, {}
         self._gradients[batch_id] = total
         return total
@@ -100,10 +104,13 @@ class StageWeights:
         del self._gradients[batch_id]
 
     def step(self, batch_id: str, learning_rate: float, *, version: int, scale: float = 1.0) -> None:
-        """Apply a finished batch's gradients times `scale`; the weights are then of `version`."""
+        """Apply a finished batch's gradients times `scale`; the weights are then of `version`.
+
+        Raises LemixError when `double` stashing would have to keep a third version.
+        """
         gradients = self._gradients.pop(batch_id)
-        if self._current is not None and self._current.num_in_flight:
-            self._move_newest_to_other_memory()
+        if self._current is not None and self._current.num_in_flight and self._stashing != "none":
+            self._stash(self._current)
         self._current = None
         if scale != 1.0:
             torch._foreach_mul_(list(gradients.values()), scale)
@@ -113,7 +120,6 @@ class StageWeights:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._gather()  # of later batches, whose backwards may have begun while this one waited to step
         self._retire()
         self.version = version
 
@@ -132,21 +138,27 @@ class StageWeights:
         with torch.no_grad():
             for name, parameter in self._newest.items():
                 parameter.copy_(tensors[name])
-        self._optimizer.state.clear()
-        for key, value in optimizer_state.items():
-            kind, _, name = key.partition(".")
-            if name in self._newest:
-                parameter = self._newest[name]
-                self._optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
+        self._load_optimizer(optimizer_state)
         self.version = version
 
     def optimizer_state(self) -> Tensors:
-        """Everything that AdamW remembers, as `<kind>.<parameter name>`."""
+        """Everything that the optimizer remembers, as `<kind>.<parameter name>`."""
         return {
             f"{kind}.{name}": value
             for name, parameter in self._newest.items()
             for kind, value in self._optimizer.state.get(parameter, {}).items()
         }
+
+    def _load_optimizer(self, state: Mapping[str, Tensor]) -> None:
+        """The optimizer itself puts each tensor where it wants it; those in `state` are not kept."""
+        numbers = {name: number for number, name in enumerate(self._newest)}
+        by_number: dict[int, Tensors] = {}
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if name in numbers:
+                by_number.setdefault(numbers[name], {})[kind] = value.clone()
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": by_number, "param_groups": groups})
 
     def _begin_version(self) -> WeightsVersion:
         if self._current is None:
@@ -158,20 +170,24 @@ class StageWeights:
         for name, parameter in parameters.items():
             self._stage.set_parameter(name, parameter)
 
-    def _move_newest_to_other_memory(self) -> None:
+    def _stash(self, version: WeightsVersion) -> None:
+        """Leave the newest weights' memory to `version`, and go on in other memory."""
+        older = [each.number for each in self._versions if each is not version]
+        if older and self._stashing == "double":
+            raise LemixError(
+                f"a step after version {version.number} while microbatches of version {older[0]} are in "
+                "flight: stashing=double keeps two versions"
+            )
         memory = self._spare.pop() if self._spare else {}
         for name, parameter in self._newest.items():
             copy = memory[name].copy_(parameter.data) if memory else parameter.data.clone()
             parameter.data = copy
 
-    def _gather(self) -> None:
-        """Take the gradients out of all leaves."""
-        total = self._gathered
-        for version in self._versions:
-            for name, leaf in version.leaves.items():
-                if leaf.grad is not None:
-                    total[name] = total[name].add_(leaf.grad) if name in total else leaf.grad
-                    leaf.grad = None
+    def _gather(self, gradients: Tensors) -> None:
+        """Add to those of the batch whose backwards run now."""
+        for name, gradient in gradients.items():
+            held = self._gathered.get(name)
+            self._gathered[name] = gradient if held is None else held.add_(gradient)
 
     def _retire(self) -> None:
         """Let go of versions that no microbatch in flight needs; keep the memory of those that own it."""

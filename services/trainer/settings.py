@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.schedule import ScheduleName
+from shared.schedule import ScheduleName, StashingName
 from shared.settings import LemixSettings
 
 Merging = Literal["none", "average", "outer", "allreduce"]
@@ -16,7 +16,7 @@ class TrainerSettings(LemixSettings):
 
     schedule: ScheduleName = "async"
     """`async` (A-PP): no flush between batches; `1f1b`, `gpipe` (S-PP): a batch waits for the last step."""
-    stashing: Literal["full", "double", "none"] = "full"
+    stashing: StashingName = "full"
     """Old weights kept for microbatches in flight; `double`: two versions, so that batches wait for room."""
     extra_in_flight: int = Field(default=0, ge=0)
     """Microbatches in flight beyond one per stage (`async`): they hide messages and steps, at some memory."""

@@ -13,9 +13,9 @@ from tests.support.models import VOCAB_SIZE
 
 LEARNING_RATE = 1e-3
 ADAMW: dict[str, float] = {
-    "adamw_beta1": 0.9,
-    "adamw_beta2": 0.95,
-    "adamw_epsilon": 1e-3,
+    "optimizer_beta1": 0.9,
+    "optimizer_beta2": 0.95,
+    "optimizer_epsilon": 1e-3,
     "weight_decay": 0.01,
 }
 """The large epsilon keeps AdamW from blowing up rounding errors of gradients that are zero in theory."""
@@ -86,7 +86,7 @@ def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameters,
         lr=LEARNING_RATE,
-        betas=(ADAMW["adamw_beta1"], ADAMW["adamw_beta2"]),
-        eps=ADAMW["adamw_epsilon"],
+        betas=(ADAMW["optimizer_beta1"], ADAMW["optimizer_beta2"]),
+        eps=ADAMW["optimizer_epsilon"],
         weight_decay=ADAMW["weight_decay"],
     )

@@ -35,8 +35,8 @@ Snapshot = int
 class EmulatedExecutor:
     """Implements `Executor`: one thing at a time, each for as long as `times` says.
 
-    Activations of microbatches in flight take room, as `memory` says, unless they are offloaded, which takes
-    time instead.
+    Activations of microbatches in flight take room, as `memory` says, unless they are offloaded or computed
+    again (activation checkpointing), which takes time instead.
 
     Tokens follow from their positions alone, and none ends its sequence before max_tokens. Losses shrink
     with the number of steps, for want of anything to compute them from.
@@ -124,7 +124,7 @@ class EmulatedExecutor:
             raise LemixError(
                 f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
             )
-        await self._hold(self._backward_s(microbatch))
+        await self._hold(self._again_s(microbatch) + self._backward_s(microbatch))
         return self._inputs_gradient
 
     @property
@@ -178,7 +178,8 @@ class EmulatedExecutor:
         if self._memory is None or microbatch.offload:
             return
         room = self._memory.activation_tokens
-        taken = sum(sum(each.lengths) for each in self._in_flight.values() if not each.offload)
+        kept = () if self._settings.activation_checkpointing else self._in_flight.values()
+        taken = sum(sum(each.lengths) for each in kept if not each.offload)
         wanted = sum(microbatch.lengths)
         if taken + wanted > room:
             raise MemoryError(
@@ -187,6 +188,12 @@ class EmulatedExecutor:
 
     def _backward_s(self, microbatch: Microbatch) -> float:
         return self._times.backward_s(work_of_microbatch(microbatch)) + self._offload_s(microbatch)
+
+    def _again_s(self, microbatch: Microbatch) -> float:
+        """Of the forward that a backward repeats."""
+        if not self._settings.activation_checkpointing:
+            return 0.0
+        return self._times.forward_s(work_of_microbatch(microbatch))
 
     def _offload_s(self, microbatch: Microbatch) -> float:
         """To the host in the forward, and from it in the backward."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from services.stage_worker.weights import StageWeights, WeightsVersion
 from shared.errors import LemixError
@@ -27,13 +28,19 @@ class _InFlight:
 class MicrobatchRunner:
     """Runs microbatches of one stage. All methods belong to the compute thread.
 
+    With `checkpointing` only a microbatch's inputs are kept until its backward, which runs the forward again,
+    with the weights of the first time. Not where the backward follows at once: nothing waits there.
+
     Shape letters: T rows of the microbatch, H hidden size.
     """
 
-    def __init__(self, stage: Stage, weights: StageWeights, device: torch.device) -> None:
+    def __init__(
+        self, stage: Stage, weights: StageWeights, device: torch.device, *, checkpointing: bool = False
+    ) -> None:
         self._stage = stage
         self._weights = weights
         self._device = device
+        self._checkpointing = checkpointing
         self._in_flight: dict[tuple[str, int], _InFlight] = {}
 
     def drop_all(self) -> None:
@@ -48,7 +55,10 @@ class MicrobatchRunner:
         """
         inputs = self._as_leaf(inputs)
         with self._weights.training_forward() as version, self._saving(microbatch):
-            outputs = self._outputs(microbatch, inputs)
+            if self._checkpointing and (microbatch.backward_after_all or not self._stage.layers.is_last):
+                outputs = self._checkpointed(microbatch, inputs, version)
+            else:
+                outputs = self._outputs(microbatch, inputs)
         self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(inputs, outputs, version)
         return version.number, outputs.detach()
 
@@ -67,6 +77,16 @@ class MicrobatchRunner:
         torch.autograd.backward(microbatch.outputs, gradient)
         self._weights.backward_done(microbatch.version)
         return microbatch.inputs.grad
+
+    def _checkpointed(self, microbatch: Microbatch, inputs: Tensor, version: WeightsVersion) -> Tensor:
+        """The outputs; what their backward needs is computed when it comes."""
+
+        def run(inputs: Tensor) -> Tensor:
+            with self._weights.installed(version):
+                return self._outputs(microbatch, inputs)
+
+        outputs: Tensor = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=False)
+        return outputs
 
     def _outputs(self, microbatch: Microbatch, inputs: Tensor) -> Tensor:
         if not self._stage.layers.is_last:

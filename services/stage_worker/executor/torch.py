@@ -25,8 +25,9 @@ from services.stage_worker.executor.base import (
 from services.stage_worker.executor.logits import LogitPlan
 from services.stage_worker.executor.microbatches import MicrobatchRunner
 from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
+from services.stage_worker.optimizers import OptimizerSettings
 from services.stage_worker.settings import StageWorkerSettings
-from services.stage_worker.weights import AdamWSettings, StageWeights
+from services.stage_worker.weights import StageWeights
 from shared import checkpoints
 from shared.errors import CarrierError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
@@ -143,11 +144,18 @@ class TorchExecutor:
         folder = durable.folder if durable else base
         layers = model_partition(read_config(folder), settings.num_stages)[settings.stage]
         stage = load_stage(folder, layers, device=settings.device)
-        weights = StageWeights(stage, self._adamw(), version=durable.manifest.version if durable else 0)
+        weights = StageWeights(
+            stage,
+            self._optimizer(),
+            version=durable.manifest.version if durable else 0,
+            stashing=settings.stashing,
+        )
         if durable:
             weights.load(stage.named_tensors(), _optimizer_state(folder, stage), version=weights.version)
         cache = self._cache(stage)
-        microbatches = MicrobatchRunner(stage, weights, self._device)
+        microbatches = MicrobatchRunner(
+            stage, weights, self._device, checkpointing=settings.activation_checkpointing
+        )
         self._model = _Loaded(stage, cache, weights, microbatches, enable_fast_inference(stage))
         self._warm_up(stage, cache)
         gc.collect()
@@ -160,12 +168,13 @@ class TorchExecutor:
             context_length=_context_length(stage),
         )
 
-    def _adamw(self) -> AdamWSettings:
+    def _optimizer(self) -> OptimizerSettings:
         settings = self._settings
-        return AdamWSettings(
-            beta1=settings.adamw_beta1,
-            beta2=settings.adamw_beta2,
-            epsilon=settings.adamw_epsilon,
+        return OptimizerSettings(
+            name=settings.optimizer,
+            beta1=settings.optimizer_beta1,
+            beta2=settings.optimizer_beta2,
+            epsilon=settings.optimizer_epsilon,
             weight_decay=settings.weight_decay,
         )
 

@@ -57,8 +57,10 @@ class Clock:
         self.s = at_s
 
 
-def executor(clock: Clock, stage: int, memory: StageMemory | None = None) -> EmulatedExecutor:
-    settings = StageWorkerSettings(node=0, stage=stage, num_stages=2)
+def executor(
+    clock: Clock, stage: int, memory: StageMemory | None = None, **changes: bool
+) -> EmulatedExecutor:
+    settings = StageWorkerSettings(node=0, stage=stage, num_stages=2, **changes)
     return EmulatedExecutor(
         settings,
         "stage-a",
@@ -233,6 +235,18 @@ async def test_what_is_offloaded_takes_time_and_no_room() -> None:
     assert clock.s == 20.0 + 50.0 + 10.0
     await last.forward(offloaded, NO_TENSOR)
     assert clock.s == 80.0 + 5.0 + 10.0 + 50.0 + 10.0
+
+
+async def test_a_forward_that_is_repeated_takes_time_and_no_room() -> None:
+    clock = Clock()
+    first, last = (executor(clock, stage, MEMORY, activation_checkpointing=True) for stage in (0, 1))
+    for index in range(2):
+        await first.forward(microbatch(index), (1,))
+    assert clock.s == 2 * 5.0
+    await first.backward("b", 0, NO_TENSOR)
+    assert clock.s == 10.0 + 5.0 + 50.0
+    await last.forward(microbatch(), NO_TENSOR)
+    assert clock.s == 65.0 + 5.0 + 50.0, "its backward follows at once"
 
 
 async def test_a_restore_frees_the_room_and_loads_the_weights() -> None:

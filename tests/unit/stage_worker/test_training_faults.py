@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from services.stage_worker.executor.microbatches import MicrobatchRunner
+from services.stage_worker.optimizers import OptimizerSettings
 from services.stage_worker.training import _failure
-from services.stage_worker.weights import AdamWSettings, StageWeights
+from services.stage_worker.weights import StageWeights
 from shared.errors import CarrierError, LemixError, StaleTensorError
 from shared.messages.training import Microbatch
 from shared.model.loader import load_stage, model_partition, read_config
@@ -40,7 +41,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients_norm(tmp_path: Path) -
     (layers,) = model_partition(read_config(tmp_path), 1)
     stage = load_stage(tmp_path, layers)
     next(iter(stage.named_tensors().values())).detach().fill_(float("nan"))
-    weights = StageWeights(stage, AdamWSettings(), version=0)
+    weights = StageWeights(stage, OptimizerSettings(), version=0)
     runner = MicrobatchRunner(stage, weights, torch.device("cpu"))
     microbatch = Microbatch(
         epoch=1,

@@ -1,20 +1,26 @@
 """Weights that serve, are stashed and step, on a real stage of a tiny model."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import AdamW, NAdam, Optimizer
 
-from services.stage_worker.weights import AdamWSettings, StageWeights, WeightsVersion
+from services.stage_worker.optimizers import OptimizerSettings
+from services.stage_worker.settings import OptimizerName
+from services.stage_worker.weights import StageWeights, WeightsVersion
+from shared.errors import LemixError
 from shared.model.attention import PackedSegments
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.stage import Stage
+from shared.schedule import StashingName
 from tests.support.models import VOCAB_SIZE, save_tiny_model
 
 RATE = 1e-2
-SETTINGS = AdamWSettings(epsilon=1e-3, weight_decay=0.01)
+SETTINGS = OptimizerSettings(epsilon=1e-3, weight_decay=0.01)
 TEXTS = [[1, 5, 9, 2], [7, 7, 3], [90, 12, 33, 4, 6], [2, 3]]
 
 
@@ -118,11 +124,28 @@ def test_a_step_with_nothing_in_flight_stays_in_place(stage: Stage, weights: Sta
     assert not torch.equal(newest(stage)["model.norm.weight"], before["model.norm.weight"])
 
 
-def test_steps_equal_the_plain_optimizer(folder: Path, stage: Stage, weights: StageWeights) -> None:
-    plain = load_stage(folder, stage.layers)
-    optimizer = torch.optim.AdamW(
-        plain.parameters(), lr=RATE, betas=(0.9, 0.95), eps=SETTINGS.epsilon, weight_decay=0.01
+def plain_adamw(parameters: Iterable[Tensor]) -> Optimizer:
+    return AdamW(parameters, lr=RATE, betas=(0.9, 0.95), eps=SETTINGS.epsilon, weight_decay=0.01)
+
+
+def plain_nadamw(parameters: Iterable[Tensor]) -> Optimizer:
+    return NAdam(
+        parameters,
+        lr=RATE,
+        betas=(0.99, 0.95),
+        eps=SETTINGS.epsilon,
+        weight_decay=0.01,
+        decoupled_weight_decay=True,
     )
+
+
+@pytest.mark.parametrize(("name", "plain_optimizer"), [("adamw", plain_adamw), ("nadamw", plain_nadamw)])
+def test_steps_equal_the_plain_optimizer(
+    name: OptimizerName, plain_optimizer: Callable[..., Optimizer], folder: Path, stage: Stage
+) -> None:
+    weights = StageWeights(stage, replace(SETTINGS, name=name), version=0)
+    plain = load_stage(folder, stage.layers)
+    optimizer = plain_optimizer(plain.parameters())
     for number, text in enumerate(TEXTS):
         train(stage, weights, f"b{number}", [text])
         torch.autograd.backward(loss_of(plain, text))
@@ -181,7 +204,42 @@ def test_a_batch_keeps_what_went_backward_before_the_step_of_its_predecessor(
     assert_close(weights.finish_batch("b1"), {name: old[name] + new[name] for name in old})
 
 
-def test_memory_of_retired_versions_is_used_again(stage: Stage, weights: StageWeights) -> None:
+def test_without_stashing_a_step_changes_the_weights_of_microbatches_in_flight(
+    folder: Path, stage: Stage
+) -> None:
+    weights = StageWeights(stage, SETTINGS, version=0, stashing="none")
+    first, later = InFlight(stage, weights, TEXTS[0]), InFlight(stage, weights, TEXTS[1])
+    where = places(stage.parameters())
+    first.backward()
+    weights.finish_batch("b0")
+    weights.step("b0", RATE, version=1)
+    assert places(stage.parameters()) == where
+    assert_same(values(leaves(later.version)), newest(stage))
+    on_time = plain_gradients(load_stage(folder, stage.layers), [TEXTS[1]])
+    later.backward()
+    wrong = weights.finish_batch("b1")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert (wrong[name] - on_time[name]).norm() > 0.01 * on_time[name].norm()
+
+
+def test_double_stashing_refuses_a_third_version(stage: Stage) -> None:
+    weights = StageWeights(stage, SETTINGS, version=0, stashing="double")
+    oldest = InFlight(stage, weights, TEXTS[0])
+    for number in range(2):
+        current, ahead = InFlight(stage, weights, TEXTS[1]), InFlight(stage, weights, TEXTS[2])
+        current.backward()
+        weights.finish_batch(f"b{number}")
+        if number == 0:
+            weights.step("b0", RATE, version=1)
+            ahead.backward()
+    with pytest.raises(LemixError, match="version 1 while microbatches of version 0 are in flight"):
+        weights.step("b1", RATE, version=2)
+    assert oldest.version.number == 0
+
+
+@pytest.mark.parametrize("stashing", ["full", "double"])
+def test_memory_of_retired_versions_is_used_again(stage: Stage, stashing: StashingName) -> None:
+    weights = StageWeights(stage, SETTINGS, version=0, stashing=stashing)
     seen = set()
     ahead = InFlight(stage, weights, TEXTS[0])
     for number in range(6):
@@ -222,15 +280,27 @@ def test_another_ends_gradient_is_added_before_the_step(stage: Stage, weights: S
     assert torch.equal(total[name], expected)
 
 
-def test_weights_and_optimizer_state_come_back(folder: Path, stage: Stage, weights: StageWeights) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("adamw", {"step", "exp_avg", "exp_avg_sq"}),
+        ("nadamw", {"step", "mu_product", "exp_avg", "exp_avg_sq"}),
+    ],
+)
+def test_weights_and_optimizer_state_come_back(
+    name: OptimizerName, kinds: set[str], folder: Path, stage: Stage
+) -> None:
+    settings = replace(SETTINGS, name=name)
+    weights = StageWeights(stage, settings, version=0)
     train(stage, weights, "b0", TEXTS[:1])
     train(stage, weights, "b1", TEXTS[1:2])
     saved, state = newest(stage), values(weights.optimizer_state())
+    assert {key.partition(".")[0] for key in state} == kinds
     train(stage, weights, "b2", TEXTS[2:])
     undisturbed = newest(stage)
 
     other = load_stage(folder, stage.layers)
-    restored = StageWeights(other, SETTINGS, version=0)
+    restored = StageWeights(other, settings, version=0)
     train(other, restored, "x", TEXTS)
     restored.load(saved, state, version=2)
     assert restored.version == 2
