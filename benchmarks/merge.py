@@ -24,7 +24,7 @@ HOST, TIMEOUT_S = "127.0.0.1", 60.0
 CPU = torch.device("cpu")
 SIZES = {"10M": 10, "50M": 50, "200M": 200}
 """Millions of parameters, about: of the embedded model and `small`, one between, and `big`."""
-NUM_ROUNDS = {"10M": 31, "50M": 15, "200M": 7}
+NUM_ROUNDS = {"10M": 9, "50M": 5, "200M": 3}
 CARRIERS = ("all_reduce", "exchange", "one_way")
 
 
