@@ -5,7 +5,18 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import deciding, decode, hop, profile_error, report, schedules, simulation, startup, training
+from benchmarks import (
+    deciding,
+    decode,
+    hop,
+    merge,
+    profile_error,
+    report,
+    schedules,
+    simulation,
+    startup,
+    training,
+)
 
 BENCHMARKS = {
     "hop": hop.main,
@@ -14,6 +25,7 @@ BENCHMARKS = {
     "startup": startup.main,
     "deciding": deciding.main,
     "profile_error": profile_error.main,
+    "merge": merge.main,
     "simulation": simulation.main,
     "schedules": schedules.main,
 }

@@ -25,6 +25,10 @@ class StaleTensorError(CarrierError):
     """A handle outlived its tensor: the sender is gone, or was restarted since."""
 
 
+class PeerLostError(CarrierError):
+    """Another member of a collective group is gone, silent for too long, or never came."""
+
+
 class BusError(LemixError):
     """Root of what can go wrong between two services."""
 
