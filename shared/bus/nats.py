@@ -366,21 +366,22 @@ class _NatsStreamReader:
         await self._bind()
         return self
 
-    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
+    async def next(self, *, timeout_s: float) -> StreamMessage | None:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while (left_s := deadline_s - loop.time()) > 0:
             try:
                 await self._rebind_if_stale()
-                messages = await self._pull.fetch(max_messages, timeout=min(left_s, FETCH_SLICE_S))
-                return [self._taken(msg) for msg in messages]
+                # One at a time: asked for several, nats-py at times holds the first back until its timeout.
+                [msg] = await self._pull.fetch(1, timeout=min(left_s, FETCH_SLICE_S))
+                return self._taken(msg)
             except TimeoutError:
                 continue
             except nats.errors.Error as error:
                 log.warning("reading %s: %s; trying again", self._stream, error)
                 self._stale = True
                 await asyncio.sleep(RETRY_S)
-        return []
+        return None
 
     async def close(self) -> None:
         with contextlib.suppress(nats.errors.Error):

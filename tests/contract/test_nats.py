@@ -12,6 +12,7 @@ from shared.bus.nats import NatsBus
 from shared.errors import BusError, BusTimeoutError
 from shared.messages.inference import CancelTask, Placed
 from shared.subjects import RequestSubject, Subject
+from tests.contract.streams import taken
 
 CANCEL = Subject("test.cancel", CancelTask)
 ASK = RequestSubject("test.ask", CancelTask, Placed)
@@ -69,16 +70,16 @@ async def test_a_reader_goes_on_where_it_was_when_the_server_crashed(nats_server
     for body in (b"1", b"2", b"3"):
         await bus.publish_durable("test.stored", body)
     reader = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
-    assert [m.body for m in await reader.fetch(1, timeout_s=5)] == [b"1"]
+    assert [m.body for m in await taken(reader, 1)] == [b"1"]
     epoch = await bus.next_epoch("trainer")
 
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(reader.fetch(2, timeout_s=20))
+        waiting = group.create_task(taken(reader, 2))
         await crash_and_restart(nats_server)
     assert [m.sequence for m in waiting.result()] == [2, 3]
 
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(reader.fetch(1, timeout_s=20))
+        waiting = group.create_task(taken(reader, 1))
         await crash_and_restart(nats_server)
         await stored(bus, b"4")
     assert [m.body for m in waiting.result()] == [b"4"]
