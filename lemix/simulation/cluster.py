@@ -59,6 +59,8 @@ class SimulationOptions:
     seed: int = 0
     hop_s: float = 0.0005
     """What a message takes from service to service."""
+    handover_s: float = 0.0
+    """From the moment when a device is done with an op to the one when its service knows."""
     slo_factor: float = 5.0
     faults: Faults = NO_FAULTS
     stage_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -249,7 +251,7 @@ class SimulatedCluster:
             memory=profile.stages[stage].memory if profile else None,
             vocab_size=self._devices.vocab_size,
             context_length=self._devices.context_length,
-            hold_until=self._clock.sleep_until,
+            hold_until=self._known_done,
             clock=world.clock,
         )
         await StageWorker(
@@ -260,6 +262,10 @@ class SimulatedCluster:
             telemetry=world.telemetry,
             executor=executor,
         ).run()
+
+    async def _known_done(self, end_s: float) -> None:
+        """Return when a stage knows that its device was done at `end_s`."""
+        await self._clock.sleep_until(end_s + self._options.handover_s)
 
 
 @asynccontextmanager
@@ -277,10 +283,11 @@ async def running_cluster(
                 yield cluster
                 cluster.end()
         except BaseExceptionGroup as errors:
-            raise _first_of(errors) from None
+            raise first_of(errors) from None
 
 
-def _first_of(error: BaseException) -> BaseException:
+def first_of(error: BaseException) -> BaseException:
+    """The first error of a group, and of the groups in it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
