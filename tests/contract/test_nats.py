@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from nats.aio.msg import Msg
 
 from lemix.nats_server import NatsServer
 from shared.bus.base import Incoming, StreamSpec
@@ -62,6 +63,31 @@ async def test_the_bus_survives_a_crash_of_the_server(nats_server: NatsServer) -
     assert await got.get() == "after"
     await one.close()
     await other.close()
+
+
+class AnsweringClient:
+    """nats-py's client as far as a request goes."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+    def jetstream(self, timeout: float) -> None:
+        """There are no streams."""
+
+    async def request(self, subject: str, payload: bytes, *, timeout: float, headers: object) -> Msg:
+        return await asyncio.wait_for(self.answer, timeout)
+
+
+async def test_a_cancellation_that_comes_with_the_answer_is_not_lost() -> None:
+    client = AnsweringClient()
+    bus = NatsBus(client, "")
+    bus.max_message_bytes = 1000
+    asking = asyncio.create_task(bus.request(ASK, CancelTask(task_id="t"), timeout_s=5))
+    await asyncio.sleep(0)
+    client.answer.set_result(Msg(client, data=Placed(node=0).pack()))
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
 
 
 async def test_a_reader_goes_on_where_it_was_when_the_server_crashed(nats_server: NatsServer) -> None:
