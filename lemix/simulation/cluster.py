@@ -33,6 +33,8 @@ from shared.profiles.times import StageTimes
 from shared.subjects import STATUS
 from shared.telemetry import NoTelemetry
 
+HOP_S = 0.0005
+"""What a message takes from service to service."""
 READY_DEADLINE_S = 60.0
 LOOK_EVERY_S = 0.25
 STATUS_TIMEOUT_S = 5.0
@@ -57,8 +59,7 @@ class SimulationOptions:
     discipline: str = "slo_first"
     costs: str = "affine"
     seed: int = 0
-    hop_s: float = 0.0005
-    """What a message takes from service to service."""
+    hop_s: float = HOP_S
     handover_s: float = 0.0
     """From the moment when a device is done with an op to the one when its service knows."""
     slo_factor: float = 5.0
