@@ -41,16 +41,16 @@ OVERHEADS = (
 )
 MOST = 0.10
 ABOUT = f"""\
-llama2-13b@a100 on {NODES} nodes of two stages, training rate {TRAINING_RATE}, {NUM_TASKS} tasks, five seeds: the
-real services over NATS as processes of one machine ({os.cpu_count()} cores; nice
-{os.getpriority(os.PRIO_PROCESS, 0)}), on stages that hold their device for as long as the profile says. And the
-same workloads from the same seeds in the simulation, twice:
+llama2-13b@a100 on {NODES} nodes of two stages, training rate {TRAINING_RATE}, {NUM_TASKS} tasks, five seeds:
+the real services over NATS as processes of one machine ({os.cpu_count()} cores; nice
+{os.getpriority(os.PRIO_PROCESS, 0)}), on stages that hold their device for as long as the profile says. And
+the same workloads from the same seeds in the simulation, twice:
 
-- **simulated**: with the hop and the hand-over that were measured in that very run on the cluster. The hop is
-  the mean time from the end of an iteration on one stage to its start on the next, if that is idle: a message,
-  and what services do before and behind it. The hand-over is the mean time from the end of an op on an idle
-  device to the moment when its service knows. Both come from what stages tell the scheduler of their ops:
-  nothing is fitted to response times.
+- **simulated**: with the hop and the hand-over that were measured in that very run on the cluster. The hop
+  is the mean time from the end of an iteration on one stage to its start on the next, if that is idle: a
+  message, and what services do before and behind it. The hand-over is the mean time from the end of an op on
+  an idle device to the moment when its service knows. Both come from what stages tell the scheduler of their
+  ops: nothing is fitted to response times.
 - **fixed hop**: as in every other study, {1000 * HOP_S:g} ms a message and nothing else.
 
 A difference is that of the simulation's median over the seeds to the cluster's. The cluster's scheduler

@@ -37,6 +37,8 @@ from shared.telemetry import NoTelemetry
 REQUEST_TIMEOUT_S = 20.0
 TRAINING_TIMEOUT_S = 60.0
 """After the last request's end: a study's batches take a tenth of it."""
+RUN_TIMEOUT_S = 180.0
+"""Of the whole: whatever else a run may hang on."""
 
 T = TypeVar("T")
 
@@ -53,19 +55,21 @@ async def run_cluster(options: SimulationOptions, workload: WorkloadOptions) -> 
         async with LocalCluster(chosen, on_event=events.append) as cluster, open_bus(cluster.nats_url) as bus:
             await wait_nodes_ready(bus, options.nodes)
             run = await _watched(cluster, bus, run_workload(bus, options, workload))
-    if events:
-        raise StudyFailedError(f"not all services ran through: {'; '.join(events)}")
-    return run
+            if events:
+                raise StudyFailedError(f"not all services ran through: {'; '.join(events)}")
+            return run
 
 
 async def _watched(cluster: LocalCluster, bus: Bus, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work; raises what ends the cluster or the bus meanwhile."""
+    """Do the work, within RUN_TIMEOUT_S. Raises what ends the cluster or the bus meanwhile."""
     try:
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(RUN_TIMEOUT_S), asyncio.TaskGroup() as group:
             watching = [group.create_task(each) for each in (cluster.wait_failed(), bus.wait_failed())]
             result = await work
             for task in watching:
                 task.cancel()
+    except TimeoutError:
+        raise StudyFailedError(f"the run was not over after {RUN_TIMEOUT_S:g} s") from None
     except BaseExceptionGroup as errors:
         raise first_of(errors) from None
     return result
