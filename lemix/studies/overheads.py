@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lemix.studies.runner import StudyFailedError
 from shared.bus.base import Incoming
 from shared.clock import Clock
 from shared.messages.events import OpEnded, StageOp, StageProgress
@@ -51,7 +52,9 @@ class OverheadProbe:
             self._note((progress.node, progress.stage), ended, now_s - ended.ago_s)
 
     def overheads(self) -> Overheads:
-        """Of the run so far, in which ops must have passed from stage to stage."""
+        """Of the run so far. Raises StudyFailedError when no stage was ever idle before an op."""
+        if not self._hops_s or not self._handovers_s:
+            raise StudyFailedError("hop and hand-over are unknown: no iteration has met idle stages")
         return Overheads(statistics.fmean(self._hops_s), statistics.fmean(self._handovers_s))
 
     def _note(self, device: Device, ended: OpEnded, end_s: float) -> None:

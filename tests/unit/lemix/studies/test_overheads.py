@@ -3,6 +3,7 @@
 import pytest
 
 from lemix.studies.overheads import OverheadProbe
+from lemix.studies.runner import StudyFailedError
 from shared.bus.base import Incoming
 from shared.messages.events import OpEnded, OpKind, StageOp, StageProgress
 from tests.support.simulation import ITERATION_S, ROW_S, SimpleTimes
@@ -47,6 +48,13 @@ async def test_an_iteration_on_idle_stages_tells_both() -> None:
     end_s = await stages.did(0, "iteration", 1, 10.0, took_s)
     await stages.did(1, "iteration", 1, end_s + HOP_S, took_s, told_after_s=0.5)
     assert stages.probe.overheads() == pytest.approx((HOP_S, HANDOVER_S))
+
+
+async def test_without_an_idle_stage_nothing_is_made_up() -> None:
+    stages = Stages()
+    await stages.did(0, "iteration", 1, 10.0, 1.0)
+    with pytest.raises(StudyFailedError, match="no iteration has met idle stages"):
+        stages.probe.overheads()
 
 
 async def test_waiting_for_a_busy_stage_is_no_hop_and_an_op_handed_ahead_has_no_hand_over() -> None:
