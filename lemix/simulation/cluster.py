@@ -34,6 +34,8 @@ from shared.schedule import ScheduleName, is_synchronous
 from shared.subjects import STATUS
 from shared.telemetry import NoTelemetry
 
+HOP_S = 0.0005
+"""What a message takes from service to service."""
 READY_DEADLINE_S = 60.0
 LOOK_EVERY_S = 0.25
 STATUS_TIMEOUT_S = 5.0
@@ -58,8 +60,9 @@ class SimulationOptions:
     discipline: str = "slo_first"
     costs: str = "affine"
     seed: int = 0
-    hop_s: float = 0.0005
-    """What a message takes from service to service."""
+    hop_s: float = HOP_S
+    handover_s: float = 0.0
+    """From the moment when a device is done with an op to the one when its service knows."""
     slo_factor: float = 5.0
     faults: Faults = NO_FAULTS
     stage_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -250,7 +253,7 @@ class SimulatedCluster:
             memory=profile.stages[stage].memory if profile else None,
             vocab_size=self._devices.vocab_size,
             context_length=self._devices.context_length,
-            hold_until=self._clock.sleep_until,
+            hold_until=self._known_done,
             clock=world.clock,
         )
         await StageWorker(
@@ -261,6 +264,10 @@ class SimulatedCluster:
             telemetry=world.telemetry,
             executor=executor,
         ).run()
+
+    async def _known_done(self, end_s: float) -> None:
+        """Return when a stage knows that its device was done at `end_s`."""
+        await self._clock.sleep_until(end_s + self._options.handover_s)
 
 
 @asynccontextmanager
@@ -278,10 +285,11 @@ async def running_cluster(
                 yield cluster
                 cluster.end()
         except BaseExceptionGroup as errors:
-            raise _first_of(errors) from None
+            raise first_of(errors) from None
 
 
-def _first_of(error: BaseException) -> BaseException:
+def first_of(error: BaseException) -> BaseException:
+    """The first error of a group, and of the groups in it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

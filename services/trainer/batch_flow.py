@@ -18,8 +18,9 @@ from shared.messages.training import RejectedBatch, TrainingTask
 from shared.subjects import PLACE
 from shared.telemetry import Telemetry
 
-FETCH_AT_ONCE = 8
-FETCH_TIMEOUT_S = 5.0
+MIN_AHEAD = 8
+"""Batches that are taken in before a node has room for them, at least."""
+READ_TIMEOUT_S = 5.0
 PLACE_TIMEOUT_S = 5.0
 """Longer than the scheduler holds a batch that must wait."""
 PLACE_RETRY_S = 0.2
@@ -53,7 +54,7 @@ class BatchFlow:
         """Take in the stream for ever, no faster than nodes take batches."""
         while True:
             await self._until(self._has_room)
-            for message in await reader.fetch(FETCH_AT_ONCE, timeout_s=FETCH_TIMEOUT_S):
+            if (message := await reader.next(timeout_s=READ_TIMEOUT_S)) is not None:
                 await self._take_in(message)
                 self._actions.changed.set()
 
@@ -66,7 +67,7 @@ class BatchFlow:
                 self._book.wait([pending.batch.batch_id])
 
     def _has_room(self) -> bool:
-        enough = max(FETCH_AT_ONCE, self._nodes.num_wanted)
+        enough = max(MIN_AHEAD, self._nodes.num_wanted)
         return self._book.num_waiting < enough and len(self._book.ledger.pending) < self._max_pending
 
     async def _until(self, condition: Callable[[], bool]) -> None:

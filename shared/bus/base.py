@@ -71,8 +71,8 @@ class StreamMessage:
 class StreamReader(Protocol):
     """Reads a durable stream in order."""
 
-    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
-        """Up to `max_messages` next messages; an empty list after `timeout_s` without any."""
+    async def next(self, *, timeout_s: float) -> StreamMessage | None:
+        """The next message, as soon as it is there; None after `timeout_s` without one."""
         ...
 
     async def close(self) -> None: ...

@@ -441,27 +441,25 @@ class _MemoryStreamReader:
         stream.readers[name] = self
         stream.wake()
 
-    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
+    async def next(self, *, timeout_s: float) -> StreamMessage | None:
         try:
             async with asyncio.timeout(timeout_s):
-                while not (found := self._next(max_messages)):
+                while (found := self._find()) is None:
                     await self._stream.grown.wait()
         except TimeoutError:
-            return []
-        self._last_sequence = found[-1].sequence
+            return None
+        self._last_sequence = found.sequence
         return found
 
-    def _next(self, max_messages: int) -> list[StreamMessage]:
+    def _find(self) -> StreamMessage | None:
         if self._stream.readers[self._name] is not self:
             raise BusError(f"another reader {self._name!r} of {self._stream.spec.name} has taken over")
         num_removed = self._stream.num_removed
-        start = max(self._last_sequence, num_removed)
-        found = itertools.islice(
-            self._stream.messages, start - num_removed, start - num_removed + max_messages
-        )
-        return [
-            StreamMessage(start + i, body, headers, _ack) for i, (body, headers) in enumerate(found, start=1)
-        ]
+        place = max(self._last_sequence - num_removed, 0)
+        if place == len(self._stream.messages):
+            return None
+        body, headers = self._stream.messages[place]
+        return StreamMessage(num_removed + place + 1, body, headers, _ack)
 
     async def close(self) -> None:
         pass

@@ -264,20 +264,40 @@ def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, 
     return random.choice(servers), random.uniform(0.5 * RETRY_S, 2 * RETRY_S)
 
 
-class _translated:
-    """Raise nats-py's errors as the bus's own, naming the subject or stream."""
+class _cancellable:
+    """Around calls of nats-py: a cancellation is raised that came together with what they waited for.
+
+    Until Python 3.12 asyncio.wait_for then returns that, and whoever cancelled waits for ever.
+    """
+
+    __slots__ = ("_num_cancels",)
+
+    def __enter__(self) -> None:
+        self._num_cancels = _num_cancels()
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None and _num_cancels() > self._num_cancels:
+            raise asyncio.CancelledError
+
+
+def _num_cancels() -> int:
+    """How often the running task was cancelled."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+class _translated(_cancellable):
+    """And nats-py's errors are raised as the bus's own, naming the subject or stream."""
 
     __slots__ = ("_name",)
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, nats.errors.Error):
             raise _translation(error)(f"{self._name}: {error}") from error
+        super().__exit__(kind, error, trace)
 
 
 def _translation(error: nats.errors.Error) -> type[BusError]:
@@ -366,21 +386,23 @@ class _NatsStreamReader:
         await self._bind()
         return self
 
-    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
+    async def next(self, *, timeout_s: float) -> StreamMessage | None:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while (left_s := deadline_s - loop.time()) > 0:
             try:
                 await self._rebind_if_stale()
-                messages = await self._pull.fetch(max_messages, timeout=min(left_s, FETCH_SLICE_S))
-                return [self._taken(msg) for msg in messages]
+                # One at a time: asked for several, nats-py at times holds the first back until its timeout.
+                with _cancellable():
+                    [msg] = await self._pull.fetch(1, timeout=min(left_s, FETCH_SLICE_S))
+                return self._taken(msg)
             except TimeoutError:
                 continue
             except nats.errors.Error as error:
                 log.warning("reading %s: %s; trying again", self._stream, error)
                 self._stale = True
                 await asyncio.sleep(RETRY_S)
-        return []
+        return None
 
     async def close(self) -> None:
         with contextlib.suppress(nats.errors.Error):

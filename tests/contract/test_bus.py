@@ -17,6 +17,7 @@ from shared.errors import (
 from shared.messages.base import Done
 from shared.messages.inference import CancelTask, Placed, TaskFailed
 from shared.subjects import RequestSubject, Subject
+from tests.contract.streams import taken
 
 Connect = Callable[[], Awaitable[Bus]]
 
@@ -285,13 +286,13 @@ async def test_durable_messages_are_read_in_order_from_a_position(connect: Conne
     for i in range(1, 6):
         assert await writer.publish_durable("test.stored", b"%d" % i) == i
     reader = await trainer.read_stream("TEST", reader="trainer", after_sequence=2)
-    messages = await reader.fetch(2, timeout_s=5)
+    messages = await taken(reader, 2)
     assert [(m.sequence, m.body) for m in messages] == [(3, b"3"), (4, b"4")]
     for message in messages:
         await message.ack()
         await message.ack()
-    assert [m.sequence for m in await reader.fetch(10, timeout_s=5)] == [5]
-    assert await reader.fetch(10, timeout_s=0.02) == []
+    assert [m.sequence for m in await taken(reader, 1)] == [5]
+    assert await reader.next(timeout_s=0.02) is None
     await reader.close()
 
 
@@ -300,7 +301,7 @@ async def test_a_waiting_reader_gets_what_is_stored_later(connect: Connect) -> N
     await writer.ensure_stream(STREAM)
     reader = await trainer.read_stream("TEST", reader="trainer", after_sequence=0)
     async with asyncio.TaskGroup() as group:
-        fetched = group.create_task(reader.fetch(1, timeout_s=10))
+        fetched = group.create_task(taken(reader, 1))
         await writer.publish_durable("test.stored", b"later")
     assert [m.body for m in fetched.result()] == [b"later"]
 
@@ -310,11 +311,11 @@ async def test_a_new_reader_replaces_the_earlier_one_of_its_name(connect: Connec
     await first.ensure_stream(STREAM)
     await first.publish_durable("test.stored", b"1")
     earlier = await first.read_stream("TEST", reader="trainer", after_sequence=0)
-    assert len(await earlier.fetch(1, timeout_s=5)) == 1
+    assert len(await taken(earlier, 1)) == 1
     later = await second.read_stream("TEST", reader="trainer", after_sequence=0)
-    assert [m.body for m in await later.fetch(1, timeout_s=5)] == [b"1"]
+    assert [m.body for m in await taken(later, 1)] == [b"1"]
     with pytest.raises(BusError, match="another reader"):
-        await earlier.fetch(1, timeout_s=5)
+        await taken(earlier, 1)
 
 
 async def test_headers_of_durable_messages_travel(connect: Connect, process_trace: str) -> None:
@@ -323,7 +324,7 @@ async def test_headers_of_durable_messages_travel(connect: Connect, process_trac
     await bus.publish_durable("test.stored", b"1", headers={"traceparent": TRACE, "producer": "p1"})
     await bus.publish_durable("test.stored", b"2")
     reader = await bus.read_stream("TEST", reader="r", after_sequence=0)
-    one, two = await reader.fetch(2, timeout_s=5)
+    one, two = await taken(reader, 2)
     assert (one.headers["traceparent"], one.headers["producer"]) == (TRACE, "p1")
     assert two.headers["traceparent"] == process_trace
 
@@ -372,12 +373,12 @@ async def test_purged_messages_make_room_and_the_others_stay_as_they_are(connect
         await bus.publish_durable("test.stored", bytes(size))
     reader = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
     await bus.purge_stream("TEST", 0)
-    assert [message.sequence for message in await reader.fetch(1, timeout_s=5)] == [1]
+    assert [message.sequence for message in await taken(reader, 1)] == [1]
     await bus.purge_stream("TEST", 2)
     await bus.purge_stream("TEST", 1)
     assert await bus.publish_durable("test.stored", bytes(2000)) == 4
     later = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
-    assert [(m.sequence, len(m.body)) for m in await later.fetch(2, timeout_s=5)] == [(3, 500), (4, 2000)]
+    assert [(m.sequence, len(m.body)) for m in await taken(later, 2)] == [(3, 500), (4, 2000)]
     with pytest.raises(BusError, match="NOWHERE"):
         await bus.purge_stream("NOWHERE", 1)
 
@@ -388,7 +389,7 @@ async def test_a_stream_may_give_up_its_oldest_messages_for_new_ones(connect: Co
     for sequence in (1, 2, 3):
         assert await bus.publish_durable("test.stored", bytes(1500)) == sequence
     reader = await bus.read_stream("TEST", reader="r", after_sequence=0)
-    assert (await reader.fetch(1, timeout_s=5))[0].sequence > 1
+    assert (await taken(reader, 1))[0].sequence > 1
 
 
 async def test_what_no_stream_takes_is_an_error(connect: Connect) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from nats.aio.msg import Msg
 
 from lemix.nats_server import NatsServer
 from shared.bus.base import Incoming, StreamSpec
@@ -12,6 +13,7 @@ from shared.bus.nats import NatsBus
 from shared.errors import BusError, BusTimeoutError
 from shared.messages.inference import CancelTask, Placed
 from shared.subjects import RequestSubject, Subject
+from tests.contract.streams import taken
 
 CANCEL = Subject("test.cancel", CancelTask)
 ASK = RequestSubject("test.ask", CancelTask, Placed)
@@ -63,22 +65,47 @@ async def test_the_bus_survives_a_crash_of_the_server(nats_server: NatsServer) -
     await other.close()
 
 
+class AnsweringClient:
+    """nats-py's client as far as a request goes."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+    def jetstream(self, timeout: float) -> None:
+        """There are no streams."""
+
+    async def request(self, subject: str, payload: bytes, *, timeout: float, headers: object) -> Msg:
+        return await asyncio.wait_for(self.answer, timeout)
+
+
+async def test_a_cancellation_that_comes_with_the_answer_is_not_lost() -> None:
+    client = AnsweringClient()
+    bus = NatsBus(client, "")
+    bus.max_message_bytes = 1000
+    asking = asyncio.create_task(bus.request(ASK, CancelTask(task_id="t"), timeout_s=5))
+    await asyncio.sleep(0)
+    client.answer.set_result(Msg(client, data=Placed(node=0).pack()))
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
 async def test_a_reader_goes_on_where_it_was_when_the_server_crashed(nats_server: NatsServer) -> None:
     bus = await NatsBus.connect(nats_server.url, name="trainer")
     await bus.ensure_stream(StreamSpec("TEST", ("test.stored",)))
     for body in (b"1", b"2", b"3"):
         await bus.publish_durable("test.stored", body)
     reader = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
-    assert [m.body for m in await reader.fetch(1, timeout_s=5)] == [b"1"]
+    assert [m.body for m in await taken(reader, 1)] == [b"1"]
     epoch = await bus.next_epoch("trainer")
 
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(reader.fetch(2, timeout_s=20))
+        waiting = group.create_task(taken(reader, 2))
         await crash_and_restart(nats_server)
     assert [m.sequence for m in waiting.result()] == [2, 3]
 
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(reader.fetch(1, timeout_s=20))
+        waiting = group.create_task(taken(reader, 1))
         await crash_and_restart(nats_server)
         await stored(bus, b"4")
     assert [m.body for m in waiting.result()] == [b"4"]

@@ -52,6 +52,16 @@ def test_a_request_takes_exactly_its_hops_and_iterations() -> None:
     on_cluster(case, nodes=1, stages=3)
 
 
+def test_a_service_knows_that_its_device_is_done_a_hand_over_later() -> None:
+    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+        begun_s = cluster.world.clock.now_s()
+        [token] = await answer(ask(gateway, prompt_length=4, max_tokens=1))
+        prefill_s = 5 * HOP_S + 3 * (ITERATION_S + 4 * ROW_S + 0.03125)
+        assert token.at_s - begun_s == pytest.approx(prefill_s, abs=1e-9)
+
+    on_cluster(case, nodes=1, stages=3, handover_s=0.03125)
+
+
 def test_a_batch_takes_exactly_its_forwards_backwards_and_step() -> None:
     async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
         clock, begun_s = cluster.world.clock, cluster.world.clock.now_s()

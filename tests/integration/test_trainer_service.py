@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from shutil import copyfile
@@ -76,9 +77,9 @@ class WatchedReader:
         self._reader = reader
         self._acked = acked
 
-    async def fetch(self, max_messages: int, *, timeout_s: float) -> list[StreamMessage]:
-        found = await self._reader.fetch(max_messages, timeout_s=timeout_s)
-        return [StreamMessage(m.sequence, m.body, m.headers, self._ack(m.sequence)) for m in found]
+    async def next(self, *, timeout_s: float) -> StreamMessage | None:
+        found = await self._reader.next(timeout_s=timeout_s)
+        return None if found is None else replace(found, ack=self._ack(found.sequence))
 
     def _ack(self, sequence: int) -> Callable[[], Awaitable[None]]:
         async def ack() -> None:
