@@ -24,6 +24,8 @@ class StageWorkerSettings(LemixSettings):
     """`cpu` or `cuda:N`."""
     emulate: str = ""
     """A profile, as `llama2-7b@a100` or a file: take its time and compute nothing. Empty: compute."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, activations and KV cache; what is learned is kept in float32 (docs/training.md)."""
     num_threads: int = Field(default=1, ge=1)
     """Compute threads on the CPU; one per worker, unless a worker has cores of its own."""
     shm_dir: Path = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(gettempdir())

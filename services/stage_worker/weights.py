@@ -3,6 +3,9 @@
 Serving uses the newest weights. A training forward uses leaves that share their memory, so that stashing
 costs nothing; only when a step comes while microbatches are in flight is the memory copied, once, and the
 leaves keep the old one (copy on write). A backward thus uses exactly the weights of its forward.
+
+The optimizer steps master copies in float32. Where the stage computes in float32 they are the newest weights
+themselves; elsewhere those are the masters, rounded, and gradients are summed in float32 over a batch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from services.stage_worker.optimizers import OptimizerSettings, build_optimizer
+from services.stage_worker.precision import cast_parameters
 from shared.errors import LemixError
 from shared.model.stage import Stage
 from shared.schedule import StashingName
@@ -41,9 +45,18 @@ class StageWeights:
     """Owns the parameters of a stage. All methods belong to the compute thread."""
 
     def __init__(
-        self, stage: Stage, optimizer: OptimizerSettings, *, version: int, stashing: StashingName = "full"
+        self,
+        stage: Stage,
+        optimizer: OptimizerSettings,
+        *,
+        version: int,
+        stashing: StashingName = "full",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """From now on the stage computes in `dtype`; its parameters until now become the masters."""
         self._stage = stage
+        self._masters = stage.named_tensors()
+        cast_parameters(stage, dtype)
         self._newest = stage.named_tensors()
         self.version = version
         self._stashing = stashing
@@ -56,7 +69,7 @@ class StageWeights:
         """Gradients of the batch whose backwards run now."""
         self._gradients: dict[str, Tensors] = {}
         """Of batches whose backwards are all done, until their step."""
-        self._optimizer = build_optimizer(optimizer, self._newest.values())
+        self._optimizer = build_optimizer(optimizer, self._masters.values())
 
     @contextmanager
     def training_forward(self) -> Iterator[WeightsVersion]:
@@ -114,12 +127,13 @@ class StageWeights:
         self._current = None
         if scale != 1.0:
             torch._foreach_mul_(list(gradients.values()), scale)
-        for name, parameter in self._newest.items():
-            parameter.grad = gradients.get(name)
+        for name, master in self._masters.items():
+            master.grad = gradients.get(name)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._round_masters()
         self._retire()
         self.version = version
 
@@ -136,22 +150,27 @@ class StageWeights:
         """Hold these weights instead, in place; `optimizer_state` as its namesake gives it, or {}."""
         self.drop_training()
         with torch.no_grad():
-            for name, parameter in self._newest.items():
-                parameter.copy_(tensors[name])
+            for name, master in self._masters.items():
+                master.copy_(tensors[name])
+        self._round_masters()
         self._load_optimizer(optimizer_state)
         self.version = version
+
+    def master_tensors(self) -> dict[str, Parameter]:
+        """The newest weights as they are learned, in float32; a view, not a copy."""
+        return dict(self._masters)
 
     def optimizer_state(self) -> Tensors:
         """Everything that the optimizer remembers, as `<kind>.<parameter name>`."""
         return {
             f"{kind}.{name}": value
-            for name, parameter in self._newest.items()
-            for kind, value in self._optimizer.state.get(parameter, {}).items()
+            for name, master in self._masters.items()
+            for kind, value in self._optimizer.state.get(master, {}).items()
         }
 
     def _load_optimizer(self, state: Mapping[str, Tensor]) -> None:
         """The optimizer itself puts each tensor where it wants it; those in `state` are not kept."""
-        numbers = {name: number for number, name in enumerate(self._newest)}
+        numbers = {name: number for number, name in enumerate(self._masters)}
         by_number: dict[int, Tensors] = {}
         for key, value in state.items():
             kind, _, name = key.partition(".")
@@ -183,11 +202,19 @@ class StageWeights:
             copy = memory[name].copy_(parameter.data) if memory else parameter.data.clone()
             parameter.data = copy
 
+    def _round_masters(self) -> None:
+        """Into the weights that serve, where these are not the masters themselves."""
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                if (newest := self._newest[name]) is not master:
+                    newest.copy_(master)
+
     def _gather(self, gradients: Tensors) -> None:
         """Add to those of the batch whose backwards run now."""
         for name, gradient in gradients.items():
             held = self._gathered.get(name)
-            self._gathered[name] = gradient if held is None else held.add_(gradient)
+            summed = gradient.to(self._masters[name].dtype) if held is None else held.add_(gradient)
+            self._gathered[name] = summed
 
     def _retire(self) -> None:
         """Let go of versions that no microbatch in flight needs; keep the memory of those that own it."""

@@ -8,7 +8,7 @@ while the layers are renumbered only after it (so that names in the checkpoint a
 import copy
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,14 @@ def model_partition(config: Any, num_stages: int) -> tuple[LayerRange, ...]:
     )
 
 
-def stage_state_dict(stage: Stage) -> dict[str, Tensor]:
+def in_published_names(stage: Stage, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stage's tensors as the checkpoint names and shapes them, ready for a shard of the whole model.
 
-    Shards of all stages with an index (`shared.model.index`) are what `from_pretrained` reads as a whole.
-    The tied copy on the last stage is left out. The tensors share memory with the stage.
+    `tensors`: by the names of `Stage.named_tensors`. Shards of all stages with an index
+    (`shared.model.index`) are what `from_pretrained` reads as a whole. The tied copy on the last stage is
+    left out. The results share memory with `tensors`.
     """
-    names: dict[str, Tensor] = {name: tensor.detach() for name, tensor in stage.named_tensors().items()}
+    names = {name: tensor.detach() for name, tensor in tensors.items()}
     if stage.tied_embedding_name is not None and not stage.layers.is_first:
         del names[stage.tied_embedding_name]
     reverted: dict[str, Tensor] = revert_weight_conversion(stage.model, names)

@@ -96,3 +96,15 @@ async def test_greedy_tokens_and_logprobs_equal_transformers(
     assert_answers(mixed, family.expected)
     for answer in mixed:
         assert answer.versions[-1] > answer.versions[0], "no step came between two tokens"
+
+
+async def test_bfloat16_answers_are_those_of_transformers_in_bfloat16(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = save_tiny_model("llama", folder).to(torch.bfloat16)
+    prompt = prompts()[3]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([prompt])).logits[0].float(), dim=-1)
+    expected = [logprobs[place, token].item() for place, token in enumerate(prompt[1:])]
+    async with running_node(folder, 2, tmp_path, dtype="bfloat16", **SMALL_ITERATIONS) as node:
+        answer = await node.complete(prompt, max_tokens=2, num_logprobs=0, prompt_logprobs=True)
+    assert [token.logprob for token in answer.prompt] == pytest.approx(expected, abs=0.5)

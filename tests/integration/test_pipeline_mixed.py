@@ -394,12 +394,22 @@ async def test_a_batch_that_raises_fails_alone(folder: Path, tmp_path: Path) -> 
     assert answer.token_ids == expected.token_ids
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
-async def test_a_restored_node_goes_on_as_if_nothing_had_been(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama_tied", {}),
+        ("llama_tied", {"dtype": "bfloat16", "activation_checkpointing": True}),
+        ("llama", {"optimizer": "nadamw"}),
+    ],
+)
+async def test_a_restored_node_goes_on_as_if_nothing_had_been(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     save_tiny_model(family, model)
     batches = random_batches(4, 2)
-    async with running_node(model, 2, tmp_path, **ADAMW) as node:
+    async with running_node(model, 2, tmp_path, **ADAMW | settings) as node:
         node.learning_rate = 0.05
         await node.restore()
         for number in (0, 1):

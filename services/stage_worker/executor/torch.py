@@ -34,7 +34,7 @@ from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk
 from shared.messages.training import Microbatch, StepOrder
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
-from shared.model.loader import load_stage, model_partition, read_config, stage_state_dict
+from shared.model.loader import in_published_names, load_stage, model_partition, read_config
 from shared.model.stage import Stage
 from shared.model_files import CONFIG_FILES, WEIGHT_FILES, resolve
 from shared.tensors.links import IncomingLinks, OutgoingLink
@@ -74,6 +74,7 @@ class TorchExecutor:
         self._settings = settings
         self._instance = instance
         self._device = torch.device(settings.device)
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._incoming = IncomingLinks(self._device)
         self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
@@ -149,9 +150,10 @@ class TorchExecutor:
             self._optimizer(),
             version=durable.manifest.version if durable else 0,
             stashing=settings.stashing,
+            dtype=self._dtype,
         )
         if durable:
-            weights.load(stage.named_tensors(), _optimizer_state(folder, stage), version=weights.version)
+            weights.load(weights.master_tensors(), _optimizer_state(folder, stage), version=weights.version)
         cache = self._cache(stage)
         microbatches = MicrobatchRunner(
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
@@ -188,6 +190,7 @@ class TorchExecutor:
             self._settings.kv_block_size,
             num_kv_heads,
             head_dim,
+            dtype=self._dtype,
             device=self._settings.device,
         )
 
@@ -195,9 +198,8 @@ class TorchExecutor:
         """Packing weights, allocator and kernels are paid for before the first request."""
         for start, num_tokens in ((0, 2), (2, 1)):
             rows = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
-            inputs = (
-                rows if stage.layers.is_first else rows.unsqueeze(1).expand(-1, stage.hidden_size).float()
-            )
+            hidden = rows.unsqueeze(1).expand(-1, stage.hidden_size).to(self._dtype)
+            inputs = rows if stage.layers.is_first else hidden
             with torch.no_grad():
                 stage.forward(inputs, rows + start, PagedAttention(cache, [(start, num_tokens, (0,))]))
 
@@ -313,4 +315,5 @@ class TorchExecutor:
 
     def _snapshot(self) -> files.Snapshot:
         loaded = self._loaded
-        return files.take_snapshot(stage_state_dict(loaded.stage), loaded.weights.optimizer_state())
+        published = in_published_names(loaded.stage, loaded.weights.master_tensors())
+        return files.take_snapshot(published, loaded.weights.optimizer_state())

@@ -19,7 +19,7 @@ from transformers import (
 from shared.errors import ConfigurationError, UnsupportedModelError
 from shared.model.attention import PackedSegments
 from shared.model.index import write_index
-from shared.model.loader import load_stage, model_partition, read_config, stage_state_dict
+from shared.model.loader import in_published_names, load_stage, model_partition, read_config
 from shared.model.partition import partition
 
 ROUND_TRIP = ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gpt-neox", "mixtral"]
@@ -29,7 +29,8 @@ def save_shards(folder: Path, num_stages: int, into: Path) -> None:
     """Write one shard a stage and the index, as a checkpoint does."""
     shards, size_bytes = {}, 0
     for layers in partition(5, num_stages):
-        tensors = stage_state_dict(load_stage(folder, layers))
+        stage = load_stage(folder, layers)
+        tensors = in_published_names(stage, stage.named_tensors())
         name = f"stage-{layers.stage}.safetensors"
         save_file(tensors, into / name, metadata={"format": "pt"})
         shards.update(dict.fromkeys(tensors, name))
