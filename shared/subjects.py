@@ -31,7 +31,14 @@ from shared.messages.training import (
     TiedGradient,
     TrainingTask,
 )
-from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.messages.weights import (
+    RestoreWeights,
+    RollBackWeights,
+    RolledBack,
+    SaveWeights,
+    VersionList,
+    VersionsRequest,
+)
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -122,6 +129,12 @@ RESTORE = RequestTopic(
 )
 SAVE = RequestTopic(
     "lemix.node.{node}.stage.{stage}.save", SaveWeights, Done, "trainer -> stage: write a shard"
+)
+VERSIONS = RequestTopic(
+    "lemix.weights.list", VersionsRequest, VersionList, "anyone -> trainer: which durable versions are there"
+)
+ROLLBACK = RequestTopic(
+    "lemix.weights.rollback", RollBackWeights, RolledBack, "anyone -> trainer: go back to an older version"
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 

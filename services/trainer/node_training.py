@@ -1,8 +1,9 @@
 """One node as the trainer drives it: events in, actions out. Reads no clock and sends nothing.
 
 closed --all stages ready--> restoring --all hold the checkpoint--> open
-  ^                              |                                   |
-  '------ a stage restarts, falls silent or fails: its batches are given back ------'
+  ^  ^                           |                                   |
+  |  '--- a stage restarts, falls silent or fails: its batches are given back ----'
+  '--- after a rollback, during which the node stays closed
 """
 
 from collections.abc import Iterator, Mapping
@@ -132,6 +133,16 @@ class Closed:
     """The batch that found no memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Make an older durable checkpoint the node's newest, and discard what later ones contain; answer with
+    `rolled_back`."""
+
+    version: int
+    unfinished: tuple[str, ...]
+    """Batches that were placed here and not applied, in order: they must be run again."""
+
+
 Action = (
     Feed
     | Step
@@ -143,6 +154,7 @@ Action = (
     | WriteCheckpoint
     | SaveAbandoned
     | Closed
+    | RollBack
 )
 
 
@@ -168,6 +180,8 @@ class NodeTraining:
         self._save: Save | None = None
         self._closing: Closed | None = None
         """Set while the node must close and a manifest is still being written."""
+        self._rollback_to: int | None = None
+        """Set from the order to roll back until it is done."""
         self._save_from_version = 0
         """After a failed checkpoint, the next occasion."""
         self._idle_since_s: float | None = None
@@ -182,6 +196,10 @@ class NodeTraining:
     def is_halted(self) -> bool:
         """Whether training here has stopped for good: nothing enters any more."""
         return self._num_skips >= self._rules.max_skips
+
+    @property
+    def is_rolling_back(self) -> bool:
+        return self._rollback_to is not None
 
     @property
     def num_stages(self) -> int:
@@ -269,6 +287,24 @@ class NodeTraining:
         if self._closing is not None:
             return actions + self._finish_closing(self._closing) + self._restore_if_complete()
         return actions + self._advance(now_s)
+
+    def roll_back(self, version: int) -> list[Action]:
+        """The node must go back to an older durable checkpoint, for good."""
+        assert self._rollback_to is None and version <= self.durable_version
+        self._rollback_to = version
+        if self.phase == "closed" and self._closing is None:
+            return [RollBack(version, ())]
+        return self._close(f"it goes back to version {version}")
+
+    def rolled_back(self, failure: str) -> list[Action]:
+        """The older checkpoint is the newest now; or nothing has changed, and `failure` says why."""
+        assert self._rollback_to is not None
+        version, self._rollback_to = self._rollback_to, None
+        if failure:
+            return [Closed(f"no rollback: {failure}", ()), *self._restore_if_complete()]
+        self.version = self.durable_version = version
+        self._num_skips = 0
+        return self._restore_if_complete()
 
     def _backward_done(self, stage: int, event: BackwardDone) -> None:
         self._pipeline = self._pipeline.backward_done(stage, event.batch_id, event.index)
@@ -408,10 +444,13 @@ class NodeTraining:
         self._losses.clear()
         self.version = self.durable_version
         self._save_from_version = 0
+        if self._rollback_to is not None:
+            return [*abandoned, RollBack(self._rollback_to, closed.unfinished)]
         return [*abandoned, closed]
 
     def _restore_if_complete(self) -> list[Action]:
-        if self.phase != "closed" or self._closing is not None or not self._members.are_complete:
+        is_busy = self._closing is not None or self._rollback_to is not None
+        if self.phase != "closed" or is_busy or not self._members.are_complete:
             return []
         self.phase = "restoring"
         self.epoch = next(self._epochs)

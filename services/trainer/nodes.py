@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Mapping
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook
@@ -75,6 +76,10 @@ class Nodes:
         report = incoming.message
         if node := self._nodes.get(report.node):
             self._actions.run(node, node.report(report, self._clock.now_s()))
+
+    def known(self) -> Mapping[int, NodeTraining]:
+        """By number."""
+        return self._nodes
 
     def place(self, number: int, shape: Shape) -> bool:
         """Give a batch to a node; False when the node is gone."""
