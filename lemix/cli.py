@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 train = typer.Typer(help="Training batches.", no_args_is_help=True)
 app.add_typer(train, name="train")
+weights = typer.Typer(help="Versions of the weights.", no_args_is_help=True)
+app.add_typer(weights, name="weights")
 
 Nodes = Annotated[int, typer.Option(min=1, help="Replicas of the model.")]
 Stages = Annotated[int, typer.Option(min=1, help="Pipeline stages of each node.")]
@@ -62,6 +64,12 @@ NatsUrl = Annotated[
     ),
 ]
 RunsDir = Annotated[Path, typer.Option(help="Where the files of runs lie.")]
+RunName = Annotated[
+    str | None,
+    typer.Option("--name", help="A run's name.", show_default="the run that is running, or default"),
+]
+Version = Annotated[int, typer.Argument(min=0, help="As `lemix weights list` shows it.")]
+Node = Annotated[int | None, typer.Option(min=0, help="Of this node only.", show_default="all nodes")]
 
 
 def main() -> None:
@@ -334,6 +342,40 @@ def status(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs")) -> None:
     from lemix.status import run_status
 
     run_command(run_status(nats_url, runs_dir, Console()))
+
+
+@weights.command(name="list")
+def list_versions(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs"), name: RunName = None) -> None:
+    """Show the durable versions of each node, and which one is served."""
+    from lemix.running import run_command
+    from lemix.weights_command import run_list
+
+    run_command(run_list(nats_url, runs_dir, name, Console()))
+
+
+@weights.command()
+def rollback(
+    version: Version, node: Node = None, nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs")
+) -> None:
+    """Go back to an older version, live; the batches that only newer ones contain are discarded."""
+    from lemix.running import run_command
+    from lemix.weights_command import run_rollback
+
+    run_command(run_rollback(version, node, nats_url, runs_dir, Console()))
+
+
+@weights.command()
+def export(
+    version: Version,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    node: Node = None,
+    runs_dir: RunsDir = Path("runs"),
+    name: RunName = None,
+) -> None:
+    """Write a version as a folder that `transformers` loads."""
+    from lemix.weights_command import run_export
+
+    run_export(version, folder, node, runs_dir, name, Console())
 
 
 def _say_error(message: str) -> None:

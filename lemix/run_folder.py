@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -84,8 +85,20 @@ def clear(path: Path) -> None:
 
 def newest_running(runs_dir: Path) -> ClusterFile | None:
     """The cluster that was started last among those still running."""
+    return next((cluster for _, cluster in _running(runs_dir)), None)
+
+
+def newest_running_folder(runs_dir: Path) -> Path | None:
+    """The folder of that cluster's run."""
+    return next((folder for folder, _ in _running(runs_dir)), None)
+
+
+def _running(runs_dir: Path) -> Iterator[tuple[Path, ClusterFile]]:
+    """Newest first."""
     files = sorted(runs_dir.glob(f"*/{CLUSTER_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return next((found for file in files if (found := _read_if_running(file)) is not None), None)
+    for file in files:
+        if (found := _read_if_running(file)) is not None:
+            yield file.parent, found
 
 
 def _read_if_running(file: Path) -> ClusterFile | None:

@@ -5,6 +5,8 @@
                                 optimizer-00001-of-00002.safetensors
                                 config.json, tokenizer.json, ...   so that `from_pretrained` reads the folder
                                 lemix.json                         the manifest, written last
+                  rolled-back-step-00000032/                       a version that was gone back from
+                  rollback.json                                    only while that happens
 
 A folder without a readable manifest is no checkpoint: its writer died before it was whole.
 """
@@ -13,6 +15,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +23,11 @@ from pydantic import ValidationError
 
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
+from shared.messages.weights import DurableVersion
 
 MANIFEST_NAME = "lemix.json"
+TRAINING_ONLY = ("optimizer-", "random-")
+"""How the names of files begin that only training needs."""
 
 _NODE = re.compile(r"node-(\d+)")
 _STEP = re.compile(r"step-\d{8,}")
@@ -47,9 +53,13 @@ class Manifest(Message):
     sequences: tuple[int, ...]
     """Sequences above the watermark whose batches these weights contain."""
     rejected: tuple[int, ...]
-    """Sequences above the watermark that no weights will contain: bad batches and duplicates."""
+    """Sequences above the watermark that no weights will contain: bad batches, duplicates, discarded ones."""
     recent_batch_ids: tuple[str, ...]
     """Ids of the newest batches that these weights contain, oldest first."""
+    discarded_batch_ids: tuple[str, ...] = ()
+    """Ids of batches that a rollback has taken out of the weights, oldest first."""
+    held_out_loss: float | None = None
+    """Mean loss per label on held-out examples, in nats; None: not measured."""
     sha256_by_file: dict[str, str]
     created_wall_s: float
     """Unix time."""
@@ -89,12 +99,41 @@ def checkpoints(root: Path, node: int) -> list[Checkpoint]:
 def _step_folders(root: Path, node: int) -> list[Path]:
     """Newest first, whole or not."""
     found = [path for path in node_folder(root, node).glob("step-*") if _STEP.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_version_of, reverse=True)
+
+
+def _version_of(step_folder: Path) -> int:
+    return int(step_folder.name.removeprefix("step-"))
+
+
+def newer_folders(root: Path, node: int, version: int) -> list[Path]:
+    """Folders of checkpoints of `node` above `version`, whole or not, newest first."""
+    return [each for each in _step_folders(root, node) if _version_of(each) > version]
 
 
 def latest(root: Path, node: int) -> Checkpoint | None:
     """The newest whole checkpoint of `node`."""
     return next(iter(checkpoints(root, node)), None)
+
+
+def durable_versions(root: Path, served: Mapping[int, int]) -> list[DurableVersion]:
+    """Every whole checkpoint, by node, newest first; `served` is the version that each node serves now."""
+    return [
+        _described(checkpoint.manifest, served.get(node) if place == 0 else None)
+        for node in nodes(root)
+        for place, checkpoint in enumerate(checkpoints(root, node))
+    ]
+
+
+def _described(manifest: Manifest, served: int | None) -> DurableVersion:
+    return DurableVersion(
+        node=manifest.node,
+        version=manifest.version,
+        created_wall_s=manifest.created_wall_s,
+        newest_batch_id=manifest.recent_batch_ids[-1] if manifest.recent_batch_ids else "",
+        held_out_loss=manifest.held_out_loss,
+        num_ahead=None if served is None else served - manifest.version,
+    )
 
 
 def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
@@ -111,7 +150,7 @@ def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
         raise _damaged(folder, "its manifest cannot be read, or files are missing")
     checkpoint = Checkpoint(manifest, folder)
     check_model(checkpoint, model)
-    _check_digests(checkpoint)
+    check_digests(checkpoint)
     return checkpoint
 
 
@@ -130,7 +169,8 @@ def check_model(checkpoint: Checkpoint, model: str) -> None:
         )
 
 
-def _check_digests(checkpoint: Checkpoint) -> None:
+def check_digests(checkpoint: Checkpoint) -> None:
+    """Raises ConfigurationError when a file is not what the manifest says."""
     for name, sha256 in checkpoint.manifest.sha256_by_file.items():
         if _sha256(checkpoint.folder / name) != sha256:
             raise _damaged(checkpoint.folder, f"{name} is not what its manifest says")

@@ -31,7 +31,16 @@ from shared.messages.training import (
     TiedGradient,
     TrainingTask,
 )
-from shared.messages.weights import MergeWeights, ReduceGradients, RestoreWeights, SaveWeights
+from shared.messages.weights import (
+    MergeWeights,
+    ReduceGradients,
+    RestoreWeights,
+    RollBackWeights,
+    RolledBack,
+    SaveWeights,
+    VersionList,
+    VersionsRequest,
+)
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -130,6 +139,12 @@ REDUCE = Topic(
     "lemix.node.{node}.stage.{stage}.reduce",
     ReduceGradients,
     "trainer -> stage: average the nodes' gradients",
+)
+VERSIONS = RequestTopic(
+    "lemix.weights.list", VersionsRequest, VersionList, "anyone -> trainer: which durable versions are there"
+)
+ROLLBACK = RequestTopic(
+    "lemix.weights.rollback", RollBackWeights, RolledBack, "anyone -> trainer: go back to an older version"
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 

@@ -52,6 +52,10 @@ class PagedKVCache:
         """Store T tokens of one layer at `slots_T` (int64)."""
         self._by_slot[layer].index_copy_(1, slots_T, key_value_XTD)
 
+    def clear(self, layer: int, slots: Tensor) -> None:
+        """Put zeros at `slots` (int64): what an earlier sequence left there may be no number."""
+        self._by_slot[layer].index_fill_(1, slots, 0.0)
+
     def gather(self, layer: int, blocks: Tensor) -> Tensor:
         """A copy of the keys and values of `blocks` (int64, flat) in that order, [X, tokens, D]."""
         return self._by_block[layer].index_select(1, blocks).view(2 * self.num_kv_heads, -1, self.head_dim)
@@ -109,6 +113,7 @@ class PagedAttention:
             slice(end - chunk.num_tokens, end) for chunk, end in zip(self._chunks, ends, strict=True)
         ]
         self._slots_T = self._integers(_slots(self._chunks, cache.block_size))
+        self._tails = self._integers(_tails(self._chunks, cache.block_size))
         self._decode_masks: dict[int | None, Tensor] = {}
         self._chunk_blocks = {
             number: self._integers(chunk.blocks[: ceil(chunk.end / cache.block_size)])
@@ -147,6 +152,8 @@ class PagedAttention:
     ) -> Tensor:
         """The same with keys and values in one tensor, first the heads of the keys; returns [1, T, N, D]."""
         self._cache.write(layer, self._slots_T, key_value_TXD.transpose(0, 1))
+        if len(self._tails):
+            self._cache.clear(layer, self._tails)
         decodes = self._decodes
         if decodes is not None and decodes.num_rows == len(query_TND):
             return self._attend_decodes(decodes, layer, query_TND, scaling, sliding_window).unsqueeze(0)
@@ -196,17 +203,18 @@ class PagedAttention:
             return None
         neighbours = rows[-1] - rows[0] + 1 == len(rows)
         num_blocks = ceil(max(chunk.end for chunk in chunks) / self._cache.block_size)
-        blocks = [
-            block
-            for chunk in chunks
-            for block in (*chunk.blocks[:num_blocks], *[chunk.blocks[0]] * (num_blocks - len(chunk.blocks)))
-        ]
+        blocks = [block for chunk in chunks for block in self._filled_up(chunk, num_blocks)]
         return _Decodes(
             rows=slice(rows[0], rows[-1] + 1) if neighbours else self._integers(rows),
             num_rows=len(rows),
             blocks=self._integers(blocks),
             ends_B111=self._integers([chunk.end for chunk in chunks]).view(-1, 1, 1, 1),
         )
+
+    def _filled_up(self, chunk: Chunk, num_blocks: int) -> list[int]:
+        """The blocks that hold the chunk's context, and no others: a mask does not hide what is no number."""
+        own = chunk.blocks[: ceil(chunk.end / self._cache.block_size)]
+        return [*own, *[chunk.blocks[0]] * (num_blocks - len(own))]
 
     def _decode_mask(self, sliding_window: int | None) -> Tensor:
         """Additive mask [B, 1, 1, L], made once for each window."""
@@ -231,4 +239,17 @@ def _slots(chunks: Sequence[Chunk], block_size: int) -> list[int]:
         chunk.blocks[place // block_size] * block_size + place % block_size
         for chunk in chunks
         for place in range(chunk.start, chunk.end)
+    ]
+
+
+def _tails(chunks: Sequence[Chunk], block_size: int) -> list[int]:
+    """Slots behind the chunks' ends, in blocks that the chunks are the first to write.
+
+    Whole blocks are read, and a mask adds to what it hides: it takes no NaN away.
+    """
+    return [
+        chunk.blocks[place // block_size] * block_size + place % block_size
+        for chunk in chunks
+        if chunk.start <= (chunk.end - 1) // block_size * block_size
+        for place in range(chunk.end, ceil(chunk.end / block_size) * block_size)
     ]

@@ -7,8 +7,9 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
+from services.trainer import rollback_files
 from services.trainer.batches import Ack, BatchBook, Pending
-from services.trainer.checkpoint_files import CheckpointFiles, manifest_of
+from services.trainer.checkpoint_files import CheckpointFiles, lineage_of, manifest_of, rolled_back
 from services.trainer.learning_rate import LearningRate
 from services.trainer.node_training import (
     Action,
@@ -19,6 +20,7 @@ from services.trainer.node_training import (
     NodeTraining,
     RequestSave,
     Restore,
+    RollBack,
     SaveAbandoned,
     Skipped,
     Step,
@@ -30,8 +32,9 @@ from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
 from services.trainer.waiting import ask_all, on_disk
 from shared.bus.base import Bus
+from shared.checkpoints import Checkpoint
 from shared.clock import Clock
-from shared.errors import BusError
+from shared.errors import BusError, RefusedError
 from shared.messages.inference import TaskEnded
 from shared.messages.training import Microbatch, MicrobatchForward, RejectedBatch, StepOrder
 from shared.messages.weights import RestoreWeights, SaveWeights
@@ -45,6 +48,23 @@ MAX_REASON_CHARACTERS = 2000
 REJECT_RETRY_S = 1.0
 
 log = logging.getLogger(__name__)
+
+
+class Rollback:
+    """An order to go back to an older checkpoint, and its answer."""
+
+    def __init__(self, target: Checkpoint) -> None:
+        self.target = target
+        self.num_discarded: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def answer(self, num_discarded: int, failure: str) -> None:
+        """Tell whoever still waits for it."""
+        if self.num_discarded.done():
+            return
+        if failure:
+            self.num_discarded.set_exception(RefusedError(f"nothing was rolled back: {failure}"))
+        else:
+            self.num_discarded.set_result(num_discarded)
 
 
 class ActionRunner:
@@ -80,6 +100,8 @@ class ActionRunner:
         """Identity of the training stream."""
         self._tasks = tasks
         self._pruning = asyncio.Lock()
+        self._rollbacks: dict[int, Rollback] = {}
+        """Ordered and not answered, by node."""
         self.outbox = Outbox(bus)
         self.look: Callable[[], None] = lambda: None
         """What to do after a node has decided something: whoever decides for several nodes looks at them."""
@@ -110,9 +132,21 @@ class ActionRunner:
                     self._tasks.create_task(self._request_save(node, action))
                 case WriteCheckpoint():
                     self._tasks.create_task(self._write_checkpoint(node, action))
+                case RollBack():
+                    self._give_back(action.unfinished)
+                    self._tasks.create_task(self._roll_back(node))
         if actions:
             self.changed.set()
         self.look()
+
+    async def roll_back(self, node: NodeTraining, target: Checkpoint) -> int:
+        """Have the node go back to `target` for good; returns how many batches are discarded.
+
+        Raises RefusedError when the disk refuses: then it is as it was.
+        """
+        rollback = self._rollbacks[node.node] = Rollback(target)
+        self.run(node, node.roll_back(target.manifest.version))
+        return await rollback.num_discarded
 
     def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
         """Tell the batch's publisher, then be done with the message, which the book holds until then."""
@@ -192,6 +226,10 @@ class ActionRunner:
         self._book.wait(batch_id for batch_id in given_back if batch_id != hopeless)
         if hopeless is not None:
             self._drop(hopeless, closed.reason)
+
+    def _give_back(self, unfinished: Sequence[str]) -> None:
+        self.end(self._book.pending[batch_id] for batch_id in unfinished)
+        self._book.wait(unfinished)
 
     def _at_fault(self, closed: Closed) -> str | None:
         """A batch that finds no memory may yet be offloaded; one that was cannot be helped."""
@@ -276,7 +314,27 @@ class ActionRunner:
             self.acknowledge(self._book.make_durable(node.node, action.version))
             self.changed.set()
         self.run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
-        await self._prune(node.node)
+        if not node.is_rolling_back:  # which may need the oldest of them
+            await self._prune(node.node)
+
+    async def _roll_back(self, node: NodeTraining) -> None:
+        rollback = self._rollbacks.pop(node.node)
+        manifest, lineage = rollback.target.manifest, lineage_of(rollback.target.manifest)
+        num_discarded = self._book.ledger.lineage(node.node).version - manifest.version
+        intended = rolled_back(manifest, self._book.ledger.go_back(node.node, lineage))
+        failure = ""
+        try:
+            async with self._pruning:
+                await on_disk(partial(rollback_files.intend, self._files.root, intended))
+                await on_disk(partial(rollback_files.complete, self._files.root, node.node))
+        except OSError as error:
+            failure = str(error)
+        else:
+            self._folders[node.node] = rollback.target.folder
+            self.acknowledge(self._book.go_back(node.node, lineage))
+            log.warning("node %d goes back to version %d", node.node, manifest.version)
+        self.run(node, node.rolled_back(failure))
+        rollback.answer(num_discarded, failure)
 
     async def _prune(self, node: int) -> None:
         """Remove old checkpoints, and then the messages that none of those left would need again."""

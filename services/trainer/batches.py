@@ -8,7 +8,7 @@ from opentelemetry.trace import Span
 
 from services.trainer.intake import id_of
 from services.trainer.microbatches import TrainingBatch
-from services.trainer.versions import Ledger
+from services.trainer.versions import Ledger, Lineage
 from shared.telemetry import Attributes, Telemetry, traceparent_of
 
 MAX_UNFIT = 3
@@ -114,6 +114,12 @@ class BatchBook:
     def join(self, node: int) -> None:
         """The node holds the newest durable weights of any."""
         self.ledger = self.ledger.join(node)
+
+    def go_back(self, node: int, target: Lineage) -> list[Ack]:
+        """The node is at an older durable checkpoint, for good; returns what to acknowledge."""
+        discarded = self.ledger.lineage(node).applied
+        self.ledger = self.ledger.go_back(node, target)
+        return [ack for batch_id in discarded for ack in self.pending.pop(batch_id).acks]
 
     def make_durable(self, node: int, version: int) -> list[Ack]:
         """A durable checkpoint of the node contains `version` steps; returns what to acknowledge."""

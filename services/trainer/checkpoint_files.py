@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from services.trainer import rollback_files
 from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
 from shared.bus.base import StreamState
@@ -46,11 +47,16 @@ class CheckpointFiles:
         self._model_folder = model_folder
         self._keep = keep
 
+    @property
+    def root(self) -> Path:
+        return self._root
+
     def load(self, *, model: str, stream: str) -> dict[int, Checkpoint]:
-        """The newest checkpoint of each node.
+        """The newest checkpoint of each node, once a rollback that was begun is done.
 
         Raises ConfigurationError when one is of another model or another training stream, or damaged.
         """
+        rollback_files.complete_all(self._root)
         nodes = checkpoints.nodes(self._root)
         newest = (checkpoints.newest_of(self._root, node, model=model) for node in nodes)
         found = {checkpoint.manifest.node: checkpoint for checkpoint in newest if checkpoint}
@@ -159,16 +165,21 @@ def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
 def ledger_of(found: Iterable[Checkpoint]) -> Ledger:
     """What the nodes' newest checkpoints say about batches."""
     manifests = [checkpoint.manifest for checkpoint in found]
-    lineages = {
-        manifest.node: Lineage(
-            durable_version=manifest.version,
-            sequences=frozenset(manifest.sequences),
-            recent_ids=dict.fromkeys(manifest.recent_batch_ids),
-        )
-        for manifest in manifests
-    }
-    skipped = {sequence for manifest in manifests for sequence in manifest.rejected}
-    return Ledger.restore(lineages, skipped, max((manifest.watermark for manifest in manifests), default=0))
+    return Ledger.restore(
+        {manifest.node: lineage_of(manifest) for manifest in manifests},
+        skipped={sequence for manifest in manifests for sequence in manifest.rejected},
+        watermark=max((manifest.watermark for manifest in manifests), default=0),
+        discarded_ids=[batch_id for manifest in manifests for batch_id in manifest.discarded_batch_ids],
+    )
+
+
+def lineage_of(manifest: Manifest) -> Lineage:
+    """What a checkpoint's weights contain."""
+    return Lineage(
+        durable_version=manifest.version,
+        sequences=frozenset(manifest.sequences),
+        recent_ids=dict.fromkeys(manifest.recent_batch_ids),
+    )
 
 
 def manifest_of(
@@ -196,6 +207,20 @@ def manifest_of(
         sequences=tuple(sorted(lineage.sequences)),
         rejected=tuple(sorted(durable.skipped)),
         recent_batch_ids=tuple(lineage.recent_ids),
+        discarded_batch_ids=tuple(durable.discarded_ids),
         sha256_by_file={},
         created_wall_s=wall_s,
+    )
+
+
+def rolled_back(manifest: Manifest, ledger: Ledger) -> Manifest:
+    """What the checkpoint of `manifest` will say once the node has gone back to it, and `ledger` with it."""
+    lineage = ledger.lineage(manifest.node)
+    return manifest.model_copy(
+        update={
+            "watermark": ledger.watermark,
+            "sequences": tuple(sorted(lineage.sequences)),
+            "rejected": tuple(sorted(ledger.skipped)),
+            "discarded_batch_ids": tuple(ledger.discarded_ids),
+        }
     )

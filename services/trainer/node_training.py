@@ -1,8 +1,9 @@
 """One node as the trainer drives it: events in, actions out. Reads no clock and sends nothing.
 
 closed --all stages ready--> restoring --all hold the checkpoint--> open
-  ^                              |                                   |
-  '------ a stage restarts, falls silent or fails: its batches are given back ------'
+  ^  ^                           |                                   |
+  |  '--- a stage restarts, falls silent or fails: its batches are given back ----'
+  '--- after a rollback, during which the node stays closed
 """
 
 from collections.abc import Iterator, Mapping
@@ -141,6 +142,16 @@ class Closed:
     """The batch that found no memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Make an older durable checkpoint the node's newest, and discard what later ones contain; answer with
+    `rolled_back`."""
+
+    version: int
+    unfinished: tuple[str, ...]
+    """Batches that were placed here and not applied, in order: they must be run again."""
+
+
 Action = (
     Feed
     | Step
@@ -152,6 +163,7 @@ Action = (
     | WriteCheckpoint
     | SaveAbandoned
     | Closed
+    | RollBack
 )
 
 
@@ -177,6 +189,8 @@ class NodeTraining:
         self._save: Save | None = None
         self._closing: Closed | None = None
         """Set while the node must close and a manifest is still being written."""
+        self._rollback_to: int | None = None
+        """Set from the order to roll back until it is done."""
         self._save_from_version = 0
         """After a failed checkpoint, the next occasion."""
         self._idle_since_s: float | None = None
@@ -223,7 +237,8 @@ class NodeTraining:
 
     @property
     def _can_restore(self) -> bool:
-        return self.phase == "closed" and not self.is_closing and self._members.are_complete
+        is_busy = self.is_closing or self.is_rolling_back
+        return self.phase == "closed" and not is_busy and self._members.are_complete
 
     @property
     def complete(self) -> OpenBatch | None:
@@ -244,6 +259,10 @@ class NodeTraining:
     def is_idle(self) -> bool:
         """Open, and no batch is here."""
         return self.phase == "open" and self._pipeline.is_empty
+
+    @property
+    def is_rolling_back(self) -> bool:
+        return self._rollback_to is not None
 
     @property
     def num_stages(self) -> int:
@@ -383,6 +402,24 @@ class NodeTraining:
     def order_step(self, version: int, now_s: float, *, rate_of: str) -> list[Action]:
         """Every node has the averaged gradients: all step to `version`, or skip."""
         return self._order(version, now_s, rate_of=rate_of)
+
+    def roll_back(self, version: int) -> list[Action]:
+        """The node must go back to an older durable checkpoint, for good."""
+        assert self._rollback_to is None and version <= self.durable_version
+        self._rollback_to = version
+        if self.phase == "closed" and self._closing is None:
+            return [RollBack(version, ())]
+        return self._close(f"it goes back to version {version}")
+
+    def rolled_back(self, failure: str) -> list[Action]:
+        """The older checkpoint is the newest now; or nothing has changed, and `failure` says why."""
+        assert self._rollback_to is not None
+        version, self._rollback_to = self._rollback_to, None
+        if failure:
+            return [Closed(f"no rollback: {failure}", ()), *self._restore_if_complete()]
+        self.version = self.durable_version = version
+        self._num_skips = 0
+        return self._restore_if_complete()
 
     def _backward_done(self, stage: int, event: BackwardDone) -> None:
         self._pipeline = self._pipeline.backward_done(stage, event.batch_id, event.index)
@@ -539,6 +576,8 @@ class NodeTraining:
         self._losses.clear()
         self.version = self.durable_version
         self._save_from_version = 0
+        if self._rollback_to is not None:
+            return [*abandoned, RollBack(self._rollback_to, closed.unfinished)]
         return [*abandoned, closed]
 
     def _restore_if_complete(self) -> list[Action]:

@@ -6,7 +6,8 @@
     nodes             listens to stages
       node_training     per node: what to feed, save and restore (members, schedules, saves)
       merging           for all nodes: when their weights become one (merges, reductions, replicas)
-    actions           carries out what nodes decide (outbox, checkpoint_files)
+    actions           carries out what nodes decide (outbox, checkpoint_files, rollback_files)
+    weights_requests  people ask for versions, or to go back to one
 
 This file puts them together.
 """
@@ -32,11 +33,12 @@ from services.trainer.settings import TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
 from services.trainer.versions import Ledger
 from services.trainer.waiting import on_disk
+from services.trainer.weights_requests import WeightsRequests
 from shared.bus.base import Bus, StreamState
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.model_files import resolve
-from shared.subjects import HEARTBEAT, REPORT
+from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, VERSIONS
 from shared.telemetry import Telemetry
 
 
@@ -116,8 +118,13 @@ class Trainer:
             tasks.create_task(actions.outbox.run())
             tasks.create_task(nodes.tick())
             tasks.create_task(batches.place())
-            heartbeats = await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat)
-            reports = await self._bus.subscribe(REPORT.at(), nodes.on_report)
+            requests = WeightsRequests(root=self._files.root, nodes=nodes, actions=actions)
+            subscriptions = [
+                await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat),
+                await self._bus.subscribe(REPORT.at(), nodes.on_report),
+                await self._bus.respond(VERSIONS.at(), requests.list_versions),
+                await self._bus.respond(ROLLBACK.at(), requests.roll_back),
+            ]
             try:
                 await batches.read(
                     await self._bus.read_stream(
@@ -125,8 +132,8 @@ class Trainer:
                     )
                 )
             finally:
-                await heartbeats.unsubscribe()
-                await reports.unsubscribe()
+                for subscription in subscriptions:
+                    await subscription.unsubscribe()
 
     def _first_ledger(self, found: dict[int, Checkpoint], stream: StreamState) -> Ledger:
         if not found and self._settings.train_from == "next":

@@ -3,7 +3,8 @@
 A batch is accepted from the stream (pending), applied on one node, and made durable by that node's
 next checkpoint; until then a crash takes it off the node again, and it is still pending. A stream
 sequence is done when a durable checkpoint of some node contains its batch, or when it was skipped
-(refused, or a duplicate). Reading goes on after the watermark: every sequence up to it is done.
+(refused, a duplicate, or taken out of the weights by a rollback). Reading goes on after the watermark:
+every sequence up to it is done.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,16 +52,25 @@ class Ledger:
     """Sequences of batches in no durable checkpoint, by id, in the order of acceptance."""
     skipped: frozenset[int] = frozenset()
     """Sequences above the watermark that no weights will contain."""
+    discarded_ids: Mapping[str, None] = field(default_factory=dict)
+    """Of batches that a rollback has taken out of the weights, oldest first: a set that keeps its order."""
     lineages: Mapping[int, Lineage] = field(default_factory=dict)
     """By node."""
 
     @classmethod
-    def restore(cls, lineages: Mapping[int, Lineage], skipped: Iterable[int], watermark: int) -> Self:
+    def restore(
+        cls,
+        lineages: Mapping[int, Lineage],
+        skipped: Iterable[int],
+        watermark: int,
+        discarded_ids: Iterable[str] = (),
+    ) -> Self:
         """What durable checkpoints say; `watermark` is the highest of theirs, and thus true for all."""
         done = frozenset(skipped).union(*(lineage.sequences for lineage in lineages.values()))
         while watermark + 1 in done:
             watermark += 1
-        return cls(watermark, {}, frozenset(skipped), dict(lineages))._pruned()
+        discarded = dict.fromkeys(discarded_ids)
+        return cls(watermark, {}, frozenset(skipped), discarded, dict(lineages))._pruned()
 
     @property
     def watermark(self) -> int:
@@ -76,8 +86,12 @@ class Ledger:
         return sequence in self.skipped or any(sequence in each.sequences for each in self.lineages.values())
 
     def knows(self, batch_id: str) -> bool:
-        """Whether a batch of this id is pending or durable: another one is a duplicate."""
-        return batch_id in self.pending or any(batch_id in each.recent_ids for each in self.lineages.values())
+        """Whether a batch of this id is pending, durable or discarded: another one is a duplicate."""
+        return (
+            batch_id in self.pending
+            or batch_id in self.discarded_ids
+            or any(batch_id in each.recent_ids for each in self.lineages.values())
+        )
 
     def accept(self, sequence: int, batch_id: str) -> Self:
         """Take in a new batch."""
@@ -153,6 +167,23 @@ class Ledger:
             recent_ids=dict.fromkeys(ids),
             applied=lineage.applied[len(saved) :],
         )
+
+    def go_back(self, node: int, target: Lineage) -> Self:
+        """The node goes back to an older durable checkpoint, for good.
+
+        What it had applied since is discarded: done with, and in no weights.
+        """
+        lineage = self.lineage(node)
+        kept = lineage.sequences & target.sequences
+        applied = {self.pending[batch_id] for batch_id in lineage.applied}
+        ids = [each for each in (*lineage.recent_ids, *lineage.applied) if each not in target.recent_ids]
+        older = Lineage(target.durable_version, kept, target.recent_ids)
+        return replace(
+            self._with(node, older),
+            pending={batch_id: each for batch_id, each in self.pending.items() if each not in applied},
+            skipped=self.skipped | (lineage.sequences - kept) | applied,
+            discarded_ids=dict.fromkeys([*self.discarded_ids, *ids][-MAX_RECENT_IDS:]),
+        )._pruned()
 
     def _with(self, node: int, lineage: Lineage) -> Self:
         return replace(self, lineages={**self.lineages, node: lineage})

@@ -1,4 +1,4 @@
-"""Messages about a node's weights: restore them, save them, merge them with those of other nodes."""
+"""Messages about weights: stages restore, save and merge them, people ask which there are and go back."""
 
 from pydantic import Field
 
@@ -72,3 +72,48 @@ class ReduceGradients(Message):
     batch_id: str
     """This node's; empty where it has none and adds nothing (its share is 0)."""
     group: MergeGroup
+
+
+class VersionsRequest(Message):
+    """Ask for the durable versions of all nodes."""
+
+
+class DurableVersion(Message):
+    """A durable checkpoint, as people see it."""
+
+    node: int
+    version: int
+    """Optimizer steps, and thus batches, that its weights contain."""
+    created_wall_s: float
+    """Unix time."""
+    newest_batch_id: str
+    """The last of its batches; empty when it has none that it knows the id of."""
+    held_out_loss: float | None
+    """Mean loss per label on held-out examples, in nats; None: not measured."""
+    num_ahead: int | None
+    """The node serves this version and so many batches more; None: it serves another one, or nothing."""
+
+
+class VersionList(Message):
+    """Every durable version. By node, newest first."""
+
+    versions: tuple[DurableVersion, ...]
+
+
+class RollBackWeights(Message):
+    """Go back to an older durable version, for good. anyone -> trainer.
+
+    Refused with 404 when there is no such version, with 409 when a node is going back already.
+    """
+
+    version: int
+    node: int | None = None
+    """None: all nodes that run."""
+
+
+class RolledBack(Message):
+    """The nodes are at the version that was asked for, or will be once their stages have loaded it."""
+
+    nodes: tuple[int, ...]
+    num_discarded: int
+    """Batches that were in the weights of these nodes; they are done with, and in no weights any more."""

@@ -194,6 +194,12 @@ class Cluster:
                 found += per_stage[0]
         return found
 
+    def discarded(self) -> set[str]:
+        """Batches that the newest checkpoints say were gone back from."""
+        root = self.folder / "checkpoints"
+        found = (checkpoints.latest(root, node.node) for node in self.nodes)
+        return {batch_id for each in found if each for batch_id in each.manifest.discarded_batch_ids}
+
     def rejected(self) -> list[RejectedBatch]:
         stream = self.broker.streams.get("LEMIX_REJECTED")
         return [RejectedBatch.model_validate_json(body) for body, _ in stream.messages] if stream else []
@@ -203,7 +209,8 @@ class Cluster:
 
     def _on_ack(self, sequence: int) -> None:
         refused = {each.sequence for each in self.rejected()}
-        assert sequence in refused or self._id_by_sequence[sequence] in self.durable()
+        batch_id = self._id_by_sequence[sequence]
+        assert sequence in refused or batch_id in self.durable() or batch_id in self.discarded()
         self.acked.append(sequence)
         self.news.tell()
 

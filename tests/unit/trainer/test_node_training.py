@@ -17,6 +17,7 @@ from services.trainer.node_training import (
     NodeTraining,
     RequestSave,
     Restore,
+    RollBack,
     Rules,
     SaveAbandoned,
     Skipped,
@@ -404,3 +405,69 @@ def test_an_answer_to_a_save_of_an_earlier_life_is_ignored() -> None:
 
     assert driver.node.save_answered(1, 1, {0: "gone"}, 0.0) == []
     assert driver.answer(1) == [Step("b", 2)]
+
+
+def test_a_node_that_goes_back_stays_closed_until_it_is_there() -> None:
+    driver = Driver(durable_version=8).open()
+    driver.apply("a", 9)
+    driver.place("b")
+
+    assert driver.node.roll_back(4) == [RollBack(4, ("b",))]
+    assert driver.tick(1.0) == []
+    assert not driver.node.is_known
+
+    assert driver.node.rolled_back("") == [Restore(2, 2)]
+    assert (driver.node.version, driver.node.durable_version) == (4, 4)
+    driver.node.restored(2, "", driver.now_s)
+    assert driver.learn("c")[-1] == Step("c", 5)
+
+
+def test_a_rollback_waits_for_the_manifest_that_is_being_written() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.learn("a")
+    driver.answer(1)
+    for stage in (0, 1):
+        driver.saved(stage, 1)
+    assert driver.step("a", 1)[-1] == WriteCheckpoint(1, 2, driver.node._save.shards)
+
+    assert driver.node.roll_back(0) == []
+    assert driver.written(1) == [RollBack(0, ())]
+    assert driver.node.rolled_back("") == [Restore(2, 2)]
+    assert driver.node.durable_version == 0
+
+
+def test_a_node_whose_stages_are_gone_goes_back_too() -> None:
+    driver = Driver(durable_version=8).open()
+    driver.node.tick(60.0)
+    assert driver.node.phase == "closed"
+
+    assert driver.node.roll_back(4) == [RollBack(4, ())]
+    assert driver.node.rolled_back("") == []
+    driver.beat(0)
+    assert driver.beat(1) == [Restore(2, 2)]
+
+
+def test_a_rollback_that_the_disk_refuses_gives_back_what_was_applied() -> None:
+    driver = Driver(durable_version=8).open()
+    driver.apply("a", 9)
+    driver.node.roll_back(4)
+
+    assert driver.node.rolled_back("no space left") == [
+        Closed("no rollback: no space left", ()),
+        Restore(2, 2),
+    ]
+    assert driver.node.version == 8
+
+
+def test_a_halted_node_trains_again_after_a_rollback() -> None:
+    driver = Driver(durable_version=8, max_skips=1).open()
+    driver.place("a")
+    driver.through_stage_0("a")
+    driver.gather("a", nan, 1.0)
+    driver.step("a", 8)
+    assert driver.node.is_halted
+
+    driver.node.roll_back(4)
+    driver.node.rolled_back("")
+
+    assert driver.node.is_known

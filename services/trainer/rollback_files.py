@@ -1,0 +1,76 @@
+"""The files of a rollback: an older checkpoint becomes the node's newest, wherever the trainer dies.
+
+    1. intend     rollback.json: the older checkpoint's manifest as it will be, which says what is discarded
+    2. complete   newer checkpoints are renamed aside, then rollback.json takes the old manifest's place
+
+What was intended is completed at the next start. All functions block on the disk.
+"""
+
+import itertools
+from pathlib import Path
+
+from shared import checkpoints
+from shared.checkpoints import Manifest
+from shared.errors import ConfigurationError
+
+ASIDE = "rolled-back-"
+_INTENT = "rollback.json"
+
+
+def intend(root: Path, manifest: Manifest) -> None:
+    """Decide the rollback to the checkpoint of `manifest`, which it will then have.
+
+    Raises OSError when the disk refuses, or the checkpoint is gone; then nothing is decided.
+    """
+    node_folder = checkpoints.node_folder(root, manifest.node)
+    if checkpoints.read(target := node_folder / checkpoints.checkpoint_name(manifest.version)) is None:
+        raise FileNotFoundError(f"{target} was removed meanwhile")
+    intent = node_folder / _INTENT
+    new = intent.with_suffix(".new")
+    try:
+        new.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        checkpoints.sync(new)
+        new.replace(intent)
+        checkpoints.sync(node_folder)
+    except OSError:
+        new.unlink(missing_ok=True)
+        intent.unlink(missing_ok=True)
+        raise
+
+
+def complete(root: Path, node: int) -> None:
+    """Do what was intended for the node and is not done, if anything was.
+
+    Raises ConfigurationError when the intention cannot be read, or the disk refuses.
+    """
+    intent = checkpoints.node_folder(root, node) / _INTENT
+    if not intent.exists():
+        return
+    try:
+        _complete(root, Manifest.model_validate_json(intent.read_bytes()), intent)
+    except (OSError, ValueError) as error:
+        reason = f"the rollback in {intent} is decided and cannot be done: {error}"
+        raise ConfigurationError(f"{reason}; it is tried again at the next start") from error
+
+
+def _complete(root: Path, manifest: Manifest, intent: Path) -> None:
+    target = intent.with_name(checkpoints.checkpoint_name(manifest.version))
+    for newer in checkpoints.newer_folders(root, manifest.node, manifest.version):
+        newer.rename(_free_name(newer))
+    checkpoints.sync(intent.parent)
+    intent.replace(target / checkpoints.MANIFEST_NAME)
+    checkpoints.sync(target)
+    checkpoints.sync(intent.parent)
+
+
+def complete_all(root: Path) -> None:
+    """Complete what an earlier trainer has intended. Raises as `complete`."""
+    for node in checkpoints.nodes(root):
+        complete(root, node)
+
+
+def _free_name(folder: Path) -> Path:
+    """Version numbers come again after a rollback, and so may these names."""
+    name = folder.with_name(f"{ASIDE}{folder.name}")
+    others = (name.with_name(f"{name.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], others) if not free.exists())

@@ -1,0 +1,57 @@
+"""Answers people's requests about weights: which durable versions there are, and to go back to one."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+
+from services.trainer.actions import ActionRunner
+from services.trainer.nodes import Nodes
+from services.trainer.waiting import on_disk
+from shared import checkpoints
+from shared.bus.base import Incoming
+from shared.checkpoints import Checkpoint
+from shared.errors import RefusedError
+from shared.messages.weights import RollBackWeights, RolledBack, VersionList, VersionsRequest
+
+
+class WeightsRequests:
+    """Requests run side by side; that one node goes back once at a time is checked without a wait."""
+
+    def __init__(self, *, root: Path, nodes: Nodes, actions: ActionRunner) -> None:
+        """`root`: the folder of all checkpoints."""
+        self._root = root
+        self._nodes = nodes
+        self._actions = actions
+
+    async def list_versions(self, incoming: Incoming[VersionsRequest]) -> VersionList:
+        served = {number: node.version for number, node in self._nodes.by_number.items()}
+        versions = await on_disk(partial(checkpoints.durable_versions, self._root, served))
+        return VersionList(versions=tuple(versions))
+
+    async def roll_back(self, incoming: Incoming[RollBackWeights]) -> RolledBack:
+        """Raises RefusedError when a node is not there, has no such version, or is going back already."""
+        asked, known = incoming.message, self._nodes.by_number
+        numbers = sorted(known) if asked.node is None else [asked.node]
+        if not numbers or any(number not in known for number in numbers):
+            what = "no node is" if asked.node is None else f"node {asked.node} is not"
+            raise RefusedError(f"{what} running; those that are: {sorted(known)}", code=404)
+        targets = await on_disk(lambda: [_find(self._root, number, asked.version) for number in numbers])
+        if busy := [number for number in numbers if known[number].is_rolling_back]:
+            raise RefusedError(f"nodes {busy} are going back already", code=409)
+        discarded = await asyncio.gather(
+            *(
+                self._actions.roll_back(known[number], target)
+                for number, target in zip(numbers, targets, strict=True)
+            )
+        )
+        return RolledBack(nodes=tuple(numbers), num_discarded=sum(discarded))
+
+
+def _find(root: Path, node: int, version: int) -> Checkpoint:
+    """Raises RefusedError, naming the versions that there are."""
+    found = checkpoints.checkpoints(root, node)
+    for checkpoint in found:
+        if checkpoint.manifest.version == version:
+            return checkpoint
+    there = ", ".join(str(each.manifest.version) for each in found) or "none"
+    raise RefusedError(f"node {node} has no durable version {version}; there are: {there}", code=404)

@@ -1,0 +1,161 @@
+"""Going back to an older durable version while the trainer runs, on the memory bus with scripted nodes."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.trainer import rollback_files
+from shared.errors import RefusedError
+from shared.messages.weights import DurableVersion, RollBackWeights, RolledBack, VersionsRequest
+from shared.subjects import ROLLBACK, VERSIONS
+from tests.integration.test_trainer_service import DEADLINE_S, Cluster, Killed, stop
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+async def roll_back(cluster: Cluster, version: int, node: int | None = None) -> RolledBack:
+    message = RollBackWeights(version=version, node=node)
+    return await cluster.bus.request(ROLLBACK.at(), message, timeout_s=DEADLINE_S)
+
+
+async def listed(cluster: Cluster) -> tuple[DurableVersion, ...]:
+    return (await cluster.bus.request(VERSIONS.at(), VersionsRequest(), timeout_s=DEADLINE_S)).versions
+
+
+async def train(cluster: Cluster, *batch_ids: str) -> None:
+    """One durable version for each batch."""
+    for batch_id in batch_ids:
+        await cluster.publish(batch_id)
+        await cluster.news.until(partial(lambda one: one in cluster.durable(), batch_id))
+
+
+def contents(cluster: Cluster) -> list[list[str]]:
+    return [stage.contents for node in cluster.nodes for stage in node.stages]
+
+
+async def test_batches_of_newer_versions_are_discarded_and_training_goes_on(cluster: Cluster) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b", "c")
+    assert [(each.version, each.newest_batch_id, each.num_ahead) for each in await listed(cluster)] == [
+        (3, "c", 0),
+        (2, "b", None),
+        (1, "a", None),
+    ]
+
+    assert await roll_back(cluster, 1) == RolledBack(nodes=(0,), num_discarded=2)
+
+    await cluster.news.until(lambda: contents(cluster) == [["a"], ["a"]])
+    assert [each.version for each in await listed(cluster)] == [1]
+    await cluster.publish("b")
+    await train(cluster, "d")
+    assert cluster.durable() == ["a", "d"]
+    await stop(trainer)
+
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await cluster.publish("c")
+    await train(cluster, "e")
+    assert cluster.durable() == ["a", "d", "e"]
+    await cluster.news.until(lambda: len(set(cluster.acked)) == 7)
+    await stop(trainer)
+
+
+async def test_what_was_applied_and_not_durable_is_discarded_and_what_waits_is_not(cluster: Cluster) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b")
+    await stop(trainer)
+    trainer = await cluster.trainer(keep_checkpoints=9, checkpoint_idle_s=100, checkpoint_every=100)
+    await cluster.publish("c")
+    await cluster.news.until(lambda: "c" in cluster.nodes[0].stages[0].contents)
+    await cluster.news.until(lambda: "c" in cluster.ended)
+
+    assert await roll_back(cluster, 1) == RolledBack(nodes=(0,), num_discarded=2)
+
+    await stop(trainer)
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "d")
+    assert cluster.durable() == ["a", "d"]
+    await stop(trainer)
+
+
+@pytest.mark.parametrize("place", ["intend", "complete"])
+@pytest.mark.parametrize("runs_first", [False, True])
+async def test_a_trainer_that_dies_while_it_goes_back_has_gone_back_or_not(
+    cluster: Cluster, place: str, runs_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b", "c")
+    plain = getattr(rollback_files, place)
+
+    def broken(*arguments: Any) -> None:
+        if runs_first:
+            plain(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(rollback_files, place, broken)
+    asked = cluster.bus.request(ROLLBACK.at(), RollBackWeights(version=1), timeout_s=0.01)
+    with pytest.raises(Exception, match="no answer within"):
+        await asked
+    await cluster.news.until(trainer.done)
+    assert isinstance(trainer.exception(), ExceptionGroup)
+    monkeypatch.undo()
+
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "d")
+    is_decided = (place, runs_first) != ("intend", False)
+    assert cluster.durable() == (["a", "d"] if is_decided else ["a", "b", "c", "d"])
+    await stop(trainer)
+
+
+async def test_a_full_disk_leaves_the_weights_as_they_were(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b")
+
+    def full(*arguments: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(rollback_files, "intend", full)
+    with pytest.raises(RefusedError, match="nothing was rolled back: no space left"):
+        await roll_back(cluster, 1)
+    await train(cluster, "c")
+    assert cluster.durable() == ["a", "b", "c"]
+    await stop(trainer)
+
+
+async def test_versions_and_nodes_that_do_not_exist_are_named_with_those_that_do(cluster: Cluster) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b")
+
+    with pytest.raises(RefusedError, match="node 0 has no durable version 7; there are: 2, 1"):
+        await roll_back(cluster, 7)
+    with pytest.raises(RefusedError, match=r"node 4 is not running; those that are: \[0\]"):
+        await roll_back(cluster, 1, node=4)
+    assert cluster.durable() == ["a", "b"]
+    await stop(trainer)
+
+
+async def test_one_node_of_two_goes_back(cluster: Cluster) -> None:
+    await cluster.start(2)
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b", "c", "d")
+    other = cluster.nodes[1].stages[0].contents
+
+    assert await roll_back(cluster, 1, node=0) == RolledBack(nodes=(0,), num_discarded=1)
+
+    await cluster.news.until(lambda: len(cluster.nodes[0].stages[0].contents) == 1)
+    assert cluster.nodes[1].stages[0].contents == other
+    await train(cluster, "e", "f")
+    assert sorted(cluster.durable()) == sorted({"a", "b", "c", "d", "e", "f"} - cluster.discarded())
+    assert len(cluster.discarded()) == 1
+    await stop(trainer)
