@@ -44,7 +44,8 @@ class Prediction:
         starts_s, ends_s, ops = self.starts_s[stage], self.ends_s[stage], self.ops[stage]
         place = bisect_left(starts_s, at_s) - 1
         turn_s = at_s
-        if place >= 0 and ends_s[place] > at_s and not self._is_overtaken(stage, place, before_s):
+        is_busy = place >= 0 and (ends_s[place] > at_s or self._has_let_pass(stage, place, at_s))
+        if is_busy and not self._is_overtaken(stage, place, before_s):
             turn_s = ends_s[place]
             has_passed = ops[place].kind == ITERATION
             for following in range(place + 1, len(ops)):
@@ -53,6 +54,15 @@ class Prediction:
                     break
                 turn_s, has_passed = ends_s[following], True
         return max(turn_s, self.inference_ends_s[stage])
+
+    def _has_let_pass(self, stage: int, place: int, at_s: float) -> bool:
+        """An iteration ends at that moment, for which a batch's step has waited: the step is next.
+
+        On a node of one stage an iteration that waits for a slot always comes at such a moment.
+        """
+        ops, ends_s = self.ops[stage], self.ends_s[stage]
+        is_step_next = place + 1 < len(ops) and ops[place + 1].kind == STEP
+        return is_step_next and ops[place].kind == ITERATION and ends_s[place] == at_s
 
     def _is_overtaken(self, stage: int, place: int, before_s: float) -> bool:
         """A training forward that ran on the stage before after the iteration is behind it here, too."""

@@ -43,6 +43,9 @@ from shared.messages.training import TrainingTask
 ASK_AGAIN = 0.1
 """Of an objective: after it a task that waits asks again, if nothing is known to change before."""
 
+ANSWER_HOPS = 2
+"""From the gateway to the scheduler, and from the last stage to the gateway."""
+
 
 class Lemix:
     """Keeps nothing between two decisions: all that it knows is in the cluster's state."""
@@ -78,7 +81,7 @@ class Lemix:
         found = self._shortlist(state, nodes, now_s)
         alone = inference_alone(state.costs, length)
         prospects = [_prospect_of_request(each, alone, now_s) for each in found]
-        spare_s = max(0.0, state.slo_s - waited_s - alone.forward[-1].end_s)
+        spare_s = max(0.0, _objective_s(state) - waited_s - alone.forward[-1].end_s)
         question = Question(
             length=length,
             limit_s=alone.forward[-1].end_s + self._options.comfort * spare_s,
@@ -169,6 +172,16 @@ def _prospect_of_batch(candidate: Candidate, alone: Alone, now_s: float) -> Pros
     return Prospect(candidate, forecast, forecast.backward[0].end_s - now_s)
 
 
+def _objective_s(state: ClusterState) -> float:
+    """What the objective leaves from the scheduler's decision to the end of the last stage's forward.
+
+    On nodes of one stage: without the hops that no forecast has, which are as long as an op there may be.
+    """
+    if state.costs.num_stages != 1:
+        return state.slo_s
+    return max(0.0, state.slo_s - ANSWER_HOPS * state.costs.hop_s)
+
+
 def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> Expected:
     """Requests like those that came."""
     timelines = {candidate.node: candidate.timeline for candidate in found}
@@ -181,7 +194,7 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
     return Expected(
         response=response,
         nodes=tuple(timelines),
-        slo_s=state.slo_s,
+        slo_s=_objective_s(state),
         batches_per_s=state.training_rate.per_s(now_s),
     )
 

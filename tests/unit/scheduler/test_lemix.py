@@ -11,7 +11,7 @@ from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.base import Place, Policy, Refuse, Wait
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.state import ClusterState, TasksEnded
-from tests.support.policies import SLO_S, ask, assign, batch, cluster, request, start_forward, submit
+from tests.support.policies import SLO_S, LinearCosts, ask, assign, batch, cluster, request, start_forward, submit
 
 
 def lemix(options: str = "", room: TrainingRoom | None = None) -> Policy:
@@ -52,6 +52,20 @@ def test_a_node_is_opened_when_the_others_would_answer_late() -> None:
     # Alone it takes 0.4, so that it has 0.6 to spare.
     assert node_of(ask(state, lemix("comfort=0.5,opening=0.6"), request("r", 200), 0.0)) == 1
     assert node_of(ask(state, lemix("comfort=0.5,opening=0.7"), request("r", 200), 0.0)) == 0
+
+
+def test_on_nodes_of_one_stage_the_way_of_the_answer_is_of_the_objective() -> None:
+    """There an op may be as short as a hop."""
+
+    def node_at(hop_s: float) -> int:
+        costs = LinearCosts(1, hop_s=hop_s)
+        state, first = cluster(0, 1, num_stages=1, costs=costs), batch("b", 250)
+        assign(state, first, Place(0), 0.0)
+        start_forward(state, first, hop_s, node=0)  # told a hop late: the stage has it until 0.75
+        return node_of(ask(state, lemix(), request("r", 200), hop_s))
+
+    assert node_at(0.0) == 0  # the answer at 0.95 is within 0.95 of the 0.8 s to spare
+    assert node_at(0.03) == 1  # at 0.95 again, and at the gateway at 1.01
 
 
 def test_of_two_nodes_that_answer_alike_the_one_without_training_is_taken() -> None:
