@@ -9,6 +9,7 @@ from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.tasks import TaskShape
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.profiles.times import Work, work_of_rows
+from shared.settings import MAX_ITERATION_TOKENS
 
 NAMES: dict[int, OpKind] = {
     ITERATION: "iteration",
@@ -24,6 +25,7 @@ class UnevenCosts:
 
     num_stages: int | None
     hop_s: float
+    max_iteration_tokens: int = MAX_ITERATION_TOKENS
 
     def iteration_s(self, stage: int, work: Work) -> float:
         return (0.0010123 + 0.00031 * stage) * work.num_tokens

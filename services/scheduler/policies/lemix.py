@@ -74,9 +74,10 @@ class Lemix:
     ) -> Decision:
         wanted = kv_tokens_of(task)
         if self._options.has("memory"):
-            nodes = [node for node in nodes if state.kv_tokens_free(node) >= wanted]
-            if not nodes:
-                return self._without_memory(state, task, wanted, waited_s, now_s)
+            with_room = [node for node in nodes if state.kv_tokens_free(node) >= wanted]
+            if not with_room:
+                return self._without_memory(state, nodes, task, waited_s, now_s)
+            nodes = with_room
         length = len(task.prompt)
         found = self._shortlist(state, nodes, now_s)
         alone = inference_alone(state.costs, length)
@@ -94,9 +95,12 @@ class Lemix:
         return Place(best.node, best.forecast)
 
     def _without_memory(
-        self, state: ClusterState, task: InferenceTask, wanted: int, waited_s: float, now_s: float
+        self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float
     ) -> Decision:
         """No node has room for the request's keys and values now."""
+        wanted, capacity = kv_tokens_of(task), max(map(state.kv_tokens, nodes))
+        if wanted > capacity:
+            return Refuse(400, f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}")
         if waited_s >= min(self._options.memory_patience_s, task.timeout_s / 2):
             return Refuse(429, f"no node had {wanted} tokens of KV cache free for {waited_s:.3g} s")
         reason = f"no node has {wanted} tokens of KV cache free"

@@ -109,6 +109,16 @@ def test_after_a_pause_the_node_that_worked_last_goes_on() -> None:
     assert node_of(ask(state, lemix(), request("next", 100), 9.0)) == 1
 
 
+def test_a_node_without_work_stays_active_for_a_while() -> None:
+    state = cluster(0, 1)
+    assign(state, request("old", 100), Place(1), 0.0)
+    state.apply(TasksEnded(("old",)))
+    assign(state, request("long", 300), Place(0), 2.0)
+    # Node 0 would answer after 0.7 s, more than is comfortable; node 1 after 0.2 s, but it is idle for 2 s.
+    assert node_of(ask(state, lemix("linger=2.5"), request("r", 100), 2.0)) == 1
+    assert node_of(ask(state, lemix("linger=1.5"), request("r", 100), 2.0)) == 0
+
+
 # Idleness and consistency
 
 
@@ -166,6 +176,38 @@ def test_a_batch_does_not_wait_for_ever() -> None:
     assert waits == sorted(waits, reverse=True) and waits[0] and not waits[-1]
 
 
+def test_a_batch_does_not_wait_for_requests_that_hardly_come() -> None:
+    state = cluster(0)
+    expect_requests(state)
+    assert isinstance(ask(state, lemix(), batch("b", 1000), 6.0), Wait)
+    assert node_of(ask(state, lemix(), batch("b", 1000), 60.0)) == 0  # ten a second have become 0.04
+
+
+def test_a_batch_may_make_some_requests_late_and_more_the_longer_it_has_waited() -> None:
+    state = cluster(0)
+    expect_requests(state)
+    # A request takes 0.2 s: of 0.81 s on the last stage 0.01 s are unsafe; 1.5 batches come in a second.
+    slightly = batch("b", 270)
+    assert isinstance(ask(state, lemix("late_share=0.005"), slightly, 2.0), Wait)
+    assert isinstance(ask(state, lemix("late_share=0.02"), slightly, 2.0), Place)
+    waited = lemix("late_share=0.005,patience=100")
+    assert isinstance(ask(state, waited, slightly, 2.0, arrived_s=1.5), Wait)
+    assert isinstance(ask(state, waited, slightly, 2.0, arrived_s=0.0), Place)
+
+
+def test_a_batch_that_waits_asks_again_when_its_patience_would_do() -> None:
+    state = cluster(0)
+    expect_requests(state)
+    running = batch("a", 500)
+    assign(state, running, Place(0), 2.0)
+    start_forward(state, running, 2.0, node=0, stage=1)  # safe again at 2.6
+    slightly = batch("b", 270)
+    decision = ask(state, lemix("late_share=0,patience=20"), slightly, 2.0)
+    assert isinstance(decision, Wait) and 2.1 < decision.until_s < 2.6
+    soon = ask(state, lemix("late_share=0,patience=0.1"), slightly, 2.0)
+    assert isinstance(soon, Wait) and soon.until_s == pytest.approx(2.1)  # a tenth of an objective at least
+
+
 def test_a_batch_waits_until_what_blocks_requests_is_over() -> None:
     state = cluster(0)
     expect_requests(state)
@@ -188,6 +230,15 @@ def test_a_request_waits_for_room_in_the_cache_and_then_is_refused() -> None:
     assert node_of(ask(state, lemix("without=memory"), second, 1.0)) == 0
     refused = ask(state, lemix(), second, 11.0, arrived_s=1.0)
     assert isinstance(refused, Refuse) and refused.code == 429 and "99 tokens of KV cache" in refused.reason
+
+
+def test_a_request_that_no_cache_could_hold_is_refused_at_once() -> None:
+    state = cluster(0, 1, kv_blocks=10)  # 160 tokens
+    submit(state, lemix(), request("first", 50, max_tokens=51), 0.0)
+    refused = ask(state, lemix(), request("r", 100, max_tokens=62), 0.0)
+    assert isinstance(refused, Refuse) and refused.code == 400
+    assert refused.reason == "prompt and max_tokens want 161 tokens of KV cache; a node has 160"
+    assert isinstance(ask(state, lemix(), request("r", 100, max_tokens=61), 0.0), Place)
 
 
 def test_a_request_goes_where_there_is_room() -> None:

@@ -357,3 +357,11 @@ def test_a_step_that_has_let_an_iteration_pass_lets_no_second_one_pass() -> None
     place_request(timeline, "r1", 100, at_s=0.2)
     assert timeline.prediction.first_tokens_s == {"r0": pytest.approx(0.4), "r1": pytest.approx(1.0)}
     assert forecast.end_s == pytest.approx(1.0)
+
+
+def test_prompts_go_in_the_pieces_that_stages_make_of_them() -> None:
+    costs = LinearCosts(1, max_iteration_tokens=40)
+    timeline = NodeTimeline(1, costs)
+    place_request(timeline, "r", 100)
+    assert [op.duration_s for op in timeline.prediction.ops[0]] == pytest.approx([0.04, 0.04, 0.02])
+    assert inference_alone(costs, 100).forward[0].end_s == pytest.approx(0.1)
