@@ -88,8 +88,8 @@ def complete(
     """Make the runs of `cells` that the log lacks.
 
     `on_progress` hears how many of how many runs are there. A failed run does not stop the others: they are
-    kept for the next time. The pool is shut down. Raises StudyFailedError naming the failed ones; at once when
-    a process of the pool has died, for then the others end too.
+    kept for the next time. The pool is shut down. Raises StudyFailedError naming the failed ones; at once
+    when a process of the pool has died, for then the others end too.
     """
     there = log.finished()
     wanted = {cell.key(): cell for cell in cells}

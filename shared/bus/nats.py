@@ -26,8 +26,8 @@ from nats.js.api import (
 from nats.js.errors import BadRequestError, NotFoundError
 
 from shared.bus.base import (
-    MAX_RUNNING_REQUESTS,
     ERROR_HEADER,
+    MAX_RUNNING_REQUESTS,
     SCHEMA_HEADER,
     SCHEMA_VERSION,
     TRACE_HEADER,

@@ -75,7 +75,9 @@ class Lineup:
         start = 0
         while start < task.shape.prompt_tokens:
             formed = self._with_room(ready_s)
-            num_tokens = min(task.shape.prompt_tokens - start, self._costs.max_iteration_tokens - formed.num_tokens)
+            num_tokens = min(
+                task.shape.prompt_tokens - start, self._costs.max_iteration_tokens - formed.num_tokens
+            )
             formed.parts.append(_Part(task, start, num_tokens))
             self._measure(formed)
             start += num_tokens

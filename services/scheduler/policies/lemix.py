@@ -100,7 +100,9 @@ class Lemix:
         """No node has room for the request's keys and values now."""
         wanted, capacity = kv_tokens_of(task), max(map(state.kv_tokens, nodes))
         if wanted > capacity:
-            return Refuse(400, f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}")
+            return Refuse(
+                400, f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}"
+            )
         if waited_s >= min(self._options.memory_patience_s, task.timeout_s / 2):
             return Refuse(429, f"no node had {wanted} tokens of KV cache free for {waited_s:.3g} s")
         reason = f"no node has {wanted} tokens of KV cache free"

@@ -82,4 +82,6 @@ def test_requests_are_expected_when_the_longest_op_begins(durations_s: OpTimes, 
 
 
 def test_it_is_safe_again_when_the_first_node_answers_in_time() -> None:
-    assert safe_again_s(5.0, expected(lambda node, at_s: (1.7, 1.2)[node], nodes=(0, 1))) == pytest.approx(5.2)
+    assert safe_again_s(5.0, expected(lambda node, at_s: (1.7, 1.2)[node], nodes=(0, 1))) == pytest.approx(
+        5.2
+    )

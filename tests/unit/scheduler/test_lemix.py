@@ -11,7 +11,17 @@ from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.base import Place, Policy, Refuse, Wait
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.state import ClusterState, TasksEnded
-from tests.support.policies import SLO_S, LinearCosts, ask, assign, batch, cluster, request, start_forward, submit
+from tests.support.policies import (
+    SLO_S,
+    LinearCosts,
+    ask,
+    assign,
+    batch,
+    cluster,
+    request,
+    start_forward,
+    submit,
+)
 
 
 def lemix(options: str = "", room: TrainingRoom | None = None) -> Policy:
@@ -179,8 +189,11 @@ def test_a_batch_does_not_wait_for_ever() -> None:
 def test_a_batch_does_not_wait_for_requests_that_hardly_come() -> None:
     state = cluster(0)
     expect_requests(state)
+    for i in range(9):
+        submit(state, lemix("without=deferral"), batch(f"late-b{i}", 10), 59.0 + i / 10)
+        state.apply(TasksEnded((f"late-b{i}",)))
     assert isinstance(ask(state, lemix(), batch("b", 1000), 6.0), Wait)
-    assert node_of(ask(state, lemix(), batch("b", 1000), 60.0)) == 0  # ten a second have become 0.04
+    assert node_of(ask(state, lemix(), batch("b", 1000), 60.0)) == 0  # ten a second have become 0.006
 
 
 def test_a_batch_may_make_some_requests_late_and_more_the_longer_it_has_waited() -> None:

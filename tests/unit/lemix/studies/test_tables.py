@@ -66,7 +66,9 @@ def test_a_bound_permits_or_forbids_what_was_needed(
     reached: float, needed: float, bounds: dict[str, float], words: str
 ) -> None:
     row = Row(
-        {"rate": 8, "policy": "bound"}, {name: Spread(value, value, value) for name, value in bounds.items()}, 5
+        {"rate": 8, "policy": "bound"},
+        {name: Spread(value, value, value) for name, value in bounds.items()},
+        5,
     )
     assert bound_of(Finding({"rate": 8}, reached, needed, False, "random", "much"), [row]) == words
 
