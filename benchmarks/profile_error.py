@@ -15,7 +15,7 @@ from lemix.arenas import ArenaFolder, default_base
 from lemix.profiling.command import ProfileOptions, measure, profile_of
 from lemix.profiling.grid import MAX_ROWS, IterationShape, decoding, grid_for, mixed, prefill
 from lemix.profiling.pipeline import MeasuredOp, ProfiledPipeline, profiled_pipeline
-from services.scheduler.costs import COSTS, Costs
+from services.scheduler.costs import COSTS, Costs, costs_named
 from shared.clock import Clock, SystemClock
 from shared.model_files import name_of, read_card
 from shared.profiles.profile import Profile
@@ -110,8 +110,8 @@ async def measured_ops(folder: Path, clock: Clock) -> tuple[Profile, list[Measur
 def errors_of(profile: Profile, held_out: Sequence[MeasuredOp]) -> dict[str, Any]:
     """By cost model and kind of op, its absolute relative errors."""
     summaries = {}
-    for name, costs_of in COSTS.items():
-        errors = Errors(costs_of(profile, HOP_S))
+    for name in COSTS:
+        errors = Errors(costs_named(name, profile, HOP_S))
         for op in held_out:
             errors.note(op)
         summaries[name] = errors.summary()

@@ -228,6 +228,7 @@ def simulate(
     from lemix.simulation.trace import read_trace
     from lemix.simulation.workload import WorkloadOptions
 
+    is_drawn = trace is None and arrivals == "poisson"
     run_simulate(
         SimulationOptions(
             nodes=nodes,
@@ -245,7 +246,7 @@ def simulate(
             num_tasks=tasks,
             training_rate=training_rate,
             arrivals=arrivals,
-            rate_per_s=DEFAULT_RATE_PER_S if rate is None and trace is None else rate,
+            rate_per_s=DEFAULT_RATE_PER_S if rate is None and is_drawn else rate,
             trace=read_trace(trace, limit=tasks) if trace is not None else (),
             batch_size=batch_size,
             request_size=request_size,

@@ -10,6 +10,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.errors import ConfigurationError
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "model" / "embedded")
+MAX_ITERATION_TOKENS = 512
+"""Rows that a stage puts into one iteration, unless told otherwise; the scheduler foresees it."""
 
 
 class LemixSettings(BaseSettings):

@@ -208,7 +208,12 @@ class SimulatedCluster:
         await Scheduler(
             world,
             policy,
-            costs=costs_named(options.costs, profile if uses_profile(policy) else None, options.hop_s),
+            costs=costs_named(
+                options.costs,
+                profile if uses_profile(policy) else None,
+                options.hop_s,
+                self._stage_settings.max_iteration_tokens,
+            ),
             slo_s=slo_s,
             slo_factor=options.slo_factor,
             is_synchronous=is_synchronous(options.schedule),

@@ -44,6 +44,9 @@ PROMPT = LengthSpread(94.8, 103.1)
 RESPONSE = LengthSpread(55.0, 50.0)
 """Assumed: the data's responses were not at hand to be measured (see REFERENCE_TOKENS of profiles)."""
 
+OF_DRAWN_REQUESTS = ("arrivals", "order", "sigma", "request_size", "max_tokens")
+"""Options that a trace takes the place of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadOptions:
@@ -97,6 +100,17 @@ class WorkloadOptions:
             self.num_tasks,
             f"such that its {self.num_requests} requests are in the trace of {len(self.trace)}",
         )
+        self._check_that_all_count()
+
+    def _check_that_all_count(self) -> None:
+        """Raises ConfigurationError naming an option that would do nothing beside the others."""
+        if self.trace:
+            for name in OF_DRAWN_REQUESTS:
+                _check_unused(self, name, "a trace has its own")
+        elif self.arrivals != "poisson":
+            _check_unused(self, "rate_per_s", f"arrivals {self.arrivals} have their own")
+        if self.release != "poisson":
+            _check_unused(self, "training_per_s", f"it is the rate of release poisson, not {self.release}")
 
     @property
     def num_requests(self) -> int:
@@ -106,6 +120,12 @@ class WorkloadOptions:
     @property
     def num_batches(self) -> int:
         return self.num_tasks - self.num_requests
+
+
+def _check_unused(options: WorkloadOptions, name: str, reason: str) -> None:
+    value, default = getattr(options, name), WorkloadOptions.__dataclass_fields__[name].default
+    if value != default:
+        raise ConfigurationError(f"{name}={value!r} would do nothing: {reason}")
 
 
 def _check(is_right: bool, name: str, value: object, wanted: str) -> None:

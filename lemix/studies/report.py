@@ -8,7 +8,7 @@ from typing import Any
 
 from lemix.studies.charts import draw
 from lemix.studies.grid import Cell, Report, Section, Study
-from lemix.studies.rows import BOUND, POLICY, Row, Spread, select
+from lemix.studies.rows import Row, Spread
 from lemix.studies.tables import missed_sections, verdict_table
 from lemix.studies.verdicts import Verdict
 
@@ -40,11 +40,10 @@ def _draw_timeline(study: Study, cell: Cell, folder: Path) -> str:
 def _as_markdown(
     study: Study, rows: Sequence[Row], report: Report, figures: Iterable[str], command: str
 ) -> str:
-    bounds = select(rows, **{POLICY: BOUND})
     sections = [
         *([Section(title="Verdicts", body=verdict_table(report.verdicts))] if report.verdicts else []),
         *report.sections,
-        *missed_sections(report.verdicts, bounds),
+        *missed_sections(report.verdicts, rows),
         Section(title="Figures", body="\n\n".join(f"![{name}]({name})" for name in figures)),
         Section(title="Setting", body=_setting(study, rows, command)),
     ]

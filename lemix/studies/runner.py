@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -88,20 +88,28 @@ def complete(
     """Make the runs of `cells` that the log lacks.
 
     `on_progress` hears how many of how many runs are there. A failed run does not stop the others: they are
-    kept for the next time. The pool is shut down. Raises StudyFailedError naming the failed ones.
+    kept for the next time. The pool is shut down. Raises StudyFailedError naming the failed ones; at once
+    when a process of the pool has died, for then the others end too.
     """
     there = log.finished()
     wanted = {cell.key(): cell for cell in cells}
     missing = [cell for key, cell in wanted.items() if key not in there]
     num_there = len(wanted) - len(missing)
     failures: list[str] = []
-    on_progress(num_there, len(wanted))
-    for number, outcome in enumerate(_run_all(study, missing, pool), num_there + 1):
-        if isinstance(outcome, Ended):
-            log.add(outcome)
-        else:
-            failures.append(outcome)
-        on_progress(number, len(wanted))
+    number = num_there
+    on_progress(number, len(wanted))
+    try:
+        for number, outcome in enumerate(_run_all(study, missing, pool), num_there + 1):
+            if isinstance(outcome, Ended):
+                log.add(outcome)
+            else:
+                failures.append(outcome)
+            on_progress(number, len(wanted))
+    except BrokenExecutor as error:
+        raise StudyFailedError(
+            f"a process that made runs of {study.name} was killed, perhaps for want of memory;"
+            f" {number - len(failures)} of {len(wanted)} runs are kept: start it again to make the others"
+        ) from error
     if failures:
         some = "".join(f"\n  {failure}" for failure in failures[:FAILURES_SHOWN])
         raise StudyFailedError(f"{len(failures)} of {len(missing)} runs of {study.name} failed:{some}")
@@ -131,7 +139,10 @@ def _run_all(study: Study, cells: Iterable[Cell], pool: Executor) -> Iterator[En
 
 
 def _outcome(cell: Cell, future: "Future[tuple[Metrics, float]]") -> Ended | str:
+    """Raises BrokenExecutor when the pool is of no more use."""
     error = future.exception()
+    if isinstance(error, BrokenExecutor):
+        raise error
     if error is not None:
         return f"{dict(cell.labels)}, seed {cell.cluster.seed}: {type(error).__name__}: {error}"
     return Ended(cell, *future.result())

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from lemix.studies.grid import Section
-from lemix.studies.measures import Format, Measure, number
-from lemix.studies.rows import POLICY, Labels, Row, Spread, distinct, select
-from lemix.studies.verdicts import IN_TIME, LEMIX, Finding, Verdict
+from lemix.studies.measures import Format, Measure, number, percent
+from lemix.studies.rows import BOUND, POLICY, Labels, Row, Spread, distinct, select
+from lemix.studies.verdicts import IN_TIME, LEMIX, SLO, TRAINING, Finding, Verdict
 
 MISSED_SHOWN = 60
 """Missed points that one criterion lists; the JSON has all."""
@@ -68,37 +68,62 @@ def _word(verdict: Verdict) -> str:
     return "met" if verdict.met else "**missed**"
 
 
-def missed_sections(verdicts: Iterable[Verdict], bounds: Sequence[Row]) -> list[Section]:
-    """One list a missed criterion: the points, what was needed, what was reached, what nobody can exceed."""
+def missed_sections(verdicts: Iterable[Verdict], rows: Sequence[Row]) -> list[Section]:
+    """One list a missed criterion: the points, what was reached, what was needed, what nobody can exceed, and
+    what each of the two policies paid for its number.
+    """
     return [
-        Section(title=f"Missed: {verdict.criterion}", body=_missed_table(verdict, bounds))
+        Section(title=f"Missed: {verdict.criterion}", body=_missed_table(verdict, rows))
         for verdict in verdicts
         if verdict.missed
     ]
 
 
-def _missed_table(verdict: Verdict, bounds: Sequence[Row]) -> str:
+def _missed_table(verdict: Verdict, rows: Sequence[Row]) -> str:
     shown = verdict.missed[:MISSED_SHOWN]
     lines = [
         [
             ", ".join(f"{name} {value}" for name, value in finding.labels.items()),
             number(finding.reached),
             f"{number(finding.needed)} ({finding.against})" if finding.against else number(finding.needed),
-            bound_of(finding, bounds),
+            bound_of(finding, select(rows, **{POLICY: BOUND})),
+            _cost_of(LEMIX, finding, rows),
+            _cost_of(finding.against, finding, rows),
         ]
         for finding in shown
     ]
-    text = table(["point", "reached", "needed", "bound"], lines)
+    text = table(["point", "reached", "needed", "bound", "LeMix", "the other"], lines)
     left = len(verdict.missed) - len(shown)
     return text + (f"\n\nand {left} more." if left else "")
 
 
+def _cost_of(policy: str, finding: Finding, rows: Sequence[Row]) -> str:
+    """The two things that a policy trades against each other, at the finding's point."""
+    found = select(rows, **finding.labels, **{POLICY: policy})
+    slo, training = (found[0].median(metric) if found else None for metric in (SLO, TRAINING))
+    if slo is None or training is None:
+        return ""
+    return f"{percent(slo)} % in time, {number(training)} training tokens/s"
+
+
 def bound_of(finding: Finding, bounds: Sequence[Row]) -> str:
-    """What no policy exceeds, and what none does that also serves every request in time."""
+    """What no policy exceeds, what none does that also serves every request in time, and whether these
+    permit what was needed.
+    """
     value = bound_value(finding.labels, finding.metric, bounds)
+    if value is None:
+        return "none of a single point"
     in_time = bound_value(finding.labels, f"{finding.metric}{IN_TIME}", bounds)
-    words = [] if value is None else [number(value)]
-    return ", ".join(words + ([] if in_time is None else [f"{number(in_time)} in time"]))
+    if in_time is None:
+        return f"{number(value)}: {'permitted' if _permits(value, finding) else 'forbidden'}"
+    word = "permitted" if _permits(in_time, finding) else "permitted if some are late"
+    return f"{number(value)}, {number(in_time)} in time: {word if _permits(value, finding) else 'forbidden'}"
+
+
+def _permits(bound: float, finding: Finding) -> bool:
+    """Of a missed point: what was not reached was too low, or too high."""
+    is_too_low = finding.reached < finding.needed
+    return bound >= finding.needed if is_too_low else bound <= finding.needed
 
 
 def bound_value(labels: Labels, metric: str, bounds: Sequence[Row]) -> float | None:

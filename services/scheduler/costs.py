@@ -6,9 +6,10 @@ from typing import Protocol
 
 from shared.errors import ConfigurationError
 from shared.messages.events import OpKind
-from shared.profiles.fit import Curve, FittedTimes, fitted_times
+from shared.profiles.fit import Curve, FittedTimes, fitted_times, load_solver
 from shared.profiles.profile import Profile
 from shared.profiles.times import NO_WORK, Work
+from shared.settings import MAX_ITERATION_TOKENS
 
 FALLBACK_FORWARD_ETA_S = 2e-6
 FALLBACK_BACKWARD_ETA_S = 1e-6
@@ -37,6 +38,8 @@ class Costs(Protocol):
     """None: no profile says. Whoever learns it from the nodes sets it; until then no stage is the last."""
     hop_s: float
     """From the end of an op on one stage until the next stage can start on its output."""
+    max_iteration_tokens: int
+    """Rows that stages put into one iteration."""
 
     def iteration_s(self, stage: int, work: Work) -> float: ...
 
@@ -55,11 +58,13 @@ class Costs(Protocol):
         ...
 
 
-def costs_named(name: str, profile: Profile | None, hop_s: float) -> Costs:
+def costs_named(
+    name: str, profile: Profile | None, hop_s: float, max_iteration_tokens: int = MAX_ITERATION_TOKENS
+) -> Costs:
     """`affine` or `quadratic`. Raises ConfigurationError, naming the choices."""
     if name not in COSTS:
         raise ConfigurationError(f"costs {name!r} are not known; choices: {', '.join(COSTS)}")
-    return COSTS[name](profile, hop_s)
+    return COSTS[name](profile, hop_s, max_iteration_tokens)
 
 
 class QuadraticCosts:
@@ -69,9 +74,12 @@ class QuadraticCosts:
     decoding iteration has the same formula, and the optimizer's step costs nothing.
     """
 
-    def __init__(self, profile: Profile | None, hop_s: float) -> None:
+    def __init__(
+        self, profile: Profile | None, hop_s: float, max_iteration_tokens: int = MAX_ITERATION_TOKENS
+    ) -> None:
         self.num_stages = profile.num_stages if profile else None
         self.hop_s = hop_s
+        self.max_iteration_tokens = max_iteration_tokens
         self._forward_eta_s = _mean_eta_s(profile, "iteration") if profile else None
         self._backward_eta_s = _mean_eta_s(profile, "backward") if profile else None
 
@@ -108,9 +116,13 @@ class AffineCosts:
     to what is observed first, and corrected from then on.
     """
 
-    def __init__(self, profile: Profile | None, hop_s: float) -> None:
+    def __init__(
+        self, profile: Profile | None, hop_s: float, max_iteration_tokens: int = MAX_ITERATION_TOKENS
+    ) -> None:
+        load_solver()  # now, so that the first fit of a run does not hold the scheduler up
         self.num_stages = profile.num_stages if profile else None
         self.hop_s = hop_s
+        self.max_iteration_tokens = max_iteration_tokens
         self._curves: dict[tuple[int, OpKind], _CorrectedCurve] = {}
         for stage, measured in enumerate(profile.stages if profile else ()):
             self._curves[stage, "step"] = _CorrectedCurve(_constant(measured.step_s), None)
@@ -198,7 +210,7 @@ def _is_like_a_task(work: Work, reference_tokens: int) -> bool:
     return is_whole and shortest * reference_tokens <= length <= longest * reference_tokens
 
 
-COSTS: dict[str, Callable[[Profile | None, float], Costs]] = {
+COSTS: dict[str, Callable[[Profile | None, float, int], Costs]] = {
     "affine": AffineCosts,
     "quadratic": QuadraticCosts,
 }

@@ -13,7 +13,6 @@ from services.scheduler.costs import Costs
 from services.scheduler.node.course import predict
 from services.scheduler.node.known_work import (
     BACKWARD,
-    MAX_ITERATION_TOKENS,
     STEP,
     Iteration,
     KnownWork,
@@ -81,9 +80,10 @@ class Alone:
 def inference_alone(costs: Costs, num_prompt_tokens: int) -> Alone:
     """A prompt goes in as few iterations as hold it; the scheduler's message takes a hop."""
     num_stages = _num_stages(costs)
+    most = costs.max_iteration_tokens
     pieces = [
-        work_of_rows(start, min(MAX_ITERATION_TOKENS, num_prompt_tokens - start))
-        for start in range(0, num_prompt_tokens, MAX_ITERATION_TOKENS)
+        work_of_rows(start, min(most, num_prompt_tokens - start))
+        for start in range(0, num_prompt_tokens, most)
     ]
     known = KnownWork(
         num_stages=num_stages,
@@ -148,7 +148,8 @@ def _forecast_without_slot(prediction: Prediction, alone: Alone, now_s: float) -
     """One iteration per stage is on its way: the next one takes all that wait, and its share of decodes."""
     hop_s, known = alone.costs.hop_s, prediction.known
     joined = known.formed[-1] if prediction.last_entry_s > now_s + hop_s else None
-    if joined is not None and joined.work.num_tokens + alone.work.num_tokens > MAX_ITERATION_TOKENS:
+    most = alone.costs.max_iteration_tokens
+    if joined is not None and joined.work.num_tokens + alone.work.num_tokens > most:
         joined = None
     durations_s = alone.durations_with(known.joins if joined is None else joined.work)
     start_s = at_s = max(now_s + hop_s, prediction.slot_s if joined is None else now_s)

@@ -12,6 +12,7 @@ from services.scheduler.moments import MeanError
 from services.scheduler.policies.base import Arrival, Place, Policy, Refuse, Task, Wait
 from services.scheduler.state import (
     DEFAULT_SLO_FACTOR,
+    MAX_REMEMBERED,
     OVERDUE_SLACK_S,
     ClusterState,
     Event,
@@ -57,6 +58,8 @@ CHECK_S = HEARTBEAT_S / 2
 """How often silence is looked for: a lost node is noticed at most this much late."""
 HOLD_S: Mapping[TaskKind, float] = {"inference": 8.0, "training": 3.0}
 """How long a task that must wait is held before its asker is told to ask again: less than the asker waits."""
+MAX_HELD = MAX_REMEMBERED
+"""Tasks of a kind that are held at once; those that come then wait unread."""
 SHORTEST_WAIT_S = 0.001
 QUEUE = "scheduler"
 
@@ -93,8 +96,8 @@ class Scheduler:
         await self._bus.subscribe(STOPPED.at(), self._on_stopped)
         await self._bus.subscribe(ENDED.at(), self._on_ended)
         await self._bus.subscribe(PROGRESS.at(), self._on_progress)
-        await self._bus.respond(SUBMIT.at(), self._submit, queue=QUEUE)
-        await self._bus.respond(PLACE.at(), self._place, queue=QUEUE)
+        await self._bus.respond(SUBMIT.at(), self._submit, queue=QUEUE, max_running=MAX_HELD)
+        await self._bus.respond(PLACE.at(), self._place, queue=QUEUE, max_running=MAX_HELD)
         await self._bus.respond(STATUS.at(), self._status, queue=QUEUE)
         while True:
             await asyncio.sleep(CHECK_S)

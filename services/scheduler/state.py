@@ -223,6 +223,10 @@ class ClusterState:
         """What is known of the node's work and future."""
         return self._nodes[node].timeline
 
+    def kv_tokens(self, node: int) -> int:
+        """What the node's KV cache holds, empty or not."""
+        return self._nodes[node].kv_capacity
+
     def kv_tokens_free(self, node: int) -> int:
         """Room in the node's KV cache when every task that is placed there has grown to its full length."""
         state = self._nodes[node]

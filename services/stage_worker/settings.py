@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from shared.schedule import StashingName
-from shared.settings import LemixSettings
+from shared.settings import MAX_ITERATION_TOKENS, LemixSettings
 
 OptimizerName = Literal["adamw", "nadamw"]
 
@@ -34,7 +34,7 @@ class StageWorkerSettings(LemixSettings):
     kv_tokens: int = Field(default=16384, ge=1)
     """Room in the KV cache, prompts and completions together."""
     kv_block_size: int = Field(default=16, ge=1)
-    max_iteration_tokens: int = Field(default=512, ge=1, le=4096)
+    max_iteration_tokens: int = Field(default=MAX_ITERATION_TOKENS, ge=1, le=4096)
     """Rows of one iteration: longer prompts are prefilled in pieces. Results of all must fit a message."""
     max_microbatch_tokens: int = Field(default=2048, ge=2)
     """Rows of one microbatch; the trainer must use the same number."""

@@ -13,6 +13,8 @@ R = TypeVar("R", bound=Message)
 SCHEMA_VERSION = "1"
 SCHEMA_HEADER = "lemix-schema"
 TRACE_HEADER = "traceparent"
+MAX_RUNNING_REQUESTS = 64
+"""Requests that one subscription answers at once, unless it says otherwise."""
 ERROR_HEADER = "lemix-error"
 """On a reply that refuses: the HTTP status; the body is the reason."""
 
@@ -112,12 +114,17 @@ class Bus(Protocol):
         ...
 
     async def respond(
-        self, subject: RequestSubject[M, R], responder: Responder[M, R], *, queue: str = ""
+        self,
+        subject: RequestSubject[M, R],
+        responder: Responder[M, R],
+        *,
+        queue: str = "",
+        max_running: int = MAX_RUNNING_REQUESTS,
     ) -> Subscription:
         """Answer requests; a responder refuses by raising RefusedError.
 
-        Requests run concurrently, at most 64 at once for one subscription; a malformed
-        request is answered with a refusal of code 400.
+        Requests run concurrently, at most `max_running` at once for this subscription, further ones wait in
+        arrival order; a malformed request is answered with a refusal of code 400.
         """
         ...
 

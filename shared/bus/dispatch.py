@@ -15,8 +15,6 @@ R = TypeVar("R", bound=Message)
 
 HEADERS_BYTES = 256
 """Room kept for headers below the size limit of a message."""
-MAX_RUNNING_REQUESTS = 64
-"""Requests that one subscription answers at once; further ones wait in arrival order."""
 CLOSE_TIMEOUT_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -88,9 +86,11 @@ class Dispatcher:
 
         return receive
 
-    def answering(self, subject: RequestSubject[M, R], responder: Responder[M, R]) -> Receiver:
-        """A receiver that answers in a task of its own, and waits while too many run."""
-        slots = asyncio.Semaphore(MAX_RUNNING_REQUESTS)
+    def answering(
+        self, subject: RequestSubject[M, R], responder: Responder[M, R], *, max_running: int
+    ) -> Receiver:
+        """A receiver that answers in a task of its own, and waits while `max_running` run."""
+        slots = asyncio.Semaphore(max_running)
 
         def done(task: asyncio.Task[None]) -> None:
             self._answering.discard(task)

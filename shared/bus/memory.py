@@ -13,6 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 from shared.bus.base import (
+    MAX_RUNNING_REQUESTS,
     TRACE_HEADER,
     Handler,
     Responder,
@@ -183,9 +184,16 @@ class MemoryBus:
         return _read(reply, subject.reply)
 
     async def respond(
-        self, subject: RequestSubject[M, R], responder: Responder[M, R], *, queue: str = ""
+        self,
+        subject: RequestSubject[M, R],
+        responder: Responder[M, R],
+        *,
+        queue: str = "",
+        max_running: int = MAX_RUNNING_REQUESTS,
     ) -> Subscription:
-        return self._receive(subject.name, queue, self._dispatcher.answering(subject, responder))
+        return self._receive(
+            subject.name, queue, self._dispatcher.answering(subject, responder, max_running=max_running)
+        )
 
     def _send(
         self, name: str, message: Message, traceparent: str, answer: "asyncio.Future[Message] | None"

@@ -27,6 +27,7 @@ from nats.js.errors import BadRequestError, NotFoundError
 
 from shared.bus.base import (
     ERROR_HEADER,
+    MAX_RUNNING_REQUESTS,
     SCHEMA_HEADER,
     SCHEMA_VERSION,
     TRACE_HEADER,
@@ -157,9 +158,16 @@ class NatsBus:
         return subject.reply.unpack(reply.data)
 
     async def respond(
-        self, subject: RequestSubject[M, R], responder: Responder[M, R], *, queue: str = ""
+        self,
+        subject: RequestSubject[M, R],
+        responder: Responder[M, R],
+        *,
+        queue: str = "",
+        max_running: int = MAX_RUNNING_REQUESTS,
     ) -> Subscription:
-        return await self._receive(subject.name, queue, self._dispatcher.answering(subject, responder))
+        return await self._receive(
+            subject.name, queue, self._dispatcher.answering(subject, responder, max_running=max_running)
+        )
 
     async def _receive(self, name: str, queue: str, receiver: Receiver) -> Subscription:
         async def on_message(msg: Msg) -> None:

@@ -85,6 +85,11 @@ def _features(work: Work, token_knots: Sequence[int], sequence_knots: Sequence[i
     ]
 
 
+def load_solver() -> None:
+    """Import what a fit needs, which takes half a second, before the first one does."""
+    import scipy.optimize  # noqa: F401
+
+
 def _relative_nnls(rows: Sequence[Sequence[float]], samples: Sequence[tuple[Work, float]]) -> list[float]:
     import numpy
     from scipy.optimize import nnls  # here: whoever only evaluates a fit need not wait for it

@@ -118,7 +118,10 @@ async def test_a_request_is_answered(connect: Connect) -> None:
     assert await asker.request(ASK, cancel(1), timeout_s=5) == Placed(node=7)
 
 
-async def test_requests_run_concurrently_and_at_most_64_at_once(connect: Connect) -> None:
+@pytest.mark.parametrize(("options", "limit"), [({}, 64), ({"max_running": 70}, 70)])
+async def test_requests_run_concurrently_and_at_most_so_many_at_once(
+    connect: Connect, options: dict[str, int], limit: int
+) -> None:
     asker, answerer = await connect(), await connect()
     running, full, may_return = set[str](), asyncio.Event(), asyncio.Event()
     most = 0
@@ -127,19 +130,19 @@ async def test_requests_run_concurrently_and_at_most_64_at_once(connect: Connect
         nonlocal most
         running.add(incoming.message.task_id)
         most = max(most, len(running))
-        if most == 64:
+        if most == limit:
             full.set()
         await may_return.wait()
         running.discard(incoming.message.task_id)
         return Placed(node=0)
 
-    await answerer.respond(ASK, respond)
+    await answerer.respond(ASK, respond, **options)
     async with asyncio.TaskGroup() as group:
         for i in range(80):
             group.create_task(asker.request(ASK, cancel(i), timeout_s=10))
         await full.wait()
         may_return.set()
-    assert most == 64
+    assert most == limit
 
 
 async def test_a_refusal_arrives_with_reason_and_code(connect: Connect) -> None:

@@ -148,6 +148,26 @@ def test_a_policy_that_names_a_time_in_the_past_does_not_spin() -> None:
     assert 10 < len(policy.asked_s) <= HOLD_S["training"] / 0.001 + 2
 
 
+def test_held_tasks_do_not_hold_up_those_behind_them() -> None:
+    class LargeOnesWait(Scripted):
+        def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
+            is_small = isinstance(arrival.task, InferenceTask) and len(arrival.task.prompt) < 100
+            return Place(0) if is_small else Wait(now_s + 1.0, "no room")
+
+    async def case() -> None:
+        async with scheduling(LargeOnesWait(lambda now_s, _: Place(0))) as bus, asyncio.TaskGroup() as group:
+            held = [
+                group.create_task(bus.request(SUBMIT.at(), request(f"l{i}", 100), timeout_s=SUBMIT_TIMEOUT_S))
+                for i in range(100)
+            ]
+            await asyncio.sleep(0.1)
+            assert await bus.request(SUBMIT.at(), request("s", 4), timeout_s=0.1) == Placed(node=0)
+            for task in held:
+                task.cancel()
+
+    run_virtual(case())
+
+
 def test_a_refusal_ends_the_task_at_once() -> None:
     async def case() -> None:
         async with scheduling(Scripted(lambda now_s, _: Refuse(429, "too much"))) as bus:

@@ -54,6 +54,12 @@ def test_a_trace_is_replayed(tmp_path: Path) -> None:
     assert [len(request["token_times_s"][0]) for request in requests] == list(range(1, 11))
 
 
+def test_arrivals_that_have_their_own_rate_need_none(tmp_path: Path) -> None:
+    ended = simulate(tmp_path, *RUN[:-2], "--arrivals", "all")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "20 of 20 answered" in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -62,6 +68,7 @@ def test_a_trace_is_replayed(tmp_path: Path) -> None:
         (("--release", "poisson"), "training_per_s must be given"),
         (("--trace", "nowhere.csv"), "nowhere.csv"),
         (("--max-tokens", "5", "2"), "max_tokens"),
+        (("--arrivals", "all"), "rate_per_s=30.0 would do nothing"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:

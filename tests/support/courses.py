@@ -1,14 +1,16 @@
 """Nodes with work on them, and stages that do exactly what was predicted, for tests of predictions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.scheduler.node.known_work import BACKWARD, FORWARD, ITERATION, STEP, Batch, Iteration, Op
 from services.scheduler.node.prediction import Prediction
 from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.tasks import TaskShape
+from shared.messages.cluster import TaskKind
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.profiles.times import Work, work_of_rows
+from shared.settings import MAX_ITERATION_TOKENS
 
 NAMES: dict[int, OpKind] = {
     ITERATION: "iteration",
@@ -24,6 +26,7 @@ class UnevenCosts:
 
     num_stages: int | None
     hop_s: float
+    max_iteration_tokens: int = MAX_ITERATION_TOKENS
 
     def iteration_s(self, stage: int, work: Work) -> float:
         return (0.0010123 + 0.00031 * stage) * work.num_tokens
@@ -46,18 +49,116 @@ class UnevenCosts:
         return self.num_stages - 1
 
 
-def node_with(
-    prompts: Sequence[int], batches: Sequence[Sequence[int]], *, num_stages: int, hop_s: float
-) -> NodeTimeline:
-    """Everything is placed at time 0: requests `r0`, ... of so many tokens; batches `b0`, ..."""
-    timeline = NodeTimeline(num_stages, UnevenCosts(num_stages, hop_s))
-    for index, tokens in enumerate(prompts):
-        shape = TaskShape(prompt_tokens=tokens, max_tokens=1)
-        timeline.assign(f"r{index}", "inference", shape, forecast=None, arrived_s=0.0, now_s=0.0)
-    for index, microbatches in enumerate(batches):
-        shape = TaskShape(microbatches=tuple(work_of_rows(0, tokens) for tokens in microbatches))
-        timeline.assign(f"b{index}", "training", shape, forecast=None, arrived_s=0.0, now_s=0.0)
-    return timeline
+@dataclass(frozen=True)
+class Load:
+    """Requests and batches that come together: tokens of prompts, and of the microbatches of each batch."""
+
+    prompts: Sequence[int] = ()
+    batches: Sequence[Sequence[int]] = ()
+
+    def shapes(self) -> list[TaskShape]:
+        """Requests first."""
+        requests = [TaskShape(prompt_tokens=tokens, max_tokens=1) for tokens in self.prompts]
+        works = [tuple(work_of_rows(0, tokens) for tokens in batch) for batch in self.batches]
+        return [*requests, *(TaskShape(microbatches=each) for each in works)]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What has come to a node, with what its stages have done in between."""
+
+    at_s: float = 0.0
+    first: Load = field(default_factory=Load)
+    pause_s: float = 0.0
+    second: Load = field(default_factory=Load)
+
+    @property
+    def batches(self) -> list[Sequence[int]]:
+        return [*self.first.batches, *self.second.batches]
+
+    @property
+    def prompts(self) -> list[int]:
+        return [*self.first.prompts, *self.second.prompts]
+
+
+class Node:
+    """A node whose stages do exactly what is predicted, and tell of it at once."""
+
+    def __init__(self, num_stages: int, hop_s: float) -> None:
+        self.timeline = NodeTimeline(num_stages, UnevenCosts(num_stages, hop_s))
+        self.now_s = 0.0
+        self.done_s = [0.0] * num_stages
+        """By stage: seconds in ops that are over."""
+        self.waiting: set[str] = set()
+        """Requests whose prompt is not through."""
+        self._hop_s = hop_s
+        self._num_begun = 0
+        """Iterations."""
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.timeline.prediction
+
+    @property
+    def told_s(self) -> float:
+        """What has happened by then is known."""
+        return self.now_s - self._hop_s
+
+    def place(self, load: Load) -> None:
+        """At this moment."""
+        for shape in load.shapes():
+            kind: TaskKind = "training" if shape.microbatches else "inference"
+            task_id = f"{kind} {len(list(self.timeline.assigned()))}"
+            self.timeline.assign(task_id, kind, shape, forecast=None, arrived_s=self.now_s, now_s=self.now_s)
+            if kind == "inference":
+                self.waiting.add(task_id)
+
+    def go_on(self, until_s: float) -> None:
+        """Let the stages do what is predicted; the last thing is told by then."""
+        course, from_s = self.prediction, self.told_s
+        in_flight = course.known.in_flight
+        told = {
+            id(flow): _iteration(flow, number)
+            for number, flow in enumerate(in_flight, self._num_begun - len(in_flight))
+        }
+        for at_s, stage, is_start, place, op in happenings(course):
+            if from_s < at_s <= until_s - self._hop_s:
+                elapsed_s = course.ends_s[stage][place] - course.starts_s[stage][place]
+                self._tell(stage, self._told(op, told), None if is_start else elapsed_s, at_s)
+        self.now_s = max(self.now_s, until_s)
+
+    def _tell(self, stage: int, op: StageOp, elapsed_s: float | None, at_s: float) -> None:
+        """`elapsed_s` None: it has begun."""
+        progress = StageProgress(
+            node=0,
+            stage=stage,
+            ended=() if elapsed_s is None else (OpEnded(op=op, elapsed_s=elapsed_s, ago_s=0.0),),
+            running=OpStarted(op=op, ago_s=0.0) if elapsed_s is None else None,
+        )
+        through = self.timeline.progressed(progress, at_s + self._hop_s)
+        self.waiting -= {task.task_id for task in through}
+        self.done_s[stage] += elapsed_s or 0.0
+
+    def _told(self, op: Op, iterations: dict[int, StageOp]) -> StageOp:
+        if isinstance(op.flow, Iteration):
+            if id(op.flow) not in iterations:  # from now on the timeline may change what it had foreseen
+                iterations[id(op.flow)] = _iteration(op.flow, self._num_begun)
+                self._num_begun += 1
+            return iterations[id(op.flow)]
+        assert isinstance(op.flow, Batch)
+        if op.kind == STEP:
+            return _op("step", (op.flow.batch_id,), 0, Work(0, 0, 0))
+        (task,) = [task for task in self.timeline.assigned() if task.task_id == op.flow.batch_id]
+        return _op(NAMES[op.kind], (op.flow.batch_id,), op.microbatch, task.shape.microbatches[op.microbatch])
+
+
+def node_after(past: Past, *, num_stages: int, hop_s: float) -> Node:
+    node = Node(num_stages, hop_s)
+    node.now_s = past.at_s
+    node.place(past.first)
+    node.go_on(past.at_s + past.pause_s)
+    node.place(past.second)
+    return node
 
 
 Happening = tuple[float, int, bool, int, Op]
@@ -74,32 +175,8 @@ def happenings(course: Prediction) -> list[Happening]:
     return sorted(found, key=lambda each: (each[0], each[2], each[1], each[3]))
 
 
-def tell(timeline: NodeTimeline, course: Prediction, until_s: float, hop_s: float) -> None:
-    """Let the stages do what `course` says, up to `until_s`, and tell the timeline of it at once."""
-    numbers: dict[int, int] = {}
-    for at_s, stage, is_start, place, op in happenings(course):
-        if at_s > until_s:
-            return
-        told = _stage_op(timeline, op, numbers)
-        elapsed_s = course.ends_s[stage][place] - course.starts_s[stage][place]
-        progress = StageProgress(
-            node=0,
-            stage=stage,
-            ended=() if is_start else (OpEnded(op=told, elapsed_s=elapsed_s, ago_s=0.0),),
-            running=OpStarted(op=told, ago_s=0.0) if is_start else None,
-        )
-        timeline.progressed(progress, at_s + hop_s)
-
-
-def _stage_op(timeline: NodeTimeline, op: Op, numbers: dict[int, int]) -> StageOp:
-    if isinstance(op.flow, Iteration):
-        number = numbers.setdefault(id(op.flow), len(numbers))
-        return _op("iteration", op.flow.completes, number, op.flow.work)
-    assert isinstance(op.flow, Batch)
-    if op.kind == STEP:
-        return _op("step", (op.flow.batch_id,), 0, Work(0, 0, 0))
-    (task,) = [task for task in timeline.assigned() if task.task_id == op.flow.batch_id]
-    return _op(NAMES[op.kind], (op.flow.batch_id,), op.microbatch, task.shape.microbatches[op.microbatch])
+def _iteration(flow: Iteration, number: int) -> StageOp:
+    return _op("iteration", flow.completes, number, flow.work)
 
 
 def _op(kind: OpKind, task_ids: tuple[str, ...], index: int, work: Work) -> StageOp:

@@ -18,6 +18,7 @@ from shared.messages.events import OpKind, OpStarted, StageOp, StageProgress
 from shared.messages.inference import InferenceTask, Sampling
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work
+from shared.settings import MAX_ITERATION_TOKENS
 from tests.support.cluster import heartbeat
 
 SLO_S = 1.0
@@ -31,6 +32,7 @@ class LinearCosts:
     hop_s: float = 0.0
     forward_s_per_token: float = 0.001
     applied_s: float = 0.0
+    max_iteration_tokens: int = MAX_ITERATION_TOKENS
 
     def iteration_s(self, stage: int, work: Work) -> float:
         return self.forward_s_per_token * work.num_tokens

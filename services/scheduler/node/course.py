@@ -84,6 +84,9 @@ class _Course:
             elif op is not None:
                 is_busy[stage] = False
                 self._follow(op, stage, at_s)
+                if self._last == 0:  # what follows comes in this very moment, and may go first
+                    self._wake(at_s, stage)
+                    continue
             if not is_busy[stage]:
                 self._start_next(stage, at_s)
         return Prediction(

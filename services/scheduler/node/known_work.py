@@ -7,9 +7,6 @@ from typing import NamedTuple
 from services.scheduler.costs import Costs
 from shared.profiles.times import NO_WORK, Work
 
-MAX_ITERATION_TOKENS = 512
-"""Rows that stage workers put into one iteration (their LEMIX_MAX_ITERATION_TOKENS, unless set)."""
-
 ITERATION, STEP, BACKWARD, FORWARD = range(4)
 """In the order in which a stage prefers them."""
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from services.scheduler.costs import Costs
-from services.scheduler.node.known_work import MAX_ITERATION_TOKENS, Iteration, durations_of
+from services.scheduler.node.known_work import Iteration, durations_of
 from services.scheduler.node.now_running import NowRunning
 from services.scheduler.tasks import Assigned, work_of_op
 from shared.messages.events import StageOp
@@ -75,7 +75,9 @@ class Lineup:
         start = 0
         while start < task.shape.prompt_tokens:
             formed = self._with_room(ready_s)
-            num_tokens = min(task.shape.prompt_tokens - start, MAX_ITERATION_TOKENS - formed.num_tokens)
+            num_tokens = min(
+                task.shape.prompt_tokens - start, self._costs.max_iteration_tokens - formed.num_tokens
+            )
             formed.parts.append(_Part(task, start, num_tokens))
             self._measure(formed)
             start += num_tokens
@@ -140,7 +142,7 @@ class Lineup:
     def _with_room(self, ready_s: float) -> _Formed:
         """Where a prompt's next rows go."""
         num_slots, formed = self._num_slots(ready_s), self._formed
-        if formed and len(formed) > num_slots and formed[-1].num_tokens < MAX_ITERATION_TOKENS:
+        if formed and len(formed) > num_slots and formed[-1].num_tokens < self._costs.max_iteration_tokens:
             return formed[-1]
         carried = self.decode_share() if len(formed) >= num_slots else NO_WORK
         formed.append(_Formed(Iteration(NO_WORK, (), ready_s=ready_s), [], carried))

@@ -52,6 +52,10 @@ class NodeTimeline:
         """Of those the ones that train."""
         self._running = NowRunning(num_stages)
         self._lineup = Lineup(num_stages, costs, self._running)
+        self._untold: dict[str, Assigned] = {}
+        """Requests that ended before their only stage told of their first token: its next message does.
+        Where there are more stages the last one has mostly told before.
+        """
         self._feed_s = 0.0
         """When the trainer's next microbatch can be here at the earliest."""
         self._prediction: Prediction | None = None
@@ -139,11 +143,14 @@ class NodeTimeline:
             self._running.orphan(self._batches.pop(task_id))
         else:
             self._lineup.remove(task_id)
+            if task.first_token_s is None and self.num_stages == 1:
+                self._untold[task_id] = task
 
     def clear(self) -> None:
         """All stages begin anew; the tasks have been ended."""
         self._running.clear()
         self._lineup.clear()
+        self._untold.clear()
         self._prediction = None
 
     def progressed(self, progress: StageProgress, now_s: float) -> list[Assigned]:
@@ -160,6 +167,7 @@ class NodeTimeline:
                 through += self._iterated(stage, ended.op, end_s - ended.elapsed_s, end_s)
             else:
                 self._trained(stage, ended.op, end_s - ended.elapsed_s, end_s)
+        self._untold.clear()
         started = progress.running
         if started is not None:
             self._running.by_stage[stage] = self._begun(stage, started.op, sent_s - started.ago_s)
@@ -199,7 +207,16 @@ class NodeTimeline:
         for task in tasks:
             if task.forward:
                 task.forward[stage] = Interval(start_s, end_s)
-        return self._lineup.leaves(op, tasks, end_s) if stage == self.num_stages - 1 else []
+        if stage < self.num_stages - 1:
+            return []
+        return self._lineup.leaves(op, tasks, end_s) + self._told_late(op, end_s)
+
+    def _told_late(self, op: StageOp, end_s: float) -> list[Assigned]:
+        """Requests that were over before the stage told of it: the rule on a node of one stage."""
+        late = [task for task_id in op.task_ids if (task := self._untold.pop(task_id, None))]
+        for task in late:
+            task.first_token_s = end_s
+        return late
 
     def _trained(self, stage: int, op: StageOp, start_s: float, end_s: float) -> None:
         batch = self._batches.get(op.task_ids[0])

@@ -43,6 +43,9 @@ from shared.messages.training import TrainingTask
 ASK_AGAIN = 0.1
 """Of an objective: after it a task that waits asks again, if nothing is known to change before."""
 
+ANSWER_HOPS = 2
+"""From the gateway to the scheduler, and from the last stage to the gateway."""
+
 
 class Lemix:
     """Keeps nothing between two decisions: all that it knows is in the cluster's state."""
@@ -71,14 +74,15 @@ class Lemix:
     ) -> Decision:
         wanted = kv_tokens_of(task)
         if self._options.has("memory"):
-            nodes = [node for node in nodes if state.kv_tokens_free(node) >= wanted]
-            if not nodes:
-                return self._without_memory(state, task, wanted, waited_s, now_s)
+            with_room = [node for node in nodes if state.kv_tokens_free(node) >= wanted]
+            if not with_room:
+                return self._without_memory(state, nodes, task, waited_s, now_s)
+            nodes = with_room
         length = len(task.prompt)
         found = self._shortlist(state, nodes, now_s)
         alone = inference_alone(state.costs, length)
         prospects = [_prospect_of_request(each, alone, now_s) for each in found]
-        spare_s = max(0.0, state.slo_s - waited_s - alone.forward[-1].end_s)
+        spare_s = max(0.0, _objective_s(state) - waited_s - alone.forward[-1].end_s)
         question = Question(
             length=length,
             limit_s=alone.forward[-1].end_s + self._options.comfort * spare_s,
@@ -91,9 +95,14 @@ class Lemix:
         return Place(best.node, best.forecast)
 
     def _without_memory(
-        self, state: ClusterState, task: InferenceTask, wanted: int, waited_s: float, now_s: float
+        self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float
     ) -> Decision:
         """No node has room for the request's keys and values now."""
+        wanted, capacity = kv_tokens_of(task), max(map(state.kv_tokens, nodes))
+        if wanted > capacity:
+            return Refuse(
+                400, f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}"
+            )
         if waited_s >= min(self._options.memory_patience_s, task.timeout_s / 2):
             return Refuse(429, f"no node had {wanted} tokens of KV cache free for {waited_s:.3g} s")
         reason = f"no node has {wanted} tokens of KV cache free"
@@ -169,6 +178,16 @@ def _prospect_of_batch(candidate: Candidate, alone: Alone, now_s: float) -> Pros
     return Prospect(candidate, forecast, forecast.backward[0].end_s - now_s)
 
 
+def _objective_s(state: ClusterState) -> float:
+    """What the objective leaves from the scheduler's decision to the end of the last stage's forward.
+
+    On nodes of one stage: without the hops that no forecast has, which are as long as an op there may be.
+    """
+    if state.costs.num_stages != 1:
+        return state.slo_s
+    return max(0.0, state.slo_s - ANSWER_HOPS * state.costs.hop_s)
+
+
 def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> Expected:
     """Requests like those that came."""
     timelines = {candidate.node: candidate.timeline for candidate in found}
@@ -181,7 +200,7 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
     return Expected(
         response=response,
         nodes=tuple(timelines),
-        slo_s=state.slo_s,
+        slo_s=_objective_s(state),
         batches_per_s=state.training_rate.per_s(now_s),
     )
 

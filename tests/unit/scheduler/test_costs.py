@@ -1,5 +1,8 @@
 """Costs against the emulated device they forecast, and against the paper's formula."""
 
+import subprocess
+import sys
+
 import pytest
 
 from services.scheduler.costs import AffineCosts, Costs, QuadraticCosts, costs_named
@@ -108,3 +111,16 @@ def test_costs_have_names(name: str) -> None:
 def test_an_unknown_name_is_the_user_s_mistake() -> None:
     with pytest.raises(ConfigurationError, match=r"linear.*affine, quadratic"):
         costs_named("linear", None, HOP_S)
+
+
+def test_the_solver_of_fits_is_there_before_anything_runs() -> None:
+    """Its import takes half a second, in which a scheduler would answer nobody."""
+    script = """
+import sys
+from services.scheduler.costs import AffineCosts
+before = "scipy.optimize" in sys.modules
+AffineCosts(None, 0.0)
+print(before, "scipy.optimize" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["False", "True"]

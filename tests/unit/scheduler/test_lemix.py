@@ -11,7 +11,17 @@ from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.base import Place, Policy, Refuse, Wait
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.state import ClusterState, TasksEnded
-from tests.support.policies import SLO_S, ask, assign, batch, cluster, request, start_forward, submit
+from tests.support.policies import (
+    SLO_S,
+    LinearCosts,
+    ask,
+    assign,
+    batch,
+    cluster,
+    request,
+    start_forward,
+    submit,
+)
 
 
 def lemix(options: str = "", room: TrainingRoom | None = None) -> Policy:
@@ -54,6 +64,20 @@ def test_a_node_is_opened_when_the_others_would_answer_late() -> None:
     assert node_of(ask(state, lemix("comfort=0.5,opening=0.7"), request("r", 200), 0.0)) == 0
 
 
+def test_on_nodes_of_one_stage_the_way_of_the_answer_is_of_the_objective() -> None:
+    """There an op may be as short as a hop."""
+
+    def node_at(hop_s: float) -> int:
+        costs = LinearCosts(1, hop_s=hop_s)
+        state, first = cluster(0, 1, num_stages=1, costs=costs), batch("b", 250)
+        assign(state, first, Place(0), 0.0)
+        start_forward(state, first, hop_s, node=0)  # told a hop late: the stage has it until 0.75
+        return node_of(ask(state, lemix(), request("r", 200), hop_s))
+
+    assert node_at(0.0) == 0  # the answer at 0.95 is within 0.95 of the 0.8 s to spare
+    assert node_at(0.03) == 1  # at 0.95 again, and at the gateway at 1.01
+
+
 def test_of_two_nodes_that_answer_alike_the_one_without_training_is_taken() -> None:
     state = cluster(0, 1)
     for node in (0, 1):
@@ -93,6 +117,16 @@ def test_after_a_pause_the_node_that_worked_last_goes_on() -> None:
     assign(state, request("r", 100), Place(1), 3.0)
     state.apply(TasksEnded(("r",)))
     assert node_of(ask(state, lemix(), request("next", 100), 9.0)) == 1
+
+
+def test_a_node_without_work_stays_active_for_a_while() -> None:
+    state = cluster(0, 1)
+    assign(state, request("old", 100), Place(1), 0.0)
+    state.apply(TasksEnded(("old",)))
+    assign(state, request("long", 300), Place(0), 2.0)
+    # Node 0 would answer after 0.7 s, more than is comfortable; node 1 after 0.2 s, but it is idle for 2 s.
+    assert node_of(ask(state, lemix("linger=2.5"), request("r", 100), 2.0)) == 1
+    assert node_of(ask(state, lemix("linger=1.5"), request("r", 100), 2.0)) == 0
 
 
 # Idleness and consistency
@@ -152,6 +186,41 @@ def test_a_batch_does_not_wait_for_ever() -> None:
     assert waits == sorted(waits, reverse=True) and waits[0] and not waits[-1]
 
 
+def test_a_batch_does_not_wait_for_requests_that_hardly_come() -> None:
+    state = cluster(0)
+    expect_requests(state)
+    for i in range(9):
+        submit(state, lemix("without=deferral"), batch(f"late-b{i}", 10), 59.0 + i / 10)
+        state.apply(TasksEnded((f"late-b{i}",)))
+    assert isinstance(ask(state, lemix(), batch("b", 1000), 6.0), Wait)
+    assert node_of(ask(state, lemix(), batch("b", 1000), 60.0)) == 0  # ten a second have become 0.006
+
+
+def test_a_batch_may_make_some_requests_late_and_more_the_longer_it_has_waited() -> None:
+    state = cluster(0)
+    expect_requests(state)
+    # A request takes 0.2 s: of 0.81 s on the last stage 0.01 s are unsafe; 1.5 batches come in a second.
+    slightly = batch("b", 270)
+    assert isinstance(ask(state, lemix("late_share=0.005"), slightly, 2.0), Wait)
+    assert isinstance(ask(state, lemix("late_share=0.02"), slightly, 2.0), Place)
+    waited = lemix("late_share=0.005,patience=100")
+    assert isinstance(ask(state, waited, slightly, 2.0, arrived_s=1.5), Wait)
+    assert isinstance(ask(state, waited, slightly, 2.0, arrived_s=0.0), Place)
+
+
+def test_a_batch_that_waits_asks_again_when_its_patience_would_do() -> None:
+    state = cluster(0)
+    expect_requests(state)
+    running = batch("a", 500)
+    assign(state, running, Place(0), 2.0)
+    start_forward(state, running, 2.0, node=0, stage=1)  # safe again at 2.6
+    slightly = batch("b", 270)
+    decision = ask(state, lemix("late_share=0,patience=20"), slightly, 2.0)
+    assert isinstance(decision, Wait) and 2.1 < decision.until_s < 2.6
+    soon = ask(state, lemix("late_share=0,patience=0.1"), slightly, 2.0)
+    assert isinstance(soon, Wait) and soon.until_s == pytest.approx(2.1)  # a tenth of an objective at least
+
+
 def test_a_batch_waits_until_what_blocks_requests_is_over() -> None:
     state = cluster(0)
     expect_requests(state)
@@ -174,6 +243,15 @@ def test_a_request_waits_for_room_in_the_cache_and_then_is_refused() -> None:
     assert node_of(ask(state, lemix("without=memory"), second, 1.0)) == 0
     refused = ask(state, lemix(), second, 11.0, arrived_s=1.0)
     assert isinstance(refused, Refuse) and refused.code == 429 and "99 tokens of KV cache" in refused.reason
+
+
+def test_a_request_that_no_cache_could_hold_is_refused_at_once() -> None:
+    state = cluster(0, 1, kv_blocks=10)  # 160 tokens
+    submit(state, lemix(), request("first", 50, max_tokens=51), 0.0)
+    refused = ask(state, lemix(), request("r", 100, max_tokens=62), 0.0)
+    assert isinstance(refused, Refuse) and refused.code == 400
+    assert refused.reason == "prompt and max_tokens want 161 tokens of KV cache; a node has 160"
+    assert isinstance(ask(state, lemix(), request("r", 100, max_tokens=61), 0.0), Place)
 
 
 def test_a_request_goes_where_there_is_room() -> None:

@@ -16,6 +16,8 @@ from lemix.simulation.workload import (
 )
 from shared.errors import ConfigurationError
 
+TRACE: dict[str, object] = {"trace": (TraceRow(0.0, 1, 1),), "num_tasks": 1, "rate_per_s": None}
+
 
 def planned(seed: int = 1, **options: object) -> Workload:
     given: dict[str, object] = {"num_tasks": 2_000, "rate_per_s": 10.0} | options
@@ -169,8 +171,16 @@ def test_a_trace_is_replayed() -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"sigma": -1.0}, "sigma"),
         ({"trace": (TraceRow(0.0, 1, 1),)}, "in the trace of 1"),
+        (TRACE | {"arrivals": "all"}, "arrivals='all' would do nothing: a trace"),
+        (TRACE | {"order": "bursty"}, "order='bursty' would do nothing"),
+        (TRACE | {"sigma": 10.0}, "sigma=10.0 would do nothing"),
+        (TRACE | {"request_size": 2}, "request_size=2 would do nothing"),
+        (TRACE | {"max_tokens": (1, 8)}, "max_tokens=(1, 8) would do nothing"),
+        ({"arrivals": "all"}, "rate_per_s=10.0 would do nothing: arrivals all"),
+        ({"arrivals": "alternating"}, "rate_per_s=10.0 would do nothing: arrivals alternating"),
+        ({"training_per_s": 2.0}, "training_per_s=2.0 would do nothing: .*release poisson, not closed"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, object], named: str) -> None:
-    with pytest.raises(ConfigurationError, match=named.replace("(", r"\(")):
+    with pytest.raises(ConfigurationError, match=named.replace("(", r"\(").replace(")", r"\)")):
         planned(**options)

@@ -32,7 +32,7 @@ def test_a_study_says_all_in_markdown_and_json_and_figures(tmp_path: Path) -> No
     text = path.read_text()
     assert text.startswith("# Made up\n\nNothing runs.\n\n## Verdicts\n")
     assert "## A table\n\n| a |\n" in text
-    assert "| rate 4 | 0.120 | 0.500 (random) | 0.750 |" in text
+    assert "| rate 4 | 0.120 | 0.500 (random) | 0.750: permitted |" in text
     assert "Made by `lemix study made-up`. Seeds 3, 4; 10 of 2 runs." in text
     assert "![made-up-by-rate.png](made-up-by-rate.png)" in text
     assert (path.parent / "made-up-by-rate.png").exists()

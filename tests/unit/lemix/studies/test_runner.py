@@ -10,9 +10,23 @@ import pytest
 from lemix.studies.command import chosen_cells
 from lemix.studies.grid import Cell, Study
 from lemix.studies.rows import Labels, Metrics
-from lemix.studies.runner import RunLog, StudyFailedError, complete, finished_runs, run_within
+from lemix.studies.runner import (
+    RunLog,
+    StudyFailedError,
+    complete,
+    finished_runs,
+    process_pool,
+    run_within,
+)
 from shared.errors import ConfigurationError
-from tests.unit.lemix.studies.support import HereAndNow, cell_of, failing_on_random, made_up, study_of
+from tests.unit.lemix.studies.support import (
+    HereAndNow,
+    cell_of,
+    failing_on_random,
+    killed_on_random,
+    made_up,
+    study_of,
+)
 
 
 def run(study: Study, log: RunLog) -> tuple[list[tuple[Labels, Metrics]], list[tuple[int, int]]]:
@@ -90,6 +104,17 @@ def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     with pytest.raises(StudyFailedError, match=r"1 of 2 runs.*\n.*'policy': 'random'.*seed 0: .*no luck"):
         run(study, log)
     assert list(log.finished()) == [cell_of("lemix").key()]
+
+
+def test_a_killed_process_ends_the_study_clearly_and_its_runs_are_kept(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "made-up.jsonl")
+    cells = [cell_of("lemix"), cell_of("random"), cell_of("lemix", seed=1), cell_of("lemix", seed=2)]
+    study = study_of(cells, run=killed_on_random)
+    with pytest.raises(StudyFailedError, match=r"made-up was killed.*; 1 of 4 runs are kept: start it again"):
+        complete(study, cells, log, pool=process_pool(study, 1), on_progress=lambda done, total: None)
+    assert list(log.finished()) == [cells[0].key()]
+    _, heard = run(study_of(cells), log)
+    assert heard[0] == (1, 4) and heard[-1] == (4, 4)
 
 
 def test_a_run_that_takes_too_long_has_failed_whatever_it_catches() -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from lemix.studies.measures import SLO_ATTAINMENT, TRAINING_TOKENS, number
 from lemix.studies.rows import Row, Spread
-from lemix.studies.tables import missed_sections, pivot, verdict_table
+from lemix.studies.tables import bound_of, missed_sections, pivot, verdict_table
 from lemix.studies.verdicts import Finding, Verdict
 
 ROWS = [
@@ -46,4 +46,43 @@ def test_a_missed_point_stands_with_its_numbers_and_its_bounds() -> None:
     bounds = [Row({"rate": 8, "policy": "bound"}, spreads, 5), Row({"rate": 4, "policy": "bound"}, {}, 5)]
     (section,) = missed_sections([Verdict("much", (MISS,)), Verdict("met", ())], bounds)
     assert section.title == "Missed: much"
-    assert section.body.splitlines()[-1] == "| rate 8 | 0.500 | 0.600 (random) | 0.700, 0.550 in time |"
+    assert "| 0.700, 0.550 in time: permitted if some are late |" in section.body.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("reached", "needed", "bounds", "words"),
+    [
+        (0.5, 0.6, {"much": 0.7}, "0.700: permitted"),
+        (0.5, 0.6, {"much": 0.55}, "0.550: forbidden"),
+        (0.6, 0.5, {"much": 0.4}, "0.400: permitted"),  # the less the better
+        (0.6, 0.5, {"much": 0.55}, "0.550: forbidden"),
+        (0.5, 0.6, {"much": 0.9, "much_in_time": 0.7}, "0.900, 0.700 in time: permitted"),
+        (0.5, 0.6, {"much": 0.9, "much_in_time": 0.55}, "0.900, 0.550 in time: permitted if some are late"),
+        (0.5, 0.6, {"much": 0.59, "much_in_time": 0.55}, "0.590, 0.550 in time: forbidden"),
+        (0.5, 0.6, {}, "none of a single point"),
+    ],
+)
+def test_a_bound_permits_or_forbids_what_was_needed(
+    reached: float, needed: float, bounds: dict[str, float], words: str
+) -> None:
+    row = Row(
+        {"rate": 8, "policy": "bound"},
+        {name: Spread(value, value, value) for name, value in bounds.items()},
+        5,
+    )
+    assert bound_of(Finding({"rate": 8}, reached, needed, False, "random", "much"), [row]) == words
+
+
+def test_a_missed_point_says_what_both_policies_paid() -> None:
+    def row(policy: str, slo: float, training: float) -> Row:
+        spreads = {
+            "slo_attainment": Spread(slo, slo, slo),
+            "training_tokens_per_s": Spread(training, training, training),
+        }
+        return Row({"rate": 8, "policy": policy}, spreads, 5)
+
+    rows = [row("lemix", 0.998, 2000), row("random", 0.5, 3000), row("best", 0.0, 0)]
+    (section,) = missed_sections([Verdict("much", (MISS,))], rows)
+    assert section.body.splitlines()[-1].endswith(
+        "| 99.8 % in time, 2000 training tokens/s | 50.0 % in time, 3000 training tokens/s |"
+    )

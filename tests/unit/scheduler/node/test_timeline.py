@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.scheduler.forecast import Forecast, Interval
+from services.scheduler.forecast import Forecast, Interval, forecast_inference, inference_alone
 from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.policies.base import Place
 from services.scheduler.state import ClusterState, StageProgressed, TasksEnded
@@ -325,3 +325,44 @@ def _tell(state: ClusterState, stage: int, op: StageOp, now_s: float, *, is_over
     running = None if is_over else OpStarted(op=op, ago_s=0.0)
     progress = StageProgress(node=0, stage=stage, ended=ended, running=running)
     state.apply(StageProgressed(progress, now_s))
+
+
+def test_the_only_stage_tells_of_a_request_after_its_end() -> None:
+    timeline = NodeTimeline(1, LinearCosts(1))
+    for task_id in ("r", "failed"):
+        place_request(timeline, task_id, 100)
+        timeline.end(task_id)
+    assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.1) == ["r"]
+    assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.1) == []
+    # What the stage has not told by then is not to come.
+    assert ended(timeline, 0, op("iteration", "failed", index=1, tokens=100), 0.2) == []
+    assert timeline.prediction.is_idle
+
+
+def test_nothing_is_told_of_a_request_that_ended_before_its_stage_began_anew() -> None:
+    timeline = NodeTimeline(1, LinearCosts(1))
+    place_request(timeline, "r", 100)
+    timeline.end("r")
+    timeline.clear()
+    assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.1) == []
+
+
+def test_on_one_stage_a_step_lets_iterations_pass() -> None:
+    """The second iteration can be formed when the first is over, and goes before the step that waits."""
+    costs = LinearCosts(1, applied_s=0.5)
+    timeline = NodeTimeline(1, costs)
+    place_batch(timeline, "b", 100)
+    started(timeline, 0, op("forward", "b", tokens=100), 0.0)  # until 0.3
+    place_request(timeline, "r0", 100, at_s=0.1)
+    forecast = forecast_inference(timeline.prediction, inference_alone(costs, 100), 0.2)
+    place_request(timeline, "r1", 100, at_s=0.2)
+    assert timeline.prediction.first_tokens_s == {"r0": pytest.approx(0.4), "r1": pytest.approx(0.5)}
+    assert forecast.end_s == pytest.approx(0.5)
+
+
+def test_prompts_go_in_the_pieces_that_stages_make_of_them() -> None:
+    costs = LinearCosts(1, max_iteration_tokens=40)
+    timeline = NodeTimeline(1, costs)
+    place_request(timeline, "r", 100)
+    assert [op.duration_s for op in timeline.prediction.ops[0]] == pytest.approx([0.04, 0.04, 0.02])
+    assert inference_alone(costs, 100).forward[0].end_s == pytest.approx(0.1)
