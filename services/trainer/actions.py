@@ -20,6 +20,7 @@ from services.trainer.node_training import (
     WriteCheckpoint,
 )
 from services.trainer.outbox import Outbox
+from services.trainer.progress import Progress
 from services.trainer.schedules import Slot
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
@@ -28,7 +29,13 @@ from shared.bus.base import Bus
 from shared.clock import Clock
 from shared.errors import BusError
 from shared.messages.inference import TaskEnded
-from shared.messages.training import Microbatch, MicrobatchForward, RejectedBatch
+from shared.messages.training import (
+    BatchApplied,
+    BatchRejected,
+    Microbatch,
+    MicrobatchForward,
+    RejectedBatch,
+)
 from shared.messages.weights import RestoreWeights, SaveWeights
 from shared.subjects import ENDED, FORWARD, REJECTED, RESTORE, SAVE
 
@@ -69,6 +76,7 @@ class ActionRunner:
         self._tasks = tasks
         self._pruning = asyncio.Lock()
         self.outbox = Outbox(bus)
+        self.progress = Progress(self.outbox, book, folders)
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
 
@@ -121,7 +129,7 @@ class ActionRunner:
             label_rows=rows.label_rows,
             labels=rows.labels,
             loss_weight=pending.batch.loss_weight,
-            learning_rate=self._settings.learning_rate,
+            learning_rate=self._settings.learning_rate * pending.batch.learning_rate_multiplier,
             offload=pending.offload,
             traceparent=pending.traceparent,
         )
@@ -131,6 +139,14 @@ class ActionRunner:
     def _applied(self, node: NodeTraining, applied: Applied) -> None:
         pending = self._book.apply(node.node, applied.batch_id)
         self.end([pending])
+        pending.applied = BatchApplied(
+            batch_id=applied.batch_id,
+            node=node.node,
+            version=applied.version,
+            loss=applied.loss,
+            num_tokens=pending.batch.num_tokens,
+        )
+        self.progress.tell(pending.applied, traceparent=pending.traceparent)
         pending.span.set_attributes(
             {"lemix.node": node.node, "lemix.weights_version": applied.version, "lemix.loss": applied.loss}
         )
@@ -227,7 +243,9 @@ class ActionRunner:
             failure = str(error)
         else:
             self._folders[node.node] = checkpoint.folder
+            saved = self._book.saved_by(node.node, action.version)
             self.acknowledge(self._book.make_durable(node.node, action.version))
+            self.progress.tell_durable(saved, node.node, action.version)
             self.changed.set()
         self.run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
         await self._prune(node.node)
@@ -246,6 +264,7 @@ class ActionRunner:
         while not await self._is_stored(rejected):  # noqa: ASYNC110  # each time it is tried again
             await asyncio.sleep(REJECT_RETRY_S)
         self._book.skip(rejected.sequence)
+        self.progress.tell(BatchRejected(batch_id=rejected.batch_id, reason=rejected.reason))
         self.changed.set()
         await _acknowledge(acks)
 

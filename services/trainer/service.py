@@ -1,11 +1,12 @@
 """The trainer: durable training batches in, microbatches out, weights versions and checkpoints.
 
     batch_flow        reads the stream and asks the scheduler for nodes
-      intake            a message -> a batch, or why not (data, chat_template, examples, microbatches)
+      intake            a message -> a batch, or why not (data, microbatches; shared/examples, encoding)
       batches           pending batches, and the ledger of what is durable (versions)
     nodes             listens to stages
       node_training     per node: what to feed, save and restore (members, schedules, saves)
     actions           carries out what nodes decide (outbox, checkpoint_files)
+      progress        tells publishers what becomes of batches
 
 This file puts them together.
 """
@@ -27,7 +28,7 @@ from shared.bus.base import Bus, StreamState
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.model_files import resolve
-from shared.subjects import HEARTBEAT, REPORT
+from shared.subjects import HEARTBEAT, REPORT, TRAIN_STATUS
 from shared.telemetry import Telemetry
 
 
@@ -95,6 +96,7 @@ class Trainer:
             tasks.create_task(batches.place())
             heartbeats = await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat)
             reports = await self._bus.subscribe(REPORT.at(), nodes.on_report)
+            questions = await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer)
             try:
                 await batches.read(
                     await self._bus.read_stream(
@@ -104,6 +106,7 @@ class Trainer:
             finally:
                 await heartbeats.unsubscribe()
                 await reports.unsubscribe()
+                await questions.unsubscribe()
 
     def _first_ledger(self, found: dict[int, Checkpoint], stream: StreamState) -> Ledger:
         if not found and self._settings.train_from == "next":
