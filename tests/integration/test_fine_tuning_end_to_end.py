@@ -10,7 +10,6 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from openai.types.fine_tuning import FineTuningJob
 
 from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
@@ -63,7 +62,7 @@ def client_of(cluster: LocalCluster, **options: Any) -> openai.AsyncOpenAI:
 
 async def create_job(
     client: openai.AsyncOpenAI, cluster: LocalCluster, num_examples: int, **hyperparameters: float
-) -> FineTuningJob:
+) -> Any:
     content = bulletins(num_examples)
     file = await client.files.create(file=("bulletins.jsonl", content), purpose="fine-tune")
     return await client.fine_tuning.jobs.create(
@@ -77,11 +76,11 @@ async def create_job(
 class Jobs:
     """Looks at one job until it stands as is wanted."""
 
-    def __init__(self, client: openai.AsyncOpenAI, job: FineTuningJob) -> None:
+    def __init__(self, client: openai.AsyncOpenAI, job: Any) -> None:
         self._client = client
         self.job = job
 
-    async def until(self, condition: Callable[[FineTuningJob], bool]) -> FineTuningJob:
+    async def until(self, condition: Callable[[Any], bool]) -> Any:
         async with asyncio.timeout(DEADLINE_S):
             while not condition(self.job):
                 await asyncio.sleep(LOOK_EVERY_S)
@@ -106,7 +105,7 @@ def manifest(cluster: LocalCluster) -> checkpoints.Manifest:
     return found.manifest
 
 
-def batch_ids(job: FineTuningJob, num_epochs: int, per_epoch: int) -> list[str]:
+def batch_ids(job: Any, num_epochs: int, per_epoch: int) -> list[str]:
     return [
         f"{job.id}-e{epoch}-b{batch:05}"
         for epoch in range(1, num_epochs + 1)
@@ -123,7 +122,7 @@ async def test_a_job_succeeds_and_the_served_model_has_learnt(cluster: LocalClus
         after = await scorer.score(HELD_OUT)
         answer = await client.completions.create(model=job.fine_tuned_model, prompt="Sea", max_tokens=1)
         saved = [each async for each in client.fine_tuning.jobs.checkpoints.list(job.id)]
-        events = [each async for each in client.fine_tuning.jobs.list_events(job.id)]
+        events: list[Any] = [each async for each in client.fine_tuning.jobs.list_events(job.id)]
     assert job.status == "succeeded", job.error
     assert job.fine_tuned_model == model
     assert job.lemix["weights_version"] == {"first": 1, "last": 12}
