@@ -24,9 +24,10 @@ from services.trainer.progress import Progress
 from services.trainer.schedules import Slot
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
-from services.trainer.waiting import ask_all, on_disk
+from services.trainer.waiting import ask_all
 from shared.bus.base import Bus
 from shared.clock import Clock
+from shared.disk import on_disk
 from shared.errors import BusError
 from shared.messages.inference import TaskEnded
 from shared.messages.training import (

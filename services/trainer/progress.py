@@ -1,5 +1,6 @@
 """Tells publishers what becomes of their batches, and answers those who have missed it."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,22 +46,23 @@ class Progress:
 
     async def answer(self, incoming: Incoming[BatchesAsked]) -> BatchesNow:
         """How these batches stand."""
-        batch_ids, ledger = incoming.message.batch_ids, self._book.ledger
-        events = [event for batch_id in batch_ids if (event := self._newest(batch_id)) is not None]
-        unknown = (
-            batch_id
-            for batch_id in batch_ids
-            if not ledger.knows(batch_id) and batch_id not in self._rejections
-        )
+        ledger, pending = self._book.ledger, self._book.pending
+        durable: defaultdict[int, list[str]] = defaultdict(list)
+        events: list[BatchEvent] = []
+        unknown = []
+        for batch_id in incoming.message.batch_ids:
+            node = ledger.node_of_durable(batch_id)
+            newest = pending[batch_id].applied if batch_id in pending else self._rejections.get(batch_id)
+            if node is not None:
+                durable[node].append(batch_id)
+            elif newest is not None:
+                events.append(newest)
+            elif not ledger.knows(batch_id):
+                unknown.append(batch_id)
+        for node, batch_ids in durable.items():
+            version = ledger.lineage(node).durable_version
+            events.append(self._durable(tuple(batch_ids), node, version))
         return BatchesNow(events=tuple(events), unknown=tuple(unknown), read_up_to=ledger.read_up_to)
-
-    def _newest(self, batch_id: str) -> BatchEvent | None:
-        if batch_id in self._book.pending:
-            return self._book.pending[batch_id].applied
-        node = self._book.ledger.node_of_durable(batch_id)
-        if node is not None:
-            return self._durable((batch_id,), node, self._book.ledger.lineage(node).durable_version)
-        return self._rejections.get(batch_id)
 
     def _durable(self, batch_ids: tuple[str, ...], node: int, version: int) -> BatchDurable:
         folder = str(self._folders[node])

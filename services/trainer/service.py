@@ -23,10 +23,10 @@ from services.trainer.nodes import Nodes
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
 from services.trainer.versions import Ledger
-from services.trainer.waiting import on_disk
 from shared.bus.base import Bus, StreamState
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
+from shared.disk import on_disk
 from shared.model_files import resolve
 from shared.subjects import HEARTBEAT, REPORT, TRAIN_STATUS
 from shared.telemetry import Telemetry

@@ -662,25 +662,26 @@ async def test_publishers_hear_what_becomes_of_their_batches(cluster: Cluster) -
 async def test_who_has_missed_it_is_told_how_batches_stand(cluster: Cluster) -> None:
     await cluster.start()
     await cluster.publish("durable")
+    await cluster.publish("also")
     await cluster.publish("x", b'{"examples": []}', **{"Nats-Msg-Id": "x"})
     trainer = await cluster.trainer()
-    await cluster.news.until(lambda: len(cluster.durable()) == 1 and len(cluster.acked) == 2)
+    await cluster.news.until(lambda: len(cluster.durable()) == 2 and len(cluster.acked) == 3)
     await stop(trainer)
     trainer = await cluster.trainer(checkpoint_idle_s=1000)
     await cluster.publish("applied")
     await cluster.news.until(
-        lambda: any(isinstance(e, BatchApplied) and e.version == 2 for e in cluster.progress)
+        lambda: any(isinstance(e, BatchApplied) and e.version == 3 for e in cluster.progress)
     )
     cluster.refuse_placement = lambda: "no node"
     last = await cluster.publish("pending")
     await cluster.publish("y", b'{"examples": []}', **{"Nats-Msg-Id": "y"})
     await cluster.news.until(lambda: len(cluster.rejected()) == 2)
-    now = await cluster.ask("durable", "applied", "pending", "x", "y", "never")
+    now = await cluster.ask("durable", "also", "applied", "pending", "x", "y", "never")
     await stop(trainer)
 
-    durable, applied, rejected = now.events
-    assert isinstance(durable, BatchDurable) and (durable.batch_ids, durable.version) == (("durable",), 1)
-    assert isinstance(applied, BatchApplied) and (applied.batch_id, applied.version) == ("applied", 2)
+    applied, rejected, durable = now.events
+    assert isinstance(durable, BatchDurable) and durable.batch_ids == ("durable", "also")
+    assert isinstance(applied, BatchApplied) and (applied.batch_id, applied.version) == ("applied", 3)
     assert isinstance(rejected, BatchRejected) and rejected.batch_id == "y"
     assert now.unknown == ("x", "never"), "an earlier trainer rejected x"
     assert now.read_up_to == last + 1

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from pydantic_core import to_json
 
@@ -10,6 +11,7 @@ from services.gateway.finetuning import jobs, objects
 from services.gateway.finetuning.jobs import Happening, Job, Outcome
 from services.gateway.finetuning.store import CHECKPOINTS, EVENTS, JobStore
 from shared.clock import Clock
+from shared.disk import on_disk
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class JobBook:
                 unsaved = self._unsaved.pop(job_id)
                 lines = {EVENTS: unsaved.events, CHECKPOINTS: unsaved.checkpoints}
                 try:
-                    await asyncio.to_thread(self._store.write, self._jobs[job_id], lines)
+                    await on_disk(partial(self._store.write, self._jobs[job_id], lines))
                 except BaseException:
                     since = self._unsaved.get(job_id, _Unsaved())
                     self._unsaved[job_id] = _Unsaved(
@@ -75,7 +77,7 @@ class JobBook:
     async def remove(self, job_id: str) -> None:
         """Forget a job. Raises OSError."""
         async with self._saving:
-            await asyncio.to_thread(self._store.remove, job_id)
+            await on_disk(partial(self._store.remove, job_id))
             self.drop(job_id)
 
     def drop(self, job_id: str) -> None:
@@ -86,7 +88,7 @@ class JobBook:
     async def lines(self, job_id: str, name: str, numbers: range) -> list[bytes]:
         """Lines of one of the job's lists, each a JSON object. Raises OSError."""
         await self.save()
-        return await asyncio.to_thread(self._store.lines, job_id, name, numbers)
+        return await on_disk(partial(self._store.lines, job_id, name, numbers))
 
     def _take(self, outcome: Outcome) -> Job:
         before, now_s = outcome.job, int(self._clock.wall_s())

@@ -1,10 +1,11 @@
 """Uploaded files: kept below the run's folder until they are deleted."""
 
-import asyncio
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ from services.gateway.finetuning.store import replace_file
 from services.gateway.finetuning.training_file import numbered_lines
 from shared.checkpoints import sync
 from shared.clock import Clock, IdSource
+from shared.disk import on_disk
 from shared.errors import ConfigurationError
 
 PURPOSE = "fine-tune"
@@ -91,15 +93,23 @@ class FileStore:
         """Where the content lies. Raises ApiError (404)."""
         return self._root / f"{self.find(file_id).id}.jsonl"
 
-    async def add(self, filename: str, content: BinaryIO) -> UploadedFile:
-        """Keep what `content` holds. Raises ApiError when it is no JSONL, or when there is no room."""
+    @contextmanager
+    def place_for_one(self) -> Iterator[None]:
+        """Room for a file that arrives until the block ends. Raises ApiError when there is none."""
         if len(self._files) + self._num_arriving >= self._limits.max_files:
             message = f"{self._limits.max_files} files are kept at most: delete one first"
             raise ApiError(400, message, param="file", code="too_many_files")
+        self._num_arriving += 1
+        try:
+            yield
+        finally:
+            self._num_arriving -= 1
+
+    async def add(self, filename: str, content: BinaryIO) -> UploadedFile:
+        """Keep what `content` holds. Raises ApiError when it is no JSONL."""
         if len(filename) > MAX_NAME_CHARACTERS:
             message = f"the file's name has more than {MAX_NAME_CHARACTERS} characters"
             raise ApiError(400, message, param="file", code="invalid_value")
-        self._num_arriving += 1
         file = UploadedFile(
             id=self._ids.new("file"),
             number=self._next_number,
@@ -109,11 +119,9 @@ class FileStore:
         )
         self._next_number += 1
         try:
-            await asyncio.to_thread(self._keep, file, content)
+            await on_disk(partial(self._keep, file, content))
         except OSError as error:
             raise ApiError(503, f"the file cannot be kept: {error.strerror}") from error
-        finally:
-            self._num_arriving -= 1
         self._files[file.id] = file
         return file
 
@@ -121,7 +129,7 @@ class FileStore:
         """Raises ApiError when there is none, or when the disk refuses."""
         path, file = self.path(file_id), self._files.pop(file_id)
         try:
-            await asyncio.to_thread(_remove, path)
+            await on_disk(partial(_remove, path))
         except OSError as error:
             self._files[file_id] = file
             raise ApiError(503, f"the file cannot be deleted: {error.strerror}") from error

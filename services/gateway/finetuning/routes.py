@@ -1,7 +1,7 @@
 """The routes of files and fine-tuning jobs, in OpenAI's words."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
@@ -36,9 +36,13 @@ def add_fine_tuning(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySett
 def _add_uploads(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) -> None:
     @app.post("/v1/files")
     async def upload(request: Request) -> Response:
-        async with _form(request, settings.max_file_bytes + FORM_BYTES) as form:
-            file = _uploaded(form, settings.max_file_bytes)
-            kept = await fine_tuning.files.add(file.filename or "file", file.file)
+        with fine_tuning.files.place_for_one():
+            form = await _read_form(request, settings)
+            try:
+                file = _uploaded(form, settings.max_file_bytes)
+                kept = await fine_tuning.files.add(file.filename or "file", file.file)
+            finally:
+                await form.close()
         return json_response(kept.as_object())
 
 
@@ -112,23 +116,23 @@ def _add_lists(app: FastAPI, fine_tuning: FineTuning) -> None:
         return json_response(await fine_tuning.list_checkpoints(job_id, page))
 
 
-@asynccontextmanager
-async def _form(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
-    """The body's parts; files among them lie in memory, or when larger in a file without a name.
+async def _read_form(request: Request, settings: GatewaySettings) -> FormData:
+    """The body's parts, to be closed; a file lies in memory, or when larger in a file without a name.
 
-    Raises ApiError when it is no multipart body, or too large.
+    Raises ApiError when it is no multipart body, too large, or too slow.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "expected a body of type multipart/form-data")
-    stream = bounded_stream(request, max_bytes)
+    stream = bounded_stream(request, settings.max_file_bytes + FORM_BYTES)
+    parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=MAX_FIELDS)
     try:
-        form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=MAX_FIELDS).parse()
+        async with asyncio.timeout(settings.request_timeout_s):
+            return await parser.parse()
+    except TimeoutError as error:
+        message = f"the file did not arrive within {settings.request_timeout_s:g} s"
+        raise ApiError(408, message, param="file") from error
     except MultiPartException as error:
         raise ApiError(400, f"the multipart body is wrong: {error.message}") from error
-    try:
-        yield form
-    finally:
-        await form.close()
 
 
 def _uploaded(form: FormData, max_bytes: int) -> UploadFile:

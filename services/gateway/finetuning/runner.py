@@ -160,6 +160,8 @@ class JobRunner:
         except (OSError, ApiError) as error:
             raise InvalidFileError(_unreadable(job, error)) from error
         file = read_training_file(content, self._encoder)
+        if job.num_examples not in (0, len(file.lines)):
+            raise InvalidFileError(_unreadable(job, "it is not what it was when the job began"))
         file.check_batches(job.hyperparameters.batch_size, self._bus.max_message_bytes)
         return file
 
@@ -248,6 +250,6 @@ def _batch_ids(event: BatchEvent) -> tuple[str, ...]:
     return event.batch_ids if isinstance(event, BatchDurable) else (event.batch_id,)
 
 
-def _unreadable(job: Job, error: Exception) -> JobError:
-    message = f"The file {job.training_file} cannot be read: {error}"
+def _unreadable(job: Job, reason: object) -> JobError:
+    message = f"The file {job.training_file} cannot be read: {reason}"
     return JobError(code="file_unreadable", message=message, param="training_file")

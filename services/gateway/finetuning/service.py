@@ -22,6 +22,7 @@ from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus
 from shared.clock import Clock, IdSource
 from shared.encoding import ExampleEncoder
+from shared.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,11 @@ class FineTuning:
 
     def load(self) -> None:
         """Go on from what an earlier gateway kept; blocks. Raises ConfigurationError."""
-        self.files.load()
-        self._book.load()
+        try:
+            self.files.load()
+            self._book.load()
+        except OSError as error:
+            raise ConfigurationError(f"files and jobs cannot be kept: {error}") from error
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

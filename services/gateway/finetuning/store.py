@@ -1,9 +1,9 @@
 """What must outlive the gateway: records that are replaced as a whole, and lists that grow. All block."""
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -23,6 +23,11 @@ def replace_file(path: Path, content: bytes) -> None:
     sync(new.replace(path).parent)
 
 
+class _Saved(NamedTuple):
+    num_lines: int
+    num_bytes: int
+
+
 class JobStore:
     """Jobs below `root`: `<id>.json` is the job; `<id>.events.jsonl` and `<id>.checkpoints.jsonl` are its
     lists, of which as many lines count as the job says.
@@ -32,8 +37,8 @@ class JobStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._sizes: defaultdict[Path, int] = defaultdict(int)
-        """Bytes of each list that count; what stands behind them was written by a save that failed."""
+        self._saved: dict[Path, _Saved] = {}
+        """Of each list, what counts; what stands behind it was written by a save that failed."""
 
     def load(self) -> list[Job]:
         """All jobs, oldest first. Raises ConfigurationError when one cannot be read."""
@@ -42,18 +47,20 @@ class JobStore:
         for job in jobs:
             for name, count in ((EVENTS, job.num_events), (CHECKPOINTS, job.num_checkpoints)):
                 path = self._list(job.id, name)
-                self._sizes[path] = sum(len(line) for line in _lines(path)[:count])
+                self._saved[path] = _Saved(count, sum(len(line) for line in _lines(path)[:count]))
         return jobs
 
     def write(self, job: Job, lines_by_list: Mapping[str, Sequence[bytes]]) -> None:
-        """Save a job with the new lines of its lists. Raises OSError; then the job is as it was before."""
-        sizes = {
-            path: self._append(path, lines)
-            for name, lines in lines_by_list.items()
-            if lines and (path := self._list(job.id, name))
-        }
+        """Save a job with the newest lines of its lists; those among them that are saved already are left.
+
+        Raises OSError; then the job is as it was before.
+        """
+        saved = {}
+        for name, total in ((EVENTS, job.num_events), (CHECKPOINTS, job.num_checkpoints)):
+            path = self._list(job.id, name)
+            saved[path] = self._append(path, lines_by_list.get(name, ()), total)
         replace_file(self._root / f"{job.id}.json", job.model_dump_json(indent=1).encode() + b"\n")
-        self._sizes.update(sizes)
+        self._saved.update(saved)
 
     def lines(self, job_id: str, name: str, numbers: range) -> list[bytes]:
         """These lines, from 0, of one of the job's lists."""
@@ -66,15 +73,19 @@ class JobStore:
         for name in (EVENTS, CHECKPOINTS):
             path = self._list(job_id, name)
             path.unlink(missing_ok=True)
-            self._sizes.pop(path, None)
+            self._saved.pop(path, None)
 
-    def _append(self, path: Path, lines: Sequence[bytes]) -> int:
+    def _append(self, path: Path, lines: Sequence[bytes], total: int) -> _Saved:
+        """Bring a list to `total` lines, the last of which `lines` are."""
+        saved = self._saved.get(path, _Saved(0, 0))
+        if saved.num_lines == total:
+            return saved
         with path.open("ab") as file:
-            file.truncate(self._sizes[path])
-            file.write(b"".join(line + b"\n" for line in lines))
+            file.truncate(saved.num_bytes)
+            file.write(b"".join(line + b"\n" for line in lines[saved.num_lines - total :]))
             file.flush()
             os.fsync(file.fileno())
-            return file.tell()
+            return _Saved(total, file.tell())
 
     def _list(self, job_id: str, name: str) -> Path:
         return self._root / f"{job_id}.{name}.jsonl"
