@@ -23,7 +23,12 @@ from services.gateway.finetuning.jobs import (
     job_of,
 )
 from services.gateway.finetuning.presence import Presence
-from services.gateway.finetuning.training_file import InvalidFileError, TrainingFile, read_training_file
+from services.gateway.finetuning.training_file import (
+    AbandonedError,
+    InvalidFileError,
+    TrainingFile,
+    read_training_file,
+)
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus, Incoming
@@ -71,6 +76,7 @@ class JobRunner:
         self._contents: dict[str, TrainingFile] = {}
         """Of the jobs that run, and of none else."""
         self._reading: asyncio.Task[None] | None = None
+        self._stopping = False
         self._quiet_since_s: dict[str, float] = {}
         """When each job last heard of its batches, or asked; without an entry it asks at once."""
         self._presence = Presence()
@@ -93,6 +99,10 @@ class JobRunner:
                             await self.changed.wait()
         finally:
             await progress.unsubscribe()
+
+    def stop(self) -> None:
+        """Nothing is waited for any more: a file that is being read is left."""
+        self._stopping = True
 
     def first_tokens(self, answered: FirstTokens) -> None:
         """A request has its first tokens: those jobs whose batches were in its way count it."""
@@ -148,6 +158,9 @@ class JobRunner:
         except InvalidFileError as error:
             self._happen(job.id, Failed(error.error))
             return
+        except AbandonedError:
+            self.changed.set()
+            return
         self._contents[job.id] = content
         if job.status == "validating_files":
             self._happen(job.id, Validated(len(content.lines)))
@@ -159,11 +172,14 @@ class JobRunner:
             content = self._files.path(job.training_file).read_bytes()
         except (OSError, ApiError) as error:
             raise InvalidFileError(_unreadable(job, error)) from error
-        file = read_training_file(content, self._encoder)
+        file = read_training_file(content, self._encoder, is_wanted=lambda: self._wants(job.id))
         if job.num_examples not in (0, len(file.lines)):
             raise InvalidFileError(_unreadable(job, "it is not what it was when the job began"))
         file.check_batches(job.hyperparameters.batch_size, self._bus.max_message_bytes)
         return file
+
+    def _wants(self, job_id: str) -> bool:
+        return not self._stopping and job_id in self._book and not self._book[job_id].has_ended
 
     async def _publish(self, job_id: str) -> None:
         """Publish what is due; a bus that refuses is tried again when the runner looks next."""

@@ -66,6 +66,7 @@ class FineTuning:
             try:
                 yield
             finally:
+                self._runner.stop()
                 runner.cancel()
         try:
             await self._book.save()

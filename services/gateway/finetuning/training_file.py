@@ -3,7 +3,8 @@
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +27,10 @@ class InvalidFileError(LemixError):
     def __init__(self, error: JobError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+class AbandonedError(LemixError):
+    """Nobody waits for the file any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +86,21 @@ def numbered_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, stripped
 
 
-def read_training_file(content: bytes, encoder: ExampleEncoder) -> TrainingFile:
-    """Check and tokenise every line; blocks meanwhile.
+def read_training_file(
+    content: bytes, encoder: ExampleEncoder, *, is_wanted: Callable[[], bool]
+) -> TrainingFile:
+    """Check and tokenise every line; blocks meanwhile, for a thread beside the event loop.
 
-    Raises InvalidFileError naming the first wrong lines, each with its reason.
+    Raises InvalidFileError naming the first wrong lines, each with its reason, and AbandonedError once the
+    file is no longer wanted.
     """
     lines: list[bytes] = []
     num_tokens: list[int] = []
     faults: list[str] = []
     for number, line in numbered_lines(content):
+        if not is_wanted():
+            raise AbandonedError("the file is no longer wanted")
+        time.sleep(0)  # lets the event loop have the interpreter at once: it has tokens to stream
         try:
             num_tokens.append(_num_tokens(line, encoder))
             lines.append(line)

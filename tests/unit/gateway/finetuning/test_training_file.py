@@ -7,6 +7,7 @@ import pytest
 
 from services.gateway.finetuning.training_file import (
     MAX_FAULTS_SHOWN,
+    AbandonedError,
     InvalidFileError,
     TrainingFile,
     examples_of,
@@ -23,15 +24,19 @@ FOLDER = Path(EMBEDDED_MODEL)
 ENCODER = ExampleEncoder.load(read_card(FOLDER, "m"), FOLDER, max_tokens=64)
 
 
+def read(content: bytes) -> TrainingFile:
+    return read_training_file(content, ENCODER, is_wanted=lambda: True)
+
+
 def refusal(content: bytes) -> str:
     with pytest.raises(InvalidFileError) as raised:
-        read_training_file(content, ENCODER)
+        read(content)
     assert raised.value.error.param == "training_file"
     return raised.value.error.message
 
 
 def test_each_line_is_an_example_and_blank_ones_are_none() -> None:
-    file = read_training_file(b'\n{"token_ids": [1, 2, 3]}\r\n \n{"text": "a b"}', ENCODER)
+    file = read(b'\n{"token_ids": [1, 2, 3]}\r\n \n{"text": "a b"}')
     assert file.lines == (b'{"token_ids": [1, 2, 3]}', b'{"text": "a b"}')
     assert file.num_tokens[0] == 3
 
@@ -67,6 +72,12 @@ def test_a_tokenizer_that_breaks_is_the_lines_fault(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ExampleEncoder, "encode", broken)
     assert "line 1: RecursionError: too deep" in refusal(b'{"text": "a"}')
+
+
+def test_a_file_that_nobody_waits_for_is_left() -> None:
+    answers = iter((True, False))
+    with pytest.raises(AbandonedError):
+        read_training_file(b'{"text": "a"}\nno\nno', ENCODER, is_wanted=lambda: next(answers))
 
 
 def test_every_example_is_in_each_epoch_once_in_an_order_of_its_own() -> None:
