@@ -11,7 +11,16 @@ from lemix.folder_lock import FolderLock
 from shared.errors import ConfigurationError
 
 CLUSTER_FILE = "cluster.json"
-OWN_ENTRIES = ("logs", "nats", "checkpoints", "spans.jsonl", "summary.json", CLUSTER_FILE)
+OWN_ENTRIES = (
+    "logs",
+    "nats",
+    "checkpoints",
+    "files",
+    "fine_tuning",
+    "spans.jsonl",
+    "summary.json",
+    CLUSTER_FILE,
+)
 """What a run writes into its folder."""
 
 

@@ -24,6 +24,9 @@ from shared.messages.inference import (
     TokensProduced,
 )
 from shared.messages.training import (
+    BatchesAsked,
+    BatchesNow,
+    BatchProgress,
     MicrobatchBackward,
     MicrobatchForward,
     StageReport,
@@ -148,6 +151,12 @@ ROLLBACK = RequestTopic(
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 
+# Training batches, for whoever published them
+TRAIN_PROGRESS = Topic("lemix.train.progress", BatchProgress, "trainer -> gateway: what became of a batch")
+TRAIN_STATUS = RequestTopic(
+    "lemix.train.status", BatchesAsked, BatchesNow, "gateway -> trainer: how do these batches stand"
+)
+
 # Cluster
 HEARTBEAT = Topic("lemix.cluster.heartbeat", Heartbeat, "stage -> scheduler, trainer: I am here")
 NEIGHBOUR = Topic("lemix.node.{node}.heartbeat", Heartbeat, "stage -> the node's other stages: I am here")
@@ -157,6 +166,6 @@ STATUS = RequestTopic(
     "lemix.cluster.status", StatusRequest, ClusterStatus, "anyone -> scheduler: how do things stand"
 )
 
-# Durable: the body is the publisher's own JSON or MessagePack (see services/trainer/data.py)
+# Durable: the body is the publisher's own JSON or MessagePack (services/trainer/data.py)
 BATCHES = "lemix.train.batches"
 REJECTED = "lemix.train.rejected"

@@ -19,12 +19,12 @@ from services.scheduler.service import Scheduler
 from services.stage_worker.executor.emulated import EmulatedExecutor
 from services.stage_worker.service import StageWorker
 from services.stage_worker.settings import StageWorkerSettings
-from services.trainer.examples import ExampleEncoder
 from services.trainer.intake import Intake
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
 from shared.bus.memory import MemoryBroker, MemoryBus, Observer
 from shared.clock import IdSource
+from shared.encoding import ExampleEncoder
 from shared.lifecycle import ServiceMain, World
 from shared.messages.cluster import StatusRequest
 from shared.model_files import ModelCard

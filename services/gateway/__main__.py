@@ -4,24 +4,29 @@ import asyncio
 
 from services.gateway.app import build_app
 from services.gateway.completions import Toolbox
+from services.gateway.finetuning.service import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve
 from services.gateway.service import Gateway
 from services.gateway.settings import GatewaySettings
+from shared.encoding import ExampleEncoder
 from shared.lifecycle import World, load_settings, run_service
-from shared.model_files import CONFIG_FILES, TOKENIZER_FILES, ModelCard, name_of, read_card, resolve
+from shared.model_files import CONFIG_FILES, TOKENIZER_FILES, name_of, read_card, resolve
 from shared.text import TextTokenizer
 
 
-def load_model(model: str) -> tuple[ModelCard, TextTokenizer]:
-    """Card and tokenizer of `model`. Raises ConfigurationError or UnsupportedModelError."""
-    folder = resolve(model, CONFIG_FILES + TOKENIZER_FILES)
-    return read_card(folder, name_of(model)), TextTokenizer.load(folder)
+def load_model(settings: GatewaySettings) -> tuple[TextTokenizer, ExampleEncoder]:
+    """What the gateway knows of the model. Raises ConfigurationError or UnsupportedModelError."""
+    folder = resolve(settings.model, CONFIG_FILES + TOKENIZER_FILES)
+    card = read_card(folder, name_of(settings.model))
+    encoder = ExampleEncoder.load(card, folder, max_tokens=settings.max_microbatch_tokens)
+    # The trainer can do without a tokenizer; here the file must be there, and this says which.
+    return encoder.tokenizer or TextTokenizer.load(folder), encoder
 
 
 async def run(world: World, settings: GatewaySettings) -> None:
     """Serve HTTP until cancelled."""
-    card, tokenizer = await asyncio.to_thread(load_model, settings.model)
+    tokenizer, encoder = await asyncio.to_thread(load_model, settings)
     gateway = Gateway(
         bus=world.bus,
         clock=world.clock,
@@ -29,19 +34,22 @@ async def run(world: World, settings: GatewaySettings) -> None:
         telemetry=world.telemetry,
         request_timeout_s=settings.request_timeout_s,
     )
+    fine_tuning = FineTuning(settings, bus=world.bus, clock=world.clock, ids=world.ids, encoder=encoder)
     tools = Toolbox(
         gateway=gateway,
         tokenizer=tokenizer,
-        card=card,
+        card=encoder.card,
         settings=settings,
         clock=world.clock,
         ids=world.ids,
         metrics=Metrics(),
         telemetry=world.telemetry,
+        on_first_tokens=fine_tuning.first_tokens,
     )
     listener = listen(settings.host, settings.port)
-    async with gateway.running():
-        await serve(build_app(tools), listener, before_end=gateway.end_sessions)
+    await asyncio.to_thread(fine_tuning.load)
+    async with gateway.running(), fine_tuning.running():
+        await serve(build_app(tools, fine_tuning), listener, before_end=gateway.end_sessions)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic_core import to_json
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from services.gateway import answers
 from services.gateway.completions import Completion, Completions, Toolbox
 from services.gateway.errors import ApiError, ClientGoneError
+from services.gateway.finetuning.routes import add_fine_tuning
+from services.gateway.finetuning.service import FineTuning
 from services.gateway.health import HealthProbe
+from services.gateway.http import json_response, read_body
 from services.gateway.openai_types import CompletionRequest
 from services.gateway.sessions import Piece
 from services.gateway.streaming import EventStream, watch
@@ -21,13 +22,14 @@ _CLIENT_GONE = 499
 """nginx's status for a client that left; only logs ever see it."""
 
 
-def build_app(tools: Toolbox) -> FastAPI:
-    """The application that serves `tools.card` through `tools.gateway`."""
+def build_app(tools: Toolbox, fine_tuning: FineTuning) -> FastAPI:
+    """The application that serves `tools.card` through `tools.gateway`, and has it trained."""
     app = FastAPI(title="LeMix")
     _add_error_handlers(app)
     _add_completions(app, tools)
     _add_models(app, tools)
     _add_operations(app, tools)
+    add_fine_tuning(app, fine_tuning, tools.settings)
     return app
 
 
@@ -37,7 +39,7 @@ def _add_completions(app: FastAPI, tools: Toolbox) -> None:
 
     @app.post("/v1/completions", openapi_extra={"requestBody": {"content": schema}})
     async def complete(request: Request) -> Response:
-        body = await _read_body(request, tools.settings.max_body_bytes)
+        body = await read_body(request, tools.settings.max_body_bytes)
         completion = await completions.begin(body, traceparent=request.headers.get("traceparent", ""))
         return await _answer(request, completion, tools)
 
@@ -48,7 +50,7 @@ async def _answer(request: Request, completion: Completion, tools: Toolbox) -> R
     streaming = False
     try:
         if not completion.request.stream:
-            return _json(await _whole(completion))
+            return json_response(await _whole(completion))
         first = await completion.next()
         streaming = True
         return EventStream(completion, first, watcher=watcher, timeout_s=tools.settings.request_timeout_s)
@@ -71,22 +73,6 @@ async def _whole(completion: Completion) -> answers.Json:
     return completion.heading.fields(completion.versions) | {"choices": choices, "usage": completion.usage}
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises ApiError (413) as soon as the body is known to be too large."""
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes")
-    if int(request.headers.get("content-length", 0)) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > max_bytes:
-                raise too_large
-    except ClientDisconnect as error:
-        raise ClientGoneError("the client closed its connection") from error
-    return bytes(body)
-
-
 def _add_models(app: FastAPI, tools: Toolbox) -> None:
     model = {
         "id": tools.card.name,
@@ -97,13 +83,13 @@ def _add_models(app: FastAPI, tools: Toolbox) -> None:
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return _json({"object": "list", "data": [model]})
+        return json_response({"object": "list", "data": [model]})
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> Response:
         if name != tools.card.name:
             raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
-        return _json(model)
+        return json_response(model)
 
 
 def _add_operations(app: FastAPI, tools: Toolbox) -> None:
@@ -115,8 +101,10 @@ def _add_operations(app: FastAPI, tools: Toolbox) -> None:
     async def health() -> Response:
         outcome = await probe.check()
         if outcome.reason:
-            return _json({"status": "failing", "reason": outcome.reason}, status=503)
-        return _json({"status": "ok", "token_s": outcome.seconds, "weights_version": outcome.weights_version})
+            return json_response({"status": "failing", "reason": outcome.reason}, status=503)
+        return json_response(
+            {"status": "ok", "token_s": outcome.seconds, "weights_version": outcome.weights_version}
+        )
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -148,8 +136,4 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    return _json(error.body(), status=error.status, headers=error.headers | dict(headers or {}))
-
-
-def _json(content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(to_json(content), status, headers, media_type="application/json")
+    return json_response(error.body(), status=error.status, headers=error.headers | dict(headers or {}))

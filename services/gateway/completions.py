@@ -11,7 +11,7 @@ from services.gateway.errors import ApiError, ClientGoneError, as_api_error
 from services.gateway.metrics import Metrics
 from services.gateway.openai_types import CompletionRequest, parse_request
 from services.gateway.prompts import TokenisedPrompt, check_limits, tokenise
-from services.gateway.record import Record
+from services.gateway.record import FirstTokens, Record
 from services.gateway.service import Arrival, Gateway
 from services.gateway.sessions import Piece
 from services.gateway.settings import GatewaySettings
@@ -34,6 +34,8 @@ class Toolbox:
     ids: IdSource
     metrics: Metrics
     telemetry: Telemetry
+    on_first_tokens: Callable[[FirstTokens], None]
+    """Is told when a request has its first tokens."""
 
 
 class Completions:
@@ -106,7 +108,13 @@ class Completion:
             kind=SpanKind.SERVER,
             attributes={"gen_ai.request.max_tokens": request.max_tokens},
         )
-        self._record = Record(tools.metrics, span, arrived_s=arrived_s, num_choices=self._num_open)
+        self._record = Record(
+            tools.metrics,
+            span,
+            arrived_s=arrived_s,
+            num_choices=self._num_open,
+            on_first_tokens=tools.on_first_tokens,
+        )
         self._session = tools.gateway.submit(specs, traceparent=traceparent_of(span))
 
     @property
@@ -155,7 +163,7 @@ class Completion:
         if sequence.finished or sequence.repeats(arrival.result):
             return None
         if arrival.result.token is not None:
-            self._record.token(index, arrival.at_s)
+            self._record.token(index, arrival.at_s, arrival.node)
         piece = sequence.apply(arrival.result)
         self._see_version(arrival.weights_version)
         if piece.finish is not None:

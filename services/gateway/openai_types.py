@@ -1,6 +1,6 @@
 """The shapes of OpenAI's completions API: what a request may say, and how it is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -50,17 +50,19 @@ def _stops(value: object) -> object:
     return stops
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """No coercion and no unknown parameters."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How a stream is sent."""
 
     include_usage: bool = False
 
 
-class CompletionRequest(_Strict):
+class CompletionRequest(Strict):
     """The body of POST /v1/completions."""
 
     model: str
@@ -87,30 +89,42 @@ def parse_request(body: bytes) -> CompletionRequest:
 
     Raises ApiError (400) naming the first parameter that is wrong, unknown or not supported.
     """
+    content = read_object(body)
+    n = content.get("n")
+    neutral = {**_NEUTRAL, "best_of": (None, 1 if n is None else n)}
+    return _validated(without_neutral(content, CompletionRequest.model_fields, neutral))
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """A request's body as it stands. Raises ApiError (400) when it is no JSON object."""
     try:
         content = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ApiError(400, "the body must be a JSON object")
-    return _validated(_without_neutral(content))
+    return content
 
 
-def _without_neutral(content: dict[str, Any]) -> dict[str, Any]:
-    """Drop what changes nothing: nulls of known parameters, and unsupported ones at rest."""
-    n = content.get("n")
+def without_neutral(
+    content: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, tuple[object, ...]]
+) -> dict[str, Any]:
+    """Drop what changes nothing: nulls of known parameters, and those of `neutral` at rest.
+
+    Raises ApiError (400) naming one of `neutral` that is not at rest.
+    """
     kept = {}
     for name, value in content.items():
-        neutral = (None, 1 if n is None else n) if name == "best_of" else _NEUTRAL.get(name)
-        if neutral is not None:
-            if isinstance(value, bool) or value not in neutral:
-                raise _unsupported(name)
-        elif value is not None or name not in CompletionRequest.model_fields:
+        if name in neutral:
+            if isinstance(value, bool) or value not in neutral[name]:
+                raise unsupported(name)
+        elif value is not None or name not in known:
             kept[name] = value
     return kept
 
 
-def _unsupported(name: str) -> ApiError:
+def unsupported(name: str) -> ApiError:
+    """What to raise for a parameter that is not supported."""
     return ApiError(400, f"parameter {name!r} is not supported", param=name, code="unsupported_parameter")
 
 
@@ -118,17 +132,18 @@ def _validated(content: dict[str, Any]) -> CompletionRequest:
     try:
         request = CompletionRequest.model_validate(content)
     except ValidationError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "'stream_options' is only allowed with 'stream'", param="stream_options")
     return request
 
 
-def _refusal(error: ValidationError) -> ApiError:
+def refusal(error: ValidationError) -> ApiError:
+    """What to raise for a body that breaks its model: the first fault, and the parameter's name."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     param = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return _unsupported(param)
+        return unsupported(param)
     if fault["type"] == "missing":
         return ApiError(
             400, f"parameter {param!r} is required", param=param, code="missing_required_parameter"

@@ -48,6 +48,8 @@ class Arrival(NamedTuple):
     weights_version: int
     at_s: float
     """When it reached the gateway (monotonic seconds)."""
+    node: int
+    """Which node produced it."""
 
 
 class Session:
@@ -109,10 +111,10 @@ class Session:
             self._unwanted.add(task_id)
             self._gateway.forget(task_id, self._nodes.get(task_id))
 
-    def add(self, result: SequenceResult, weights_version: int, at_s: float) -> None:
+    def add(self, result: SequenceResult, weights_version: int, at_s: float, node: int) -> None:
         """Called by the gateway: a result has arrived."""
         task_id = result.task_id
-        self._arrivals.append(Arrival(self._places[task_id], result, weights_version, at_s))
+        self._arrivals.append(Arrival(self._places[task_id], result, weights_version, at_s, node))
         self._changed.set()
         if result.finish is not None:
             self._end(task_id)
@@ -231,7 +233,7 @@ class Gateway:
         for result in message.results:
             session = self._sessions.get(result.task_id)
             if session is not None:
-                session.add(result, message.weights_version, at_s)
+                session.add(result, message.weights_version, at_s, message.node)
             elif result.finish is None:  # given up; its node may never have heard of that
                 await self._cancel(result.task_id, message.node)
 

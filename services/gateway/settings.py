@@ -22,3 +22,19 @@ class GatewaySettings(LemixSettings):
     """Characters of one stop string."""
     max_concurrent_requests: int = Field(default=256, gt=0)
     """Completions beyond this are refused (429)."""
+    max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)
+    """The trainer's: a training example with more tokens is refused when its file is validated."""
+    max_file_bytes: int = Field(default=64 << 20, gt=0)
+    """Larger uploads are refused (413)."""
+    max_file_lines: int = Field(default=100_000, gt=0)
+    """Files with more lines are refused."""
+    max_files: int = Field(default=100, gt=0)
+    """Uploaded files that are kept."""
+    max_jobs: int = Field(default=100, gt=0)
+    """Fine-tuning jobs that are kept; a new one takes the place of the oldest that has ended."""
+    max_running_jobs: int = Field(default=1, gt=0)
+    """Fine-tuning jobs that train at the same time; others are queued."""
+    max_batches_ahead: int = Field(default=8, gt=0)
+    """Batches of a job that are published and not yet applied."""
+    ask_after_s: float = Field(default=10.0, gt=0)
+    """A job that has heard nothing of its batches for so long asks the trainer."""

@@ -27,16 +27,25 @@ from services.trainer.node_training import (
     WriteCheckpoint,
 )
 from services.trainer.outbox import Outbox
+from services.trainer.progress import Progress
 from services.trainer.schedules import Slot
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
-from services.trainer.waiting import ask_all, on_disk
+from services.trainer.waiting import ask_all
 from shared.bus.base import Bus
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
+from shared.disk import on_disk
 from shared.errors import BusError, RefusedError
 from shared.messages.inference import TaskEnded
-from shared.messages.training import Microbatch, MicrobatchForward, RejectedBatch, StepOrder
+from shared.messages.training import (
+    BatchApplied,
+    BatchRejected,
+    Microbatch,
+    MicrobatchForward,
+    RejectedBatch,
+    StepOrder,
+)
 from shared.messages.weights import RestoreWeights, SaveWeights
 from shared.subjects import ENDED, FORWARD, REJECTED, RESTORE, SAVE, STEP
 
@@ -103,6 +112,7 @@ class ActionRunner:
         self._rollbacks: dict[int, Rollback] = {}
         """Ordered and not answered, by node."""
         self.outbox = Outbox(bus)
+        self.progress = Progress(self.outbox, book, self._folder_of)
         self.look: Callable[[], None] = lambda: None
         """What to do after a node has decided something: whoever decides for several nodes looks at them."""
         self.changed = asyncio.Event()
@@ -189,7 +199,8 @@ class ActionRunner:
             epoch=node.epoch,
             batch_id=step.batch_id,
             version=step.version,
-            learning_rate=self._learning_rate.at(pending.batch.sequence - 1),
+            learning_rate=self._learning_rate.at(pending.batch.sequence - 1)
+            * pending.batch.learning_rate_multiplier,
             gradient_scale=step.gradient_scale,
             skip=step.is_skipped,
         )
@@ -204,6 +215,14 @@ class ActionRunner:
     def _applied(self, node: NodeTraining, applied: Applied) -> None:
         pending = self._book.apply(node.node, applied.batch_id)
         self.end([pending])
+        pending.applied = BatchApplied(
+            batch_id=applied.batch_id,
+            node=node.node,
+            version=applied.version,
+            loss=applied.loss,
+            num_tokens=pending.batch.num_tokens,
+        )
+        self.progress.tell(pending.applied, traceparent=pending.traceparent)
         pending.span.set_attributes(
             {"lemix.node": node.node, "lemix.weights_version": applied.version, "lemix.loss": applied.loss}
         )
@@ -311,7 +330,9 @@ class ActionRunner:
             failure = str(error)
         else:
             self._folders[node.node] = checkpoint.folder
+            saved = self._book.saved_by(node.node, action.version)
             self.acknowledge(self._book.make_durable(node.node, action.version))
+            self.progress.tell_durable(saved, node.node, action.version)
             self.changed.set()
         self.run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
         if not node.is_rolling_back:  # which may need the oldest of them
@@ -350,6 +371,7 @@ class ActionRunner:
         while not await self._is_stored(rejected):  # noqa: ASYNC110  # each time it is tried again
             await asyncio.sleep(REJECT_RETRY_S)
         self._book.skip(rejected.sequence)
+        self.progress.tell(BatchRejected(batch_id=rejected.batch_id, reason=rejected.reason))
         self.changed.set()
         await _acknowledge(acks)
 

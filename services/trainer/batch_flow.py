@@ -14,7 +14,7 @@ from services.trainer.schedules import Shape
 from shared.bus.base import TRACE_HEADER, Bus, StreamMessage, StreamReader
 from shared.errors import BusError, RefusedError
 from shared.messages.inference import DEFERRED
-from shared.messages.training import RejectedBatch, TrainingTask
+from shared.messages.training import BatchDeferred, BatchPlaced, RejectedBatch, TrainingTask
 from shared.subjects import PLACE
 from shared.telemetry import Telemetry
 
@@ -109,6 +109,9 @@ class BatchFlow:
             return False
         pending.offload = placed.offload or pending.must_offload
         if self._nodes.place(placed.node, Shape(batch.batch_id, len(batch.microbatches))):
+            self._actions.progress.tell(
+                BatchPlaced(batch_id=batch.batch_id, node=placed.node), traceparent=pending.traceparent
+            )
             return True
         self._actions.end([pending])
         await asyncio.sleep(PLACE_RETRY_S)
@@ -118,6 +121,7 @@ class BatchFlow:
         """The scheduler holds a batch that it defers: that was the pause."""
         if isinstance(error, RefusedError) and error.reason.startswith(DEFERRED):
             log.debug("batch %s: %s", batch_id, error)
+            self._actions.progress.tell(BatchDeferred(batch_id=batch_id))
             return
         log.info("batch %s finds no node: %s", batch_id, error)
         await asyncio.sleep(PLACE_RETRY_S)

@@ -9,6 +9,7 @@ from opentelemetry.trace import Span
 from services.trainer.intake import id_of
 from services.trainer.microbatches import TrainingBatch
 from services.trainer.versions import Ledger, Lineage
+from shared.messages.training import BatchApplied
 from shared.telemetry import Attributes, Telemetry, traceparent_of
 
 MAX_UNFIT = 3
@@ -30,6 +31,8 @@ class Pending:
         """Lives of nodes that its computation has ended."""
         self.num_unfit = 0
         """Lives of nodes that ended because it found no memory."""
+        self.applied: BatchApplied | None = None
+        """How it was, while a node's weights contain it."""
         self._telemetry = telemetry
         self._parent = parent
         self.span = self._new_span()
@@ -45,6 +48,7 @@ class Pending:
 
     def begin_again(self) -> None:
         """It was applied, and must be once more: that is another span of its trace."""
+        self.applied = None
         if not self.span.is_recording():
             self.span = self._new_span()
 
@@ -120,6 +124,11 @@ class BatchBook:
         discarded = self.ledger.lineage(node).applied
         self.ledger = self.ledger.go_back(node, target)
         return [ack for batch_id in discarded for ack in self.pending.pop(batch_id).acks]
+
+    def saved_by(self, node: int, version: int) -> tuple[str, ...]:
+        """The batches that are durable once a checkpoint of the node at `version` is."""
+        lineage = self.ledger.lineage(node)
+        return lineage.applied[: version - lineage.durable_version]
 
     def make_durable(self, node: int, version: int) -> list[Ack]:
         """A durable checkpoint of the node contains `version` steps; returns what to acknowledge."""

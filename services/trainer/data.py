@@ -1,87 +1,32 @@
 """The body of a training batch as publishers send it: JSON or MessagePack, one shape."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import Field, ValidationError
 
 from shared.errors import InvalidBatchError
+from shared.examples import (
+    MAX_EXAMPLES,
+    MAX_LEARNING_RATE_MULTIPLIER,
+    Example,
+    Strict,
+    first_fault,
+)
 
-MAX_EXAMPLES = 4096
 MAX_ID_CHARACTERS = 256
 
 
-class _Strict(BaseModel):
-    """No coercion and no unknown keys: what was sent is what is meant."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class PromptCompletion(_Strict):
-    """Learn the completion, given the prompt."""
-
-    prompt: str
-    completion: str
-
-
-class ChatMessage(_Strict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-class Conversation(_Strict):
-    """Learn what the assistant says."""
-
-    messages: list[ChatMessage] = Field(min_length=1)
-
-
-class PlainText(_Strict):
-    """Learn the text."""
-
-    text: str
-
-
-class TokenIds(_Strict):
-    """Learn the tokens as they are."""
-
-    token_ids: list[int]
-
-
-_KIND_BY_KEY = {
-    "prompt": "completion",
-    "completion": "completion",
-    "messages": "messages",
-    "text": "text",
-    "token_ids": "token_ids",
-}
-
-
-def _kind(example: object) -> str | None:
-    keys = example if isinstance(example, dict) else ()
-    return next((kind for key, kind in _KIND_BY_KEY.items() if key in keys), None)
-
-
-Example = Annotated[
-    Annotated[PromptCompletion, Tag("completion")]
-    | Annotated[Conversation, Tag("messages")]
-    | Annotated[PlainText, Tag("text")]
-    | Annotated[TokenIds, Tag("token_ids")],
-    Discriminator(
-        _kind,
-        custom_error_type="example",
-        custom_error_message="has none of the keys prompt and completion, messages, text, token_ids",
-    ),
-]
-
-
-class BatchBody(_Strict):
+class BatchBody(Strict):
     """A training batch: one optimizer step."""
 
     id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_CHARACTERS)
     """A batch whose id was seen before is not applied again."""
     examples: list[Example] = Field(min_length=1, max_length=MAX_EXAMPLES)
+    learning_rate_multiplier: float = Field(
+        default=1.0, gt=0, le=MAX_LEARNING_RATE_MULTIPLIER, allow_inf_nan=False
+    )
+    """The trainer's learning rate times this is the batch's."""
 
 
 def read_body(body: bytes) -> BatchBody:
@@ -91,7 +36,7 @@ def read_body(body: bytes) -> BatchBody:
             return BatchBody.model_validate_json(body)
         return BatchBody.model_validate(_unpack_map(body))
     except ValidationError as error:
-        raise InvalidBatchError(_first_fault(error)) from error
+        raise InvalidBatchError(_described(error)) from error
 
 
 def _unpack_map(body: bytes) -> dict[str, Any]:
@@ -107,10 +52,7 @@ def _unpack_map(body: bytes) -> dict[str, Any]:
     return content
 
 
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = list(fault["loc"])
-    if place[:1] == ["examples"] and len(place) > 2:
-        del place[2]  # pydantic's name for the kind of example, which is no key of the body
-    where = ".".join(str(part) for part in place) or "the body"
-    return f"{where}: {fault['msg']}"
+def _described(error: ValidationError) -> str:
+    """The kind of an example follows `examples` and its number."""
+    fault = first_fault(error, kind_at=2)
+    return fault if error.errors()[0]["loc"] else f"the body: {fault}"

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from services.trainer.chat_template import ChatTemplate
 from services.trainer.data import MAX_ID_CHARACTERS, BatchBody, read_body
-from services.trainer.examples import ExampleEncoder, LabelledTokens
 from services.trainer.microbatches import TrainingBatch, join, split
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
+from shared.encoding import ExampleEncoder, LabelledTokens
 from shared.errors import InvalidBatchError
 from shared.messages.training import RejectedBatch
 from shared.model_files import name_of, read_card
-from shared.text import TextTokenizer
 
 ID_HEADER = "Nats-Msg-Id"
 OWN_ID_PREFIX = "seq-"
@@ -39,15 +37,8 @@ class Intake:
     def load(cls, settings: TrainerSettings, model_folder: Path) -> Self:
         """Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used."""
         card = read_card(model_folder, name_of(settings.model))
-        has_tokenizer = (model_folder / "tokenizer.json").exists()
-        encoder = ExampleEncoder(
-            card=card,
-            max_tokens=min(card.context_length, settings.max_microbatch_tokens),
-            tokenizer=TextTokenizer.load(model_folder) if has_tokenizer else None,
-            chat_template=ChatTemplate.load(model_folder),
-        )
         return cls(
-            encoder=encoder,
+            encoder=ExampleEncoder.load(card, model_folder, max_tokens=settings.max_microbatch_tokens),
             microbatches=settings.microbatches,
             max_microbatch_tokens=settings.max_microbatch_tokens,
         )
@@ -59,7 +50,7 @@ class Intake:
             body = read_body(message.body)
             batch_id = body.id or batch_id
             _check_id(batch_id)
-            return self._cut(batch_id or id_of(message.sequence), message.sequence, self._encode(body))
+            return self._cut(batch_id or id_of(message.sequence), message.sequence, body)
         except InvalidBatchError as error:
             reason = str(error)
         except Exception as error:  # a tokenizer or template may raise anything, and would again
@@ -78,11 +69,17 @@ class Intake:
                 raise InvalidBatchError(f"examples.{position}: {error}") from error
         return encoded
 
-    def _cut(self, batch_id: str, sequence: int, examples: list[LabelledTokens]) -> TrainingBatch:
+    def _cut(self, batch_id: str, sequence: int, body: BatchBody) -> TrainingBatch:
+        examples = self._encode(body)
         lengths = [len(example.tokens) for example in examples]
         groups = split(lengths, self.microbatches, self.max_microbatch_tokens)
         rows = tuple(join(examples[group.start : group.stop]) for group in groups)
-        return TrainingBatch(batch_id=batch_id, sequence=sequence, microbatches=rows)
+        return TrainingBatch(
+            batch_id=batch_id,
+            sequence=sequence,
+            microbatches=rows,
+            learning_rate_multiplier=body.learning_rate_multiplier,
+        )
 
 
 def _check_id(batch_id: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.trainer.examples import LabelledTokens
+from shared.encoding import LabelledTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class TrainingBatch:
     sequence: int
     """Where it stands in the training stream."""
     microbatches: tuple[Rows, ...]
+    learning_rate_multiplier: float = 1.0
 
     @property
     def loss_weight(self) -> float:

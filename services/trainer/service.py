@@ -1,12 +1,13 @@
 """The trainer: durable training batches in, microbatches out, weights versions and checkpoints.
 
     batch_flow        reads the stream and asks the scheduler for nodes
-      intake            a message -> a batch, or why not (data, chat_template, examples, microbatches)
+      intake            a message -> a batch, or why not (data, microbatches; shared/examples, encoding)
       batches           pending batches, and the ledger of what is durable (versions)
     nodes             listens to stages
       node_training     per node: what to feed, save and restore (members, schedules, saves)
       merging           for all nodes: when their weights become one (merges, reductions, replicas)
     actions           carries out what nodes decide (outbox, checkpoint_files, rollback_files)
+      progress        tells publishers what becomes of batches
     weights_requests  people ask for versions, or to go back to one
 
 This file puts them together.
@@ -32,13 +33,13 @@ from services.trainer.nodes import Nodes
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
 from services.trainer.versions import Ledger
-from services.trainer.waiting import on_disk
 from services.trainer.weights_requests import WeightsRequests
 from shared.bus.base import Bus, StreamState
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
+from shared.disk import on_disk
 from shared.model_files import resolve
-from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, VERSIONS
+from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, TRAIN_STATUS, VERSIONS
 from shared.telemetry import Telemetry
 
 
@@ -124,6 +125,7 @@ class Trainer:
                 await self._bus.subscribe(REPORT.at(), nodes.on_report),
                 await self._bus.respond(VERSIONS.at(), requests.list_versions),
                 await self._bus.respond(ROLLBACK.at(), requests.roll_back),
+                await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
             ]
             try:
                 await batches.read(

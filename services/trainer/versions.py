@@ -90,8 +90,12 @@ class Ledger:
         return (
             batch_id in self.pending
             or batch_id in self.discarded_ids
-            or any(batch_id in each.recent_ids for each in self.lineages.values())
+            or self.node_of_durable(batch_id) is not None
         )
+
+    def node_of_durable(self, batch_id: str) -> int | None:
+        """The node whose durable checkpoint contains the batch; None when there is none."""
+        return next((node for node, each in self.lineages.items() if batch_id in each.recent_ids), None)
 
     def accept(self, sequence: int, batch_id: str) -> Self:
         """Take in a new batch."""

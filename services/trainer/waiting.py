@@ -1,7 +1,6 @@
-"""Commands to all stages of a node, and work on the disk, as the service awaits them."""
+"""Commands to all stages of a node, as the service awaits them."""
 
 import asyncio
-from collections.abc import Callable
 from typing import TypeVar
 
 from shared.bus.base import Bus
@@ -10,7 +9,6 @@ from shared.messages.base import Done, Message
 from shared.subjects import RequestTopic
 
 M = TypeVar("M", bound=Message)
-T = TypeVar("T")
 
 
 async def ask_all(
@@ -27,16 +25,3 @@ async def ask_all(
 
     reasons = await asyncio.gather(*(ask(stage) for stage in range(num_stages)))
     return {stage: reason for stage, reason in enumerate(reasons) if reason}
-
-
-async def on_disk(work: Callable[[], T]) -> T:
-    """Run blocking work in a thread; a cancellation waits until it has come to its end.
-
-    A thread cannot be stopped: without the wait a checkpoint could appear after its trainer has gone.
-    """
-    thread = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        await asyncio.wait([thread])
-        raise

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from services.trainer.actions import ActionRunner
 from services.trainer.nodes import Nodes
-from services.trainer.waiting import on_disk
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
+from shared.disk import on_disk
 from shared.errors import RefusedError
 from shared.messages.weights import RollBackWeights, RolledBack, VersionList, VersionsRequest
 

@@ -7,6 +7,9 @@ from pydantic import Field, PositiveInt, model_validator
 from shared.messages.base import Message
 from shared.tensors.ref import TensorRef
 
+MAX_BATCHES_OF_MESSAGE = 64
+"""Ids of batches in one message: keeps it below 1 MiB, however long they are."""
+
 
 class TrainingTask(Message):
     """A training batch that wants a node. trainer -> scheduler."""
@@ -182,3 +185,77 @@ class RejectedBatch(Message):
     sequence: int
     """Where the batch stands in the training stream."""
     reason: str
+
+
+class BatchPlaced(Message):
+    """A node has taken the batch; it computes on it from now until the batch is applied or placed anew."""
+
+    kind: Literal["placed"] = "placed"
+    batch_id: str
+    node: int
+
+
+class BatchDeferred(Message):
+    """The scheduler made the batch wait, because requests would else be late: a preemption."""
+
+    kind: Literal["deferred"] = "deferred"
+    batch_id: str
+
+
+class BatchApplied(Message):
+    """A node's weights contain the batch. A node that loses its weights takes that back: it comes again."""
+
+    kind: Literal["applied"] = "applied"
+    batch_id: str
+    node: int
+    version: int
+    """Of the node's weights, with the batch in them."""
+    loss: float
+    """Mean over the batch's labels, before its step, in nats."""
+    num_tokens: int
+
+
+class BatchDurable(Message):
+    """A durable checkpoint contains the batches: this is final."""
+
+    kind: Literal["durable"] = "durable"
+    batch_ids: tuple[str, ...] = Field(max_length=MAX_BATCHES_OF_MESSAGE)
+    node: int
+    version: int
+    checkpoint: str
+    """Its folder."""
+
+
+class BatchRejected(Message):
+    """The batch will not be applied: this is final."""
+
+    kind: Literal["rejected"] = "rejected"
+    batch_id: str
+    reason: str
+
+
+BatchEvent = Annotated[
+    BatchPlaced | BatchDeferred | BatchApplied | BatchDurable | BatchRejected, Field(discriminator="kind")
+]
+
+
+class BatchProgress(Message):
+    """What became of a training batch. trainer -> whoever listens; may be lost, so ask after a silence."""
+
+    event: BatchEvent
+
+
+class BatchesAsked(Message):
+    """Ask the trainer how these batches stand."""
+
+    batch_ids: tuple[str, ...] = Field(max_length=MAX_BATCHES_OF_MESSAGE)
+
+
+class BatchesNow(Message):
+    """The newest event of each batch that was asked for; a batch without one is pending, or unknown."""
+
+    events: tuple[BatchEvent, ...]
+    unknown: tuple[str, ...]
+    """Neither pending nor known from a durable checkpoint or a late rejection."""
+    read_up_to: int
+    """The trainer has read the stream up to this sequence: an unknown batch beyond it is still to come."""

@@ -25,9 +25,29 @@ from shared.bus.base import TRACE_HEADER, Handler, Incoming, StreamMessage, Stre
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.errors import BusError, ConfigurationError, RefusedError
 from shared.messages.inference import Placed, TaskEnded
-from shared.messages.training import RejectedBatch, TrainingTask
+from shared.messages.training import (
+    BatchApplied,
+    BatchDurable,
+    BatchesAsked,
+    BatchesNow,
+    BatchEvent,
+    BatchPlaced,
+    BatchProgress,
+    BatchRejected,
+    RejectedBatch,
+    TrainingTask,
+)
 from shared.settings import EMBEDDED_MODEL
-from shared.subjects import BATCHES, ENDED, HEARTBEAT, PLACE, REJECTED, Subject
+from shared.subjects import (
+    BATCHES,
+    ENDED,
+    HEARTBEAT,
+    PLACE,
+    REJECTED,
+    TRAIN_PROGRESS,
+    TRAIN_STATUS,
+    Subject,
+)
 from shared.telemetry import Telemetry
 from tests.support.fake_node import FakeNode, Meeting, read_shard
 
@@ -131,6 +151,7 @@ class Cluster:
         self.acked: list[int] = []
         self.ended: list[str] = []
         self.placements: list[str] = []
+        self.progress: list[BatchEvent] = []
         self.refuse_placement: Callable[[], str] = lambda: ""
         self.spans = InMemorySpanExporter()
         self._id_by_sequence: dict[int, str] = {}
@@ -153,8 +174,13 @@ class Cluster:
             self.ended.extend(incoming.message.task_ids)
             self.news.tell()
 
+        async def progress(incoming: Incoming[BatchProgress]) -> None:
+            self.progress.append(incoming.message.event)
+            self.news.tell()
+
         await self.bus.respond(PLACE.at(), place)
         await self.bus.subscribe(ENDED.at(), ended)
+        await self.bus.subscribe(TRAIN_PROGRESS.at(), progress)
 
     async def publish(self, batch_id: str, body: bytes | None = None, **headers: str) -> int:
         packed = body or json.dumps({"id": batch_id, "examples": EXAMPLES}).encode()
@@ -203,6 +229,10 @@ class Cluster:
     def rejected(self) -> list[RejectedBatch]:
         stream = self.broker.streams.get("LEMIX_REJECTED")
         return [RejectedBatch.model_validate_json(body) for body, _ in stream.messages] if stream else []
+
+    async def ask(self, *batch_ids: str) -> BatchesNow:
+        question = BatchesAsked(batch_ids=batch_ids)
+        return await self.bus.request(TRAIN_STATUS.at(), question, timeout_s=DEADLINE_S)
 
     async def until_durable(self, num_batches: int) -> None:
         await self.news.until(lambda: len(self.durable()) >= num_batches)
@@ -618,3 +648,62 @@ async def test_a_batch_is_one_trace_from_its_publisher_on(cluster: Cluster) -> N
     assert span.attributes is not None
     assert span.attributes["lemix.loss"] == pytest.approx(1.0)
     assert cluster.nodes[0].microbatches[0].microbatch.traceparent.split("-")[1] == TRACE_ID
+
+
+async def test_publishers_hear_what_becomes_of_their_batches(cluster: Cluster) -> None:
+    await cluster.start()
+    await cluster.publish("a")
+    await cluster.publish("x", b'{"id": "x", "examples": [{"token_ids": [1, 99999]}]}')
+    trainer = await cluster.trainer()
+    await cluster.news.until(lambda: len(cluster.progress) == 4)
+    await stop(trainer)
+
+    of_a = [event for event in cluster.progress if not isinstance(event, BatchRejected)]
+    placed, applied, durable = of_a
+    assert placed == BatchPlaced(batch_id="a", node=0)
+    assert applied == BatchApplied(batch_id="a", node=0, version=1, loss=1.0, num_tokens=9)
+    folder = checkpoints.latest(cluster.folder / "checkpoints", 0).folder
+    assert durable == BatchDurable(batch_ids=("a",), node=0, version=1, checkpoint=str(folder))
+    (rejected,) = (event for event in cluster.progress if isinstance(event, BatchRejected))
+    assert (rejected.batch_id, "99999" in rejected.reason) == ("x", True)
+
+
+async def test_who_has_missed_it_is_told_how_batches_stand(cluster: Cluster) -> None:
+    await cluster.start()
+    await cluster.publish("durable")
+    await cluster.publish("also")
+    await cluster.publish("x", b'{"examples": []}', **{"Nats-Msg-Id": "x"})
+    trainer = await cluster.trainer()
+    await cluster.news.until(lambda: len(cluster.durable()) == 2 and len(cluster.acked) == 3)
+    await stop(trainer)
+    trainer = await cluster.trainer(checkpoint_idle_s=1000)
+    await cluster.publish("applied")
+    await cluster.news.until(
+        lambda: any(isinstance(e, BatchApplied) and e.version == 3 for e in cluster.progress)
+    )
+    cluster.refuse_placement = lambda: "no node"
+    last = await cluster.publish("pending")
+    await cluster.publish("y", b'{"examples": []}', **{"Nats-Msg-Id": "y"})
+    await cluster.news.until(lambda: len(cluster.rejected()) == 2)
+    now = await cluster.ask("durable", "also", "applied", "pending", "x", "y", "never")
+    await stop(trainer)
+
+    applied, rejected, durable = now.events
+    assert isinstance(durable, BatchDurable) and durable.batch_ids == ("durable", "also")
+    assert isinstance(applied, BatchApplied) and (applied.batch_id, applied.version) == ("applied", 3)
+    assert isinstance(rejected, BatchRejected) and rejected.batch_id == "y"
+    assert now.unknown == ("x", "never"), "an earlier trainer rejected x"
+    assert now.read_up_to == last + 1
+
+
+async def test_a_multiplier_scales_the_learning_rate_of_its_batch(cluster: Cluster) -> None:
+    await cluster.start()
+    await cluster.publish("a")
+    half = {"id": "b", "examples": EXAMPLES, "learning_rate_multiplier": 0.5}
+    await cluster.publish("b", json.dumps(half).encode())
+    trainer = await cluster.trainer(learning_rate=0.25)
+    await cluster.until_durable(2)
+    await stop(trainer)
+
+    rates = {order.batch_id: order.learning_rate for order in cluster.nodes[0].orders}
+    assert rates == {"a": 0.25, "b": 0.125}

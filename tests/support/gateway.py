@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 
 from services.gateway.app import build_app
 from services.gateway.completions import Toolbox
+from services.gateway.finetuning.service import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve
 from services.gateway.service import Gateway
@@ -21,6 +23,7 @@ from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus, Incoming
 from shared.bus.memory import MemoryBroker
 from shared.clock import IdSource, SystemClock
+from shared.encoding import ExampleEncoder
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
 from shared.messages.inference import (
     CancelTask,
@@ -82,6 +85,7 @@ class FakeCluster:
     traceparents: list[str] = field(default_factory=list)
     num_said: Counter[str] = field(default_factory=Counter)
     """Tokens of each task that `say` has produced."""
+    slo_s: float = 0.0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is clear, placements are not answered."""
 
@@ -124,7 +128,7 @@ class FakeCluster:
         node = NodeStatus(
             node=NODE, ready=True, inference_tasks=0, training_tasks=0, stages=(_heartbeat(0), _heartbeat(1))
         )
-        return ClusterStatus(policy="round_robin", nodes=(node,))
+        return ClusterStatus(policy="round_robin", nodes=(node,), slo_s=self.slo_s)
 
 
 def _heartbeat(stage: int) -> Heartbeat:
@@ -157,29 +161,44 @@ async def gateway_world(
     *,
     with_cluster: bool = True,
     exporter: SpanExporter | None = None,
+    broker: MemoryBroker | None = None,
+    run_dir: Path | None = None,
+    ids: IdSource | None = None,
     **settings: float,
 ) -> AsyncIterator[World]:
-    """A running gateway; the block fails when it takes longer than DEADLINE_S."""
-    broker, telemetry = MemoryBroker(), Telemetry("gateway", exporter)
+    """A running gateway; the block fails when it takes longer than DEADLINE_S.
+
+    Two that are given the same broker and run folder, one after the other, are a gateway and its restart.
+    """
+    broker, telemetry = broker or MemoryBroker(), Telemetry("gateway", exporter)
     bus, cluster = broker.connect(), FakeCluster(broker.connect(), script)
     if with_cluster:
         await cluster.start()
-    tools = _tools(bus, telemetry, GatewaySettings.model_validate(settings))
-    app = build_app(tools)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        asyncio.timeout(DEADLINE_S),
-        tools.gateway.running(),
-        httpx.AsyncClient(transport=transport, base_url="http://gateway") as http,
-    ):
-        yield World(cluster, tools.gateway, app, http)
-    await bus.close()
-    await cluster.bus.close()
-    telemetry.close()
+    with TemporaryDirectory() as folder:
+        chosen = GatewaySettings.model_validate({"run_dir": run_dir or folder, **settings})
+        ids = ids or IdSource(random.Random(0))
+        encoder = ExampleEncoder.load(CARD, Path(EMBEDDED_MODEL), max_tokens=CARD.context_length)
+        fine_tuning = FineTuning(chosen, bus=bus, clock=SystemClock(), ids=ids, encoder=encoder)
+        fine_tuning.load()
+        tools = _tools(bus, telemetry, chosen, ids, fine_tuning)
+        app = build_app(tools, fine_tuning)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            tools.gateway.running(),
+            fine_tuning.running(),
+            httpx.AsyncClient(transport=transport, base_url="http://gateway") as http,
+        ):
+            yield World(cluster, tools.gateway, app, http)
+        await bus.close()
+        await cluster.bus.close()
+        telemetry.close()
 
 
-def _tools(bus: Bus, telemetry: Telemetry, settings: GatewaySettings) -> Toolbox:
-    clock, ids = SystemClock(), IdSource(random.Random(0))
+def _tools(
+    bus: Bus, telemetry: Telemetry, settings: GatewaySettings, ids: IdSource, fine_tuning: FineTuning
+) -> Toolbox:
+    clock = SystemClock()
     gateway = Gateway(
         bus=bus, clock=clock, ids=ids, telemetry=telemetry, request_timeout_s=settings.request_timeout_s
     )
@@ -192,6 +211,7 @@ def _tools(bus: Bus, telemetry: Telemetry, settings: GatewaySettings) -> Toolbox
         ids=ids,
         metrics=Metrics(),
         telemetry=telemetry,
+        on_first_tokens=fine_tuning.first_tokens,
     )
 
 

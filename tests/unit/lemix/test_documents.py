@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.gateway.finetuning.requests import HyperparametersAsked, JobRequest
 from services.gateway.openai_types import CompletionRequest
 from services.gateway.settings import GatewaySettings
 from services.scheduler.settings import SchedulerSettings
@@ -30,7 +31,8 @@ def test_every_setting_is_in_the_operations_document(settings: type[LemixSetting
 
 def test_every_parameter_of_the_api_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert [name for name in CompletionRequest.model_fields if f"`{name}" not in readme] == []
+    fields = [*CompletionRequest.model_fields, *JobRequest.model_fields, *HyperparametersAsked.model_fields]
+    assert [name for name in fields if f"`{name}" not in readme] == []
 
 
 def test_every_promise_of_the_readme_names_files_of_tests() -> None:

@@ -14,7 +14,7 @@ from services.trainer.schedules import Shape
 from services.trainer.versions import Ledger
 from shared.errors import RefusedError
 from shared.messages.inference import DEFERRED, Placed
-from shared.messages.training import TrainingTask
+from shared.messages.training import BatchDeferred, BatchEvent, BatchPlaced, TrainingTask
 from shared.telemetry import NoTelemetry
 
 HELD_S = 3.0
@@ -52,8 +52,17 @@ class FakeNodes:
 
 
 @dataclass
+class FakeProgress:
+    told: list[BatchEvent] = field(default_factory=list)
+
+    def tell(self, event: BatchEvent, *, traceparent: str = "") -> None:
+        self.told.append(event)
+
+
+@dataclass
 class FakeActions:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    progress: FakeProgress = field(default_factory=FakeProgress)
 
 
 async def no_ack() -> None:
@@ -69,10 +78,13 @@ def pending() -> Pending:
 
 
 def placed_after(
-    answers: list[Placed | RefusedError], batch: Pending | None = None
+    answers: list[Placed | RefusedError],
+    batch: Pending | None = None,
+    actions: FakeActions | None = None,
 ) -> tuple[FakeScheduler, FakeNodes, Pending]:
     """Place one batch with a scheduler that answers so."""
     scheduler, nodes, batch = FakeScheduler(answers), FakeNodes(), batch or pending()
+    actions = actions or FakeActions()
 
     async def case() -> None:
         book = BatchBook(Ledger.restore({}, (), 0))
@@ -82,7 +94,7 @@ def placed_after(
             bus=scheduler,
             telemetry=NoTelemetry(),
             book=book,
-            actions=FakeActions(),
+            actions=actions,
             nodes=nodes,
             max_pending=8,
         )
@@ -121,3 +133,10 @@ def test_a_pause_follows_a_refusal_but_not_a_deferral(reason: str, pause_s: floa
     times_s = [at_s for at_s, _ in scheduler.asked]
     assert times_s == pytest.approx([0.0, HELD_S + pause_s, 2 * (HELD_S + pause_s)])
     assert len(nodes.placed) == 1
+
+
+def test_publishers_are_told_of_deferrals_and_of_the_node_but_not_of_other_refusals() -> None:
+    actions = FakeActions()
+    answers = [RefusedError(f"{DEFERRED}: x"), RefusedError("no node is ready"), Placed(node=3)]
+    placed_after(answers, actions=actions)
+    assert actions.progress.told == [BatchDeferred(batch_id="b"), BatchPlaced(batch_id="b", node=3)]

@@ -5,16 +5,16 @@ import json
 import msgpack
 import pytest
 
-from services.trainer.data import (
+from services.trainer.data import read_body
+from shared.errors import InvalidBatchError
+from shared.examples import (
     MAX_EXAMPLES,
     ChatMessage,
     Conversation,
     PlainText,
     PromptCompletion,
     TokenIds,
-    read_body,
 )
-from shared.errors import InvalidBatchError
 
 EXAMPLES = [
     {"prompt": "2+2=", "completion": "4"},
@@ -60,6 +60,15 @@ def test_the_id_may_be_left_out_and_json_may_begin_with_space() -> None:
         (b"{}", "examples: Field required"),
         (b'{"examples": []}', "examples: List should have at least 1 item"),
         (b'{"examples": [{"text": "a"}], "lr": 1}', "lr: Extra inputs are not permitted"),
+        (b'{"examples": [{"text": "a"}], "learning_rate_multiplier": 0}', "learning_rate_multiplier: "),
+        (
+            b'{"examples": [{"text": "a"}], "learning_rate_multiplier": 1e7}',
+            "learning_rate_multiplier: ",
+        ),
+        (
+            b'{"examples": [{"text": "a"}], "learning_rate_multiplier": NaN}',
+            "learning_rate_multiplier: ",
+        ),
         (b'{"examples": [{"text": "a"}], "id": ""}', "id: String should have at least 1 character"),
         (b'{"examples": [{"text": "a"}], "id": 5}', "id: Input should be a valid string"),
         (b'{"examples": ["a"]}', "examples.0: has none of the keys"),

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.examples import ExampleEncoder
 from services.trainer.intake import Intake
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
+from shared.encoding import ExampleEncoder
 from shared.messages.training import RejectedBatch
 from shared.settings import EMBEDDED_MODEL
 

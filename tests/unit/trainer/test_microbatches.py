@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.examples import LabelledTokens
 from services.trainer.microbatches import TrainingBatch, join, split
+from shared.encoding import LabelledTokens
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from services.trainer.chat_template import ChatTemplate
-from services.trainer.data import ChatMessage, Conversation, PlainText, PromptCompletion, TokenIds
-from services.trainer.examples import ExampleEncoder
+from shared.chat_template import ChatTemplate
+from shared.encoding import ExampleEncoder
 from shared.errors import ConfigurationError, InvalidBatchError
+from shared.examples import ChatMessage, Conversation, PlainText, PromptCompletion, TokenIds
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
 

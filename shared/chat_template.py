@@ -10,8 +10,8 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from services.trainer.data import ChatMessage
 from shared.errors import ConfigurationError, InvalidBatchError
+from shared.examples import ChatMessage
 
 _CONFIG = "tokenizer_config.json"
 _OWN_FILE = "chat_template.jinja"

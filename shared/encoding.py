@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
-from services.trainer.chat_template import ChatTemplate
-from services.trainer.data import Conversation, Example, PlainText, PromptCompletion, TokenIds
+from shared.chat_template import ChatTemplate
 from shared.errors import InvalidBatchError
+from shared.examples import Conversation, Example, PlainText, PromptCompletion, TokenIds
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
 
@@ -32,6 +34,20 @@ class ExampleEncoder:
     tokenizer: TextTokenizer | None
     """None: the model has none, so that only token ids can be learnt."""
     chat_template: ChatTemplate | None
+
+    @classmethod
+    def load(cls, card: ModelCard, model_folder: Path, *, max_tokens: int) -> Self:
+        """For the model in `model_folder`; examples may have no more tokens than its context either.
+
+        Raises ConfigurationError when the model's files cannot be used.
+        """
+        has_tokenizer = (model_folder / "tokenizer.json").exists()
+        return cls(
+            card=card,
+            max_tokens=min(card.context_length, max_tokens),
+            tokenizer=TextTokenizer.load(model_folder) if has_tokenizer else None,
+            chat_template=ChatTemplate.load(model_folder),
+        )
 
     def encode(self, example: Example) -> LabelledTokens:
         """Raises InvalidBatchError when the example cannot be learnt from."""

@@ -1,0 +1,399 @@
+"""A fine-tuning job as plain state: something happens to it, and it becomes another. Pure.
+
+validating_files --Validated--> queued --Started--> running --every step durable--> succeeded
+        |                          |                   |
+        '--Failed, Cancelled-------+-------------------+--a batch rejected--> failed
+
+A step is one training batch: `open` from when it is to be published until a durable checkpoint contains it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from shared.messages.training import (
+    BatchApplied,
+    BatchDeferred,
+    BatchDurable,
+    BatchEvent,
+    BatchPlaced,
+    BatchRejected,
+)
+
+Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+Level = Literal["info", "warn", "error"]
+
+_BATCH_ID = re.compile(r"(ftjob-[0-9a-f]+)-e([0-9]+)-b([0-9]+)")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Hyperparameters(_Frozen):
+    """What a job trains with; nothing is left to be chosen."""
+
+    n_epochs: int
+    batch_size: int
+    """Examples of a step; the last step of an epoch may have fewer."""
+    learning_rate_multiplier: float
+
+
+class JobError(_Frozen):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Step(_Frozen):
+    """A step that is not durable yet."""
+
+    num_tokens: int
+    sequence: int = 0
+    """Its place in the training stream; 0: it is to be published (again)."""
+    node: int | None = None
+    """Where it was placed."""
+    applied_version: int | None = None
+    """Weights version that it made on that node; None: it is not applied."""
+
+
+class Note(_Frozen):
+    """What the job's log of events says of a moment."""
+
+    level: Level
+    message: str
+    metrics: dict[str, int | float] | None = None
+
+
+class SavedSteps(_Frozen):
+    """A durable checkpoint contains steps of the job."""
+
+    step_number: int
+    """The highest of them."""
+    version: int
+    train_loss: float | None
+    """Of the newest step whose loss is known."""
+
+
+class Job(_Frozen):
+    """One job; times are Unix seconds."""
+
+    id: str
+    number: int
+    """Counts the jobs of a run, in the order of their creation."""
+    created_at: int
+    model: str
+    training_file: str
+    hyperparameters: Hyperparameters
+    seed: int
+    metadata: dict[str, str] | None = None
+    status: Status = "validating_files"
+    started_at: int | None = None
+    finished_at: int | None = None
+    error: JobError | None = None
+    num_examples: int = 0
+    """0 until the file is validated."""
+    open: dict[int, Step] = {}
+    """By number, from 1."""
+    next_step: int = 1
+    """The lowest that was never to be published."""
+    durable_tokens: int = 0
+    train_loss: float | None = None
+    """Of the newest step."""
+    first_version: int | None = None
+    last_version: int | None = None
+    preemptions: int = 0
+    requests: int = 0
+    late_requests: int = 0
+    num_events: int = 0
+    num_checkpoints: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ("succeeded", "failed", "cancelled")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_examples // self.hyperparameters.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.hyperparameters.n_epochs
+
+    @property
+    def unapplied(self) -> list[int]:
+        """Steps that are published, or are to be, and not in any node's weights."""
+        return [number for number, step in self.open.items() if step.applied_version is None]
+
+    @property
+    def lag(self) -> int:
+        """Batches published and not applied."""
+        return sum(self.open[number].sequence > 0 for number in self.unapplied)
+
+    @property
+    def num_applied(self) -> int:
+        """Steps that are in some node's weights."""
+        return self.next_step - 1 - len(self.unapplied)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of all steps that are applied."""
+        applied = (step for step in self.open.values() if step.applied_version is not None)
+        return self.durable_tokens + sum(step.num_tokens for step in applied)
+
+    @property
+    def nodes(self) -> set[int]:
+        """Nodes that compute on the job's batches."""
+        placed = (self.open[number].node for number in self.unapplied)
+        return {node for node in placed if node is not None}
+
+    def batch_id(self, step: int) -> str:
+        """What the step's batch is called: the same at every publication, so that it is applied once."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        return f"{self.id}-e{epoch + 1}-b{place + 1:05}"
+
+
+def job_of(batch_id: str) -> str | None:
+    """The job that a batch is of; None when it is of no job."""
+    match = _BATCH_ID.fullmatch(batch_id)
+    return match[1] if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """Every line of the training file can be learnt from."""
+
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job cannot go on."""
+
+    error: JobError
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """It is the job's turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Somebody does not want it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToPublish:
+    """The step is about to be published: what becomes of its batch counts from now on."""
+
+    step: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The step's batch is stored in the training stream."""
+
+    step: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The trainer, which has read the stream up to `read_up_to`, knows nothing of a batch."""
+
+    batch_id: str
+    read_up_to: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAnswered:
+    """A request had its first token from a node that computed on the job's batches meanwhile."""
+
+    is_late: bool
+
+
+Happening = (
+    Validated | Failed | Started | Cancelled | ToPublish | Published | Unknown | RequestAnswered | BatchEvent
+)
+
+
+class Outcome(NamedTuple):
+    """The job as it is now, and what is to be noted in its log and its list of checkpoints."""
+
+    job: Job
+    notes: tuple[Note, ...] = ()
+    saved: tuple[SavedSteps, ...] = ()
+
+
+def created(job: Job) -> Outcome:
+    """A job that has just been asked for."""
+    return Outcome(
+        job,
+        (
+            Note(level="info", message=f"Created fine-tuning job: {job.id}"),
+            Note(level="info", message=f"Validating training file: {job.training_file}"),
+        ),
+    )
+
+
+def due(job: Job, window: int) -> int | None:
+    """The step to publish now; at most `window` are published and not applied."""
+    if job.status != "running":
+        return None
+    again = next((number for number, step in job.open.items() if step.sequence == 0), None)
+    if again is not None:
+        return again
+    has_room = len(job.unapplied) < window and job.next_step <= job.total_steps
+    return job.next_step if has_room else None
+
+
+def after(job: Job, happening: Happening, now_s: int) -> Outcome:
+    """What becomes of the job; what does not concern it, or comes again, changes nothing."""
+    match happening:
+        case Validated() | Failed() | Started() | Cancelled():
+            return Outcome(job) if job.has_ended else _moved_on(job, happening, now_s)
+        case ToPublish(step=number, num_tokens=num_tokens):
+            opened = {**job.open, number: Step(num_tokens=num_tokens)}
+            return Outcome(_with(job, open=opened, next_step=max(job.next_step, number + 1)))
+        case Published(step=number, sequence=sequence):
+            return Outcome(_with_step(job, number, sequence=sequence))
+        case Unknown(batch_id=batch_id, read_up_to=read_up_to):
+            return Outcome(_without_unknown(job, _step_of(job, batch_id), read_up_to))
+        case RequestAnswered(is_late=is_late):
+            return Outcome(_with(job, requests=job.requests + 1, late_requests=job.late_requests + is_late))
+        case BatchPlaced(batch_id=batch_id, node=node):
+            return Outcome(_with_step(job, _step_of(job, batch_id), node=node, applied_version=None))
+        case BatchDeferred(batch_id=batch_id):
+            is_ours = _step_of(job, batch_id) in job.open
+            return Outcome(_with(job, preemptions=job.preemptions + is_ours))
+        case BatchApplied():
+            return _applied(job, happening)
+        case BatchDurable():
+            return _durable(job, happening, now_s)
+        case BatchRejected():
+            return _rejected(job, happening, now_s)
+
+
+def _moved_on(job: Job, happening: Validated | Failed | Started | Cancelled, now_s: int) -> Outcome:
+    match happening:
+        case Validated(num_examples=num_examples):
+            note = Note(level="info", message="Files validated, moving job to queued state")
+            return Outcome(_with(job, status="queued", num_examples=num_examples), (note,))
+        case Started():
+            note = Note(level="info", message="Fine-tuning job started")
+            return Outcome(_with(job, status="running", started_at=now_s), (note,))
+        case Failed(error=error):
+            note = Note(level="error", message=error.message)
+            return Outcome(_with(job, status="failed", error=error, finished_at=now_s), (note,))
+        case Cancelled():
+            note = Note(level="info", message="The job was cancelled")
+            return Outcome(_with(job, status="cancelled", finished_at=now_s), (note,))
+
+
+def _applied(job: Job, applied: BatchApplied) -> Outcome:
+    number = _step_of(job, applied.batch_id)
+    if number not in job.open or job.open[number].applied_version == applied.version:
+        return Outcome(job)
+    versions = [version for version in (job.first_version, job.last_version) if version is not None]
+    grown = _with(
+        _with_step(job, number, node=applied.node, applied_version=applied.version),
+        train_loss=applied.loss,
+        first_version=min([*versions, applied.version]),
+        last_version=max([*versions, applied.version]),
+    )
+    note = Note(
+        level="info",
+        message=f"Step {number}/{job.total_steps}: training loss={applied.loss:.4f}",
+        metrics={"step": number, "train_loss": applied.loss, "total_steps": job.total_steps},
+    )
+    return Outcome(grown, (note,))
+
+
+def _durable(job: Job, durable: BatchDurable, now_s: int) -> Outcome:
+    numbers = {number for batch_id in durable.batch_ids if (number := _step_of(job, batch_id)) in job.open}
+    if not numbers:
+        return Outcome(job)
+    num_tokens = sum(job.open[number].num_tokens for number in numbers)
+    left = {number: step for number, step in job.open.items() if number not in numbers}
+    job = _with(job, open=left, durable_tokens=job.durable_tokens + num_tokens)
+    saved = SavedSteps(step_number=max(numbers), version=durable.version, train_loss=job.train_loss)
+    notes = [Note(level="info", message=f"Checkpoint created at step {saved.step_number}")]
+    if job.status == "running" and not job.open and job.next_step > job.total_steps:
+        job = _with(job, status="succeeded", finished_at=now_s)
+        notes.append(Note(level="info", message="The job has successfully completed"))
+    return Outcome(job, tuple(notes), (saved,))
+
+
+def _rejected(job: Job, rejected: BatchRejected, now_s: int) -> Outcome:
+    number = _step_of(job, rejected.batch_id)
+    if number not in job.open:
+        return Outcome(job)
+    job = _without(job, number)
+    error = JobError(
+        code="batch_rejected",
+        message=f"Step {number} was rejected: {rejected.reason}",
+        param="training_file",
+    )
+    return after(job, Failed(error), now_s)
+
+
+def _without_unknown(job: Job, number: int | None, read_up_to: int) -> Job:
+    """What the trainer has passed by is published again; who no longer wants it lets it go."""
+    if number not in job.open or job.open[number].sequence > read_up_to:
+        return job
+    if job.has_ended:
+        return _without(job, number)
+    return _with_step(job, number, sequence=0, node=None, applied_version=None)
+
+
+def _step_of(job: Job, batch_id: str) -> int | None:
+    match = _BATCH_ID.fullmatch(batch_id)
+    if match is None or match[1] != job.id:
+        return None
+    return (int(match[2]) - 1) * job.steps_per_epoch + int(match[3])
+
+
+def _with_step(job: Job, number: int | None, **changes: object) -> Job:
+    if number not in job.open:
+        return job
+    changed = job.open[number].model_copy(update=changes)
+    return _with(job, open={**job.open, number: changed})
+
+
+def _without(job: Job, number: int) -> Job:
+    return _with(job, open={other: step for other, step in job.open.items() if other != number})
+
+
+def _with(job: Job, **changes: object) -> Job:
+    assert changes.keys() <= Job.model_fields.keys()
+    return job.model_copy(update=changes)
+
+
+def counted(outcome: Outcome) -> Job:
+    """The job, with what is noted of it counted."""
+    job, notes, saved = outcome
+    return _with(
+        job, num_events=job.num_events + len(notes), num_checkpoints=job.num_checkpoints + len(saved)
+    )
+
+
+def estimated_finish(job: Job, now_s: float) -> int | None:
+    """When the job will have run if it goes on as so far; None while nothing can be said."""
+    if job.status != "running" or job.started_at is None or not job.num_applied:
+        return None
+    seconds_per_step = max(0.0, now_s - job.started_at) / job.num_applied
+    return int(now_s + seconds_per_step * (job.total_steps - job.num_applied))
+
+
+def matches(job: Job, metadata: Mapping[str, str] | None) -> bool:
+    """Whether the job has all of these; None asks for jobs without any."""
+    if metadata is None:
+        return not job.metadata
+    return metadata.items() <= (job.metadata or {}).items()

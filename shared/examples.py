@@ -1,0 +1,98 @@
+"""Training examples as people write them: four forms, read strictly."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+
+from shared.errors import InvalidBatchError
+
+MAX_EXAMPLES = 4096
+"""In one batch."""
+MAX_LEARNING_RATE_MULTIPLIER = 1e6
+"""Keeps every learning rate finite that a multiplier gives."""
+
+
+class Strict(BaseModel):
+    """No coercion and no unknown keys: what was sent is what is meant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PromptCompletion(Strict):
+    """Learn the completion, given the prompt."""
+
+    prompt: str
+    completion: str
+
+
+class ChatMessage(Strict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Conversation(Strict):
+    """Learn what the assistant says."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+
+class PlainText(Strict):
+    """Learn the text."""
+
+    text: str
+
+
+class TokenIds(Strict):
+    """Learn the tokens as they are."""
+
+    token_ids: list[int]
+
+
+_KIND_BY_KEY = {
+    "prompt": "completion",
+    "completion": "completion",
+    "messages": "messages",
+    "text": "text",
+    "token_ids": "token_ids",
+}
+
+
+def _kind(example: object) -> str | None:
+    keys = example if isinstance(example, dict) else ()
+    return next((kind for key, kind in _KIND_BY_KEY.items() if key in keys), None)
+
+
+Example = Annotated[
+    Annotated[PromptCompletion, Tag("completion")]
+    | Annotated[Conversation, Tag("messages")]
+    | Annotated[PlainText, Tag("text")]
+    | Annotated[TokenIds, Tag("token_ids")],
+    Discriminator(
+        _kind,
+        custom_error_type="example",
+        custom_error_message="has none of the keys prompt and completion, messages, text, token_ids",
+    ),
+]
+
+_EXAMPLE: TypeAdapter[Example] = TypeAdapter(Example)
+
+
+def read_example(line: bytes) -> Example:
+    """Read one example from JSON. Raises InvalidBatchError with the first fault."""
+    try:
+        return _EXAMPLE.validate_json(line)
+    except ValidationError as error:
+        raise InvalidBatchError(first_fault(error, kind_at=0)) from error
+
+
+def first_fault(error: ValidationError, *, kind_at: int) -> str:
+    """Where in the JSON the first fault is, and what it is.
+
+    The place of a fault within an example also has pydantic's name for its kind, which is no key of the
+    JSON; `kind_at` says where.
+    """
+    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = [str(part) for position, part in enumerate(fault["loc"]) if position != kind_at]
+    return f"{'.'.join(place)}: {fault['msg']}" if place else str(fault["msg"])
