@@ -48,7 +48,8 @@ async def _answer(request: Request, completion: Completion, tools: Toolbox) -> R
     streaming = False
     try:
         if not completion.request.stream:
-            return _json(await _whole(completion))
+            content = await _whole(completion)
+            return _json(content, headers=_version_header(completion))
         first = await completion.next()
         streaming = True
         return EventStream(completion, first, watcher=watcher, timeout_s=tools.settings.request_timeout_s)
@@ -69,6 +70,12 @@ async def _whole(completion: Completion) -> answers.Json:
         for index, of_choice in enumerate(pieces)
     ]
     return completion.heading.fields(completion.versions) | {"choices": choices, "usage": completion.usage}
+
+
+def _version_header(completion: Completion) -> dict[str, str]:
+    assert completion.versions is not None, "a whole answer has been computed"
+    first, last = completion.versions
+    return {answers.VERSION_HEADER: f"{first}-{last}"}
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
