@@ -25,6 +25,10 @@ class StaleTensorError(CarrierError):
     """A handle outlived its tensor: the sender is gone, or was restarted since."""
 
 
+class VersionGoneError(LemixError):
+    """A stage no longer holds the weights version that it is asked to run."""
+
+
 class BusError(LemixError):
     """Root of what can go wrong between two services."""
 

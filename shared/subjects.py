@@ -31,7 +31,14 @@ from shared.messages.training import (
     TiedGradient,
     TrainingTask,
 )
-from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.messages.weights import (
+    PublishVersion,
+    ReleaseVersion,
+    RestoreWeights,
+    SaveWeights,
+    WeightsRequest,
+    WeightsStatus,
+)
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -122,6 +129,13 @@ RESTORE = RequestTopic(
 )
 SAVE = RequestTopic(
     "lemix.node.{node}.stage.{stage}.save", SaveWeights, Done, "trainer -> stage: write a shard"
+)
+PUBLISH = Topic("lemix.node.{node}.publish", PublishVersion, "trainer -> stage 0: serve this version")
+RELEASE = Topic(
+    "lemix.node.{node}.stage.{stage}.release", ReleaseVersion, "trainer -> stage: keep it no longer"
+)
+WEIGHTS = RequestTopic(
+    "lemix.train.weights", WeightsRequest, WeightsStatus, "anyone -> trainer: which versions are there"
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 

@@ -1,8 +1,9 @@
 """The weights of one stage: those that serve, the older ones that microbatches in flight need, and the step.
 
-Serving uses the newest weights. A training forward uses leaves that share their memory, so that stashing
-costs nothing; only when a step comes while microbatches are in flight is the memory copied, once, and the
-leaves keep the old one (copy on write). A backward thus uses exactly the weights of its forward.
+Serving uses the newest weights, or a version that is kept for it. A training forward uses leaves that share
+the newest weights' memory, so that stashing costs nothing, and so does a kept version; only when a step comes
+while microbatches are in flight, or the version is kept, is the memory copied, once, and the leaves keep the
+old one (copy on write). A backward thus uses exactly the weights of its forward.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from shared.errors import VersionGoneError
 from shared.model.stage import Stage
 
 Tensors = dict[str, Tensor]
@@ -47,7 +49,9 @@ class StageWeights:
         self.version = version
         self._current: WeightsVersion | None = None
         self._versions: list[WeightsVersion] = []
-        """Those whose leaves may hold gradients, oldest first."""
+        """Those whose leaves may hold gradients, oldest first; and those that are kept."""
+        self._kept: dict[int, WeightsVersion] = {}
+        """For serving, by number."""
         self._spare: list[Tensors] = []
         """Memory of versions that nobody needs any more: fresh pages would cost more than the copy."""
         self._gathered: Tensors = {}
@@ -72,6 +76,32 @@ class StageWeights:
         finally:
             self._install(self._newest)
         version.num_in_flight += 1
+
+    @contextmanager
+    def serving(self, number: int | None) -> Iterator[None]:
+        """Run the stage with the weights of a kept version; None: the newest.
+
+        Raises VersionGoneError when it is neither kept nor the newest.
+        """
+        if number is None or (number == self.version and number not in self._kept):
+            yield
+            return
+        if number not in self._kept:
+            raise VersionGoneError(f"weights version {number} is gone")
+        self._install(self._kept[number].leaves)
+        try:
+            yield
+        finally:
+            self._install(self._newest)
+
+    def keep(self) -> None:
+        """Hold on to the weights as they are now, under their version's number, until `release`."""
+        self._kept[self.version] = self._begin_version()
+
+    def release(self, number: int) -> None:
+        """Serving needs that version no more."""
+        self._kept.pop(number, None)
+        self._retire()
 
     def backward_done(self, version: WeightsVersion) -> None:
         """A microbatch of that version has run backward."""
@@ -102,7 +132,7 @@ class StageWeights:
     def step(self, batch_id: str, learning_rate: float, *, version: int, scale: float = 1.0) -> None:
         """Apply a finished batch's gradients times `scale`; the weights are then of `version`."""
         gradients = self._gradients.pop(batch_id)
-        if self._current is not None and self._current.num_in_flight:
+        if self._current is not None and (self._current.num_in_flight or self._is_kept(self._current)):
             self._move_newest_to_other_memory()
         self._current = None
         if scale != 1.0:
@@ -129,6 +159,7 @@ class StageWeights:
     ) -> None:
         """Hold these weights instead, in place; `optimizer_state` as its namesake gives it, or {}."""
         self.drop_training()
+        self._kept.clear()
         with torch.no_grad():
             for name, parameter in self._newest.items():
                 parameter.copy_(tensors[name])
@@ -177,11 +208,14 @@ class StageWeights:
         """Let go of versions that no microbatch in flight needs; keep the memory of those that own it."""
         kept = []
         for version in self._versions:
-            if version.num_in_flight or version is self._current:
+            if version.num_in_flight or version is self._current or self._is_kept(version):
                 kept.append(version)
             elif not self._shares_memory(version):
                 self._spare.append({name: leaf.data for name, leaf in version.leaves.items()})
         self._versions = kept
+
+    def _is_kept(self, version: WeightsVersion) -> bool:
+        return self._kept.get(version.number) is version
 
     def _shares_memory(self, version: WeightsVersion) -> bool:
         return all(leaf.data_ptr() == self._newest[name].data_ptr() for name, leaf in version.leaves.items())
