@@ -4,19 +4,23 @@
       intake            a message -> a batch, or why not (data, chat_template, examples, microbatches)
       batches           pending batches, and the ledger of what is durable (versions)
     nodes             listens to stages
-      node_training     per node: what to feed, save and restore (members, schedules, saves)
+      node_training     per node: what to feed, save and restore (members, schedules, saves),
+                        and which version to serve (publishing)
     actions           carries out what nodes decide (outbox, checkpoint_files)
+      evaluator         has nodes score the held-out examples (evaluation, held_out)
 
 This file puts them together.
 """
 
 import asyncio
 from functools import partial
+from pathlib import Path
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batch_flow import BatchFlow
 from services.trainer.batches import BatchBook
 from services.trainer.checkpoint_files import CONFIG_FILE, MODEL_FILES, CheckpointFiles, ledger_of
+from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
 from services.trainer.nodes import Nodes
 from services.trainer.settings import TrainerSettings
@@ -27,7 +31,7 @@ from shared.bus.base import Bus, StreamState
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.model_files import resolve
-from shared.subjects import HEARTBEAT, REPORT
+from shared.subjects import HEARTBEAT, REPORT, WEIGHTS
 from shared.telemetry import Telemetry
 
 
@@ -54,6 +58,9 @@ class Trainer:
         self._clock = clock
         self._telemetry = telemetry
         self._intake = intake or Intake.load(settings, model_folder)
+        self._held_out = (
+            read_held_out(Path(settings.held_out), self._intake.encoder) if settings.held_out else []
+        )
         self._files = CheckpointFiles(
             settings.checkpoint_dir, model_folder=model_folder, keep=settings.keep_checkpoints
         )
@@ -79,6 +86,8 @@ class Trainer:
                 folders={node: checkpoint.folder for node, checkpoint in found.items()},
                 stream=stream.identity,
                 tasks=tasks,
+                held_out=self._held_out,
+                name=f"trainer-{term}",
             )
             nodes = Nodes(self._settings, clock=self._clock, book=book, actions=actions, term=term)
             batches = BatchFlow(
@@ -91,6 +100,10 @@ class Trainer:
                 max_pending=self._settings.max_pending,
             )
             tasks.create_task(actions.outbox.run())
+            if self._held_out:
+                await actions.evaluator.subscribe()
+                tasks.create_task(actions.evaluator.run())
+            await self._bus.respond(WEIGHTS.at(), nodes.on_status)
             tasks.create_task(nodes.tick())
             tasks.create_task(batches.place())
             heartbeats = await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat)
