@@ -5,12 +5,13 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import deciding, decode, hop, profile_error, report, simulation, startup, training
+from benchmarks import deciding, decode, hop, profile_error, publish, report, simulation, startup, training
 
 BENCHMARKS = {
     "hop": hop.main,
     "decode": decode.main,
     "training": training.main,
+    "publish": publish.main,
     "startup": startup.main,
     "deciding": deciding.main,
     "profile_error": profile_error.main,
