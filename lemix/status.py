@@ -11,7 +11,8 @@ from lemix.run_folder import newest_running
 from shared.bus.base import Bus
 from shared.errors import ConfigurationError, NoResponderError
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
-from shared.subjects import STATUS
+from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
+from shared.subjects import STATUS, WEIGHTS
 
 TIMEOUT_S = 5.0
 
@@ -33,6 +34,11 @@ async def fetch_status(bus: Bus) -> ClusterStatus:
     return await bus.request(STATUS.at(), StatusRequest(), timeout_s=TIMEOUT_S)
 
 
+async def fetch_weights(bus: Bus) -> WeightsStatus:
+    """Ask the trainer. Raises NoResponderError when there is none."""
+    return await bus.request(WEIGHTS.at(), WeightsRequest(), timeout_s=TIMEOUT_S)
+
+
 async def run_status(nats_url: str | None, runs_dir: Path, console: Console) -> None:
     """`lemix status`: ask, and print. Raises ConfigurationError or BusError."""
     async with open_bus(find_nats_url(nats_url, runs_dir)) as bus:
@@ -40,6 +46,10 @@ async def run_status(nats_url: str | None, runs_dir: Path, console: Console) -> 
             console.print(status_table(await fetch_status(bus)))
         except NoResponderError:
             raise NoResponderError("NATS answers, but no scheduler is connected to it") from None
+        try:
+            console.print(weights_table(await fetch_weights(bus)))
+        except NoResponderError:
+            console.print("no trainer is running")
 
 
 async def require_unused(nats_url: str) -> None:
@@ -91,4 +101,29 @@ def _row(node: NodeStatus, stage: Heartbeat) -> tuple[str, ...]:
         str(stage.waiting) if is_head else "",
         str(stage.queued),
         f"{stage.kv_blocks_used}/{stage.kv_blocks_total}",
+    )
+
+
+def weights_table(status: WeightsStatus) -> Table:
+    """One row for each node that the trainer knows; 80 columns wide at most.
+
+    serves: the version that requests get; loss: of that version on the held-out examples; withheld: how many
+    versions the guard has kept from serving, and the last of them.
+    """
+    table = Table(title="weights", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("node", "newest", "durable", "serves", "loss", "withheld"):
+        table.add_column(heading, no_wrap=True)
+    for node in status.nodes:
+        table.add_row(*_weights_row(node))
+    return table
+
+
+def _weights_row(node: NodeWeights) -> tuple[str, ...]:
+    return (
+        str(node.node),
+        f"v{node.version}",
+        f"v{node.durable_version}",
+        "newest" if node.published is None else f"v{node.published}",
+        "" if node.held_out_loss is None else f"{node.held_out_loss:.4f}",
+        f"{node.num_withheld} (v{node.last_withheld})" if node.num_withheld else "",
     )

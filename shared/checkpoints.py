@@ -202,13 +202,15 @@ def read(folder: Path) -> Manifest | None:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and sync it with the names in `folder`: what follows may count on them.
+    """Write the manifest, whole or not at all, and sync it with the names in `folder`.
 
     Raises OSError when the disk refuses.
     """
     path = folder / MANIFEST_NAME
-    path.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    sync(path)
+    new = path.with_suffix(".new")
+    new.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    sync(new)
+    new.replace(path)
     sync(folder)
 
 

@@ -29,6 +29,10 @@ class PeerLostError(CarrierError):
     """Another member of a collective group is gone, silent for too long, or never came."""
 
 
+class VersionGoneError(LemixError):
+    """A stage no longer holds the weights version that it is asked to run."""
+
+
 class BusError(LemixError):
     """Root of what can go wrong between two services."""
 

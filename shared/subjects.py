@@ -36,13 +36,17 @@ from shared.messages.training import (
 )
 from shared.messages.weights import (
     MergeWeights,
+    PublishVersion,
     ReduceGradients,
+    ReleaseVersion,
     RestoreWeights,
     RollBackWeights,
     RolledBack,
     SaveWeights,
     VersionList,
     VersionsRequest,
+    WeightsRequest,
+    WeightsStatus,
 )
 
 M = TypeVar("M", bound=Message)
@@ -148,6 +152,13 @@ VERSIONS = RequestTopic(
 )
 ROLLBACK = RequestTopic(
     "lemix.weights.rollback", RollBackWeights, RolledBack, "anyone -> trainer: go back to an older version"
+)
+PUBLISH = Topic("lemix.node.{node}.publish", PublishVersion, "trainer -> stage 0: serve this version")
+RELEASE = Topic(
+    "lemix.node.{node}.stage.{stage}.release", ReleaseVersion, "trainer -> stage: keep it no longer"
+)
+WEIGHTS = RequestTopic(
+    "lemix.train.weights", WeightsRequest, WeightsStatus, "anyone -> trainer: which versions are there"
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 

@@ -12,6 +12,8 @@ from services.gateway.sessions import Piece, TokenEntry
 Json = dict[str, object]
 
 DONE = b"data: [DONE]\n\n"
+VERSION_HEADER = "lemix-weights-version"
+"""Of the first and the last token, as `3-5`; of a stream, which cannot know its end, of the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

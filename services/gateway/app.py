@@ -50,7 +50,8 @@ async def _answer(request: Request, completion: Completion, tools: Toolbox) -> R
     streaming = False
     try:
         if not completion.request.stream:
-            return json_response(await _whole(completion))
+            headers = _version_header(completion)
+            return json_response(await _whole(completion), headers=headers)
         first = await completion.next()
         streaming = True
         return EventStream(completion, first, watcher=watcher, timeout_s=tools.settings.request_timeout_s)
@@ -71,6 +72,12 @@ async def _whole(completion: Completion) -> answers.Json:
         for index, of_choice in enumerate(pieces)
     ]
     return completion.heading.fields(completion.versions) | {"choices": choices, "usage": completion.usage}
+
+
+def _version_header(completion: Completion) -> dict[str, str]:
+    assert completion.versions is not None, "a whole answer has been computed"
+    first, last = completion.versions
+    return {answers.VERSION_HEADER: f"{first}-{last}"}
 
 
 def _add_models(app: FastAPI, tools: Toolbox) -> None:

@@ -5,7 +5,7 @@ import asyncio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.answers import EventEncoder, error_event
+from services.gateway.answers import VERSION_HEADER, EventEncoder, error_event
 from services.gateway.completions import Completion
 from services.gateway.errors import ApiError, ClientGoneError
 from services.gateway.sessions import Piece
@@ -47,13 +47,19 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": self._response_headers()}
+                )
                 await send({"type": "http.response.body", "body": await self._send_events(send)})
         except (TimeoutError, ClientGoneError):
             return  # nobody reads: the response stays without its end
         finally:
             self._completion.close()
             self._watcher.cancel()
+
+    def _response_headers(self) -> list[tuple[bytes, bytes]]:
+        assert self._completion.versions is not None, "a stream begins with its first piece"
+        return [*_HEADERS, (VERSION_HEADER.encode(), str(self._completion.versions[0]).encode())]
 
     async def _send_events(self, send: Send) -> bytes:
         """Send all but the last event, which is returned."""

@@ -34,7 +34,7 @@ class Admission:
 
     def offer(self, sequence: Sequence) -> None:
         """Put a sequence in line. Raises RefusedError when it can never run, or the line is full."""
-        self._check_words(sequence.task)
+        self.check_words(sequence.task)
         if self._blocks_for(sequence.task) > self._allocator.num_blocks:
             capacity = self._allocator.num_blocks * self._allocator.block_size
             wanted = len(sequence.task.prompt) + sequence.task.sampling.max_tokens
@@ -44,7 +44,7 @@ class Admission:
             raise RefusedError(f"{self._max_waiting} requests are already waiting on this node", code=429)
         self._line.append(sequence)
 
-    def _check_words(self, task: InferenceTask) -> None:
+    def check_words(self, task: InferenceTask) -> None:
         """Raises RefusedError when the model cannot read the prompt."""
         if not task.prompt:
             raise RefusedError("the prompt is empty", code=400)

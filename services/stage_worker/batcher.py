@@ -21,6 +21,8 @@ class Sequence:
     num_cached: int = 0
     """Rows of the sequence whose keys and values are in the cache, or on their way there."""
     generated: list[int] = field(default_factory=list)
+    version: int | None = None
+    """Weights version that it runs with to its end; None: the one that is published."""
     in_flight: bool = False
     """Its next row depends on a token that is still being computed."""
 
@@ -48,6 +50,18 @@ def form_iteration(
         num_tokens = min(len(sequence.task.prompt) - sequence.num_cached, budget)
         rows.append((sequence, num_tokens))
         budget -= num_tokens
+    return rows
+
+
+def form_scoring(sequences: Iterable[Sequence], *, token_budget: int) -> list[tuple[Sequence, int]]:
+    """Whole prompts of one weights version, the first one whatever its length, with their number of rows."""
+    rows: list[tuple[Sequence, int]] = []
+    for sequence in sequences:
+        num_tokens = len(sequence.task.prompt)
+        if rows and (num_tokens > token_budget or sequence.version != rows[0][0].version):
+            break
+        rows.append((sequence, num_tokens))
+        token_budget -= num_tokens
     return rows
 
 

@@ -1,12 +1,16 @@
 """Stage 0 leads its node: admits requests, forms iterations, follows every sequence to its end."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
 from services.stage_worker.admission import Admission
-from services.stage_worker.batcher import Sequence, chunk_of, form_iteration, tokens_of
+from services.stage_worker.batcher import Sequence, chunk_of, form_iteration, form_scoring, tokens_of
 from services.stage_worker.blocks import BlockAllocator
+from services.stage_worker.served import ServedVersions
+from shared.errors import RefusedError
 from shared.messages.inference import InferenceTask, IterationDone, SequenceChunk
+from shared.messages.weights import ServingRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +19,19 @@ class Iteration:
 
     number: int
     chunks: tuple[SequenceChunk, ...]
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] = ()
+    version: int | None = None
+    """Weights version of all its sequences; None: each stage's newest."""
+    deferrable: bool = False
+    """All other work may overtake it."""
 
 
 class Head:
     """The state of a node's serving. Pure: told of every event, asked for the next iteration.
 
     A removed sequence's blocks are free at once: each stage runs iterations in order, so rows still in
-    flight are written before the rows of whoever gets the blocks next.
+    flight are written before the rows of whoever gets the blocks next. Deferrable tasks have no blocks: whole
+    prompts are scored at once, in iterations that all others may overtake.
     """
 
     def __init__(
@@ -32,6 +41,7 @@ class Head:
         block_size: int,
         num_in_flight: int,
         token_budget: int,
+        max_deferrable_tokens: int,
         max_waiting: int,
         vocab_size: int,
         context_length: int | None = None,
@@ -40,56 +50,103 @@ class Head:
         self.admission = Admission(
             self.allocator, max_waiting=max_waiting, vocab_size=vocab_size, context_length=context_length
         )
+        self.versions = ServedVersions()
         self._num_in_flight = num_in_flight
         self._token_budget = token_budget
+        self._max_deferrable_tokens = max_deferrable_tokens
+        self._max_waiting = max_waiting
         self._running: dict[str, Sequence] = {}
         """In the order in which they were served last, longest unserved first."""
-        self._in_flight: set[int] = set()
+        self._deferrable: dict[str, Sequence] = {}
+        """In the order of arrival; those in flight are in one iteration."""
+        self._in_flight: dict[int, Iteration] = {}
         self._next_number = 0
 
     @property
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def versions_in_use(self) -> tuple[int, ...]:
+        """Kept versions that sequences or iterations in flight need, oldest first."""
+        wanted = {iteration.version for iteration in self._in_flight.values()}
+        wanted |= {self.versions.of(sequence) for sequence in self._running.values()}
+        return tuple(sorted(version for version in wanted if version is not None))
+
     def submit(self, task: InferenceTask, *, deadline_s: float, traceparent: str) -> None:
         """A request arrives. Raises RefusedError when it cannot be taken."""
-        self.admission.offer(Sequence(task=task, deadline_s=deadline_s, traceparent=traceparent))
+        sequence = Sequence(
+            task=task, deadline_s=deadline_s, traceparent=traceparent, version=task.weights_version
+        )
+        if task.deferrable:
+            self._check_deferrable(task)
+            self._deferrable[task.task_id] = sequence
+        else:
+            self.admission.offer(sequence)
+
+    def _check_deferrable(self, task: InferenceTask) -> None:
+        """Raises RefusedError."""
+        self.admission.check_words(task)
+        if task.sampling.max_tokens > 0:
+            raise RefusedError("a deferrable task scores its prompt: max_tokens must be 0", code=400)
+        if len(task.prompt) > self._max_deferrable_tokens:
+            raise RefusedError(
+                f"a deferrable prompt has at most {self._max_deferrable_tokens} tokens", code=400
+            )
+        if len(self._deferrable) >= self._max_waiting:
+            raise RefusedError(f"{self._max_waiting} deferrable tasks are already waiting", code=429)
 
     def next_iteration(self) -> Iteration | None:
         """The next iteration to start now, if there is room in the pipeline and something to do."""
-        self._running.update((sequence.task.task_id, sequence) for sequence in self.admission.admit())
-        if len(self._in_flight) >= self._num_in_flight:
+        admitted = self.admission.admit()
+        self.versions.begin(admitted)
+        self._running.update((sequence.task.task_id, sequence) for sequence in admitted)
+        ready = [sequence for sequence in self._running.values() if not sequence.in_flight]
+        if not ready:
+            return self._next_scoring()
+        if sum(not iteration.deferrable for iteration in self._in_flight.values()) >= self._num_in_flight:
             return None
+        version = self.versions.of_next_iteration(ready, self._next_number)
         rows = form_iteration(
-            [sequence for sequence in self._running.values() if not sequence.in_flight],
+            [sequence for sequence in ready if self.versions.of(sequence) == version],
             num_decoding=sum(sequence.is_decoding for sequence in self._running.values()),
             num_in_flight=self._num_in_flight,
             token_budget=self._token_budget,
         )
-        return self._start(rows) if rows else None
+        iteration = self._start(rows, version)
+        for (sequence, count), chunk in zip(rows, iteration.chunks, strict=True):
+            sequence.num_cached += count
+            sequence.in_flight = chunk.produces
+        return iteration
 
-    def _start(self, rows: list[tuple[Sequence, int]]) -> Iteration:
+    def _next_scoring(self) -> Iteration | None:
+        """An iteration of deferrable tasks, when no other one of them is under way."""
+        if any(iteration.deferrable for iteration in self._in_flight.values()):
+            return None
+        rows = form_scoring(self._deferrable.values(), token_budget=self._token_budget)
+        return self._start(rows, rows[0][0].version, deferrable=True) if rows else None
+
+    def _start(
+        self, rows: list[tuple[Sequence, int]], version: int | None, *, deferrable: bool = False
+    ) -> Iteration:
         number, self._next_number = self._next_number, self._next_number + 1
         block_size = self.allocator.block_size
         chunks = tuple(chunk_of(sequence, count, block_size=block_size) for sequence, count in rows)
         tokens = tuple(chain.from_iterable(tokens_of(sequence, count) for sequence, count in rows))
-        for (sequence, count), chunk in zip(rows, chunks, strict=True):
-            sequence.num_cached += count
-            sequence.in_flight = chunk.produces
-        self._in_flight.add(number)
-        return Iteration(number, chunks, tokens)
+        iteration = Iteration(number, chunks, tokens, version, deferrable)
+        self._in_flight[number] = iteration
+        return iteration
 
     def finish_iteration(self, done: IterationDone) -> list[Sequence]:
         """An iteration has left the last stage; returns the sequences that it completed.
 
         Tells of iterations and sequences that are no longer known are ignored.
         """
-        if done.iteration not in self._in_flight:
+        if self._in_flight.pop(done.iteration, None) is None:
             return []
-        self._in_flight.remove(done.iteration)
         completed = []
         for sampled in done.tokens:
-            sequence = self._running.pop(sampled.task_id, None)
+            sequence = self._running.pop(sampled.task_id, None) or self._deferrable.pop(sampled.task_id, None)
             if sequence is None:
                 continue
             sequence.in_flight = False
@@ -101,8 +158,17 @@ class Head:
                 self._running[sampled.task_id] = sequence
         return completed
 
+    def lose_iteration(self, number: int) -> list[InferenceTask]:
+        """An iteration was dropped on its way: remove and return the tasks that were in it."""
+        iteration = self._in_flight.pop(number, None)
+        everyone = {sequence.task.task_id: sequence.task for sequence in self._everyone()}
+        task_ids = () if iteration is None else (chunk.task_id for chunk in iteration.chunks)
+        return self._remove_all(everyone[task_id] for task_id in task_ids if task_id in everyone)
+
     def remove(self, task_id: str) -> bool:
         """Forget a sequence; False when it is not here."""
+        if self._deferrable.pop(task_id, None) is not None:
+            return True
         sequence = self._running.pop(task_id, None)
         if sequence is None:
             return self.admission.remove(task_id)
@@ -111,16 +177,27 @@ class Head:
 
     def expired(self, now_s: float) -> list[InferenceTask]:
         """Remove and return what is past its deadline."""
-        everyone = [*self._running.values(), *self.admission.waiting()]
-        late = [sequence.task for sequence in everyone if sequence.deadline_s <= now_s]
-        for task in late:
-            self.remove(task.task_id)
-        return late
+        return self._remove_all(each.task for each in self._everyone() if each.deadline_s <= now_s)
+
+    def restored(self, version: int, rule: ServingRule) -> list[InferenceTask]:
+        """The stages hold only these weights: remove and return what wants others."""
+        lost = self._remove_all(each.task for each in self._everyone() if each.version not in (None, version))
+        self.versions.restored(version, rule)
+        for sequence in self._running.values():
+            sequence.version = sequence.task.weights_version
+        self.versions.begin(self._running.values())
+        return lost
 
     def reset(self) -> list[InferenceTask]:
         """The pipeline broke: remove and return everything, with nothing in flight any more."""
-        everyone = [*self._running.values(), *self.admission.waiting()]
-        for sequence in everyone:
-            self.remove(sequence.task.task_id)
         self._in_flight.clear()
-        return [sequence.task for sequence in everyone]
+        return self._remove_all(each.task for each in self._everyone())
+
+    def _everyone(self) -> list[Sequence]:
+        return [*self._running.values(), *self.admission.waiting(), *self._deferrable.values()]
+
+    def _remove_all(self, tasks: Iterable[InferenceTask]) -> list[InferenceTask]:
+        removed = list(tasks)
+        for task in removed:
+            self.remove(task.task_id)
+        return removed

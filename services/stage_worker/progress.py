@@ -30,7 +30,7 @@ class Progress:
         self._stage = stage
         self._bus = bus
         self._clock = clock
-        self._handed: list[tuple[StageOp, float]] = []
+        self._handed: list[tuple[StageOp | None, float]] = []
         """Ops that the executor has, with the time when it got them; the first one runs."""
         self._free_s = 0.0
         """When the last op ended."""
@@ -39,15 +39,19 @@ class Progress:
         self._happened = asyncio.Event()
 
     @contextmanager
-    def doing(self, op: StageOp) -> Iterator[None]:
-        """Around the executor's call that does `op`. One that raises is not told of."""
+    def doing(self, op: StageOp | None) -> Iterator[None]:
+        """Around the executor's call that does `op`. One that raises is not told of, nor is None.
+
+        None: what nobody shall count on, as it goes where nothing else would.
+        """
         handed = (op, self._clock.now_s())
         self._handed.append(handed)
         self._happened.set()
         try:
             yield
             end_s = self._clock.now_s()
-            self._ended.append((op, max(handed[1], self._free_s), end_s))
+            if op is not None:
+                self._ended.append((op, max(handed[1], self._free_s), end_s))
             self._free_s = end_s
         finally:
             self._handed.remove(handed)
@@ -77,6 +81,8 @@ class Progress:
         if not self._handed:
             return None
         op, handed_s = self._handed[0]
+        if op is None:
+            return None
         return OpStarted(op=op, ago_s=now_s - max(handed_s, self._free_s))
 
 

@@ -15,6 +15,8 @@ class WorkKind(IntEnum):
     STEP = 2
     BACKWARD = 3
     TRAINING_FORWARD = 4
+    DEFERRABLE = 5
+    """An iteration that can wait."""
 
 
 class Waiting(Protocol):
@@ -29,9 +31,9 @@ class Waiting(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SloFirst:
-    """Inference overtakes training, backwards overtake training forwards.
+    """Inference overtakes training, backwards overtake training forwards, all overtake what is deferrable.
 
-    Training that has waited `patience_s` goes first all the same: deferrable is not starved.
+    Work that has waited `patience_s` behind inference goes first all the same: deferrable is not starved.
     """
 
     patience_s: float

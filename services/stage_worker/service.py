@@ -23,6 +23,7 @@ from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
 from shared.errors import BusError, ConfigurationError
 from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, LinkPurpose, StageStopped
+from shared.messages.weights import RestoreWeights
 from shared.telemetry import Telemetry
 
 LOST_AFTER_S = 3 * subjects.HEARTBEAT_S
@@ -112,13 +113,17 @@ class StageWorker:
             facts,
             group=self._group,
             tell_version=self._serving.set_version,
-            tell_restored=self._publish_heartbeat,
+            tell_restored=self._on_restored,
         )
         place = {"node": self._settings.node, "stage": self._settings.stage}
         await self._bus.respond(subjects.LINK.at(**place), self._on_link_offer)
         await self._serving.subscribe()
         await self._training.subscribe()
         await self._bus.subscribe(subjects.NEIGHBOUR.at(node=self._settings.node), self._on_heartbeat)
+
+    async def _on_restored(self, message: RestoreWeights) -> None:
+        await self._serving.restored(message)
+        await self._publish_heartbeat()
 
     # Neighbours
 

@@ -15,7 +15,7 @@ from services.stage_worker.progress import iteration_op
 from services.stage_worker.queue import WorkKind
 from shared import subjects
 from shared.bus.base import Incoming
-from shared.errors import CarrierError, LemixError, RefusedError
+from shared.errors import CarrierError, LemixError, RefusedError, VersionGoneError
 from shared.messages.inference import (
     CancelTask,
     InferenceTask,
@@ -28,7 +28,10 @@ from shared.messages.inference import (
     TaskFailed,
     TokensProduced,
 )
+from shared.messages.training import StageReport, VersionsServed
+from shared.messages.weights import PublishVersion, RestoreWeights
 from shared.telemetry import traceparent_of
+from shared.tensors.ref import TensorRef
 
 ITERATION_TIMEOUT_S = 60.0
 """An iteration that takes longer is lost, and its pipeline with it."""
@@ -56,12 +59,17 @@ class Serving:
         """When each iteration in flight was started (stage 0)."""
         self._cancelled: deque[str] = deque(maxlen=MAX_EARLY_CANCELS)
         """Tasks that were not here when they were cancelled: they may still come (stage 0)."""
-        self._weights_version = 0
+        self._newest_version = 0
+        self._epoch = 0
+        """Of the last restore."""
+        self._told: VersionsServed | None = None
+        """What the trainer was told last (stage 0)."""
         self.head = Head(
             num_blocks=settings.kv_blocks,
             block_size=settings.kv_block_size,
             num_in_flight=settings.num_stages,
             token_budget=settings.max_iteration_tokens,
+            max_deferrable_tokens=max(settings.max_iteration_tokens, settings.max_microbatch_tokens),
             max_waiting=settings.max_waiting,
             vocab_size=facts.vocab_size,
             context_length=facts.context_length,
@@ -76,6 +84,7 @@ class Serving:
         await self._bus.subscribe(subjects.ASSIGN.at(node=node), self._on_task)
         await self._bus.subscribe(subjects.CANCEL.at(node=node), self._on_cancel)
         await self._bus.subscribe(subjects.ITERATION_DONE.at(node=node), self._on_iteration_done)
+        await self._bus.subscribe(subjects.PUBLISH.at(node=node), self._on_publish)
 
     async def tick(self) -> None:
         """Once in a while: end what is past its deadline. Raises LemixError when the pipeline is stuck."""
@@ -86,6 +95,8 @@ class Serving:
         if now_s - oldest_s > ITERATION_TIMEOUT_S:
             raise LemixError(f"an iteration has not come back within {ITERATION_TIMEOUT_S:g} s")
         self.pump()
+        self._told = None  # once more: the last time may have been lost
+        await self._tell_versions()
 
     async def reset(self, reason: str) -> None:
         """The pipeline broke behind stage 0: nothing that is in it will come back."""
@@ -95,7 +106,13 @@ class Serving:
 
     def set_version(self, version: int) -> None:
         """Clients are told the version with their tokens."""
-        self._weights_version = version
+        self._newest_version = version
+
+    async def restored(self, message: RestoreWeights) -> None:
+        """This stage holds these weights, and nothing else."""
+        self._epoch, self._told = message.epoch, None
+        for task in self.head.restored(message.version, message.serving):
+            await self._fail(task, 503, f"its weights are gone: the node went back to {message.version}")
 
     # Stage 0
 
@@ -130,7 +147,10 @@ class Serving:
         if not done.lost:
             await self._finish_iteration(done)
         elif done.iteration in self._started_s:  # else the pipeline was reset since
-            await self.reset(done.lost)
+            if done.version_gone:
+                await self._lose(done.iteration, done.lost)
+            else:
+                await self.reset(done.lost)
             self.pump()
 
     async def _finish_iteration(self, done: IterationDone) -> None:
@@ -139,6 +159,30 @@ class Serving:
         self.pump()
         for sequence in completed:
             await self._end(sequence.task.task_id, "completed")
+        await self._tell_versions()
+
+    async def _lose(self, iteration: int, reason: str) -> None:
+        """A stage was restored while the iteration came: its weights version is gone."""
+        self._started_s.pop(iteration, None)
+        for task in self.head.lose_iteration(iteration):
+            await self._fail(task, 503, reason)
+
+    async def _on_publish(self, incoming: Incoming[PublishVersion]) -> None:
+        if incoming.message.epoch == self._epoch:
+            self.head.versions.publish(incoming.message.version)
+            self.pump()
+            await self._tell_versions()
+
+    async def _tell_versions(self) -> None:
+        """The trainer lets go of what is no longer in use."""
+        published, settings = self.head.versions.published, self._settings
+        if published is None:
+            return
+        served = VersionsServed(published=published, in_use=self.head.versions_in_use)
+        if served != self._told:
+            self._told = served
+            report = StageReport(node=settings.node, stage=settings.stage, epoch=self._epoch, event=served)
+            await self._bus.publish(subjects.REPORT.at(), report)
 
     def pump(self) -> None:
         """Start as many iterations as the pipeline takes; none while a stage of the node is missing."""
@@ -146,14 +190,18 @@ class Serving:
             return
         while (iteration := self.head.next_iteration()) is not None:
             self._started_s[iteration.number] = self._clock.now_s()
-            self._queue.put(WorkKind.INFERENCE, partial(self._run_first, iteration))
+            self._queue.put(_kind_of(iteration), partial(self._run_first, iteration))
 
     async def _run_first(self, iteration: Iteration) -> None:
         try:
-            await self._run(iteration.number, iteration.chunks, iteration.tokens)
+            await self._run(iteration, iteration.tokens)
         except CarrierError as error:
             log.warning("iteration %d lost: %s", iteration.number, error)
             await self.reset(f"the next stage cannot be reached: {error}")
+        except VersionGoneError as error:
+            log.warning("iteration %d lost: %s", iteration.number, error)
+            await self._lose(iteration.number, str(error))
+            self.pump()
 
     async def _fail(self, task: InferenceTask, code: int, reason: str) -> None:
         failure = TaskFailed(task_id=task.task_id, code=code, reason=reason)
@@ -171,28 +219,37 @@ class Serving:
     # Every stage
 
     async def _on_iteration(self, incoming: Incoming[IterationForward]) -> None:
-        self._queue.put(WorkKind.INFERENCE, partial(self._run_received, incoming.message))
+        forward = incoming.message
+        iteration = Iteration(
+            forward.iteration, forward.chunks, version=forward.version, deferrable=forward.deferrable
+        )
+        self._queue.put(_kind_of(iteration), partial(self._run_received, iteration, forward.hidden))
 
-    async def _run_received(self, forward: IterationForward) -> None:
+    async def _run_received(self, iteration: Iteration, hidden: TensorRef) -> None:
         try:
-            await self._run(forward.iteration, forward.chunks, forward.hidden)
-        except CarrierError as error:
-            log.warning("iteration %d lost: %s", forward.iteration, error)
-            reason = f"an iteration was lost at stage {self._settings.stage}: {error}"
-            lost = IterationDone(iteration=forward.iteration, lost=reason)
+            await self._run(iteration, hidden)
+        except (CarrierError, VersionGoneError) as error:
+            log.warning("iteration %d lost: %s", iteration.number, error)
+            lost = IterationDone(
+                iteration=iteration.number,
+                lost=f"an iteration was lost at stage {self._settings.stage}: {error}",
+                version_gone=isinstance(error, VersionGoneError),
+            )
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), lost)
 
-    async def _run(self, number: int, chunks: tuple[SequenceChunk, ...], rows: Rows) -> None:
+    async def _run(self, iteration: Iteration, rows: Rows) -> None:
+        chunks = iteration.chunks
+        op = None if iteration.deferrable else iteration_op(iteration.number, chunks)
         with ExitStack() as spans:
             for chunk in chunks:
                 if chunk.traceparent:
                     spans.callback(self._prefill_span(chunk).end)
-            with self._progress.doing(iteration_op(number, chunks)):
-                output = await self._executor.iteration(chunks, rows)
+            with self._progress.doing(op):
+                output = await self._executor.iteration(chunks, rows, iteration.version)
         if self._is_last:
-            await self._tell_results(number, chunks, output)
+            await self._tell_results(iteration, output)
         else:
-            await self._pass_on(number, chunks, output)
+            await self._pass_on(iteration, output)
 
     def _prefill_span(self, chunk: SequenceChunk) -> Span:
         attributes = {
@@ -202,36 +259,43 @@ class Serving:
         }
         return self._telemetry.span("stage.prefill", traceparent=chunk.traceparent, attributes=attributes)
 
-    async def _pass_on(self, number: int, chunks: tuple[SequenceChunk, ...], output: IterationOutput) -> None:
+    async def _pass_on(self, iteration: Iteration, output: IterationOutput) -> None:
         assert output.hidden is not None
-        forward = IterationForward(iteration=number, chunks=chunks, hidden=output.hidden)
+        forward = IterationForward(
+            iteration=iteration.number,
+            chunks=iteration.chunks,
+            hidden=output.hidden,
+            version=iteration.version,
+            deferrable=iteration.deferrable,
+        )
         following = subjects.ITERATION.at(node=self._settings.node, stage=self._settings.stage + 1)
-        await self._bus.publish(following, forward, traceparent=chunks[0].traceparent)
+        await self._bus.publish(following, forward, traceparent=iteration.chunks[0].traceparent)
 
-    async def _tell_results(
-        self, number: int, chunks: tuple[SequenceChunk, ...], output: IterationOutput
-    ) -> None:
-        produced = {chunk.task_id for chunk in chunks if chunk.produces}
+    async def _tell_results(self, iteration: Iteration, output: IterationOutput) -> None:
+        produced = {chunk.task_id for chunk in iteration.chunks if chunk.produces}
         tokens = tuple(_sampled(result) for result in output.results if result.task_id in produced)
-        done = IterationDone(iteration=number, tokens=tokens)
+        done = IterationDone(iteration=iteration.number, tokens=tokens)
+        version = self._newest_version if iteration.version is None else iteration.version
         if self._settings.stage == 0:
             await self._finish_iteration(done)
         else:
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), done)
-        await self._tell_gateways(chunks, output.results)
+        await self._tell_gateways(iteration.chunks, output.results, version)
 
     async def _tell_gateways(
-        self, chunks: tuple[SequenceChunk, ...], results: tuple[SequenceResult, ...]
+        self, chunks: tuple[SequenceChunk, ...], results: tuple[SequenceResult, ...], version: int
     ) -> None:
         gateway_of = {chunk.task_id: chunk.gateway for chunk in chunks}
         by_gateway: dict[str, list[SequenceResult]] = defaultdict(list)
         for result in results:
             by_gateway[gateway_of[result.task_id]].append(result)
         for gateway, share in by_gateway.items():
-            produced = TokensProduced(
-                node=self._settings.node, weights_version=self._weights_version, results=tuple(share)
-            )
+            produced = TokensProduced(node=self._settings.node, weights_version=version, results=tuple(share))
             await self._bus.publish(subjects.TOKENS.at(gateway=gateway), produced)
+
+
+def _kind_of(iteration: Iteration) -> WorkKind:
+    return WorkKind.DEFERRABLE if iteration.deferrable else WorkKind.INFERENCE
 
 
 def _sampled(result: SequenceResult) -> SampledToken:

@@ -32,7 +32,7 @@ from shared.messages.training import (
     TiedGradient,
     TrainingFailed,
 )
-from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.messages.weights import ReleaseVersion, RestoreWeights, SaveWeights
 from shared.tensors.ref import TensorRef
 
 RESTORE_DEADLINE_S = 600.0
@@ -60,7 +60,7 @@ class Training:
         *,
         group: asyncio.TaskGroup,
         tell_version: Callable[[int], None],
-        tell_restored: Callable[[], Awaitable[None]],
+        tell_restored: Callable[[RestoreWeights], Awaitable[None]],
     ) -> None:
         settings = self._settings = parts.settings
         self._bus = parts.bus
@@ -91,6 +91,8 @@ class Training:
         self._tied: dict[str, TensorRef] = {}
         self._awaiting_order: dict[str, Microbatch] = {}
         """Batches whose gradients are complete; the last microbatch of each."""
+        self._kept: set[int] = set()
+        """Versions that the executor keeps for serving."""
         self._saves: dict[int, SaveWeights] = {}
         """What the trainer wants written, by the version to write."""
         tell_version(self.version)
@@ -103,6 +105,7 @@ class Training:
         await self._bus.subscribe(subjects.STEP.at(**place), self._on_step)
         await self._bus.respond(subjects.RESTORE.at(**place), self._on_restore)
         await self._bus.respond(subjects.SAVE.at(**place), self._on_save)
+        await self._bus.subscribe(subjects.RELEASE.at(**place), self._on_release)
         if self._tied_peer is not None:
             await self._bus.subscribe(subjects.TIED.at(**place), self._on_tied)
 
@@ -238,9 +241,25 @@ class Training:
         with self._progress.doing(step_op(order.batch_id)):
             await self._executor.step(order)
         self._set_version(order.version)
+        if order.keep:
+            await self._keep()
         span.end()
         await self._report_on(microbatch, StepDone(batch_id=order.batch_id, version=self.version))
         await self._save_if_due()
+
+    async def _keep(self) -> None:
+        await self._executor.keep()
+        self._kept.add(self.version)
+
+    async def _on_release(self, incoming: Incoming[ReleaseVersion]) -> None:
+        message = incoming.message
+        if message.epoch == self.epoch:
+            self._queue.put(WorkKind.CONTROL, partial(self._release, message.version))
+
+    async def _release(self, version: int) -> None:
+        if version in self._kept:
+            self._kept.remove(version)
+            await self._executor.release(version)
 
     def _set_version(self, version: int) -> None:
         self.version = version
@@ -321,14 +340,18 @@ class Training:
         for gradient in self._tied.values():
             await self._executor.discard(gradient)
         self._forget()
+        for version in list(self._kept):
+            await self._release(version)
         holds_it = self.version == message.version and self.checkpoint == message.checkpoint
         if not (self._is_untouched and holds_it):
             await self._executor.restore(message.checkpoint, message.version)
         self._is_untouched = True
         self.checkpoint = message.checkpoint
         self._set_version(message.version)
+        if message.serving != "newest":
+            await self._keep()
         self.restored_epoch = message.epoch
-        await self._tell_restored()
+        await self._tell_restored(message)
         if not done.done():
             done.set_result(None)
 

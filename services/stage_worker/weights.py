@@ -1,8 +1,9 @@
 """The weights of one stage: those that serve, the older ones that microbatches in flight need, and the step.
 
-Serving uses the newest weights. A training forward uses leaves that share their memory, so that stashing
-costs nothing; only when a step comes while microbatches are in flight is the memory copied, once, and the
-leaves keep the old one (copy on write). A backward thus uses exactly the weights of its forward.
+Serving uses the newest weights, or a version that is kept for it. A training forward uses leaves that share
+the newest weights' memory, so that stashing costs nothing, and so does a kept version; only when a step comes
+while microbatches are in flight, or the version is kept, is the memory copied, once, and the leaves keep the
+old one (copy on write). A backward thus uses exactly the weights of its forward.
 
 The optimizer steps master copies in float32. Where the stage computes in float32 they are the newest weights
 themselves; elsewhere those are the masters, rounded, and gradients are summed in float32 over a batch.
@@ -17,7 +18,7 @@ from torch.nn import Parameter
 
 from services.stage_worker.optimizers import OptimizerSettings, build_optimizer
 from services.stage_worker.precision import cast_parameters
-from shared.errors import LemixError
+from shared.errors import LemixError, VersionGoneError
 from shared.model.stage import Stage
 from shared.schedule import StashingName
 
@@ -62,7 +63,9 @@ class StageWeights:
         self._stashing = stashing
         self._current: WeightsVersion | None = None
         self._versions: list[WeightsVersion] = []
-        """Those that microbatches in flight need, and the current one; oldest first."""
+        """Those that microbatches in flight need, the current one, and those that are kept; oldest first."""
+        self._kept: dict[int, WeightsVersion] = {}
+        """For serving, by number."""
         self._spare: list[Tensors] = []
         """Memory of versions that nobody needs any more: fresh pages would cost more than the copy."""
         self._gathered: Tensors = {}
@@ -80,6 +83,20 @@ class StageWeights:
         version.num_in_flight += 1
 
     @contextmanager
+    def serving(self, number: int | None) -> Iterator[None]:
+        """Run the stage with the weights of a kept version; None: the newest.
+
+        Raises VersionGoneError when it is neither kept nor the newest.
+        """
+        if number is None or (number == self.version and number not in self._kept):
+            yield
+            return
+        if number not in self._kept:
+            raise VersionGoneError(f"weights version {number} is gone")
+        with self.installed(self._kept[number]):
+            yield
+
+    @contextmanager
     def installed(self, version: WeightsVersion) -> Iterator[None]:
         """Run the stage with that version's leaves."""
         self._install(version.leaves)
@@ -87,6 +104,15 @@ class StageWeights:
             yield
         finally:
             self._install(self._newest)
+
+    def keep(self) -> None:
+        """Hold on to the weights as they are now, under their version's number, until `release`."""
+        self._kept[self.version] = self._begin_version()
+
+    def release(self, number: int) -> None:
+        """Serving needs that version no more."""
+        self._kept.pop(number, None)
+        self._retire()
 
     def backward_done(self, version: WeightsVersion) -> None:
         """A microbatch of that version has run backward: its gradients count for the batch that runs."""
@@ -122,7 +148,7 @@ class StageWeights:
         Raises LemixError when `double` stashing would have to keep a third version.
         """
         gradients = self._gradients.pop(batch_id)
-        if self._current is not None and self._current.num_in_flight and self._stashing != "none":
+        if self._current is not None and self._is_needed(self._current):
             self._stash(self._current)
         self._current = None
         if scale != 1.0:
@@ -149,6 +175,7 @@ class StageWeights:
     ) -> None:
         """Hold these weights instead, in place; `optimizer_state` as its namesake gives it, or {}."""
         self.drop_training()
+        self._kept.clear()
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(tensors[name])
@@ -191,7 +218,7 @@ class StageWeights:
 
     def _stash(self, version: WeightsVersion) -> None:
         """Leave the newest weights' memory to `version`, and go on in other memory."""
-        older = [each.number for each in self._versions if each is not version]
+        older = [each.number for each in self._versions if each.num_in_flight and each is not version]
         if older and self._stashing == "double":
             raise LemixError(
                 f"a step after version {version.number} while microbatches of version {older[0]} are in "
@@ -220,11 +247,19 @@ class StageWeights:
         """Let go of versions that no microbatch in flight needs; keep the memory of those that own it."""
         kept = []
         for version in self._versions:
-            if version.num_in_flight or version is self._current:
+            if version.num_in_flight or version is self._current or self._is_kept(version):
                 kept.append(version)
             elif not self._shares_memory(version):
                 self._spare.append({name: leaf.data for name, leaf in version.leaves.items()})
         self._versions = kept
+
+    def _is_needed(self, version: WeightsVersion) -> bool:
+        """Whether a step must leave it its memory."""
+        is_stashed = version.num_in_flight > 0 and self._stashing != "none"
+        return is_stashed or self._is_kept(version)
+
+    def _is_kept(self, version: WeightsVersion) -> bool:
+        return self._kept.get(version.number) is version
 
     def _shares_memory(self, version: WeightsVersion) -> bool:
         return all(leaf.data_ptr() == self._newest[name].data_ptr() for name, leaf in version.leaves.items())

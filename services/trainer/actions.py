@@ -10,6 +10,7 @@ from pathlib import Path
 from services.trainer import rollback_files
 from services.trainer.batches import Ack, BatchBook, Pending
 from services.trainer.checkpoint_files import CheckpointFiles, lineage_of, manifest_of, rolled_back
+from services.trainer.evaluator import Evaluator
 from services.trainer.learning_rate import LearningRate
 from services.trainer.node_training import (
     Action,
@@ -28,6 +29,7 @@ from services.trainer.node_training import (
 )
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
+from services.trainer.publishing import Evaluate, Publish, Release, Withheld
 from services.trainer.schedules import Slot
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
@@ -36,6 +38,7 @@ from shared.bus.base import Bus
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.disk import on_disk
+from shared.encoding import LabelledTokens
 from shared.errors import BusError, RefusedError
 from shared.messages.inference import TaskEnded
 from shared.messages.training import (
@@ -46,8 +49,8 @@ from shared.messages.training import (
     RejectedBatch,
     StepOrder,
 )
-from shared.messages.weights import RestoreWeights, SaveWeights
-from shared.subjects import ENDED, FORWARD, REJECTED, RESTORE, SAVE, STEP
+from shared.messages.weights import PublishVersion, ReleaseVersion, RestoreWeights, SaveWeights
+from shared.subjects import ENDED, FORWARD, PUBLISH, REJECTED, RELEASE, RESTORE, SAVE, STEP
 
 RESTORE_TIMEOUT_S = 60.0
 SAVE_TIMEOUT_S = 10.0
@@ -90,7 +93,10 @@ class ActionRunner:
         folders: dict[int, Path],
         stream: str,
         tasks: asyncio.TaskGroup,
+        held_out: Sequence[LabelledTokens] = (),
+        name: str = "trainer",
     ) -> None:
+        """`held_out`: examples that versions are evaluated on; `name`: this trainer's, as of a gateway."""
         self._settings = settings
         self._learning_rate = LearningRate(
             peak=settings.learning_rate,
@@ -115,6 +121,9 @@ class ActionRunner:
         self.progress = Progress(self.outbox, book, self._folder_of)
         self.look: Callable[[], None] = lambda: None
         """What to do after a node has decided something: whoever decides for several nodes looks at them."""
+        self.evaluator = Evaluator(held_out, name=name, bus=bus, clock=clock, outbox=self.outbox)
+        self._held_out_losses: dict[int, tuple[int, float]] = {}
+        """The newest that is known of each node: (version, loss)."""
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
 
@@ -134,6 +143,22 @@ class ActionRunner:
                     log.error("node %d trains no more: %s", node.node, reason)
                 case Closed():
                     self._closed(node, action)
+                case Publish(version=version):
+                    message = PublishVersion(epoch=node.epoch, version=version)
+                    self.outbox.post(PUBLISH.at(node=node.node), message)
+                case Release(version=version):
+                    self._release(node, version)
+                case Evaluate(version=version):
+                    told = partial(self._evaluated, node, node.epoch, version)
+                    self.evaluator.begin(node.node, version, told)
+                case Withheld(version=version, loss=loss, limit=limit):
+                    log.error(
+                        "node %d: version %d is not served: held-out loss %.4f is above %.4f",
+                        node.node,
+                        version,
+                        loss,
+                        limit,
+                    )
                 case SaveAbandoned(version=version, reason=reason):
                     log.error("node %d: no checkpoint of version %d: %s", node.node, version, reason)
                 case Restore():
@@ -203,9 +228,21 @@ class ActionRunner:
             * pending.batch.learning_rate_multiplier,
             gradient_scale=step.gradient_scale,
             skip=step.is_skipped,
+            keep=step.is_kept,
         )
         for stage in range(node.num_stages):
             self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending.traceparent)
+
+    def _release(self, node: NodeTraining, version: int) -> None:
+        message = ReleaseVersion(epoch=node.epoch, version=version)
+        for stage in range(node.num_stages):
+            self.outbox.post(RELEASE.at(node=node.node, stage=stage), message)
+
+    def _evaluated(self, node: NodeTraining, epoch: int, version: int, loss: float | None) -> None:
+        if loss is not None:
+            self._held_out_losses[node.node] = version, loss
+            self._tasks.create_task(self._note_held_out_loss(node.node))
+        self.run(node, node.evaluated(epoch, version, loss))
 
     def _skipped(self, skipped: Skipped) -> None:
         """The batch is put aside: applied, it would have left nothing of the weights."""
@@ -236,6 +273,7 @@ class ActionRunner:
         )
 
     def _closed(self, node: NodeTraining, closed: Closed) -> None:
+        self.evaluator.drop(node.node)
         lost = self._book.roll_back(node.node)
         given_back = lost + closed.unfinished
         log.warning("node %d: %s; %d batches will run again", node.node, closed.reason, len(given_back))
@@ -273,7 +311,10 @@ class ActionRunner:
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
         folder = self._folder_of(node.node)
         message = RestoreWeights(
-            epoch=action.epoch, version=node.durable_version, checkpoint=str(folder) if folder else ""
+            epoch=action.epoch,
+            version=node.durable_version,
+            checkpoint=str(folder) if folder else "",
+            serving=self._settings.serving,
         )
         refusals = await ask_all(
             self._bus,
@@ -335,6 +376,7 @@ class ActionRunner:
             self.progress.tell_durable(saved, node.node, action.version)
             self.changed.set()
         self.run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
+        await self._note_held_out_loss(node.node)
         if not node.is_rolling_back:  # which may need the oldest of them
             await self._prune(node.node)
 
@@ -356,6 +398,17 @@ class ActionRunner:
             log.warning("node %d goes back to version %d", node.node, manifest.version)
         self.run(node, node.rolled_back(failure))
         rollback.answer(num_discarded, failure)
+
+    async def _note_held_out_loss(self, node: int) -> None:
+        """In the manifest of its version, if that has a checkpoint."""
+        version, loss = self._held_out_losses.get(node, (0, None))
+        if loss is None:
+            return
+        try:
+            async with self._pruning:
+                await on_disk(partial(self._files.note_held_out_loss, node, version, loss))
+        except OSError as error:
+            log.warning("node %d: the held-out loss of version %d is not saved: %s", node, version, error)
 
     async def _prune(self, node: int) -> None:
         """Remove old checkpoints, and then the messages that none of those left would need again."""

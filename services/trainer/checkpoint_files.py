@@ -117,6 +117,13 @@ class CheckpointFiles:
         checkpoints.sync(final.parent)
         return Checkpoint(manifest, final)
 
+    def note_held_out_loss(self, node: int, version: int, loss: float) -> None:
+        """In the manifest of the node's checkpoint of that version, if there is one."""
+        folder = checkpoints.node_folder(self._root, node) / checkpoints.checkpoint_name(version)
+        manifest = checkpoints.read(folder)
+        if manifest is not None and manifest.held_out_loss != loss:
+            checkpoints.write(folder, manifest.model_copy(update={"held_out_loss": loss}))
+
     def prune(self, node: int) -> None:
         """Remove all but the newest checkpoints of the node."""
         for old in checkpoints.checkpoints(self._root, node)[self._keep :]:

@@ -7,11 +7,12 @@ closed --all stages ready--> restoring --all hold the checkpoint--> open
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite, sqrt
 from typing import Literal
 
 from services.trainer.members import Members
+from services.trainer.publishing import Publishing, PublishingAction, PublishingRules
 from services.trainer.saves import Save
 from services.trainer.schedules import OpenBatch, Pipeline, Schedule, Shape, Slot
 from shared.messages.cluster import Heartbeat
@@ -24,6 +25,7 @@ from shared.messages.training import (
     StageReport,
     StepDone,
     TrainingFailed,
+    VersionsServed,
 )
 
 STALLED_AFTER_S = 120.0
@@ -48,6 +50,7 @@ class Rules:
     """Gradients whose norm over all stages is larger are scaled down to it."""
     max_skips: int = 3
     """After so many batches in a row whose gradients are not finite the node trains no more."""
+    publishing: PublishingRules = field(default_factory=PublishingRules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Step:
     rate_of: str = ""
     """The batch whose place in the stream sets the learning rate, when it is not this one: nodes that step
     together step alike."""
+    is_kept: bool = False
+    """Stages hold on to the version, to serve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +169,7 @@ Action = (
     | SaveAbandoned
     | Closed
     | RollBack
+    | PublishingAction
 )
 
 
@@ -179,6 +185,7 @@ class NodeTraining:
         """A new one with every restore: what belongs to an earlier life of the node is known by it."""
         self.version = durable_version
         self.durable_version = durable_version
+        self.publishing = Publishing(rules.publishing)
         self._rules = rules
         self._epochs = epochs
         self._members = Members(num_stages)
@@ -303,12 +310,14 @@ class NodeTraining:
             # The next heartbeat that finds the node complete tries again.
             return self._close(f"the restore failed: {failure}")
         self.phase = "open"
-        return self._advance(now_s)
+        return [*self.publishing.restored(self.version), *self._advance(now_s)]
 
     def report(self, report: StageReport, now_s: float) -> list[Action]:
         """Something happened on a stage; what belongs to an earlier life of the node is ignored."""
         if report.epoch != self.epoch or self.phase != "open":
             return []
+        if isinstance(report.event, VersionsServed):
+            return list(self.publishing.served(report.event))
         self._silent_since_s = None
         stage = report.stage
         match report.event:
@@ -331,6 +340,10 @@ class NodeTraining:
                 self._shard_reported(stage, report.event)
                 return self._settle_save() + self._advance(now_s)
         return self._advance(now_s)
+
+    def evaluated(self, epoch: int, version: int, loss: float | None) -> list[Action]:
+        """What `Evaluate` has asked for; None: the loss could not be found."""
+        return list(self.publishing.evaluated(version, loss)) if epoch == self.epoch else []
 
     def save_answered(
         self, epoch: int, version: int, refusals: Mapping[int, str], now_s: float
@@ -445,7 +458,8 @@ class NodeTraining:
             return self._count_skip(Skipped(batch_id, loss))
         if not self.is_halted:
             self._num_skips = 0
-        return [Applied(batch_id, self.version, loss), *self._settle_save()]
+        applied = Applied(batch_id, self.version, loss)
+        return [applied, *self.publishing.applied(self.version), *self._settle_save()]
 
     def _count_skip(self, skipped: Skipped) -> list[Action]:
         self._num_skips += 1
@@ -483,7 +497,12 @@ class NodeTraining:
         if not isfinite(batch.squared_norm):
             return Step(batch.batch_id, self._present_version, is_skipped=True)
         norm, limit = sqrt(batch.squared_norm), self._rules.max_gradient_norm
-        return Step(batch.batch_id, version, gradient_scale=limit / norm if norm > limit else 1.0)
+        return Step(
+            batch.batch_id,
+            version,
+            gradient_scale=limit / norm if norm > limit else 1.0,
+            is_kept=self.publishing.keeps(version),
+        )
 
     def _feed(self) -> list[Action]:
         actions: list[Action] = []
@@ -572,6 +591,7 @@ class NodeTraining:
     def _finish_closing(self, closed: Closed) -> list[Action]:
         abandoned = self._abandon_save(closed.reason) if self._save is not None else []
         self._closing = None
+        self.publishing.closed()
         self._pipeline = self._empty_pipeline()
         self._losses.clear()
         self.version = self.durable_version

@@ -6,6 +6,7 @@ import itertools
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook
 from services.trainer.node_training import NodeTraining, Rules
+from services.trainer.publishing import PublishingRules
 from services.trainer.schedules import SCHEDULES, Shape, double_buffered
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Incoming
@@ -13,6 +14,7 @@ from shared.clock import Clock
 from shared.errors import ConfigurationError
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import StageReport
+from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
 from shared.schedule import is_synchronous
 from shared.subjects import HEARTBEAT_S
 
@@ -44,6 +46,12 @@ class Nodes:
             shares_steps=settings.merging == "allreduce",
             max_gradient_norm=settings.max_gradient_norm,
             max_skips=settings.max_skips,
+            publishing=PublishingRules(
+                serving=settings.serving,
+                max_kept=settings.max_kept_versions,
+                evaluate_every=settings.evaluate_every if settings.held_out else 0,
+                max_rise=settings.max_held_out_rise,
+            ),
         )
         self._settings = settings
         self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
@@ -79,6 +87,10 @@ class Nodes:
         if node := self.by_number.get(report.node):
             self._actions.run(node, node.report(report, self._clock.now_s()))
 
+    async def on_status(self, incoming: Incoming[WeightsRequest]) -> WeightsStatus:
+        """Somebody asks what the nodes' weights are."""
+        return WeightsStatus(nodes=tuple(_weights_of(node) for _, node in sorted(self.by_number.items())))
+
     def place(self, number: int, shape: Shape) -> bool:
         """Give a batch to a node; False when the node is gone."""
         node = self.by_number.get(number)
@@ -107,3 +119,16 @@ class Nodes:
         )
         self.by_number[beat.node] = node
         return node
+
+
+def _weights_of(node: NodeTraining) -> NodeWeights:
+    publishing, withheld = node.publishing, node.publishing.last_withheld
+    return NodeWeights(
+        node=node.node,
+        version=node.version,
+        durable_version=node.durable_version,
+        published=publishing.published,
+        held_out_loss=None if publishing.published is None else publishing.losses.get(publishing.published),
+        num_withheld=publishing.num_withheld,
+        last_withheld=withheld.version if withheld else None,
+    )

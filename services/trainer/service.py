@@ -4,9 +4,11 @@
       intake            a message -> a batch, or why not (data, microbatches; shared/examples, encoding)
       batches           pending batches, and the ledger of what is durable (versions)
     nodes             listens to stages
-      node_training     per node: what to feed, save and restore (members, schedules, saves)
+      node_training     per node: what to feed, save and restore (members, schedules, saves),
+                        and which version to serve (publishing)
       merging           for all nodes: when their weights become one (merges, reductions, replicas)
     actions           carries out what nodes decide (outbox, checkpoint_files, rollback_files)
+      evaluator         has nodes score the held-out examples (evaluation, held_out)
       progress        tells publishers what becomes of batches
     weights_requests  people ask for versions, or to go back to one
 
@@ -16,6 +18,7 @@ This file puts them together.
 import asyncio
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batch_flow import BatchFlow
@@ -27,6 +30,7 @@ from services.trainer.checkpoint_files import (
     ledger_of,
     only_newest,
 )
+from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
 from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
@@ -39,7 +43,7 @@ from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.model_files import resolve
-from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, TRAIN_STATUS, VERSIONS
+from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, TRAIN_STATUS, VERSIONS, WEIGHTS
 from shared.telemetry import Telemetry
 
 
@@ -66,6 +70,9 @@ class Trainer:
         self._clock = clock
         self._telemetry = telemetry
         self._intake = intake or Intake.load(settings, model_folder)
+        self._held_out = (
+            read_held_out(Path(settings.held_out), self._intake.encoder) if settings.held_out else []
+        )
         self._files = CheckpointFiles(
             settings.checkpoint_dir, model_folder=model_folder, keep=settings.keep_checkpoints
         )
@@ -93,6 +100,8 @@ class Trainer:
                 folders={node: checkpoint.folder for node, checkpoint in found.items()},
                 stream=stream.identity,
                 tasks=tasks,
+                held_out=self._held_out,
+                name=f"trainer-{term}",
             )
             nodes = Nodes(self._settings, clock=self._clock, book=book, actions=actions, term=term)
             if self._settings.merging != "none":
@@ -117,6 +126,10 @@ class Trainer:
                 max_pending=self._settings.max_pending,
             )
             tasks.create_task(actions.outbox.run())
+            if self._held_out:
+                await actions.evaluator.subscribe()
+                tasks.create_task(actions.evaluator.run())
+            await self._bus.respond(WEIGHTS.at(), nodes.on_status)
             tasks.create_task(nodes.tick())
             tasks.create_task(batches.place())
             requests = WeightsRequests(root=self._files.root, nodes=nodes, actions=actions)

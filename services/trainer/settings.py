@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from shared.messages.weights import ServingRule
 from shared.schedule import ScheduleName, StashingName
 from shared.settings import LemixSettings
 
@@ -50,6 +51,16 @@ class TrainerSettings(LemixSettings):
     """A node without training for so long saves what it has learnt since its last checkpoint."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints of each node that are kept."""
+    weights_consistency: Literal["latest", "pinned"] = "latest"
+    """`pinned`: a request ends with the weights version that it began with, on all stages."""
+    max_kept_versions: int = Field(default=4, ge=2)
+    """Versions that stages keep for serving at once; while all are in use, no newer one is published."""
+    held_out: str = ""
+    """A file of examples, one a line; versions that do much worse on them are not served. Empty: no guard."""
+    evaluate_every: int = Field(default=64, ge=1)
+    """Steps of a node between two versions that are evaluated, and then served, with a guard."""
+    max_held_out_rise: float = Field(default=0.05, ge=0)
+    """How much higher a version's held-out loss may be than the served one's, as a share of that."""
     max_pending: int = Field(default=1024, ge=1)
     """Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
     train_from: Literal["first", "next"] = "first"
@@ -59,6 +70,13 @@ class TrainerSettings(LemixSettings):
     def merging(self) -> Merging:
         """`dp` is the mean of gradients over nodes of one stage."""
         return "allreduce" if self.schedule == "dp" else self.merge
+
+    @property
+    def serving(self) -> ServingRule:
+        """Which weights the stages serve."""
+        if self.weights_consistency == "pinned":
+            return "pinned"
+        return "published" if self.held_out else "newest"
 
     @model_validator(mode="after")
     def _schedules_have_an_end(self) -> Self:

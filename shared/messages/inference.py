@@ -36,6 +36,10 @@ class InferenceTask(Message):
     """Also return the log-probability of every prompt token but the first."""
     timeout_s: float = Field(gt=0, allow_inf_nan=False)
     """The task fails with a clear error when it is older than this."""
+    deferrable: bool = False
+    """It runs only where nothing else would, in iterations of its own."""
+    weights_version: int | None = None
+    """The version to run with, which the stages keep; None: the one that is served."""
 
 
 class Placed(Message):
@@ -83,6 +87,10 @@ class IterationForward(Message):
     chunks: tuple[SequenceChunk, ...]
     hidden: TensorRef
     """[rows, hidden_size]."""
+    version: int | None = None
+    """The weights version to run with; None: each stage's newest."""
+    deferrable: bool = False
+    """All other work overtakes it."""
 
 
 class TokenLogprob(Message):
@@ -130,6 +138,8 @@ class IterationDone(Message):
     tokens: tuple[SampledToken, ...] = ()
     lost: str = ""
     """Why a stage had to drop it on the way; empty: it came through."""
+    version_gone: bool = False
+    """It was dropped because a stage no longer holds its weights version; the pipeline stands."""
 
 
 class TaskFailed(Message):

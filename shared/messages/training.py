@@ -93,6 +93,8 @@ class StepOrder(Message):
     """What the gradients are multiplied with: clips their norm over all stages."""
     skip: bool = False
     """Drop the gradients and change nothing: some stage's are not finite. `version` is the present one."""
+    keep: bool = False
+    """Hold on to `version` for serving, until `ReleaseVersion`."""
 
 
 class ForwardDone(Message):
@@ -163,8 +165,25 @@ class SaveFailed(Message):
     reason: str
 
 
+class VersionsServed(Message):
+    """Stage 0 serves other versions than before; also told again once in a while."""
+
+    kind: Literal["served"] = "served"
+    published: int
+    """The one that new requests get."""
+    in_use: tuple[int, ...]
+    """Those that requests run with, oldest first."""
+
+
 StageEvent = Annotated[
-    ForwardDone | BackwardDone | GradientsReady | StepDone | TrainingFailed | ShardSaved | SaveFailed,
+    ForwardDone
+    | BackwardDone
+    | GradientsReady
+    | StepDone
+    | TrainingFailed
+    | ShardSaved
+    | SaveFailed
+    | VersionsServed,
     Field(discriminator="kind"),
 ]
 

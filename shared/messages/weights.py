@@ -1,8 +1,16 @@
-"""Messages about weights: stages restore, save and merge them, people ask which there are and go back."""
+"""Messages about weights: stages restore, save, serve, merge them, people ask which there are and go back."""
+
+from typing import Literal
 
 from pydantic import Field
 
 from shared.messages.base import Message
+
+ServingRule = Literal["newest", "published", "pinned"]
+"""Which weights serve. `newest`: each stage's own, from one iteration to the next. `published`: the version
+that the trainer published last, on all stages. `pinned`: the same, but a request ends with the version that
+it began with.
+"""
 
 
 class RestoreWeights(Message):
@@ -12,6 +20,7 @@ class RestoreWeights(Message):
     version: int
     checkpoint: str
     """Folder of a checkpoint; empty: the model as it was loaded first."""
+    serving: ServingRule = "newest"
 
 
 class SaveWeights(Message):
@@ -117,3 +126,43 @@ class RolledBack(Message):
     nodes: tuple[int, ...]
     num_discarded: int
     """Batches that were in the weights of these nodes; they are done with, and in no weights any more."""
+
+
+class PublishVersion(Message):
+    """Serve this version, which every stage keeps. trainer -> stage 0."""
+
+    epoch: int
+    version: int
+
+
+class ReleaseVersion(Message):
+    """Serving needs this version no more: keep it no longer. trainer -> each stage."""
+
+    epoch: int
+    version: int
+
+
+class WeightsRequest(Message):
+    """Ask for the weights of all nodes."""
+
+
+class NodeWeights(Message):
+    """The weights of one node as the trainer sees them."""
+
+    node: int
+    version: int
+    """The newest."""
+    durable_version: int
+    published: int | None
+    """What serves; None: the newest."""
+    held_out_loss: float | None
+    """Of what serves: mean per learnt token, in nats; None: no guard, or not known yet."""
+    num_withheld: int
+    """Versions that the guard has not let serve."""
+    last_withheld: int | None
+
+
+class WeightsStatus(Message):
+    """The trainer's answer."""
+
+    nodes: tuple[NodeWeights, ...]

@@ -12,6 +12,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from shared.messages.inference import SequenceResult, TokenLogprob
 from tests.support.gateway import (
     CARD,
     MODEL,
@@ -147,6 +148,26 @@ async def test_echo_shows_the_prompt_before_the_answer() -> None:
         for prompt in ("On", TOKENIZER.encode("On")):
             choice = (await world.http.post(URL, json=ask(prompt=prompt, echo=True))).json()["choices"][0]
             assert choice["text"] == "On and on"
+
+
+@pytest.mark.parametrize(("stream", "told"), [(False, f"{VERSION}-{VERSION + 2}"), (True, f"{VERSION}")])
+async def test_the_versions_of_the_first_and_the_last_token_are_told(stream: bool, told: str) -> None:
+    async with gateway_world() as world, asyncio.TaskGroup() as group:
+        asking = group.create_task(world.http.post(URL, json=ask(stream=stream)))
+        task = await world.cluster.submitted.get()
+        await world.cluster.say(task, "one")
+        world.cluster.version += 2
+        end = SequenceResult(
+            task_id=task.task_id,
+            token=TokenLogprob(token=EOS),
+            index=world.cluster.num_said[task.task_id],
+            finish="stop",
+        )
+        await world.cluster.produce(task, end)
+        response = await asking
+    assert response.headers["lemix-weights-version"] == told
+    last = events_of(response.text)[-1] if stream else response.json()
+    assert last["system_fingerprint"] == f"weights-{VERSION}-{VERSION + 2}"
 
 
 # Streams

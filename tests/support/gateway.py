@@ -86,6 +86,8 @@ class FakeCluster:
     num_said: Counter[str] = field(default_factory=Counter)
     """Tokens of each task that `say` has produced."""
     slo_s: float = 0.0
+    version: int = VERSION
+    """Of the weights that the node says it has."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is clear, placements are not answered."""
 
@@ -97,7 +99,7 @@ class FakeCluster:
 
     async def produce(self, task: InferenceTask, *results: SequenceResult) -> None:
         for result in results:
-            message = TokensProduced(node=NODE, weights_version=VERSION, results=(result,))
+            message = TokensProduced(node=NODE, weights_version=self.version, results=(result,))
             await self.bus.publish(TOKENS.at(gateway=task.gateway), message)
 
     async def say(self, task: InferenceTask, text: str) -> None:

@@ -25,8 +25,20 @@ from shared.messages.inference import (
     TokenLogprob,
     TokensProduced,
 )
-from shared.messages.training import GradientsReady, MicrobatchForward, StageReport, StepOrder
-from shared.messages.weights import RestoreWeights, SaveWeights
+from shared.messages.training import (
+    GradientsReady,
+    MicrobatchForward,
+    StageReport,
+    StepOrder,
+    VersionsServed,
+)
+from shared.messages.weights import (
+    PublishVersion,
+    ReleaseVersion,
+    RestoreWeights,
+    SaveWeights,
+    ServingRule,
+)
 from shared.telemetry import Telemetry
 from tests.support.training import LEARNING_RATE
 
@@ -72,6 +84,10 @@ class Node:
         self.reports: asyncio.Queue[StageReport] = asyncio.Queue()
         self.orders_steps = True
         """Have stages step as soon as all have a batch's gradients; else that is told in `reports`."""
+        self.served: VersionsServed | None = None
+        """What stage 0 told last of the versions that it serves."""
+        self.keeps = False
+        """Have stages keep every version that they step to."""
         self.learning_rate = LEARNING_RATE
         self.version = 0
         """Of the weights after the last step that was ordered."""
@@ -142,9 +158,11 @@ class Node:
         await answer.end()
         return answer
 
-    async def restore(self, *, epoch: int = 1, version: int = 0, checkpoint: str = "") -> None:
+    async def restore(
+        self, *, epoch: int = 1, version: int = 0, checkpoint: str = "", serving: ServingRule = "newest"
+    ) -> None:
         """As the trainer does at its start: opens the node for training."""
-        message = RestoreWeights(epoch=epoch, version=version, checkpoint=checkpoint)
+        message = RestoreWeights(epoch=epoch, version=version, checkpoint=checkpoint, serving=serving)
         for stage in range(self.num_stages):
             await self.bus.request(subjects.RESTORE.at(node=0, stage=stage), message, timeout_s=DEADLINE_S)
         self._epoch, self.version = epoch, version
@@ -154,6 +172,25 @@ class Node:
         message = SaveWeights(epoch=epoch, version=version, folder=str(folder))
         for stage in range(self.num_stages):
             await self.bus.request(subjects.SAVE.at(node=0, stage=stage), message, timeout_s=DEADLINE_S)
+
+    async def publish(self, version: int) -> None:
+        await self.bus.publish(
+            subjects.PUBLISH.at(node=0), PublishVersion(epoch=self._epoch, version=version)
+        )
+
+    async def release(self, version: int) -> None:
+        message = ReleaseVersion(epoch=self._epoch, version=version)
+        for stage in range(self.num_stages):
+            await self.bus.publish(subjects.RELEASE.at(node=0, stage=stage), message)
+
+    async def until_published(self, version: int) -> None:
+        """Wait until stage 0 tells that new requests get the version."""
+        await self.heard(lambda: self.served is not None and self.served.published == version)
+
+    async def serves(self, published: int, *in_use: int) -> None:
+        """Wait until stage 0 tells that it serves just these versions."""
+        wanted = VersionsServed(published=published, in_use=in_use)
+        await self.heard(lambda: self.served == wanted)
 
     async def feed(self, forward: MicrobatchForward) -> None:
         await self.bus.publish(subjects.FORWARD.at(node=0, stage=0), forward)
@@ -189,13 +226,22 @@ class Node:
         """Have every stage step on the batch, as the trainer orders when all have its gradients."""
         self.version += 1
         order = StepOrder(
-            epoch=report.epoch, batch_id=batch_id, version=self.version, learning_rate=self.learning_rate
+            epoch=report.epoch,
+            batch_id=batch_id,
+            version=self.version,
+            learning_rate=self.learning_rate,
+            keep=self.keeps,
         ).model_copy(update=changes)
         for stage in range(self.num_stages):
             await self.bus.publish(subjects.STEP.at(node=0, stage=stage), order)
 
     async def _on_report(self, incoming: Incoming[StageReport]) -> None:
         report = incoming.message
+        if isinstance(report.event, VersionsServed):
+            async with self._beaten:
+                self.served = report.event
+                self._beaten.notify_all()
+            return
         if not (self.orders_steps and isinstance(report.event, GradientsReady)):
             self.reports.put_nowait(report)
             return

@@ -82,7 +82,14 @@ class Executor(Protocol[Snapshot]):
         """Prepare to take tensors from a peer."""
         ...
 
-    async def iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput: ...
+    async def iteration(
+        self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None = None
+    ) -> IterationOutput:
+        """Run sequences with a kept weights version, or the newest (None).
+
+        Raises VersionGoneError when the stage does not have it; the tensor in `rows` is used up.
+        """
+        ...
 
     async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput: ...
 
@@ -109,8 +116,16 @@ class Executor(Protocol[Snapshot]):
         """Apply a measured batch's gradients, or drop them."""
         ...
 
+    async def keep(self) -> None:
+        """Hold on to the weights as they are now, for iterations with their version."""
+        ...
+
+    async def release(self, version: int) -> None:
+        """No more iterations will come with that version."""
+        ...
+
     async def restore(self, checkpoint: str, version: int) -> None:
-        """Drop all training in progress and load weights (empty: those loaded first)."""
+        """Drop all training in progress and every kept version, load weights (empty: those loaded first)."""
         ...
 
     async def snapshot(self) -> Snapshot:

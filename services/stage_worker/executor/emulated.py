@@ -16,7 +16,7 @@ from services.stage_worker.executor.base import (
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.sizes import work_of_iteration, work_of_microbatch
 from shared.clock import Clock
-from shared.errors import LemixError
+from shared.errors import LemixError, VersionGoneError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult, TokenLogprob
 from shared.messages.training import Microbatch, StepOrder
@@ -67,6 +67,7 @@ class EmulatedExecutor:
         self._free_at_s = 0.0
         """When everything begun so far is over."""
         self._version = 0
+        self._kept: set[int] = set()
         self._in_flight: dict[tuple[str, int], Microbatch] = {}
         """Microbatches between their forward and their backward."""
 
@@ -96,7 +97,12 @@ class EmulatedExecutor:
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         return LinkAnswer(accepted=True)
 
-    async def iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput:
+    async def iteration(
+        self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None = None
+    ) -> IterationOutput:
+        """Raises VersionGoneError when the stage does not have that version."""
+        if version is not None and version not in (self._version, *self._kept):
+            raise VersionGoneError(f"weights version {version} is gone")
         await self._hold(self._times.iteration_s(work_of_iteration(chunks)))
         if not self._is_last:
             return IterationOutput(NO_TENSOR)
@@ -145,8 +151,15 @@ class EmulatedExecutor:
             await self._hold(self._times.step_s())
         self._version = order.version
 
+    async def keep(self) -> None:
+        self._kept.add(self._version)
+
+    async def release(self, version: int) -> None:
+        self._kept.discard(version)
+
     async def restore(self, checkpoint: str, version: int) -> None:
         self._in_flight.clear()
+        self._kept.clear()
         self._version = version
         if self._memory is not None:
             await self._hold(self._memory.load_s)

@@ -33,6 +33,7 @@ from shared.errors import CarrierError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk
 from shared.messages.training import Microbatch, StepOrder
+from shared.model.attention import AttentionContext, PackedSegments
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import in_published_names, load_stage, model_partition, read_config
 from shared.model.stage import Stage
@@ -79,6 +80,8 @@ class TorchExecutor:
         self._incoming = IncomingLinks(self._device)
         self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
         self._model: _Loaded | None = None
+        self._served: int | None = None
+        """The weights version of the last iteration, when it was a kept one."""
 
     async def load(self) -> ModelFacts:
         return await self._run(self._load)
@@ -92,8 +95,10 @@ class TorchExecutor:
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         return await self._run(self._incoming.accept, offer)
 
-    async def iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput:
-        return await self._run(self._iteration, chunks, rows)
+    async def iteration(
+        self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None = None
+    ) -> IterationOutput:
+        return await self._run(self._iteration, chunks, rows, version)
 
     async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         return await self._run(self._forward, microbatch, rows)
@@ -112,6 +117,12 @@ class TorchExecutor:
 
     async def step(self, order: StepOrder) -> None:
         await self._run(self._step, order)
+
+    async def keep(self) -> None:
+        await self._run(self._loaded.weights.keep)
+
+    async def release(self, version: int) -> None:
+        await self._run(self._loaded.weights.release, version)
 
     async def restore(self, checkpoint: str, version: int) -> None:
         await self._run(self._restore, checkpoint, version)
@@ -228,6 +239,15 @@ class TorchExecutor:
             )
         return hidden
 
+    def _attention(self, chunks: Sequence[SequenceChunk]) -> AttentionContext:
+        """Whole prompts without blocks leave nothing in the cache. Raises CarrierError."""
+        if not any(chunk.start or chunk.blocks for chunk in chunks):
+            return PackedSegments(tuple(chunk.num_tokens for chunk in chunks))
+        self._check_blocks(chunks)
+        return PagedAttention(
+            self._loaded.cache, [(chunk.start, chunk.num_tokens, chunk.blocks) for chunk in chunks]
+        )
+
     def _check_blocks(self, chunks: Sequence[SequenceChunk]) -> None:
         """Raises CarrierError: rows without room here would end the process, on a GPU beyond repair."""
         num_blocks, block_size = self._settings.kv_blocks, self._settings.kv_block_size
@@ -236,17 +256,14 @@ class TorchExecutor:
             if not has_room or min(chunk.blocks) < 0 or max(chunk.blocks) >= num_blocks:
                 raise CarrierError(f"{chunk.task_id} has no room in the KV cache of this stage")
 
-    def _iteration(self, chunks: Sequence[SequenceChunk], rows: Rows) -> IterationOutput:
+    def _iteration(self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None) -> IterationOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(chunk.num_tokens for chunk in chunks))
-        if isinstance(rows, TensorRef):
-            self._check_blocks(chunks)
+        attention = self._attention(chunks)
         positions = [row for chunk in chunks for row in range(chunk.start, chunk.start + chunk.num_tokens)]
-        attention = PagedAttention(
-            loaded.cache, [(chunk.start, chunk.num_tokens, chunk.blocks) for chunk in chunks]
-        )
         layers = loaded.stage.layers
         plan = LogitPlan(chunks) if layers.is_last else None
-        with torch.no_grad():
+        self._served = version
+        with torch.no_grad(), loaded.weights.serving(version):
             outputs = loaded.stage.forward(
                 inputs,
                 torch.tensor(positions, device=self._device),
@@ -299,7 +316,8 @@ class TorchExecutor:
         loaded.weights.step(
             order.batch_id, order.learning_rate, scale=order.gradient_scale, version=order.version
         )
-        loaded.packed.invalidate()
+        if self._served is None:  # else what is packed is of a kept version, which does not change
+            loaded.packed.invalidate()
 
     def _restore(self, checkpoint: str, version: int) -> None:
         loaded, settings = self._loaded, self._settings

@@ -1,9 +1,10 @@
 from rich.console import Console
 
-from lemix.status import status_table
+from lemix.status import status_table, weights_table
 from lemix.steps import StepCounter, weights_versions
 from shared.messages.base import Message
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
+from shared.messages.weights import NodeWeights, WeightsStatus
 
 
 def heartbeat(node: int, stage: int, version: int) -> Heartbeat:
@@ -54,6 +55,35 @@ def test_the_table_shows_every_stage_whole_within_80_columns() -> None:
         ["0", "1/2", "cuda:0", "yes", "v124", "3", "1000/1024"],
         ["1", "0/2", "cuda:0", "yes", "v5", "1", "12", "100", "3", "1000/1024"],
         ["1", "1/2", "cuda:0", "yes", "v5", "3", "1000/1024"],
+    ]
+
+
+def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
+    guarded = NodeWeights(
+        node=0,
+        version=130,
+        durable_version=128,
+        published=64,
+        held_out_loss=1.25,
+        num_withheld=2,
+        last_withheld=128,
+    )
+    plain = NodeWeights(
+        node=1,
+        version=5,
+        durable_version=0,
+        published=None,
+        held_out_loss=None,
+        num_withheld=0,
+        last_withheld=None,
+    )
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(weights_table(WeightsStatus(nodes=(guarded, plain))))
+    rows = [line.split() for line in capture.get().splitlines() if "v" in line]
+    assert rows[1:] == [
+        ["0", "v130", "v128", "v64", "1.2500", "2", "(v128)"],
+        ["1", "v5", "v0", "newest"],
     ]
 
 

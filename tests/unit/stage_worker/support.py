@@ -1,10 +1,12 @@
 """What the stage worker's unit tests share."""
 
+from typing import Any
+
 from services.stage_worker.batcher import Sequence
 from shared.messages.inference import InferenceTask, Sampling
 
 
-def task(task_id: str = "a", *, prompt_length: int = 3, max_tokens: int = 4) -> InferenceTask:
+def task(task_id: str = "a", *, prompt_length: int = 3, max_tokens: int = 4, **fields: Any) -> InferenceTask:
     """A request whose prompt is 0, 1, 2, ..."""
     return InferenceTask(
         task_id=task_id,
@@ -12,6 +14,7 @@ def task(task_id: str = "a", *, prompt_length: int = 3, max_tokens: int = 4) -> 
         prompt=tuple(range(prompt_length)),
         sampling=Sampling(max_tokens=max_tokens),
         timeout_s=1.0,
+        **fields,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from services.stage_worker.executor.base import Executor
 from services.stage_worker.executor.emulated import NO_TENSOR, EmulatedExecutor
 from services.stage_worker.settings import StageWorkerSettings
-from shared.errors import LemixError
+from shared.errors import LemixError, VersionGoneError
 from shared.messages.inference import Sampling, SequenceChunk
 from shared.messages.training import Microbatch, StepOrder
 from shared.profiles.records import StageMemory
@@ -256,3 +256,18 @@ async def test_a_restore_frees_the_room_and_loads_the_weights() -> None:
     await it.restore("", 0)
     assert clock.s == 5.0 + 40 / 5
     await it.forward(microbatch(1), (1,))
+
+
+async def test_only_kept_versions_and_the_newest_can_be_asked_for() -> None:
+    it, rows = executor(Clock(), 0), [chunk("a", start=0, num_tokens=1)]
+    await it.keep()
+    await it.step(StepOrder(epoch=1, batch_id="b", version=1, learning_rate=0.1))
+    for version in (None, 0, 1):
+        await it.iteration(rows, (1,), version)
+    await it.release(0)
+    with pytest.raises(VersionGoneError, match="version 0 is gone"):
+        await it.iteration(rows, (1,), 0)
+    await it.keep()
+    await it.restore("", 7)
+    with pytest.raises(VersionGoneError):
+        await it.iteration(rows, (1,), 1)

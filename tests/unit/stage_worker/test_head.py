@@ -2,11 +2,14 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.stage_worker.head import Head, Iteration
+from shared.errors import RefusedError
 from shared.messages.inference import IterationDone, SampledToken
 from tests.unit.stage_worker.support import task
 
@@ -19,14 +22,22 @@ def new_head(*, num_in_flight: int = 2, token_budget: int = 8, num_blocks: int =
         block_size=BLOCK_SIZE,
         num_in_flight=num_in_flight,
         token_budget=token_budget,
+        max_deferrable_tokens=10,
         max_waiting=64,
         vocab_size=128,
     )
 
 
-def submit(head: Head, *task_ids: str, prompt_length: int = 3, max_tokens: int = 4, now_s: float = 0) -> None:
+def submit(
+    head: Head,
+    *task_ids: str,
+    prompt_length: int = 3,
+    max_tokens: int = 4,
+    now_s: float = 0,
+    **fields: Any,
+) -> None:
     for task_id in task_ids:
-        one = task(task_id, prompt_length=prompt_length, max_tokens=max_tokens)
+        one = task(task_id, prompt_length=prompt_length, max_tokens=max_tokens, **fields)
         head.submit(one, deadline_s=now_s + one.timeout_s, traceparent="")
 
 
@@ -159,6 +170,179 @@ def test_unknown_iterations_are_ignored() -> None:
     assert head.next_iteration() is None
     head.finish_iteration(done(first))
     assert head.next_iteration() is not None
+
+
+# Weights versions
+
+
+def score(head: Head, *task_ids: str, version: int = 3, prompt_length: int = 3) -> None:
+    """Deferrable tasks."""
+    submit(
+        head,
+        *task_ids,
+        prompt_length=prompt_length,
+        max_tokens=0,
+        deferrable=True,
+        weights_version=version,
+    )
+
+
+def test_sequences_go_on_with_the_newest_weights_unless_the_trainer_says_otherwise() -> None:
+    head = new_head()
+    submit(head, "a")
+    assert start(head).version is None
+    assert head.versions_in_use == ()
+
+
+def test_published_every_sequence_moves_on_with_the_next_iteration() -> None:
+    head = new_head()
+    assert head.restored(4, "published") == []
+    submit(head, "a")
+    first = start(head)
+    head.versions.publish(9)
+    assert head.versions_in_use == (4, 9)
+    head.finish_iteration(done(first))
+    second = start(head)
+    assert (first.version, second.version) == (4, 9)
+    assert head.versions_in_use == (9,)
+
+
+def test_pinned_a_sequence_ends_with_the_version_that_it_began_with() -> None:
+    head = new_head()
+    head.restored(4, "pinned")
+    submit(head, "old")
+    first = start(head)
+    head.versions.publish(5)
+    submit(head, "new")
+    second = start(head)
+    assert (rows(first), first.version) == ([("old", 3)], 4)
+    assert (rows(second), second.version) == ([("new", 3)], 5)
+    head.finish_iteration(done(first))
+    third = start(head)
+    assert (rows(third), third.version) == ([("old", 1)], 4)
+    assert head.versions_in_use == (4, 5)
+    head.finish_iteration(done(third, finished=("old",)))
+    assert head.versions_in_use == (5,)
+
+
+def test_a_version_is_in_use_until_the_last_iteration_with_it_has_come_back() -> None:
+    head = new_head()
+    head.restored(4, "pinned")
+    submit(head, "a")
+    first = start(head)
+    head.versions.publish(5)
+    head.remove("a")
+    assert head.versions_in_use == (4,)
+    head.finish_iteration(done(first))
+    assert head.versions_in_use == ()
+
+
+def test_versions_take_turns_even_while_one_of_them_prefills() -> None:
+    head = new_head(num_in_flight=1, token_budget=4)
+    head.restored(1, "pinned")
+    submit(head, "long", prompt_length=12)
+    turns = [start(head)]
+    head.versions.publish(2)
+    submit(head, "short")
+    for _ in range(4):
+        head.finish_iteration(done(turns[-1]))
+        turns.append(start(head))
+    assert [turn.version for turn in turns] == [1, 2, 1, 2, 1]
+
+
+def test_a_restore_ends_what_wants_other_weights_and_nothing_else() -> None:
+    head = new_head()
+    head.restored(4, "pinned")
+    submit(head, "old")
+    start(head)
+    head.versions.publish(5)
+    submit(head, "new")
+    start(head)
+    submit(head, "waiting", prompt_length=30, max_tokens=3)
+    score(head, "scored", version=5)
+    assert [one.task_id for one in head.restored(4, "pinned")] == ["new", "scored"]
+    assert (head.num_running, len(head.admission)) == (1, 1)
+
+
+def test_sequences_of_the_newest_weights_are_pinned_by_the_first_restore() -> None:
+    head = new_head()
+    submit(head, "a")
+    first = start(head)
+    assert head.restored(0, "pinned") == []
+    head.versions.publish(1)
+    head.finish_iteration(done(first))
+    assert start(head).version == 0
+
+
+def test_a_lost_iteration_takes_its_own_sequences_along() -> None:
+    head = new_head()
+    submit(head, "a", "b", prompt_length=4)
+    lost = start(head)
+    submit(head, "c")
+    start(head)
+    assert [one.task_id for one in head.lose_iteration(lost.number)] == ["a", "b"]
+    assert head.lose_iteration(lost.number) == []
+    assert head.num_running == 1
+    submit(head, "d")
+    assert rows(start(head)) == [("d", 3)]
+
+
+# Deferrable tasks
+
+
+def test_deferrable_tasks_run_where_no_request_can_and_one_iteration_at_a_time() -> None:
+    head = new_head(num_in_flight=1)
+    submit(head, "a")
+    score(head, "x", "y", "z")
+    first = start(head)
+    assert (rows(first), first.deferrable) == ([("a", 3)], False)
+    scoring = start(head)
+    assert (rows(scoring), scoring.deferrable, scoring.version) == ([("x", 3), ("y", 3)], True, 3)
+    assert all(chunk.produces and not chunk.blocks for chunk in scoring.chunks)
+    assert head.next_iteration() is None
+    head.finish_iteration(done(first))
+    assert rows(start(head)) == [("a", 1)]
+    completed = head.finish_iteration(done(scoring, finished=("x", "y")))
+    assert [one.task.task_id for one in completed] == ["x", "y"]
+    assert rows(start(head)) == [("z", 3)]
+
+
+def test_deferrable_tasks_of_two_versions_share_no_iteration() -> None:
+    head = new_head()
+    score(head, "x", version=3)
+    score(head, "y", version=4)
+    first = start(head)
+    assert (rows(first), first.version) == ([("x", 3)], 3)
+    head.finish_iteration(done(first, finished=("x",)))
+    assert start(head).version == 4
+
+
+def test_a_deferrable_prompt_longer_than_an_iteration_runs_whole() -> None:
+    head = new_head(token_budget=4)
+    score(head, "long", prompt_length=9)
+    assert rows(start(head)) == [("long", 9)]
+
+
+def test_deferrable_tasks_that_cannot_run_whole_are_refused() -> None:
+    head = new_head()
+    with pytest.raises(RefusedError, match="at most 10 tokens"):
+        score(head, "x", prompt_length=11)
+    with pytest.raises(RefusedError, match="max_tokens must be 0"):
+        submit(head, "x", deferrable=True)
+    score(head, *(f"x{number}" for number in range(64)))
+    with pytest.raises(RefusedError, match="64 deferrable tasks"):
+        score(head, "one more")
+
+
+def test_deferrable_tasks_can_be_removed_expire_and_are_reset() -> None:
+    head = new_head()
+    score(head, "x", "y", "z")
+    scoring = start(head)
+    assert head.remove("x")
+    assert [one.task_id for one in head.expired(1.0)] == ["y", "z"]
+    assert head.finish_iteration(done(scoring, finished=("x", "y"))) == []
+    score(head, "u")
+    assert [one.task_id for one in head.reset()] == ["u"]
 
 
 def token_after(text: list[int]) -> int:

@@ -18,7 +18,7 @@ class Item:
     since_s: float = 0.0
 
 
-CONTROL, INFERENCE, STEP, BACKWARD, FORWARD = (Item(kind) for kind in WorkKind)
+CONTROL, INFERENCE, STEP, BACKWARD, FORWARD, DEFERRABLE = (Item(kind) for kind in WorkKind)
 
 
 def order(discipline: str, items: list[Item], *, now_s: float = 0.0) -> list[Item]:
@@ -33,9 +33,9 @@ def test_fifo_keeps_the_order_of_arrival() -> None:
     assert fifo(items, 100.0) == 0
 
 
-def test_slo_first_prefers_control_inference_step_backward_forward() -> None:
-    items = [FORWARD, BACKWARD, STEP, INFERENCE, CONTROL]
-    assert order("slo_first", items) == [CONTROL, INFERENCE, STEP, BACKWARD, FORWARD]
+def test_slo_first_prefers_control_inference_step_backward_forward_deferrable() -> None:
+    items = [DEFERRABLE, FORWARD, BACKWARD, STEP, INFERENCE, CONTROL]
+    assert order("slo_first", items) == [CONTROL, INFERENCE, STEP, BACKWARD, FORWARD, DEFERRABLE]
 
 
 def test_slo_first_keeps_the_order_of_arrival_within_a_kind() -> None:

@@ -12,7 +12,7 @@ from torch.optim import AdamW, NAdam, Optimizer
 from services.stage_worker.optimizers import OptimizerSettings
 from services.stage_worker.settings import OptimizerName
 from services.stage_worker.weights import StageWeights, WeightsVersion
-from shared.errors import LemixError
+from shared.errors import LemixError, VersionGoneError
 from shared.model.attention import PackedSegments
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.stage import Stage
@@ -258,6 +258,61 @@ def test_serving_sees_the_newest_weights_between_training_forwards(
     with weights.training_forward() as version:
         assert stage.parameters() == list(version.leaves.values())
     assert all(one is other for one, other in zip(stage.parameters(), parameters, strict=True))
+
+
+def test_a_kept_version_serves_on_while_the_weights_step(stage: Stage, weights: StageWeights) -> None:
+    old, served = newest(stage), places(stage.parameters())
+    weights.keep()
+    with weights.serving(0):
+        assert places(stage.parameters()) == served, "keeping costs no memory"
+    for number in range(3):
+        train(stage, weights, f"b{number}", TEXTS[number : number + 1])
+        stepped = newest(stage)
+        with weights.serving(0):
+            assert_same(newest(stage), old)
+        assert_same(newest(stage), stepped)
+    assert not torch.equal(newest(stage)["model.norm.weight"], old["model.norm.weight"])
+
+
+def test_kept_versions_change_neither_steps_nor_gradients(folder: Path, stage: Stage) -> None:
+    plain_stage = load_stage(folder, stage.layers)
+    plain = StageWeights(plain_stage, SETTINGS, version=0)
+    kept = StageWeights(stage, SETTINGS, version=0)
+    for number, text in enumerate(TEXTS):
+        kept.keep()
+        train(stage, kept, f"b{number}", [text])
+        train(plain_stage, plain, f"b{number}", [text])
+        if number > 1:
+            kept.release(number - 1)
+    assert_same(newest(stage), newest(plain_stage))
+
+
+def test_memory_of_released_versions_is_used_again(stage: Stage, weights: StageWeights) -> None:
+    seen = set()
+    for number in range(8):
+        weights.keep()
+        train(stage, weights, f"b{number}", TEXTS[:1])
+        weights.release(number)
+        seen.add(tuple(places(stage.parameters())))
+    assert len(seen) == 2  # that of the newest and that of the kept one take turns
+
+
+def test_a_version_that_is_not_kept_is_gone(stage: Stage, weights: StageWeights) -> None:
+    weights.keep()
+    train(stage, weights, "b0", TEXTS[:1])
+    with weights.serving(1):
+        pass  # the newest needs no keeping
+    weights.release(0)
+    with pytest.raises(VersionGoneError, match="version 0 is gone"), weights.serving(0):
+        pass
+
+
+def test_loading_forgets_kept_versions(stage: Stage, weights: StageWeights) -> None:
+    saved = newest(stage)
+    weights.keep()
+    weights.load(saved, {}, version=7)
+    with pytest.raises(VersionGoneError), weights.serving(0):
+        pass
 
 
 def test_a_forward_that_raises_leaves_the_newest_weights_in_place(

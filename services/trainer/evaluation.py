@@ -1,0 +1,60 @@
+"""The loss of one weights version on the held-out examples: results in, prompts to score out."""
+
+from collections.abc import Iterable, Sequence
+
+from shared.encoding import LabelledTokens
+from shared.messages.inference import SequenceResult
+
+MAX_ASKED = 16
+"""Examples that a node is asked to score at once."""
+
+
+class Evaluation:
+    """One pass over the examples; each is scored by one task, named after it."""
+
+    def __init__(self, name: str, examples: Sequence[LabelledTokens]) -> None:
+        """`name` is this pass's alone."""
+        self._examples = {f"{name}-{number}": example for number, example in enumerate(examples)}
+        self._unasked = list(reversed(self._examples))
+        self._asked: set[str] = set()
+        self._negative_log_likelihood = 0.0
+        self._num_labels = sum(len(example.label_rows) for example in examples)
+
+    @property
+    def asked(self) -> Iterable[str]:
+        """Tasks that are out."""
+        return self._asked
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss per learnt token, in nats, once everything is scored."""
+        if self._asked or self._unasked:
+            return None
+        return self._negative_log_likelihood / self._num_labels
+
+    def next(self) -> dict[str, tuple[int, ...]]:
+        """Prompts to have scored now, by task."""
+        task_ids = [self._unasked.pop() for _ in range(min(len(self._unasked), MAX_ASKED - len(self._asked)))]
+        self._asked.update(task_ids)
+        return {task_id: self._examples[task_id].tokens for task_id in task_ids}
+
+    def scored(self, result: SequenceResult) -> bool:
+        """A task came back; False when it is none of those that are out, or not whole: see `failed`."""
+        example = self._examples.get(result.task_id)
+        if example is None or result.task_id not in self._asked:
+            return False
+        logprobs = [token.logprob for token in result.prompt]
+        wanted = [logprobs[row] for row in example.label_rows if row < len(logprobs)]
+        known = [logprob for logprob in wanted if logprob is not None]
+        if len(known) < len(example.label_rows):
+            self.failed(result.task_id)
+            return False
+        self._asked.remove(result.task_id)
+        self._negative_log_likelihood -= sum(known)
+        return True
+
+    def failed(self, task_id: str) -> None:
+        """A task that is out will not come back: it is asked again."""
+        if task_id in self._asked:
+            self._asked.remove(task_id)
+            self._unasked.append(task_id)

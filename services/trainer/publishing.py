@@ -1,0 +1,163 @@
+"""Which weights versions of a node its stages keep, and which one they serve: events in, actions out.
+
+without a guard   kept by a step --applied--> published --no request uses it any more--> released
+with a guard      kept by a step --applied--> evaluated --not much worse--> published
+                                                        '--worse--> withheld, released
+
+Nothing here happens while the newest weights serve.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shared.messages.training import VersionsServed
+from shared.messages.weights import ServingRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishingRules:
+    """What holds for every node."""
+
+    serving: ServingRule = "newest"
+    max_kept: int = 4
+    """Versions that stages keep at once; while all are in use, no newer one is published."""
+    evaluate_every: int = 0
+    """Steps from one version that is evaluated to the next; 0: every kept version is published unseen."""
+    max_rise: float = 0.05
+    """A version whose held-out loss is higher than the served one's by more than this share is withheld."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Have stage 0 serve this version."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """No stage needs to keep this version."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Find this version's loss on the held-out examples; answer with `evaluated`."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """This version is not served: its held-out loss is above the limit."""
+
+    version: int
+    loss: float
+    limit: float
+
+
+PublishingAction = Publish | Release | Evaluate | Withheld
+
+
+class Publishing:
+    """State of one node. Each method takes what has happened and returns what to do, in order."""
+
+    def __init__(self, rules: PublishingRules) -> None:
+        self.published: int | None = None
+        """None: the newest weights serve."""
+        self.losses: dict[int, float] = {}
+        """On the held-out examples, of kept versions that were evaluated."""
+        self.num_withheld = 0
+        """In the trainer's life so far."""
+        self.last_withheld: Withheld | None = None
+        self._rules = rules
+        self._kept: set[int] = set()
+        """By the stages, or soon: their step is ordered."""
+        self._evaluating: int | None = None
+        """The version that is evaluated now, or as soon as its step is done."""
+        self._next_due = 0
+
+    def restored(self, version: int) -> list[PublishingAction]:
+        """All stages hold these weights, and nothing else."""
+        if self._rules.serving == "newest":
+            return []
+        self.closed()
+        self.published, self._kept = version, {version}
+        self._next_due = version + self._rules.evaluate_every
+        return self._evaluate(version) if self._rules.evaluate_every else []
+
+    def closed(self) -> None:
+        """Whatever stages do next, it is not what this state tells of."""
+        self.published = self._evaluating = None
+        self._kept.clear()
+        self.losses.clear()
+
+    def keeps(self, version: int) -> bool:
+        """A step to `version` is being ordered: whether stages shall keep it."""
+        if self.published is None or len(self._kept) >= self._rules.max_kept:
+            return False
+        if self._rules.evaluate_every:
+            if not self._is_due(version) or self.published not in self.losses:
+                return False
+            self._evaluating = version
+            self._next_due = version + self._rules.evaluate_every
+        self._kept.add(version)
+        return True
+
+    def applied(self, version: int) -> list[PublishingAction]:
+        """All stages have stepped to `version`."""
+        if version in self._kept:
+            return self._evaluate(version) if self._rules.evaluate_every else self._publish(version)
+        if self._rules.evaluate_every and self.published is not None and self._is_due(version):
+            self._next_due = version + self._rules.evaluate_every
+            if self.published not in self.losses:  # nothing to compare with: its evaluation failed
+                return self._evaluate(self.published)
+        return []
+
+    def evaluated(self, version: int, loss: float | None) -> list[PublishingAction]:
+        """The mean loss per learnt token of the held-out examples; None: it could not be found."""
+        if version != self._evaluating or self.published is None:
+            return []
+        self._evaluating = None
+        if loss is None:
+            return [] if version == self.published else self._release([version])
+        self.losses[version] = loss
+        if version == self.published:
+            return []
+        limit = (1 + self._rules.max_rise) * self.losses[self.published]
+        if loss <= limit:
+            return self._publish(version)
+        self.num_withheld += 1
+        self.last_withheld = Withheld(version, loss, limit)
+        return [self.last_withheld, *self._release([version])]
+
+    def served(self, event: VersionsServed) -> list[PublishingAction]:
+        """Stage 0 tells what it serves."""
+        if self.published is None:
+            return []
+        if event.published != self.published:
+            return [Publish(self.published)]  # once more: it may have been lost
+        return self._release(
+            version
+            for version in sorted(self._kept)
+            if version < self.published and version not in event.in_use
+        )
+
+    def _is_due(self, version: int) -> bool:
+        return self._evaluating is None and version >= self._next_due
+
+    def _evaluate(self, version: int) -> list[PublishingAction]:
+        self._evaluating = version
+        return [Evaluate(version)]
+
+    def _publish(self, version: int) -> list[PublishingAction]:
+        self.published = version
+        return [Publish(version)]
+
+    def _release(self, versions: Iterable[int]) -> list[PublishingAction]:
+        released = list(versions)
+        self._kept.difference_update(released)
+        for version in released:
+            self.losses.pop(version, None)
+        return [Release(version) for version in released]

@@ -1,0 +1,155 @@
+"""Which weights answer while a node trains: pinned, published, gone after a restore; scoring beside it."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shared.messages.weights import ServingRule
+from tests.integration.test_pipeline_mixed import ENDLESS, PROMPT, save, step
+from tests.support.models import save_tiny_model
+from tests.support.node import Answer, Node, running_node
+from tests.support.reference import greedy_reference
+from tests.support.training import random_batches
+from tests.support.waiting import until
+
+NUM_VERSIONS = 4
+MAX_TOKENS = 24
+PROMPTS = [PROMPT, [7, 7, 3], [90, 12, 33, 4, 6, 71, 2]]
+FAST: dict[str, Any] = {"training_patience_s": 0.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model("llama_tied", path)
+    return path
+
+
+async def learn(node: Node, model: Path, run_dir: Path, version: int) -> None:
+    """A step far enough to change every answer; the version is kept by the stages, and saved."""
+    await step(node, f"b{version}", random_batches(1, 2, seed=version)[0])
+    await save(node, model, version, run_dir / "checkpoints" / f"v{version}")
+
+
+def model_of(model: Path, run_dir: Path, version: int) -> Any:
+    folder = run_dir / "checkpoints" / f"v{version}" if version else model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+async def test_pinned_answers_equal_generate_with_exactly_their_version(
+    num_stages: int, folder: Path, tmp_path: Path
+) -> None:
+    answers: list[tuple[int, list[int], Answer]] = []
+    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+        await node.restore(serving="pinned")
+        node.keeps, node.learning_rate = True, 0.05
+        for version in range(NUM_VERSIONS):
+            if version:
+                await learn(node, folder, tmp_path, version)
+                await node.publish(version)
+                await node.until_published(version)
+            for prompt in PROMPTS:
+                answers.append((version, prompt, await node.start(prompt, max_tokens=MAX_TOKENS)))
+            await asyncio.gather(*(answer.first_token() for _, _, answer in answers[-len(PROMPTS) :]))
+        await asyncio.gather(*(answer.end() for _, _, answer in answers))
+        await node.serves(NUM_VERSIONS - 1)
+    models = [model_of(folder, tmp_path, version) for version in range(NUM_VERSIONS)]
+    said = {}
+    for version, prompt, answer in answers:
+        assert answer.failure is None
+        assert set(answer.versions) == {version}
+        tokens, _ = greedy_reference(models[version], prompt, MAX_TOKENS)
+        assert answer.token_ids == tokens
+        said[version, tuple(prompt)] = tokens
+    assert len({tuple(tokens) for tokens in said.values()}) > len(PROMPTS), "all versions say the same"
+
+
+async def test_published_requests_move_on_and_ignore_what_is_not_published(
+    folder: Path, tmp_path: Path
+) -> None:
+    async with running_node(folder, 2, tmp_path, **FAST) as node:
+        await node.restore(serving="published")
+        node.keeps = True
+        answer = await node.start(PROMPT, **ENDLESS)
+        await answer.first_token()
+        await learn(node, folder, tmp_path, 1)
+        assert set(answer.versions) == {0}
+        await learn(node, folder, tmp_path, 2)
+        await node.publish(2)
+        await node.serves(2, 2)
+        await until(lambda: answer.versions[-1] == 2)
+        await node.cancel(answer)
+        assert set(answer.versions) == {0, 2}
+        assert set((await node.complete(PROMPT, max_tokens=4)).versions) == {2}
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+async def test_requests_whose_version_is_gone_fail_once_and_clearly(
+    num_stages: int, folder: Path, tmp_path: Path
+) -> None:
+    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+        await node.restore(serving="pinned")
+        node.keeps = True
+        old = await node.start(PROMPT, max_tokens=2000)
+        await old.first_token()
+        await learn(node, folder, tmp_path, 1)
+        await node.publish(1)
+        await node.until_published(1)
+        new = [await node.start(prompt, **ENDLESS) for prompt in PROMPTS]
+        await asyncio.gather(*(answer.first_token() for answer in new))
+        await node.restore(epoch=2, serving="pinned")
+        for answer in new:
+            await answer.end()
+            assert answer.failure is not None
+            assert answer.failure.code == 503
+            assert "gone" in answer.failure.reason
+        after = await node.complete(PROMPT, max_tokens=30)
+    expected, _ = greedy_reference(model_of(folder, tmp_path, 0), PROMPT, 30)
+    assert after.token_ids == expected
+
+
+async def scored(node: Node, versions: Sequence[int]) -> dict[int, list[Answer]]:
+    """Every prompt scored with each of the versions."""
+    changes = [{"deferrable": True, "weights_version": version} for version in versions]
+    answers = {
+        change["weights_version"]: [
+            await node.start(prompt, changes=change, max_tokens=0, num_logprobs=0, prompt_logprobs=True)
+            for prompt in PROMPTS
+        ]
+        for change in changes
+    }
+    for answer in (each for of_version in answers.values() for each in of_version):
+        await answer.end()
+    return answers
+
+
+@pytest.mark.parametrize("rule", ["published", "pinned"])
+@pytest.mark.parametrize("num_stages", [1, 2])
+async def test_held_out_prompts_are_scored_with_their_version_while_others_are_answered(
+    num_stages: int, rule: ServingRule, folder: Path, tmp_path: Path
+) -> None:
+    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+        await node.restore(serving=rule)
+        node.keeps, node.learning_rate = True, 0.05
+        busy = await node.start(PROMPT, **ENDLESS)
+        await learn(node, folder, tmp_path, 1)
+        await learn(node, folder, tmp_path, 2)
+        answers = await scored(node, [0, 2, 1])
+        assert busy.failure is None
+        await node.cancel(busy)
+        await node.release(1)
+        (gone, *_) = (await scored(node, [1]))[1]
+    assert gone.failure is not None
+    assert (gone.failure.code, "version 1 is gone" in gone.failure.reason) == (503, True)
+    for version, of_version in answers.items():
+        model = model_of(folder, tmp_path, version)
+        for prompt, answer in zip(PROMPTS, of_version, strict=True):
+            _, logprobs = greedy_reference(model, prompt, 1)
+            assert [token.logprob for token in answer.prompt] == pytest.approx(logprobs[:-1], abs=1e-4)
+            assert (answer.finish, answer.tokens) == ("length", [])

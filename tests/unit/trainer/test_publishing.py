@@ -1,0 +1,153 @@
+"""Which versions are kept, evaluated, published and released."""
+
+from math import nan
+from typing import Any
+
+import pytest
+
+from services.trainer.publishing import (
+    Evaluate,
+    Publish,
+    Publishing,
+    PublishingRules,
+    Release,
+    Withheld,
+)
+from shared.messages.training import VersionsServed
+
+
+def pinned(**rules: Any) -> Publishing:
+    """Stages hold version 0."""
+    publishing = Publishing(PublishingRules(serving="pinned", **rules))
+    assert publishing.restored(0) == []
+    return publishing
+
+
+def guarded(*, loss: float | None = 2.0, **rules: Any) -> Publishing:
+    """Version 0 is served, and has been evaluated."""
+    given = {"serving": "published", "evaluate_every": 4, "max_rise": 0.1, **rules}
+    publishing = Publishing(PublishingRules(**given))
+    assert publishing.restored(0) == [Evaluate(0)]
+    assert publishing.evaluated(0, loss) == []
+    return publishing
+
+
+def steps(publishing: Publishing, first: int, last: int) -> list[Any]:
+    """Steps to these versions; the actions of all."""
+    actions: list[Any] = []
+    for version in range(first, last + 1):
+        publishing.keeps(version)
+        actions += publishing.applied(version)
+    return actions
+
+
+def served(published: int, *in_use: int) -> VersionsServed:
+    return VersionsServed(published=published, in_use=in_use)
+
+
+def test_the_newest_weights_need_no_publishing() -> None:
+    publishing = Publishing(PublishingRules())
+    assert publishing.restored(0) == []
+    assert not publishing.keeps(1)
+    assert publishing.applied(1) == []
+    assert publishing.published is None
+
+
+def test_pinned_every_version_is_published_when_all_stages_have_it() -> None:
+    publishing = pinned()
+    assert publishing.keeps(1)
+    assert publishing.published == 0
+    assert publishing.applied(1) == [Publish(1)]
+    assert publishing.published == 1
+
+
+def test_no_more_versions_are_kept_than_may_be_and_training_goes_on() -> None:
+    publishing = pinned(max_kept=3)
+    assert steps(publishing, 1, 5) == [Publish(1), Publish(2)]
+    assert publishing.served(served(2, 1, 2)) == [Release(0)]
+    assert publishing.keeps(6)
+    assert publishing.applied(6) == [Publish(6)]
+    assert not publishing.keeps(7)
+
+
+def test_what_no_request_uses_is_released_but_neither_the_served_nor_a_coming_one() -> None:
+    publishing = pinned()
+    steps(publishing, 1, 2)
+    assert publishing.keeps(3)
+    assert publishing.served(served(2)) == [Release(0), Release(1)]
+    assert publishing.served(served(2)) == []
+    assert publishing.applied(3) == [Publish(3)]
+
+
+def test_a_publication_that_was_lost_is_told_again() -> None:
+    publishing = pinned()
+    steps(publishing, 1, 1)
+    assert publishing.served(served(0, 0)) == [Publish(1)]
+
+
+def test_after_a_restore_nothing_of_before_counts() -> None:
+    publishing = pinned(max_kept=2)
+    steps(publishing, 1, 1)
+    assert not publishing.keeps(2)
+    publishing.restored(0)
+    assert publishing.published == 0
+    assert publishing.keeps(1)
+
+
+def test_a_closed_node_publishes_nothing() -> None:
+    publishing = guarded()
+    assert publishing.keeps(4)
+    publishing.applied(4)
+    publishing.closed()
+    assert publishing.evaluated(4, 1.0) == []
+    assert publishing.served(served(0)) == []
+    assert not publishing.keeps(5)
+
+
+def test_guarded_a_version_is_evaluated_every_so_many_steps_and_then_published() -> None:
+    publishing = guarded()
+    assert steps(publishing, 1, 6) == [Evaluate(4)]
+    assert publishing.published == 0
+    assert publishing.evaluated(4, 2.2) == [Publish(4)]
+    assert publishing.served(served(4, 4)) == [Release(0)]
+    assert steps(publishing, 7, 9) == [Evaluate(8)]
+
+
+@pytest.mark.parametrize("loss", [2.21, nan])
+def test_guarded_a_worse_version_is_withheld(loss: float) -> None:
+    publishing = guarded()
+    steps(publishing, 1, 4)
+    withheld, release = publishing.evaluated(4, loss)
+    assert isinstance(withheld, Withheld)
+    assert (withheld.version, withheld.limit, release) == (4, pytest.approx(2.2), Release(4))
+    assert (publishing.published, publishing.num_withheld) == (0, 1)
+    assert steps(publishing, 5, 8) == [Evaluate(8)]
+    assert publishing.evaluated(8, 1.0) == [Publish(8)]
+
+
+def test_guarded_one_version_is_evaluated_at_a_time() -> None:
+    publishing = guarded()
+    steps(publishing, 1, 4)
+    assert steps(publishing, 5, 9) == []
+    publishing.evaluated(4, 1.0)
+    assert steps(publishing, 10, 10) == [Evaluate(10)]
+
+
+def test_guarded_nothing_is_published_before_there_is_something_to_compare_with() -> None:
+    publishing = guarded(loss=None)
+    assert steps(publishing, 1, 4) == [Evaluate(0)]
+    assert publishing.evaluated(0, 2.0) == []
+    assert steps(publishing, 5, 8) == [Evaluate(8)]
+
+
+def test_guarded_a_version_whose_evaluation_came_to_nothing_is_not_served() -> None:
+    publishing = guarded()
+    steps(publishing, 1, 4)
+    assert publishing.evaluated(4, None) == [Release(4)]
+    assert (publishing.published, publishing.num_withheld) == (0, 0)
+
+
+def test_guarded_results_of_other_versions_are_ignored() -> None:
+    publishing = guarded()
+    assert publishing.evaluated(3, 0.1) == []
+    assert publishing.losses == {0: 2.0}
