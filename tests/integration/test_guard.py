@@ -138,11 +138,12 @@ async def test_a_version_that_does_worse_is_not_served_and_the_next_good_one_is(
         bad = await weights_when(node, lambda found: (found.last_withheld or 0) > 20)
         answer = await node.complete(PROMPT, max_tokens=8)
         assert set(answer.versions) == {bad.published}
+        assert bad.published is not None and bad.last_withheld is not None
         assert 0 < bad.published < bad.last_withheld
         await publish(node, [HELD_OUT] * 20, first=24)
-        good = await weights_when(node, lambda found: found.published > 24)
+        good = await weights_when(node, lambda found: (found.published or 0) > 24)
         answer = await node.complete(PROMPT, max_tokens=8)
-    assert min(answer.versions) >= good.published
+    assert good.published is not None and min(answer.versions) >= good.published
 
 
 async def test_an_evaluation_survives_the_restart_of_a_stage(tmp_path: Path) -> None:

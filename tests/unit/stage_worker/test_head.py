@@ -191,7 +191,7 @@ def test_sequences_go_on_with_the_newest_weights_unless_the_trainer_says_otherwi
     head = new_head()
     submit(head, "a")
     assert start(head).version is None
-    assert head.versions_in_use == ()
+    assert list(head.versions_in_use) == []
 
 
 def test_published_every_sequence_moves_on_with_the_next_iteration() -> None:
@@ -200,11 +200,11 @@ def test_published_every_sequence_moves_on_with_the_next_iteration() -> None:
     submit(head, "a")
     first = start(head)
     head.versions.publish(9)
-    assert head.versions_in_use == (4, 9)
+    assert list(head.versions_in_use) == [4, 9]
     head.finish_iteration(done(first))
     second = start(head)
     assert (first.version, second.version) == (4, 9)
-    assert head.versions_in_use == (9,)
+    assert list(head.versions_in_use) == [9]
 
 
 def test_pinned_a_sequence_ends_with_the_version_that_it_began_with() -> None:
@@ -220,9 +220,9 @@ def test_pinned_a_sequence_ends_with_the_version_that_it_began_with() -> None:
     head.finish_iteration(done(first))
     third = start(head)
     assert (rows(third), third.version) == ([("old", 1)], 4)
-    assert head.versions_in_use == (4, 5)
+    assert list(head.versions_in_use) == [4, 5]
     head.finish_iteration(done(third, finished=("old",)))
-    assert head.versions_in_use == (5,)
+    assert list(head.versions_in_use) == [5]
 
 
 def test_a_version_is_in_use_until_the_last_iteration_with_it_has_come_back() -> None:
@@ -232,9 +232,9 @@ def test_a_version_is_in_use_until_the_last_iteration_with_it_has_come_back() ->
     first = start(head)
     head.versions.publish(5)
     head.remove("a")
-    assert head.versions_in_use == (4,)
+    assert list(head.versions_in_use) == [4]
     head.finish_iteration(done(first))
-    assert head.versions_in_use == ()
+    assert list(head.versions_in_use) == []
 
 
 def test_versions_take_turns_even_while_one_of_them_prefills() -> None:
