@@ -6,6 +6,9 @@
                                 config.json, tokenizer.json, ...   so that `from_pretrained` reads the folder
                                 lemix.json                         the manifest, written last
 
+Where an adapter is trained, `adapter_model.safetensors` and `adapter_config.json` stand in the place of the
+model's weights, index and config; `peft.PeftModel.from_pretrained` reads them beside the model.
+
 A folder without a readable manifest is no checkpoint: its writer died before it was whole.
 """
 
@@ -20,8 +23,11 @@ from pydantic import ValidationError
 
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
+from shared.messages.training import AdapterKind
 
 MANIFEST_NAME = "lemix.json"
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 _NODE = re.compile(r"node-(\d+)")
 _STEP = re.compile(r"step-\d{8,}")
@@ -50,6 +56,8 @@ class Manifest(Message):
     """Sequences above the watermark that no weights will contain: bad batches and duplicates."""
     recent_batch_ids: tuple[str, ...]
     """Ids of the newest batches that these weights contain, oldest first."""
+    adapter: AdapterKind = ""
+    """What the folder holds: the whole model, or an adapter to `model`."""
     sha256_by_file: dict[str, str]
     created_wall_s: float
     """Unix time."""
@@ -127,6 +135,15 @@ def check_model(checkpoint: Checkpoint, model: str) -> None:
         raise ConfigurationError(
             f"{checkpoint.folder} is a checkpoint of model {trained!r}, not of {model!r}: "
             "choose another --name"
+        )
+
+
+def check_adapter(checkpoint: Checkpoint, adapter: AdapterKind) -> None:
+    """Raises ConfigurationError when the checkpoint is not of what this run trains."""
+    if checkpoint.manifest.adapter != adapter:
+        raise ConfigurationError(
+            f"{checkpoint.folder} was made with LEMIX_ADAPTER={checkpoint.manifest.adapter or 'none'}, "
+            f"not {adapter or 'none'}: set it to what it was, or choose another --name"
         )
 
 

@@ -38,13 +38,13 @@ class WeightsVersion:
 
 
 class StageWeights:
-    """Owns the parameters of a stage. All methods belong to the compute thread."""
+    """Owns the parameters of a stage that training changes. All methods belong to the compute thread."""
 
     def __init__(
         self, stage: Stage, optimizer: OptimizerSettings, *, version: int, stashing: StashingName = "full"
     ) -> None:
         self._stage = stage
-        self._newest = stage.named_tensors()
+        self._newest = stage.trainable_tensors()
         self.version = version
         self._stashing = stashing
         self._current: WeightsVersion | None = None
