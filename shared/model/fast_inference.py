@@ -42,6 +42,7 @@ class PackedWeights:
         bases = [base_module(module) for module in modules]
         self._tables = [(base._parameters, isinstance(base, Conv1D)) for base in bases]
         self._adapters = [low_rank_of(module) for module in modules]
+        self._is_adapted = any(self._adapters)
         self._patience_calls = patience_calls
         self._sources: list[tuple[Tensor | None, int]] = []
         self._calls = 0
@@ -52,13 +53,13 @@ class PackedWeights:
     def __call__(self, inputs: Tensor) -> Tensor:
         """The product [..., sum of outputs]; only after `ready()`."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
-        if any(self._adapters):
+        if self._is_adapted:
             self._add_adapters(product, inputs)
         return product
 
     def _add_adapters(self, product: Tensor, inputs: Tensor) -> None:
         rows = inputs.flatten(0, -2)
-        parts = product.flatten(0, -2).split(self._widths, 1)
+        parts = product.flatten(0, -2).split_with_sizes(self._widths, 1)
         for part, adapter in zip(parts, self._adapters, strict=True):
             if adapter is not None:
                 adapter.add_to(part, rows)
