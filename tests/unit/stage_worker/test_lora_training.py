@@ -62,22 +62,20 @@ class Pipeline:
 
     def step(self, batch: list[MicrobatchForward]) -> None:
         for weights in self.weights:
-            weights.step(batch[0].microbatch.batch_id, LEARNING_RATE)
+            weights.step(batch[0].microbatch.batch_id, LEARNING_RATE, version=weights.version + 1)
 
     def adapter(self) -> dict[str, Tensor]:
         return {name: tensor for stage in self.stages for name, tensor in adapter_state_dict(stage).items()}
 
     def _run_one(self, forward: MicrobatchForward) -> float:
         microbatch, rows = forward.microbatch, torch.tensor(forward.tokens)
-        for runner in self._runners[:-1]:
+        for runner in self._runners:
             _, rows = runner.forward(microbatch, rows)
-        last = self._runners[-1].forward_and_backward(microbatch, rows)
-        gradient = last.gradient
-        for runner in reversed(self._runners[:-1]):
-            assert gradient is not None
+        gradient = None
+        for runner in reversed(self._runners):
             gradient = runner.backward(microbatch.batch_id, microbatch.index, gradient)
         assert gradient is None
-        return last.loss
+        return rows.item()
 
 
 def peft_model(folder: Path, pipeline: Pipeline) -> Any:
