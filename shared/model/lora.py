@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shared.checkpoints import ADAPTER_NAME
+from shared.checkpoints import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from shared.errors import ConfigurationError
 from shared.model.loader import find_layers, in_published_names
 from shared.model.stage import Slot, Stage
@@ -78,13 +78,12 @@ def add_adapter(stage: Stage, settings: LoraSettings) -> None:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
         task_type="CAUSAL_LM",
     )
-    names = {module: stage.module_name(module) for module in targets.values()}
     inject_adapter_in_model(config, stage.model, adapter_name=_PEFT_NAME)
     slots: dict[str, Slot] = {}
     for module in _adapted_modules(stage):
         low_rank = low_rank_of(module)
         assert low_rank is not None
-        name = names[base_module(module)]
+        name = stage.module_name(base_module(module))
         slots[f"{name}.lora_A.weight"] = (low_rank.down, "weight")
         slots[f"{name}.lora_B.weight"] = (low_rank.up, "weight")
     stage.add_adapter(slots)
@@ -210,11 +209,9 @@ def _target_names(stage: Stage) -> list[str]:
 def _check_same_shape(stage: Stage, folder: Path) -> None:
     from peft import PeftConfig
 
-    try:
-        saved: Any = PeftConfig.from_pretrained(str(folder))
-    except ValueError as error:
-        raise ConfigurationError(f"{folder} has no adapter: {error}") from error
-    config = _peft_config(stage)
+    if not (folder / ADAPTER_CONFIG_NAME).exists():
+        raise ConfigurationError(f"{folder} has no adapter: {ADAPTER_CONFIG_NAME} is missing")
+    config, saved = _peft_config(stage), PeftConfig.from_pretrained(str(folder))
     pairs: Mapping[str, tuple[object, object]] = {
         "rank": (saved.r, config.r),
         "alpha": (saved.lora_alpha, config.lora_alpha),
