@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from services.stage_worker.executor.microbatches import MicrobatchRunner
-from services.stage_worker.weights import AdamWSettings, StageWeights
+from services.stage_worker.optimizers import OptimizerSettings
+from services.stage_worker.weights import StageWeights
 from shared.messages.training import MicrobatchForward
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.lora import ALL_LINEAR, LoraSettings, adapter_config, adapter_state_dict, add_adapter
@@ -30,10 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:Futu
 """What peft asks of transformers when a test wraps a whole model; stages do not."""
 
 LORA = LoraSettings(rank=4, alpha=12, targets=(ALL_LINEAR,))
-OPTIMIZER = AdamWSettings(
-    beta1=ADAMW["adamw_beta1"],
-    beta2=ADAMW["adamw_beta2"],
-    epsilon=ADAMW["adamw_epsilon"],
+OPTIMIZER = OptimizerSettings(
+    beta1=ADAMW["optimizer_beta1"],
+    beta2=ADAMW["optimizer_beta2"],
+    epsilon=ADAMW["optimizer_epsilon"],
     weight_decay=ADAMW["weight_decay"],
 )
 CPU = torch.device("cpu")
@@ -42,14 +43,14 @@ CPU = torch.device("cpu")
 class Pipeline:
     """The stages of one model, one microbatch at a time."""
 
-    def __init__(self, folder: Path, num_stages: int) -> None:
+    def __init__(self, folder: Path, num_stages: int, *, checkpointing: bool = False) -> None:
         parts = model_partition(read_config(folder), num_stages)
         self.stages = [load_stage(folder, part) for part in parts]
         for stage in self.stages:
             add_adapter(stage, LORA)
         self.weights = [StageWeights(stage, OPTIMIZER, version=0) for stage in self.stages]
         self._runners = [
-            MicrobatchRunner(stage, weights, CPU)
+            MicrobatchRunner(stage, weights, CPU, checkpointing=checkpointing)
             for stage, weights in zip(self.stages, self.weights, strict=True)
         ]
 
@@ -109,11 +110,22 @@ def values(stages: list[Stage]) -> list[tuple[int, Tensor]]:
     return [(tensor.data_ptr(), tensor.detach().clone()) for tensor in tensors]
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "qwen2"])
-def test_gradients_and_weights_equal_those_of_peft(family: str, num_stages: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "num_stages", "checkpointing"),
+    [
+        *(
+            (family, num_stages, False)
+            for family in ("llama", "llama_tied", "gpt2", "qwen2")
+            for num_stages in (1, 2, 3, 4)
+        ),
+        ("llama", 3, True),
+    ],
+)
+def test_gradients_and_weights_equal_those_of_peft(
+    family: str, num_stages: int, checkpointing: bool, tmp_path: Path
+) -> None:
     save_tiny_model(family, tmp_path)
-    pipeline = Pipeline(tmp_path, num_stages)
+    pipeline = Pipeline(tmp_path, num_stages, checkpointing=checkpointing)
     base = values(pipeline.stages)
     reference = peft_model(tmp_path, pipeline)
     parameters = dict(reference.named_parameters())
