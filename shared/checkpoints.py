@@ -8,6 +8,9 @@
                   rolled-back-step-00000032/                       a version that was gone back from
                   rollback.json                                    only while that happens
 
+Where an adapter is trained, `adapter_model.safetensors` and `adapter_config.json` stand in the place of the
+model's weights, index and config; `peft.PeftModel.from_pretrained` reads them beside the model.
+
 A folder without a readable manifest is no checkpoint: its writer died before it was whole.
 """
 
@@ -23,9 +26,12 @@ from pydantic import ValidationError
 
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
+from shared.messages.training import AdapterKind
 from shared.messages.weights import DurableVersion
 
 MANIFEST_NAME = "lemix.json"
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 TRAINING_ONLY = ("optimizer-", "random-")
 """How the names of files begin that only training needs."""
 
@@ -60,6 +66,8 @@ class Manifest(Message):
     """Ids of batches that a rollback has taken out of the weights, oldest first."""
     held_out_loss: float | None = None
     """Mean loss per label on held-out examples, in nats; None: not measured."""
+    adapter: AdapterKind = ""
+    """What the folder holds: the whole model, or an adapter to `model`."""
     sha256_by_file: dict[str, str]
     created_wall_s: float
     """Unix time."""
@@ -166,6 +174,15 @@ def check_model(checkpoint: Checkpoint, model: str) -> None:
         raise ConfigurationError(
             f"{checkpoint.folder} is a checkpoint of model {trained!r}, not of {model!r}: "
             "choose another --name"
+        )
+
+
+def check_adapter(checkpoint: Checkpoint, adapter: AdapterKind) -> None:
+    """Raises ConfigurationError when the checkpoint is not of what this run trains."""
+    if checkpoint.manifest.adapter != adapter:
+        raise ConfigurationError(
+            f"{checkpoint.folder} was made with LEMIX_ADAPTER={checkpoint.manifest.adapter or 'none'}, "
+            f"not {adapter or 'none'}: set it to what it was, or choose another --name"
         )
 
 

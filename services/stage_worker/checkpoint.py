@@ -1,17 +1,26 @@
-"""Files of one stage's share of a checkpoint: weights in Hugging Face names, and the optimizer's state."""
+"""Files of one stage's share of a checkpoint: weights in Hugging Face names, and the optimizer's state.
+
+With an adapter, its weights in peft's names take the place of the model's, and the first stage adds the
+file that describes it.
+"""
 
 import hashlib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from services.stage_worker.executor.base import ShardFiles
+from shared.checkpoints import ADAPTER_CONFIG_NAME
 from shared.model.partition import LayerRange
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,26 +29,35 @@ class Snapshot:
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    lora: "LoraConfig | None" = None
+    """Of the adapter, where the weights are one."""
 
 
-def take_snapshot(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Snapshot:
+def take_snapshot(
+    weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], lora: "LoraConfig | None" = None
+) -> Snapshot:
     """Copy tensors that go on changing."""
 
     def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
-    return Snapshot(copies(weights), copies(optimizer))
+    return Snapshot(copies(weights), copies(optimizer), lora)
 
 
 def write_shard(snapshot: Snapshot, folder: Path, layers: LayerRange) -> ShardFiles:
     """Write and sync the stage's files. Raises OSError when the disk refuses."""
     part = f"{layers.stage + 1:05}-of-{layers.num_stages:05}.safetensors"
-    contents = {f"model-{part}": snapshot.weights, f"optimizer-{part}": snapshot.optimizer}
+    weights_name = f"{'adapter_model' if snapshot.lora else 'model'}-{part}"
+    contents = {weights_name: snapshot.weights, f"optimizer-{part}": snapshot.optimizer}
     digests = {name: _write(folder / name, tensors) for name, tensors in contents.items()}
+    if snapshot.lora and layers.is_first:
+        snapshot.lora.save_pretrained(str(folder))
+        digests[ADAPTER_CONFIG_NAME] = _sync(folder / ADAPTER_CONFIG_NAME)
     return ShardFiles(
         sha256_by_file=digests,
-        file_by_tensor=dict.fromkeys(snapshot.weights, f"model-{part}"),
+        file_by_tensor=dict.fromkeys(snapshot.weights, weights_name),
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in snapshot.weights.values()),
+        adapter="lora" if snapshot.lora else "",
     )
 
 
@@ -48,6 +66,10 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> str:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # how the library tells of a full disk
         raise OSError(f"cannot write {path}: {error}") from error
+    return _sync(path)
+
+
+def _sync(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

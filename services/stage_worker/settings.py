@@ -48,6 +48,14 @@ class StageWorkerSettings(LemixSettings):
     max_queued: int = Field(default=1024, ge=1)
     """Work items in the local queue; more mean that a peer does not keep to the protocol."""
 
+    adapter: Literal["none", "lora"] = "none"
+    """What trains: all weights, or a LoRA adapter beside them. The same for all stages of a run."""
+    lora_rank: int = Field(default=8, ge=1)
+    lora_alpha: int = Field(default=16, ge=1)
+    """The adapter's share is multiplied by alpha / rank."""
+    lora_targets: str = Field(default="all-linear", pattern=r"^[\w-]+(,[\w-]+)*$")
+    """Linear modules that get an adapter, by their names within a layer, or `all-linear`."""
+
     stashing: StashingName = "full"
     """Old weights kept for microbatches in flight; the trainer must use the same."""
     activation_checkpointing: bool = False

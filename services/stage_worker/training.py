@@ -314,6 +314,7 @@ class Training:
             sha256_by_file=shard.sha256_by_file,
             file_by_tensor=shard.file_by_tensor,
             size_bytes=shard.size_bytes,
+            adapter=shard.adapter,
         )
         await self._report(save.epoch, saved)
 

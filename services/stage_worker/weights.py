@@ -43,7 +43,7 @@ class WeightsVersion:
 
 
 class StageWeights:
-    """Owns the parameters of a stage. All methods belong to the compute thread."""
+    """Owns the parameters of a stage that training changes. All methods belong to the compute thread."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class StageWeights:
     ) -> None:
         """From now on the stage computes in `dtype`; its parameters until now become the masters."""
         self._stage = stage
-        self._masters = stage.named_tensors()
+        self._masters = stage.trainable_tensors()
         cast_parameters(stage, dtype)
-        self._newest = stage.named_tensors()
+        self._newest = stage.trainable_tensors()
         self.version = version
         self._stashing = stashing
         self._current: WeightsVersion | None = None

@@ -5,16 +5,17 @@ All methods block on the disk and raise OSError when it refuses; the durable che
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from services.trainer import rollback_files
+from services.trainer.adapter_file import join_adapter
 from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
-from shared.messages.training import ShardSaved
+from shared.messages.training import AdapterKind, ShardSaved
 from shared.model.index import write_index
 
 CONFIG_FILE = "config.json"
@@ -100,13 +101,15 @@ class CheckpointFiles:
     def finish(self, folder: Path, manifest: Manifest, shards: Iterable[ShardSaved]) -> Checkpoint:
         """Make the stages' shards in `folder` the node's newest durable checkpoint."""
         shards = list(shards)
-        manifest = manifest.model_copy(
-            update={"sha256_by_file": {k: v for shard in shards for k, v in shard.sha256_by_file.items()}}
-        )
-        _check_shards(folder, manifest)
-        file_by_tensor = {k: v for shard in shards for k, v in shard.file_by_tensor.items()}
-        checkpoints.sync(write_index(folder, file_by_tensor, sum(shard.size_bytes for shard in shards)))
+        digests = {name: digest for shard in shards for name, digest in shard.sha256_by_file.items()}
+        _check_shards(folder, digests)
+        adapter = _adapter_of(shards)
+        if adapter:
+            digests = _as_adapter(folder, shards, digests)
+        else:
+            self._as_model(folder, shards)
         self._copy_model_files(folder)
+        manifest = manifest.model_copy(update={"adapter": adapter, "sha256_by_file": digests})
         checkpoints.write(folder, manifest)
         final = folder.with_name(checkpoints.checkpoint_name(manifest.version))
         if checkpoints.read(final):
@@ -138,18 +141,38 @@ class CheckpointFiles:
         )
         return min((checkpoint.manifest.watermark for checkpoint in kept), default=0)
 
-    def _copy_model_files(self, folder: Path) -> None:
+    def _as_model(self, folder: Path, shards: Sequence[ShardSaved]) -> None:
+        """Add what makes the shards one model."""
+        file_by_tensor = {name: file for shard in shards for name, file in shard.file_by_tensor.items()}
+        checkpoints.sync(write_index(folder, file_by_tensor, sum(shard.size_bytes for shard in shards)))
         config = json.loads((self._model_folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)  # what older publishers call it
         (folder / CONFIG_FILE).write_text(json.dumps(config | {"dtype": TRAINED_DTYPE}, indent=2) + "\n")
         checkpoints.sync(folder / CONFIG_FILE)
+
+    def _copy_model_files(self, folder: Path) -> None:
         for name in MODEL_FILES:
             if (self._model_folder / name).exists():
                 checkpoints.sync(Path(shutil.copyfile(self._model_folder / name, folder / name)))
 
 
-def _check_shards(folder: Path, manifest: Manifest) -> None:
-    missing = [name for name in manifest.sha256_by_file if not (folder / name).exists()]
+def _adapter_of(shards: Iterable[ShardSaved]) -> AdapterKind:
+    """Raises ConfigurationError when the stages did not train the same kind of weights."""
+    kinds = {shard.adapter for shard in shards}
+    if len(kinds) != 1:
+        raise ConfigurationError("the stages of one node have different LEMIX_ADAPTER")
+    return kinds.pop()
+
+
+def _as_adapter(folder: Path, shards: Iterable[ShardSaved], digests: dict[str, str]) -> dict[str, str]:
+    """Make the shards one adapter; returns the digests of what is there then."""
+    names = sorted({name for shard in shards for name in shard.file_by_tensor.values()})
+    others = {name: digest for name, digest in digests.items() if name not in names}
+    return others | {checkpoints.ADAPTER_NAME: join_adapter(folder, names)}
+
+
+def _check_shards(folder: Path, names: Iterable[str]) -> None:
+    missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"stages have reported files that {folder} lacks: {', '.join(missing)}")
 

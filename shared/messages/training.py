@@ -146,6 +146,10 @@ class TrainingFailed(Message):
     """It was memory that gave out."""
 
 
+AdapterKind = Literal["", "lora"]
+"""What trained weights are: all of the model's (""), or an adapter beside those it was published with."""
+
+
 class ShardSaved(Message):
     """A stage has written and synced its share of a checkpoint."""
 
@@ -153,8 +157,10 @@ class ShardSaved(Message):
     version: int
     sha256_by_file: dict[str, str]
     file_by_tensor: dict[str, str]
-    """Weights only, in Hugging Face names."""
+    """Weights only, in Hugging Face names, or an adapter's in those of peft."""
     size_bytes: int
+    adapter: AdapterKind = ""
+    """What the weights are."""
 
 
 class SaveFailed(Message):

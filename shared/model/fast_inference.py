@@ -5,7 +5,8 @@ same numbers within 1e-5:
 
 - matrix products: oneDNN takes weights laid out beforehand ("packed") at two to three times the speed.
   The packed copy doubles the weights' memory and goes stale when the weights change, which is noticed by
-  itself, except for writes through `.data` (see `InferenceWeights.invalidate`);
+  itself, except for writes through `.data` (see `InferenceWeights.invalidate`). Adapters are not packed:
+  they are added to the product, and a step that changes only them leaves everything packed;
 - many small products: query, key and value in one, gate and up in one (the Llama-shaped families);
 - many small operations: root mean square norms and rotary embeddings.
 
@@ -24,6 +25,7 @@ from torch.linalg import vector_norm
 from transformers.pytorch_utils import Conv1D
 
 from shared.model.attention import LAYER_ATTRIBUTE, AttentionContext
+from shared.model.lora import base_module, linear_modules, low_rank_of
 from shared.model.stage import Stage
 
 _FUSED_ATTENTIONS: Final = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
@@ -37,17 +39,30 @@ class PackedWeights:
     """The weights of one or more linear modules that take the same input, as one packed matrix."""
 
     def __init__(self, modules: Sequence[nn.Module], patience_calls: int = _PATIENCE_CALLS) -> None:
-        self._tables = [(module._parameters, isinstance(module, Conv1D)) for module in modules]
+        bases = [base_module(module) for module in modules]
+        self._tables = [(base._parameters, isinstance(base, Conv1D)) for base in bases]
+        self._adapters = [low_rank_of(module) for module in modules]
+        self._is_adapted = any(self._adapters)
         self._patience_calls = patience_calls
         self._sources: list[tuple[Tensor | None, int]] = []
         self._calls = 0
+        self._widths: list[int] = []
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The product [..., sum of outputs]; only after `ready()`."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        if self._is_adapted:
+            self._add_adapters(product, inputs)
         return product
+
+    def _add_adapters(self, product: Tensor, inputs: Tensor) -> None:
+        rows = inputs.flatten(0, -2)
+        parts = product.flatten(0, -2).split_with_sizes(self._widths, 1)
+        for part, adapter in zip(parts, self._adapters, strict=True):
+            if adapter is not None:
+                adapter.add_to(part, rows)
 
     def ready(self) -> bool:
         """Whether the packed weights are those of the modules; packs them once they have lasted a little."""
@@ -73,6 +88,7 @@ class PackedWeights:
             for table, transposed in self._tables
             if (weight := table["weight"]) is not None
         ]
+        self._widths = [weight.size(0) for weight in weights]
         together = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(together, _PACKED_FOR_ROWS)
         biases = [bias.detach() for table, _ in self._tables if (bias := table.get("bias")) is not None]
@@ -122,10 +138,11 @@ def enable_fast_inference(stage: Stage) -> InferenceWeights:
             fused |= _replace(module, _FusedAttention(module), packed)
         elif kind in _FUSED_MLPS:
             fused |= _replace(module, _FusedMLP(module), packed)
-    for module in stage.model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module not in fused:
+    for module in linear_modules(stage.model):
+        if module not in fused:
             _replace(module, _PackedLinear(module), packed)
-        elif type(module).__name__.endswith("RMSNorm") and _is_plain_rms_norm(module):
+    for module in stage.model.modules():
+        if type(module).__name__.endswith("RMSNorm") and _is_plain_rms_norm(module):
             module.forward = _FastRMSNorm(module)
         elif "Rotary" in type(module).__name__ and fused:
             module.forward = _FastRotary(module)

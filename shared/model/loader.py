@@ -88,7 +88,7 @@ def model_partition(config: Any, num_stages: int) -> tuple[LayerRange, ...]:
     model_class = _splittable_class(config)
     with torch.device("meta"):
         one_layer = model_class(_with_layers(config, 0, 1))
-    layer_cost = sum(parameter.numel() for parameter in _layer_list(one_layer)[1].parameters())
+    layer_cost = sum(parameter.numel() for parameter in find_layers(one_layer)[1].parameters())
     return partition(
         config.num_hidden_layers,
         num_stages,
@@ -100,7 +100,7 @@ def model_partition(config: Any, num_stages: int) -> tuple[LayerRange, ...]:
 def in_published_names(stage: Stage, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stage's tensors as the checkpoint names and shapes them, ready for a shard of the whole model.
 
-    `tensors`: by the names of `Stage.named_tensors`. Shards of all stages with an index
+    `tensors`: by the names of `Stage.base_tensors`. Shards of all stages with an index
     (`shared.model.index`) are what `from_pretrained` reads as a whole. The tied copy on the last stage is
     left out. The results share memory with `tensors`.
     """
@@ -147,7 +147,12 @@ def _stage_class(model_class: Any, layers: LayerRange) -> Any:
     return StageModel
 
 
-def _layer_list(model: Any) -> tuple[str, nn.ModuleList]:
+def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of layers of a whole model or of a stage's, and its name in the base model.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
     base = model.base_model
     for name, child in base.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers:
@@ -156,7 +161,7 @@ def _layer_list(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def _remove_absent(model: Any, layers: LayerRange) -> None:
-    base, (layers_name, layer_list) = model.base_model, _layer_list(model)
+    base, (layers_name, layer_list) = model.base_model, find_layers(model)
     children = list(base.named_children())
     start = [name for name, _ in children].index(layers_name)
     if not layers.is_first:
@@ -236,7 +241,7 @@ def _check_loaded(info: dict[str, Any], folder: Path, layers: LayerRange) -> Non
 
 
 def _finish(model: Any, layers: LayerRange) -> Stage:
-    base, (layers_name, layer_list) = model.base_model, _layer_list(model)
+    base, (layers_name, layer_list) = model.base_model, find_layers(model)
     tied_name = _tied_embedding_name(model, layers)
     slots = _slots(model, layers, tied_name)
     if not layers.is_first:

@@ -42,6 +42,8 @@ class Stage:
         With more than one stage the first and the last hold one copy each, under this same name; the
         gradient of either is the sum of both.
         """
+        self.adapter_names: tuple[str, ...] = ()
+        """Parameters of an adapter (`shared.model.lora`); with one, they alone are trained."""
         self._slots = dict(slots)
         self._run = model if layers.is_last else model.base_model
 
@@ -75,6 +77,35 @@ class Stage:
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """The parameters now in place, by their names in the whole model's state dict."""
         return {name: self.parameter(name) for name in self._slots}
+
+    def base_tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters now in place that are not an adapter's: those of the model as it is published."""
+        return {name: self.parameter(name) for name in self._slots if name not in self.adapter_names}
+
+    def trainable_tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters now in place that training changes: the adapter's, or all where there is none."""
+        return {name: self.parameter(name) for name in self.adapter_names or self._slots}
+
+    @property
+    def tied_across_stages(self) -> str | None:
+        """The tied embedding's name when it trains and another stage holds the other copy, else None."""
+        is_shared = self.layers.num_stages > 1 and not self.adapter_names
+        return self.tied_embedding_name if is_shared else None
+
+    def module_name(self, module: nn.Module) -> str:
+        """The name in the whole model of a module that has a weight of its own."""
+        names = (
+            name
+            for name, slots in self._slots.items()
+            for table, local_name in slots
+            if table is module._parameters and local_name == "weight"
+        )
+        return next(names).removesuffix(".weight")
+
+    def add_adapter(self, slots: Mapping[str, Slot]) -> None:
+        """Take in the parameters of an adapter; from now on they alone are trained."""
+        self._slots.update({name: (slot,) for name, slot in slots.items()})
+        self.adapter_names = tuple(slots)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters now in place, each once, in the order of `named_tensors`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from services.trainer.service import Trainer
@@ -22,7 +23,7 @@ from shared.messages.inference import Placed, TaskEnded
 from shared.messages.training import TrainingTask
 from shared.subjects import BATCHES, ENDED, PLACE
 from shared.telemetry import Telemetry
-from tests.support.models import save_tiny_model
+from tests.support.models import NUM_LAYERS, save_tiny_model
 from tests.support.node import Node, running_node
 from tests.support.training import ADAMW, LEARNING_RATE, adamw, loss_of, num_labels, random_batches
 from tests.support.waiting import until
@@ -128,3 +129,64 @@ async def test_a_trainer_that_was_ended_goes_on_to_the_weights_of_an_uninterrupt
     expected = trained_in_one_process(model)
     for name, parameter in loaded.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's, of a whole model
+async def test_an_adapter_goes_on_after_all_were_restarted_as_if_nothing_had_been(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_tiny_model("llama_tied", model)
+
+    async def train(run_dir: Path, *, restart: bool) -> Checkpoint:
+        applied = Applied()
+        async with running_node(model, 2, run_dir, adapter="lora", lora_rank=4, **ADAMW) as node:
+            await applied.start(node)
+            await publish(node, 0, 4)
+            if restart:
+                async with running_trainer(node, model, run_dir):
+                    await durable(run_dir, version=4)
+                for stage in range(2):
+                    await node.replace(stage)
+                await node.ready()
+            await publish(node, 4, 6)
+            async with running_trainer(node, model, run_dir):
+                return await durable(run_dir, version=6)
+
+    for name in ("undisturbed", "restarted"):
+        (tmp_path / name).mkdir()
+    undisturbed = await train(tmp_path / "undisturbed", restart=False)
+    restarted = await train(tmp_path / "restarted", restart=True)
+
+    assert restarted.manifest.adapter == "lora"
+    assert restarted.manifest.sha256_by_file == undisturbed.manifest.sha256_by_file
+    assert {path.name for path in restarted.folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+        "lemix.json",
+        "optimizer-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+    }
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), restarted.folder)
+    trained = [tensor for name, tensor in loaded.named_parameters() if "lora_B" in name]
+    assert len(trained) == NUM_LAYERS * 7
+    assert all(tensor.any() for tensor in trained)
+
+
+async def test_an_adapter_is_loaded_by_any_number_of_stages(tmp_path: Path) -> None:
+    model, run_dir = tmp_path / "model", tmp_path / "run"
+    run_dir.mkdir()
+    save_tiny_model("llama", model)
+    lora: dict[str, Any] = {"adapter": "lora", "lora_rank": 4, **ADAMW}
+    applied = Applied()
+    async with running_node(model, 2, run_dir, **lora) as node:
+        await applied.start(node)
+        await publish(node, 0, 2)
+        async with running_trainer(node, model, run_dir):
+            await durable(run_dir, version=2)
+        served = await node.complete([5, 9, 2], prompt_logprobs=True, max_tokens=8, num_logprobs=0)
+    async with running_node(model, 3, run_dir, **lora) as node:
+        again = await node.complete([5, 9, 2], prompt_logprobs=True, max_tokens=8, num_logprobs=0)
+    assert (served.versions[-1], again.versions[-1]) == (2, 2)
+    assert again.token_ids == served.token_ids
+    logprobs = [[token.logprob for token in answer.tokens] for answer in (served, again)]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)

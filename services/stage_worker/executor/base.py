@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult
-from shared.messages.training import Microbatch, StepOrder
+from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.tensors.ref import TensorRef
 
 Snapshot = TypeVar("Snapshot")
@@ -49,6 +49,7 @@ class ShardFiles:
     sha256_by_file: dict[str, str]
     file_by_tensor: dict[str, str]
     size_bytes: int
+    adapter: AdapterKind = ""
 
 
 @dataclass(frozen=True, slots=True)

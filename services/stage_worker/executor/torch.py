@@ -5,7 +5,7 @@ Shape letters: T rows, H hidden size, R rows of logits, V vocabulary.
 
 import asyncio
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,22 @@ from services.stage_worker.optimizers import OptimizerSettings
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.weights import StageWeights
 from shared import checkpoints
+from shared.checkpoints import Checkpoint
 from shared.errors import CarrierError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk
-from shared.messages.training import Microbatch, StepOrder
+from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.model.attention import AttentionContext, PackedSegments
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import in_published_names, load_stage, model_partition, read_config
+from shared.model.lora import (
+    LoraSettings,
+    adapter_config,
+    add_adapter,
+    in_adapter_names,
+    initial_adapter,
+    read_adapter,
+)
 from shared.model.stage import Stage
 from shared.model_files import CONFIG_FILES, WEIGHT_FILES, resolve
 from shared.tensors.links import IncomingLinks, OutgoingLink
@@ -54,7 +63,7 @@ def _context_length(stage: Stage) -> int | None:
 
 
 def _optimizer_state(folder: Path, stage: Stage) -> dict[str, Tensor]:
-    return files.read_optimizer_state(folder, set(stage.named_tensors()))
+    return files.read_optimizer_state(folder, set(stage.trainable_tensors()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +160,10 @@ class TorchExecutor:
     def _load(self) -> ModelFacts:
         settings = self._settings
         torch.set_num_threads(settings.num_threads)
-        base = resolve(settings.model, CONFIG_FILES + WEIGHT_FILES)
         durable = checkpoints.newest_of(settings.checkpoint_dir, settings.node, model=settings.model)
-        folder = durable.folder if durable else base
-        layers = model_partition(read_config(folder), settings.num_stages)[settings.stage]
-        stage = load_stage(folder, layers, device=settings.device)
+        if durable:
+            checkpoints.check_adapter(durable, self._adapter_kind)
+        stage = self._stage(durable)
         weights = StageWeights(
             stage,
             self._optimizer(),
@@ -164,7 +172,8 @@ class TorchExecutor:
             dtype=self._dtype,
         )
         if durable:
-            weights.load(weights.master_tensors(), _optimizer_state(folder, stage), version=weights.version)
+            trained = read_adapter(stage, durable.folder) if self._adapter_kind else weights.master_tensors()
+            weights.load(trained, _optimizer_state(durable.folder, stage), version=weights.version)
         cache = self._cache(stage)
         microbatches = MicrobatchRunner(
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
@@ -174,12 +183,35 @@ class TorchExecutor:
         gc.collect()
         gc.freeze()  # what is loaded stays: collections under load need not look at it
         return ModelFacts(
-            is_tied_across_stages=stage.tied_embedding_name is not None and layers.num_stages > 1,
+            is_tied_across_stages=stage.tied_across_stages is not None,
             version=weights.version,
-            checkpoint=str(folder) if durable else "",
+            checkpoint=str(durable.folder) if durable else "",
             vocab_size=stage.vocab_size,
             context_length=_context_length(stage),
         )
+
+    @property
+    def _base(self) -> Path:
+        """The model as it is published."""
+        return resolve(self._settings.model, CONFIG_FILES + WEIGHT_FILES)
+
+    @property
+    def _adapter_kind(self) -> AdapterKind:
+        return "lora" if self._settings.adapter == "lora" else ""
+
+    def _stage(self, durable: Checkpoint | None) -> Stage:
+        settings, base = self._settings, self._base
+        folder = durable.folder if durable and not self._adapter_kind else base
+        layers = model_partition(read_config(folder), settings.num_stages)[settings.stage]
+        stage = load_stage(folder, layers, device=settings.device)
+        if self._adapter_kind:
+            add_adapter(stage, self._lora())
+        return stage
+
+    def _lora(self) -> LoraSettings:
+        settings = self._settings
+        targets = tuple(settings.lora_targets.split(","))
+        return LoraSettings(rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets)
 
     def _optimizer(self) -> OptimizerSettings:
         settings = self._settings
@@ -294,8 +326,8 @@ class TorchExecutor:
 
     def _finish_batch(self, batch_id: str) -> TensorRef | None:
         gradients, layers = self._loaded.weights.finish_batch(batch_id), self._loaded.stage.layers
-        tied = self._loaded.stage.tied_embedding_name
-        if tied is None or layers.num_stages == 1:
+        tied = self._loaded.stage.tied_across_stages
+        if tied is None:
             return None
         other_end = layers.num_stages - 1 if layers.is_first else 0
         return self._outgoing[other_end, "tied"].put(gradients[tied])
@@ -303,9 +335,9 @@ class TorchExecutor:
     def _measure(self, batch_id: str, tied: TensorRef | None) -> float:
         weights, stage = self._loaded.weights, self._loaded.stage
         if tied is not None:
-            assert stage.tied_embedding_name is not None
-            weights.add_gradient(batch_id, stage.tied_embedding_name, self._incoming.take(tied))
-        counted_elsewhere = None if stage.layers.is_first else stage.tied_embedding_name
+            assert stage.tied_across_stages is not None
+            weights.add_gradient(batch_id, stage.tied_across_stages, self._incoming.take(tied))
+        counted_elsewhere = None if stage.layers.is_first else stage.tied_across_stages
         return weights.squared_norm(batch_id, but=counted_elsewhere)
 
     def _step(self, order: StepOrder) -> None:
@@ -316,22 +348,37 @@ class TorchExecutor:
         loaded.weights.step(
             order.batch_id, order.learning_rate, scale=order.gradient_scale, version=order.version
         )
-        if self._served is None:  # else what is packed is of a kept version, which does not change
-            loaded.packed.invalidate()
+        self._note_new_weights()
+
+    def _note_new_weights(self) -> None:
+        """What is packed goes stale, unless it is the base of an adapter, or a kept version."""
+        if not self._adapter_kind and self._served is None:
+            self._loaded.packed.invalidate()
 
     def _restore(self, checkpoint: str, version: int) -> None:
-        loaded, settings = self._loaded, self._settings
+        loaded, folder = self._loaded, Path(checkpoint) if checkpoint else None
         loaded.microbatches.drop_all()
-        if checkpoint and (manifest := checkpoints.read(Path(checkpoint))):
-            checkpoints.check_model(checkpoints.Checkpoint(manifest, Path(checkpoint)), settings.model)
-        folder = Path(checkpoint) if checkpoint else resolve(settings.model, CONFIG_FILES + WEIGHT_FILES)
-        tensors = load_stage(folder, loaded.stage.layers, device=settings.device).named_tensors()
-        loaded.weights.load(
-            tensors, _optimizer_state(folder, loaded.stage) if checkpoint else {}, version=version
-        )
-        loaded.packed.invalidate()
+        self._served = None  # kept versions are gone
+        if folder and (manifest := checkpoints.read(folder)):
+            found = Checkpoint(manifest, folder)
+            checkpoints.check_model(found, self._settings.model)
+            checkpoints.check_adapter(found, self._adapter_kind)
+        state = _optimizer_state(folder, loaded.stage) if folder else {}
+        loaded.weights.load(self._trainable_tensors(folder), state, version=version)
+        self._note_new_weights()
+
+    def _trainable_tensors(self, checkpoint: Path | None) -> Mapping[str, Tensor]:
+        """As they were at the checkpoint, or before any training."""
+        stage = self._loaded.stage
+        if self._adapter_kind:
+            return read_adapter(stage, checkpoint) if checkpoint else initial_adapter(stage)
+        folder = checkpoint or self._base
+        return load_stage(folder, stage.layers, device=self._settings.device).named_tensors()
 
     def _snapshot(self) -> files.Snapshot:
-        loaded = self._loaded
-        published = in_published_names(loaded.stage, loaded.weights.master_tensors())
-        return files.take_snapshot(published, loaded.weights.optimizer_state())
+        stage, weights = self._loaded.stage, self._loaded.weights
+        masters, optimizer = weights.master_tensors(), weights.optimizer_state()
+        if self._adapter_kind:
+            config = adapter_config(stage, self._settings.model)
+            return files.take_snapshot(in_adapter_names(masters), optimizer, config)
+        return files.take_snapshot(in_published_names(stage, masters), optimizer)

@@ -9,6 +9,7 @@ from services.stage_worker.settings import StageWorkerSettings
 from shared import checkpoints
 from shared.checkpoints import Manifest
 from shared.errors import ConfigurationError
+from shared.settings import EMBEDDED_MODEL
 
 
 def checkpoint(run_dir: Path, **fields: object) -> Path:
@@ -20,8 +21,8 @@ def checkpoint(run_dir: Path, **fields: object) -> Path:
     return folder
 
 
-async def refusal(run_dir: Path, *, restored_from: Path | None = None) -> str:
-    settings = StageWorkerSettings(node=0, stage=0, num_stages=1, run_dir=run_dir)
+async def refusal(run_dir: Path, *, restored_from: Path | None = None, **fields: object) -> str:
+    settings = StageWorkerSettings.given(node=0, stage=0, num_stages=1, run_dir=run_dir, **fields)
     executor = TorchExecutor(settings, "a")
     try:
         with pytest.raises(ConfigurationError) as caught:
@@ -40,3 +41,16 @@ async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 async def test_a_restore_of_another_model_is_refused(tmp_path: Path) -> None:
     elsewhere = checkpoint(tmp_path / "elsewhere", model="other")
     assert "is a checkpoint of model 'other'" in await refusal(tmp_path, restored_from=elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "message"),
+    [("lora", "none", "LEMIX_ADAPTER=lora, not none"), ("", "lora", "LEMIX_ADAPTER=none, not lora")],
+)
+async def test_a_checkpoint_of_what_this_run_does_not_train_is_refused(
+    saved: str, wanted: str, message: str, tmp_path: Path
+) -> None:
+    made = checkpoint(tmp_path, model=EMBEDDED_MODEL, adapter=saved)
+    assert message in await refusal(tmp_path, adapter=wanted)
+    empty = tmp_path / "empty"
+    assert message in await refusal(empty, adapter=wanted, restored_from=made)

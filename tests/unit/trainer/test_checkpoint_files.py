@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from services.trainer.checkpoint_files import CheckpointFiles, ledger_of, manifest_of, only_newest
 from services.trainer.versions import Ledger
@@ -76,6 +78,58 @@ def test_a_checkpoint_is_one_model_with_its_tokenizer(files: CheckpointFiles, tm
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 14
     assert index["weight_map"]["t2"] == "model-00002-of-00002.safetensors"
+
+
+def adapter_shards(folder: Path) -> list[ShardSaved]:
+    """What two stages have written of an adapter, the first with its config."""
+    saved = []
+    for stage in (1, 2):
+        name = f"adapter_model-{stage:05}-of-00002.safetensors"
+        save_file({f"t{stage}": torch.full((2,), float(stage))}, folder / name)
+        (folder / f"optimizer-{stage}").write_text("state")
+        names = {name: "?", f"optimizer-{stage}": hashlib.sha256(b"state").hexdigest()}
+        if stage == 1:
+            (folder / "adapter_config.json").write_text("{}")
+            names["adapter_config.json"] = hashlib.sha256(b"{}").hexdigest()
+        saved.append(
+            ShardSaved(
+                version=1,
+                sha256_by_file=names,
+                file_by_tensor={f"t{stage}": name},
+                size_bytes=8,
+                adapter="lora",
+            )
+        )
+    return saved
+
+
+def test_an_adapters_checkpoint_is_one_file_beside_its_config(files: CheckpointFiles) -> None:
+    folder = files.temporary(0, 1, 1)
+    files.begin(folder)
+
+    made = files.finish(folder, manifest(1), adapter_shards(folder))
+
+    assert made.manifest.adapter == "lora"
+    assert sorted(path.name for path in made.folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lemix.json",
+        "optimizer-1",
+        "optimizer-2",
+        "tokenizer.json",
+    ]
+    assert load(files)[0].manifest == made.manifest
+    tensors = load_file(made.folder / "adapter_model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"t1": [1.0, 1.0], "t2": [2.0, 2.0]}
+
+
+def test_stages_that_train_different_kinds_of_weights_make_no_checkpoint(files: CheckpointFiles) -> None:
+    folder = files.temporary(0, 1, 1)
+    files.begin(folder)
+    saved = [shards(folder)[0], adapter_shards(folder)[1]]
+
+    with pytest.raises(ConfigurationError, match="different LEMIX_ADAPTER"):
+        files.finish(folder, manifest(1), saved)
 
 
 def load(files: CheckpointFiles) -> dict[int, Checkpoint]:
