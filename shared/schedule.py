@@ -1,5 +1,7 @@
 """The names of training's pipeline schedules, and of what they keep: what services and commands agree on."""
 
+from dataclasses import dataclass
+from sys import maxsize
 from typing import Literal
 
 ScheduleName = Literal["async", "1f1b", "gpipe", "dp"]
@@ -17,3 +19,25 @@ weights between a microbatch's forward and its backward: wrong on purpose, to me
 def is_synchronous(schedule: ScheduleName) -> bool:
     """Whether a batch enters only when the one before it is in the weights."""
     return schedule != "async"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feeding:
+    """How the trainer feeds nodes, as far as one must know it to foresee what they will do."""
+
+    schedule: ScheduleName = "async"
+    extra_in_flight: int = 0
+    """Microbatches in flight beyond one per stage, without a flush."""
+
+    def flushes(self, num_stages: int) -> bool:
+        """Whether a batch enters only when the one before it is in the weights."""
+        return is_synchronous(self.schedule) or num_stages == 1
+
+    def max_in_flight(self, num_stages: int) -> int:
+        """Microbatches between their entry and their last backward."""
+        if self.schedule == "gpipe":
+            return maxsize
+        return num_stages if self.flushes(num_stages) else num_stages + self.extra_in_flight
+
+
+BY_DEFAULT = Feeding()

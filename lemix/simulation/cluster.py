@@ -30,7 +30,7 @@ from shared.messages.cluster import StatusRequest
 from shared.model_files import ModelCard
 from shared.profiles.profile import Profile, profile_named, stage_times
 from shared.profiles.times import StageTimes
-from shared.schedule import ScheduleName, is_synchronous
+from shared.schedule import Feeding, ScheduleName
 from shared.subjects import STATUS
 from shared.telemetry import NoTelemetry
 
@@ -216,7 +216,9 @@ class SimulatedCluster:
             ),
             slo_s=slo_s,
             slo_factor=options.slo_factor,
-            is_synchronous=is_synchronous(options.schedule),
+            feeding=Feeding(
+                schedule=options.schedule, extra_in_flight=self._trainer_settings.extra_in_flight
+            ),
         ).run()
 
     async def _trainer(self, world: World) -> None:

@@ -11,7 +11,7 @@ from services.scheduler.settings import SchedulerSettings
 from shared.errors import ConfigurationError
 from shared.lifecycle import ServiceMain, World, load_settings, run_service
 from shared.profiles.profile import profile_named
-from shared.schedule import is_synchronous
+from shared.schedule import Feeding
 
 
 def serving(settings: SchedulerSettings) -> ServiceMain:
@@ -34,7 +34,7 @@ def serving(settings: SchedulerSettings) -> ServiceMain:
             costs=costs,
             slo_s=slo_s,
             slo_factor=settings.slo_factor,
-            is_synchronous=is_synchronous(settings.schedule),
+            feeding=Feeding(schedule=settings.schedule, extra_in_flight=settings.extra_in_flight),
         ).run()
 
     return serve

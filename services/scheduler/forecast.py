@@ -106,6 +106,7 @@ def training_alone(costs: Costs, microbatches: Sequence[Work]) -> Alone:
         hop_s=costs.hop_s,
         running=[None] * num_stages,
         batches=[batch_of("", microbatches, costs, num_stages)],
+        max_in_flight=num_stages,
         feed_s=2 * costs.hop_s,
     )
     course = predict(known, 0.0)

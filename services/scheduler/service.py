@@ -40,6 +40,7 @@ from shared.messages.cluster import (
 from shared.messages.events import StageProgress
 from shared.messages.inference import DEFERRED, InferenceTask, Placed, TaskEnded, TaskFailed
 from shared.messages.training import TrainingTask
+from shared.schedule import BY_DEFAULT, Feeding
 from shared.subjects import (
     ASSIGN,
     ENDED,
@@ -79,16 +80,14 @@ class Scheduler:
         costs: Costs,
         slo_s: float | None = None,
         slo_factor: float = DEFAULT_SLO_FACTOR,
-        is_synchronous: bool = False,
+        feeding: Feeding = BY_DEFAULT,
     ) -> None:
         """See `ClusterState` for what follows `policy`."""
         self._bus = world.bus
         self._clock = world.clock
         self._telemetry = world.telemetry
         self._policy = policy
-        self._state = ClusterState(
-            costs=costs, slo_s=slo_s, slo_factor=slo_factor, is_synchronous=is_synchronous
-        )
+        self._state = ClusterState(costs=costs, slo_s=slo_s, slo_factor=slo_factor, feeding=feeding)
 
     async def run(self) -> None:
         """Serve for ever."""

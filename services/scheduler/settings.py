@@ -24,5 +24,7 @@ class SchedulerSettings(LemixSettings):
     """The objective for the time to first token, in forward times of a lone prompt of mean length."""
     max_iteration_tokens: int = Field(default=MAX_ITERATION_TOKENS, ge=1)
     """Rows of one iteration of the stages; the same for both."""
+    extra_in_flight: int = Field(default=0, ge=0)
+    """The trainer's; the same for both."""
     schedule: ScheduleName = "async"
     """How the trainer feeds batches; the same for both."""

@@ -13,6 +13,7 @@ from services.scheduler.tasks import NO_SHAPE, TaskShape, work_of_op
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageProgress
 from shared.profiles.times import work_of_rows
+from shared.schedule import BY_DEFAULT, Feeding
 from shared.subjects import HEARTBEAT_S
 
 LOST_AFTER_S = 3 * HEARTBEAT_S
@@ -134,10 +135,10 @@ class ClusterState:
         costs: Costs,
         slo_s: float | None = None,
         slo_factor: float = DEFAULT_SLO_FACTOR,
-        is_synchronous: bool = False,
+        feeding: Feeding = BY_DEFAULT,
     ) -> None:
         """`slo_s`: the objective for the time to first token; None: `slo_factor` times what the costs say
-        of a prompt of mean length. `is_synchronous`: how the trainer feeds batches (S-PP).
+        of a prompt of mean length. `feeding`: how the trainer feeds batches.
         """
         self.costs = costs
         self._slo_s = slo_s
@@ -150,7 +151,7 @@ class ClusterState:
         """Of what the cost model says of iterations and training forwards, before it learns from them."""
         self.response_error = MeanError()
         """Of the forecast at placement: from a request's arrival to its first token."""
-        self._is_synchronous = is_synchronous
+        self._feeding = feeding
         self._arrived_s: dict[str, float] = {}
         """When tasks that have no node yet first asked for one, the oldest first."""
         self.ready_nodes: list[int] = []
@@ -266,7 +267,7 @@ class ClusterState:
 
     def _add(self, heartbeat: Heartbeat) -> _Node:
         num_stages = self.costs.num_stages or heartbeat.num_stages  # a node of another number is never ready
-        timeline = NodeTimeline(num_stages, self.costs, is_synchronous=self._is_synchronous)
+        timeline = NodeTimeline(num_stages, self.costs, feeding=self._feeding)
         self._nodes[heartbeat.node] = _Node(timeline)
         return self._nodes[heartbeat.node]
 

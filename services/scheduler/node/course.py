@@ -3,7 +3,8 @@
 Rules, as stage workers and trainer follow them: a stage does one op at a time, to its end; inference goes
 first, then backwards, then training forwards (discipline `slo_first`; its patience with training, half a
 second, is left out). The trainer orders all stages to step when stage 0 has done a batch's last backward;
-steps go before backwards. At most one iteration and one microbatch per stage are in flight.
+steps go before backwards. At most one iteration per stage is in flight, and as many microbatches as the
+schedule lets in.
 
 Decoding sequences are no ops here, but for their iterations that are in flight already: they would be
 hundreds. They come in between: after each training op, a stage gives `decode_gap_s` to them.
@@ -257,14 +258,14 @@ class _Course:
     def _feed(self, at_s: float) -> None:
         """The next microbatch enters, if it may. `at_s`: the trainer has heard, and its message is here."""
         known = self._known
-        if self._is_at_stage_0 or self._num_in_flight >= known.num_stages:
+        if self._is_at_stage_0 or self._num_in_flight >= known.max_in_flight:
             return
         if self._next_unfed == len(self._unfed):
-            if not (known.is_synchronous and self._num_applied < len(known.batches)):
+            if not (known.flushes and self._num_applied < len(known.batches)):
                 self._feed_s = min(self._feed_s, at_s)
             return
         place, batch, index = self._unfed[self._next_unfed]
-        if known.is_synchronous and place > self._num_applied:
+        if known.flushes and place > self._num_applied:
             return
         self._next_unfed += 1
         self._is_at_stage_0, self._num_in_flight = True, self._num_in_flight + 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from sys import maxsize
 from typing import NamedTuple
 
 from services.scheduler.costs import Costs
@@ -100,7 +101,9 @@ class KnownWork:
     """In the order of their placement."""
     feed_s: float = 0.0
     """When the next microbatch can be at stage 0 at the earliest."""
-    is_synchronous: bool = False
+    max_in_flight: int = maxsize
+    """Microbatches."""
+    flushes: bool = False
     """Whether a batch enters only when the one before it is applied."""
     decode_gap_s: Sequence[float] = ()
     """By stage: what decoding sequences take between two training ops; empty: none decode."""

@@ -29,13 +29,16 @@ from services.scheduler.node.prediction import Prediction
 from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import StageOp, StageProgress
+from shared.schedule import BY_DEFAULT, Feeding
 
 
 class NodeTimeline:
     """Changed by the cluster's state alone; policies read."""
 
-    def __init__(self, num_stages: int, costs: Costs, *, is_synchronous: bool = False) -> None:
+    def __init__(self, num_stages: int, costs: Costs, *, feeding: Feeding = BY_DEFAULT) -> None:
         self.num_stages = num_stages
+        self.max_in_flight = feeding.max_in_flight(num_stages)
+        """Microbatches, and so activations, that the node may have to hold at once."""
         self.last_arrival_s: float | None = None
         """When the task assigned last had arrived (the paper's release)."""
         self.last_assigned: Assigned | None = None
@@ -45,7 +48,7 @@ class NodeTimeline:
         self.lengths = RunningMoments()
         """Of all tasks assigned here, in tokens."""
         self._costs = costs
-        self._is_synchronous = is_synchronous or num_stages == 1
+        self._flushes = feeding.flushes(num_stages)
         self._tasks: dict[str, Assigned] = {}
         """Living, in the order of their assignment."""
         self._batches: dict[str, Batch] = {}
@@ -257,7 +260,8 @@ class NodeTimeline:
             formed=self._lineup.formed,
             batches=list(self._batches.values()),
             feed_s=self._feed_s,
-            is_synchronous=self._is_synchronous,
+            max_in_flight=self.max_in_flight,
+            flushes=self._flushes,
         )
         if decoding := self._lineup.decoding.values():
             known.joins = self._lineup.decode_share()

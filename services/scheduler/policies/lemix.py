@@ -155,12 +155,12 @@ class Lemix:
         there = [
             work.num_tokens for each in candidate.timeline.assigned() for work in each.shape.microbatches
         ]
-        held = activation_tokens([*there, *task.microbatch_tokens], candidate.timeline.num_stages)
+        held = activation_tokens([*there, *task.microbatch_tokens], candidate.timeline.max_in_flight)
         return held <= self._room.tokens
 
     def _may_wait_for_room(self, candidate: Candidate, task: TrainingTask, waited: float) -> bool:
         """Whether patience is left (`waited`: objectives), and the batch would fit on an empty node."""
-        alone = activation_tokens(task.microbatch_tokens, candidate.timeline.num_stages)
+        alone = activation_tokens(task.microbatch_tokens, candidate.timeline.max_in_flight)
         is_patient = waited < self._options.offload_after
         return self._room is not None and is_patient and alone <= self._room.tokens
 

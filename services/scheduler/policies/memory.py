@@ -27,6 +27,6 @@ def kv_tokens_of(task: InferenceTask) -> int:
     return len(task.prompt) + max(task.sampling.max_tokens - 1, 0)
 
 
-def activation_tokens(microbatch_tokens: Iterable[int], num_stages: int) -> int:
-    """Rows held at most, whatever else waits: as many microbatches are in flight as there are stages."""
-    return sum(nlargest(num_stages, microbatch_tokens))
+def activation_tokens(microbatch_tokens: Iterable[int], max_in_flight: int) -> int:
+    """Rows held at most, whatever else waits: those of the largest microbatches that can be in flight."""
+    return sum(nlargest(max_in_flight, microbatch_tokens))

@@ -10,6 +10,7 @@ from services.scheduler.tasks import TaskShape, shape_of
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work, work_of_rows
+from shared.schedule import Feeding
 from tests.support.policies import LinearCosts, assign, cluster, request
 
 
@@ -179,12 +180,12 @@ def test_a_batch_goes_forward_backward_and_steps() -> None:
 
 
 def test_batches_of_a_synchronous_trainer_wait_for_the_steps_before() -> None:
-    for is_synchronous, second_s in ((False, 0.1), (True, 0.6)):
-        timeline = NodeTimeline(2, LinearCosts(2), is_synchronous=is_synchronous)
+    for schedule, second_s in (("async", 0.1), ("1f1b", 0.6)):
+        timeline = NodeTimeline(2, LinearCosts(2), feeding=Feeding(schedule=schedule))
         place_batch(timeline, "a", 100)
         place_batch(timeline, "b", 100)
         assert second_s in starts(timeline, 0)
-        assert (0.1 in starts(timeline, 0)) is not is_synchronous
+        assert (0.1 in starts(timeline, 0)) == (schedule == "async")
 
 
 def test_inference_goes_before_training_but_interrupts_nothing() -> None:
@@ -234,6 +235,16 @@ def test_a_request_that_was_forecast_is_expected_when_the_node_predicts_it() -> 
     place_request(timeline, "b", 100, forecast=Forecast((Interval(0.0, 0.1), Interval(0.1, 0.2))))
     expected = {task.task_id: task.expected_s for task in timeline.assigned()}
     assert expected == {"a": None, "b": pytest.approx(0.3)}
+
+
+def test_more_microbatches_enter_where_the_trainer_lets_them() -> None:
+    for extra, expected_s in ((0, [0.0, 0.1]), (1, [0.0, 0.1, 0.2])):
+        feeding = Feeding(schedule="async", extra_in_flight=extra)
+        timeline = NodeTimeline(2, LinearCosts(2), feeding=feeding)
+        place_batch(timeline, "b", 100, 100, 100)
+        forwards = [at_s for at_s in starts(timeline, 0) if at_s < 0.35]
+        assert forwards == pytest.approx(expected_s)
+        assert timeline.max_in_flight == 2 + extra
 
 
 def test_what_policies_read() -> None:
