@@ -238,12 +238,11 @@ def test_a_request_that_was_forecast_is_expected_when_the_node_predicts_it() -> 
 
 
 def test_more_microbatches_enter_where_the_trainer_lets_them() -> None:
-    for extra, expected_s in ((0, [0.0, 0.1]), (1, [0.0, 0.1, 0.2])):
+    for extra, expected_s in ((0, [0.0, 0.1, 0.4]), (1, [0.0, 0.1, 0.2])):
         feeding = Feeding(schedule="async", extra_in_flight=extra)
         timeline = NodeTimeline(2, LinearCosts(2), feeding=feeding)
         place_batch(timeline, "b", 100, 100, 100)
-        forwards = [at_s for at_s in starts(timeline, 0) if at_s < 0.35]
-        assert forwards == pytest.approx(expected_s)
+        assert starts(timeline, 0)[:3] == expected_s
         assert timeline.max_in_flight == 2 + extra
 
 
