@@ -50,8 +50,8 @@ async def _answer(request: Request, completion: Completion, tools: Toolbox) -> R
     streaming = False
     try:
         if not completion.request.stream:
-            headers = _version_header(completion)
-            return json_response(await _whole(completion), headers=headers)
+            whole = await _whole(completion)
+            return json_response(whole, headers=_version_header(completion))
         first = await completion.next()
         streaming = True
         return EventStream(completion, first, watcher=watcher, timeout_s=tools.settings.request_timeout_s)
