@@ -44,8 +44,8 @@ MAX_MICROBATCH_TOKENS = 1 << 16
 NO_FOLDER = Path("/simulated")
 """Where arenas would lie; named in messages, which must not differ between runs."""
 NEVER = 10**9
-"""Checkpoints would only take the machine's time: the runs are short, and nothing is learnt. For merges of what
-is left at the end, set `checkpoint_idle_s`."""
+"""Checkpoints would only take the machine's time: the runs are short, and nothing is learnt. For merges of
+what is left at the end, set `checkpoint_idle_s`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
