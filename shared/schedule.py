@@ -15,6 +15,11 @@ two, the newest and the one before; batches wait for room. `none`: only the newe
 weights between a microbatch's forward and its backward: wrong on purpose, to measure what stashing is worth.
 """
 
+MergeName = Literal["none", "average", "outer", "allreduce"]
+"""How the weights of nodes become one: never; as their mean, or by DiLoCo's outer step towards it, every so
+many batches; or step by step, by the mean of their gradients.
+"""
+
 
 def is_synchronous(schedule: ScheduleName) -> bool:
     """Whether a batch enters only when the one before it is in the weights."""

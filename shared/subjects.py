@@ -9,6 +9,8 @@ from shared.messages.cluster import (
     Heartbeat,
     LinkAnswer,
     LinkOffer,
+    Rendezvous,
+    RendezvousRequest,
     StageStopped,
     StatusRequest,
 )
@@ -159,6 +161,12 @@ RELEASE = Topic(
 )
 WEIGHTS = RequestTopic(
     "lemix.train.weights", WeightsRequest, WeightsStatus, "anyone -> trainer: which versions are there"
+)
+RENDEZVOUS = RequestTopic(
+    "lemix.node.{node}.stage.{stage}.rendezvous",
+    RendezvousRequest,
+    Rendezvous,
+    "the same stage of another node -> stage: where do we meet",
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 

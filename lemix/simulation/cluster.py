@@ -44,7 +44,8 @@ MAX_MICROBATCH_TOKENS = 1 << 16
 NO_FOLDER = Path("/simulated")
 """Where arenas would lie; named in messages, which must not differ between runs."""
 NEVER = 10**9
-"""Checkpoints would only take the machine's time: the runs are short, and nothing is learnt."""
+"""Checkpoints would only take the machine's time: the runs are short, and nothing is learnt. For merges of
+what is left at the end, set `checkpoint_idle_s`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +139,8 @@ class SimulatedCluster:
             schedule=options.schedule,
             run_dir=folder,
             max_microbatch_tokens=MAX_MICROBATCH_TOKENS,
-            checkpoint_every=NEVER,
-            checkpoint_idle_s=NEVER,
             max_pending=NEVER,
-            **options.trainer_settings,
+            **{"checkpoint_every": NEVER, "checkpoint_idle_s": NEVER, **options.trainer_settings},
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._stages: dict[tuple[int, int], tuple[asyncio.Task[None], MemoryBus]] = {}

@@ -35,7 +35,7 @@ def main() -> None:
 
 def _executor(
     settings: StageWorkerSettings, instance: str, clock: Clock
-) -> tuple[StageWorkerSettings, Executor[Any]]:
+) -> tuple[StageWorkerSettings, Executor[Any, Any]]:
     """The executor, and the settings with what its device has to say to them."""
     if settings.emulate:
         from services.stage_worker.emulation import emulated_executor, emulated_settings

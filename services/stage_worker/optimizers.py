@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import NAdam, Optimizer
 
@@ -26,6 +27,15 @@ class OptimizerSettings:
 def build_optimizer(settings: OptimizerSettings, parameters: Iterable[Parameter]) -> Optimizer:
     """The optimizer that `settings` names; each step sets its learning rate first."""
     return _BUILDERS[settings.name](settings, parameters)
+
+
+def first_state(settings: OptimizerSettings, parameter: Parameter) -> dict[str, Tensor]:
+    """What the optimizer remembers of `parameter` when its first gradient was zero."""
+    stand_in = Parameter(torch.zeros_like(parameter))
+    stand_in.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(settings, [stand_in])
+    optimizer.step()
+    return dict(optimizer.state[stand_in])
 
 
 def _adamw(settings: OptimizerSettings, parameters: Iterable[Parameter]) -> Optimizer:

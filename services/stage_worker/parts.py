@@ -21,7 +21,7 @@ class Parts:
     bus: Bus
     clock: Clock
     telemetry: Telemetry
-    executor: Executor[Any]
+    executor: Executor[Any, Any]
     queue: WorkQueue
     progress: Progress
 

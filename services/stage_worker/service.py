@@ -2,8 +2,9 @@
 
     bus --> serving.py  (requests, iterations) --.
         --> training.py (microbatches, weights) --+--> work.py (one item at a time) --> executor/
+        --> merging.py  (means with other nodes) --'
 
-Neither half knows the other, nor this file.
+The halves know neither each other nor this file; merging.py goes by the training's epoch and version.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import logging
 from typing import Any
 
 from services.stage_worker.executor.base import Executor, ModelFacts
+from services.stage_worker.merging import Merging
 from services.stage_worker.parts import Parts, is_inside
 from services.stage_worker.progress import Progress
 from services.stage_worker.queue import DISCIPLINES
@@ -46,7 +48,7 @@ class StageWorker:
         bus: Bus,
         clock: Clock,
         telemetry: Telemetry,
-        executor: Executor[Any],
+        executor: Executor[Any, Any],
     ) -> None:
         """Raises ConfigurationError for an unknown discipline or a stage that is none of `num_stages`."""
         if settings.discipline not in DISCIPLINES:
@@ -119,6 +121,7 @@ class StageWorker:
         await self._bus.respond(subjects.LINK.at(**place), self._on_link_offer)
         await self._serving.subscribe()
         await self._training.subscribe()
+        await Merging(self._parts, self._training, group=self._group).subscribe()
         await self._bus.subscribe(subjects.NEIGHBOUR.at(node=self._settings.node), self._on_heartbeat)
 
     async def _on_restored(self, message: RestoreWeights) -> None:

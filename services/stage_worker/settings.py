@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.schedule import StashingName
+from shared.schedule import MergeName, StashingName
 from shared.settings import MAX_ITERATION_TOKENS, LemixSettings
 
 OptimizerName = Literal["adamw", "nadamw"]
@@ -67,6 +67,13 @@ class StageWorkerSettings(LemixSettings):
     optimizer_beta2: float = Field(default=0.95, ge=0, lt=1)
     optimizer_epsilon: float = Field(default=1e-8, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+
+    merge: MergeName = "none"
+    """`outer`: keep the weights of the last merge, too; the trainer must use the same."""
+    collective_host: str = "127.0.0.1"
+    """This machine's name or address where the same stage of other nodes reaches it."""
+    collective_timeout_s: float = Field(default=60.0, gt=0)
+    """For each single wait for another node in a merge; the same on all."""
 
     @property
     def kv_blocks(self) -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,13 @@ from shared.messages.weights import ReleaseVersion, RestoreWeights, SaveWeights
 from shared.tensors.ref import TensorRef
 
 RESTORE_DEADLINE_S = 600.0
+NO_ATTRIBUTES: Mapping[str, int] = {}
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class Item:
     """Work for a batch, and the tensor that came with it."""
 
     epoch: int
@@ -89,8 +90,8 @@ class Training:
         """Of batches whose backwards wait until all forwards are done (last stage)."""
         self._awaiting_tied: dict[str, Microbatch] = {}
         self._tied: dict[str, TensorRef] = {}
-        self._awaiting_order: dict[str, Microbatch] = {}
-        """Batches whose gradients are complete; the last microbatch of each."""
+        self._awaiting_order: dict[str, str] = {}
+        """Batches whose gradients are complete; the trace that each belongs to."""
         self._kept: set[int] = set()
         """Versions that the executor keeps for serving."""
         self._saves: dict[int, SaveWeights] = {}
@@ -113,35 +114,36 @@ class Training:
 
     async def _on_forward(self, incoming: Incoming[MicrobatchForward]) -> None:
         message, microbatch = incoming.message, incoming.message.microbatch
-        item = _Item(microbatch.epoch, microbatch.batch_id, message.hidden, partial(self._forward, message))
-        self._enqueue(WorkKind.TRAINING_FORWARD, item)
+        item = Item(microbatch.epoch, microbatch.batch_id, message.hidden, partial(self._forward, message))
+        self.enqueue(WorkKind.TRAINING_FORWARD, item)
 
     async def _on_backward(self, incoming: Incoming[MicrobatchBackward]) -> None:
         message = incoming.message
         work = partial(self._backward, message.batch_id, message.index, message.gradient)
-        self._enqueue(WorkKind.BACKWARD, _Item(message.epoch, message.batch_id, message.gradient, work))
+        self.enqueue(WorkKind.BACKWARD, Item(message.epoch, message.batch_id, message.gradient, work))
 
     async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
         message = incoming.message
-        item = _Item(message.epoch, message.batch_id, message.gradient, partial(self._take_tied, message))
-        self._enqueue(WorkKind.STEP, item)
+        item = Item(message.epoch, message.batch_id, message.gradient, partial(self._take_tied, message))
+        self.enqueue(WorkKind.STEP, item)
 
     async def _on_step(self, incoming: Incoming[StepOrder]) -> None:
         order = incoming.message
-        item = _Item(order.epoch, order.batch_id, None, partial(self._step, order))
-        self._enqueue(WorkKind.STEP, item)
+        item = Item(order.epoch, order.batch_id, None, partial(self._step, order))
+        self.enqueue(WorkKind.STEP, item)
 
-    def _enqueue(self, kind: WorkKind, item: _Item) -> None:
+    def enqueue(self, kind: WorkKind, item: Item) -> None:
+        """Have it done in its turn, if it is of the present epoch, then too."""
         is_current = item.epoch == self.epoch
         self._queue.put(kind, partial(self._guarded if is_current else self._ignore, item))
 
-    async def _ignore(self, item: _Item) -> None:
+    async def _ignore(self, item: Item) -> None:
         """Of another epoch. Its tensor lies in a peer's arena, whose slots must come free again."""
         log.info("%s of epoch %d ignored in epoch %d", item.batch_id, item.epoch, self.epoch)
         if item.tensor is not None:
             await self._executor.discard(item.tensor)
 
-    async def _guarded(self, item: _Item) -> None:
+    async def _guarded(self, item: Item) -> None:
         """A batch that fails is told of, loudly, and the node is restored; serving goes on."""
         if item.epoch != self.epoch:  # a restore came while the item waited
             await self._ignore(item)
@@ -151,12 +153,16 @@ class Training:
             await item.work()
         except Exception as error:
             log.exception("training on %s failed", item.batch_id)
-            await self._report(item.epoch, _failure(item.batch_id, error))
+            await self.failed(item.epoch, item.batch_id, error)
+
+    async def failed(self, epoch: int, batch_id: str, error: Exception) -> None:
+        """Tell that what the batch needed cannot be done; the trainer restores the node."""
+        await self._report(epoch, _failure(batch_id, error))
 
     async def _forward(self, message: MicrobatchForward) -> None:
         microbatch = message.microbatch
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
-        span = self._span("stage.training_forward", microbatch)
+        span = self._microbatch_span("stage.training_forward", microbatch)
         with self._progress.doing(microbatch_op("forward", microbatch)):
             output = await self._executor.forward(microbatch, message.hidden or message.tokens)
         span.end()
@@ -183,11 +189,11 @@ class Training:
         if len(held) == microbatch.count:
             for each in self._held.pop(microbatch.batch_id):
                 turn = partial(self._backward, each.batch_id, each.index, None)
-                self._enqueue(WorkKind.BACKWARD, _Item(each.epoch, each.batch_id, None, turn))
+                self.enqueue(WorkKind.BACKWARD, Item(each.epoch, each.batch_id, None, turn))
 
     async def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> None:
         microbatch = self._in_flight[batch_id, index]
-        span = self._span("stage.training_backward", microbatch)
+        span = self._microbatch_span("stage.training_backward", microbatch)
         with self._progress.doing(microbatch_op("backward", microbatch)):
             of_inputs = await self._executor.backward(batch_id, index, gradient)
         span.end()
@@ -232,19 +238,26 @@ class Training:
             return
         microbatch, tied = self._awaiting_tied.pop(batch_id), self._tied.pop(batch_id, None)
         squared_norm = await self._executor.measure(batch_id, tied)
-        self._awaiting_order[batch_id] = microbatch
-        await self._report_on(microbatch, GradientsReady(batch_id=batch_id, squared_norm=squared_norm))
+        self._awaiting_order[batch_id] = microbatch.traceparent
+        await self.gradients_ready(microbatch.epoch, batch_id, squared_norm)
+
+    async def gradients_ready(self, epoch: int, batch_id: str, squared_norm: float) -> None:
+        """Tell the trainer, and wait for its order: on the batch, or on the mean under that name."""
+        traceparent = self._awaiting_order.setdefault(batch_id, "")
+        event = GradientsReady(batch_id=batch_id, squared_norm=squared_norm)
+        await self._report(epoch, event, traceparent)
 
     async def _step(self, order: StepOrder) -> None:
-        microbatch = self._awaiting_order.pop(order.batch_id)
-        span = self._span("stage.step", microbatch)
+        traceparent = self._awaiting_order.pop(order.batch_id)
+        span = self._span("stage.step", traceparent)
         with self._progress.doing(step_op(order.batch_id)):
             await self._executor.step(order)
         self._set_version(order.version)
         if order.keep:
             await self._keep()
         span.end()
-        await self._report_on(microbatch, StepDone(batch_id=order.batch_id, version=self.version))
+        done = StepDone(batch_id=order.batch_id, version=self.version)
+        await self._report(order.epoch, done, traceparent)
         await self._save_if_due()
 
     async def _keep(self) -> None:
@@ -261,17 +274,21 @@ class Training:
             self._kept.remove(version)
             await self._executor.release(version)
 
+    def merged(self, version: int) -> None:
+        """The stage has gone on from other weights, of that version."""
+        self._is_untouched = False
+        self._set_version(version)
+
     def _set_version(self, version: int) -> None:
         self.version = version
         self._tell_version(version)
 
-    def _span(self, name: str, microbatch: Microbatch) -> Any:
-        attributes = {
-            "lemix.node": self._settings.node,
-            "lemix.stage": self._settings.stage,
-            "lemix.microbatch": microbatch.index,
-        }
-        return self._telemetry.span(name, traceparent=microbatch.traceparent, attributes=attributes)
+    def _microbatch_span(self, name: str, microbatch: Microbatch) -> Any:
+        return self._span(name, microbatch.traceparent, {"lemix.microbatch": microbatch.index})
+
+    def _span(self, name: str, traceparent: str, more: Mapping[str, int] = NO_ATTRIBUTES) -> Any:
+        attributes = {"lemix.node": self._settings.node, "lemix.stage": self._settings.stage, **more}
+        return self._telemetry.span(name, traceparent=traceparent, attributes=attributes)
 
     async def _report_on(self, microbatch: Microbatch, event: StageEvent) -> None:
         await self._report(microbatch.epoch, event, microbatch.traceparent)
@@ -372,6 +389,11 @@ class Training:
         allowed = self._settings.checkpoint_dir
         if not is_inside(folder, allowed):
             raise RefusedError(f"{folder} is not in this run's folder of checkpoints {allowed}", code=403)
+
+    def check_epoch_is(self, epoch: int) -> None:
+        """Raises RefusedError when it is not the present one."""
+        if epoch != self.epoch:
+            raise RefusedError(f"epoch {epoch} is not {self.epoch}, which this stage follows", code=409)
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch < self.epoch:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from services.stage_worker.optimizers import OptimizerSettings, build_optimizer
+from services.stage_worker.optimizers import OptimizerSettings, build_optimizer, first_state
 from services.stage_worker.precision import cast_parameters
 from shared.errors import LemixError, VersionGoneError
 from shared.model.stage import Stage
@@ -72,6 +72,7 @@ class StageWeights:
         """Gradients of the batch whose backwards run now."""
         self._gradients: dict[str, Tensors] = {}
         """Of batches whose backwards are all done, until their step."""
+        self._optimizer_settings = optimizer
         self._optimizer = build_optimizer(optimizer, self._masters.values())
 
     @contextmanager
@@ -128,6 +129,14 @@ class StageWeights:
         self._gradients[batch_id] = total
         return total
 
+    def gradients(self, batch_id: str) -> Tensors:
+        """Of a finished batch; a view, not a copy. KeyError when it is not waiting for its step."""
+        return self._gradients[batch_id]
+
+    def replace_gradients(self, batch_id: str, gradients: Tensors) -> None:
+        """Let a step on `batch_id`, finished or only a name, use these, which belong to it from now on."""
+        self._gradients[batch_id] = gradients
+
     def add_gradient(self, batch_id: str, name: str, gradient: Tensor) -> None:
         """Add what another stage's copy of a tied parameter has gathered for a finished batch."""
         self._gradients[batch_id][name].add_(gradient)
@@ -180,6 +189,21 @@ class StageWeights:
             for name, master in self._masters.items():
                 master.copy_(tensors[name])
         self._round_masters()
+        self._load_optimizer({key: value.clone() for key, value in optimizer_state.items()})
+        self.version = version
+
+    def replace(
+        self, tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], *, version: int
+    ) -> None:
+        """Go on from these masters, whose memory belongs to the stage from now on: nothing is copied.
+
+        Versions in flight, and those that are kept, keep theirs.
+        """
+        self._current = None
+        self._retire()
+        for name, newest in self._newest.items():
+            self._masters[name].data = tensors[name]
+            newest.data = tensors[name].to(newest.dtype)
         self._load_optimizer(optimizer_state)
         self.version = version
 
@@ -195,14 +219,24 @@ class StageWeights:
             for kind, value in self._optimizer.state.get(master, {}).items()
         }
 
+    def complete_optimizer_state(self) -> Tensors:
+        """The same, and for parameters that never had a gradient what the first one would leave."""
+        missing = {
+            f"{kind}.{name}": value
+            for name, master in self._masters.items()
+            if not self._optimizer.state.get(master)
+            for kind, value in first_state(self._optimizer_settings, master).items()
+        }
+        return self.optimizer_state() | missing
+
     def _load_optimizer(self, state: Mapping[str, Tensor]) -> None:
-        """The optimizer itself puts each tensor where it wants it; those in `state` are not kept."""
+        """The optimizer itself puts each tensor where it wants it, and keeps those that are there."""
         numbers = {name: number for number, name in enumerate(self._masters)}
         by_number: dict[int, Tensors] = {}
         for key, value in state.items():
             kind, _, name = key.partition(".")
             if name in numbers:
-                by_number.setdefault(numbers[name], {})[kind] = value.clone()
+                by_number.setdefault(numbers[name], {})[kind] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": by_number, "param_groups": groups})
 

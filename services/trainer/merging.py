@@ -111,5 +111,6 @@ class Merging:
 
 def _group(name: str, members: tuple[Member, ...]) -> MergeGroup:
     return MergeGroup(
-        name=name, members=tuple(MergeMember(node=each.node, share=each.share) for each in members)
+        name=name,
+        members=tuple(MergeMember(node=each.node, epoch=each.epoch, share=each.share) for each in members),
     )

@@ -6,10 +6,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from shared.messages.weights import ServingRule
-from shared.schedule import ScheduleName, StashingName
+from shared.schedule import MergeName, ScheduleName, StashingName
 from shared.settings import LemixSettings
-
-Merging = Literal["none", "average", "outer", "allreduce"]
 
 
 class TrainerSettings(LemixSettings):
@@ -25,7 +23,7 @@ class TrainerSettings(LemixSettings):
     """Parts that a batch is cut into; more when they would be too large."""
     max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)
     """Tokens in a microbatch at most; the upper limit keeps its message below 1 MiB."""
-    merge: Merging = "none"
+    merge: MergeName = "none"
     """How the nodes' weights become one: never; as their mean, or by DiLoCo's outer step on it, every
     `merge_every` batches; or step by step, by the mean of their gradients."""
     merge_every: int = Field(default=16, ge=1)
@@ -67,7 +65,7 @@ class TrainerSettings(LemixSettings):
     """Where a run without checkpoints begins: at the `first` batch of the stream or at the `next` to come."""
 
     @property
-    def merging(self) -> Merging:
+    def merging(self) -> MergeName:
         """`dp` is the mean of gradients over nodes of one stage."""
         return "allreduce" if self.schedule == "dp" else self.merge
 

@@ -70,6 +70,17 @@ class LinkAnswer(Message):
     reason: str = ""
 
 
+class RendezvousRequest(Message):
+    """Ask the first member of a merge where its members meet."""
+
+
+class Rendezvous(Message):
+    """Where the members of a merge meet."""
+
+    address: str
+    """`host:port` of a key-value store."""
+
+
 class StatusRequest(Message):
     """Ask for the cluster's state."""
 

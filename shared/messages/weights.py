@@ -38,6 +38,8 @@ class MergeMember(Message):
     """One node of a merge."""
 
     node: int
+    epoch: int
+    """Of its weights. Where all members' are those of the last time, they know each other already."""
     share: float = Field(ge=0, le=1)
     """Of the mean; those of all members sum to 1."""
 

@@ -1,4 +1,4 @@
-"""One node of real stage workers with torch executors, in this process, on the memory bus."""
+"""Nodes of real stage workers with torch executors, in this process, on the memory bus."""
 
 import asyncio
 import itertools
@@ -33,7 +33,11 @@ from shared.messages.training import (
     VersionsServed,
 )
 from shared.messages.weights import (
+    MergeGroup,
+    MergeWeights,
+    OuterStep,
     PublishVersion,
+    ReduceGradients,
     ReleaseVersion,
     RestoreWeights,
     SaveWeights,
@@ -43,7 +47,6 @@ from shared.telemetry import Telemetry
 from tests.support.training import LEARNING_RATE
 
 DEADLINE_S = 60.0
-GATEWAY = "test"
 
 
 class Answer:
@@ -79,6 +82,8 @@ class Node:
     def __init__(self, workers: "Workers", num_stages: int) -> None:
         self.workers = workers
         self.bus = workers.broker.connect()
+        self.number = workers.node
+        self.gateway = f"test-{workers.node}"
         self.num_stages = num_stages
         self.heartbeats: dict[int, Heartbeat] = {}
         self.reports: asyncio.Queue[StageReport] = asyncio.Queue()
@@ -99,8 +104,8 @@ class Node:
         self._numbers = itertools.count()
 
     async def subscribe(self) -> None:
-        await self.bus.subscribe(subjects.TOKENS.at(gateway=GATEWAY), self._on_tokens)
-        await self.bus.subscribe(subjects.FAILED.at(gateway=GATEWAY), self._on_failed)
+        await self.bus.subscribe(subjects.TOKENS.at(gateway=self.gateway), self._on_tokens)
+        await self.bus.subscribe(subjects.FAILED.at(gateway=self.gateway), self._on_failed)
         await self.bus.subscribe(subjects.HEARTBEAT.at(), self._on_heartbeat)
         await self.bus.subscribe(subjects.REPORT.at(), self._on_report)
 
@@ -127,7 +132,7 @@ class Node:
         await self.heard(lambda: self.heartbeats[stage].instance != gone)
 
     async def cancel(self, answer: Answer) -> None:
-        await self.bus.publish(subjects.CANCEL.at(node=0), CancelTask(task_id=answer.task.task_id))
+        await self.bus.publish(subjects.CANCEL.at(node=self.number), CancelTask(task_id=answer.task.task_id))
 
     async def start(
         self,
@@ -142,14 +147,14 @@ class Node:
         task_id = f"task-{next(self._numbers)}"
         task = InferenceTask(
             task_id=task_id,
-            gateway=GATEWAY,
+            gateway=self.gateway,
             prompt=tuple(prompt),
             sampling=Sampling(**{"temperature": 0.0, **sampling}),
             prompt_logprobs=prompt_logprobs,
             timeout_s=timeout_s,
         ).model_copy(update=changes or {})
         answer = self._answers[task_id] = Answer(task)
-        await self.bus.publish(subjects.ASSIGN.at(node=0), task)
+        await self.bus.publish(subjects.ASSIGN.at(node=self.number), task)
         return answer
 
     async def complete(self, prompt: list[int], **arguments: Any) -> Answer:
@@ -164,24 +169,48 @@ class Node:
         """As the trainer does at its start: opens the node for training."""
         message = RestoreWeights(epoch=epoch, version=version, checkpoint=checkpoint, serving=serving)
         for stage in range(self.num_stages):
-            await self.bus.request(subjects.RESTORE.at(node=0, stage=stage), message, timeout_s=DEADLINE_S)
+            await self.bus.request(
+                subjects.RESTORE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S
+            )
         self._epoch, self.version = epoch, version
         self._squared_norms.clear()
 
     async def save(self, version: int, folder: Path, *, epoch: int = 1) -> None:
         message = SaveWeights(epoch=epoch, version=version, folder=str(folder))
         for stage in range(self.num_stages):
-            await self.bus.request(subjects.SAVE.at(node=0, stage=stage), message, timeout_s=DEADLINE_S)
+            await self.bus.request(
+                subjects.SAVE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S
+            )
+
+    async def merge(
+        self, group: MergeGroup, version: int, outer: OuterStep | None = None, *, epoch: int | None = None
+    ) -> None:
+        """Have all stages hold the mean. Raises the first refusal."""
+        order = MergeWeights(epoch=epoch or self._epoch, version=version, group=group, outer=outer)
+        async with asyncio.timeout(DEADLINE_S):
+            asked = (
+                self.bus.request(
+                    subjects.MERGE.at(node=self.number, stage=stage), order, timeout_s=DEADLINE_S
+                )
+                for stage in range(self.num_stages)
+            )
+            await asyncio.gather(*asked)
+        self.version = version
+
+    async def reduce(self, group: MergeGroup, batch_id: str) -> None:
+        order = ReduceGradients(epoch=self._epoch, batch_id=batch_id, group=group)
+        for stage in range(self.num_stages):
+            await self.bus.publish(subjects.REDUCE.at(node=self.number, stage=stage), order)
 
     async def publish(self, version: int) -> None:
         await self.bus.publish(
-            subjects.PUBLISH.at(node=0), PublishVersion(epoch=self._epoch, version=version)
+            subjects.PUBLISH.at(node=self.number), PublishVersion(epoch=self._epoch, version=version)
         )
 
     async def release(self, version: int) -> None:
         message = ReleaseVersion(epoch=self._epoch, version=version)
         for stage in range(self.num_stages):
-            await self.bus.publish(subjects.RELEASE.at(node=0, stage=stage), message)
+            await self.bus.publish(subjects.RELEASE.at(node=self.number, stage=stage), message)
 
     async def until_published(self, version: int) -> None:
         """Wait until stage 0 tells that new requests get the version."""
@@ -193,7 +222,7 @@ class Node:
         await self.heard(lambda: self.served == wanted)
 
     async def feed(self, forward: MicrobatchForward) -> None:
-        await self.bus.publish(subjects.FORWARD.at(node=0, stage=0), forward)
+        await self.bus.publish(subjects.FORWARD.at(node=self.number, stage=0), forward)
 
     async def report(self) -> StageReport:
         async with asyncio.timeout(DEADLINE_S):
@@ -218,6 +247,8 @@ class Node:
         answer.done.set()
 
     async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
+        if incoming.message.node != self.number:
+            return
         async with self._beaten:
             self.heartbeats[incoming.message.stage] = incoming.message
             self._beaten.notify_all()
@@ -233,10 +264,12 @@ class Node:
             keep=self.keeps,
         ).model_copy(update=changes)
         for stage in range(self.num_stages):
-            await self.bus.publish(subjects.STEP.at(node=0, stage=stage), order)
+            await self.bus.publish(subjects.STEP.at(node=self.number, stage=stage), order)
 
     async def _on_report(self, incoming: Incoming[StageReport]) -> None:
         report = incoming.message
+        if report.node != self.number:
+            return
         if isinstance(report.event, VersionsServed):
             async with self._beaten:
                 self.served = report.event
@@ -255,11 +288,20 @@ class Node:
 
 
 @asynccontextmanager
-async def running_node(model: Path, num_stages: int, run_dir: Path, **settings: Any) -> AsyncIterator[Node]:
+async def running_node(
+    model: Path,
+    num_stages: int,
+    run_dir: Path,
+    *,
+    number: int = 0,
+    broker: MemoryBroker | None = None,
+    **settings: Any,
+) -> AsyncIterator[Node]:
     """A ready node of `num_stages` stages; ends without leaving anything behind."""
     async with asyncio.TaskGroup() as group:
         chosen = {"num_stages": num_stages, "model": str(model), "run_dir": run_dir, "shm_dir": run_dir}
-        node = Node(Workers(group, {**chosen, **settings}), num_stages)
+        workers = Workers(group, {**chosen, **settings}, node=number, broker=broker or MemoryBroker())
+        node = Node(workers, num_stages)
         await node.subscribe()
         for stage in range(num_stages):
             node.workers.start(stage)
@@ -275,14 +317,17 @@ async def running_node(model: Path, num_stages: int, run_dir: Path, **settings: 
 class Workers:
     """The stage workers of a node, as their processes would be; one that fails fails the test."""
 
-    def __init__(self, group: asyncio.TaskGroup, settings: dict[str, Any]) -> None:
-        self.broker = MemoryBroker()
+    def __init__(
+        self, group: asyncio.TaskGroup, settings: dict[str, Any], *, node: int, broker: MemoryBroker
+    ) -> None:
+        self.node = node
+        self.broker = broker
         self.buses: dict[int, MemoryBus] = {}
         self._group = group
         self._settings = settings
         self.settings_of: dict[int, dict[str, Any]] = {}
         """What the next worker of a stage has of its own."""
-        self._ids = IdSource(random.Random(0))
+        self._ids = IdSource(random.Random(node))
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def start(self, stage: int) -> None:
@@ -294,7 +339,7 @@ class Workers:
 
     async def _run(self, stage: int) -> None:
         settings = StageWorkerSettings(
-            node=0, stage=stage, **self._settings | self.settings_of.get(stage, {})
+            node=self.node, stage=stage, **self._settings | self.settings_of.get(stage, {})
         )
         instance = self._ids.new("stage")
         bus = self.buses[stage] = self.broker.connect()

@@ -11,10 +11,14 @@ from typing import Protocol, TypeVar
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
+from shared.messages.weights import MergeGroup, OuterStep
 from shared.tensors.ref import TensorRef
 
 Snapshot = TypeVar("Snapshot")
 """A copy of a stage's tensors, opaque to the worker."""
+
+Copied = TypeVar("Copied")
+"""What a stage brings to a mean with other nodes, and then the mean; opaque to the worker."""
 
 Rows = Sequence[int] | TensorRef
 """What enters a stage: token ids at stage 0, activations [rows, hidden_size] after it."""
@@ -64,7 +68,7 @@ class ModelFacts:
     """Tokens that a prompt and its completion may have together; None: the model has no limit."""
 
 
-class Executor(Protocol[Snapshot]):
+class Executor(Protocol[Snapshot, Copied]):
     """One stage on one device. Any method may raise LemixError or an error of the device."""
 
     async def load(self) -> ModelFacts:
@@ -123,6 +127,38 @@ class Executor(Protocol[Snapshot]):
 
     async def release(self, version: int) -> None:
         """No more iterations will come with that version."""
+        ...
+
+    async def rendezvous(self) -> str:
+        """Where the members of a merge meet, if this stage is the first of them.
+
+        Raises CarrierError when they cannot meet here.
+        """
+        ...
+
+    async def copy_state(self) -> Copied:
+        """Copy all that a merge averages: weights and optimizer state."""
+        ...
+
+    async def copy_gradients(self, batch_id: str) -> Copied:
+        """Copy a measured batch's gradients; zeros when `batch_id` is empty."""
+        ...
+
+    async def average(
+        self, copied: Copied, group: MergeGroup, rendezvous: str, outer: OuterStep | None = None
+    ) -> None:
+        """Replace a copy by the mean over the members, or by what `outer` makes of it. Other calls go on.
+
+        Raises PeerLostError when a member is lost.
+        """
+        ...
+
+    async def hold_state(self, mean: Copied, version: int) -> None:
+        """Go on from averaged weights and optimizer state."""
+        ...
+
+    async def hold_gradients(self, mean: Copied, batch_id: str) -> float:
+        """Let the step on `batch_id` use averaged gradients; returns the sum of their squares."""
         ...
 
     async def restore(self, checkpoint: str, version: int) -> None:

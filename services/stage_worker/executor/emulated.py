@@ -1,5 +1,6 @@
 """The executor that only takes the time: a device that is as fast as a profile says, and computes nothing."""
 
+import asyncio
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from shared.errors import LemixError, VersionGoneError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult, TokenLogprob
 from shared.messages.training import Microbatch, StepOrder
+from shared.messages.weights import MergeGroup, OuterStep
 from shared.profiles.records import StageMemory
 from shared.profiles.times import StageTimes
 from shared.tensors.ref import TensorRef
@@ -156,6 +158,28 @@ class EmulatedExecutor:
 
     async def release(self, version: int) -> None:
         self._kept.discard(version)
+
+    async def rendezvous(self) -> str:
+        return ""
+
+    async def copy_state(self) -> None:
+        pass
+
+    async def copy_gradients(self, batch_id: str) -> None:
+        pass
+
+    async def average(
+        self, copied: None, group: MergeGroup, rendezvous: str, outer: OuterStep | None = None
+    ) -> None:
+        """Takes as long as the weights need to the host; the device goes on meanwhile."""
+        if self._memory is not None:
+            await asyncio.sleep(self._memory.load_s)
+
+    async def hold_state(self, mean: None, version: int) -> None:
+        self._version = version
+
+    async def hold_gradients(self, mean: None, batch_id: str) -> float:
+        return 0.0
 
     async def restore(self, checkpoint: str, version: int) -> None:
         self._in_flight.clear()

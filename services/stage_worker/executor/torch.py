@@ -24,8 +24,11 @@ from services.stage_worker.executor.base import (
 )
 from services.stage_worker.executor.logits import LogitPlan
 from services.stage_worker.executor.microbatches import MicrobatchRunner
+from services.stage_worker.executor.peers import Peers
+from services.stage_worker.executor.replica import Copied, Replica
 from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
 from services.stage_worker.optimizers import OptimizerSettings
+from services.stage_worker.outer import without_outer
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.weights import StageWeights
 from shared import checkpoints
@@ -34,6 +37,7 @@ from shared.errors import CarrierError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
+from shared.messages.weights import MergeGroup, OuterStep
 from shared.model.attention import AttentionContext, PackedSegments
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import in_published_names, load_stage, model_partition, read_config
@@ -74,6 +78,7 @@ class _Loaded:
     cache: PagedKVCache
     weights: StageWeights
     microbatches: MicrobatchRunner
+    replica: Replica
     packed: InferenceWeights
 
 
@@ -86,6 +91,13 @@ class TorchExecutor:
         self._device = torch.device(settings.device)
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._peers = Peers(
+            node=settings.node,
+            device=self._device,
+            host=settings.collective_host,
+            timeout_s=settings.collective_timeout_s,
+        )
+        self._peers_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="peers")
         self._incoming = IncomingLinks(self._device)
         self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
         self._model: _Loaded | None = None
@@ -133,6 +145,27 @@ class TorchExecutor:
     async def release(self, version: int) -> None:
         await self._run(self._loaded.weights.release, version)
 
+    async def rendezvous(self) -> str:
+        return await asyncio.to_thread(self._peers.rendezvous)
+
+    async def copy_state(self) -> Copied:
+        return await self._run(self._loaded.replica.copy_state)
+
+    async def copy_gradients(self, batch_id: str) -> Copied:
+        return await self._run(self._loaded.replica.copy_gradients, batch_id)
+
+    async def average(
+        self, copied: Copied, group: MergeGroup, rendezvous: str, outer: OuterStep | None = None
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._peers_thread, self._average, copied, group, rendezvous, outer)
+
+    async def hold_state(self, mean: Copied, version: int) -> None:
+        await self._run(self._hold_state, mean, version)
+
+    async def hold_gradients(self, mean: Copied, batch_id: str) -> float:
+        return await self._run(self._hold_gradients, mean, batch_id)
+
     async def restore(self, checkpoint: str, version: int) -> None:
         await self._run(self._restore, checkpoint, version)
 
@@ -145,7 +178,9 @@ class TorchExecutor:
     async def close(self) -> None:
         for link in self._outgoing.values():
             link.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._peers.close()
+        for thread in (self._thread, self._peers_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
@@ -154,6 +189,14 @@ class TorchExecutor:
     def _loaded(self) -> _Loaded:
         assert self._model is not None, "load() comes first"
         return self._model
+
+    # In the thread that waits for peers.
+
+    def _average(self, copied: Copied, group: MergeGroup, rendezvous: str, outer: OuterStep | None) -> None:
+        if len(group.members) > 1:
+            self._peers.mean_(copied.tensors.flat, group, rendezvous)
+        if outer is not None:
+            self._loaded.replica.make_outer_step(copied, outer)
 
     # Below here: in the compute thread.
 
@@ -171,14 +214,17 @@ class TorchExecutor:
             stashing=settings.stashing,
             dtype=self._dtype,
         )
+        state = _optimizer_state(durable.folder, stage) if durable else {}
         if durable:
             trained = read_adapter(stage, durable.folder) if self._adapter_kind else weights.master_tensors()
-            weights.load(trained, _optimizer_state(durable.folder, stage), version=weights.version)
+            weights.load(trained, without_outer(state), version=weights.version)
+        replica = Replica(weights, self._device, state, is_outer=settings.merge == "outer")
         cache = self._cache(stage)
         microbatches = MicrobatchRunner(
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
         )
-        self._model = _Loaded(stage, cache, weights, microbatches, enable_fast_inference(stage))
+        packed = enable_fast_inference(stage)
+        self._model = _Loaded(stage, cache, weights, microbatches, replica, packed)
         self._warm_up(stage, cache)
         gc.collect()
         gc.freeze()  # what is loaded stays: collections under load need not look at it
@@ -337,8 +383,12 @@ class TorchExecutor:
         if tied is not None:
             assert stage.tied_across_stages is not None
             weights.add_gradient(batch_id, stage.tied_across_stages, self._incoming.take(tied))
+        return self._squared_norm(batch_id)
+
+    def _squared_norm(self, batch_id: str) -> float:
+        stage = self._loaded.stage
         counted_elsewhere = None if stage.layers.is_first else stage.tied_across_stages
-        return weights.squared_norm(batch_id, but=counted_elsewhere)
+        return self._loaded.weights.squared_norm(batch_id, but=counted_elsewhere)
 
     def _step(self, order: StepOrder) -> None:
         loaded = self._loaded
@@ -355,6 +405,14 @@ class TorchExecutor:
         if not self._adapter_kind and self._served is None:
             self._loaded.packed.invalidate()
 
+    def _hold_state(self, mean: Copied, version: int) -> None:
+        self._loaded.replica.hold_state(mean, version=version)
+        self._note_new_weights()
+
+    def _hold_gradients(self, mean: Copied, batch_id: str) -> float:
+        self._loaded.replica.hold_gradients(mean, batch_id)
+        return self._squared_norm(batch_id)
+
     def _restore(self, checkpoint: str, version: int) -> None:
         loaded, folder = self._loaded, Path(checkpoint) if checkpoint else None
         loaded.microbatches.drop_all()
@@ -364,7 +422,8 @@ class TorchExecutor:
             checkpoints.check_model(found, self._settings.model)
             checkpoints.check_adapter(found, self._adapter_kind)
         state = _optimizer_state(folder, loaded.stage) if folder else {}
-        loaded.weights.load(self._trainable_tensors(folder), state, version=version)
+        loaded.weights.load(self._trainable_tensors(folder), without_outer(state), version=version)
+        loaded.replica.restored(state)
         self._note_new_weights()
 
     def _trainable_tensors(self, checkpoint: Path | None) -> Mapping[str, Tensor]:
@@ -377,7 +436,8 @@ class TorchExecutor:
 
     def _snapshot(self) -> files.Snapshot:
         stage, weights = self._loaded.stage, self._loaded.weights
-        masters, optimizer = weights.master_tensors(), weights.optimizer_state()
+        masters = weights.master_tensors()
+        optimizer = weights.optimizer_state() | self._loaded.replica.named_state()
         if self._adapter_kind:
             config = adapter_config(stage, self._settings.model)
             return files.take_snapshot(in_adapter_names(masters), optimizer, config)

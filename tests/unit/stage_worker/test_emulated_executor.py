@@ -1,14 +1,17 @@
+import asyncio
 import math
 from pathlib import Path
 
 import pytest
 
+from lemix.simulation.loop import VirtualClock, run_virtual
 from services.stage_worker.executor.base import Executor
 from services.stage_worker.executor.emulated import NO_TENSOR, EmulatedExecutor
 from services.stage_worker.settings import StageWorkerSettings
 from shared.errors import LemixError, VersionGoneError
 from shared.messages.inference import Sampling, SequenceChunk
 from shared.messages.training import Microbatch, StepOrder
+from shared.messages.weights import MergeGroup, MergeMember
 from shared.profiles.records import StageMemory
 from shared.profiles.times import Work
 
@@ -104,7 +107,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 async def test_it_is_an_executor_and_says_what_it_runs() -> None:
-    it: Executor[int] = executor(Clock(), 0)
+    it: Executor[int, None] = executor(Clock(), 0)
     facts = await it.load()
     assert (facts.vocab_size, facts.context_length, facts.version) == (VOCAB_SIZE, 128, 0)
     offer = await it.offer(1, "peer", "activations")
@@ -271,3 +274,30 @@ async def test_only_kept_versions_and_the_newest_can_be_asked_for() -> None:
     await it.restore("", 7)
     with pytest.raises(VersionGoneError):
         await it.iteration(rows, (1,), 1)
+
+
+def test_a_mean_takes_what_the_weights_take_to_the_host_and_the_device_works_on() -> None:
+    async def main() -> None:
+        clock = VirtualClock(asyncio.get_running_loop())
+        it = EmulatedExecutor(
+            StageWorkerSettings(node=0, stage=0, num_stages=2),
+            "stage-a",
+            times=Times(),
+            memory=MEMORY,
+            vocab_size=VOCAB_SIZE,
+            context_length=128,
+            hold_until=clock.sleep_until,
+            clock=clock,
+        )
+        group = MergeGroup(name="m", members=(MergeMember(node=0, epoch=1, share=1.0),))
+        copied = await it.copy_state()
+        averaging = asyncio.create_task(it.average(copied, group, await it.rendezvous()))
+        await it.iteration([chunk("a", start=0, num_tokens=1)], (1,))
+        assert clock.now_s() < 2 < 40 / 5
+        assert not averaging.done()
+        await averaging
+        assert clock.now_s() == 40 / 5
+        await it.hold_state(copied, 5)
+        assert (await it.forward(microbatch(), (1,))).version == 5
+
+    run_virtual(main())

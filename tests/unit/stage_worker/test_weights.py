@@ -377,3 +377,45 @@ def test_loading_forgets_all_training_in_progress(stage: Stage, weights: StageWe
     assert_close(weights.finish_batch("b"), expected)
     weights.step("b", RATE, version=8)
     assert weights.version == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_weights_take_their_place_without_a_copy_and_old_versions_keep_theirs(
+    stage: Stage, dtype: torch.dtype
+) -> None:
+    weights = StageWeights(stage, SETTINGS, version=0, dtype=dtype)
+    train(stage, weights, "b0", TEXTS[:1])
+    weights.keep()
+    in_flight = InFlight(stage, weights, TEXTS[1])
+    before = values(leaves(in_flight.version))
+    others = {name: master.detach() + 1 for name, master in weights.master_tensors().items()}
+    state = {key: value.clone() for key, value in weights.optimizer_state().items()}
+    weights.replace(others, state, version=9)
+
+    assert weights.version == 9
+    assert places(weights.master_tensors().values()) == places(others.values())
+    assert places(weights.optimizer_state().values()) == places(state.values())
+    assert_same(newest(stage), {name: value.to(dtype) for name, value in others.items()})
+    assert_same(values(leaves(in_flight.version)), before)
+    with weights.serving(1):
+        assert_same(newest(stage), before)
+    in_flight.backward()
+    train(stage, weights, "b1", TEXTS[2:])
+    assert weights.version == 10
+
+
+@pytest.mark.parametrize("name", ["adamw", "nadamw"])
+def test_an_optimizer_without_any_state_has_the_layout_of_one_with_it(
+    name: OptimizerName, stage: Stage
+) -> None:
+    weights = StageWeights(stage, replace(SETTINGS, name=name), version=0)
+    empty = values(weights.complete_optimizer_state())
+    assert weights.optimizer_state() == {}
+    train(stage, weights, "b0", TEXTS[:1])
+    full = weights.complete_optimizer_state()
+    assert_same(full, weights.optimizer_state())
+    assert {key: value.shape for key, value in empty.items()} == {
+        key: value.shape for key, value in full.items()
+    }
+    weights.load(newest(stage), empty, version=0)
+    train(stage, weights, "b1", TEXTS[:1])

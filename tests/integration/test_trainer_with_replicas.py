@@ -1,0 +1,162 @@
+"""The trainer in front of two real nodes whose weights become one: the same on both, each batch once."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from services.trainer.service import Trainer
+from services.trainer.settings import TrainerSettings
+from services.trainer.streams import TRAIN_STREAM
+from shared import checkpoints
+from shared.bus.base import Incoming
+from shared.bus.memory import MemoryBroker, MemoryBus
+from shared.checkpoints import Checkpoint
+from shared.clock import SystemClock
+from shared.messages.inference import Placed
+from shared.messages.training import ShardSaved, TrainingTask
+from shared.subjects import BATCHES, PLACE
+from shared.telemetry import Telemetry
+from tests.support.models import save_tiny_model
+from tests.support.node import Node, running_node
+from tests.support.training import ADAMW, LEARNING_RATE, random_batches
+from tests.support.waiting import until
+
+NUM_BATCHES = 6
+IDS = [f"b{number}" for number in range(NUM_BATCHES)]
+
+
+@asynccontextmanager
+async def two_nodes(num_stages: int, folder: Path, **settings: Any) -> AsyncIterator[list[Node]]:
+    save_tiny_model("llama_tied", folder / "model")
+    broker = MemoryBroker()
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                running_node(
+                    folder / "model",
+                    num_stages,
+                    folder,
+                    number=number,
+                    broker=broker,
+                    **ADAMW,
+                    **settings,
+                )
+            )
+            for number in range(2)
+        ]
+
+
+@asynccontextmanager
+async def running_trainer(bus: MemoryBus, folder: Path, **changes: Any) -> AsyncIterator[None]:
+    settings = TrainerSettings(
+        model=str(folder / "model"),
+        run_dir=folder,
+        microbatches=1,
+        learning_rate=LEARNING_RATE,
+        merge_every=2,
+        checkpoint_every=2,
+        checkpoint_idle_s=0.0,
+        **changes,
+    )
+    trainer = Trainer(settings, bus=bus, clock=SystemClock(), telemetry=Telemetry("trainer", None))
+    task = asyncio.create_task(trainer.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def place_in_turns(bus: MemoryBus) -> None:
+    """Play the scheduler."""
+    nodes = cycle(range(2))
+
+    async def place(incoming: Incoming[TrainingTask]) -> Placed:
+        return Placed(node=next(nodes))
+
+    await bus.respond(PLACE.at(), place)
+
+
+async def publish(bus: MemoryBus) -> None:
+    for batch_id, batch in zip(IDS, random_batches(NUM_BATCHES, 2), strict=True):
+        examples = [{"token_ids": example} for part in batch for example in part]
+        await bus.publish_durable(BATCHES, json.dumps({"id": batch_id, "examples": examples}).encode())
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    found = [latest for node in range(2) if (latest := checkpoints.latest(folder / "checkpoints", node))]
+    return max(found, key=lambda checkpoint: checkpoint.manifest.version, default=None)
+
+
+def is_durable(folder: Path) -> bool:
+    found = newest(folder)
+    return found is not None and found.manifest.version == NUM_BATCHES
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+async def state_of(node: Node, folder: Path) -> dict[str, Tensor]:
+    folder.mkdir()  # noqa: ASYNC240
+    while node.reports.qsize():  # of the trainer's run
+        node.reports.get_nowait()
+    await node.save(NUM_BATCHES, folder, epoch=node.heartbeats[0].epoch)
+    for _ in range(node.num_stages):
+        report = await node.report()
+        assert isinstance(report.event, ShardSaved), report
+    return read(folder)
+
+
+def assert_identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "settings"),
+    [
+        (1, {"schedule": "dp"}),
+        (2, {"schedule": "1f1b", "merge": "allreduce"}),
+        (2, {"schedule": "async", "merge": "average"}),
+        (2, {"schedule": "1f1b", "merge": "outer"}),
+    ],
+)
+async def test_two_nodes_end_with_the_same_weights_which_hold_each_batch_once(
+    num_stages: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    async with two_nodes(num_stages, tmp_path, merge=settings.get("merge", "none")) as nodes:
+        bus = nodes[0].bus
+        await bus.ensure_stream(TRAIN_STREAM)
+        await place_in_turns(bus)
+        await publish(bus)
+        async with running_trainer(bus, tmp_path, **settings):
+            await until(lambda: is_durable(tmp_path))
+            for node in nodes:
+                await node.heard(
+                    lambda node=node: all(
+                        beat.weights_version == NUM_BATCHES for beat in node.heartbeats.values()
+                    )
+                )
+        checkpoint = newest(tmp_path)
+        assert checkpoint is not None
+        states = [await state_of(node, tmp_path / "checkpoints" / f"end-{node.number}") for node in nodes]
+
+    assert Counter(checkpoint.manifest.recent_batch_ids) == Counter(IDS)
+    assert_identical(*states)
+    assert_identical(states[0], read(checkpoint.folder))
