@@ -1,4 +1,4 @@
-"""What training has made of a model, taken out of its run: transformers gives the node's log-probabilities."""
+"""What training has made of a model, taken out of its run: transformers gives the same log-probabilities."""
 
 from pathlib import Path
 from typing import Any

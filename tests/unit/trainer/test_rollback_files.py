@@ -11,6 +11,7 @@ from services.trainer.checkpoint_files import CheckpointFiles
 from shared import checkpoints
 from shared.checkpoints import Manifest
 from shared.errors import ConfigurationError
+from shared.messages.training import ShardSaved
 from tests.unit.trainer.test_checkpoint_files import files as files
 from tests.unit.trainer.test_checkpoint_files import load, manifest, save
 
@@ -152,7 +153,8 @@ def test_versions_are_listed_with_what_is_served(files: CheckpointFiles) -> None
         folder = files.temporary(node, version, 1)
         files.begin(folder)
         saved = manifest(version, node=node, recent_batch_ids=("a", "b"), held_out_loss=0.5)
-        files.finish(folder, saved, ())
+        shard = ShardSaved(version=saved.version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)
+    files.finish(folder, saved, [shard])
 
     listed = checkpoints.durable_versions(files.root, {0: 4})
 
