@@ -75,6 +75,8 @@ class Merges:
         return [Shared(self._round.members), told(members[0], members[0].save(now_s))]
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        if any(node.phase == "restoring" for node in nodes.values()):
+            return []  # it would come to the others with the weights from before their merge
         members = open_nodes(nodes)
         num_apart = _num_apart(members)
         is_idle = num_apart > 0 and all(node.is_idle for node in members)

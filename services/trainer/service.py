@@ -132,7 +132,12 @@ class Trainer:
             await self._bus.respond(WEIGHTS.at(), nodes.on_status)
             tasks.create_task(nodes.tick())
             tasks.create_task(batches.place())
-            requests = WeightsRequests(root=self._files.root, nodes=nodes, actions=actions)
+            requests = WeightsRequests(
+                root=self._files.root,
+                nodes=nodes,
+                actions=actions,
+                merges=self._settings.merging != "none",
+            )
             subscriptions = [
                 await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat),
                 await self._bus.subscribe(REPORT.at(), nodes.on_report),

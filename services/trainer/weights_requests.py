@@ -17,8 +17,9 @@ from shared.messages.weights import RollBackWeights, RolledBack, VersionList, Ve
 class WeightsRequests:
     """Requests run side by side; that one node goes back once at a time is checked without a wait."""
 
-    def __init__(self, *, root: Path, nodes: Nodes, actions: ActionRunner) -> None:
-        """`root`: the folder of all checkpoints."""
+    def __init__(self, *, root: Path, nodes: Nodes, actions: ActionRunner, merges: bool) -> None:
+        """`root`: the folder of all checkpoints. `merges`: the nodes share their weights."""
+        self._merges = merges
         self._root = root
         self._nodes = nodes
         self._actions = actions
@@ -29,7 +30,14 @@ class WeightsRequests:
         return VersionList(versions=tuple(versions))
 
     async def roll_back(self, incoming: Incoming[RollBackWeights]) -> RolledBack:
-        """Raises RefusedError when a node is not there, has no such version, or is going back already."""
+        """Raises RefusedError when a node is not there, has no such version, or is going back already, and
+        where nodes share their weights.
+        """
+        if self._merges:
+            raise RefusedError(
+                "nodes that share their weights (LEMIX_MERGE, LEMIX_SCHEDULE=dp) cannot go back now",
+                code=409,
+            )
         asked, known = incoming.message, self._nodes.by_number
         numbers = sorted(known) if asked.node is None else [asked.node]
         if not numbers or any(number not in known for number in numbers):

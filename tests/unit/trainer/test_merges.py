@@ -208,6 +208,19 @@ def test_nobody_joins_in_the_middle_of_a_merge() -> None:
     assert replicas.nodes[2].version == 2
 
 
+def test_no_merge_begins_while_a_node_loads_the_weights_of_the_last_one() -> None:
+    replicas = averaging(every=1).open(0)
+    replicas.beat(1)
+    replicas.look()
+    replicas.apply(0, "a", 1)
+    assert replicas.look() == []
+
+    replicas.restored(1)
+    replicas.apply(0, "b", 2)
+
+    assert [type(each) for each in replicas.look()] == [Merge]
+
+
 def test_a_node_that_fails_apart_from_a_merge_gives_back_only_its_own() -> None:
     replicas = averaging(every=100).open()
     replicas.apply(0, "a", 1)

@@ -154,7 +154,7 @@ def test_versions_are_listed_with_what_is_served(files: CheckpointFiles) -> None
         files.begin(folder)
         saved = manifest(version, node=node, recent_batch_ids=("a", "b"), held_out_loss=0.5)
         shard = ShardSaved(version=saved.version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)
-    files.finish(folder, saved, [shard])
+        files.finish(folder, saved, [shard])
 
     listed = checkpoints.durable_versions(files.root, {0: 4})
 
