@@ -9,9 +9,10 @@ from rich.table import Table
 from lemix.bus import open_bus
 from lemix.run_folder import newest_running
 from shared.bus.base import Bus
-from shared.errors import ConfigurationError, NoResponderError
+from shared.errors import BusError, ConfigurationError, NoResponderError
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
-from shared.subjects import STATUS
+from shared.messages.training import TrainingStatusRequest
+from shared.subjects import STATUS, TRAINING_NODES
 
 TIMEOUT_S = 5.0
 
@@ -40,6 +41,21 @@ async def run_status(nats_url: str | None, runs_dir: Path, console: Console) -> 
             console.print(status_table(await fetch_status(bus)))
         except NoResponderError:
             raise NoResponderError("NATS answers, but no scheduler is connected to it") from None
+        for line in await training_faults(bus):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+async def training_faults(bus: Bus) -> list[str]:
+    """What a person should know of training: a line for each node that has stopped, or for a lost trainer."""
+    try:
+        status = await bus.request(TRAINING_NODES.at(), TrainingStatusRequest(), timeout_s=TIMEOUT_S)
+    except BusError as error:
+        return [f"the trainer does not answer: {error}"]
+    return [
+        f"node {node.node} trains no more: {node.halt_reason}; restart the trainer or roll back"
+        for node in status.nodes
+        if node.halt_reason
+    ]
 
 
 async def require_unused(nats_url: str) -> None:

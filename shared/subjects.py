@@ -32,6 +32,8 @@ from shared.messages.training import (
     StageReport,
     StepOrder,
     TiedGradient,
+    TrainingStatus,
+    TrainingStatusRequest,
     TrainingTask,
 )
 from shared.messages.weights import (
@@ -142,6 +144,9 @@ REDUCE = Topic(
     "lemix.node.{node}.stage.{stage}.reduce",
     ReduceGradients,
     "trainer -> stage: average the nodes' gradients",
+)
+TRAINING_NODES = RequestTopic(
+    "lemix.train.nodes", TrainingStatusRequest, TrainingStatus, "anyone -> trainer: how does training stand"
 )
 VERSIONS = RequestTopic(
     "lemix.weights.list", VersionsRequest, VersionList, "anyone -> trainer: which durable versions are there"

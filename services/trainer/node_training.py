@@ -81,7 +81,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Halted:
-    """The node trains no more, and goes on serving."""
+    """The node trains no more until a restart or a rollback, and goes on serving."""
 
     reason: str
 
@@ -209,7 +209,7 @@ class NodeTraining:
 
     @property
     def is_halted(self) -> bool:
-        """Whether training here has stopped for good: nothing enters any more."""
+        """Whether training here has stopped: nothing enters any more, until a restart or a rollback."""
         return self._num_skips >= self._rules.max_skips
 
     @property
@@ -259,6 +259,13 @@ class NodeTraining:
     def is_idle(self) -> bool:
         """Open, and no batch is here."""
         return self.phase == "open" and self._pipeline.is_empty
+
+    @property
+    def halt_reason(self) -> str:
+        """Empty while it trains."""
+        return (
+            f"the gradients of {self._num_skips} batches in a row were not finite" if self.is_halted else ""
+        )
 
     @property
     def is_rolling_back(self) -> bool:
@@ -451,7 +458,7 @@ class NodeTraining:
         self._num_skips += 1
         if not self.is_halted:
             return [skipped]
-        return [skipped, Halted(f"the gradients of {self._num_skips} batches in a row were not finite")]
+        return [skipped, Halted(self.halt_reason)]
 
     def _advance(self, now_s: float) -> list[Action]:
         """Order the steps that can be, and feed what may enter now."""

@@ -12,7 +12,12 @@ from shared.bus.base import Incoming
 from shared.clock import Clock
 from shared.errors import ConfigurationError
 from shared.messages.cluster import Heartbeat
-from shared.messages.training import StageReport
+from shared.messages.training import (
+    NodeTrainingStatus,
+    StageReport,
+    TrainingStatus,
+    TrainingStatusRequest,
+)
 from shared.schedule import is_synchronous
 from shared.subjects import HEARTBEAT_S
 
@@ -79,6 +84,11 @@ class Nodes:
         if node := self.by_number.get(report.node):
             self._actions.run(node, node.report(report, self._clock.now_s()))
 
+    async def on_status(self, incoming: Incoming[TrainingStatusRequest]) -> TrainingStatus:
+        """Somebody asks how training stands."""
+        nodes = tuple(_status_of(self.by_number[number]) for number in sorted(self.by_number))
+        return TrainingStatus(num_pending=len(self._book.ledger.pending), nodes=nodes)
+
     def place(self, number: int, shape: Shape) -> bool:
         """Give a batch to a node; False when the node is gone."""
         node = self.by_number.get(number)
@@ -107,3 +117,12 @@ class Nodes:
         )
         self.by_number[beat.node] = node
         return node
+
+
+def _status_of(node: NodeTraining) -> NodeTrainingStatus:
+    return NodeTrainingStatus(
+        node=node.node,
+        version=node.version,
+        durable_version=node.durable_version,
+        halt_reason=node.halt_reason,
+    )

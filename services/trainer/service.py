@@ -39,7 +39,7 @@ from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.model_files import resolve
-from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, TRAIN_STATUS, VERSIONS
+from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, TRAIN_STATUS, TRAINING_NODES, VERSIONS
 from shared.telemetry import Telemetry
 
 
@@ -123,6 +123,7 @@ class Trainer:
             subscriptions = [
                 await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat),
                 await self._bus.subscribe(REPORT.at(), nodes.on_report),
+                await self._bus.respond(TRAINING_NODES.at(), nodes.on_status),
                 await self._bus.respond(VERSIONS.at(), requests.list_versions),
                 await self._bus.respond(ROLLBACK.at(), requests.roll_back),
                 await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),

@@ -259,3 +259,27 @@ class BatchesNow(Message):
     """Neither pending nor known from a durable checkpoint or a late rejection."""
     read_up_to: int
     """The trainer has read the stream up to this sequence: an unknown batch beyond it is still to come."""
+
+
+class TrainingStatusRequest(Message):
+    """Ask how training stands."""
+
+
+class NodeTrainingStatus(Message):
+    """One node as the trainer drives it."""
+
+    node: int
+    version: int
+    """Optimizer steps in its weights."""
+    durable_version: int
+    """Of its newest checkpoint."""
+    halt_reason: str
+    """Why it trains no more; empty while it does."""
+
+
+class TrainingStatus(Message):
+    """The trainer's answer."""
+
+    num_pending: int
+    """Batches accepted from the stream that no durable checkpoint contains."""
+    nodes: tuple[NodeTrainingStatus, ...]

@@ -1,9 +1,13 @@
 from rich.console import Console
 
-from lemix.status import status_table
+from lemix.status import status_table, training_faults
 from lemix.steps import StepCounter, weights_versions
+from shared.bus.base import Incoming
+from shared.bus.memory import MemoryBroker
 from shared.messages.base import Message
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
+from shared.messages.training import NodeTrainingStatus, TrainingStatus, TrainingStatusRequest
+from shared.subjects import TRAINING_NODES
 
 
 def heartbeat(node: int, stage: int, version: int) -> Heartbeat:
@@ -77,3 +81,23 @@ async def test_steps_are_summed_over_the_nodes_and_counted_from_the_start() -> N
     steps: list[int] = []
     await counter.wait_for(4, on_steps=steps.append)
     assert steps == [2, 2]
+
+
+async def test_a_node_that_trains_no_more_and_a_lost_trainer_are_told_of() -> None:
+    broker = MemoryBroker()
+    bus, trainer = broker.connect(), broker.connect()
+    (lost,) = await training_faults(bus)
+    assert lost.startswith("the trainer does not answer: lemix.train.nodes")
+    told = [
+        NodeTrainingStatus(node=0, version=3, durable_version=2, halt_reason=""),
+        NodeTrainingStatus(node=1, version=3, durable_version=2, halt_reason="why"),
+    ]
+
+    async def answer(_: Incoming[TrainingStatusRequest]) -> TrainingStatus:
+        return TrainingStatus(num_pending=0, nodes=tuple(told))
+
+    await trainer.respond(TRAINING_NODES.at(), answer)
+
+    assert await training_faults(bus) == ["node 1 trains no more: why; restart the trainer or roll back"]
+    for each in (bus, trainer):
+        await each.close()
