@@ -29,7 +29,7 @@ from services.trainer.node_training import (
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
 from services.trainer.schedules import Slot
-from services.trainer.settings import TrainerSettings
+from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
 from services.trainer.waiting import ask_all
 from shared.bus.base import Bus
@@ -44,6 +44,7 @@ from shared.messages.training import (
     Microbatch,
     MicrobatchForward,
     RejectedBatch,
+    ShardSaved,
     StepOrder,
 )
 from shared.messages.weights import RestoreWeights, SaveWeights
@@ -320,6 +321,7 @@ class ActionRunner:
             model=self._settings.model,
             stream=self._stream,
             merge=self._settings.merging,
+            settings=self._settings.told(OF_TRAINING) | _settings_of(action.shards.values()),
             wall_s=self._clock.wall_s(),
         )
         folder = self._files.temporary(node.node, action.version, node.epoch)
@@ -392,3 +394,7 @@ async def _acknowledge(acks: list[Ack]) -> None:
         except BusError as error:
             # The durable checkpoints say what is done; the stream's own account is for people.
             log.warning("a training message is not acknowledged: %s", error)
+
+
+def _settings_of(shards: Iterable[ShardSaved]) -> dict[str, str]:
+    return {name: value for shard in shards for name, value in shard.settings.items()}

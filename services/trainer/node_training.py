@@ -297,6 +297,15 @@ class NodeTraining:
             return self._abandon_save(f"not written within {SAVE_DEADLINE_S:g} s") + self._advance(now_s)
         return self._save_if_idle(now_s)
 
+    def messages_lost(self) -> list[Action]:
+        """The connection was lost and is back: what is on its way may never be reported."""
+        is_waiting = bool(self._pipeline.open_batches) or (self._save is not None and not self._save.writing)
+        if self.phase == "restoring" or (self.phase == "open" and is_waiting):
+            return (
+                self._close("messages may have been lost with the connection") + self._restore_if_complete()
+            )
+        return []
+
     def place(self, shape: Shape, now_s: float) -> list[Action]:
         """A batch has been given to this node."""
         self._pipeline = self._pipeline.add(shape)

@@ -8,6 +8,22 @@ from pydantic import Field, model_validator
 from shared.schedule import ScheduleName, StashingName
 from shared.settings import LemixSettings
 
+OF_TRAINING = (
+    "schedule",
+    "stashing",
+    "microbatches",
+    "max_microbatch_tokens",
+    "merge",
+    "merge_every",
+    "learning_rate",
+    "learning_rate_schedule",
+    "warmup_batches",
+    "learning_rate_batches",
+    "final_learning_rate",
+    "max_gradient_norm",
+)
+"""Settings that the weights depend on."""
+
 Merging = Literal["none", "average", "outer", "allreduce"]
 
 

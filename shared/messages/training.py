@@ -153,6 +153,8 @@ class ShardSaved(Message):
     file_by_tensor: dict[str, str]
     """Weights only, in Hugging Face names."""
     size_bytes: int
+    settings: dict[str, str] = Field(default_factory=dict)
+    """Those of the stage that the weights depend on."""
 
 
 class SaveFailed(Message):

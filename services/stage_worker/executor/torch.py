@@ -26,7 +26,7 @@ from services.stage_worker.executor.logits import LogitPlan
 from services.stage_worker.executor.microbatches import MicrobatchRunner
 from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
 from services.stage_worker.optimizers import OptimizerSettings
-from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.settings import OF_TRAINING, StageWorkerSettings
 from services.stage_worker.weights import StageWeights
 from shared import checkpoints
 from shared.errors import CarrierError
@@ -65,6 +65,8 @@ class _Loaded:
     weights: StageWeights
     microbatches: MicrobatchRunner
     packed: InferenceWeights
+    random_at_first: files.Tensors
+    """The random generators before any training."""
 
 
 class TorchExecutor:
@@ -152,13 +154,16 @@ class TorchExecutor:
             stashing=settings.stashing,
             dtype=self._dtype,
         )
+        at_first = files.random_state(self._device)
         if durable:
+            checkpoints.warn_of_other_settings(durable, settings.told(OF_TRAINING))
+            files.set_random_state(files.read_random_state(folder, layers), self._device)
             weights.load(weights.master_tensors(), _optimizer_state(folder, stage), version=weights.version)
         cache = self._cache(stage)
         microbatches = MicrobatchRunner(
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
         )
-        self._model = _Loaded(stage, cache, weights, microbatches, enable_fast_inference(stage))
+        self._model = _Loaded(stage, cache, weights, microbatches, enable_fast_inference(stage), at_first)
         self._warm_up(stage, cache)
         gc.collect()
         gc.freeze()  # what is loaded stays: collections under load need not look at it
@@ -311,9 +316,13 @@ class TorchExecutor:
         loaded.weights.load(
             tensors, _optimizer_state(folder, loaded.stage) if checkpoint else {}, version=version
         )
+        layers = loaded.stage.layers
+        random = files.read_random_state(folder, layers) if checkpoint else loaded.random_at_first
+        files.set_random_state(random, self._device)
         loaded.packed.invalidate()
 
     def _snapshot(self) -> files.Snapshot:
         loaded = self._loaded
         published = in_published_names(loaded.stage, loaded.weights.master_tensors())
-        return files.take_snapshot(published, loaded.weights.optimizer_state())
+        state = loaded.weights.optimizer_state() | files.random_state(self._device)
+        return files.take_snapshot(published, state)
