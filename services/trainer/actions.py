@@ -354,7 +354,10 @@ class ActionRunner:
             failure = str(error)
         else:
             self._folders[node.node] = rollback.target.folder
+            before = self._book.ledger.discarded_ids
             self.acknowledge(self._book.go_back(node.node, lineage))
+            after = self._book.ledger.discarded_ids
+            self.progress.tell_discarded([batch_id for batch_id in after if batch_id not in before])
             log.warning("node %d goes back to version %d", node.node, manifest.version)
         self.run(node, node.rolled_back(failure))
         rollback.answer(num_discarded, failure)

@@ -218,7 +218,7 @@ class BatchApplied(Message):
 
 
 class BatchDurable(Message):
-    """A durable checkpoint contains the batches: this is final."""
+    """A durable checkpoint contains the batches: this is final, unless somebody rolls it back."""
 
     kind: Literal["durable"] = "durable"
     batch_ids: tuple[str, ...] = Field(max_length=MAX_BATCHES_OF_MESSAGE)

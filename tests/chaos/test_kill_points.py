@@ -22,7 +22,7 @@ from lemix.simulation.loop import run_virtual
 from shared.checkpoints import Checkpoint
 from tests.support.models import save_tiny_model
 from tests.support.mortal_cluster import VICTIMS, Kill, MortalCluster
-from tests.support.training import random_batches
+from tests.support.training import ADAMW, LEARNING_RATE, random_batches
 
 BATCHES = random_batches(8, 2)
 IDS = tuple(f"b{number}" for number in range(len(BATCHES)))
@@ -59,10 +59,12 @@ def train(schedule: str, seed: int, kills: Sequence[Kill] = ()) -> dict[str, Ten
             seed=seed,
             trainer_settings={
                 "schedule": schedule,
+                "learning_rate": LEARNING_RATE,
                 "microbatches": 2,
                 "checkpoint_every": 3,
                 "checkpoint_idle_s": 0.5,
             },
+            stage_settings={"kv_tokens": 64, **ADAMW},
             kills=kills,
         )
         found = run_virtual(cluster.train(BATCHES))

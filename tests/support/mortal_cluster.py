@@ -25,7 +25,7 @@ from shared.messages.inference import Placed
 from shared.messages.training import TrainingTask
 from shared.subjects import BATCHES, PLACE
 from shared.telemetry import NoTelemetry
-from tests.support.training import ADAMW, LEARNING_RATE, Batch
+from tests.support.training import Batch
 
 NUM_STAGES = 2
 DEADLINE_S = 300.0
@@ -65,6 +65,7 @@ class MortalCluster:
     seed: int
     """Of the times that messages take."""
     trainer_settings: dict[str, Any]
+    stage_settings: dict[str, Any]
     kills: Sequence[Kill] = ()
     num_messages: int = 0
     """Since the last kill."""
@@ -82,8 +83,8 @@ class MortalCluster:
         self._broker = MemoryBroker(carriage=lambda subject: [rng.uniform(*HOP_S)], observe=self._observe)
         bus = self._broker.connect()
         await bus.ensure_stream(TRAIN_STREAM)
-        for number, batch in enumerate(batches):
-            await bus.publish_durable(BATCHES, _body(number, batch))
+        for body in bodies_of(batches):
+            await bus.publish_durable(BATCHES, body)
         async with asyncio.TaskGroup() as group:
             self._group = group
             for name in VICTIMS:
@@ -141,9 +142,7 @@ class MortalCluster:
         return lambda bus: self._stage(bus, stage)
 
     async def _trainer(self, bus: MemoryBus) -> None:
-        settings = TrainerSettings.given(
-            model=str(self.model), run_dir=self.run_dir, learning_rate=LEARNING_RATE, **self.trainer_settings
-        )
+        settings = TrainerSettings.given(model=str(self.model), run_dir=self.run_dir, **self.trainer_settings)
         await Trainer(settings, bus=bus, clock=self._clock, telemetry=NoTelemetry()).run()
 
     async def _scheduler(self, bus: MemoryBus) -> None:
@@ -164,8 +163,7 @@ class MortalCluster:
             model=str(self.model),
             run_dir=self.run_dir,
             shm_dir=self.run_dir,
-            kv_tokens=64,
-            **ADAMW,
+            **self.stage_settings,
         )
         instance = self._ids.new("stage")
         await StageWorker(
@@ -176,6 +174,11 @@ class MortalCluster:
             telemetry=NoTelemetry(),
             executor=TorchExecutor(settings, instance),
         ).run()
+
+
+def bodies_of(batches: Sequence[Batch]) -> list[bytes]:
+    """As they are published: under the ids b0, b1, ..."""
+    return [_body(number, batch) for number, batch in enumerate(batches)]
 
 
 def _body(number: int, batch: Batch) -> bytes:
