@@ -9,7 +9,7 @@ from rich.table import Table
 from lemix.bus import open_bus
 from lemix.run_folder import newest_running
 from shared.bus.base import Bus
-from shared.errors import ConfigurationError, NoResponderError
+from shared.errors import BusError, ConfigurationError, NoResponderError
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
 from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import STATUS, WEIGHTS
@@ -46,10 +46,28 @@ async def run_status(nats_url: str | None, runs_dir: Path, console: Console) -> 
             console.print(status_table(await fetch_status(bus)))
         except NoResponderError:
             raise NoResponderError("NATS answers, but no scheduler is connected to it") from None
-        try:
-            console.print(weights_table(await fetch_weights(bus)))
-        except NoResponderError:
-            console.print("no trainer is running")
+        await print_training(bus, console)
+
+
+async def print_training(bus: Bus, console: Console) -> None:
+    """What the trainer says of weights; a line for each node that has stopped, or for a lost trainer."""
+    try:
+        weights = await fetch_weights(bus)
+    except BusError as error:
+        console.print(f"the trainer does not answer: {error}", markup=False, soft_wrap=True)
+        return
+    console.print(weights_table(weights))
+    for line in training_faults(weights):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def training_faults(weights: WeightsStatus) -> list[str]:
+    """What a person should know of training: a line for each node that has stopped."""
+    return [
+        f"node {node.node} trains no more: {node.halt_reason}; restart the trainer or roll back"
+        for node in weights.nodes
+        if node.halt_reason
+    ]
 
 
 async def require_unused(nats_url: str) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
@@ -68,6 +68,8 @@ class Manifest(Message):
     """Mean loss per label on held-out examples, in nats; None: not measured."""
     adapter: AdapterKind = ""
     """What the folder holds: the whole model, or an adapter to `model`."""
+    settings: dict[str, str] = Field(default_factory=dict)
+    """Those that the weights depend on, of trainer and stages, by their names."""
     sha256_by_file: dict[str, str]
     created_wall_s: float
     """Unix time."""
@@ -186,6 +188,16 @@ def check_adapter(checkpoint: Checkpoint, adapter: AdapterKind) -> None:
         )
 
 
+def warn_of_other_settings(checkpoint: Checkpoint, settings: Mapping[str, str]) -> None:
+    """Going on with others than the checkpoint was trained with is allowed, and said."""
+    then = checkpoint.manifest.settings
+    changes = [
+        f"{name}={now} (was {then[name]})" for name, now in settings.items() if then.get(name, now) != now
+    ]
+    if changes:
+        log.warning("%s goes on with other settings: %s", checkpoint.folder, ", ".join(changes))
+
+
 def check_digests(checkpoint: Checkpoint) -> None:
     """Raises ConfigurationError when a file is not what the manifest says."""
     for name, sha256 in checkpoint.manifest.sha256_by_file.items():
@@ -216,6 +228,14 @@ def read(folder: Path) -> Manifest | None:
         log.warning("%s is not used: %s are missing", folder, ", ".join(missing))
         return None
     return manifest
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, and have the disk hold their names. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def write(folder: Path, manifest: Manifest) -> None:

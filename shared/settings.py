@@ -1,5 +1,6 @@
 """Settings that every service shares, read from LEMIX_* environment variables."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -34,6 +35,10 @@ class LemixSettings(BaseSettings):
         settings = cls.__new__(cls)
         BaseModel.__init__(settings, **values)
         return settings
+
+    def told(self, names: Iterable[str]) -> dict[str, str]:
+        """These settings, as they are told to people."""
+        return {name: str(getattr(self, name)) for name in names}
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -1,4 +1,5 @@
-"""Files of one stage's share of a checkpoint: weights in Hugging Face names, and the optimizer's state.
+"""Files of one stage's share of a checkpoint: weights in Hugging Face names, and what only training needs:
+the optimizer's state, and the random generators' (a model may have dropout).
 
 With an adapter, its weights in peft's names take the place of the model's, and the first stage adds the
 file that describes it.
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +23,10 @@ from shared.model.partition import LayerRange
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+Tensors = dict[str, Tensor]
+
+_RANDOM = "random."
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ def take_snapshot(
 
 def write_shard(snapshot: Snapshot, folder: Path, layers: LayerRange) -> ShardFiles:
     """Write and sync the stage's files. Raises OSError when the disk refuses."""
-    part = f"{layers.stage + 1:05}-of-{layers.num_stages:05}.safetensors"
+    part = _part(layers)
     weights_name = f"{'adapter_model' if snapshot.lora else 'model'}-{part}"
     contents = {weights_name: snapshot.weights, f"optimizer-{part}": snapshot.optimizer}
     digests = {name: _write(folder / name, tensors) for name, tensors in contents.items()}
@@ -59,6 +65,10 @@ def write_shard(snapshot: Snapshot, folder: Path, layers: LayerRange) -> ShardFi
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in snapshot.weights.values()),
         adapter="lora" if snapshot.lora else "",
     )
+
+
+def _part(layers: LayerRange) -> str:
+    return f"{layers.stage + 1:05}-of-{layers.num_stages:05}.safetensors"
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -83,3 +93,28 @@ def read_optimizer_state(folder: Path, parameters: Collection[str]) -> dict[str,
             own = [key for key in file.keys() if key.partition(".")[2] in parameters]  # noqa: SIM118
             state.update({key: file.get_tensor(key) for key in own})
     return state
+
+
+def random_state(device: torch.device) -> Tensors:
+    """Of the generators that a stage on `device` draws from, as `random.<generator>`."""
+    state = {f"{_RANDOM}cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state[f"{_RANDOM}cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Have the generators go on from there; those that `state` does not name stay as they are."""
+    if (of_cpu := state.get(f"{_RANDOM}cpu")) is not None:
+        torch.set_rng_state(of_cpu)
+    if device.type == "cuda" and (of_cuda := state.get(f"{_RANDOM}cuda")) is not None:
+        torch.cuda.set_rng_state(of_cuda, device)
+
+
+def read_random_state(folder: Path, layers: LayerRange) -> Tensors:
+    """What this stage has saved; {} when the checkpoint is of another number of stages."""
+    path = folder / f"optimizer-{_part(layers)}"
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(_RANDOM)}  # noqa: SIM118

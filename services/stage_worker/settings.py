@@ -9,6 +9,16 @@ from pydantic import Field
 from shared.schedule import MergeName, StashingName
 from shared.settings import MAX_ITERATION_TOKENS, LemixSettings
 
+OF_TRAINING = (
+    "dtype",
+    "optimizer",
+    "optimizer_beta1",
+    "optimizer_beta2",
+    "optimizer_epsilon",
+    "weight_decay",
+)
+"""Settings that the weights depend on."""
+
 OptimizerName = Literal["adamw", "nadamw"]
 
 _SHARED_MEMORY = Path("/dev/shm")

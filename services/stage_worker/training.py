@@ -12,6 +12,7 @@ from services.stage_worker.executor.base import ModelFacts
 from services.stage_worker.parts import Parts, is_inside
 from services.stage_worker.progress import microbatch_op, step_op
 from services.stage_worker.queue import WorkKind
+from services.stage_worker.settings import OF_TRAINING
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.errors import CarrierError, RefusedError
@@ -332,6 +333,7 @@ class Training:
             file_by_tensor=shard.file_by_tensor,
             size_bytes=shard.size_bytes,
             adapter=shard.adapter,
+            settings=self._settings.told(OF_TRAINING),
         )
         await self._report(save.epoch, saved)
 

@@ -31,7 +31,7 @@ from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
 from services.trainer.publishing import Evaluate, Publish, Release, Withheld
 from services.trainer.schedules import Slot
-from services.trainer.settings import TrainerSettings
+from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
 from services.trainer.waiting import ask_all
 from shared.bus.base import Bus
@@ -47,6 +47,7 @@ from shared.messages.training import (
     Microbatch,
     MicrobatchForward,
     RejectedBatch,
+    ShardSaved,
     StepOrder,
 )
 from shared.messages.weights import PublishVersion, ReleaseVersion, RestoreWeights, SaveWeights
@@ -361,6 +362,7 @@ class ActionRunner:
             model=self._settings.model,
             stream=self._stream,
             merge=self._settings.merging,
+            settings=self._settings.told(OF_TRAINING) | _settings_of(action.shards.values()),
             wall_s=self._clock.wall_s(),
         )
         folder = self._files.temporary(node.node, action.version, node.epoch)
@@ -394,7 +396,10 @@ class ActionRunner:
             failure = str(error)
         else:
             self._folders[node.node] = rollback.target.folder
+            before = self._book.ledger.discarded_ids
             self.acknowledge(self._book.go_back(node.node, lineage))
+            after = self._book.ledger.discarded_ids
+            self.progress.tell_discarded([batch_id for batch_id in after if batch_id not in before])
             log.warning("node %d goes back to version %d", node.node, manifest.version)
         self.run(node, node.rolled_back(failure))
         rollback.answer(num_discarded, failure)
@@ -445,3 +450,7 @@ async def _acknowledge(acks: list[Ack]) -> None:
         except BusError as error:
             # The durable checkpoints say what is done; the stream's own account is for people.
             log.warning("a training message is not acknowledged: %s", error)
+
+
+def _settings_of(shards: Iterable[ShardSaved]) -> dict[str, str]:
+    return {name: value for shard in shards for name, value in shard.settings.items()}

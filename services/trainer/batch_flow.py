@@ -108,6 +108,10 @@ class BatchFlow:
             await self._pause_after(batch.batch_id, error)
             return False
         pending.offload = placed.offload or pending.must_offload
+        if self._book.has_waiting_before(batch.sequence):
+            # A node has failed meanwhile, and its batches go first: else the weights would depend on that.
+            self._actions.end([pending])
+            return False
         if self._nodes.place(placed.node, Shape(batch.batch_id, len(batch.microbatches))):
             self._actions.progress.tell(
                 BatchPlaced(batch_id=batch.batch_id, node=placed.node), traceparent=pending.traceparent

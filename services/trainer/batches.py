@@ -92,6 +92,10 @@ class BatchBook:
         """The first batch that waits; it waits no more."""
         return self.pending[self._waiting.pop(0).batch_id]
 
+    def has_waiting_before(self, sequence: int) -> bool:
+        """Whether a batch of an earlier place in the stream waits."""
+        return bool(self._waiting) and self._waiting[0].sequence < sequence
+
     def repeat(self, sequence: int, batch_id: str, ack: Ack) -> list[Ack]:
         """A message repeats a known batch; returns what to acknowledge now."""
         self.ledger = self.ledger.skip(sequence)

@@ -77,7 +77,8 @@ class CheckpointFiles:
             known = json.loads(path.read_text())
         if known.get("stream") != stream.identity:
             known = {"stream": stream.identity, "after_sequence": stream.last_sequence}
-            self._root.mkdir(parents=True, exist_ok=True)
+            if not self._root.exists():
+                checkpoints.make_folder(self._root)
             new = path.with_suffix(".new")
             new.write_text(json.dumps(known))
             checkpoints.sync(new)
@@ -96,7 +97,7 @@ class CheckpointFiles:
         """
         for old in folder.parent.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(old, ignore_errors=True)
-        folder.mkdir(parents=True)
+        checkpoints.make_folder(folder)
 
     def finish(self, folder: Path, manifest: Manifest, shards: Iterable[ShardSaved]) -> Checkpoint:
         """Make the stages' shards in `folder` the node's newest durable checkpoint."""
@@ -221,6 +222,7 @@ def manifest_of(
     model: str,
     stream: str,
     merge: str = "none",
+    settings: Mapping[str, str] | None = None,
     wall_s: float,
 ) -> Manifest:
     """What a checkpoint of the node at `version` will say, files apart."""
@@ -233,6 +235,7 @@ def manifest_of(
         model=model,
         stream=stream,
         merge=merge,
+        settings=dict(settings or {}),
         watermark=durable.watermark,
         sequences=tuple(sorted(lineage.sequences)),
         rejected=tuple(sorted(durable.skipped)),

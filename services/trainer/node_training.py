@@ -86,7 +86,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Halted:
-    """The node trains no more, and goes on serving."""
+    """The node trains no more until a restart or a rollback, and goes on serving."""
 
     reason: str
 
@@ -216,7 +216,7 @@ class NodeTraining:
 
     @property
     def is_halted(self) -> bool:
-        """Whether training here has stopped for good: nothing enters any more."""
+        """Whether training here has stopped: nothing enters any more, until a restart or a rollback."""
         return self._num_skips >= self._rules.max_skips
 
     @property
@@ -268,6 +268,13 @@ class NodeTraining:
         return self.phase == "open" and self._pipeline.is_empty
 
     @property
+    def halt_reason(self) -> str:
+        """Empty while it trains."""
+        return (
+            f"the gradients of {self._num_skips} batches in a row were not finite" if self.is_halted else ""
+        )
+
+    @property
     def is_rolling_back(self) -> bool:
         return self._rollback_to is not None
 
@@ -296,6 +303,15 @@ class NodeTraining:
         if self._save and not self._save.writing and now_s - self._save.requested_s > SAVE_DEADLINE_S:
             return self._abandon_save(f"not written within {SAVE_DEADLINE_S:g} s") + self._advance(now_s)
         return self._save_if_idle(now_s)
+
+    def messages_lost(self) -> list[Action]:
+        """The connection was lost and is back: what is on its way may never be reported."""
+        is_waiting = bool(self._pipeline.open_batches) or (self._save is not None and not self._save.writing)
+        if self.phase == "restoring" or (self.phase == "open" and is_waiting):
+            return (
+                self._close("messages may have been lost with the connection") + self._restore_if_complete()
+            )
+        return []
 
     def place(self, shape: Shape, now_s: float) -> list[Action]:
         """A batch has been given to this node."""
@@ -465,7 +481,7 @@ class NodeTraining:
         self._num_skips += 1
         if not self.is_halted:
             return [skipped]
-        return [skipped, Halted(f"the gradients of {self._num_skips} batches in a row were not finite")]
+        return [skipped, Halted(self.halt_reason)]
 
     def _advance(self, now_s: float) -> list[Action]:
         """Order the steps that can be, and feed what may enter now."""

@@ -9,7 +9,7 @@ from services.trainer.node_training import NodeTraining, Rules
 from services.trainer.publishing import PublishingRules
 from services.trainer.schedules import SCHEDULES, Shape, double_buffered
 from services.trainer.settings import TrainerSettings
-from shared.bus.base import Incoming
+from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
 from shared.errors import ConfigurationError
 from shared.messages.cluster import Heartbeat
@@ -28,9 +28,18 @@ class Nodes:
     """All nodes that were ever heard of."""
 
     def __init__(
-        self, settings: TrainerSettings, *, clock: Clock, book: BatchBook, actions: ActionRunner, term: int
+        self,
+        settings: TrainerSettings,
+        *,
+        bus: Bus,
+        clock: Clock,
+        book: BatchBook,
+        actions: ActionRunner,
+        term: int,
     ) -> None:
         self.by_number: dict[int, NodeTraining] = {}
+        self._bus = bus
+        self._num_reconnects = bus.num_reconnects
         self._clock = clock
         self._book = book
         self._actions = actions
@@ -55,6 +64,11 @@ class Nodes:
         )
         self._settings = settings
         self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
+
+    @property
+    def share_weights(self) -> bool:
+        """Whether all nodes hold the same weights after each merge."""
+        return self._rules.shares_weights
 
     @property
     def num_wanted(self) -> int:
@@ -103,7 +117,11 @@ class Nodes:
         """Let time pass on every node, for ever."""
         while True:
             await asyncio.sleep(self._tick_s)
+            is_back = self._num_reconnects != self._bus.num_reconnects
+            self._num_reconnects = self._bus.num_reconnects
             for node in self.by_number.values():
+                if is_back:
+                    self._actions.run(node, node.messages_lost())
                 self._actions.run(node, node.tick(self._clock.now_s()))
 
     def _add(self, beat: Heartbeat) -> NodeTraining:
@@ -131,4 +149,5 @@ def _weights_of(node: NodeTraining) -> NodeWeights:
         held_out_loss=None if publishing.published is None else publishing.losses.get(publishing.published),
         num_withheld=publishing.num_withheld,
         last_withheld=withheld.version if withheld else None,
+        halt_reason=node.halt_reason,
     )

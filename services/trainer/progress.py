@@ -1,7 +1,7 @@
 """Tells publishers what becomes of their batches, and answers those who have missed it."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from services.trainer.batches import BatchBook
@@ -18,6 +18,7 @@ from shared.messages.training import (
 )
 from shared.subjects import TRAIN_PROGRESS
 
+DISCARDED = "a rollback to an older version took it out of the weights"
 MAX_REJECTIONS = 1024
 """Newest ones that are remembered for those who ask."""
 
@@ -44,6 +45,11 @@ class Progress:
             some = tuple(batch_ids[start : start + MAX_BATCHES_OF_MESSAGE])
             self.tell(self._durable(some, node, version))
 
+    def tell_discarded(self, batch_ids: Iterable[str]) -> None:
+        """A rollback has taken these batches out of the weights."""
+        for batch_id in batch_ids:
+            self.tell(BatchRejected(batch_id=batch_id, reason=DISCARDED))
+
     async def answer(self, incoming: Incoming[BatchesAsked]) -> BatchesNow:
         """How these batches stand."""
         ledger, pending = self._book.ledger, self._book.pending
@@ -57,6 +63,8 @@ class Progress:
                 durable[node].append(batch_id)
             elif newest is not None:
                 events.append(newest)
+            elif batch_id in ledger.discarded_ids:
+                events.append(BatchRejected(batch_id=batch_id, reason=DISCARDED))
             elif not ledger.knows(batch_id):
                 unknown.append(batch_id)
         for node, batch_ids in durable.items():

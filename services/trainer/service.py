@@ -34,10 +34,11 @@ from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
 from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
-from services.trainer.settings import TrainerSettings
+from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
 from services.trainer.versions import Ledger
 from services.trainer.weights_requests import WeightsRequests
+from shared import checkpoints
 from shared.bus.base import Bus, StreamState
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
@@ -89,6 +90,8 @@ class Trainer:
         found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
         if self._settings.merging != "none":
             found = only_newest(found)
+        for checkpoint in found.values():
+            checkpoints.warn_of_other_settings(checkpoint, self._settings.told(OF_TRAINING))
         book = BatchBook(await on_disk(partial(self._first_ledger, found, stream)))
         async with asyncio.TaskGroup() as tasks:
             actions = ActionRunner(
@@ -103,7 +106,14 @@ class Trainer:
                 held_out=self._held_out,
                 name=f"trainer-{term}",
             )
-            nodes = Nodes(self._settings, clock=self._clock, book=book, actions=actions, term=term)
+            nodes = Nodes(
+                self._settings,
+                bus=self._bus,
+                clock=self._clock,
+                book=book,
+                actions=actions,
+                term=term,
+            )
             if self._settings.merging != "none":
                 names = (f"merge-{term}-{number}" for number in count())
                 actions.look = Merging(

@@ -9,6 +9,22 @@ from shared.messages.weights import ServingRule
 from shared.schedule import MergeName, ScheduleName, StashingName
 from shared.settings import LemixSettings
 
+OF_TRAINING = (
+    "schedule",
+    "stashing",
+    "microbatches",
+    "max_microbatch_tokens",
+    "merge",
+    "merge_every",
+    "learning_rate",
+    "learning_rate_schedule",
+    "warmup_batches",
+    "learning_rate_batches",
+    "final_learning_rate",
+    "max_gradient_norm",
+)
+"""Settings that the weights depend on."""
+
 
 class TrainerSettings(LemixSettings):
     """How batches become microbatches, steps and checkpoints."""

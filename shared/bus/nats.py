@@ -114,6 +114,10 @@ class NatsBus:
     def num_malformed(self) -> int:
         return self._dispatcher.num_malformed
 
+    @property
+    def num_reconnects(self) -> int:
+        return int(self._client.stats["reconnects"])
+
     # nats-py awaits these on its reading path, and an exception would stop its reconnecting.
 
     async def _on_error(self, error: Exception) -> None:

@@ -161,6 +161,8 @@ class ShardSaved(Message):
     size_bytes: int
     adapter: AdapterKind = ""
     """What the weights are."""
+    settings: dict[str, str] = Field(default_factory=dict)
+    """Those of the stage that the weights depend on."""
 
 
 class SaveFailed(Message):
@@ -241,7 +243,7 @@ class BatchApplied(Message):
 
 
 class BatchDurable(Message):
-    """A durable checkpoint contains the batches: this is final."""
+    """A durable checkpoint contains the batches: this is final, unless somebody rolls it back."""
 
     kind: Literal["durable"] = "durable"
     batch_ids: tuple[str, ...] = Field(max_length=MAX_BATCHES_OF_MESSAGE)

@@ -162,6 +162,8 @@ class NodeWeights(Message):
     num_withheld: int
     """Versions that the guard has not let serve."""
     last_withheld: int | None
+    halt_reason: str = ""
+    """Why the node trains no more; empty: it does."""
 
 
 class WeightsStatus(Message):

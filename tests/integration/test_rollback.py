@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from services.trainer import rollback_files
+from services.trainer.progress import DISCARDED
 from shared.errors import RefusedError
+from shared.messages.training import BatchesAsked, BatchRejected
 from shared.messages.weights import DurableVersion, RollBackWeights, RolledBack, VersionsRequest
-from shared.subjects import ROLLBACK, VERSIONS
+from shared.subjects import ROLLBACK, TRAIN_STATUS, VERSIONS
 from tests.integration.test_trainer_service import DEADLINE_S, Cluster, Killed, stop
 
 
@@ -25,6 +27,14 @@ async def roll_back(cluster: Cluster, version: int, node: int | None = None) -> 
 
 async def listed(cluster: Cluster) -> tuple[DurableVersion, ...]:
     return (await cluster.bus.request(VERSIONS.at(), VersionsRequest(), timeout_s=DEADLINE_S)).versions
+
+
+async def rejections(cluster: Cluster) -> dict[str, str]:
+    """What the trainer answers to publishers of these batches."""
+    asked = BatchesAsked(batch_ids=("a", "b", "c"))
+    now = await cluster.bus.request(TRAIN_STATUS.at(), asked, timeout_s=DEADLINE_S)
+    assert now.unknown == ()
+    return {each.batch_id: each.reason for each in now.events if isinstance(each, BatchRejected)}
 
 
 async def train(cluster: Cluster, *batch_ids: str) -> None:
@@ -51,6 +61,7 @@ async def test_batches_of_newer_versions_are_discarded_and_training_goes_on(clus
     assert await roll_back(cluster, 1) == RolledBack(nodes=(0,), num_discarded=2)
 
     await cluster.news.until(lambda: contents(cluster) == [["a"], ["a"]])
+    assert await rejections(cluster) == {"b": DISCARDED, "c": DISCARDED}
     assert [each.version for each in await listed(cluster)] == [1]
     await cluster.publish("b")
     await train(cluster, "d")
@@ -58,6 +69,7 @@ async def test_batches_of_newer_versions_are_discarded_and_training_goes_on(clus
     await stop(trainer)
 
     trainer = await cluster.trainer(keep_checkpoints=9)
+    assert await rejections(cluster) == {"b": DISCARDED, "c": DISCARDED}
     await cluster.publish("c")
     await train(cluster, "e")
     assert cluster.durable() == ["a", "d", "e"]

@@ -188,11 +188,13 @@ class Cluster:
         self._id_by_sequence[sequence] = batch_id
         return sequence
 
-    async def trainer(self, **changes: Any) -> "asyncio.Task[None]":
-        """A trainer that has heard of all nodes."""
+    async def trainer(self, buses: list[MemoryBus] | None = None, **changes: Any) -> "asyncio.Task[None]":
+        """A trainer that has heard of all nodes; its bus is added to `buses`."""
         fields = {"run_dir": self.folder, "checkpoint_idle_s": 0.0, "microbatches": 2, **changes}
         bus = WatchedBus(self.broker, self._on_ack)
         bus.on_purge = self.news.tell
+        if buses is not None:
+            buses.append(bus)
         telemetry = Telemetry("trainer", None)
         telemetry._provider.add_span_processor(SimpleSpanProcessor(self.spans))
         trainer = Trainer(TrainerSettings(**fields), bus=bus, clock=self.clock, telemetry=telemetry)
@@ -488,6 +490,7 @@ async def test_a_trainer_that_dies_loses_no_batch_and_applies_none_twice(
 
 
 DISK_PLACES: dict[str, tuple[object, str, bool]] = {
+    "before the folder": (CheckpointFiles, "begin", False),
     "before the manifest": (checkpoints, "write", False),
     "before the rename": (Path, "rename", False),
     "after the rename": (CheckpointFiles, "finish", True),
@@ -533,12 +536,13 @@ def break_disk(monkeypatch: pytest.MonkeyPatch, place: str, nth: int, error: Exc
     monkeypatch.setattr(owner, name, broken)
 
 
+@pytest.mark.parametrize("place", ["before the folder", "before the manifest", "before the rename"])
 async def test_a_full_disk_leaves_the_old_checkpoint_and_is_tried_again(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await cluster.start()
     await cluster.publish("a")
-    break_disk(monkeypatch, "before the rename", 2, OSError("no space left"))
+    break_disk(monkeypatch, place, 2, OSError("no space left"))
     trainer = await cluster.trainer()
     await cluster.until_durable(1)
     await cluster.publish("b")
@@ -546,7 +550,25 @@ async def test_a_full_disk_leaves_the_old_checkpoint_and_is_tried_again(
     await stop(trainer)
 
     assert cluster.durable() == ["a", "b"]
-    assert "no checkpoint of version 2: no space left" in caplog.text
+    (told,) = [record.message for record in caplog.records if "no checkpoint of version 2" in record.message]
+    assert "no space left" in told
+
+
+async def test_what_was_on_its_way_when_the_connection_broke_runs_again(cluster: Cluster) -> None:
+    await cluster.start()
+    node = cluster.nodes[0]
+    buses: list[MemoryBus] = []
+    trainer = await cluster.trainer(buses)
+    await cluster.news.until(lambda: len(node.restores) == 2)
+    node.stages[1].epoch += 1  # deaf to what is sent from now on
+    await cluster.publish("a")
+    await cluster.news.until(lambda: len(cluster.placements) == 1)
+
+    buses[0].num_reconnects += 1
+    await cluster.until_durable(1)
+    await stop(trainer)
+
+    assert cluster.durable() == ["a"]
 
 
 async def test_a_stage_that_cannot_or_will_not_save_is_asked_again(

@@ -29,7 +29,7 @@ from services.stage_worker.executor.replica import Copied, Replica
 from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
 from services.stage_worker.optimizers import OptimizerSettings
 from services.stage_worker.outer import without_outer
-from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.settings import OF_TRAINING, StageWorkerSettings
 from services.stage_worker.weights import StageWeights
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
@@ -80,6 +80,8 @@ class _Loaded:
     microbatches: MicrobatchRunner
     replica: Replica
     packed: InferenceWeights
+    random_at_first: files.Tensors
+    """The random generators before any training."""
 
 
 class TorchExecutor:
@@ -214,8 +216,11 @@ class TorchExecutor:
             stashing=settings.stashing,
             dtype=self._dtype,
         )
+        at_first = files.random_state(self._device)
         state = _optimizer_state(durable.folder, stage) if durable else {}
         if durable:
+            checkpoints.warn_of_other_settings(durable, settings.told(OF_TRAINING))
+            files.set_random_state(files.read_random_state(durable.folder, stage.layers), self._device)
             trained = read_adapter(stage, durable.folder) if self._adapter_kind else weights.master_tensors()
             weights.load(trained, without_outer(state), version=weights.version)
         replica = Replica(weights, self._device, state, is_outer=settings.merge == "outer")
@@ -224,7 +229,7 @@ class TorchExecutor:
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
         )
         packed = enable_fast_inference(stage)
-        self._model = _Loaded(stage, cache, weights, microbatches, replica, packed)
+        self._model = _Loaded(stage, cache, weights, microbatches, replica, packed, at_first)
         self._warm_up(stage, cache)
         gc.collect()
         gc.freeze()  # what is loaded stays: collections under load need not look at it
@@ -424,6 +429,8 @@ class TorchExecutor:
         state = _optimizer_state(folder, loaded.stage) if folder else {}
         loaded.weights.load(self._trainable_tensors(folder), without_outer(state), version=version)
         loaded.replica.restored(state)
+        random = files.read_random_state(folder, loaded.stage.layers) if folder else loaded.random_at_first
+        files.set_random_state(random, self._device)
         self._note_new_weights()
 
     def _trainable_tensors(self, checkpoint: Path | None) -> Mapping[str, Tensor]:
@@ -438,6 +445,7 @@ class TorchExecutor:
         stage, weights = self._loaded.stage, self._loaded.weights
         masters = weights.master_tensors()
         optimizer = weights.optimizer_state() | self._loaded.replica.named_state()
+        optimizer |= files.random_state(self._device)
         if self._adapter_kind:
             config = adapter_config(stage, self._settings.model)
             return files.take_snapshot(in_adapter_names(masters), optimizer, config)

@@ -1,10 +1,13 @@
 from rich.console import Console
 
-from lemix.status import status_table, weights_table
+from lemix.status import print_training, status_table, weights_table
 from lemix.steps import StepCounter, weights_versions
+from shared.bus.base import Incoming
+from shared.bus.memory import MemoryBroker
 from shared.messages.base import Message
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
-from shared.messages.weights import NodeWeights, WeightsStatus
+from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
+from shared.subjects import WEIGHTS
 
 
 def heartbeat(node: int, stage: int, version: int) -> Heartbeat:
@@ -58,6 +61,20 @@ def test_the_table_shows_every_stage_whole_within_80_columns() -> None:
     ]
 
 
+def weights(node: int, halt_reason: str = "") -> NodeWeights:
+    """Of a node without a guard."""
+    return NodeWeights(
+        node=node,
+        version=5,
+        durable_version=0,
+        published=None,
+        held_out_loss=None,
+        num_withheld=0,
+        last_withheld=None,
+        halt_reason=halt_reason,
+    )
+
+
 def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
     guarded = NodeWeights(
         node=0,
@@ -68,15 +85,7 @@ def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
         num_withheld=2,
         last_withheld=128,
     )
-    plain = NodeWeights(
-        node=1,
-        version=5,
-        durable_version=0,
-        published=None,
-        held_out_loss=None,
-        num_withheld=0,
-        last_withheld=None,
-    )
+    plain = weights(node=1)
     console = Console(width=80)
     with console.capture() as capture:
         console.print(weights_table(WeightsStatus(nodes=(guarded, plain))))
@@ -107,3 +116,23 @@ async def test_steps_are_summed_over_the_nodes_and_counted_from_the_start() -> N
     steps: list[int] = []
     await counter.wait_for(4, on_steps=steps.append)
     assert steps == [2, 2]
+
+
+async def test_a_node_that_trains_no_more_and_a_lost_trainer_are_told_of() -> None:
+    broker = MemoryBroker()
+    bus, trainer = broker.connect(), broker.connect()
+    console = Console(record=True, width=120)
+    await print_training(bus, console)
+    assert console.export_text().startswith("the trainer does not answer: lemix.train.weights")
+    told = tuple(weights(node=node, halt_reason=reason) for node, reason in enumerate(("", "why")))
+
+    async def answer(_: Incoming[WeightsRequest]) -> WeightsStatus:
+        return WeightsStatus(nodes=told)
+
+    await trainer.respond(WEIGHTS.at(), answer)
+    await print_training(bus, console)
+
+    stopped = [line for line in console.export_text().splitlines() if "no more" in line]
+    assert stopped == ["node 1 trains no more: why; restart the trainer or roll back"]
+    for each in (bus, trainer):
+        await each.close()

@@ -1,13 +1,21 @@
 """What the torch executor asks of the machine, apart from computing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from services.stage_worker.checkpoint import read_optimizer_state, take_snapshot, write_shard
+from services.stage_worker.checkpoint import (
+    random_state,
+    read_optimizer_state,
+    read_random_state,
+    take_snapshot,
+    write_shard,
+)
 from services.stage_worker.executor.torch import NUM_TIED_SLOTS, TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
+from shared.model.index import write_index
 from shared.model.partition import LayerRange
 from tests.support.models import VOCAB_SIZE, save_tiny_model
 
@@ -47,3 +55,35 @@ def test_a_stage_reads_the_optimizer_state_of_its_own_parameters(names: set[str]
         write_shard(snapshot, tmp_path, LayerRange(stage=stage, num_stages=2, first=stage, end=stage + 1))
     found = read_optimizer_state(tmp_path, names)
     assert found.keys() == {f"{kind}.{name}" for name in names for kind in ("exp_avg", "step")}
+
+
+async def test_random_numbers_come_again_after_a_restore(tmp_path: Path) -> None:
+    """A model with dropout would else train otherwise after a crash."""
+    save_tiny_model("llama", tmp_path / "model")
+    settings = StageWorkerSettings(
+        node=0, stage=0, num_stages=2, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
+    )
+    executor = TorchExecutor(settings, "me")
+    await executor.load()
+    first = torch.rand(3)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tmp_path / "model", folder)
+    (folder / "model.safetensors").unlink()
+    shard = await executor.write(await executor.snapshot(), folder)
+    write_index(folder, shard.file_by_tensor, shard.size_bytes)
+    after_saving = torch.rand(3)
+
+    await executor.restore(str(folder), 1)
+    assert torch.equal(torch.rand(3), after_saving)
+    await executor.restore("", 0)
+    assert torch.equal(torch.rand(3), first)
+    await executor.close()
+
+
+def test_random_states_of_another_number_of_stages_are_not_taken(tmp_path: Path) -> None:
+    layers = LayerRange(stage=0, num_stages=2, first=0, end=1)
+    state = random_state(torch.device("cpu"))
+    write_shard(take_snapshot({"a": torch.zeros(2)}, state), tmp_path, layers)
+
+    assert torch.equal(read_random_state(tmp_path, layers)["random.cpu"], state["random.cpu"])
+    assert read_random_state(tmp_path, LayerRange(stage=0, num_stages=3, first=0, end=1)) == {}

@@ -63,18 +63,22 @@ class FakeProgress:
 class FakeActions:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     progress: FakeProgress = field(default_factory=FakeProgress)
+    ended: list[str] = field(default_factory=list)
+
+    def end(self, pending: list[Pending]) -> None:
+        self.ended += [each.batch.batch_id for each in pending]
 
 
 async def no_ack() -> None:
     pass
 
 
-def pending() -> Pending:
+def pending(batch_id: str = "b", sequence: int = 1) -> Pending:
     rows = (
         Rows(lengths=(2, 3), tokens=(1, 2, 3, 4, 5), label_rows=(0,), labels=(2,)),
         Rows(lengths=(1,), tokens=(6,), label_rows=(0,), labels=(7,)),
     )
-    return Pending(TrainingBatch("b", 1, rows), NoTelemetry(), parent="", ack=no_ack)
+    return Pending(TrainingBatch(batch_id, sequence, rows), NoTelemetry(), parent="", ack=no_ack)
 
 
 def placed_after(
@@ -140,3 +144,32 @@ def test_publishers_are_told_of_deferrals_and_of_the_node_but_not_of_other_refus
     answers = [RefusedError(f"{DEFERRED}: x"), RefusedError("no node is ready"), Placed(node=3)]
     placed_after(answers, actions=actions)
     assert actions.progress.told == [BatchDeferred(batch_id="b"), BatchPlaced(batch_id="b", node=3)]
+
+
+def test_a_batch_that_was_given_back_meanwhile_goes_before_a_later_one() -> None:
+    scheduler, nodes, actions = FakeScheduler([Placed(node=0)] * 2), FakeNodes(), FakeActions()
+
+    async def case() -> None:
+        book = BatchBook(Ledger.restore({}, (), 0))
+        for each in (pending("first", 1), pending("second", 2)):
+            book.admit(each)
+        assert book.take().batch.batch_id == "first"
+        flow = BatchFlow(
+            None,
+            bus=scheduler,
+            telemetry=NoTelemetry(),
+            book=book,
+            actions=actions,
+            nodes=nodes,
+            max_pending=8,
+        )
+        placing = asyncio.create_task(flow.place())
+        await asyncio.sleep(HELD_S / 2)
+        book.wait(["first"])
+        await asyncio.sleep(60)
+        placing.cancel()
+
+    run_virtual(case())
+    assert [task.task_id for _, task in scheduler.asked] == ["second", "first"]
+    assert [shape.batch_id for _, shape in nodes.placed] == ["first"]
+    assert actions.ended == ["second"]

@@ -1,7 +1,9 @@
 """Checkpoints on the disk: whole or not at all."""
 
+import errno
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from shared import checkpoints
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
+from tests.unit.trainer.support import break_disk_at
 
 
 def manifest(version: int, *, node: int = 0, **fields: object) -> Manifest:
@@ -283,3 +286,50 @@ def test_nodes_that_were_trained_apart_are_not_taken_for_one(tmp_path: Path) -> 
     manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", wall_s=0.0)
     with pytest.raises(ConfigurationError, match=r"nodes \[0, 1\] of this run were trained apart"):
         only_newest({node: Checkpoint(manifest, tmp_path) for node in (0, 1)})
+
+
+def test_a_disk_that_fills_at_any_place_leaves_the_old_checkpoint_and_the_next_one_succeeds(
+    files: CheckpointFiles,
+) -> None:
+    save(files, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = break_disk_at(patch, 0, OSError())
+        save(files, 1)
+    assert {"mkdir", "write_text", "fsync", "copyfile", "replace", "rename"} <= set(calls)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    for nth in range(1, len(calls) + 1):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            break_disk_at(patch, nth, full)
+            save(files, 2)
+        whole = [each.manifest.version for each in checkpoints.checkpoints(files.root, 0)]
+        renamed = whole[0] == 2
+        assert renamed == (nth == len(calls)), "only the sync of the renamed folder comes after"
+        assert renamed or load(files)[0].manifest.version == 1
+        assert 1 in whole
+
+    assert save(files, 3).name == "step-00000003"
+
+
+def test_a_new_folders_name_is_on_the_disk_before_anything_in_it(files: CheckpointFiles) -> None:
+    synced: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "sync", synced.append)
+        files.begin(files.temporary(0, 1, 1))
+
+    node = files.root / "node-0"
+    assert synced == [node, files.root, files.root.parent]
+
+
+def test_going_on_with_other_settings_is_said(
+    files: CheckpointFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = manifest(1, settings={"schedule": "1f1b", "learning_rate": "0.1", "dtype": "float32"})
+    checkpoint = Checkpoint(trained, files.root)
+    caplog.set_level(logging.WARNING)
+
+    checkpoints.warn_of_other_settings(checkpoint, {"schedule": "1f1b", "learning_rate": "0.1", "new": "1"})
+    assert caplog.text == ""
+    checkpoints.warn_of_other_settings(checkpoint, {"schedule": "async", "learning_rate": "0.2"})
+
+    assert "other settings: schedule=async (was 1f1b), learning_rate=0.2 (was 0.1)" in caplog.text

@@ -471,3 +471,23 @@ def test_a_halted_node_trains_again_after_a_rollback() -> None:
     driver.node.rolled_back("")
 
     assert driver.node.is_known
+
+
+def test_a_connection_that_was_lost_starts_anew_what_was_on_its_way() -> None:
+    driver = Driver().open()
+    assert driver.node.messages_lost() == [], "nothing was"
+    driver.place("a")
+
+    (closed, restore) = driver.node.messages_lost()
+    assert closed == Closed("messages may have been lost with the connection", ("a",))
+    assert restore == Restore(2, 2)
+    assert driver.node.messages_lost()[-1] == Restore(3, 2), "the restore may be lost, too"
+
+
+def test_a_save_whose_answers_may_be_lost_is_given_up() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.apply("a", 1)
+    abandoned, closed, restore = driver.node.messages_lost()
+    assert isinstance(abandoned, SaveAbandoned)
+    assert closed == Closed("messages may have been lost with the connection", ())
+    assert restore == Restore(2, 2)

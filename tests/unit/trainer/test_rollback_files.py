@@ -1,9 +1,5 @@
 """Going back to an older checkpoint on the disk: all or nothing, wherever it is broken off."""
 
-import os
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from services.trainer import rollback_files
@@ -12,6 +8,7 @@ from shared import checkpoints
 from shared.checkpoints import Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
+from tests.unit.trainer.support import break_disk_at
 from tests.unit.trainer.test_checkpoint_files import files as files
 from tests.unit.trainer.test_checkpoint_files import load, manifest, save
 
@@ -63,30 +60,9 @@ def test_what_was_put_aside_before_stays_beside_what_is_now(files: CheckpointFil
     ]
 
 
-def break_nth(monkeypatch: pytest.MonkeyPatch, nth: int, error: BaseException) -> list[int]:
-    """The nth call that changes the disk raises instead; the list grows with each call."""
-    calls: list[int] = []
-
-    def breaking(owner: object, name: str) -> None:
-        plain = getattr(owner, name)
-
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            calls.append(len(calls) + 1)
-            if len(calls) == nth:
-                raise error
-            return plain(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, broken)
-
-    for name in ("write_text", "rename", "replace"):
-        breaking(Path, name)
-    breaking(os, "fsync")
-    return calls
-
-
 def num_writes(files: CheckpointFiles) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        calls = break_nth(patch, 0, Killed())
+        calls = break_disk_at(patch, 0, Killed())
         roll_back(files)
     return len(calls)
 
@@ -107,7 +83,7 @@ def test_a_rollback_that_is_broken_off_is_not_begun_or_is_completed_at_the_next_
     for version in (1, 2, 3):
         save(files, version)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        break_nth(patch, nth, Killed())
+        break_disk_at(patch, nth, Killed())
         roll_back(files)
 
     found = newest(files)
@@ -124,7 +100,7 @@ def test_a_disk_that_refuses_the_intention_leaves_all_as_it_was(files: Checkpoin
         save(files, version)
     before = names(files)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="no space"):
-        break_nth(patch, nth, OSError("no space"))
+        break_disk_at(patch, nth, OSError("no space"))
         roll_back(files)
 
     assert names(files) == before
