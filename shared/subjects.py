@@ -149,6 +149,12 @@ REDUCE = Topic(
     ReduceGradients,
     "trainer -> stage: average the nodes' gradients",
 )
+RENDEZVOUS = RequestTopic(
+    "lemix.node.{node}.stage.{stage}.rendezvous",
+    RendezvousRequest,
+    Rendezvous,
+    "the same stage of another node -> stage: where do we meet",
+)
 VERSIONS = RequestTopic(
     "lemix.weights.list", VersionsRequest, VersionList, "anyone -> trainer: which durable versions are there"
 )
@@ -161,12 +167,6 @@ RELEASE = Topic(
 )
 WEIGHTS = RequestTopic(
     "lemix.train.weights", WeightsRequest, WeightsStatus, "anyone -> trainer: which versions are there"
-)
-RENDEZVOUS = RequestTopic(
-    "lemix.node.{node}.stage.{stage}.rendezvous",
-    RendezvousRequest,
-    Rendezvous,
-    "the same stage of another node -> stage: where do we meet",
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 

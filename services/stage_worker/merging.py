@@ -1,14 +1,15 @@
 """A stage's part in what nodes do together: the mean of their weights, and of their gradients.
 
 trainer --MERGE, REDUCE--> copy --> mean with the same stage of other nodes --> hold the mean
-                           (an op)  (in the background, ops go on)              (an op)
+
+Only holding the mean, and the copy of gradients, are ops of their own; other ops go on during the rest.
 """
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from services.stage_worker.parts import Parts
 from services.stage_worker.queue import WorkKind
@@ -19,8 +20,6 @@ from shared.messages.base import Done
 from shared.messages.cluster import Rendezvous, RendezvousRequest
 from shared.messages.weights import MergeGroup, MergeWeights, ReduceGradients
 from shared.subjects import MERGE, REDUCE, RENDEZVOUS
-
-T = TypeVar("T")
 
 MERGE_DEADLINE_S = 600.0
 RENDEZVOUS_TIMEOUT_S = 10.0
@@ -64,7 +63,9 @@ class Merging:
         return Done()
 
     async def _merge(self, order: MergeWeights) -> None:
-        copied = await self._in_turn(order.epoch, self._executor.copy_state)
+        self._training.check_epoch_is(order.epoch)
+        copied = await self._executor.copy_state()
+        self._training.check_epoch_is(order.epoch)  # else a restore may have changed what was being copied
         rendezvous = await self._rendezvous(order.group)
         await self._executor.average(copied, order.group, rendezvous, order.outer)
         await self._in_turn(order.epoch, partial(self._hold_state, copied, order.version))
@@ -73,28 +74,31 @@ class Merging:
         await self._executor.hold_state(mean, version)
         self._training.merged(version)
 
-    async def _in_turn(self, epoch: int, work: Callable[[], Awaitable[T]]) -> T:
-        """The result of work that is done between two other ops, unless its asker has gone by then.
+    async def _in_turn(self, epoch: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Have it done between two other ops, unless its asker has gone by then.
 
         Raises RefusedError when a restore has begun.
         """
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def run() -> None:
             if done.done():
                 return
+            failure = None
             try:
                 self._training.check_epoch_is(epoch)
-                result = await work()
+                await work()
             except Exception as error:  # noqa: BLE001  # the asker gets it
-                if not done.done():
-                    done.set_exception(error)
+                failure = error
+            if done.done():
+                return
+            if failure is None:
+                done.set_result(None)
             else:
-                if not done.done():
-                    done.set_result(result)
+                done.set_exception(failure)
 
         self._queue.put(WorkKind.CONTROL, run)
-        return await done
+        await done
 
     async def _rendezvous(self, group: MergeGroup) -> str:
         """Where the members meet. Raises PeerLostError when the first one does not say."""

@@ -201,6 +201,7 @@ class StageWeights:
         """
         self._current = None
         self._retire()
+        self._spare.clear()  # it may lie in the much larger memory of the last ones
         for name, newest in self._newest.items():
             self._masters[name].data = tensors[name]
             newest.data = tensors[name].to(newest.dtype)

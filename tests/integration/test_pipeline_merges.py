@@ -1,6 +1,7 @@
 """Two nodes that become one, against plain loops in one process; real gloo over loopback."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from copy import deepcopy
@@ -26,6 +27,7 @@ from shared.messages.training import (
     TrainingFailed,
 )
 from shared.messages.weights import MergeGroup, MergeMember, OuterStep
+from shared.model.index import write_index
 from shared.subjects import RENDEZVOUS
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
@@ -33,6 +35,8 @@ from tests.support.training import ADAMW, Batch, adamw, loss_of, messages, num_l
 
 NUM_STAGES = 2
 BATCHES = random_batches(8, 2)
+EPSILON = 1e-2
+"""A rounding error of a gradient moves a weight by learning rate / epsilon of it at most."""
 OUTER = OuterStep(learning_rate=0.7, momentum=0.9)
 
 State = dict[str, Tensor]
@@ -55,7 +59,7 @@ async def two_nodes(family: str, folder: Path, **settings: Any) -> AsyncIterator
     async with AsyncExitStack() as stack:
         nodes = []
         for number in range(2):
-            chosen = {**ADAMW, **settings}
+            chosen = {**ADAMW, "optimizer_epsilon": EPSILON, **settings}
             running = running_node(
                 folder / "model", NUM_STAGES, folder, number=number, broker=broker, **chosen
             )
@@ -88,11 +92,15 @@ async def train(node: Node, batch_id: str, batch: Batch) -> None:
     await told(node, StepDone)
 
 
-async def state_of(node: Node, folder: Path, *, epoch: int | None = None) -> State:
-    """All that a node's checkpoint holds; what two stages hold is the same."""
-    folder.mkdir(parents=True)  # noqa: ASYNC240
-    await node.save(node.version, folder, epoch=epoch or node.number + 1)
-    await told(node, ShardSaved)
+async def state_of(node: Node, folder: Path) -> State:
+    """All that a checkpoint of the node's holds, written there; what two stages hold is the same."""
+    shutil.copytree(folder.parents[1] / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    await node.save(node.version, folder, epoch=node.number + 1)
+    files: dict[str, str] = {}
+    for report in await told(node, ShardSaved):
+        assert isinstance(report.event, ShardSaved)
+        files |= report.event.file_by_tensor
+    write_index(folder, files, 0)
     state: State = {}
     for path in sorted(folder.glob("*.safetensors")):  # noqa: ASYNC240
         for name, tensor in load_file(path).items():
@@ -124,6 +132,7 @@ class Plain:
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._model = model
         self._optimizer = adamw(self.parameters.values())
+        self._optimizer.param_groups[0]["eps"] = EPSILON
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         parts = [loss_of(self._model, self.parameters, part, num_labels(batch)) for part in batch]
@@ -261,7 +270,6 @@ async def test_three_outer_steps_equal_a_plain_loop_of_diloco_across_a_restart(t
             folder = tmp_path / "checkpoints" / f"step-{version}"
             saved = await state_of(pair.nodes[0], folder)
             if number == 0:  # as one that comes back: from the other's checkpoint
-                (folder / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
                 await train(pair.nodes[1], "lost", BATCHES[7])
                 await pair.nodes[1].restore(epoch=2, version=version, checkpoint=str(folder))
         states = [await state_of(node, tmp_path / "checkpoints" / str(node.number)) for node in pair.nodes]
@@ -395,7 +403,6 @@ async def test_a_checkpoint_of_merged_weights_is_every_nodes(family: str, tmp_pa
         members = group("merge-1", 0.5, 0.5)
         await asyncio.gather(first.merge(members, 2), second.merge(members, 2))
         await state_of(first, folder)
-        (folder / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
         await train(first, "a1", BATCHES[2])
         await train(second, "lost", BATCHES[3])
         await second.restore(epoch=2, version=2, checkpoint=str(folder))

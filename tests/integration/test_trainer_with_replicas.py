@@ -69,13 +69,10 @@ async def running_trainer(bus: MemoryBus, folder: Path, **changes: Any) -> Async
         **changes,
     )
     trainer = Trainer(settings, bus=bus, clock=SystemClock(), telemetry=Telemetry("trainer", None))
-    task = asyncio.create_task(trainer.run())
-    try:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(trainer.run())
         yield
-    finally:
         task.cancel()
-        await asyncio.wait([task])
-    assert task.cancelled()
 
 
 async def place_in_turns(bus: MemoryBus) -> None:

@@ -137,7 +137,10 @@ class Executor(Protocol[Snapshot, Copied]):
         ...
 
     async def copy_state(self) -> Copied:
-        """Copy all that a merge averages: weights and optimizer state."""
+        """Copy all that a merge averages: weights and optimizer state.
+
+        Other calls go on, but those that change just these would spoil the copy.
+        """
         ...
 
     async def copy_gradients(self, batch_id: str) -> Copied:

@@ -28,7 +28,7 @@ class Replica:
     """The stage's weights, optimizer state and gradients as one of several. With all of an optimizer's state
     averaged too, merged nodes are the same to the last bit, and a checkpoint of one is one of all.
 
-    All methods but `make_outer_step` belong to the compute thread.
+    `copy_state` and `make_outer_step` may run beside the compute thread, to which all other methods belong.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Replica:
         return self._outer.named() if self._outer else {}
 
     def copy_state(self) -> Copied:
-        """Weights, and all that their optimizer remembers."""
+        """Weights, and all that their optimizer remembers. Serving goes on meanwhile, training must not."""
         weights, optimizer = self._weights.master_tensors(), self._weights.complete_optimizer_state()
         # In an order that is the same on all nodes; single numbers last, for the sake of alignment.
         ordered = sorted(optimizer.items(), key=lambda item: (-item[1].numel(), item[0]))

@@ -151,7 +151,8 @@ class TorchExecutor:
         return await asyncio.to_thread(self._peers.rendezvous)
 
     async def copy_state(self) -> Copied:
-        return await self._run(self._loaded.replica.copy_state)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._peers_thread, self._loaded.replica.copy_state)
 
     async def copy_gradients(self, batch_id: str) -> Copied:
         return await self._run(self._loaded.replica.copy_gradients, batch_id)
