@@ -278,8 +278,8 @@ async def test_three_outer_steps_equal_a_plain_loop_of_diloco_across_a_restart(t
     state = {name: value.detach().clone() for name, value in apart[0].parameters.items()}
     momentum = {name: torch.zeros_like(value) for name, value in state.items()}
     for number in range(3):
-        for node, plain in enumerate(apart):
-            plain.train(BATCHES[2 * number + node])
+        for place, plain in enumerate(apart):
+            plain.train(BATCHES[2 * number + place])
         state = diloco(state, momentum, mean([plain.state() for plain in apart], [0.5, 0.5]))
         for plain in apart:
             plain.hold(state)
@@ -353,8 +353,8 @@ async def test_a_member_that_is_killed_in_a_merge_leaves_the_weights_as_they_wer
         dying = []
         for stage in range(NUM_STAGES):
             place = RENDEZVOUS.at(node=0, stage=stage)
-            answer = await node.bus.request(place, RendezvousRequest(), timeout_s=60.0)
-            dying.append(spawn.Process(target=join_and_die, args=(answer.address, "0.1-1.2")))
+            met = await node.bus.request(place, RendezvousRequest(), timeout_s=60.0)
+            dying.append(spawn.Process(target=join_and_die, args=(met.address, "0.1-1.2")))
             dying[-1].start()
         with pytest.raises(RefusedError, match="PeerLostError"):
             await node.merge(group("merge-1", 0.5, 0.5), 3)
