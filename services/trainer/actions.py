@@ -12,13 +12,12 @@ from services.trainer.batches import Ack, BatchBook, Pending
 from services.trainer.checkpoint_files import CheckpointFiles, lineage_of, manifest_of, rolled_back
 from services.trainer.evaluator import Evaluator
 from services.trainer.learning_rate import LearningRate
-from services.trainer.node_training import (
+from services.trainer.node_actions import (
     Action,
     Applied,
     Closed,
     Feed,
     Halted,
-    NodeTraining,
     RequestSave,
     Restore,
     RollBack,
@@ -27,6 +26,7 @@ from services.trainer.node_training import (
     Step,
     WriteCheckpoint,
 )
+from services.trainer.node_training import NodeTraining
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
 from services.trainer.publishing import Evaluate, Publish, Release, Withheld

@@ -12,9 +12,20 @@ from math import inf, isfinite, sqrt
 from typing import Literal
 
 from services.trainer.members import Members
-from services.trainer.publishing import Publishing, PublishingAction, PublishingRules
-from services.trainer.saves import Save
-from services.trainer.schedules import OpenBatch, Pipeline, Schedule, Shape, Slot
+from services.trainer.node_actions import (
+    Action,
+    Applied,
+    Closed,
+    Feed,
+    Halted,
+    Restore,
+    RollBack,
+    Skipped,
+    Step,
+)
+from services.trainer.node_saves import NodeSaves
+from services.trainer.publishing import Publishing, PublishingRules
+from services.trainer.schedules import OpenBatch, Pipeline, Schedule, Shape
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import (
     BackwardDone,
@@ -30,7 +41,6 @@ from shared.messages.training import (
 
 STALLED_AFTER_S = 120.0
 """A node with work and without a report for so long has lost a message: it starts again."""
-SAVE_DEADLINE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,126 +63,6 @@ class Rules:
     publishing: PublishingRules = field(default_factory=PublishingRules)
 
 
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """Send this microbatch to stage 0."""
-
-    slot: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Order every stage to step on a batch, or to skip it."""
-
-    batch_id: str
-    version: int
-    """Of the weights afterwards."""
-    gradient_scale: float = 1.0
-    is_skipped: bool = False
-    rate_of: str = ""
-    """The batch whose place in the stream sets the learning rate, when it is not this one: nodes that step
-    together step alike."""
-    is_kept: bool = False
-    """Stages hold on to the version, to serve it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """No stage's weights contain the batch, nor ever will: its gradients were not finite."""
-
-    batch_id: str
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
-class Halted:
-    """The node trains no more until a restart or a rollback, and goes on serving."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """All stages' weights contain the batch."""
-
-    batch_id: str
-    version: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """Have every stage hold the node's durable checkpoint; answer with `restored`."""
-
-    epoch: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class RequestSave:
-    """Ask every stage for its share of a checkpoint; answer with `save_answered`."""
-
-    epoch: int
-    version: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class WriteCheckpoint:
-    """Make the shards a durable checkpoint; answer with `checkpoint_written`."""
-
-    version: int
-    num_stages: int
-    shards: Mapping[int, ShardSaved]
-
-
-@dataclass(frozen=True, slots=True)
-class SaveAbandoned:
-    """There will be no checkpoint of `version` now."""
-
-    version: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The node is fed no more: what is not durable there must be run again."""
-
-    reason: str
-    unfinished: tuple[str, ...]
-    """Batches that were placed here and not applied, in order."""
-    failed: str | None = None
-    """The batch whose own fault it seems to be."""
-    unfit: str | None = None
-    """The batch that found no memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class RollBack:
-    """Make an older durable checkpoint the node's newest, and discard what later ones contain; answer with
-    `rolled_back`."""
-
-    version: int
-    unfinished: tuple[str, ...]
-    """Batches that were placed here and not applied, in order: they must be run again."""
-
-
-Action = (
-    Feed
-    | Step
-    | Applied
-    | Skipped
-    | Halted
-    | Restore
-    | RequestSave
-    | WriteCheckpoint
-    | SaveAbandoned
-    | Closed
-    | RollBack
-    | PublishingAction
-)
-
-
 class NodeTraining:
     """State of one node. Each method takes what has happened and returns what to do, in order."""
 
@@ -184,7 +74,6 @@ class NodeTraining:
         self.epoch = 0
         """A new one with every restore: what belongs to an earlier life of the node is known by it."""
         self.version = durable_version
-        self.durable_version = durable_version
         self.publishing = Publishing(rules.publishing)
         self._rules = rules
         self._epochs = epochs
@@ -193,14 +82,15 @@ class NodeTraining:
         self._losses: dict[str, float] = {}
         self._num_skips = 0
         """Batches skipped since one was applied."""
-        self._save: Save | None = None
+        self._saves = NodeSaves(
+            durable_version,
+            every=None if rules.shares_weights else rules.checkpoint_every,
+            idle_s=rules.checkpoint_idle_s,
+        )
         self._closing: Closed | None = None
         """Set while the node must close and a manifest is still being written."""
         self._rollback_to: int | None = None
         """Set from the order to roll back until it is done."""
-        self._save_from_version = 0
-        """After a failed checkpoint, the next occasion."""
-        self._idle_since_s: float | None = None
         self._silent_since_s: float | None = None
         self.is_held = False
         """No further batch begins for now."""
@@ -222,15 +112,20 @@ class NodeTraining:
     @property
     def is_quiet(self) -> bool:
         """Nothing trains here, and nothing is being saved."""
-        return self.phase == "open" and not self._pipeline.open_batches and self._save is None
+        return self.phase == "open" and not self._pipeline.open_batches and not self.is_saving
+
+    @property
+    def durable_version(self) -> int:
+        """Of the checkpoint that the node goes back to."""
+        return self._saves.durable_version
 
     @property
     def is_saving(self) -> bool:
-        return self._save is not None
+        return self._saves.is_saving
 
     @property
     def is_save_unanswered(self) -> bool:
-        return self._save is not None and not self._save.answered
+        return self._saves.is_unanswered
 
     @property
     def is_closing(self) -> bool:
@@ -300,13 +195,17 @@ class NodeTraining:
             return self._close(f"stages {lost} are silent")
         if self._is_stalled(now_s):
             return self._close(f"no report for {STALLED_AFTER_S:g} s") + self._restore_if_complete()
-        if self._save and not self._save.writing and now_s - self._save.requested_s > SAVE_DEADLINE_S:
-            return self._abandon_save(f"not written within {SAVE_DEADLINE_S:g} s") + self._advance(now_s)
-        return self._save_if_idle(now_s)
+        if abandoned := self._saves.give_up_if_late(now_s):
+            return abandoned + self._advance(now_s)
+        is_empty = self._pipeline.is_empty or (self.is_halted and self.has_nothing_begun)
+        is_idle = self.phase == "open" and is_empty
+        return self._saves.request_if_idle(
+            self.version, is_idle=is_idle, epoch=self.epoch, num_stages=self.num_stages, now_s=now_s
+        )
 
     def messages_lost(self) -> list[Action]:
         """The connection was lost and is back: what is on its way may never be reported."""
-        is_waiting = bool(self._pipeline.open_batches) or (self._save is not None and not self._save.writing)
+        is_waiting = bool(self._pipeline.open_batches) or self._saves.waits_for_stages
         if self.phase == "restoring" or (self.phase == "open" and is_waiting):
             return (
                 self._close("messages may have been lost with the connection") + self._restore_if_complete()
@@ -353,8 +252,8 @@ class NodeTraining:
                 )
                 return closed + self._restore_if_complete()
             case ShardSaved() | SaveFailed():
-                self._shard_reported(stage, report.event)
-                return self._settle_save() + self._advance(now_s)
+                self._saves.reported(stage, report.event)
+                return self._saves.settle(self.version) + self._advance(now_s)
         return self._advance(now_s)
 
     def evaluated(self, epoch: int, version: int, loss: float | None) -> list[Action]:
@@ -365,18 +264,15 @@ class NodeTraining:
         self, epoch: int, version: int, refusals: Mapping[int, str], now_s: float
     ) -> list[Action]:
         """Every stage was asked to save `version`; `refusals` says which do not, and why."""
-        if epoch != self.epoch or self._save is None or self._save.version != version:
+        if epoch != self.epoch or self._saves.version != version:
             return []
-        self._save = self._save.with_answers(refusals)
-        return self._settle_save() + self._advance(now_s)
+        self._saves.answered(refusals)
+        return self._saves.settle(self.version) + self._advance(now_s)
 
     def checkpoint_written(self, version: int, failure: str, now_s: float) -> list[Action]:
         """The checkpoint is durable, or is not (`failure` says why)."""
-        assert self._save is not None and self._save.version == version
-        if failure:
-            actions = self._abandon_save(failure)
-        else:
-            actions, self._save, self.durable_version = [], None, version
+        assert self._saves.version == version
+        actions = self._saves.written(failure)
         if self._closing is not None:
             return actions + self._finish_closing(self._closing) + self._restore_if_complete()
         return actions + self._advance(now_s)
@@ -393,7 +289,8 @@ class NodeTraining:
 
     def allow_restore(self, durable_version: int) -> list[Action]:
         """The closed node may join; that is the version that all nodes' newest checkpoint holds."""
-        self.may_restore, self.version, self.durable_version = True, durable_version, durable_version
+        self.may_restore, self.version = True, durable_version
+        self._saves.adopt(durable_version)
         return self._restore_if_complete()
 
     def fail(self, reason: str) -> list[Action]:
@@ -407,11 +304,11 @@ class NodeTraining:
 
     def adopt(self, durable_version: int) -> None:
         """Another node has written a checkpoint of just these weights."""
-        self.durable_version = durable_version
+        self._saves.adopt(durable_version)
 
     def save(self, now_s: float) -> list[Action]:
         """Make the present version durable."""
-        return self._request_save(self.version, now_s)
+        return self._saves.request(self.version, self.epoch, self.num_stages, now_s)
 
     def skip(self, now_s: float) -> list[Action]:
         """Drop the complete batch, whose own gradients are not finite, before others are averaged with it."""
@@ -446,8 +343,8 @@ class NodeTraining:
         version, self._rollback_to = self._rollback_to, None
         if failure:
             return [Closed(f"no rollback: {failure}", ()), *self._restore_if_complete()]
-        self.version = self.durable_version = version
-        self._num_skips = 0
+        self.version, self._num_skips = version, 0
+        self._saves.adopt(version)
         return self._restore_if_complete()
 
     def _backward_done(self, stage: int, event: BackwardDone) -> None:
@@ -475,7 +372,7 @@ class NodeTraining:
         if not self.is_halted:
             self._num_skips = 0
         applied = Applied(batch_id, self.version, loss)
-        return [applied, *self.publishing.applied(self.version), *self._settle_save()]
+        return [applied, *self.publishing.applied(self.version), *self._saves.settle(self.version)]
 
     def _count_skip(self, skipped: Skipped) -> list[Action]:
         self._num_skips += 1
@@ -501,7 +398,7 @@ class NodeTraining:
         assert batch is not None
         step = replace(self._step_of(batch, version), rate_of=rate_of)
         self._pipeline = self._pipeline.order(step.batch_id, step.version, is_skipped=step.is_skipped)
-        return [step, *self._request_save_if_due(step.version, now_s)]
+        return [step, *self._saves.request_if_due(step.version, self.epoch, self.num_stages, now_s)]
 
     @property
     def _present_version(self) -> int:
@@ -533,56 +430,6 @@ class NodeTraining:
             actions.append(Feed(slot))
         return actions
 
-    def _request_save_if_due(self, version: int, now_s: float) -> list[Action]:
-        due = (
-            version - self.durable_version >= self._rules.checkpoint_every and not self._rules.shares_weights
-        )
-        if self._save is not None or not due or version < self._save_from_version:
-            return []
-        return self._request_save(version, now_s)
-
-    def _save_if_idle(self, now_s: float) -> list[Action]:
-        is_empty = self._pipeline.is_empty or (self.is_halted and not self._pipeline.open_batches)
-        idle = self.phase == "open" and is_empty and self._save is None and not self._rules.shares_weights
-        if not idle or self.version == self.durable_version:
-            self._idle_since_s = None
-        elif self._idle_since_s is None:
-            self._idle_since_s = now_s
-        elif now_s - self._idle_since_s >= self._rules.checkpoint_idle_s:
-            self._idle_since_s = None
-            return self._request_save(self.version, now_s)
-        return []
-
-    def _request_save(self, version: int, now_s: float) -> list[Action]:
-        self._save = Save(version, self._members.num_stages, now_s)
-        return [RequestSave(self.epoch, version, self._members.num_stages)]
-
-    def _shard_reported(self, stage: int, event: ShardSaved | SaveFailed) -> None:
-        if self._save is None or self._save.version != event.version:
-            return
-        match event:
-            case ShardSaved():
-                self._save = self._save.with_shard(stage, event)
-            case SaveFailed(reason=reason):
-                self._save = self._save.with_failure(stage, reason)
-
-    def _settle_save(self) -> list[Action]:
-        save = self._save
-        if save is None or save.writing or not save.is_settled:
-            return []
-        if save.failure:
-            return self._abandon_save(save.failure)
-        if self.version < save.version:
-            return []  # another stage's StepDone is still on its way
-        self._save = replace(save, writing=True)
-        return [WriteCheckpoint(save.version, save.num_stages, save.shards)]
-
-    def _abandon_save(self, reason: str) -> list[Action]:
-        assert self._save is not None
-        version, self._save = self._save.version, None
-        self._save_from_version = version + 1
-        return [SaveAbandoned(version, reason)]
-
     def _empty_pipeline(self) -> Pipeline:
         return Pipeline(self._members.num_stages, self._rules.extra_in_flight)
 
@@ -598,20 +445,19 @@ class NodeTraining:
             return []
         self.phase, self.is_held, self._has_spoken = "closed", False, False
         closed = Closed(reason, self._pipeline.batch_ids, failed, unfit)
-        if self._save is not None and self._save.writing:
+        if self._saves.is_writing:
             # Whether its batches are durable is only known when the manifest is written.
             self._closing = closed
             return []
         return self._finish_closing(closed)
 
     def _finish_closing(self, closed: Closed) -> list[Action]:
-        abandoned = self._abandon_save(closed.reason) if self._save is not None else []
+        abandoned = self._saves.closed(closed.reason)
         self._closing = None
         self.publishing.closed()
         self._pipeline = self._empty_pipeline()
         self._losses.clear()
         self.version = self.durable_version
-        self._save_from_version = 0
         if self._rollback_to is not None:
             return [*abandoned, RollBack(self._rollback_to, closed.unfinished)]
         return [*abandoned, closed]

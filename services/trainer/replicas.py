@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.trainer.node_training import Action, NodeTraining
+from services.trainer.node_actions import (
+    Action,
+)
+from services.trainer.node_training import NodeTraining
 
 
 @dataclass(frozen=True, slots=True)

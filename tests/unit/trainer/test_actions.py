@@ -7,7 +7,10 @@ from typing import Any
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
 from services.trainer.microbatches import Rows, TrainingBatch
-from services.trainer.node_training import Closed, NodeTraining, Rules
+from services.trainer.node_actions import (
+    Closed,
+)
+from services.trainer.node_training import NodeTraining, Rules
 from services.trainer.schedules import SCHEDULES
 from services.trainer.settings import TrainerSettings
 from services.trainer.versions import Ledger

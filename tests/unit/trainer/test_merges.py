@@ -7,16 +7,15 @@ from typing import Any
 import pytest
 
 from services.trainer.merges import Merges
-from services.trainer.node_training import (
+from services.trainer.node_actions import (
     Action,
     Applied,
     Closed,
     Feed,
-    NodeTraining,
     RequestSave,
     Restore,
-    Rules,
 )
+from services.trainer.node_training import NodeTraining, Rules
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (

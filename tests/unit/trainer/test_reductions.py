@@ -4,7 +4,13 @@ import itertools
 from collections.abc import Sequence
 from math import nan
 
-from services.trainer.node_training import Action, Applied, RequestSave, Skipped, Step
+from services.trainer.node_actions import (
+    Action,
+    Applied,
+    RequestSave,
+    Skipped,
+    Step,
+)
 from services.trainer.reductions import Reductions
 from services.trainer.replicas import Decision, Joins, Member, NodeActions, Reduce, Shared
 from services.trainer.schedules import Shape

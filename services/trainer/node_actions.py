@@ -1,0 +1,128 @@
+"""What a node decides: what is to be done about it, in order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.trainer.publishing import PublishingAction
+from services.trainer.schedules import Slot
+from shared.messages.training import ShardSaved
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Send this microbatch to stage 0."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Order every stage to step on a batch, or to skip it."""
+
+    batch_id: str
+    version: int
+    """Of the weights afterwards."""
+    gradient_scale: float = 1.0
+    is_skipped: bool = False
+    rate_of: str = ""
+    """The batch whose place in the stream sets the learning rate, when it is not this one: nodes that step
+    together step alike."""
+    is_kept: bool = False
+    """Stages hold on to the version, to serve it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """No stage's weights contain the batch, nor ever will: its gradients were not finite."""
+
+    batch_id: str
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """The node trains no more until a restart or a rollback, and goes on serving."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """All stages' weights contain the batch."""
+
+    batch_id: str
+    version: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Have every stage hold the node's durable checkpoint; answer with `restored`."""
+
+    epoch: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSave:
+    """Ask every stage for its share of a checkpoint; answer with `save_answered`."""
+
+    epoch: int
+    version: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCheckpoint:
+    """Make the shards a durable checkpoint; answer with `checkpoint_written`."""
+
+    version: int
+    num_stages: int
+    shards: Mapping[int, ShardSaved]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAbandoned:
+    """There will be no checkpoint of `version` now."""
+
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The node is fed no more: what is not durable there must be run again."""
+
+    reason: str
+    unfinished: tuple[str, ...]
+    """Batches that were placed here and not applied, in order."""
+    failed: str | None = None
+    """The batch whose own fault it seems to be."""
+    unfit: str | None = None
+    """The batch that found no memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Make an older durable checkpoint the node's newest, and discard what later ones contain; answer with
+    `rolled_back`."""
+
+    version: int
+    unfinished: tuple[str, ...]
+    """Batches that were placed here and not applied, in order: they must be run again."""
+
+
+Action = (
+    Feed
+    | Step
+    | Applied
+    | Skipped
+    | Halted
+    | Restore
+    | RequestSave
+    | WriteCheckpoint
+    | SaveAbandoned
+    | Closed
+    | RollBack
+    | PublishingAction
+)

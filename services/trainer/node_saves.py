@@ -1,0 +1,133 @@
+"""When a node saves, and how far a checkpoint of it has come. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from services.trainer.node_actions import Action, RequestSave, SaveAbandoned, WriteCheckpoint
+from services.trainer.saves import Save
+from shared.messages.training import SaveFailed, ShardSaved
+
+SAVE_DEADLINE_S = 600.0
+
+
+class NodeSaves:
+    """One checkpoint at a time: requested, answered and written by every stage, then made durable."""
+
+    def __init__(self, durable_version: int, *, every: int | None, idle_s: float) -> None:
+        """`every`: applied batches between two checkpoints; None: only when told. `idle_s`: without work for
+        so long there is one, too.
+        """
+        self.durable_version = durable_version
+        self._every = every
+        self._idle_s = idle_s
+        self._save: Save | None = None
+        self._from_version = 0
+        """After a failed checkpoint, the next occasion."""
+        self._idle_since_s: float | None = None
+
+    @property
+    def version(self) -> int | None:
+        """What is being saved."""
+        return None if self._save is None else self._save.version
+
+    @property
+    def is_saving(self) -> bool:
+        return self._save is not None
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether a stage may not know yet that it has to save."""
+        return self._save is not None and not self._save.answered
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether all shards are there, and the manifest is on its way to the disk."""
+        return self._save is not None and self._save.writing
+
+    @property
+    def waits_for_stages(self) -> bool:
+        return self._save is not None and not self._save.writing
+
+    def request(self, version: int, epoch: int, num_stages: int, now_s: float) -> list[Action]:
+        """Have every stage save that version."""
+        self._save = Save(version, num_stages, now_s)
+        return [RequestSave(epoch, version, num_stages)]
+
+    def request_if_due(self, version: int, epoch: int, num_stages: int, now_s: float) -> list[Action]:
+        """A step to that version is ordered."""
+        is_due = self._every is not None and version - self.durable_version >= self._every
+        if self._save is not None or not is_due or version < self._from_version:
+            return []
+        return self.request(version, epoch, num_stages, now_s)
+
+    def request_if_idle(
+        self, version: int, *, is_idle: bool, epoch: int, num_stages: int, now_s: float
+    ) -> list[Action]:
+        """Time has passed for a node that holds that version."""
+        has_news = self._every is not None and version != self.durable_version
+        if not (is_idle and has_news) or self._save is not None:
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        elif now_s - self._idle_since_s >= self._idle_s:
+            self._idle_since_s = None
+            return self.request(version, epoch, num_stages, now_s)
+        return []
+
+    def answered(self, refusals: Mapping[int, str]) -> None:
+        """Every stage was asked; `refusals` says which do not save, and why."""
+        assert self._save is not None
+        self._save = self._save.with_answers(refusals)
+
+    def reported(self, stage: int, event: ShardSaved | SaveFailed) -> None:
+        """A stage has written its share, or could not."""
+        if self._save is None or self._save.version != event.version:
+            return
+        match event:
+            case ShardSaved():
+                self._save = self._save.with_shard(stage, event)
+            case SaveFailed(reason=reason):
+                self._save = self._save.with_failure(stage, reason)
+
+    def settle(self, version: int) -> list[Action]:
+        """Go on when all stages have told; the node's weights are of `version`."""
+        save = self._save
+        if save is None or save.writing or not save.is_settled:
+            return []
+        if save.failure:
+            return self._abandon(save.failure)
+        if version < save.version:
+            return []  # another stage's StepDone is still on its way
+        self._save = replace(save, writing=True)
+        return [WriteCheckpoint(save.version, save.num_stages, save.shards)]
+
+    def written(self, failure: str) -> list[Action]:
+        """The checkpoint is durable, or is not (`failure` says why)."""
+        assert self._save is not None
+        if failure:
+            return self._abandon(failure)
+        self.durable_version, self._save = self._save.version, None
+        return []
+
+    def give_up_if_late(self, now_s: float) -> list[Action]:
+        """Time has passed."""
+        if not self.waits_for_stages or self._save is None:
+            return []
+        is_late = now_s - self._save.requested_s > SAVE_DEADLINE_S
+        return self._abandon(f"not written within {SAVE_DEADLINE_S:g} s") if is_late else []
+
+    def adopt(self, durable_version: int) -> None:
+        """That is the version of the node's newest checkpoint now, whoever has written it."""
+        self.durable_version = durable_version
+
+    def closed(self, reason: str) -> list[Action]:
+        """The node begins anew."""
+        abandoned = self._abandon(reason) if self._save is not None else []
+        self._from_version = 0
+        return abandoned
+
+    def _abandon(self, reason: str) -> list[Action]:
+        assert self._save is not None
+        version, self._save = self._save.version, None
+        self._from_version = version + 1
+        return [SaveAbandoned(version, reason)]
