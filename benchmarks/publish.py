@@ -22,7 +22,9 @@ from lemix.status import fetch_weights
 from lemix.steps import StepCounter, wait_nodes_ready
 from lemix.topology import ClusterOptions
 from shared import subjects
+from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
+from shared.messages.training import StageReport, VersionsServed
 
 NUM_ROUNDS = 10
 BATCHES_PER_ROUND = 24
@@ -52,6 +54,8 @@ class Side:
     tbt_s: list[float] = field(default_factory=list)
     versions: set[int] = field(default_factory=set)
     """That made a first or a last token."""
+    published: set[int] = field(default_factory=set)
+    """That stage 0 has told to serve to new requests."""
     num_moved: int = 0
     """Requests that ended with another version than they began with."""
     num_requests: int = 0
@@ -72,7 +76,13 @@ class Side:
         api = await stack.enter_async_context(ApiClient(cluster.api_url, model=model))
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         stack.push_async_callback(bus.close)
-        return cls(api, bus, StepCounter(bus, await wait_nodes_ready(bus, 1)))
+        side = cls(api, bus, StepCounter(bus, await wait_nodes_ready(bus, 1)))
+        await bus.subscribe(subjects.REPORT.at(), side._on_report)
+        return side
+
+    async def _on_report(self, incoming: Incoming[StageReport]) -> None:
+        if isinstance(incoming.message.event, VersionsServed):
+            self.published.add(incoming.message.event.published)
 
     async def round(self, *, counts: bool) -> None:
         """Train on so many batches, and ask for completions all the while."""
@@ -112,6 +122,7 @@ class Side:
             "steps": self.num_batches,
             "newest_version": weights.version,
             "published_version": weights.published,
+            "versions_published": len(self.published),
             "versions_seen_by_requests": len(self.versions),
             "requests_that_changed_version": self.num_moved,
             "tokens": self.num_tokens,
