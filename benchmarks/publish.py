@@ -22,7 +22,9 @@ from lemix.status import fetch_weights
 from lemix.steps import StepCounter, wait_nodes_ready
 from lemix.topology import ClusterOptions
 from shared import subjects
+from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
+from shared.messages.training import StageReport, VersionsServed
 
 NUM_ROUNDS = 10
 BATCHES_PER_ROUND = 24
@@ -31,6 +33,8 @@ NUM_STREAMS = 4
 MAX_TOKENS = 48
 PROMPT = "The function returns"
 NUM_EXAMPLES, EXAMPLE_LENGTH, NUM_TOKENS = 4, 48, 256
+LEARNING_RATE = "1e-7"
+"""All sides must go on saying the same: a token without a text would be no event at the client."""
 NEVER = str(1 << 30)
 KINDS = {
     "withheld": {"LEMIX_EVALUATE_EVERY": NEVER},
@@ -50,14 +54,17 @@ class Side:
     tbt_s: list[float] = field(default_factory=list)
     versions: set[int] = field(default_factory=set)
     """That made a first or a last token."""
+    published: set[int] = field(default_factory=set)
+    """That stage 0 has told to serve to new requests."""
     num_moved: int = 0
     """Requests that ended with another version than they began with."""
     num_requests: int = 0
+    num_tokens: int = 0
     errors: list[str] = field(default_factory=list)
 
     @classmethod
     async def start(cls, kind: str, work: Path, stack: AsyncExitStack) -> Self:
-        settings = {"LEMIX_CHECKPOINT_EVERY": "1000", "LEMIX_LEARNING_RATE": "1e-4", **KINDS[kind]}
+        settings = {"LEMIX_CHECKPOINT_EVERY": "1000", "LEMIX_LEARNING_RATE": LEARNING_RATE, **KINDS[kind]}
         options = ClusterOptions(name=f"publish-{kind}", runs_dir=work, nodes=1, stages=2)
         clear(options.run_dir)
         options.run_dir.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,13 @@ class Side:
         api = await stack.enter_async_context(ApiClient(cluster.api_url, model=model))
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         stack.push_async_callback(bus.close)
-        return cls(api, bus, StepCounter(bus, await wait_nodes_ready(bus, 1)))
+        side = cls(api, bus, StepCounter(bus, await wait_nodes_ready(bus, 1)))
+        await bus.subscribe(subjects.REPORT.at(), side._on_report)
+        return side
+
+    async def _on_report(self, incoming: Incoming[StageReport]) -> None:
+        if isinstance(incoming.message.event, VersionsServed):
+            self.published.add(incoming.message.event.published)
 
     async def round(self, *, counts: bool) -> None:
         """Train on so many batches, and ask for completions all the while."""
@@ -95,6 +108,7 @@ class Side:
             if counts:
                 self.num_requests += 1
                 self.tbt_s += completion.tbt_s
+                self.num_tokens += completion.completion_tokens
                 self.versions |= set(completion.weights_versions)
                 self.num_moved += len(set(completion.weights_versions)) > 1
 
@@ -108,9 +122,11 @@ class Side:
             "steps": self.num_batches,
             "newest_version": weights.version,
             "published_version": weights.published,
+            "versions_published": len(self.published),
             "versions_seen_by_requests": len(self.versions),
             "requests_that_changed_version": self.num_moved,
-            "tokens": len(self.tbt_s),
+            "tokens": self.num_tokens,
+            "times_between_tokens": len(self.tbt_s),
             "tbt_p50_s": statistics.median(self.tbt_s),
             "tbt_p90_s": percentiles[89],
             "tbt_p99_s": percentiles[98],

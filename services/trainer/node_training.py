@@ -366,7 +366,7 @@ class NodeTraining:
         self.version = batch.version
         loss = self._losses.pop(batch_id, 0.0)
         if batch.is_placeholder:
-            return []
+            return [] if batch.is_skipped else list(self.publishing.applied(self.version))
         if batch.is_skipped:
             return self._count_skip(Skipped(batch_id, loss))
         if not self.is_halted:

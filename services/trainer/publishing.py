@@ -19,7 +19,7 @@ class PublishingRules:
     """What holds for every node."""
 
     serving: ServingRule = "newest"
-    max_kept: int = 4
+    max_kept: int = 2
     """Versions that stages keep at once; while all are in use, no newer one is published."""
     evaluate_every: int = 0
     """Steps from one version that is evaluated to the next; 0: every kept version is published unseen."""

@@ -67,8 +67,11 @@ class TrainerSettings(LemixSettings):
     """Newest checkpoints of each node that are kept."""
     weights_consistency: Literal["latest", "pinned"] = "latest"
     """`pinned`: a request ends with the weights version that it began with, on all stages."""
-    max_kept_versions: int = Field(default=4, ge=2)
-    """Versions that stages keep for serving at once; while all are in use, no newer one is published."""
+    max_kept_versions: int = Field(default=2, ge=2)
+    """Versions that stages keep for serving at once; while all are in use, no newer one is published.
+
+    Requests of so many versions take turns: with 2, a request waits for one other iteration at most.
+    """
     held_out: str = ""
     """A file of examples, one a line; versions that do much worse on them are not served. Empty: no guard."""
     evaluate_every: int = Field(default=64, ge=1)

@@ -43,7 +43,8 @@ class PackedWeights:
         self._tables = [(base._parameters, isinstance(base, Conv1D)) for base in bases]
         self._adapters = [low_rank_of(module) for module in modules]
         self._is_adapted = any(self._adapters)
-        self._patience_calls = patience_calls
+        self.patience_calls = patience_calls
+        """Forwards with fresh weights before they are packed."""
         self._sources: list[tuple[Tensor | None, int]] = []
         self._calls = 0
         self._widths: list[int] = []
@@ -75,7 +76,7 @@ class PackedWeights:
             return True
         self._note_sources()
         self._calls += 1
-        if self._calls <= self._patience_calls:
+        if self._calls <= self.patience_calls:
             return False
         self.repack()
         return True
@@ -146,6 +147,8 @@ def enable_fast_inference(stage: Stage) -> InferenceWeights:
             module.forward = _FastRMSNorm(module)
         elif "Rotary" in type(module).__name__ and fused:
             module.forward = _FastRotary(module)
+    for place, weights in enumerate(packed):
+        weights.patience_calls += place  # one after the other: packing all at once would hold a forward up
     return InferenceWeights(tuple(packed))
 
 

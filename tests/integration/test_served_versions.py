@@ -70,6 +70,32 @@ async def test_pinned_answers_equal_generate_with_exactly_their_version(
     assert len({tuple(tokens) for tokens in said.values()}) > len(PROMPTS), "all versions say the same"
 
 
+async def test_no_request_fails_across_many_versions(folder: Path, tmp_path: Path) -> None:
+    """Unused ones are released all the while, as the trainer would."""
+    num_versions, num_at_once, num_released = 40, 3, 0
+    (batch,) = random_batches(1, 1)
+    answers = []
+    async with running_node(folder, 2, tmp_path, **FAST) as node:
+        await node.restore(serving="pinned")
+        node.keeps = True
+        for version in range(1, num_versions + 1):
+            answers.append(await node.start(PROMPT, max_tokens=12))
+            await step(node, f"b{version}", batch)
+            await node.publish(version)
+            await asyncio.gather(*(answer.end() for answer in answers[:-num_at_once]))
+            if node.served is not None:
+                oldest = min((*node.served.in_use, node.served.published))
+                for unused in range(num_released, oldest):
+                    await node.release(unused)
+                num_released = max(num_released, oldest)
+        await asyncio.gather(*(answer.end() for answer in answers))
+    assert [answer.failure for answer in answers] == [None] * num_versions
+    assert {len(answer.tokens) for answer in answers} == {12}
+    assert all(len(set(answer.versions)) == 1 for answer in answers)
+    assert num_released > num_versions // 2
+    assert len({answer.versions[0] for answer in answers}) > num_versions // 2
+
+
 async def test_published_requests_move_on_and_ignore_what_is_not_published(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from shared.messages.training import VersionsServed
 
 def pinned(**rules: Any) -> Publishing:
     """Stages hold version 0."""
-    publishing = Publishing(PublishingRules(serving="pinned", **rules))
+    publishing = Publishing(PublishingRules(**{"serving": "pinned", "max_kept": 4, **rules}))
     assert publishing.restored(0) == []
     return publishing
 
@@ -132,6 +132,7 @@ def test_guarded_one_version_is_evaluated_at_a_time() -> None:
     steps(publishing, 1, 4)
     assert steps(publishing, 5, 9) == []
     publishing.evaluated(4, 1.0)
+    publishing.served(served(4, 4))
     assert steps(publishing, 10, 10) == [Evaluate(10)]
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from math import nan
+from typing import Any
 
 from services.trainer.node_actions import (
     Action,
@@ -11,6 +12,7 @@ from services.trainer.node_actions import (
     Skipped,
     Step,
 )
+from services.trainer.publishing import Publish, PublishingRules
 from services.trainer.reductions import Reductions
 from services.trainer.replicas import Decision, Joins, Member, NodeActions, Reduce, Shared
 from services.trainer.schedules import Shape
@@ -18,10 +20,10 @@ from shared.messages.training import GradientsReady, StepDone
 from tests.unit.trainer.test_merges import Replicas
 
 
-def reducing(num_nodes: int = 2, *, save_every: int = 100) -> Replicas:
+def reducing(num_nodes: int = 2, *, save_every: int = 100, **rules: Any) -> Replicas:
     names = (f"round-{number}" for number in itertools.count())
     decides = Reductions(save_every=save_every, idle_s=2.0, new_name=lambda: next(names))
-    return Replicas(num_nodes, decides, shares_steps=True)
+    return Replicas(num_nodes, decides, shares_steps=True, **rules)
 
 
 def actions_in(decisions: Sequence[Decision]) -> list[Action]:
@@ -61,6 +63,18 @@ def test_a_node_without_a_batch_steps_with_the_others() -> None:
     assert replicas.look() == [Reduce("round-0", (Member(0, 1, 1, 0.0, ""), Member(1, 2, 1, 1.0, "b")))]
     assert step(replicas, 1, node_0="round-0", node_1="b") == [Applied("b", 1, 1.0)]
     assert {node.version for node in replicas.nodes.values()} == {1}
+
+
+def test_every_node_publishes_the_common_version_also_one_without_a_batch() -> None:
+    replicas = reducing(publishing=PublishingRules(serving="pinned")).open()
+    replicas.learn(1, "b")
+    replicas.look()
+    by_node = {0: "round-0", 1: "b"}
+    for node, batch_id in by_node.items():
+        replicas.report(node, GradientsReady(batch_id=batch_id, squared_norm=1.0))
+    replicas.look()
+    for node, batch_id in by_node.items():
+        assert Publish(1) in replicas.report(node, StepDone(batch_id=batch_id, version=1))
 
 
 def test_a_batch_on_its_way_is_waited_for() -> None:
