@@ -66,11 +66,6 @@ class Nodes:
         self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
 
     @property
-    def share_weights(self) -> bool:
-        """Whether all nodes hold the same weights after each merge."""
-        return self._rules.shares_weights
-
-    @property
     def num_wanted(self) -> int:
         """Batches that may be placed and not applied: they fill the pipelines, and each node has its next."""
         known = (node for node in self.by_number.values() if node.is_known)

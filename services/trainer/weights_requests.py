@@ -39,8 +39,6 @@ class WeightsRequests:
                 code=409,
             )
         asked, known = incoming.message, self._nodes.by_number
-        if self._nodes.share_weights:
-            raise RefusedError("nodes that merge their weights cannot go back (LEMIX_MERGE)", code=409)
         numbers = sorted(known) if asked.node is None else [asked.node]
         if not numbers or any(number not in known for number in numbers):
             what = "no node is" if asked.node is None else f"node {asked.node} is not"

@@ -36,6 +36,7 @@ SERVICES = ("gateway", "scheduler", "trainer", "node-0-stage-0", "node-0-stage-1
 
 def undisturbed(run_dir: Path) -> Checkpoint:
     """The same run in one process, without a death."""
+    run_dir.mkdir()
     cluster = MortalCluster(
         model=Path(EMBEDDED_MODEL),
         run_dir=run_dir,
@@ -119,7 +120,10 @@ async def train_and_kill(runs_dir: Path) -> tuple[Checkpoint, Requests]:
             assert asking.cancelled()
             await until_answered(requests, api)
         found = checkpoints.latest(cluster.run_dir / "checkpoints", 0)
+        trainer_log = (cluster.run_dir / "logs" / "trainer.log").read_text()
     assert found is not None
+    assert sorted(event.split()[0] for event in events) == sorted(victims), "each died once, by our hand"
+    assert "no report for" not in trainer_log, "what was lost with a connection was noticed at once"
     return found, requests
 
 

@@ -291,24 +291,23 @@ def test_nodes_that_were_trained_apart_are_not_taken_for_one(tmp_path: Path) -> 
 def test_a_disk_that_fills_at_any_place_leaves_the_old_checkpoint_and_the_next_one_succeeds(
     files: CheckpointFiles,
 ) -> None:
-    save(files, 0)
+    save(files, 1)
     with pytest.MonkeyPatch.context() as patch:
         calls = break_disk_at(patch, 0, OSError())
-        save(files, 1)
+        save(files, 2)
     assert {"mkdir", "write_text", "fsync", "copyfile", "replace", "rename"} <= set(calls)
     full = OSError(errno.ENOSPC, "No space left on device")
 
     for nth in range(1, len(calls) + 1):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
             break_disk_at(patch, nth, full)
-            save(files, 2)
+            save(files, 3)
         whole = [each.manifest.version for each in checkpoints.checkpoints(files.root, 0)]
-        renamed = whole[0] == 2
-        assert renamed == (nth == len(calls)), "only the sync of the renamed folder comes after"
-        assert renamed or load(files)[0].manifest.version == 1
-        assert 1 in whole
+        is_renamed = nth == len(calls)  # only the sync of the folder's name comes after that
+        assert whole == ([3, 2, 1] if is_renamed else [2, 1])
+        assert load(files)[0].manifest.version == whole[0]
 
-    assert save(files, 3).name == "step-00000003"
+    assert save(files, 4).name == "step-00000004"
 
 
 def test_a_new_folders_name_is_on_the_disk_before_anything_in_it(files: CheckpointFiles) -> None:
