@@ -54,6 +54,7 @@ class Kill:
 class _Process:
     bus: MemoryBus
     task: "asyncio.Task[None]"
+    is_dead: bool = False
 
 
 @dataclass
@@ -115,6 +116,9 @@ class MortalCluster:
     def _kill(self, name: str) -> None:
         """At once, as the kernel does: what it was about to say is never said."""
         process = self._processes[name]
+        if process.is_dead:  # and not yet started again
+            return
+        process.is_dead = True
         process.bus.cut()
         process.task.cancel()
         asyncio.get_running_loop().call_later(RESTART_S, self._start, name)
