@@ -99,9 +99,9 @@ async def train_and_kill(runs_dir: Path) -> tuple[Checkpoint, Requests]:
             "LEMIX_NATS_URL": "",
         },
     )
-    steps, requests = Steps(), Requests()
+    steps, requests, events = Steps(), Requests(), list[str]()
     async with (
-        LocalCluster(options) as cluster,
+        LocalCluster(options, on_event=events.append) as cluster,
         open_bus(cluster.nats_url) as bus,
         asyncio.timeout(DEADLINE_S),
     ):
