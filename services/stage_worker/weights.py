@@ -284,7 +284,7 @@ class StageWeights:
         for version in self._versions:
             if version.num_in_flight or version is self._current or self._is_kept(version):
                 kept.append(version)
-            elif not self._shares_memory(version):
+            elif not self._shares_memory(version) and _owns_memory(version):
                 self._spare.append({name: leaf.data for name, leaf in version.leaves.items()})
         self._versions = kept
 
@@ -298,3 +298,9 @@ class StageWeights:
 
     def _shares_memory(self, version: WeightsVersion) -> bool:
         return all(leaf.data_ptr() == self._newest[name].data_ptr() for name, leaf in version.leaves.items())
+
+
+def _owns_memory(version: WeightsVersion) -> bool:
+    """Whether nothing else lies in it: after a merge weights are parts of one larger piece."""
+    leaves = version.leaves.values()
+    return all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in leaves)

@@ -38,12 +38,13 @@ class Replica:
         self._weights = weights
         self._device = device
         self._is_outer = is_outer
-        self._gradients: FlatTensors | None = None
+        self._gradients: FlatTensors | None
         self.restored(saved)
 
     def restored(self, saved: Mapping[str, Tensor]) -> None:
         """The stage has just loaded the weights of a merge, or those that all nodes begin with."""
         self._outer = outer_state(self._weights.master_tensors(), saved) if self._is_outer else None
+        self._gradients = None  # a mean that others have left may still be writing there
 
     def named_state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beside the weights and their optimizer's state."""
