@@ -1,6 +1,7 @@
 """Answers people's requests about weights: which durable versions there are, and to go back to one."""
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from shared.messages.weights import RollBackWeights, RolledBack, VersionList, Ve
 
 
 class WeightsRequests:
-    """Requests run side by side; that one node goes back once at a time is checked without a wait."""
+    """Requests run side by side; a node that goes back is taken from when its checkpoint is looked for."""
 
     def __init__(self, *, root: Path, nodes: Nodes, actions: ActionRunner, merges: bool) -> None:
         """`root`: the folder of all checkpoints. `merges`: the nodes share their weights."""
@@ -23,6 +24,7 @@ class WeightsRequests:
         self._root = root
         self._nodes = nodes
         self._actions = actions
+        self._going_back: set[int] = set()
 
     async def list_versions(self, incoming: Incoming[VersionsRequest]) -> VersionList:
         served = {number: node.version for number, node in self._nodes.by_number.items()}
@@ -43,12 +45,19 @@ class WeightsRequests:
         if not numbers or any(number not in known for number in numbers):
             what = "no node is" if asked.node is None else f"node {asked.node} is not"
             raise RefusedError(f"{what} running; those that are: {sorted(known)}", code=404)
-        targets = await on_disk(lambda: [_find(self._root, number, asked.version) for number in numbers])
-        if busy := [number for number in numbers if known[number].is_rolling_back]:
+        if busy := sorted(self._going_back.intersection(numbers)):
             raise RefusedError(f"nodes {busy} are going back already", code=409)
+        self._going_back.update(numbers)
+        try:
+            return await self._go_back(numbers, asked.version)
+        finally:
+            self._going_back.difference_update(numbers)
+
+    async def _go_back(self, numbers: Sequence[int], version: int) -> RolledBack:
+        targets = await on_disk(lambda: [_find(self._root, number, version) for number in numbers])
         discarded = await asyncio.gather(
             *(
-                self._actions.roll_back(known[number], target)
+                self._actions.roll_back(self._nodes.by_number[number], target)
                 for number, target in zip(numbers, targets, strict=True)
             )
         )

@@ -1,5 +1,6 @@
 """Going back to an older durable version while the trainer runs, on the memory bus with scripted nodes."""
 
+import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,4 +171,21 @@ async def test_one_node_of_two_goes_back(cluster: Cluster) -> None:
     await train(cluster, "e", "f")
     assert sorted(cluster.durable()) == sorted({"a", "b", "c", "d", "e", "f"} - cluster.discarded())
     assert len(cluster.discarded()) == 1
+    await stop(trainer)
+
+
+async def test_of_requests_at_the_same_time_one_is_answered_and_the_others_are_refused(
+    cluster: Cluster,
+) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b", "c")
+
+    asked = (roll_back(cluster, version) for version in (1, 2, 1, 2))
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+
+    assert answers[0] == RolledBack(nodes=(0,), num_discarded=2)
+    assert [getattr(answer, "code", None) for answer in answers[1:]] == [409, 409, 409]
+    await train(cluster, "d")
+    assert cluster.durable() == ["a", "d"]
     await stop(trainer)
