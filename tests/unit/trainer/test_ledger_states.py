@@ -1,5 +1,8 @@
 """The ledger under any sequence of what can happen: every accepted batch is in exactly one place."""
 
+from abc import abstractmethod
+from collections.abc import Iterable
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -9,7 +12,7 @@ from services.trainer.versions import Ledger
 from shared.checkpoints import Checkpoint, Manifest
 from tests.unit.trainer.support import NO_FOLDER
 
-NODES = (0, 1)
+NODES = (0, 1, 2)
 NODE = st.sampled_from(NODES)
 
 
@@ -19,22 +22,40 @@ class Batches(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger()
-        self.last_sequence = 0
         self.fed: set[str] = set()
         """Every id that was ever accepted."""
         self.skipped: set[str] = set()
         self.discarded: set[str] = set()
         self.applied: dict[int, list[str]] = {node: [] for node in NODES}
         """Since the node's newest checkpoint."""
-        self.disk: dict[int, list[tuple[Manifest, list[str]]]] = {node: [] for node in NODES}
-        """Each node's checkpoints, newest last, with what their weights contain."""
 
+    @abstractmethod
     def durable(self, node: int) -> list[str]:
-        return self.disk[node][-1][1] if self.disk[node] else []
+        """What the weights of the node's newest checkpoint contain."""
+
+    @abstractmethod
+    def ever_durable(self) -> list[str]:
+        """What the weights of all nodes' newest checkpoints contain."""
+
+    def trains(self, node: int) -> bool:
+        return True
+
+    def held(self) -> set[str]:
+        return {batch_id for applied in self.applied.values() for batch_id in applied}
 
     def waiting(self) -> list[str]:
-        held = {batch_id for applied in self.applied.values() for batch_id in applied}
+        held = self.held()
         return [batch_id for batch_id in self.ledger.pending if batch_id not in held]
+
+    def manifest(self, node: int, version: int) -> Manifest:
+        return manifest_of(self.ledger, node, version, num_stages=1, model="m", stream="s", wall_s=0.0)
+
+    def restart(self, newest: Iterable[Manifest]) -> None:
+        """The trainer starts from the disk; what was skipped and not written there may come again."""
+        self.ledger = ledger_of(Checkpoint(manifest, NO_FOLDER) for manifest in newest)
+        self.applied = {node: [] for node in NODES}
+        self.skipped = {each for each in self.skipped if self.ledger.is_done(int(each[1:]))}
+        self.fed = {each for each in self.fed if self.ledger.is_done(int(each[1:]))}
 
     @rule()
     def accept(self) -> None:
@@ -45,12 +66,12 @@ class Batches(RuleBasedStateMachine):
             sequence += 1
         assert not self.ledger.knows(f"b{sequence}"), "what is not done would be applied a second time"
         self.ledger = self.ledger.accept(sequence, f"b{sequence}")
-        self.last_sequence = max(self.last_sequence, sequence)
         self.fed.add(f"b{sequence}")
 
-    @precondition(lambda self: self.waiting())
-    @rule(node=NODE, data=st.data())
-    def apply(self, node: int, data: st.DataObject) -> None:
+    @precondition(lambda self: self.waiting() and any(map(self.trains, NODES)))
+    @rule(data=st.data())
+    def apply(self, data: st.DataObject) -> None:
+        node = data.draw(st.sampled_from([node for node in NODES if self.trains(node)]))
         batch_id = data.draw(st.sampled_from(self.waiting()))
         self.ledger = self.ledger.apply(node, batch_id)
         self.applied[node].append(batch_id)
@@ -62,9 +83,41 @@ class Batches(RuleBasedStateMachine):
         self.ledger = self.ledger.skip(self.ledger.pending[batch_id])
         self.skipped.add(batch_id)
 
+    @invariant()
+    def every_accepted_batch_is_in_exactly_one_place(self) -> None:
+        places = [*self.waiting(), *self.held(), *self.ever_durable(), *self.skipped, *self.discarded]
+        assert sorted(places) == sorted(self.fed)
+
+    @invariant()
+    def the_ledger_says_the_same(self) -> None:
+        for node in filter(self.trains, NODES):
+            lineage = self.ledger.lineage(node)
+            assert list(lineage.recent_ids) == self.durable(node)
+            assert list(lineage.applied) == self.applied[node]
+            assert lineage.version == len(self.durable(node)) + len(self.applied[node])
+        done = {each for each in self.fed if each not in self.ledger.pending}
+        assert all(self.ledger.is_done(int(each[1:])) for each in done)
+        assert not any(self.ledger.is_done(sequence) for sequence in self.ledger.pending.values())
+
+
+class Apart(Batches):
+    """Each node has weights, and checkpoints, of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disk: dict[int, list[tuple[Manifest, list[str]]]] = {node: [] for node in NODES}
+        """Each node's checkpoints, newest last, with what their weights contain."""
+
+    def durable(self, node: int) -> list[str]:
+        return self.disk[node][-1][1] if self.disk[node] else []
+
+    def ever_durable(self) -> list[str]:
+        return [batch_id for node in NODES for batch_id in self.durable(node)]
+
     @rule(node=NODE)
     def roll_back(self, node: int) -> None:
         """A stage of the node has restarted."""
+        assert self.ledger.only_applied_by(node) == tuple(self.applied[node])
         self.ledger = self.ledger.roll_back(node)
         self.applied[node] = []
 
@@ -74,8 +127,7 @@ class Batches(RuleBasedStateMachine):
         num_saved = max(0, len(self.applied[node]) - num_left)
         saved, self.applied[node] = self.applied[node][:num_saved], self.applied[node][num_saved:]
         version = len(self.durable(node)) + num_saved
-        manifest = manifest_of(self.ledger, node, version, num_stages=1, model="m", stream="s", wall_s=0.0)
-        self.disk[node].append((manifest, self.durable(node) + saved))
+        self.disk[node].append((self.manifest(node, version), self.durable(node) + saved))
         if dies:
             self.crash()
         else:
@@ -99,34 +151,101 @@ class Batches(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
-        """The trainer starts again from the disk; what was skipped and not written there may come again."""
-        newest = [Checkpoint(self.disk[node][-1][0], NO_FOLDER) for node in NODES if self.disk[node]]
-        self.ledger = ledger_of(newest)
-        self.applied = {node: [] for node in NODES}
-        self.skipped = {each for each in self.skipped if self.ledger.is_done(int(each[1:]))}
-        self.fed = {each for each in self.fed if self.ledger.is_done(int(each[1:]))}
+        self.restart(self.disk[node][-1][0] for node in NODES if self.disk[node])
+
+
+class Merged(Batches):
+    """All nodes descend from one checkpoint, and their weights become one at times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.newest: tuple[Manifest | None, list[str]] = None, []
+        """The newest checkpoint of any node, with what its weights contain."""
+        self.joined: set[int] = set()
+        """Nodes that hold it, or descend from it."""
+        self.num_shared = 0
+        """Steps since then that all of these contain."""
+
+    def durable(self, node: int) -> list[str]:
+        return self.newest[1]
+
+    def ever_durable(self) -> list[str]:
+        return self.newest[1]
+
+    def trains(self, node: int) -> bool:
+        return node in self.joined
+
+    @precondition(lambda self: not self.num_shared)
+    @rule(node=NODE)
+    def join(self, node: int) -> None:
+        if not self.trains(node):
+            self.ledger = self.ledger.join(node)
+            self.joined.add(node)
+
+    @precondition(lambda self: self.held())
+    @rule()
+    def share(self) -> None:
+        """A merge, or a step of all."""
+        self.ledger = self.ledger.share(sorted(self.joined))
+        shared = list(dict.fromkeys(each for node in sorted(self.joined) for each in self.applied[node]))
+        for node in self.joined:
+            self.applied[node] = list(shared)
+        self.num_shared = len(shared)
+
+    @precondition(lambda self: self.num_shared)
+    @rule(data=st.data(), dies=st.booleans())
+    def make_durable(self, data: st.DataObject, dies: bool) -> None:
+        """One node writes the checkpoint of all; nodes may be lost meanwhile, or the trainer."""
+        leader, *others = sorted(self.joined)
+        lost = data.draw(st.sets(st.sampled_from(others))) if others else set()
+        num_saved = data.draw(st.integers(1, self.num_shared))
+        saved = self.applied[leader][:num_saved]
+        version = len(self.durable(leader)) + num_saved
+        manifest = self.manifest(leader, version)
+        for node in lost:
+            self.lose(node)
+        self.newest = manifest, self.durable(leader) + saved
+        if dies:
+            self.crash()
+            return
+        self.ledger = self.ledger.make_durable(leader, version)
+        self.num_shared -= num_saved
+        for node in self.joined:
+            self.applied[node] = self.applied[node][num_saved:]
+        if lost:
+            self.give_up()
+
+    @precondition(lambda self: self.joined)
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        """A node is lost; where it shares steps that are not durable, all go back."""
+        self.lose(data.draw(st.sampled_from(sorted(self.joined))))
+        if self.num_shared:
+            self.give_up()
+
+    @rule()
+    def crash(self) -> None:
+        self.restart([self.newest[0]] if self.newest[0] else [])
+        self.joined, self.num_shared = set(), 0
+
+    def give_up(self) -> None:
+        for node in sorted(self.joined):
+            self.lose(node)
+        self.num_shared = 0
+
+    def lose(self, node: int) -> None:
+        """What only this node had applied waits again."""
+        mine, self.applied[node] = self.applied[node], []
+        self.joined.remove(node)
+        held = self.held()
+        assert self.ledger.only_applied_by(node) == tuple(each for each in mine if each not in held)
+        self.ledger = self.ledger.roll_back(node)
 
     @invariant()
-    def every_accepted_batch_is_in_exactly_one_place(self) -> None:
-        places = [
-            *self.waiting(),
-            *(batch_id for node in NODES for batch_id in (*self.durable(node), *self.applied[node])),
-            *self.skipped,
-            *self.discarded,
-        ]
-        assert sorted(places) == sorted(self.fed)
-
-    @invariant()
-    def the_ledger_says_the_same(self) -> None:
-        for node in NODES:
-            lineage = self.ledger.lineage(node)
-            assert list(lineage.recent_ids) == self.durable(node)
-            assert list(lineage.applied) == self.applied[node]
-            assert lineage.version == len(self.durable(node)) + len(self.applied[node])
-        done = {each for each in self.fed if each not in self.ledger.pending}
-        assert all(self.ledger.is_done(int(each[1:])) for each in done)
-        assert not any(self.ledger.is_done(sequence) for sequence in self.ledger.pending.values())
+    def who_has_not_joined_holds_nothing_of_its_own(self) -> None:
+        assert not any(self.ledger.lineage(node).applied for node in NODES if not self.trains(node))
 
 
-TestBatches = Batches.TestCase
-TestBatches.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestApart = Apart.TestCase
+TestMerged = Merged.TestCase
+TestApart.settings = TestMerged.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
