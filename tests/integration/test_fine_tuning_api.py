@@ -58,6 +58,11 @@ class Api:
     async def until_applied(self, num_batches: int) -> None:
         await until(lambda: len(self.trainer.applied) >= num_batches)
 
+    async def until_checkpoint(self, job_id: str) -> None:
+        checkpoints = self.client.fine_tuning.jobs.checkpoints
+        while not (await checkpoints.list(job_id)).data:  # noqa: ASYNC110  # a client can only ask again
+            await asyncio.sleep(LOOK_EVERY_S)
+
     async def events(self, job_id: str) -> list[Any]:
         """All, oldest first."""
         return [event async for event in self.client.fine_tuning.jobs.list_events(job_id)][::-1]
@@ -442,6 +447,23 @@ async def test_a_rejected_batch_fails_its_job() -> None:
         job = await here.until(job.id, *TERMINAL)
     assert (job.status, job.error.code) == ("failed", "batch_rejected")
     assert job.error.message == "Step 2 was rejected: NaN"
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_a_job_whose_durable_step_is_taken_out_of_the_weights_fails(is_lost: bool) -> None:
+    """The job hears of it, or finds out when it asks."""
+    async with api(ask_after_s=0.05) as here:
+        here.trainer.allow(1)
+        job = await here.create(hyperparameters={"n_epochs": 1, "batch_size": 5})
+        await here.until_applied(1)
+        await here.trainer.save()
+        await here.until_checkpoint(job.id)
+        here.trainer.is_mute = is_lost
+        await here.trainer.roll_back()
+        here.trainer.allow(1)
+        job = await here.until(job.id, *TERMINAL)
+    assert (job.status, job.error.code) == ("failed", "step_discarded")
+    assert job.error.message == "Step 1, which was durable, is in the weights no longer: NaN"
 
 
 async def test_jobs_wait_for_their_turn_and_their_number_is_bounded() -> None:

@@ -62,13 +62,21 @@ class FakeTrainer:
         self.durable += new
         await self.tell(self._durable(new))
 
+    async def roll_back(self) -> None:
+        """What was durable is in no weights any more."""
+        self.rejected += self.durable
+        gone, self.durable = self.durable, []
+        self.applied = [batch_id for batch_id in self.applied if batch_id not in gone]
+        for batch_id in gone:
+            await self.tell(BatchRejected(batch_id=batch_id, reason="NaN"))
+
     async def tell(self, event: BatchEvent) -> None:
         if not self.is_mute:
             await self.bus.publish(TRAIN_PROGRESS.at(), BatchProgress(event=event))
 
     async def _take(self, body: dict[str, Any]) -> None:
         batch_id = body["id"]
-        if batch_id in self.applied:
+        if batch_id in (*self.applied, *self.rejected):
             self.num_repeated += 1
             return
         self.bodies.append(body)

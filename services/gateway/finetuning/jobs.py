@@ -2,7 +2,7 @@
 
 validating_files --Validated--> queued --Started--> running --every step durable--> succeeded
         |                          |                   |
-        '--Failed, Cancelled-------+-------------------+--a batch rejected--> failed
+        '--Failed, Cancelled-------+-------------------+--a batch rejected, or taken out again--> failed
 
 A step is one training batch: `open` from when it is to be published until a durable checkpoint contains it.
 """
@@ -102,6 +102,8 @@ class Job(_Frozen):
     """By number, from 1."""
     next_step: int = 1
     """The lowest that was never to be published."""
+    newest_durable: dict[int, int] = {}
+    """The highest durable step of each node that has one: what a rollback there takes out first."""
     durable_tokens: int = 0
     train_loss: float | None = None
     """Of the newest step."""
@@ -322,7 +324,13 @@ def _durable(job: Job, durable: BatchDurable, now_s: int) -> Outcome:
         return Outcome(job)
     num_tokens = sum(job.open[number].num_tokens for number in numbers)
     left = {number: step for number, step in job.open.items() if number not in numbers}
-    job = _with(job, open=left, durable_tokens=job.durable_tokens + num_tokens)
+    newest = max(*numbers, job.newest_durable.get(durable.node, 0))
+    job = _with(
+        job,
+        open=left,
+        newest_durable={**job.newest_durable, durable.node: newest},
+        durable_tokens=job.durable_tokens + num_tokens,
+    )
     saved = SavedSteps(step_number=max(numbers), version=durable.version, train_loss=job.train_loss)
     notes = [Note(level="info", message=f"Checkpoint created at step {saved.step_number}")]
     if job.status == "running" and not job.open and job.next_step > job.total_steps:
@@ -334,14 +342,16 @@ def _durable(job: Job, durable: BatchDurable, now_s: int) -> Outcome:
 def _rejected(job: Job, rejected: BatchRejected, now_s: int) -> Outcome:
     number = _step_of(job, rejected.batch_id)
     if number not in job.open:
-        return Outcome(job)
-    job = _without(job, number)
+        is_ours = number is not None and 0 < number < job.next_step
+        message = f"Step {number}, which was durable, is in the weights no longer: {rejected.reason}"
+        discarded = Failed(JobError(code="step_discarded", message=message))
+        return after(job, discarded, now_s) if is_ours else Outcome(job)
     error = JobError(
         code="batch_rejected",
         message=f"Step {number} was rejected: {rejected.reason}",
         param="training_file",
     )
-    return after(job, Failed(error), now_s)
+    return after(_without(job, number), Failed(error), now_s)
 
 
 def _without_unknown(job: Job, number: int | None, read_up_to: int) -> Job:

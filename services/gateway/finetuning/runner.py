@@ -203,7 +203,9 @@ class JobRunner:
             self._happen(job_id, Published(step, sequence))
 
     async def _ask_after_silence(self, job_id: str) -> None:
-        """Ask the trainer for the batches of which nothing was heard for a while."""
+        """Ask the trainer for the batches of which nothing was heard for a while, and for durable ones: a
+        rollback may have taken them out.
+        """
         if job_id not in self._book:
             return
         job = self._book[job_id]
@@ -212,8 +214,9 @@ class JobRunner:
         if not open_ids or now_s - self._quiet_since_s.get(job_id, -math.inf) < self._settings.ask_after_s:
             return
         self._quiet_since_s[job_id] = now_s
-        for start in range(0, len(open_ids), MAX_BATCHES_OF_MESSAGE):
-            await self._ask(job_id, tuple(open_ids[start : start + MAX_BATCHES_OF_MESSAGE]))
+        ids = [*open_ids, *map(job.batch_id, sorted(set(job.newest_durable.values())))]
+        for start in range(0, len(ids), MAX_BATCHES_OF_MESSAGE):
+            await self._ask(job_id, tuple(ids[start : start + MAX_BATCHES_OF_MESSAGE]))
 
     async def _ask(self, job_id: str, batch_ids: tuple[str, ...]) -> None:
         try:

@@ -166,6 +166,28 @@ def test_a_rejected_step_fails_the_job_with_its_reason() -> None:
     assert list(failed.job.open) == [1]
 
 
+def test_a_durable_step_that_a_rollback_took_out_fails_the_job() -> None:
+    job = published(running_job(), 1, 2)
+    gone = BatchRejected(batch_id=job.batch_id(1), reason="a rollback")
+    last = following(job, durable(job, 1), gone, durable(job, 2))[-1].job
+    assert (last.status, last.error.code) == ("failed", "step_discarded")
+    assert last.error.message == "Step 1, which was durable, is in the weights no longer: a rollback"
+
+
+def test_a_job_that_has_ended_stays_as_it_is_when_its_steps_are_taken_out() -> None:
+    job = published(running_job(num_examples=2, n_epochs=1), 1)
+    job = following(job, applied(job, 1, 1), durable(job, 1))[-1].job
+    gone = BatchRejected(batch_id=job.batch_id(1), reason="a rollback")
+    assert job.status == "succeeded"
+    assert after(job, gone, NOW_S) == (job, (), ())
+
+
+def test_the_newest_durable_step_of_each_node_is_remembered() -> None:
+    job = published(running_job(), 1, 2, 3)
+    elsewhere = durable(job, 3).model_copy(update={"node": 1})
+    assert following(job, durable(job, 2), durable(job, 1), elsewhere)[-1].job.newest_durable == {0: 2, 1: 3}
+
+
 def test_what_the_trainer_has_passed_by_is_published_again_and_what_is_to_come_is_not() -> None:
     job = published(running_job(), 1, 2)
     unknown = [Unknown(job.batch_id(step), read_up_to=101) for step in (1, 2)]
