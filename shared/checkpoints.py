@@ -16,7 +16,6 @@ A folder without a readable manifest is no checkpoint: its writer died before it
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from shared.disk import replace_file
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
 from shared.messages.training import AdapterKind
@@ -32,7 +32,7 @@ from shared.messages.weights import DurableVersion
 MANIFEST_NAME = "lemix.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-TRAINING_ONLY = ("optimizer-", "random-")
+TRAINING_ONLY = "optimizer-"
 """How the names of files begin that only training needs."""
 
 _NODE = re.compile(r"node-(\d+)")
@@ -230,31 +230,9 @@ def read(folder: Path) -> Manifest | None:
     return manifest
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, and have the disk hold their names. Raises OSError."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True)
-    for folder in missing:
-        sync(folder.parent)
-
-
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all, and sync it with the names in `folder`.
 
     Raises OSError when the disk refuses.
     """
-    path = folder / MANIFEST_NAME
-    new = path.with_suffix(".new")
-    new.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    sync(new)
-    new.replace(path)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's names. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import checkpoints
+from shared.disk import sync
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
@@ -33,7 +34,7 @@ def join_adapter(folder: Path, shard_names: Iterable[str]) -> str:
         data += part
     content = _bytes(header) + data
     (folder / checkpoints.ADAPTER_NAME).write_bytes(content)
-    checkpoints.sync(folder / checkpoints.ADAPTER_NAME)
+    sync(folder / checkpoints.ADAPTER_NAME)
     for path in paths:
         path.unlink()
     return hashlib.sha256(content).hexdigest()

@@ -14,6 +14,7 @@ from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
+from shared.disk import make_folder, replace_file, sync
 from shared.errors import ConfigurationError
 from shared.messages.training import AdapterKind, ShardSaved
 from shared.model.index import write_index
@@ -78,11 +79,8 @@ class CheckpointFiles:
         if known.get("stream") != stream.identity:
             known = {"stream": stream.identity, "after_sequence": stream.last_sequence}
             if not self._root.exists():
-                checkpoints.make_folder(self._root)
-            new = path.with_suffix(".new")
-            new.write_text(json.dumps(known))
-            checkpoints.sync(new)
-            checkpoints.sync(new.replace(path).parent)
+                make_folder(self._root)
+            replace_file(path, json.dumps(known))
         return int(known["after_sequence"])
 
     def temporary(self, node: int, version: int, epoch: int) -> Path:
@@ -97,7 +95,7 @@ class CheckpointFiles:
         """
         for old in folder.parent.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(old, ignore_errors=True)
-        checkpoints.make_folder(folder)
+        make_folder(folder)
 
     def finish(self, folder: Path, manifest: Manifest, shards: Iterable[ShardSaved]) -> Checkpoint:
         """Make the stages' shards in `folder` the node's newest durable checkpoint."""
@@ -118,7 +116,7 @@ class CheckpointFiles:
         if final.exists():
             shutil.rmtree(final)
         folder.rename(final)
-        checkpoints.sync(final.parent)
+        sync(final.parent)
         return Checkpoint(manifest, final)
 
     def note_held_out_loss(self, node: int, version: int, loss: float) -> None:
@@ -145,16 +143,16 @@ class CheckpointFiles:
     def _as_model(self, folder: Path, shards: Sequence[ShardSaved]) -> None:
         """Add what makes the shards one model."""
         file_by_tensor = {name: file for shard in shards for name, file in shard.file_by_tensor.items()}
-        checkpoints.sync(write_index(folder, file_by_tensor, sum(shard.size_bytes for shard in shards)))
+        sync(write_index(folder, file_by_tensor, sum(shard.size_bytes for shard in shards)))
         config = json.loads((self._model_folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)  # what older publishers call it
         (folder / CONFIG_FILE).write_text(json.dumps(config | {"dtype": TRAINED_DTYPE}, indent=2) + "\n")
-        checkpoints.sync(folder / CONFIG_FILE)
+        sync(folder / CONFIG_FILE)
 
     def _copy_model_files(self, folder: Path) -> None:
         for name in MODEL_FILES:
             if (self._model_folder / name).exists():
-                checkpoints.sync(Path(shutil.copyfile(self._model_folder / name, folder / name)))
+                sync(Path(shutil.copyfile(self._model_folder / name, folder / name)))
 
 
 def _adapter_of(shards: Iterable[ShardSaved]) -> AdapterKind:

@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.trainer.node_actions import (
-    Action,
-)
+from services.trainer.node_actions import Action
 from services.trainer.node_training import NodeTraining
 
 

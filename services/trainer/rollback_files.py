@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shared import checkpoints
 from shared.checkpoints import Manifest
+from shared.disk import replace_file, sync
 from shared.errors import ConfigurationError
 
 ASIDE = "rolled-back-"
@@ -26,14 +27,9 @@ def intend(root: Path, manifest: Manifest) -> None:
     if checkpoints.read(target := node_folder / checkpoints.checkpoint_name(manifest.version)) is None:
         raise FileNotFoundError(f"{target} was removed meanwhile")
     intent = node_folder / _INTENT
-    new = intent.with_suffix(".new")
     try:
-        new.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        checkpoints.sync(new)
-        new.replace(intent)
-        checkpoints.sync(node_folder)
+        replace_file(intent, manifest.model_dump_json(indent=1) + "\n")
     except OSError:
-        new.unlink(missing_ok=True)
         intent.unlink(missing_ok=True)
         raise
 
@@ -57,10 +53,10 @@ def _complete(root: Path, manifest: Manifest, intent: Path) -> None:
     target = intent.with_name(checkpoints.checkpoint_name(manifest.version))
     for newer in checkpoints.newer_folders(root, manifest.node, manifest.version):
         newer.rename(_free_name(newer))
-    checkpoints.sync(intent.parent)
+    sync(intent.parent)
     intent.replace(target / checkpoints.MANIFEST_NAME)
-    checkpoints.sync(target)
-    checkpoints.sync(intent.parent)
+    sync(target)
+    sync(intent.parent)
 
 
 def complete_all(root: Path) -> None:

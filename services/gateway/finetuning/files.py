@@ -14,11 +14,9 @@ from pydantic_core import from_json
 
 from services.gateway.answers import Json
 from services.gateway.errors import ApiError
-from services.gateway.finetuning.store import replace_file
 from services.gateway.finetuning.training_file import numbered_lines
-from shared.checkpoints import sync
 from shared.clock import Clock, IdSource
-from shared.disk import on_disk
+from shared.disk import on_disk, replace_file, sync
 from shared.errors import ConfigurationError
 
 PURPOSE = "fine-tune"
@@ -142,7 +140,7 @@ class FileStore:
             with path.open("wb") as kept:
                 shutil.copyfileobj(content, kept)
             sync(path)
-            replace_file(path.with_suffix(".json"), file.model_dump_json().encode())
+            replace_file(path.with_suffix(".json"), file.model_dump_json())
         except OSError:
             path.unlink(missing_ok=True)
             raise

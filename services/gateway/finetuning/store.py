@@ -8,19 +8,11 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from services.gateway.finetuning.jobs import Job
-from shared.checkpoints import sync
+from shared.disk import replace_file
 from shared.errors import ConfigurationError
 
 EVENTS = "events"
 CHECKPOINTS = "checkpoints"
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Have `path` hold `content`: all of it, or as before, whatever happens meanwhile. Raises OSError."""
-    new = path.with_suffix(".new")
-    new.write_bytes(content)
-    sync(new)
-    sync(new.replace(path).parent)
 
 
 class _Saved(NamedTuple):
@@ -59,7 +51,7 @@ class JobStore:
         for name, total in ((EVENTS, job.num_events), (CHECKPOINTS, job.num_checkpoints)):
             path = self._list(job.id, name)
             saved[path] = self._append(path, lines_by_list.get(name, ()), total)
-        replace_file(self._root / f"{job.id}.json", job.model_dump_json(indent=1).encode() + b"\n")
+        replace_file(self._root / f"{job.id}.json", job.model_dump_json(indent=1) + "\n")
         self._saved.update(saved)
 
     def lines(self, job_id: str, name: str, numbers: range) -> list[bytes]:

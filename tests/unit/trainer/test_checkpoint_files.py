@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from services.trainer.checkpoint_files import CheckpointFiles, ledger_of, manifest_of, only_newest
 from services.trainer.versions import Ledger
-from shared import checkpoints
+from shared import checkpoints, disk
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
@@ -313,7 +313,7 @@ def test_a_disk_that_fills_at_any_place_leaves_the_old_checkpoint_and_the_next_o
 def test_a_new_folders_name_is_on_the_disk_before_anything_in_it(files: CheckpointFiles) -> None:
     synced: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "sync", synced.append)
+        patch.setattr(disk, "sync", synced.append)
         files.begin(files.temporary(0, 1, 1))
 
     node = files.root / "node-0"

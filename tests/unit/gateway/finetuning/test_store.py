@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from services.gateway.finetuning import store
 from services.gateway.finetuning.store import CHECKPOINTS, EVENTS, JobStore
 from shared.errors import ConfigurationError
 from tests.unit.gateway.finetuning.support import new_job, running_job
@@ -68,10 +67,3 @@ def test_a_damaged_job_is_named(tmp_path: Path) -> None:
     (tmp_path / "ftjob-1.json").write_text("{")
     with pytest.raises(ConfigurationError, match=r"ftjob-1\.json"):
         JobStore(tmp_path).load()
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    store.replace_file(path, b"old")
-    store.replace_file(path, b"new")
-    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("a.json", b"new")]
