@@ -12,7 +12,7 @@ from shared.bus.base import Bus
 from shared.errors import BusError, ConfigurationError, NoResponderError
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
 from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
-from shared.subjects import STATUS, WEIGHTS
+from shared.subjects import NODE_WEIGHTS, STATUS
 
 TIMEOUT_S = 5.0
 
@@ -36,7 +36,7 @@ async def fetch_status(bus: Bus) -> ClusterStatus:
 
 async def fetch_weights(bus: Bus) -> WeightsStatus:
     """Ask the trainer. Raises NoResponderError when there is none."""
-    return await bus.request(WEIGHTS.at(), WeightsRequest(), timeout_s=TIMEOUT_S)
+    return await bus.request(NODE_WEIGHTS.at(), WeightsRequest(), timeout_s=TIMEOUT_S)
 
 
 async def run_status(nats_url: str | None, runs_dir: Path, console: Console) -> None:

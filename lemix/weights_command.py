@@ -16,8 +16,8 @@ from shared import checkpoints
 from shared.checkpoints import Checkpoint
 from shared.errors import ConfigurationError, NoResponderError
 from shared.messages.base import Message
-from shared.messages.weights import DurableVersion, RollBackWeights, VersionsRequest
-from shared.subjects import ROLLBACK, VERSIONS, RequestSubject
+from shared.messages.weights import DurableVersion, DurableVersionsRequest, RollBackWeights
+from shared.subjects import DURABLE_VERSIONS, ROLLBACK, RequestSubject
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -35,7 +35,7 @@ async def run_list(nats_url: str | None, runs_dir: Path, name: str | None, conso
     """
     if name is None and (nats_url or newest_running(runs_dir)):
         url = find_nats_url(nats_url, runs_dir)
-        versions = (await _ask(url, VERSIONS.at(), VersionsRequest(), LIST_TIMEOUT_S)).versions
+        versions = (await _ask(url, DURABLE_VERSIONS.at(), DurableVersionsRequest(), LIST_TIMEOUT_S)).versions
     else:
         versions = tuple(checkpoints.durable_versions(_root(runs_dir, name), {}))
     console.print(versions_table(versions))

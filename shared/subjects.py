@@ -37,6 +37,8 @@ from shared.messages.training import (
     TrainingTask,
 )
 from shared.messages.weights import (
+    DurableVersions,
+    DurableVersionsRequest,
     MergeWeights,
     PublishVersion,
     ReduceGradients,
@@ -45,8 +47,6 @@ from shared.messages.weights import (
     RollBackWeights,
     RolledBack,
     SaveWeights,
-    VersionList,
-    VersionsRequest,
     WeightsRequest,
     WeightsStatus,
 )
@@ -155,8 +155,11 @@ RENDEZVOUS = RequestTopic(
     Rendezvous,
     "the same stage of another node -> stage: where do we meet",
 )
-VERSIONS = RequestTopic(
-    "lemix.weights.list", VersionsRequest, VersionList, "anyone -> trainer: which durable versions are there"
+DURABLE_VERSIONS = RequestTopic(
+    "lemix.weights.durable",
+    DurableVersionsRequest,
+    DurableVersions,
+    "anyone -> trainer: which durable versions are there",
 )
 ROLLBACK = RequestTopic(
     "lemix.weights.rollback", RollBackWeights, RolledBack, "anyone -> trainer: go back to an older version"
@@ -165,8 +168,11 @@ PUBLISH = Topic("lemix.node.{node}.publish", PublishVersion, "trainer -> stage 0
 RELEASE = Topic(
     "lemix.node.{node}.stage.{stage}.release", ReleaseVersion, "trainer -> stage: keep it no longer"
 )
-WEIGHTS = RequestTopic(
-    "lemix.train.weights", WeightsRequest, WeightsStatus, "anyone -> trainer: which versions are there"
+NODE_WEIGHTS = RequestTopic(
+    "lemix.weights.nodes",
+    WeightsRequest,
+    WeightsStatus,
+    "anyone -> trainer: what each node trains and serves",
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 

@@ -4,10 +4,11 @@
       intake            a message -> a batch, or why not (data, microbatches; shared/examples, encoding)
       batches           pending batches, and the ledger of what is durable (versions)
     nodes             listens to stages
-      node_training     per node: what to feed, save and restore (members, schedules, saves),
-                        and which version to serve (publishing)
+      node_training     per node: what to feed and restore (members, schedules), when to save
+                        (node_saves, saves), and which version to serve (publishing)
       merging           for all nodes: when their weights become one (merges, reductions, replicas)
-    actions           carries out what nodes decide (outbox, checkpoint_files, rollback_files)
+    actions           carries out what nodes decide (node_actions): messages (outbox), files
+                      (checkpoint_files, rollback_files), learning rates (learning_rate)
       evaluator         has nodes score the held-out examples (evaluation, held_out)
       progress        tells publishers what becomes of batches
     weights_requests  people ask for versions, or to go back to one
@@ -39,12 +40,12 @@ from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
 from services.trainer.versions import Ledger
 from services.trainer.weights_requests import WeightsRequests
 from shared import checkpoints
-from shared.bus.base import Bus, StreamState
+from shared.bus.base import Bus, StreamState, Subscription
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.model_files import resolve
-from shared.subjects import HEARTBEAT, REPORT, ROLLBACK, TRAIN_STATUS, VERSIONS, WEIGHTS
+from shared.subjects import DURABLE_VERSIONS, HEARTBEAT, NODE_WEIGHTS, REPORT, ROLLBACK, TRAIN_STATUS
 from shared.telemetry import Telemetry
 
 
@@ -107,63 +108,70 @@ class Trainer:
                 name=f"trainer-{term}",
             )
             nodes = Nodes(
-                self._settings,
-                bus=self._bus,
-                clock=self._clock,
-                book=book,
-                actions=actions,
-                term=term,
+                self._settings, bus=self._bus, clock=self._clock, book=book, actions=actions, term=term
             )
             if self._settings.merging != "none":
-                names = (f"merge-{term}-{number}" for number in count())
-                actions.look = Merging(
-                    self._settings,
-                    bus=self._bus,
-                    clock=self._clock,
-                    book=book,
-                    actions=actions,
-                    nodes=nodes.by_number,
-                    new_name=partial(next, names),
-                    tasks=tasks,
-                ).look
-            batches = BatchFlow(
-                self._intake,
-                bus=self._bus,
-                telemetry=self._telemetry,
-                book=book,
-                actions=actions,
-                nodes=nodes,
-                max_pending=self._settings.max_pending,
-            )
-            tasks.create_task(actions.outbox.run())
-            if self._held_out:
-                await actions.evaluator.subscribe()
-                tasks.create_task(actions.evaluator.run())
-            await self._bus.respond(WEIGHTS.at(), nodes.on_status)
-            tasks.create_task(nodes.tick())
-            tasks.create_task(batches.place())
-            requests = WeightsRequests(
-                root=self._files.root,
-                nodes=nodes,
-                actions=actions,
-                merges=self._settings.merging != "none",
-            )
-            subscriptions = [
-                await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat),
-                await self._bus.subscribe(REPORT.at(), nodes.on_report),
-                await self._bus.respond(VERSIONS.at(), requests.list_versions),
-                await self._bus.respond(ROLLBACK.at(), requests.roll_back),
-                await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
-            ]
-            try:
-                await batches.read(
-                    await self._bus.read_stream(
-                        TRAIN_STREAM.name, reader="trainer", after_sequence=book.ledger.watermark
-                    )
+                actions.look = self._merging(book, actions, nodes, term, tasks).look
+            await self._work(book, actions, nodes, tasks)
+
+    def _merging(
+        self, book: BatchBook, actions: ActionRunner, nodes: Nodes, term: int, tasks: asyncio.TaskGroup
+    ) -> Merging:
+        names = (f"merge-{term}-{number}" for number in count())
+        return Merging(
+            self._settings,
+            bus=self._bus,
+            clock=self._clock,
+            book=book,
+            actions=actions,
+            nodes=nodes.by_number,
+            new_name=partial(next, names),
+            tasks=tasks,
+        )
+
+    async def _work(
+        self, book: BatchBook, actions: ActionRunner, nodes: Nodes, tasks: asyncio.TaskGroup
+    ) -> None:
+        """Read the stream for ever, and place, send, evaluate and answer meanwhile."""
+        batches = BatchFlow(
+            self._intake,
+            bus=self._bus,
+            telemetry=self._telemetry,
+            book=book,
+            actions=actions,
+            nodes=nodes,
+            max_pending=self._settings.max_pending,
+        )
+        tasks.create_task(actions.outbox.run())
+        if self._held_out:
+            await actions.evaluator.subscribe()
+            tasks.create_task(actions.evaluator.run())
+        tasks.create_task(nodes.tick())
+        tasks.create_task(batches.place())
+        subscriptions = await self._listen(actions, nodes)
+        try:
+            await batches.read(
+                await self._bus.read_stream(
+                    TRAIN_STREAM.name, reader="trainer", after_sequence=book.ledger.watermark
                 )
-            finally:
-                for subscription in subscriptions:
-                    await subscription.unsubscribe()
+            )
+        finally:
+            for subscription in subscriptions:
+                await subscription.unsubscribe()
+
+    async def _listen(self, actions: ActionRunner, nodes: Nodes) -> list[Subscription]:
+        """To stages, and to whoever asks."""
+        requests = WeightsRequests(
+            root=self._files.root, nodes=nodes, actions=actions, merges=self._settings.merging != "none"
+        )
+        return [
+            await self._bus.respond(NODE_WEIGHTS.at(), nodes.on_status),
+            await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat),
+            await self._bus.subscribe(REPORT.at(), nodes.on_report),
+            await self._bus.respond(DURABLE_VERSIONS.at(), requests.list_versions),
+            await self._bus.respond(ROLLBACK.at(), requests.roll_back),
+            await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
+        ]
 
     def _first_ledger(self, found: dict[int, Checkpoint], stream: StreamState) -> Ledger:
         if not found and self._settings.train_from == "next":

@@ -12,7 +12,7 @@ from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
 from shared.disk import on_disk
 from shared.errors import RefusedError
-from shared.messages.weights import RollBackWeights, RolledBack, VersionList, VersionsRequest
+from shared.messages.weights import DurableVersions, DurableVersionsRequest, RollBackWeights, RolledBack
 
 
 class WeightsRequests:
@@ -26,10 +26,10 @@ class WeightsRequests:
         self._actions = actions
         self._going_back: set[int] = set()
 
-    async def list_versions(self, incoming: Incoming[VersionsRequest]) -> VersionList:
+    async def list_versions(self, incoming: Incoming[DurableVersionsRequest]) -> DurableVersions:
         served = {number: node.version for number, node in self._nodes.by_number.items()}
         versions = await on_disk(partial(checkpoints.durable_versions, self._root, served))
-        return VersionList(versions=tuple(versions))
+        return DurableVersions(versions=tuple(versions))
 
     async def roll_back(self, incoming: Incoming[RollBackWeights]) -> RolledBack:
         """Raises RefusedError when a node is not there, has no such version, or is going back already, and

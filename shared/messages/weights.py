@@ -85,7 +85,7 @@ class ReduceGradients(Message):
     group: MergeGroup
 
 
-class VersionsRequest(Message):
+class DurableVersionsRequest(Message):
     """Ask for the durable versions of all nodes."""
 
 
@@ -105,7 +105,7 @@ class DurableVersion(Message):
     """The node serves this version and so many batches more; None: it serves another one, or nothing."""
 
 
-class VersionList(Message):
+class DurableVersions(Message):
     """Every durable version. By node, newest first."""
 
     versions: tuple[DurableVersion, ...]

@@ -15,7 +15,7 @@ from services.trainer.settings import TrainerSettings
 from shared.clock import SystemClock
 from shared.messages.training import RejectedBatch
 from shared.messages.weights import RollBackWeights, WeightsRequest, WeightsStatus
-from shared.subjects import BATCHES, ROLLBACK, WEIGHTS
+from shared.subjects import BATCHES, NODE_WEIGHTS, ROLLBACK
 from shared.telemetry import Telemetry
 from tests.integration.test_trainer_with_stages import Applied, durable
 from tests.support.models import save_tiny_model
@@ -89,7 +89,7 @@ def assert_same(found: Told, expected: Told) -> None:
 
 
 async def status(node: Node) -> WeightsStatus:
-    return await node.bus.request(WEIGHTS.at(), WeightsRequest(), timeout_s=DEADLINE_S)
+    return await node.bus.request(NODE_WEIGHTS.at(), WeightsRequest(), timeout_s=DEADLINE_S)
 
 
 async def test_a_batch_that_overflows_is_put_aside_and_training_stops_when_it_is_not_alone(

@@ -21,7 +21,7 @@ from shared.errors import NoResponderError
 from shared.messages.inference import Placed
 from shared.messages.training import TrainingTask
 from shared.messages.weights import NodeWeights, WeightsRequest
-from shared.subjects import BATCHES, PLACE, WEIGHTS
+from shared.subjects import BATCHES, NODE_WEIGHTS, PLACE
 from shared.telemetry import Telemetry
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
@@ -80,7 +80,7 @@ async def weights_when(node: Node, condition: Callable[[NodeWeights], object]) -
     async with asyncio.timeout(60):
         while True:
             with suppress(NoResponderError):
-                status = await node.bus.request(WEIGHTS.at(), WeightsRequest(), timeout_s=5.0)
+                status = await node.bus.request(NODE_WEIGHTS.at(), WeightsRequest(), timeout_s=5.0)
                 for found in status.nodes:
                     if condition(found):
                         return found

@@ -11,8 +11,8 @@ from services.trainer import rollback_files
 from services.trainer.progress import DISCARDED
 from shared.errors import RefusedError
 from shared.messages.training import BatchesAsked, BatchRejected
-from shared.messages.weights import DurableVersion, RollBackWeights, RolledBack, VersionsRequest
-from shared.subjects import ROLLBACK, TRAIN_STATUS, VERSIONS
+from shared.messages.weights import DurableVersion, DurableVersionsRequest, RollBackWeights, RolledBack
+from shared.subjects import DURABLE_VERSIONS, ROLLBACK, TRAIN_STATUS
 from tests.integration.test_trainer_service import DEADLINE_S, Cluster, Killed, stop
 
 
@@ -27,7 +27,9 @@ async def roll_back(cluster: Cluster, version: int, node: int | None = None) -> 
 
 
 async def listed(cluster: Cluster) -> tuple[DurableVersion, ...]:
-    return (await cluster.bus.request(VERSIONS.at(), VersionsRequest(), timeout_s=DEADLINE_S)).versions
+    return (
+        await cluster.bus.request(DURABLE_VERSIONS.at(), DurableVersionsRequest(), timeout_s=DEADLINE_S)
+    ).versions
 
 
 async def rejections(cluster: Cluster) -> dict[str, str]:

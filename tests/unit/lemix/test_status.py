@@ -7,7 +7,7 @@ from shared.bus.memory import MemoryBroker
 from shared.messages.base import Message
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
 from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
-from shared.subjects import WEIGHTS
+from shared.subjects import NODE_WEIGHTS
 
 
 def heartbeat(node: int, stage: int, version: int) -> Heartbeat:
@@ -123,13 +123,13 @@ async def test_a_node_that_trains_no_more_and_a_lost_trainer_are_told_of() -> No
     bus, trainer = broker.connect(), broker.connect()
     console = Console(record=True, width=120)
     await print_training(bus, console)
-    assert console.export_text().startswith("the trainer does not answer: lemix.train.weights")
+    assert console.export_text().startswith("the trainer does not answer: lemix.weights.nodes")
     told = tuple(weights(node=node, halt_reason=reason) for node, reason in enumerate(("", "why")))
 
     async def answer(_: Incoming[WeightsRequest]) -> WeightsStatus:
         return WeightsStatus(nodes=told)
 
-    await trainer.respond(WEIGHTS.at(), answer)
+    await trainer.respond(NODE_WEIGHTS.at(), answer)
     await print_training(bus, console)
 
     stopped = [line for line in console.export_text().splitlines() if "no more" in line]
