@@ -132,7 +132,11 @@ class Nodes:
                 f"schedule=dp is for nodes of one stage, and node {beat.node} has {beat.num_stages}: "
                 "choose another schedule, with LEMIX_MERGE=allreduce"
             )
-        others = (node for node in self.by_number.values() if node.num_stages != beat.num_stages)
+        others = (
+            node
+            for node in self.by_number.values()
+            if node.node != beat.node and node.phase != "closed" and node.num_stages != beat.num_stages
+        )
         if self._rules.shares_weights and (other := next(others, None)):
             raise ConfigurationError(
                 f"node {beat.node} has {beat.num_stages} stages, and node {other.node} has "

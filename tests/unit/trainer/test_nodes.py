@@ -29,8 +29,9 @@ def nodes(**settings: Any) -> Nodes:
 
 
 def hear(listener: Nodes, node: int, num_stages: int) -> None:
-    beat = heartbeat(node, 0, num_stages=num_stages)
-    asyncio.run(listener.on_heartbeat(Incoming(beat)))
+    for stage in range(num_stages):
+        beat = heartbeat(node, stage, num_stages=num_stages)
+        asyncio.run(listener.on_heartbeat(Incoming(beat, "")))
 
 
 def test_what_a_node_that_trains_no_more_ends_takes_no_room_from_others() -> None:
@@ -54,6 +55,7 @@ def test_what_a_node_that_trains_no_more_ends_takes_no_room_from_others() -> Non
 def test_nodes_that_share_their_weights_have_as_many_stages(settings: dict[str, str]) -> None:
     them = nodes(**settings)
     hear(them, 0, 2)
+    them.by_number[0].allow_restore(0)
     hear(them, 1, 2)
 
     with pytest.raises(ConfigurationError, match="node 2 has 3 stages, and node 0 has 2"):
