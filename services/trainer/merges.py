@@ -81,10 +81,9 @@ class Merges:
         if failure or any(node.phase != "open" for node in members):
             return self._fail(members, f"a merge failed: {failure or 'a node left'}", now_s)
         self._num_failures = 0
-        for node in members:
-            node.merged(self._round.version)
         self._round.phase = "saving"
-        return [Shared(self._round.members), told(members[0], members[0].save(now_s))]
+        published = [told(node, node.merged(self._round.version)) for node in members]
+        return [Shared(self._round.members), *published, told(members[0], members[0].save(now_s))]
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
         if now_s < self._not_before_s:
@@ -112,11 +111,15 @@ class Merges:
         base, num_apart = members[0].durable_version, _num_apart(members)
         now.phase, now.version = "merging", base + num_apart
         taking_part = tuple(
-            Member(node.node, node.epoch, node.num_stages, (node.version - base) / num_apart)
+            Member(
+                node.node,
+                node.epoch,
+                node.num_stages,
+                (node.version - base) / num_apart,
+                is_kept=node.merge(now.version),
+            )
             for node in members
         )
-        for node in members:
-            node.merge()
         return [Merge(now.name, now.version, taking_part)]
 
     def _saved(self, members: list[NodeTraining], now: _Round, now_s: float) -> list[Decision]:

@@ -100,7 +100,13 @@ class Merging:
 
     async def _ask(self, member: Member, merge: Merge, group: MergeGroup) -> str:
         """Why a stage of the member does not hold the mean; empty when all do."""
-        order = MergeWeights(epoch=member.epoch, version=merge.version, group=group, outer=self._outer)
+        order = MergeWeights(
+            epoch=member.epoch,
+            version=merge.version,
+            keep=member.is_kept,
+            group=group,
+            outer=self._outer,
+        )
         refusals = await ask_all(
             self._bus,
             MERGE,

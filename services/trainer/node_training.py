@@ -98,6 +98,7 @@ class NodeTraining:
         """No further batch begins for now."""
         self._is_merging = False
         """Its stages are to hold merged weights, and have not all answered."""
+        self._keeps_merged = False
         self._has_spoken = False
         """Since it closed: a restore that fails is tried again at the next heartbeat, and not before."""
         self.may_restore = not rules.shares_weights
@@ -302,15 +303,19 @@ class NodeTraining:
         self._pipeline = self._pipeline.without(not_begun)
         return [Halted(reason, not_begun)]
 
-    def merge(self) -> None:
-        """The stages are asked to hold merged weights."""
+    def merge(self, version: int) -> bool:
+        """The stages are asked to hold merged weights, of `version`: whether they keep them, to serve them."""
         assert self.is_quiet
         self._is_merging = True
+        # A node that alone has learnt keeps that number already, maybe, and requests are pinned to it.
+        self._keeps_merged = version != self.version and self.publishing.keeps(version)
+        return self._keeps_merged
 
-    def merged(self, version: int) -> None:
+    def merged(self, version: int) -> list[Action]:
         """The stages hold merged weights."""
         assert self.is_quiet
         self.version, self._is_merging = version, False
+        return list(self.publishing.applied(version)) if self._keeps_merged else []
 
     def adopt(self, durable_version: int) -> None:
         """Another node has written a checkpoint of just these weights."""

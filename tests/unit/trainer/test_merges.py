@@ -17,6 +17,7 @@ from services.trainer.node_actions import (
     Restore,
 )
 from services.trainer.node_training import NodeTraining, Rules
+from services.trainer.publishing import Publish, PublishingRules
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
@@ -105,9 +106,9 @@ class Replicas:
         it.checkpoint_written(version, failure, self.now_s)
 
 
-def averaging(num_nodes: int = 2, *, every: int = 2) -> Replicas:
+def averaging(num_nodes: int = 2, *, every: int = 2, **rules: Any) -> Replicas:
     names = (f"merge-{number}" for number in itertools.count())
-    return Replicas(num_nodes, Merges(every=every, idle_s=2.0, new_name=lambda: next(names)))
+    return Replicas(num_nodes, Merges(every=every, idle_s=2.0, new_name=lambda: next(names)), **rules)
 
 
 def merged(replicas: Replicas, name: str = "merge-0", failure: str = "") -> list[Decision]:
@@ -147,8 +148,9 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
     replicas.report(1, StepDone(batch_id="e", version=2))
     assert replicas.look() == [Merge("merge-0", 5, (Member(0, 1, 1, 3 / 5), Member(1, 2, 1, 2 / 5)))]
 
-    shared, told = merged(replicas)
+    shared, *nothing, told = merged(replicas)
     assert shared == Shared((0, 1))
+    assert nothing == [NodeActions(0, ()), NodeActions(1, ())]
     assert isinstance(told, NodeActions)
     assert told.actions == (RequestSave(1, 5, 1),)
     assert {node.version for node in replicas.nodes.values()} == {5}
@@ -264,6 +266,23 @@ def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> 
     assert isinstance(closed, Closed)
     assert {node.version for node in replicas.nodes.values()} == {0}
     assert merged(replicas) == [], "whatever is answered later"
+
+
+def test_a_merged_version_is_kept_and_published() -> None:
+    replicas = averaging(publishing=PublishingRules(serving="pinned", max_kept=2)).open()
+    replicas.nodes[1].place(Shape("a", 1), 0.0)
+    replicas.report(1, GradientsReady(batch_id="a", squared_norm=1.0))
+    replicas.report(1, StepDone(batch_id="a", version=1))  # kept, and with the restored one that is all
+    replicas.now_s = 2.0
+    replicas.look()
+    replicas.now_s = 4.0
+    (merge,) = replicas.look()
+    assert isinstance(merge, Merge)
+    assert [member.is_kept for member in merge.members] == [True, False]
+
+    published = [each.actions for each in merged(replicas) if isinstance(each, NodeActions)]
+
+    assert published[:2] == [(Publish(1),), ()]
 
 
 def test_nobody_joins_in_the_middle_of_a_merge() -> None:
