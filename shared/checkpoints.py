@@ -164,6 +164,13 @@ def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
     return checkpoint
 
 
+def newest_of_any(root: Path, *, model: str) -> Checkpoint | None:
+    """What nodes that share their weights go on from; raises as `newest_of`."""
+    found = (checkpoint for node in nodes(root) if (checkpoint := latest(root, node)))
+    newest = max(found, key=lambda checkpoint: checkpoint.manifest.version, default=None)
+    return newest and newest_of(root, newest.manifest.node, model=model)
+
+
 def _damaged(folder: Path, reason: str) -> ConfigurationError:
     remedy = "put a copy in its place, or choose another --name"
     return ConfigurationError(f"checkpoint {folder} is damaged: {reason}; {remedy}")

@@ -68,11 +68,11 @@ class Merging:
         self._training.check_epoch_is(order.epoch)  # else a restore may have changed what was being copied
         rendezvous = await self._rendezvous(order.group)
         await self._executor.average(copied, order.group, rendezvous, order.outer)
-        await self._in_turn(order.epoch, partial(self._hold_state, copied, order.version))
+        await self._in_turn(order.epoch, partial(self._hold_state, copied, order))
 
-    async def _hold_state(self, mean: Any, version: int) -> None:
-        await self._executor.hold_state(mean, version)
-        self._training.merged(version)
+    async def _hold_state(self, mean: Any, order: MergeWeights) -> None:
+        await self._executor.hold_state(mean, order.version)
+        await self._training.merged(order.version, keep=order.keep)
 
     async def _in_turn(self, epoch: int, work: Callable[[], Awaitable[None]]) -> None:
         """Have it done between two other ops, unless its asker has gone by then.

@@ -275,10 +275,12 @@ class Training:
             self._kept.remove(version)
             await self._executor.release(version)
 
-    def merged(self, version: int) -> None:
+    async def merged(self, version: int, *, keep: bool) -> None:
         """The stage has gone on from other weights, of that version."""
         self._is_untouched = False
         self._set_version(version)
+        if keep:
+            await self._keep()
 
     def _set_version(self, version: int) -> None:
         self.version = version

@@ -140,8 +140,9 @@ class ActionRunner:
                     self._applied(node, action)
                 case Skipped():
                     self._skipped(action)
-                case Halted(reason=reason):
+                case Halted(reason=reason, unfinished=unfinished):
                     log.error("node %d trains no more: %s", node.node, reason)
+                    self._give_back(unfinished)
                 case Closed():
                     self._closed(node, action)
                 case Publish(version=version):

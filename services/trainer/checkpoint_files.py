@@ -191,6 +191,21 @@ def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
     return {} if newest is None else {newest: found[newest]}
 
 
+def all_apart(found: dict[int, Checkpoint]) -> dict[int, Checkpoint]:
+    """What nodes that train apart go on from: each from its own.
+
+    Raises ConfigurationError when they have shared their weights: one has the checkpoints of all.
+    """
+    merges = {checkpoint.manifest.merge for checkpoint in found.values()} - {"none"}
+    if merges:
+        raise ConfigurationError(
+            f"the nodes of this run share their weights ({', '.join(sorted(merges))}), and only some have "
+            "checkpoints: go on with a LEMIX_MERGE other than none (or schedule=dp), or export the weights "
+            "and train them as the model of another --name"
+        )
+    return found
+
+
 def ledger_of(found: Iterable[Checkpoint]) -> Ledger:
     """What the nodes' newest checkpoints say about batches."""
     manifests = [checkpoint.manifest for checkpoint in found]

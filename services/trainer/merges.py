@@ -2,6 +2,9 @@
 
     train apart --enough batches, or idle--> hold --all quiet--> merge --all hold the mean--> save --> ...
 
+A version that cannot be saved is kept, with training at rest, and saved again after a while. A member that
+leaves takes all back to the last checkpoint, and so does a merge that fails; the next one waits longer each time.
+
 Between two merges all nodes descend from the same checkpoint: that of the last merge, which one of them has
 written. So a node may join, or come back, at any other time, and a checkpoint of one node is one of all.
 Training rests during a merge, so that what a version contains is clear; serving goes on.
@@ -9,6 +12,7 @@ Training rests during a merge, so that what a version contains is clear; serving
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from services.trainer.node_training import NodeTraining
@@ -23,6 +27,10 @@ from services.trainer.replicas import (
     open_nodes,
     told,
 )
+
+
+MAX_FAILURES = 3
+"""After so many merges in a row that failed, their members train no more."""
 
 
 @dataclass(slots=True)
@@ -40,13 +48,16 @@ class Merges:
 
     def __init__(self, *, every: int, idle_s: float, new_name: Callable[[], str]) -> None:
         """`every`: batches of each node, on average, between two merges. After `idle_s` without work there is
-        one, too.
+        one, too. After one that fails, the next waits for `idle_s`, and twice as long after each more.
         """
         self._every = every
         self._idle_s = idle_s
         self._new_name = new_name
         self._round: _Round | None = None
         self._idle_since_s: float | None = None
+        self._num_failures = 0
+        """Since a merge succeeded."""
+        self._not_before_s = -inf
 
     def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
         """What to do now; look again until nothing is."""
@@ -54,7 +65,7 @@ class Merges:
             return admit(nodes) or self._begin_if_due(nodes, now_s)
         members = [nodes[number] for number in self._round.members]
         if gone := [node.node for node in members if node.phase != "open"]:
-            return self._end(give_up(members, f"node {gone[0]} left during a merge"))
+            return self._fail(members, f"node {gone[0]} left during a merge", now_s)
         match self._round.phase:
             case "holding" if all(node.is_quiet for node in members):
                 return self._merge(members, self._round)
@@ -68,13 +79,15 @@ class Merges:
             return []
         members = [nodes[number] for number in self._round.members]
         if failure or any(node.phase != "open" for node in members):
-            return self._end(give_up(members, f"a merge failed: {failure or 'a node left'}"))
-        for node in members:
-            node.merged(self._round.version)
+            return self._fail(members, f"a merge failed: {failure or 'a node left'}", now_s)
+        self._num_failures = 0
         self._round.phase = "saving"
-        return [Shared(self._round.members), told(members[0], members[0].save(now_s))]
+        published = [told(node, node.merged(self._round.version)) for node in members]
+        return [Shared(self._round.members), *published, told(members[0], members[0].save(now_s))]
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        if now_s < self._not_before_s:
+            return []
         if any(node.phase == "restoring" for node in nodes.values()):
             return []  # it would come to the others with the weights from before their merge
         members = open_nodes(nodes)
@@ -98,7 +111,13 @@ class Merges:
         base, num_apart = members[0].durable_version, _num_apart(members)
         now.phase, now.version = "merging", base + num_apart
         taking_part = tuple(
-            Member(node.node, node.epoch, node.num_stages, (node.version - base) / num_apart)
+            Member(
+                node.node,
+                node.epoch,
+                node.num_stages,
+                (node.version - base) / num_apart,
+                is_kept=node.merge(now.version),
+            )
             for node in members
         )
         return [Merge(now.name, now.version, taking_part)]
@@ -106,10 +125,19 @@ class Merges:
     def _saved(self, members: list[NodeTraining], now: _Round, now_s: float) -> list[Decision]:
         leader, *others = members
         if leader.durable_version != now.version:
-            return self._end(give_up(members, "the merged weights could not be saved"))
+            return [told(leader, leader.save(now_s))] if leader.may_save(now_s) else []
         for node in others:
             node.adopt(now.version)
         return self._end([told(node, node.release(now_s)) for node in members])
+
+    def _fail(self, members: list[NodeTraining], reason: str, now_s: float) -> list[Decision]:
+        self._not_before_s = now_s + self._idle_s * 2**self._num_failures
+        self._num_failures += 1
+        decisions = give_up(members, reason)
+        if self._num_failures >= MAX_FAILURES:
+            halt = f"{self._num_failures} merges in a row failed; {reason}"
+            decisions += [told(node, node.halt(halt)) for node in members]
+        return self._end(decisions)
 
     def _end(self, decisions: list[Decision]) -> list[Decision]:
         self._round = None

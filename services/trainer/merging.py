@@ -56,10 +56,14 @@ class Merging:
 
     def look(self) -> None:
         """Decide what can be decided now. What is carried out calls this again, which then does nothing."""
-        if self._is_looking:
-            return
+        if not self._is_looking:
+            self._work_off([])
+
+    def _work_off(self, decisions: list[Decision]) -> None:
+        """Carry these out, and what can be decided then."""
         self._is_looking = True
         try:
+            self._carry_out(decisions)
             while decisions := self._replicas.look(self._nodes, self._clock.now_s()):
                 self._carry_out(decisions)
         finally:
@@ -92,12 +96,17 @@ class Merging:
         failure = "; ".join(filter(None, failures))
         assert isinstance(self._replicas, Merges)
         decided = self._replicas.merged(merge.name, failure, self._nodes, self._clock.now_s())
-        self._carry_out(decided)
-        self.look()
+        self._work_off(decided)
 
     async def _ask(self, member: Member, merge: Merge, group: MergeGroup) -> str:
         """Why a stage of the member does not hold the mean; empty when all do."""
-        order = MergeWeights(epoch=member.epoch, version=merge.version, group=group, outer=self._outer)
+        order = MergeWeights(
+            epoch=member.epoch,
+            version=merge.version,
+            keep=member.is_kept,
+            group=group,
+            outer=self._outer,
+        )
         refusals = await ask_all(
             self._bus,
             MERGE,

@@ -44,6 +44,8 @@ class Halted:
     """The node trains no more until a restart or a rollback, and goes on serving."""
 
     reason: str
+    unfinished: tuple[str, ...] = ()
+    """Batches that were placed here and have not begun, in order: others may run them."""
 
 
 @dataclass(frozen=True, slots=True)

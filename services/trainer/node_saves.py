@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 
 from services.trainer.node_actions import Action, RequestSave, SaveAbandoned, WriteCheckpoint
 from services.trainer.saves import Save
@@ -23,6 +24,8 @@ class NodeSaves:
         self._save: Save | None = None
         self._from_version = 0
         """After a failed checkpoint, the next occasion."""
+        self._not_before_s = -inf
+        """After a failed checkpoint: when it may be told to try again."""
         self._idle_since_s: float | None = None
 
     @property
@@ -47,6 +50,10 @@ class NodeSaves:
     @property
     def waits_for_stages(self) -> bool:
         return self._save is not None and not self._save.writing
+
+    def may_request(self, now_s: float) -> bool:
+        """None is on its way, and after a failure `idle_s` have passed since that one was requested."""
+        return self._save is None and now_s >= self._not_before_s
 
     def request(self, version: int, epoch: int, num_stages: int, now_s: float) -> list[Action]:
         """Have every stage save that version."""
@@ -128,6 +135,6 @@ class NodeSaves:
 
     def _abandon(self, reason: str) -> list[Action]:
         assert self._save is not None
-        version, self._save = self._save.version, None
-        self._from_version = version + 1
+        version, self._not_before_s = self._save.version, self._save.requested_s + self._idle_s
+        self._save, self._from_version = None, version + 1
         return [SaveAbandoned(version, reason)]

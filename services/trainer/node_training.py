@@ -82,6 +82,8 @@ class NodeTraining:
         self._losses: dict[str, float] = {}
         self._num_skips = 0
         """Batches skipped since one was applied."""
+        self.halt_reason = ""
+        """Empty while it trains."""
         self._saves = NodeSaves(
             durable_version,
             every=None if rules.shares_weights else rules.checkpoint_every,
@@ -94,6 +96,9 @@ class NodeTraining:
         self._silent_since_s: float | None = None
         self.is_held = False
         """No further batch begins for now."""
+        self._is_merging = False
+        """Its stages are to hold merged weights, and have not all answered."""
+        self._keeps_merged = False
         self._has_spoken = False
         """Since it closed: a restore that fails is tried again at the next heartbeat, and not before."""
         self.may_restore = not rules.shares_weights
@@ -106,8 +111,8 @@ class NodeTraining:
 
     @property
     def is_halted(self) -> bool:
-        """Whether training here has stopped: nothing enters any more, until a restart or a rollback."""
-        return self._num_skips >= self._rules.max_skips
+        """Whether training here has stopped: no batch begins any more, until a restart or a rollback."""
+        return bool(self.halt_reason)
 
     @property
     def is_quiet(self) -> bool:
@@ -163,13 +168,6 @@ class NodeTraining:
         return self.phase == "open" and self._pipeline.is_empty
 
     @property
-    def halt_reason(self) -> str:
-        """Empty while it trains."""
-        return (
-            f"the gradients of {self._num_skips} batches in a row were not finite" if self.is_halted else ""
-        )
-
-    @property
     def is_rolling_back(self) -> bool:
         return self._rollback_to is not None
 
@@ -205,7 +203,8 @@ class NodeTraining:
 
     def messages_lost(self) -> list[Action]:
         """The connection was lost and is back: what is on its way may never be reported."""
-        is_waiting = bool(self._pipeline.open_batches) or self._saves.waits_for_stages
+        is_saving = self._saves.waits_for_stages
+        is_waiting = bool(self._pipeline.open_batches) or is_saving or self._is_merging
         if self.phase == "restoring" or (self.phase == "open" and is_waiting):
             return (
                 self._close("messages may have been lost with the connection") + self._restore_if_complete()
@@ -297,14 +296,34 @@ class NodeTraining:
         """Give everything back that is not durable, for what happened elsewhere."""
         return self._close(reason)
 
-    def merged(self, version: int) -> None:
+    def halt(self, reason: str) -> list[Action]:
+        """Train no more: what has begun goes on to its end, the rest is for others."""
+        not_begun = () if self.is_closing else self._pipeline.not_begun  # else all is given back anyway
+        self.halt_reason = reason
+        self._pipeline = self._pipeline.without(not_begun)
+        return [Halted(reason, not_begun)]
+
+    def merge(self, version: int) -> bool:
+        """The stages are asked to hold merged weights, of `version`: whether they keep them, to serve them."""
+        assert self.is_quiet
+        self._is_merging = True
+        # A node that alone has learnt keeps that number already, maybe, and requests are pinned to it.
+        self._keeps_merged = version != self.version and self.publishing.keeps(version)
+        return self._keeps_merged
+
+    def merged(self, version: int) -> list[Action]:
         """The stages hold merged weights."""
         assert self.is_quiet
-        self.version = version
+        self.version, self._is_merging = version, False
+        return list(self.publishing.applied(version)) if self._keeps_merged else []
 
     def adopt(self, durable_version: int) -> None:
         """Another node has written a checkpoint of just these weights."""
         self._saves.adopt(durable_version)
+
+    def may_save(self, now_s: float) -> bool:
+        """Whether it is time to: a full disk is not asked again at once."""
+        return self._saves.may_request(now_s)
 
     def save(self, now_s: float) -> list[Action]:
         """Make the present version durable."""
@@ -325,9 +344,11 @@ class NodeTraining:
         """Whether every stage has the averaged ones."""
         return self._pipeline.complete is not None and self._pipeline.complete.is_joint
 
-    def order_step(self, version: int, now_s: float, *, rate_of: str) -> list[Action]:
-        """Every node has the averaged gradients: all step to `version`, or skip."""
-        return self._order(version, now_s, rate_of=rate_of)
+    def order_step(
+        self, version: int, now_s: float, *, rate_of: str, squared_norm: float
+    ) -> list[Action]:
+        """Every node has the averaged gradients, whose norm one of them tells: all step to `version`, or skip."""
+        return self._order(version, now_s, rate_of=rate_of, squared_norm=squared_norm)
 
     def roll_back(self, version: int) -> list[Action]:
         """The node must go back to an older durable checkpoint, for good."""
@@ -343,7 +364,7 @@ class NodeTraining:
         version, self._rollback_to = self._rollback_to, None
         if failure:
             return [Closed(f"no rollback: {failure}", ()), *self._restore_if_complete()]
-        self.version, self._num_skips = version, 0
+        self.version, self._num_skips, self.halt_reason = version, 0, ""
         self._saves.adopt(version)
         return self._restore_if_complete()
 
@@ -376,9 +397,10 @@ class NodeTraining:
 
     def _count_skip(self, skipped: Skipped) -> list[Action]:
         self._num_skips += 1
-        if not self.is_halted:
+        if self._num_skips < self._rules.max_skips:
             return [skipped]
-        return [skipped, Halted(self.halt_reason)]
+        reason = f"the gradients of {self._num_skips} batches in a row were not finite"
+        return [skipped, *self.halt(reason)]
 
     def _advance(self, now_s: float) -> list[Action]:
         """Order the steps that can be, and feed what may enter now."""
@@ -392,11 +414,17 @@ class NodeTraining:
             actions += self._order(self._present_version + 1, now_s)
         return actions
 
-    def _order(self, version: int, now_s: float, *, rate_of: str = "") -> list[Action]:
-        """Step on the complete batch, to `version`; skip it when its gradients are not finite."""
+    def _order(
+        self, version: int, now_s: float, *, rate_of: str = "", squared_norm: float | None = None
+    ) -> list[Action]:
+        """Step on the complete batch, to `version`; skip it when its gradients are not finite.
+
+        `squared_norm`: of them, where nodes must not differ; None: the sum of what the stages here have found.
+        """
         batch = self._pipeline.complete
         assert batch is not None
-        step = replace(self._step_of(batch, version), rate_of=rate_of)
+        squared_norm = batch.squared_norm if squared_norm is None else squared_norm
+        step = replace(self._step_of(batch.batch_id, squared_norm, version), rate_of=rate_of)
         self._pipeline = self._pipeline.order(step.batch_id, step.version, is_skipped=step.is_skipped)
         return [step, *self._saves.request_if_due(step.version, self.epoch, self.num_stages, now_s)]
 
@@ -406,12 +434,12 @@ class NodeTraining:
         ordered = self._pipeline.ordered_version
         return self.version if ordered is None else ordered
 
-    def _step_of(self, batch: OpenBatch, version: int) -> Step:
-        if not isfinite(batch.squared_norm):
-            return Step(batch.batch_id, self._present_version, is_skipped=True)
-        norm, limit = sqrt(batch.squared_norm), self._rules.max_gradient_norm
+    def _step_of(self, batch_id: str, squared_norm: float, version: int) -> Step:
+        if not isfinite(squared_norm):
+            return Step(batch_id, self._present_version, is_skipped=True)
+        norm, limit = sqrt(squared_norm), self._rules.max_gradient_norm
         return Step(
-            batch.batch_id,
+            batch_id,
             version,
             gradient_scale=limit / norm if norm > limit else 1.0,
             is_kept=self.publishing.keeps(version),
@@ -421,9 +449,8 @@ class NodeTraining:
         actions: list[Action] = []
         while (
             self.phase == "open"
-            and not self.is_halted
             and (slot := self._pipeline.upcoming)
-            and not (self.is_held and slot.index == 0)
+            and not ((self.is_held or self.is_halted) and slot.index == 0)
             and self._rules.schedule(self._pipeline)
         ):
             self._pipeline = self._pipeline.feed()
@@ -443,7 +470,7 @@ class NodeTraining:
     def _close(self, reason: str, *, failed: str | None = None, unfit: str | None = None) -> list[Action]:
         if self.phase == "closed":
             return []
-        self.phase, self.is_held, self._has_spoken = "closed", False, False
+        self.phase, self.is_held, self._is_merging, self._has_spoken = "closed", False, False, False
         closed = Closed(reason, self._pipeline.batch_ids, failed, unfit)
         if self._saves.is_writing:
             # Whether its batches are durable is only known when the manifest is written.

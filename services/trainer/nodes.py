@@ -68,13 +68,16 @@ class Nodes:
     @property
     def num_wanted(self) -> int:
         """Batches that may be placed and not applied: they fill the pipelines, and each node has its next."""
-        known = (node for node in self.by_number.values() if node.is_known)
-        return sum(1 + self._num_filling(node.num_stages) for node in known)
+        return sum(1 + self._num_filling(node.num_stages) for node in self._known)
 
     @property
     def have_room(self) -> bool:
         """Whether one more batch may be placed."""
-        return sum(node.num_unfinished for node in self.by_number.values()) < self.num_wanted
+        return sum(node.num_unfinished for node in self._known) < self.num_wanted
+
+    @property
+    def _known(self) -> list[NodeTraining]:
+        return [node for node in self.by_number.values() if node.is_known]
 
     def _num_filling(self, num_stages: int) -> int:
         """Without a flush, as many microbatches are in flight as a node has stages."""
@@ -83,10 +86,14 @@ class Nodes:
         return -(-(num_stages + self._settings.extra_in_flight) // self._settings.microbatches)
 
     async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
-        """A stage is alive. Raises ConfigurationError when it obeys a later trainer."""
+        """A stage is alive.
+
+        Raises ConfigurationError when it obeys a later trainer, or has no place in this run.
+        """
         beat = incoming.message
         if beat.epoch >= (self._term + 1) * EPOCHS_PER_TERM:
             raise ConfigurationError(f"another trainer has taken over node {beat.node} (epoch {beat.epoch})")
+        self._check_stages(beat)
         node = self.by_number.get(beat.node) or self._add(beat)
         self._actions.run(node, node.heartbeat(beat, self._clock.now_s()))
 
@@ -118,6 +125,23 @@ class Nodes:
                 if is_back:
                     self._actions.run(node, node.messages_lost())
                 self._actions.run(node, node.tick(self._clock.now_s()))
+
+    def _check_stages(self, beat: Heartbeat) -> None:
+        if self._settings.schedule == "dp" and beat.num_stages != 1:
+            raise ConfigurationError(
+                f"schedule=dp is for nodes of one stage, and node {beat.node} has {beat.num_stages}: "
+                "choose another schedule, with LEMIX_MERGE=allreduce"
+            )
+        others = (
+            node
+            for node in self.by_number.values()
+            if node.node != beat.node and node.phase != "closed" and node.num_stages != beat.num_stages
+        )
+        if self._rules.shares_weights and (other := next(others, None)):
+            raise ConfigurationError(
+                f"node {beat.node} has {beat.num_stages} stages, and node {other.node} has "
+                f"{other.num_stages}: nodes that share their weights need as many"
+            )
 
     def _add(self, beat: Heartbeat) -> NodeTraining:
         if self._rules.shares_weights:

@@ -67,11 +67,23 @@ class Reductions:
             return give_up(members, f"node {gone[0]} left during a step of all")
         if now.phase == "reducing" and all(node.has_joint_gradients for node in members):
             now.phase = "stepping"
-            return [told(node, node.order_step(now.version, now_s, rate_of=now.rate_of)) for node in members]
+            return self._order_steps(now, members, now_s)
         if now.phase == "stepping" and not any(node.has_joint_step for node in members):
             self._round = None
             return [Shared(now.members)]
         return []
+
+    def _order_steps(self, now: _Round, members: list[NodeTraining], now_s: float) -> list[Decision]:
+        """All alike: the norms that nodes find for the same gradients may differ in the last bit."""
+        assert members[0].complete is not None
+        squared_norm = members[0].complete.squared_norm
+        return [
+            told(
+                node,
+                node.order_step(now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm),
+            )
+            for node in members
+        ]
 
     def _share_checkpoints(self, members: list[NodeTraining], nodes: Nodes) -> None:
         version = durable_version(nodes)
@@ -85,11 +97,11 @@ class Reductions:
         if not all(node.is_quiet for node in members):
             return self._begin_if_ready(members, now_s)
         if members and members[0].version != durable_version(nodes):
-            return [told(members[0], members[0].save(now_s))]
+            return [told(members[0], members[0].save(now_s))] if members[0].may_save(now_s) else []
         return admit(nodes)
 
     def _save_if_due(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
-        if not members or members[0].is_saving:
+        if not members or not members[0].may_save(now_s):
             return []
         leader = members[0]
         num_undurable = leader.version - leader.durable_version

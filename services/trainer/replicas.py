@@ -18,6 +18,8 @@ class Member:
     """Of the mean."""
     batch_id: str = ""
     """Whose gradients it brings; empty: none, or weights."""
+    is_kept: bool = False
+    """Its stages hold on to the merged version, to serve it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ back to stage 0. When every stage has all gradients of a batch it is complete, a
 step: one decision, from the gradients of all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -107,6 +107,17 @@ class Pipeline:
 
     def add(self, shape: Shape) -> Self:
         return replace(self, queue=(*self.queue, shape))
+
+    @property
+    def not_begun(self) -> tuple[str, ...]:
+        """Batches of which nothing is fed, in order."""
+        return tuple(shape.batch_id for shape in self.queue if self.open_batch(shape.batch_id) is None)
+
+    def without(self, batch_ids: Container[str]) -> Self:
+        """These batches, of which nothing is fed, are not to enter."""
+        return replace(
+            self, queue=tuple(shape for shape in self.queue if shape.batch_id not in batch_ids)
+        )
 
     def feed(self) -> Self:
         """Let the upcoming microbatch enter."""

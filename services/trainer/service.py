@@ -28,6 +28,7 @@ from services.trainer.checkpoint_files import (
     CONFIG_FILE,
     MODEL_FILES,
     CheckpointFiles,
+    all_apart,
     ledger_of,
     only_newest,
 )
@@ -89,8 +90,7 @@ class Trainer:
         await self._bus.ensure_stream(REJECTED_STREAM)
         term = await self._bus.next_epoch("trainer")
         found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
-        if self._settings.merging != "none":
-            found = only_newest(found)
+        found = all_apart(found) if self._settings.merging == "none" else only_newest(found)
         for checkpoint in found.values():
             checkpoints.warn_of_other_settings(checkpoint, self._settings.told(OF_TRAINING))
         book = BatchBook(await on_disk(partial(self._first_ledger, found, stream)))

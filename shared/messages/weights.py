@@ -69,6 +69,8 @@ class MergeWeights(Message):
     epoch: int
     version: int
     """Of the merged weights: the batches that they contain."""
+    keep: bool = False
+    """Hold on to the version until it is released, to serve it."""
     group: MergeGroup
     outer: OuterStep | None = None
 

@@ -206,7 +206,7 @@ class TorchExecutor:
     def _load(self) -> ModelFacts:
         settings = self._settings
         torch.set_num_threads(settings.num_threads)
-        durable = checkpoints.newest_of(settings.checkpoint_dir, settings.node, model=settings.model)
+        durable = self._newest_checkpoint()
         if durable:
             checkpoints.check_adapter(durable, self._adapter_kind)
         stage = self._stage(durable)
@@ -241,6 +241,13 @@ class TorchExecutor:
             vocab_size=stage.vocab_size,
             context_length=_context_length(stage),
         )
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """What this stage serves until the trainer restores it, as it most likely will."""
+        settings = self._settings
+        if settings.merge != "none":
+            return checkpoints.newest_of_any(settings.checkpoint_dir, model=settings.model)
+        return checkpoints.newest_of(settings.checkpoint_dir, settings.node, model=settings.model)
 
     @property
     def _base(self) -> Path:

@@ -22,7 +22,9 @@ def checkpoint(run_dir: Path, **fields: object) -> Path:
 
 
 async def refusal(run_dir: Path, *, restored_from: Path | None = None, **fields: object) -> str:
-    settings = StageWorkerSettings.given(node=0, stage=0, num_stages=1, run_dir=run_dir, **fields)
+    settings = StageWorkerSettings.given(
+        **{"node": 0, "stage": 0, "num_stages": 1, "run_dir": run_dir, **fields}
+    )
     executor = TorchExecutor(settings, "a")
     try:
         with pytest.raises(ConfigurationError) as caught:
@@ -41,6 +43,14 @@ async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 async def test_a_restore_of_another_model_is_refused(tmp_path: Path) -> None:
     elsewhere = checkpoint(tmp_path / "elsewhere", model="other")
     assert "is a checkpoint of model 'other'" in await refusal(tmp_path, restored_from=elsewhere)
+
+
+@pytest.mark.parametrize("merge", ["average", "outer", "allreduce"])
+async def test_where_nodes_share_their_weights_the_newest_checkpoint_of_any_counts(
+    merge: str, tmp_path: Path
+) -> None:
+    checkpoint(tmp_path, model="other")
+    assert "node-0/step-00000001" in await refusal(tmp_path, node=1, merge=merge)
 
 
 @pytest.mark.parametrize(

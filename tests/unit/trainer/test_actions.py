@@ -8,7 +8,9 @@ from services.trainer.actions import ActionRunner
 from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
 from services.trainer.microbatches import Rows, TrainingBatch
 from services.trainer.node_actions import (
+    Action,
     Closed,
+    Halted,
 )
 from services.trainer.node_training import NodeTraining, Rules
 from services.trainer.schedules import SCHEDULES
@@ -36,7 +38,12 @@ async def no_ack() -> None:
 
 
 def after_failures(num_failures: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
-    """Place the only batch so often, offloaded when it has to be, and have no memory for it each time."""
+    """No memory for the only batch, each time."""
+    return after(Closed("no memory", ("b",), unfit="b"), num_failures)
+
+
+def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
+    """Place the only batch so often, offloaded when it has to be, and have that happen to it each time."""
     rows = (Rows(lengths=(2,), tokens=(1, 2), label_rows=(0,), labels=(2,)),)
     pending = Pending(TrainingBatch("b", 1, rows), NoTelemetry(), parent="", ack=no_ack)
     book, bus = BatchBook(Ledger.restore({}, (), 0)), FakeBus()
@@ -56,9 +63,9 @@ def after_failures(num_failures: int) -> tuple[Pending, BatchBook, list[Rejected
                 tasks=tasks,
             )
             book.admit(pending)
-            for _ in range(num_failures):
+            for _ in range(times):
                 book.take().offload = pending.must_offload
-                actions.run(node, [Closed("no memory", ("b",), unfit="b")])
+                actions.run(node, [action])
 
     asyncio.run(case())
     return pending, book, bus.rejected
@@ -68,6 +75,12 @@ def test_a_batch_that_finds_no_memory_runs_again_as_it_was() -> None:
     pending, book, _ = after_failures(MAX_UNFIT - 1)
     assert book.num_waiting == 1
     assert not pending.must_offload
+
+
+def test_what_a_node_that_halts_has_not_begun_waits_for_another() -> None:
+    _, book, rejected = after(Halted("why", ("b",)), 1)
+    assert book.num_waiting == 1
+    assert rejected == []
 
 
 def test_after_some_times_it_is_offloaded() -> None:

@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.trainer.checkpoint_files import CheckpointFiles, ledger_of, manifest_of, only_newest
+from services.trainer.checkpoint_files import (
+    CheckpointFiles,
+    all_apart,
+    ledger_of,
+    manifest_of,
+    only_newest,
+)
 from services.trainer.versions import Ledger
 from shared import checkpoints, disk
 from shared.checkpoints import Checkpoint, Manifest
@@ -286,6 +292,19 @@ def test_nodes_that_were_trained_apart_are_not_taken_for_one(tmp_path: Path) -> 
     manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", wall_s=0.0)
     with pytest.raises(ConfigurationError, match=r"nodes \[0, 1\] of this run were trained apart"):
         only_newest({node: Checkpoint(manifest, tmp_path) for node in (0, 1)})
+
+
+@pytest.mark.parametrize("merge", ["average", "outer", "allreduce"])
+def test_nodes_that_shared_their_weights_do_not_go_on_apart(merge: str, tmp_path: Path) -> None:
+    manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", merge=merge, wall_s=0.0)
+    with pytest.raises(ConfigurationError, match=rf"share their weights \({merge}\)"):
+        all_apart({0: Checkpoint(manifest, tmp_path)})
+
+
+def test_nodes_that_train_apart_go_on_each_from_its_own(tmp_path: Path) -> None:
+    manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", wall_s=0.0)
+    found = {node: Checkpoint(manifest, tmp_path) for node in (0, 1)}
+    assert all_apart(found) == found
 
 
 def test_a_disk_that_fills_at_any_place_leaves_the_old_checkpoint_and_the_next_one_succeeds(

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 
-from services.trainer.merges import Merges
+from services.trainer.merges import MAX_FAILURES, Merges
 from services.trainer.node_actions import (
     Action,
     Applied,
     Closed,
     Feed,
+    Halted,
     RequestSave,
     Restore,
 )
 from services.trainer.node_training import NodeTraining, Rules
+from services.trainer.publishing import Publish, PublishingRules
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
@@ -45,7 +47,7 @@ class Replicas:
                 rules=Rules(
                     schedule=SCHEDULES["1f1b"],
                     checkpoint_every=1000,
-                    checkpoint_idle_s=1000,
+                    checkpoint_idle_s=2.0,
                     shares_weights=True,
                     **rules,
                 ),
@@ -104,9 +106,9 @@ class Replicas:
         it.checkpoint_written(version, failure, self.now_s)
 
 
-def averaging(num_nodes: int = 2, *, every: int = 2) -> Replicas:
+def averaging(num_nodes: int = 2, *, every: int = 2, **rules: Any) -> Replicas:
     names = (f"merge-{number}" for number in itertools.count())
-    return Replicas(num_nodes, Merges(every=every, idle_s=2.0, new_name=lambda: next(names)))
+    return Replicas(num_nodes, Merges(every=every, idle_s=2.0, new_name=lambda: next(names)), **rules)
 
 
 def merged(replicas: Replicas, name: str = "merge-0", failure: str = "") -> list[Decision]:
@@ -146,8 +148,9 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
     replicas.report(1, StepDone(batch_id="e", version=2))
     assert replicas.look() == [Merge("merge-0", 5, (Member(0, 1, 1, 3 / 5), Member(1, 2, 1, 2 / 5)))]
 
-    shared, told = merged(replicas)
+    shared, *nothing, told = merged(replicas)
     assert shared == Shared((0, 1))
+    assert nothing == [NodeActions(0, ()), NodeActions(1, ())]
     assert isinstance(told, NodeActions)
     assert told.actions == (RequestSave(1, 5, 1),)
     assert {node.version for node in replicas.nodes.values()} == {5}
@@ -169,26 +172,117 @@ def test_without_work_nodes_merge_what_they_have() -> None:
     assert replicas.look() == [Merge("merge-0", 1, (Member(0, 1, 1, 0.0), Member(1, 2, 1, 1.0)))]
 
 
-@pytest.mark.parametrize("what", ["leaves", "does not merge", "does not save"])
+@pytest.mark.parametrize("what", ["leaves", "leaves before the save", "does not merge"])
 def test_a_merge_that_fails_takes_all_back_to_the_last_checkpoint(what: str) -> None:
     replicas = averaging(every=1).open()
     replicas.apply(0, "a", 1)
     replicas.apply(1, "b", 1)
     replicas.look()
-    if what == "leaves":
-        replicas.beat(1, instance="new")
-        decided = replicas.look()
-    elif what == "does not merge":
+    if what == "does not merge":
         decided = merged(replicas, failure="node 1, stage 0: no answer")
     else:
-        merged(replicas)
-        replicas.save(0, 2, failure="disk full")
+        if what == "leaves before the save":
+            merged(replicas)
+        replicas.beat(1, instance="new")
         decided = replicas.look()
 
     closed = [each.actions for each in decided if isinstance(each, NodeActions) and each.actions]
-    assert all(isinstance(actions[0], Closed | Restore) for actions in closed)
+    assert all(isinstance(actions[-1], Closed | Restore) for actions in closed)
     assert {node.version for node in replicas.nodes.values()} == {0}
     assert {node.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
+
+
+def test_a_merged_version_that_cannot_be_saved_stays_and_is_saved_again_after_a_while() -> None:
+    replicas = averaging(every=1).open()
+    replicas.apply(0, "a", 1)
+    replicas.apply(1, "b", 1)
+    replicas.look()
+    merged(replicas)
+    replicas.save(0, 2, failure="disk full")
+
+    replicas.now_s = 1.9
+    assert replicas.look() == []
+    replicas.now_s = 2.0
+    (again,) = replicas.look()
+    assert isinstance(again, NodeActions)
+    assert again.actions == (RequestSave(1, 2, 1),)
+    assert {(node.version, node.is_held) for node in replicas.nodes.values()} == {(2, True)}
+
+    replicas.save(0, 2)
+    replicas.look()
+    assert {(node.durable_version, node.is_held) for node in replicas.nodes.values()} == {(2, False)}
+
+
+def fail_to_merge(replicas: Replicas) -> list[Decision]:
+    """Each node learns a batch, and the merge that is due then fails."""
+    for number, node in replicas.nodes.items():
+        replicas.apply(number, f"{number}-{replicas.now_s}", 1)
+        assert node.version == 1
+    assert [type(each) for each in replicas.look()] == [Merge]
+    assert isinstance(replicas.decided[-1], Merge)
+    return merged(replicas, replicas.decided[-1].name, "node 1, stage 0: no peer")
+
+
+def test_after_a_merge_that_fails_the_next_one_waits_longer_each_time() -> None:
+    replicas = averaging(every=1).open()
+    fail_to_merge(replicas)
+    for pause_s in (2.0, 4.0):
+        replicas.open()
+        for number in replicas.nodes:
+            replicas.apply(number, f"early {number} {pause_s}", 1)
+        replicas.now_s += pause_s - 0.1
+        assert replicas.look() == []
+        replicas.now_s += 0.2
+        (merge,) = replicas.look()
+        assert isinstance(merge, Merge)
+        merged(replicas, merge.name, "node 1, stage 0: no peer")
+
+
+def test_after_three_merges_in_a_row_that_fail_nodes_train_no_more_and_say_why() -> None:
+    replicas = averaging(every=1).open()
+    for _ in range(MAX_FAILURES):
+        assert not any(node.is_halted for node in replicas.nodes.values())
+        decided = fail_to_merge(replicas)
+        replicas.now_s += 100.0
+        replicas.open()
+
+    reason = "3 merges in a row failed; a merge failed: node 1, stage 0: no peer"
+    halted = [each.actions for each in decided if isinstance(each, NodeActions)][2:4]
+    assert halted == [(Halted(reason),), (Halted(reason),)]
+    assert {node.halt_reason for node in replicas.nodes.values()} == {reason}
+    assert {node.phase for node in replicas.nodes.values()} == {"open"}, "they serve"
+
+
+def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> None:
+    replicas = averaging(every=1).open()
+    assert replicas.nodes[0].messages_lost() == []
+    replicas.apply(0, "a", 1)
+    replicas.apply(1, "b", 1)
+    replicas.look()
+
+    (closed,) = replicas.nodes[0].messages_lost()
+    replicas.look()
+
+    assert isinstance(closed, Closed)
+    assert {node.version for node in replicas.nodes.values()} == {0}
+    assert merged(replicas) == [], "whatever is answered later"
+
+
+def test_a_merged_version_is_kept_and_published() -> None:
+    replicas = averaging(publishing=PublishingRules(serving="pinned", max_kept=2)).open()
+    replicas.nodes[1].place(Shape("a", 1), 0.0)
+    replicas.report(1, GradientsReady(batch_id="a", squared_norm=1.0))
+    replicas.report(1, StepDone(batch_id="a", version=1))  # kept, and with the restored one that is all
+    replicas.now_s = 2.0
+    replicas.look()
+    replicas.now_s = 4.0
+    (merge,) = replicas.look()
+    assert isinstance(merge, Merge)
+    assert [member.is_kept for member in merge.members] == [True, False]
+
+    published = [each.actions for each in merged(replicas) if isinstance(each, NodeActions)]
+
+    assert published[:2] == [(Publish(1),), ()]
 
 
 def test_nobody_joins_in_the_middle_of_a_merge() -> None:

@@ -292,6 +292,22 @@ def test_a_node_whose_gradients_are_not_finite_again_and_again_trains_no_more_an
     assert driver.tick(2) == [RequestSave(1, 2, 2)]
 
 
+def test_a_node_that_trains_no_more_gives_back_what_has_not_begun_and_ends_what_has() -> None:
+    driver = Driver(max_skips=1).open()
+    driver.place("a")
+    driver.place("b", 2)
+    driver.place("c")
+    driver.through_stage_0("a")
+    driver.gather("a", nan, 1.0)
+
+    *_, halted = driver.step("a", 0)
+
+    assert isinstance(halted, Halted)
+    assert halted.unfinished == ("c",)
+    assert driver.through_stage_0("b", 0) == [Feed(Slot("b", 1, 2))]
+    assert driver.through_stage_0("b", 1) == []
+
+
 def test_one_batch_with_finite_gradients_is_enough_to_go_on() -> None:
     driver = Driver(max_skips=2).open()
     for batch_id, squared_norm in (("a", nan), ("b", 1.0), ("c", nan)):

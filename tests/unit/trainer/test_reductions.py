@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from math import nan
 from typing import Any
 
+import pytest
+
 from services.trainer.node_actions import (
     Action,
     Applied,
@@ -54,6 +56,19 @@ def test_all_nodes_step_on_the_mean_of_their_gradients() -> None:
     assert replicas.look() == [Reduce("round-0", (Member(0, 1, 1, 0.5, "a"), Member(1, 2, 1, 0.5, "b")))]
     assert step(replicas, 2, node_0="a", node_1="b") == [Applied("a", 2, 1.0), Applied("b", 2, 1.0)]
     assert {node.version for node in replicas.nodes.values()} == {2}
+
+
+def test_all_nodes_scale_the_mean_alike_whatever_norm_each_has_found() -> None:
+    replicas = reducing(max_gradient_norm=1.0).open()
+    replicas.learn(0, "a")
+    replicas.learn(1, "b")
+    replicas.look()
+    replicas.report(0, GradientsReady(batch_id="a", squared_norm=4.0))
+    replicas.report(1, GradientsReady(batch_id="b", squared_norm=4.000001))
+
+    assert actions_in(replicas.look()) == [
+        Step(batch_id, 2, gradient_scale=0.5, rate_of="a") for batch_id in "ab"
+    ]
 
 
 def test_a_node_without_a_batch_steps_with_the_others() -> None:
@@ -109,6 +124,25 @@ def test_one_node_saves_for_all() -> None:
     replicas.look()
 
     assert {node.durable_version for node in replicas.nodes.values()} == {2}
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_save_that_fails_is_asked_for_again_only_after_a_while(joins: bool) -> None:
+    replicas = reducing(save_every=2).open(0)
+    replicas.learn(0, "a")
+    replicas.look()
+    step(replicas, 1, node_0="a")
+    replicas.learn(0, "b")
+    replicas.look()
+    step(replicas, 2, node_0="b")
+    replicas.save(0, 2, failure="disk full")
+    if joins:
+        replicas.beat(1)
+
+    replicas.now_s = 1.9
+    assert replicas.look() == []
+    replicas.now_s = 2.0
+    assert actions_in(replicas.look()) == [RequestSave(1, 2, 1)]
 
 
 def test_who_joins_gets_what_the_others_hold_and_they_wait() -> None:
