@@ -28,7 +28,6 @@ from services.trainer.replicas import (
     told,
 )
 
-
 MAX_FAILURES = 3
 """After so many merges in a row that failed, their members train no more."""
 
