@@ -453,7 +453,7 @@ async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_
         await feed(node, "b0", first)
         *_, gathered = [await node.report() for _ in range(3)]
         await feed(node, "b1", second)  # the step waits behind it, and the save behind the step
-        await node.order(gathered, "b0")
+        await node.order(gathered.epoch, "b0")
         await node.save(0, tmp_path / "checkpoints")
         *_, stepped, failed = [(await node.report()).event for _ in range(5)]
     assert stepped == StepDone(batch_id="b0", version=1)

@@ -94,11 +94,11 @@ async def weights_of(node: Node, version: int, folder: Path) -> dict[str, Tensor
     return loaded
 
 
-def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-5) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            got[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            got[name], tensor, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

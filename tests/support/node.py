@@ -253,11 +253,11 @@ class Node:
             self.heartbeats[incoming.message.stage] = incoming.message
             self._beaten.notify_all()
 
-    async def order(self, report: StageReport, batch_id: str, **changes: Any) -> None:
+    async def order(self, epoch: int, batch_id: str, **changes: Any) -> None:
         """Have every stage step on the batch, as the trainer orders when all have its gradients."""
         self.version += 1
         order = StepOrder(
-            epoch=report.epoch,
+            epoch=epoch,
             batch_id=batch_id,
             version=self.version,
             learning_rate=self.learning_rate,
@@ -284,7 +284,7 @@ class Node:
         squared_norms[report.stage] = report.event.squared_norm
         if len(squared_norms) == self.num_stages:
             del self._squared_norms[batch_id]
-            await self.order(report, batch_id)
+            await self.order(report.epoch, batch_id)
 
 
 @asynccontextmanager

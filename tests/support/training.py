@@ -70,13 +70,23 @@ def _header(
     )
 
 
-def loss_of(model: Any, parameters: dict[str, Tensor], examples: Iterable[Example], labels: int) -> Tensor:
-    """Share of the examples in the batch's mean loss, each example on its own through the unsplit model."""
+def loss_of(
+    model: Any,
+    parameters: dict[str, Tensor],
+    examples: Iterable[Example],
+    labels: int,
+    *,
+    tie_weights: bool = True,
+) -> Tensor:
+    """Share of the examples in the batch's mean loss, each example on its own through the unsplit model.
+
+    Without `tie_weights` the places of a tied parameter have a value each.
+    """
     device = next(iter(parameters.values())).device
     total = torch.zeros((), device=device)
     for example in examples:
         tokens = torch.tensor([example], device=device)
-        logits = functional_call(model, parameters, (tokens,)).logits[0]
+        logits = functional_call(model, parameters, (tokens,), tie_weights=tie_weights).logits[0]
         total = total + functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum")
     return total / labels
 

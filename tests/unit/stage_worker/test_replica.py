@@ -24,9 +24,7 @@ def weights(tmp_path: Path) -> StageWeights:
 def test_a_mean_that_a_restore_has_cut_off_cannot_write_into_later_gradients(weights: StageWeights) -> None:
     replica = Replica(weights, DEVICE, {}, is_outer=False)
     cut_off = replica.copy_gradients("")
-    assert replica.copy_gradients("").tensors.flat is cut_off.tensors.flat, (
-        "one memory for all steps"
-    )
+    assert replica.copy_gradients("").tensors.flat is cut_off.tensors.flat, "one memory for all steps"
 
     replica.restored({})
     later = replica.copy_gradients("")

@@ -1,0 +1,188 @@
+"""What delayed gradients cost: held-out loss after the same tokens, by schedule, stashing and optimizer."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.virtual_pipeline import Part, VirtualPipeline, VirtualStage, loss_of
+from services.stage_worker.optimizers import OptimizerSettings
+from services.stage_worker.settings import OptimizerName
+from services.stage_worker.weights import StageWeights
+from services.trainer.learning_rate import LearningRate
+from services.trainer.microbatches import Rows, join, split
+from services.trainer.schedules import SCHEDULES, double_buffered
+from shared.encoding import LabelledTokens
+from shared.messages.training import Microbatch
+from shared.model.loader import load_stage, model_partition, read_config
+from shared.schedule import ScheduleName, StashingName
+
+NUM_STAGES = 4
+SEEDS = (0, 1, 2)
+PEAK_RATES: Mapping[OptimizerName, float] = {"adamw": 3e-3, "nadamw": 3e-3}
+"""The best of 1e-3, 3e-3 and 1e-2 for the synchronous runs of seed 0."""
+WARMUP_BATCHES = 20
+MAX_TOKENS = 2048
+DATA = Path("lemix/data")
+TOKENIZER = Path("shared/model/embedded/tokenizer.json")
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to train."""
+
+    schedule: ScheduleName
+    stashing: StashingName
+    microbatches: int
+    optimizer: OptimizerName
+
+
+WAYS: Sequence[tuple[ScheduleName, StashingName, int]] = (
+    ("1f1b", "full", 1),  # without delay it does not matter how a batch is cut
+    ("async", "full", 4),
+    ("async", "none", 4),
+    ("async", "full", 1),
+    ("async", "double", 1),
+    ("async", "none", 1),
+)
+OPTIMIZERS: Sequence[OptimizerName] = ("adamw", "nadamw")
+VARIANTS = [Variant(*way, optimizer) for optimizer in OPTIMIZERS for way in WAYS]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The bundled bulletins, in as many token ids as they use."""
+
+    batches: tuple[tuple[tuple[int, ...], ...], ...]
+    held_out: tuple[tuple[int, ...], ...]
+    vocab_size: int
+
+
+@cache
+def corpus() -> Corpus:
+    """The bulletins' tokens are a small part of the tokenizer's: the others would only take time."""
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    number_of: dict[int, int] = {}
+
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(number_of.setdefault(token, len(number_of)) for token in tokenizer.encode(text).ids)
+
+    lines = (DATA / "bulletins_train.jsonl").read_text(encoding="utf-8").splitlines()
+    batches = tuple(
+        tuple(
+            tokens(example.get("text") or example["prompt"] + example["completion"]) for example in examples
+        )
+        for examples in (json.loads(line)["examples"] for line in lines)
+    )
+    held_out = (DATA / "bulletins_heldout.txt").read_text(encoding="utf-8").splitlines()
+    return Corpus(batches, tuple(tokens(line) for line in held_out), len(number_of))
+
+
+def model_folder(seed: int, base: Path) -> Path:
+    """A random Llama of 4 layers."""
+    folder = base / f"delayed-{seed}"
+    if not (folder / "model.safetensors").exists():
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            **SHAPE, vocab_size=corpus().vocab_size, max_position_embeddings=512, bos_token_id=None
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def parts_of(batch_id: str, examples: Sequence[tuple[int, ...]], num_microbatches: int) -> list[Part]:
+    """A batch cut as the trainer cuts it; every token but each first is a label."""
+    labelled = [LabelledTokens(tokens, tuple(range(len(tokens) - 1))) for tokens in examples]
+    groups = split([len(tokens) for tokens in examples], num_microbatches, MAX_TOKENS)
+    rows = [join([labelled[place] for place in group]) for group in groups]
+    num_labels = sum(len(each.labels) for each in rows)
+    return [
+        Part(_microbatch(batch_id, index, len(rows), each, 1 / num_labels), each.tokens)
+        for index, each in enumerate(rows)
+    ]
+
+
+def _microbatch(batch_id: str, index: int, count: int, rows: Rows, loss_weight: float) -> Microbatch:
+    return Microbatch(
+        epoch=1,
+        batch_id=batch_id,
+        index=index,
+        count=count,
+        lengths=rows.lengths,
+        label_rows=rows.label_rows,
+        labels=rows.labels,
+        loss_weight=loss_weight,
+    )
+
+
+def stages_of(folder: Path, variant: Variant) -> list[VirtualStage]:
+    settings = OptimizerSettings(name=variant.optimizer)
+    stages = [load_stage(folder, layers) for layers in model_partition(read_config(folder), NUM_STAGES)]
+    return [
+        VirtualStage(stage, StageWeights(stage, settings, version=0, stashing=variant.stashing))
+        for stage in stages
+    ]
+
+
+def train(variant: Variant, seed: int, work: Path, peak_rate: float) -> tuple[float, list[int]]:
+    """One pass over the corpus; returns the held-out loss in nats a token, and stages' delays in steps."""
+    order = list(corpus().batches)
+    Random(seed).shuffle(order)
+    stages = stages_of(model_folder(seed, work), variant)
+    schedule = SCHEDULES[variant.schedule]
+    rate = LearningRate(
+        peak=peak_rate, decay="cosine", warmup_batches=WARMUP_BATCHES, num_batches=len(order), final=0.0
+    )
+    pipeline = VirtualPipeline(
+        stages, double_buffered(schedule) if variant.stashing == "double" else schedule, rate.at
+    )
+    numbered = enumerate(order)
+    pipeline.train({str(n): parts_of(str(n), batch, variant.microbatches) for n, batch in numbered})
+    return loss_of(stages, corpus().held_out), pipeline.delays
+
+
+def measure(variant: Variant, work: Path) -> dict[str, Any]:
+    """All seeds of a variant."""
+    runs = [train(variant, seed, work, PEAK_RATES[variant.optimizer]) for seed in SEEDS]
+    losses = [loss for loss, _ in runs]
+    return {
+        **asdict(variant),
+        "held_out_loss": {"mean": statistics.mean(losses), "by_seed": losses},
+        "largest_delay_by_stage": runs[0][1],
+    }
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with its mean loss over that of the synchronous runs with the same optimizer."""
+    means = {row["optimizer"]: row["held_out_loss"]["mean"] for row in rows if row["schedule"] == "1f1b"}
+    return [
+        {**row, "over_synchronous": row["held_out_loss"]["mean"] / means[row["optimizer"]]} for row in rows
+    ]
+
+
+async def main(work: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    num_tokens = sum(len(tokens) for batch in corpus().batches for tokens in batch)
+    return {
+        "num_stages": NUM_STAGES,
+        "model": SHAPE | {"vocab_size": corpus().vocab_size},
+        "num_batches": len(corpus().batches),
+        "num_tokens": num_tokens,
+        "peak_learning_rate": dict(PEAK_RATES),
+        "runs": compared([measure(variant, work) for variant in VARIANTS]),
+    }

@@ -1,0 +1,115 @@
+"""The trainer's own decisions in front of a node of real stages, without its bus, files and placing."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from services.trainer.node_actions import Action, Applied, Feed, Restore, Skipped, Step
+from services.trainer.node_training import NodeTraining, Rules
+from services.trainer.schedules import SCHEDULES, Schedule, Shape, double_buffered
+from shared.messages.training import BackwardDone, ForwardDone, GradientsReady, MicrobatchForward, StageReport
+from shared.schedule import ScheduleName, StashingName
+from tests.support.node import Node
+from tests.support.training import Batch, messages
+
+NEVER = 10**6
+
+
+@dataclass(slots=True)
+class Trained:
+    """What the stages told of a run."""
+
+    losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By batch."""
+    versions: dict[tuple[int, str, int], int] = field(default_factory=dict)
+    """(stage, batch, microbatch) -> weights version of its forward."""
+    squared_norms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Of each batch's gradients, over all stages."""
+    applied: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def note(self, report: StageReport) -> None:
+        match report.event:
+            case ForwardDone(batch_id=batch_id, index=index, version=version):
+                self.versions[report.stage, batch_id, index] = version
+            case BackwardDone(batch_id=batch_id, loss=loss):
+                self.losses[batch_id] += loss or 0.0
+            case GradientsReady(batch_id=batch_id, squared_norm=squared_norm):
+                self.squared_norms[batch_id] += squared_norm
+
+
+class Driver:
+    """Trains a node as `NodeTraining` says; batches may follow each other over several calls."""
+
+    def __init__(
+        self,
+        node: Node,
+        schedule: ScheduleName,
+        *,
+        stashing: StashingName = "full",
+        max_gradient_norm: float = inf,
+    ) -> None:
+        node.orders_steps = False
+        self._node = node
+        self._schedule = schedule
+        rule: Schedule = SCHEDULES[schedule]
+        self._training = NodeTraining(
+            0,
+            node.num_stages,
+            rules=Rules(
+                schedule=double_buffered(rule) if stashing == "double" else rule,
+                checkpoint_every=NEVER,
+                checkpoint_idle_s=NEVER,
+                max_gradient_norm=max_gradient_norm,
+            ),
+            durable_version=0,
+            epochs=iter([1]),
+        )
+        self._messages: dict[str, Sequence[MicrobatchForward]] = {}
+        self.trained = Trained()
+
+    async def start(self) -> None:
+        actions = [a for beat in self._node.heartbeats.values() for a in self._training.heartbeat(beat, 0.0)]
+        assert [type(action) for action in actions] == [Restore]
+        await self._node.restore(epoch=self._training.epoch)
+        assert self._training.restored(self._training.epoch, "", 0.0) == []
+
+    async def train(self, batches: Mapping[str, Batch], *, loss_weight: float | None = None) -> Trained:
+        """Returns when all batches are applied or skipped. `loss_weight`: another than the mean's."""
+        changes = {"backward_after_all": self._schedule == "gpipe"}
+        for batch_id, batch in batches.items():
+            forwards = messages(batch_id, batch, epoch=self._training.epoch)
+            self._messages[batch_id] = [_changed(forward, loss_weight, **changes) for forward in forwards]
+            await self._run(self._training.place(Shape(batch_id, len(batch)), 0.0))
+        while self._training.num_unfinished:
+            report = await self._node.report()
+            self.trained.note(report)
+            await self._run(self._training.report(report, 0.0))
+        return self.trained
+
+    async def _run(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Feed(slot=slot):
+                    await self._node.feed(self._messages[slot.batch_id][slot.index])
+                case Step():
+                    await self._node.order(
+                        self._training.epoch,
+                        action.batch_id,
+                        version=action.version,
+                        gradient_scale=action.gradient_scale,
+                        skip=action.is_skipped,
+                    )
+                case Applied(batch_id=batch_id):
+                    self.trained.applied.append(batch_id)
+                case Skipped(batch_id=batch_id):
+                    self.trained.skipped.append(batch_id)
+                case _:
+                    raise AssertionError(action)
+
+
+def _changed(forward: MicrobatchForward, loss_weight: float | None, **changes: bool) -> MicrobatchForward:
+    weight = forward.microbatch.loss_weight if loss_weight is None else loss_weight
+    microbatch = forward.microbatch.model_copy(update={"loss_weight": weight, **changes})
+    return forward.model_copy(update={"microbatch": microbatch})
