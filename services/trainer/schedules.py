@@ -115,9 +115,7 @@ class Pipeline:
 
     def without(self, batch_ids: Container[str]) -> Self:
         """These batches, of which nothing is fed, are not to enter."""
-        return replace(
-            self, queue=tuple(shape for shape in self.queue if shape.batch_id not in batch_ids)
-        )
+        return replace(self, queue=tuple(shape for shape in self.queue if shape.batch_id not in batch_ids))
 
     def feed(self) -> Self:
         """Let the upcoming microbatch enter."""
