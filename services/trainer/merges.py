@@ -3,7 +3,8 @@
     train apart --enough batches, or idle--> hold --all quiet--> merge --all hold the mean--> save --> ...
 
 A version that cannot be saved is kept, with training at rest, and saved again after a while. A member that
-leaves takes all back to the last checkpoint, and so does a merge that fails; the next one waits longer.
+leaves takes all back to the last checkpoint, and so does a merge that fails; the next one waits longer each
+time.
 
 Between two merges all nodes descend from the same checkpoint: that of the last merge, which one of them has
 written. So a node may join, or come back, at any other time, and a checkpoint of one node is one of all.

@@ -304,7 +304,7 @@ class NodeTraining:
         return [Halted(reason, not_begun)]
 
     def merge(self, version: int) -> bool:
-        """The stages are asked to hold merged weights of `version`: whether they keep them, to serve them."""
+        """The stages are asked to hold merged weights, of `version`; returns whether they keep them."""
         assert self.is_quiet
         self._is_merging = True
         # A node that alone has learnt keeps that number already, maybe, and requests are pinned to it.
@@ -345,7 +345,7 @@ class NodeTraining:
         return self._pipeline.complete is not None and self._pipeline.complete.is_joint
 
     def order_step(self, version: int, now_s: float, *, rate_of: str, squared_norm: float) -> list[Action]:
-        """Every node has the averaged gradients, whose norm one of them tells: all step, or skip."""
+        """Every node has the averaged gradients, whose norm one tells: all step to `version`, or skip."""
         return self._order(version, now_s, rate_of=rate_of, squared_norm=squared_norm)
 
     def roll_back(self, version: int) -> list[Action]:
@@ -417,7 +417,7 @@ class NodeTraining:
     ) -> list[Action]:
         """Step on the complete batch, to `version`; skip it when its gradients are not finite.
 
-        `squared_norm`: of them, where nodes must not differ; None: the sum of what the stages here found.
+        `squared_norm`: of them, where nodes must not differ; None: what the stages here have found.
         """
         batch = self._pipeline.complete
         assert batch is not None

@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from services.trainer.batches import BatchBook
+from services.trainer.merges import Merges
 from services.trainer.merging import Merging
-from services.trainer.node_actions import Action, Closed, Restore
+from services.trainer.node_actions import Action, Closed
 from services.trainer.node_training import NodeTraining
+from services.trainer.replicas import Decision, Nodes
 from services.trainer.settings import TrainerSettings
 from services.trainer.versions import Ledger
 from shared.clock import Clock
@@ -24,23 +28,35 @@ class LostBus:
 
 
 class Runner:
-    """Keeps what nodes have decided, and has the nodes looked at as the real one does."""
+    """Keeps which nodes have closed, and has the nodes looked at as the real one does."""
 
     def __init__(self) -> None:
-        self.done: list[tuple[int, str]] = []
+        self.closed: list[int] = []
+        self.is_running = False
         self.merging: Merging
 
     def run(self, node: NodeTraining, actions: Sequence[Action]) -> None:
-        self.done += [(node.node, type(each).__name__) for each in actions]
+        self.closed += [node.node for action in actions if isinstance(action, Closed)]
+        self.is_running = True
         self.merging.look()
+        self.is_running = False
 
 
-async def test_all_are_closed_after_a_merge_that_fails_before_one_begins_anew() -> None:
+async def test_all_are_closed_after_a_merge_that_fails_before_anything_is_decided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     replicas = averaging().open()
     for node in replicas.nodes:
         replicas.apply(node, f"a{node}", 1)
         replicas.beat(node)
     runner = Runner()
+    look = Merges.look
+
+    def decide(merges: Merges, nodes: Nodes, now_s: float) -> list[Decision]:
+        assert not runner.is_running
+        return look(merges, nodes, now_s)
+
+    monkeypatch.setattr(Merges, "look", decide)
     clock: Clock = SimpleNamespace(now_s=lambda: 0.0)  # type: ignore[assignment]
     async with asyncio.TaskGroup() as tasks:
         runner.merging = Merging(
@@ -54,8 +70,4 @@ async def test_all_are_closed_after_a_merge_that_fails_before_one_begins_anew() 
             tasks=tasks,
         )
         runner.merging.look()
-    for node in replicas.nodes:
-        assert (node, Closed.__name__) in runner.done
-    closed = [place for place, (_, what) in enumerate(runner.done) if what == Closed.__name__]
-    begun = [place for place, (_, what) in enumerate(runner.done) if what == Restore.__name__]
-    assert not begun or max(closed) < min(begun)
+    assert runner.closed == [0, 1]
