@@ -57,9 +57,13 @@ class Batches(RuleBasedStateMachine):
         self.skipped = {each for each in self.skipped if self.ledger.is_done(int(each[1:]))}
         self.fed = {each for each in self.fed if self.ledger.is_done(int(each[1:]))}
 
-    @rule()
-    def accept(self) -> None:
-        """Read the next message that is not done; after a crash that may be one that was read before."""
+    @rule(count=st.integers(1, 4))
+    def accept(self, count: int) -> None:
+        """Read the next messages that are not done; after a crash that may be some that were read before."""
+        for _ in range(count):
+            self.accept_next()
+
+    def accept_next(self) -> None:
         sequence = self.ledger.read_up_to + 1
         while self.ledger.is_done(sequence):
             self.ledger = self.ledger.pass_over(sequence)
@@ -71,8 +75,12 @@ class Batches(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting() and any(map(self.trains, NODES)))
     @rule(data=st.data())
     def apply(self, data: st.DataObject) -> None:
-        node = data.draw(st.sampled_from([node for node in NODES if self.trains(node)]))
-        batch_id = data.draw(st.sampled_from(self.waiting()))
+        node = st.sampled_from([node for node in NODES if self.trains(node)])
+        some = data.draw(st.lists(st.sampled_from(self.waiting()), min_size=1, max_size=4, unique=True))
+        for batch_id in some:
+            self.apply_on(data.draw(node), batch_id)
+
+    def apply_on(self, node: int, batch_id: str) -> None:
         self.ledger = self.ledger.apply(node, batch_id)
         self.applied[node].append(batch_id)
 
@@ -161,7 +169,7 @@ class Merged(Batches):
         super().__init__()
         self.newest: tuple[Manifest | None, list[str]] = None, []
         """The newest checkpoint of any node, with what its weights contain."""
-        self.joined: set[int] = set()
+        self.joined = set(NODES)
         """Nodes that hold it, or descend from it."""
         self.num_shared = 0
         """Steps since then that all of these contain."""
@@ -176,16 +184,19 @@ class Merged(Batches):
         return node in self.joined
 
     @precondition(lambda self: not self.num_shared)
-    @rule(node=NODE)
-    def join(self, node: int) -> None:
-        if not self.trains(node):
+    @rule(nodes=st.sets(NODE, min_size=1))
+    def join(self, nodes: set[int]) -> None:
+        for node in nodes - self.joined:
             self.ledger = self.ledger.join(node)
             self.joined.add(node)
 
-    @precondition(lambda self: self.held())
-    @rule()
-    def share(self) -> None:
-        """A merge, or a step of all."""
+    @precondition(lambda self: self.joined)
+    @rule(nodes=st.lists(NODE, max_size=4))
+    def share(self, nodes: list[int]) -> None:
+        """A merge, or a step of all; just before, these nodes have applied a batch each."""
+        for node in filter(self.trains, nodes):
+            self.accept_next()
+            self.apply_on(node, self.waiting()[0])
         self.ledger = self.ledger.share(sorted(self.joined))
         shared = list(dict.fromkeys(each for node in sorted(self.joined) for each in self.applied[node]))
         for node in self.joined:
