@@ -192,7 +192,7 @@ async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int
         events = [report.event for report in ready if isinstance(report.event, GradientsReady)]
         assert {event.batch_id for event in events} == {name}
         norms.append([event.squared_norm for event in events])
-        await node.order(ready[0], name)
+        await node.order(ready[0].epoch, name)
         await told(node, StepDone)
     assert norms[0] == norms[1]
 
