@@ -8,6 +8,7 @@ import uvloop
 from benchmarks import (
     deciding,
     decode,
+    delayed_gradients,
     hop,
     merge,
     profile_error,
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "merge": merge.main,
     "simulation": simulation.main,
     "schedules": schedules.main,
+    "delayed_gradients": delayed_gradients.main,
 }
 WORK = Path("runs/bench")
 RESULTS = Path("docs/benchmarks")

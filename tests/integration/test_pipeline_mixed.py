@@ -18,7 +18,7 @@ from shared.bus.base import Incoming
 from shared.errors import RefusedError
 from shared.messages.base import Done, Message
 from shared.messages.cluster import LinkOffer
-from shared.messages.inference import CancelTask, IterationForward, Sampling, TaskEnded
+from shared.messages.inference import CancelTask, InferenceTask, IterationForward, Sampling, TaskEnded
 from shared.messages.training import (
     BackwardDone,
     MicrobatchForward,
@@ -215,14 +215,9 @@ class Garbage(Message):
         return b"\xc1 no message"
 
 
-class BadTask(Message):
-    """A request without the bounds of its fields."""
+class BadTask(InferenceTask):
+    """A request without the bound of its time."""
 
-    task_id: str
-    gateway: str
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    prompt_logprobs: bool
     timeout_s: float
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -71,6 +71,8 @@ def test_it_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         assert parent.stdout is not None
         server = os.pidfd_open(int(parent.stdout.readline()))
         parent.send_signal(signal.SIGKILL)
-        ended, _, _ = select.select([server], [], [], 10.0)
+        with selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            ended = selector.select(10.0)
         os.close(server)
     assert ended
