@@ -1,14 +1,16 @@
 """Every schedule, as the trainer drives it, against one process; and against torch's own pipelines.
 
-Within 1e-6: what is compared with a loop over single examples, whose sums run in another order. Bit for bit:
-schedules without delay among each other, on any number of stages, where no embedding is tied (a tied one's
-gradients are summed over its two places first where there is one stage, and last where there are more).
+Within 1e-6 (5e-6 where weights are delayed): what is compared with a loop over single examples, whose sums
+run in another order. Bit for bit: schedules without delay among each other, on any number of stages, where
+no embedding is tied (a tied one's gradients are summed over its two places first where there is one stage,
+and last where there are more).
 """
 
 import asyncio
 import json
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,10 @@ from tests.support.node import Node, running_node
 from tests.support.training import ADAMW, Batch, adamw, loss_of, num_labels, random_batches
 
 NUM_BATCHES = 3
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
+DELAYED_TOLERANCE = 5e-6
+"""Which weights a microbatch meets is up to the stages' timing, and with it the rounding: 1.24e-6 was seen.
+Without its delays the reference is more than ten times as far away, which the test asserts."""
 HEAD = "lm_head.weight"
 
 
@@ -134,10 +139,16 @@ async def test_a_schedule_computes_what_one_process_does(
     is_delayed = schedule == "async" and num_stages > 1
     assert (max(delays) > 0) == is_delayed, delays
     assert stashing != "double" or max(delays) == 1
-    reference = Reference(model, stage_of_parameter(tmp_path / "checkpoints" / "end"))
+    undelayed = deepcopy(model)
+    stage_of = stage_of_parameter(tmp_path / "checkpoints" / "end")
+    reference = Reference(model, stage_of)
     reference.train(batches, lambda stage, batch_id, index: trained.versions[stage, batch_id, index])
     assert list(trained.losses.values()) == pytest.approx(reference.losses, abs=TOLERANCE, rel=TOLERANCE)
-    assert_equal(weights, model.state_dict(), tolerance=TOLERANCE)
+    assert_equal(weights, model.state_dict(), tolerance=DELAYED_TOLERANCE if is_delayed else TOLERANCE)
+    if is_delayed:
+        Reference(undelayed, stage_of).train(batches, lambda stage, batch_id, index: int(batch_id[1:]))
+        with pytest.raises(AssertionError, match="not close"):
+            assert_equal(weights, undelayed.state_dict(), tolerance=10 * DELAYED_TOLERANCE)
 
 
 WITHOUT_DELAY: list[tuple[ScheduleName, int]] = [

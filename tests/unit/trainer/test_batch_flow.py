@@ -81,6 +81,18 @@ def pending(batch_id: str = "b", sequence: int = 1) -> Pending:
     return Pending(TrainingBatch(batch_id, sequence, rows), NoTelemetry(), parent="", ack=no_ack)
 
 
+def flow_of(book: BatchBook, scheduler: Any, actions: Any, nodes: Any) -> BatchFlow:
+    return BatchFlow(
+        None,
+        bus=scheduler,
+        telemetry=NoTelemetry(),
+        book=book,
+        actions=actions,
+        nodes=nodes,
+        max_pending=8,
+    )
+
+
 def placed_after(
     answers: list[Placed | RefusedError],
     batch: Pending | None = None,
@@ -93,16 +105,7 @@ def placed_after(
     async def case() -> None:
         book = BatchBook(Ledger.restore({}, (), 0))
         book.admit(batch)
-        flow = BatchFlow(
-            None,
-            bus=scheduler,
-            telemetry=NoTelemetry(),
-            book=book,
-            actions=actions,
-            nodes=nodes,
-            max_pending=8,
-        )
-        placing = asyncio.create_task(flow.place())
+        placing = asyncio.create_task(flow_of(book, scheduler, actions, nodes).place())
         await asyncio.sleep(60)
         placing.cancel()
 
@@ -154,16 +157,7 @@ def test_a_batch_that_was_given_back_meanwhile_goes_before_a_later_one() -> None
         for each in (pending("first", 1), pending("second", 2)):
             book.admit(each)
         assert book.take().batch.batch_id == "first"
-        flow = BatchFlow(
-            None,
-            bus=scheduler,
-            telemetry=NoTelemetry(),
-            book=book,
-            actions=actions,
-            nodes=nodes,
-            max_pending=8,
-        )
-        placing = asyncio.create_task(flow.place())
+        placing = asyncio.create_task(flow_of(book, scheduler, actions, nodes).place())
         await asyncio.sleep(HELD_S / 2)
         book.wait(["first"])
         await asyncio.sleep(60)
