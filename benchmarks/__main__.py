@@ -1,7 +1,10 @@
-"""Run the benchmarks named on the command line, or all."""
+"""Run the benchmarks named on the command line, or all; on a GPU those that know how to."""
 
-import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -20,7 +23,7 @@ from benchmarks import (
     training,
 )
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     "hop": hop.main,
     "decode": decode.main,
     "training": training.main,
@@ -33,17 +36,25 @@ BENCHMARKS = {
     "schedules": schedules.main,
     "delayed_gradients": delayed_gradients.main,
 }
+ON_A_DEVICE = {"decode": decode.main, "training": training.main}
 WORK = Path("runs/bench")
 RESULTS = Path("docs/benchmarks")
 
 
-def main(names: list[str]) -> None:
-    for name in names or BENCHMARKS:
-        before = report.setting()
-        result = uvloop.run(BENCHMARKS[name](WORK))
-        path = report.write(name, before, result, RESULTS)
+def main() -> None:
+    parser = ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--device", default="cpu", help=f"cuda:N, for {' and '.join(ON_A_DEVICE)}")
+    chosen = parser.parse_args()
+    is_cpu = chosen.device == "cpu"
+    on_gpu = {name: partial(measure, device=chosen.device) for name, measure in ON_A_DEVICE.items()}
+    measures = BENCHMARKS if is_cpu else on_gpu
+    for name in chosen.names or measures:
+        before = report.setting(chosen.device)
+        result = uvloop.run(measures[name](WORK))
+        path = report.write(name if is_cpu else f"{name}_cuda", before, result, RESULTS)
         print(path.read_text())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""Eight concurrent streams through one node of two stages, against `generate()` at batch 8, same cores."""
+"""Eight concurrent streams through one node of two stages, against `generate()` at batch 8, same device."""
 
 import asyncio
 import itertools
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import SHAPES, model_folder
+from benchmarks.models import DTYPES, SHAPES, model_folder, models_for
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import BATCH_SIZE, MAX_TOKENS, prompt_tokens
@@ -19,7 +19,7 @@ from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
 from shared.messages.inference import InferenceTask, Sampling, TokensProduced
 
-NUM_ROUNDS = {"small": 15, "big": 5}
+NUM_ROUNDS = {"small": 15, "big": 5, "huge": 5}
 KINDS = ("decode_tokens_per_s", "tokens_per_s")
 
 
@@ -81,16 +81,24 @@ class BusStreams:
             self._all_done.set()
 
 
-async def measure(name: str, work: Path) -> dict[str, Any]:
+async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     """Alternate rounds of both sides; medians, ranges and ratios of medians."""
     folder = model_folder(name, work / "models")
     prompts = prompt_tokens(SHAPES[name]["vocab_size"])
-    options = ClusterOptions(name=f"decode-{name}", runs_dir=work, nodes=1, stages=2, model=str(folder))
+    options = ClusterOptions(
+        name=f"decode-{name}",
+        runs_dir=work,
+        nodes=1,
+        stages=2,
+        devices=(device,),
+        model=str(folder),
+        extra_env={"LEMIX_DTYPE": DTYPES[name]},
+    )
     clear(options.run_dir)
     rounds: dict[str, list[dict[str, float]]] = {"node": [], "http": [], "generate": []}
     async with (
         LocalCluster(options) as cluster,
-        running_peer("generate", folder) as peer,
+        running_peer("generate", folder, device, DTYPES[name]) as peer,
         ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client,
     ):
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
@@ -119,5 +127,5 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return spreads | {"ratio_of_medians": ratios}
 
 
-async def main(work: Path) -> dict[str, Any]:
-    return {name: await measure(name, work) for name in SHAPES}
+async def main(work: Path, device: str = "cpu") -> dict[str, Any]:
+    return {name: await measure(name, work, device) for name in models_for(device)}

@@ -1,4 +1,4 @@
-"""The two random-weight models of the benchmarks; sizes as in the measurements that the targets rest on."""
+"""The random-weight models of the benchmarks; sizes as in the measurements that the targets rest on."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 8192, "num_attention_heads": 4},
     "big": {"hidden_size": 1024, "num_hidden_layers": 12, "vocab_size": 32000, "num_attention_heads": 16},
+    "huge": {"hidden_size": 2048, "num_hidden_layers": 20, "vocab_size": 32000, "num_attention_heads": 16},
 }
-INTERMEDIATE = {"small": 688, "big": 2752}
+INTERMEDIATE = {"small": 688, "big": 2752, "huge": 5504}
+DTYPES = {"small": "float32", "big": "float32", "huge": "bfloat16"}
+"""In which both sides compute."""
+
+
+def models_for(device: str) -> tuple[str, ...]:
+    """Those that say something about it: a CPU of two cores would take minutes for a batch of `huge`."""
+    return ("small", "big") if device == "cpu" else ("small", "big", "huge")
 
 
 def model_folder(name: str, base: Path) -> Path:

@@ -1,7 +1,7 @@
 """The other side of each comparison: plain transformers and PyTorch in one process with two threads.
 
-`python -m benchmarks.peer generate|train FOLDER` loads the model, says `ready`, and then answers each line
-on stdin with one JSON line of measurements, so that runs of both sides can alternate.
+`python -m benchmarks.peer generate|train FOLDER DEVICE DTYPE` loads the model, says `ready`, and then answers
+each line on stdin with one JSON line of measurements, so that runs of both sides can alternate.
 """
 
 import json
@@ -40,10 +40,13 @@ class _Clock(BaseStreamer):
         """Nothing is held back."""
 
 
-def generate_measurer(folder: str) -> Callable[[], dict[str, float]]:
+def generate_measurer(
+    folder: str, device: torch.device, dtype: torch.dtype
+) -> Callable[[], dict[str, float]]:
     """Greedy `generate()` at batch 8; the first token's time is taken inside the same run."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    prompts = torch.tensor(prompt_tokens(model.config.vocab_size))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(device)
+    prompts = torch.tensor(prompt_tokens(model.config.vocab_size), device=device)
     mask = torch.ones_like(prompts)
 
     def measure() -> dict[str, float]:
@@ -61,9 +64,13 @@ def generate_measurer(folder: str) -> Callable[[], dict[str, float]]:
     return measure
 
 
-def training_measurer(folder: str) -> Callable[[], dict[str, float]]:
-    """The plain loop: forward, backward, fused AdamW, one step a batch."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def training_measurer(
+    folder: str, device: torch.device, dtype: torch.dtype
+) -> Callable[[], dict[str, float]]:
+    """The plain loop: forward, backward, fused AdamW, one step a batch; bfloat16 by torch's autocast."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -71,19 +78,24 @@ def training_measurer(folder: str) -> Callable[[], dict[str, float]]:
     def measure() -> dict[str, float]:
         start_s = time.perf_counter()
         for number in range(2):
-            tokens = torch.tensor(example_tokens(model.config.vocab_size, number))
-            logits = model(tokens).logits[:, :-1]
-            functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            tokens = torch.tensor(example_tokens(model.config.vocab_size, number), device=device)
+            with autocast:
+                logits = model(tokens).logits[:, :-1]
+                loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return {"tokens_per_s": 2 * NUM_EXAMPLES * len(tokens[0]) / (time.perf_counter() - start_s)}
 
     return measure
 
 
-def main(kind: str, folder: str) -> None:
+def main(kind: str, folder: str, device: str, dtype: str) -> None:
     torch.set_num_threads(NUM_THREADS)
-    measure = {"generate": generate_measurer, "train": training_measurer}[kind](folder)
+    measurer = {"generate": generate_measurer, "train": training_measurer}[kind]
+    measure = measurer(folder, torch.device(device), getattr(torch, dtype))
     measure()
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:

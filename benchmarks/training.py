@@ -1,11 +1,11 @@
-"""Training tokens per second through one node of two stages, against a plain PyTorch loop, same cores."""
+"""Training tokens per second through one node of two stages, against a plain PyTorch loop, same device."""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import SHAPES, model_folder
+from benchmarks.models import DTYPES, SHAPES, model_folder, models_for
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import EXAMPLE_LENGTH, LEARNING_RATE, NUM_EXAMPLES, example_tokens
@@ -16,8 +16,8 @@ from lemix.topology import ClusterOptions
 from shared import subjects
 from shared.bus.nats import NatsBus
 
-BATCHES_PER_ROUND = {"small": 10, "big": 2}
-NUM_ROUNDS = {"small": 5, "big": 2}
+BATCHES_PER_ROUND = {"small": 10, "big": 2, "huge": 10}
+NUM_ROUNDS = {"small": 5, "big": 2, "huge": 5}
 
 
 async def train_round(bus: NatsBus, counter: StepCounter, first: int, count: int, vocab_size: int) -> float:
@@ -31,17 +31,27 @@ async def train_round(bus: NatsBus, counter: StepCounter, first: int, count: int
     return count * NUM_EXAMPLES * EXAMPLE_LENGTH / (time.monotonic() - start_s)
 
 
-async def measure(name: str, work: Path) -> dict[str, Any]:
+async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     """Alternate rounds of both sides."""
     folder = model_folder(name, work / "models")
     vocab_size, count = SHAPES[name]["vocab_size"], BATCHES_PER_ROUND[name]
-    settings = {"LEMIX_LEARNING_RATE": str(LEARNING_RATE), "LEMIX_CHECKPOINT_EVERY": "1000"}
+    settings = {
+        "LEMIX_DTYPE": DTYPES[name],
+        "LEMIX_LEARNING_RATE": str(LEARNING_RATE),
+        "LEMIX_CHECKPOINT_EVERY": "1000",
+    }
     options = ClusterOptions(
-        name=f"training-{name}", runs_dir=work, nodes=1, stages=2, model=str(folder), extra_env=settings
+        name=f"training-{name}",
+        runs_dir=work,
+        nodes=1,
+        stages=2,
+        devices=(device,),
+        model=str(folder),
+        extra_env=settings,
     )
     clear(options.run_dir)
     ours, theirs = [], []
-    async with LocalCluster(options) as cluster, running_peer("train", folder) as peer:
+    async with LocalCluster(options) as cluster, running_peer("train", folder, device, DTYPES[name]) as peer:
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         counter = StepCounter(bus, await wait_nodes_ready(bus, 1))
         done = 0
@@ -56,5 +66,5 @@ async def measure(name: str, work: Path) -> dict[str, Any]:
     return {"lemix": spread(ours), "plain_loop": spread(theirs), "ratio_of_medians": ratio}
 
 
-async def main(work: Path) -> dict[str, Any]:
-    return {name: await measure(name, work) for name in SHAPES}
+async def main(work: Path, device: str = "cpu") -> dict[str, Any]:
+    return {name: await measure(name, work, device) for name in models_for(device)}

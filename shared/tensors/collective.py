@@ -1,4 +1,6 @@
-"""Carrier `collective`: a mean over the same stage of several nodes. gloo between CPUs, NCCL between GPUs.
+"""Carrier `collective`: a mean over the same stage of several nodes.
+
+NCCL between GPUs; gloo between CPUs, and through host memory where members share a GPU, which NCCL refuses.
 
 torch.distributed's default group is fixed for the life of a process and belongs to all of it. Here a group is
 an object: made for a merge (or kept for many), dropped with it, made anew with other members.
@@ -55,15 +57,17 @@ class CollectiveGroup:
         self._members, self._rank, self._device = tuple(members), members.index(member), device
         own_store = PrefixStore(name, store)
         with self._needing_peers():
-            meet(own_store, member, members, timeout_s=timeout_s)
+            devices = meet(own_store, member, members, tells=hardware_name(device), timeout_s=timeout_s)
+            self._mean_device = device if can_use_nccl(devices) else torch.device("cpu")
             place = own_store, self._rank, len(members)
             self._backend: Any = (
                 nccl_backend(*place, timeout_s=timeout_s)
-                if device.type == "cuda"
+                if self._mean_device.type == "cuda"
                 else gloo_backend(*place, timeout_s=timeout_s, host=host)
             )
         self._bucket_length = bucket_bytes // _ELEMENT_BYTES
-        self._received, self._result = torch.zeros(2, self._bucket_length + len(members), device=device)
+        room = self._bucket_length + len(members)
+        self._received, self._result = torch.zeros(2, room, device=self._mean_device)
 
     def mean_(self, flat: Tensor, weight: float) -> int:
         """Replace `flat` by the mean over all members, weighted by what each gives as `weight`.
@@ -79,7 +83,12 @@ class CollectiveGroup:
         assert weight >= 0 and isfinite(weight), weight
         with self._own_stream():
             share = self._agreed_share(len(flat), weight)
-            return sum(self._mean_bucket(bucket, share) for bucket in torch.split(flat, self._bucket_length))
+            summed = flat.to(self._mean_device)  # `flat` itself where it is there
+            buckets = torch.split(summed, self._bucket_length)
+            sent_bytes = sum(self._mean_bucket(bucket, share) for bucket in buckets)
+            if summed is not flat:
+                flat.copy_(summed)
+            return sent_bytes
 
     def close(self) -> None:
         """Leave the group. A `mean_` that runs in another thread fails at its next bucket."""
@@ -87,7 +96,7 @@ class CollectiveGroup:
 
     def _agreed_share(self, length: int, weight: float) -> float:
         """Of all weights. Compares lengths: gloo ends the process when more comes than it expects."""
-        own = torch.tensor([weight, length], dtype=torch.float64, device=self._device)
+        own = torch.tensor([weight, length], dtype=torch.float64, device=self._mean_device)
         ours = own.repeat(len(self._members), 1)
         theirs = torch.empty_like(ours)
         self._exchange(theirs, ours)
@@ -145,6 +154,16 @@ class CollectiveGroup:
         with torch.cuda.stream(stream):
             yield
         stream.synchronize()
+
+
+def hardware_name(device: torch.device) -> str:
+    """Of a GPU its own, the same in all processes; else `cpu`."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+
+
+def can_use_nccl(devices: Sequence[str]) -> bool:
+    """Given each member's `hardware_name`: NCCL needs a GPU of its own for each."""
+    return "cpu" not in devices and len(set(devices)) == len(devices)
 
 
 def gloo_backend(store: Store, rank: int, size: int, *, timeout_s: float, host: str) -> ProcessGroupGloo:

@@ -52,11 +52,16 @@ def join_store(address: str, *, timeout_s: float) -> TCPStore:
         raise PeerLostError(f"no rendezvous at {address} within {timeout_s} s") from error
 
 
-def meet(store: Store, member: int, members: Sequence[int], *, timeout_s: float) -> None:
-    """Return when all `members` have come. Raises PeerLostError naming those who have not in `timeout_s`."""
-    store.set(_key(member), "")
+def meet(store: Store, member: int, members: Sequence[int], *, tells: str, timeout_s: float) -> list[str]:
+    """What each of `members` tells of itself, when all have come, in their order.
+
+    Raises PeerLostError naming those who have not come in `timeout_s`.
+    """
+    keys = [_key(one) for one in members]
+    store.set(_key(member), tells)
     try:
-        store.wait([_key(one) for one in members], timedelta(seconds=timeout_s))
+        store.wait(keys, timedelta(seconds=timeout_s))
+        return [told.decode() for told in store.multi_get(keys)]
     except RuntimeError as error:
         raise PeerLostError(_who_is_missing(store, members, timeout_s)) from error
 

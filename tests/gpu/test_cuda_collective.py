@@ -1,4 +1,4 @@
-"""The mean over a group with NCCL: one member a GPU, on two GPUs where there are two."""
+"""The mean over a group with NCCL, a GPU for each member; and over one whose members share a GPU."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,11 +15,19 @@ pytestmark = [
 
 
 def test_members_on_gpus_get_the_mean() -> None:
-    members = range(min(2, torch.cuda.device_count()))
+    check_the_mean([torch.device("cuda", number) for number in range(min(2, torch.cuda.device_count()))])
+
+
+def test_members_on_one_gpu_get_the_mean() -> None:
+    check_the_mean([torch.device("cuda", 0)] * 2)
+
+
+def check_the_mean(devices: list[torch.device]) -> None:
+    members = range(len(devices))
     address = store_address(store := host_store("127.0.0.1", timeout_s=60.0))
 
     def merge(member: int) -> torch.Tensor:
-        device = torch.device("cuda", member)
+        device = devices[member]
         torch.cuda.set_device(device)  # of this thread
         group = CollectiveGroup(
             join_store(address, timeout_s=60.0),

@@ -153,7 +153,8 @@ class Plain:
             for name, parameter in self.parameters.items()
             for kind, value in self._optimizer.state[parameter].items()
         }
-        return {name: value.detach().clone() for name, value in self.parameters.items()} | optimizer
+        weights = {name: value.detach().clone() for name, value in self.parameters.items()}
+        return {name: value.cpu() for name, value in (weights | optimizer).items()}
 
     def hold(self, state: State) -> None:
         for name, parameter in self.parameters.items():
@@ -199,15 +200,20 @@ async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 async def test_steps_on_the_mean_of_gradients_equal_one_process(family: str, tmp_path: Path) -> None:
+    await check_steps_on_the_mean(family, tmp_path)
+
+
+async def check_steps_on_the_mean(family: str, folder: Path, device: str = "cpu") -> None:
+    """Also on a GPU, in tests/gpu."""
     steps: list[list[Batch | None]] = [[BATCHES[0], BATCHES[1]], [None, BATCHES[2]], [BATCHES[3], BATCHES[4]]]
-    async with two_nodes(family, tmp_path) as pair:
+    async with two_nodes(family, folder, device=device) as pair:
         for node in pair.nodes:
             node.orders_steps = False
         for number, batches in enumerate(steps):
             await step_together(pair, batches, number)
-        states = [await state_of(node, tmp_path / "checkpoints" / str(node.number)) for node in pair.nodes]
+        states = [await state_of(node, folder / "checkpoints" / str(node.number)) for node in pair.nodes]
 
-    plain = Plain(pair.model)
+    plain = Plain(pair.model.to(device))
     for batches in steps:
         gradients = [plain.gradients(batch) for batch in batches if batch]
         plain.step([torch.stack(each).mean(dim=0) for each in zip(*gradients, strict=True)])
@@ -217,16 +223,22 @@ async def test_steps_on_the_mean_of_gradients_equal_one_process(family: str, tmp
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 async def test_a_merge_is_the_mean_of_what_nodes_have_learnt_apart(family: str, tmp_path: Path) -> None:
-    async with two_nodes(family, tmp_path) as pair:
+    await check_a_merge(family, tmp_path)
+
+
+async def check_a_merge(family: str, folder: Path, device: str = "cpu") -> None:
+    """Also on a GPU, in tests/gpu."""
+    async with two_nodes(family, folder, device=device) as pair:
         first, second = pair.nodes
         await train(first, "a0", BATCHES[0])
         await train(first, "a1", BATCHES[1])
         await train(second, "b0", BATCHES[2])
         members = group("merge-1", 2 / 3, 1 / 3)
         await asyncio.gather(first.merge(members, 3), second.merge(members, 3))
-        states = [await state_of(node, tmp_path / "checkpoints" / str(node.number)) for node in pair.nodes]
+        states = [await state_of(node, folder / "checkpoints" / str(node.number)) for node in pair.nodes]
 
-    apart = [Plain(deepcopy(pair.model)), Plain(pair.model)]
+    model = pair.model.to(device)
+    apart = [Plain(deepcopy(model)), Plain(model)]
     apart[0].train(BATCHES[0])
     apart[0].train(BATCHES[1])
     apart[1].train(BATCHES[2])

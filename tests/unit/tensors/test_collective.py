@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shared.errors import CarrierError, PeerLostError
-from shared.tensors.collective import CollectiveGroup
+from shared.tensors.collective import CollectiveGroup, can_use_nccl
 from shared.tensors.flat import FlatTensors
 from shared.tensors.rendezvous import host_store, join_store, store_address
 
@@ -123,6 +123,20 @@ def test_a_group_merges_again_and_says_what_it_sent(store: TCPStore) -> None:
     assert all(flat == pytest.approx([2.0] * length) for flat, _ in results)
     # A ring all-reduce's traffic: 2 (M - 1) / M of the size for each member.
     assert sum(sent_bytes for _, sent_bytes in results) == 2 * (3 - 1) * 4 * length
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (["gpu-a", "gpu-b"], True),
+        (["gpu-a"], True),
+        (["gpu-a", "gpu-b", "gpu-a"], False),
+        (["gpu-a", "cpu"], False),
+        (["cpu", "cpu"], False),
+    ],
+)
+def test_nccl_is_for_members_with_a_gpu_each(devices: list[str], expected: bool) -> None:
+    assert can_use_nccl(devices) == expected
 
 
 def test_one_member_alone_keeps_what_it_has(store: TCPStore) -> None:
