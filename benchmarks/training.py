@@ -1,50 +1,61 @@
-"""Training tokens per second through one node of two stages, against a plain PyTorch loop, same device."""
+"""Training tokens per second through one node, against a plain PyTorch loop, same device.
+
+On a CPU two stages, on a GPU one: stages that share a GPU take turns on it.
+"""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.applied import AppliedBatches
 from benchmarks.models import DTYPES, SHAPES, model_folder, models_for
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import EXAMPLE_LENGTH, LEARNING_RATE, NUM_EXAMPLES, example_tokens
 from lemix.launcher import LocalCluster
 from lemix.run_folder import clear
-from lemix.steps import StepCounter, wait_nodes_ready
+from lemix.steps import wait_nodes_ready
 from lemix.topology import ClusterOptions
 from shared import subjects
 from shared.bus.nats import NatsBus
 
-BATCHES_PER_ROUND = {"small": 10, "big": 2, "huge": 10}
-NUM_ROUNDS = {"small": 5, "big": 2, "huge": 5}
+BATCHES_PER_ROUND = {"cpu": {"small": 10, "big": 2}, "cuda": {"big": 30, "huge": 20}}
+NUM_ROUNDS = {"cpu": {"small": 5, "big": 2}, "cuda": {"big": 3, "huge": 3}}
+NUM_STAGES = {"cpu": 2, "cuda": 1}
+NUM_MICROBATCHES = {"cpu": 4, "cuda": 1}
 
 
-async def train_round(bus: NatsBus, counter: StepCounter, first: int, count: int, vocab_size: int) -> float:
+async def train_round(
+    bus: NatsBus, applied: AppliedBatches, first: int, count: int, vocab_size: int
+) -> float:
     """Publish `count` batches and wait until they are in the weights; tokens per second."""
     start_s = time.monotonic()
     for number in range(first, first + count):
         examples = [{"token_ids": tokens} for tokens in example_tokens(vocab_size, number)]
         batch = {"id": f"bench-{number}", "examples": examples}
         await bus.publish_durable(subjects.BATCHES, json.dumps(batch).encode())
-    await counter.wait_for(first + count, on_steps=lambda steps: None)
+    await applied.wait_for(first + count)
     return count * NUM_EXAMPLES * EXAMPLE_LENGTH / (time.monotonic() - start_s)
 
 
 async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     """Alternate rounds of both sides."""
     folder = model_folder(name, work / "models")
-    vocab_size, count = SHAPES[name]["vocab_size"], BATCHES_PER_ROUND[name]
+    vocab_size, kind = SHAPES[name]["vocab_size"], device.partition(":")[0]
+    count = BATCHES_PER_ROUND[kind][name]
     settings = {
         "LEMIX_DTYPE": DTYPES[name],
+        "LEMIX_MICROBATCHES": str(NUM_MICROBATCHES[kind]),
         "LEMIX_LEARNING_RATE": str(LEARNING_RATE),
         "LEMIX_CHECKPOINT_EVERY": "1000",
+        "LEMIX_CHECKPOINT_IDLE_S": "1000",
     }
     options = ClusterOptions(
         name=f"training-{name}",
         runs_dir=work,
         nodes=1,
-        stages=2,
+        stages=NUM_STAGES[kind],
         devices=(device,),
         model=str(folder),
         extra_env=settings,
@@ -53,10 +64,11 @@ async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     ours, theirs = [], []
     async with LocalCluster(options) as cluster, running_peer("train", folder, device, DTYPES[name]) as peer:
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
-        counter = StepCounter(bus, await wait_nodes_ready(bus, 1))
+        applied = await AppliedBatches.listening(bus)
+        await wait_nodes_ready(bus, 1)
         done = 0
-        for round_number in range(NUM_ROUNDS[name] + 1):
-            rate = await train_round(bus, counter, done, count, vocab_size)
+        for round_number in range(NUM_ROUNDS[kind][name] + 1):
+            rate = await train_round(bus, applied, done, count, vocab_size)
             done += count
             if round_number > 0:
                 ours.append(rate)

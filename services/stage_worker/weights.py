@@ -145,7 +145,7 @@ class StageWeights:
         """Sum of the squares of a finished batch's gradients, those of parameter `but` left out."""
         counted = [gradient for name, gradient in self._gradients[batch_id].items() if name != but]
         norms = torch._foreach_norm(counted)
-        return sum(norm.item() ** 2 for norm in norms)
+        return sum(norm**2 for norm in torch.stack(norms).tolist()) if norms else 0.0
 
     def skip(self, batch_id: str) -> None:
         """Drop a finished batch's gradients."""

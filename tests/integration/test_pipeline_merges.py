@@ -115,11 +115,13 @@ def assert_identical(first: State, second: State) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-def assert_close(got: State, expected: State) -> None:
-    """Weights within 1e-6; what is remembered of gradients, which are larger, within 1e-5."""
+def assert_close(got: State, expected: State, *, rounding: float = 1.0) -> None:
+    """Weights within 1e-6; what is remembered of gradients, which are larger, within 1e-5; so many times
+    as much where sums are rounded in another order.
+    """
     assert got.keys() >= expected.keys()
     for name, tensor in expected.items():
-        tolerance = 1e-6 if name.startswith("model.") or name == "lm_head.weight" else 1e-5
+        tolerance = rounding * (1e-6 if name.startswith("model.") or name == "lm_head.weight" else 1e-5)
         torch.testing.assert_close(
             got[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
         )
@@ -203,7 +205,9 @@ async def test_steps_on_the_mean_of_gradients_equal_one_process(family: str, tmp
     await check_steps_on_the_mean(family, tmp_path)
 
 
-async def check_steps_on_the_mean(family: str, folder: Path, device: str = "cpu") -> None:
+async def check_steps_on_the_mean(
+    family: str, folder: Path, *, device: str = "cpu", rounding: float = 1.0
+) -> None:
     """Also on a GPU, in tests/gpu."""
     steps: list[list[Batch | None]] = [[BATCHES[0], BATCHES[1]], [None, BATCHES[2]], [BATCHES[3], BATCHES[4]]]
     async with two_nodes(family, folder, device=device) as pair:
@@ -218,7 +222,7 @@ async def check_steps_on_the_mean(family: str, folder: Path, device: str = "cpu"
         gradients = [plain.gradients(batch) for batch in batches if batch]
         plain.step([torch.stack(each).mean(dim=0) for each in zip(*gradients, strict=True)])
     assert_identical(*states)
-    assert_close(states[0], plain.state())
+    assert_close(states[0], plain.state(), rounding=rounding)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
@@ -226,7 +230,7 @@ async def test_a_merge_is_the_mean_of_what_nodes_have_learnt_apart(family: str, 
     await check_a_merge(family, tmp_path)
 
 
-async def check_a_merge(family: str, folder: Path, device: str = "cpu") -> None:
+async def check_a_merge(family: str, folder: Path, *, device: str = "cpu", rounding: float = 1.0) -> None:
     """Also on a GPU, in tests/gpu."""
     async with two_nodes(family, folder, device=device) as pair:
         first, second = pair.nodes
@@ -243,7 +247,8 @@ async def check_a_merge(family: str, folder: Path, device: str = "cpu") -> None:
     apart[0].train(BATCHES[1])
     apart[1].train(BATCHES[2])
     assert_identical(*states)
-    assert_close(states[0], mean([each.state() for each in apart], [2 / 3, 1 / 3]))
+    expected = mean([each.state() for each in apart], [2 / 3, 1 / 3])
+    assert_close(states[0], expected, rounding=rounding)
 
 
 async def test_a_node_that_has_learnt_nothing_gets_what_the_other_has(tmp_path: Path) -> None:

@@ -381,7 +381,8 @@ async def test_a_batch_that_raises_fails_alone(folder: Path, tmp_path: Path) -> 
         failure = (await node.report()).event
         assert isinstance(failure, TrainingFailed)
         assert failure.batch_id == "bad"
-        assert failure.reason.startswith("IndexError: ")
+        assert failure.reason.startswith("LemixError: tokens ")
+        assert failure.reason.endswith(f" to {VOCAB_SIZE} are not all in 0..{VOCAB_SIZE - 1}")
         await answer.end()
         await node.restore(epoch=2)
         reports = await step(node, "good", good, epoch=2)

@@ -33,7 +33,7 @@ from services.stage_worker.settings import OF_TRAINING, StageWorkerSettings
 from services.stage_worker.weights import StageWeights
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
-from shared.errors import CarrierError
+from shared.errors import CarrierError, LemixError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
@@ -320,8 +320,11 @@ class TorchExecutor:
         return link.offer(settings.stage, self._instance, purpose)
 
     def _inputs(self, rows: Rows, num_rows: int) -> Tensor:
-        """Raises CarrierError when activations are not there, or not those of `num_rows`."""
+        """Raises CarrierError when activations are not there, or not those of `num_rows`; LemixError when
+        tokens are none of the model's.
+        """
         if not isinstance(rows, TensorRef):
+            self._check_tokens(rows)
             return torch.tensor(rows, dtype=torch.int64, device=self._device)
         hidden, hidden_size = self._incoming.take(rows), self._loaded.stage.hidden_size
         if hidden.shape != (num_rows, hidden_size) or not hidden.is_floating_point():
@@ -329,6 +332,12 @@ class TorchExecutor:
                 f"{rows.dtype} {list(rows.shape)} for {num_rows} rows of {hidden_size} activations"
             )
         return hidden
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raises LemixError: what lies outside the vocabulary would leave a GPU beyond repair."""
+        vocab_size = self._loaded.stage.vocab_size
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise LemixError(f"tokens {min(tokens)} to {max(tokens)} are not all in 0..{vocab_size - 1}")
 
     def _attention(self, chunks: Sequence[SequenceChunk]) -> AttentionContext:
         """Whole prompts without blocks leave nothing in the cache. Raises CarrierError."""
@@ -368,6 +377,7 @@ class TorchExecutor:
     def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(microbatch.lengths))
         layers = loaded.stage.layers
+        self._check_tokens(microbatch.labels)
         version, outputs = loaded.microbatches.forward(microbatch, inputs)
         if not layers.is_last:
             sent = self._outgoing[layers.stage + 1, "activations"].put(outputs)
