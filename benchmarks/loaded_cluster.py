@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.applied import AppliedBatches
 from lemix.client import ApiClient, ApiError, served_model
 from lemix.launcher import LocalCluster
 from lemix.run_folder import clear
-from lemix.steps import wait_nodes_ready
 from lemix.topology import ClusterOptions
+from lemix.waiting import AppliedBatches, wait_nodes_ready
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
@@ -65,7 +64,7 @@ class LoadedCluster:
         api = await stack.enter_async_context(ApiClient(cluster.api_url, model=model))
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         stack.push_async_callback(bus.close)
-        loaded = cls(api, bus, await AppliedBatches.listening(bus))
+        loaded = cls(api, bus, await AppliedBatches.following(bus))
         await bus.subscribe(subjects.REPORT.at(), loaded._on_report)
         await wait_nodes_ready(bus, nodes)
         return loaded
@@ -105,11 +104,13 @@ class LoadedCluster:
                 self.saved.add(version)
 
     async def _train(self) -> None:
-        for number in range(self.num_batches, self.num_batches + BATCHES_PER_ROUND):
-            body = {"id": f"bench-{number}", "examples": examples(number)}
+        numbers = range(self.num_batches, self.num_batches + BATCHES_PER_ROUND)
+        ids = [f"bench-{number}" for number in numbers]
+        for number, batch_id in zip(numbers, ids, strict=True):
+            body = {"id": batch_id, "examples": examples(number)}
             await self.bus.publish_durable(subjects.BATCHES, json.dumps(body).encode())
         self.num_batches += BATCHES_PER_ROUND
-        await self.applied.wait_for(self.num_batches)
+        await self.applied.wait_for(ids)
 
     async def _ask_until(self, training: asyncio.Task[None], *, counts: bool) -> None:
         while not training.done():

@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.applied import AppliedBatches
 from benchmarks.models import DTYPES, SHAPES, model_folder, models_for
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import EXAMPLE_LENGTH, LEARNING_RATE, NUM_EXAMPLES, example_tokens
 from lemix.launcher import LocalCluster
 from lemix.run_folder import clear
-from lemix.steps import wait_nodes_ready
 from lemix.topology import ClusterOptions
+from lemix.waiting import AppliedBatches, wait_nodes_ready
 from shared import subjects
 from shared.bus.nats import NatsBus
 
@@ -31,11 +30,12 @@ async def train_round(
 ) -> float:
     """Publish `count` batches and wait until they are in the weights; tokens per second."""
     start_s = time.monotonic()
-    for number in range(first, first + count):
+    ids = [f"bench-{number}" for number in range(first, first + count)]
+    for number, batch_id in enumerate(ids, start=first):
         examples = [{"token_ids": tokens} for tokens in example_tokens(vocab_size, number)]
-        batch = {"id": f"bench-{number}", "examples": examples}
+        batch = {"id": batch_id, "examples": examples}
         await bus.publish_durable(subjects.BATCHES, json.dumps(batch).encode())
-    await applied.wait_for(first + count)
+    await applied.wait_for(ids)
     return count * NUM_EXAMPLES * EXAMPLE_LENGTH / (time.monotonic() - start_s)
 
 
@@ -64,7 +64,7 @@ async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     ours, theirs = [], []
     async with LocalCluster(options) as cluster, running_peer("train", folder, device, DTYPES[name]) as peer:
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
-        applied = await AppliedBatches.listening(bus)
+        applied = await AppliedBatches.following(bus)
         await wait_nodes_ready(bus, 1)
         done = 0
         for round_number in range(NUM_ROUNDS[kind][name] + 1):

@@ -3,7 +3,7 @@
 held_out           the loss of held-out text, before and after, through the API
 load               requests at Poisson arrivals
 publishing         training batches to the durable subject
-steps              how many of them the nodes' weights contain
+waiting            until the weights contain them
 summary            what all that amounts to
 """
 
@@ -20,9 +20,9 @@ from lemix.launcher import LocalCluster
 from lemix.load import Outcome, plan_requests, run_requests
 from lemix.publishing import publish_batches
 from lemix.run_folder import clear
-from lemix.steps import StepCounter, wait_nodes_ready
 from lemix.summary import ServedLoss, Summary, Training, summarise
 from lemix.topology import ClusterOptions
+from lemix.waiting import AppliedBatches, wait_nodes_ready
 from shared.bus.base import Bus
 from shared.clock import Clock
 
@@ -48,7 +48,7 @@ async def run_demo(
 ) -> Summary:
     """Start a cluster, load it, train it, measure it, stop it; also write summary.json.
 
-    Raises ConfigurationError, ClusterFailedError, ApiError, or StepsError when training does not
+    Raises ConfigurationError, ClusterFailedError, ApiError, or ProgressError when training does not
     come to its end.
     """
     began_s = clock.now_s()
@@ -84,15 +84,16 @@ class Demo:
 
     async def run(self, num_nodes: int) -> Summary:
         """Loss before, load and training together, loss after."""
-        steps = StepCounter(self._bus, await wait_nodes_ready(self._bus, num_nodes))
+        await wait_nodes_ready(self._bus, num_nodes)
+        applied = await AppliedBatches.following(self._bus)
         began_s = self._clock.now_s()
         before = await self._served_loss("before", num_nodes)
         loaded_s = self._clock.now_s()
-        outcomes, applied_s = await self._serve_and_train(steps)
+        outcomes, applied_s = await self._serve_and_train(applied)
         after = await self._served_loss("after", num_nodes)
         return summarise(
             outcomes,
-            training=self._training(await steps.count(), applied_s),
+            training=self._training(applied, applied_s),
             served_loss=ServedLoss(before=before, after=after),
             load_s=max((outcome.ended_s for outcome in outcomes), default=loaded_s) - loaded_s,
             wall_s=self._clock.now_s() - began_s,
@@ -102,13 +103,13 @@ class Demo:
         with self._view.task(f"held-out loss {when}", len(self._data.held_out)) as advance:
             return await served_loss(self._api, self._data.held_out, nodes=num_nodes, on_scored=advance)
 
-    async def _serve_and_train(self, steps: StepCounter) -> tuple[list[Outcome], float]:
+    async def _serve_and_train(self, applied: AppliedBatches) -> tuple[list[Outcome], float]:
         """Both at once; returns what became of the requests, and the seconds until the last step."""
         began_s = self._clock.now_s()
         async with asyncio.TaskGroup() as group:
             requests = group.create_task(self._serve())
             group.create_task(self._publish())
-            training = group.create_task(self._until_applied(steps))
+            training = group.create_task(self._until_applied(applied))
         return requests.result(), training.result() - began_s
 
     async def _serve(self) -> list[Outcome]:
@@ -129,16 +130,16 @@ class Demo:
                 advance(1)
                 await asyncio.sleep(gap_s)
 
-    async def _until_applied(self, steps: StepCounter) -> float:
+    async def _until_applied(self, applied: AppliedBatches) -> float:
         """When the weights contained every batch, by this process's clock."""
         with self._view.task("batches applied", len(self._data.batches)) as advance:
-            await steps.wait_for(len(self._data.batches), on_steps=advance)
+            await applied.wait_for([batch.batch_id for batch in self._data.batches], on_applied=advance)
         return self._clock.now_s()
 
-    def _training(self, num_steps: int, applied_s: float) -> Training:
+    def _training(self, applied: AppliedBatches, applied_s: float) -> Training:
         return Training(
             batches_published=len(self._data.batches),
-            batches_applied=num_steps,
-            optimizer_steps=num_steps,
+            batches_applied=applied.num_batches,
+            optimizer_steps=applied.num_steps,
             tokens_per_s=self._data.num_batch_tokens / applied_s,
         )

@@ -29,7 +29,7 @@ class Training(_Part):
     batches_published: int
     batches_applied: int
     optimizer_steps: int
-    """Summed over the nodes."""
+    """That batches took part in, summed over the nodes."""
     tokens_per_s: float
     """Tokens of applied batches, from the first publish to the last step."""
 

@@ -22,10 +22,10 @@ from lemix.simulation.record import RunRecord
 from lemix.simulation.run import drive_options, planned
 from lemix.simulation.workload import WorkloadOptions
 from lemix.status import fetch_status
-from lemix.steps import wait_nodes_ready
 from lemix.studies.overheads import OverheadProbe, Overheads
 from lemix.studies.runner import StudyFailedError
 from lemix.topology import ClusterOptions
+from lemix.waiting import wait_nodes_ready
 from shared.bus.base import Bus
 from shared.clock import IdSource, SystemClock
 from shared.lifecycle import World

@@ -8,9 +8,9 @@ import pytest
 from lemix.bus import open_bus
 from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
-from lemix.status import fetch_status
-from lemix.steps import StepCounter, wait_nodes_ready
+from lemix.status import fetch_status, fetch_weights
 from lemix.topology import ClusterOptions
+from lemix.waiting import AppliedBatches, wait_nodes_ready
 from shared.subjects import BATCHES
 
 PROFILE = "gpt2-small@rtx6000ada"
@@ -24,10 +24,12 @@ async def test_a_completion_and_a_training_step_without_a_model(
     async with LocalCluster(options) as cluster, open_bus(cluster.nats_url) as bus:
         async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as api:
             completion = await api.complete("The function returns", max_tokens=8)
-        counter = StepCounter(bus, await wait_nodes_ready(bus, 1))
+        await wait_nodes_ready(bus, 1)
+        applied = await AppliedBatches.following(bus)
         batch = {"id": "one", "examples": [{"token_ids": [1, 2, 3, 4]}]}
         await bus.publish_durable(BATCHES, json.dumps(batch).encode())
-        await counter.wait_for(1, on_steps=lambda steps: None)
+        await applied.wait_for(["one"])
         (node,) = (await fetch_status(bus)).nodes
+        (weights,) = (await fetch_weights(bus)).nodes
     assert (completion.completion_tokens, completion.finish_reason) == (8, "length")
-    assert [(stage.device, stage.weights_version) for stage in node.stages] == [(PROFILE, 1), (PROFILE, 1)]
+    assert ([stage.device for stage in node.stages], weights.version) == ([PROFILE, PROFILE], 1)

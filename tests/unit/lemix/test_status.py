@@ -1,10 +1,8 @@
 from rich.console import Console
 
 from lemix.status import print_training, status_table, weights_table
-from lemix.steps import StepCounter, weights_versions
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
-from shared.messages.base import Message
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
 from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import NODE_WEIGHTS
@@ -94,28 +92,6 @@ def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
         ["0", "v130", "v128", "v64", "1.2500", "2", "(v128)"],
         ["1", "v5", "v0", "newest"],
     ]
-
-
-class FakeBus:
-    """Answers each status request with the next of some states."""
-
-    def __init__(self, *states: ClusterStatus) -> None:
-        self._states = list(states)
-
-    async def request(self, *_: object, **__: object) -> Message:
-        return self._states.pop(0)
-
-
-def test_a_node_has_the_version_that_all_its_stages_have_reached() -> None:
-    assert weights_versions(status((3, 4), (7, 7))) == {0: 3, 1: 7}
-
-
-async def test_steps_are_summed_over_the_nodes_and_counted_from_the_start() -> None:
-    bus = FakeBus(status((3, 4), (6, 6)), status((4, 4), (7, 7)))
-    counter = StepCounter(bus, {0: 2, 1: 5})  # type: ignore[arg-type]
-    steps: list[int] = []
-    await counter.wait_for(4, on_steps=steps.append)
-    assert steps == [2, 2]
 
 
 async def test_a_node_that_trains_no_more_and_a_lost_trainer_are_told_of() -> None:

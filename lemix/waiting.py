@@ -1,0 +1,141 @@
+"""Waits for a running cluster: until its nodes are ready, and until batches are in its weights."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Collection
+from typing import Self
+
+from lemix.status import fetch_status
+from shared.bus.base import Bus, Incoming
+from shared.errors import BusError, LemixError
+from shared.messages.cluster import NodeStatus
+from shared.messages.training import (
+    MAX_BATCHES_OF_MESSAGE,
+    BatchApplied,
+    BatchDurable,
+    BatchesAsked,
+    BatchEvent,
+    BatchProgress,
+    BatchRejected,
+)
+from shared.subjects import TRAIN_PROGRESS, TRAIN_STATUS
+
+READY_DEADLINE_S = 60.0
+POLL_S = 0.25
+STALL_DEADLINE_S = 60.0
+SILENCE_S = 2.0
+"""Events can be lost: after so long without one the trainer is asked."""
+ANSWER_DEADLINE_S = 5.0
+
+
+class ProgressError(LemixError):
+    """The cluster did not come as far as it should; the message says how far it came."""
+
+
+async def wait_nodes_ready(bus: Bus, num_nodes: int) -> None:
+    """Wait until so many nodes take requests, and the trainer has restored them, so that it takes batches.
+
+    Raises ProgressError.
+    """
+    ready = 0
+    try:
+        async with asyncio.timeout(READY_DEADLINE_S):
+            while (ready := await _num_ready(bus)) < num_nodes:  # noqa: ASYNC110  # asked over the bus
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        reason = f"{ready} of {num_nodes} nodes were ready after {READY_DEADLINE_S:.0f} s"
+        raise ProgressError(reason) from None
+
+
+async def _num_ready(bus: Bus) -> int:
+    return sum(node.ready and _is_restored(node) for node in (await fetch_status(bus)).nodes)
+
+
+def _is_restored(node: NodeStatus) -> bool:
+    return all(stage.epoch > 0 for stage in node.stages)
+
+
+class AppliedBatches:
+    """Which batches the weights contain, told by the trainer: each once, however many nodes share it."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._steps: dict[str, tuple[int, int | str]] = {}
+        """By batch: the node, and the version or another name of the step."""
+        self._rejected: dict[str, str] = {}
+        """Reasons."""
+        self._news = asyncio.Event()
+
+    @classmethod
+    async def following(cls, bus: Bus) -> Self:
+        """From now on; what was applied before is asked for when it is waited for."""
+        applied = cls(bus)
+        await bus.subscribe(TRAIN_PROGRESS.at(), applied._on_progress)
+        return applied
+
+    @property
+    def num_batches(self) -> int:
+        """Of all that were heard of."""
+        return len(self._steps)
+
+    @property
+    def num_steps(self) -> int:
+        """That these batches took part in, summed over the nodes."""
+        return len(set(self._steps.values()))
+
+    async def wait_for(
+        self, batch_ids: Collection[str], *, on_applied: Callable[[int], None] = lambda number: None
+    ) -> None:
+        """Wait until the weights contain all these batches; `on_applied` hears of how many more do.
+
+        Raises ProgressError when one is rejected, or after STALL_DEADLINE_S without another one.
+        """
+        missing = set(batch_ids)
+        while missing:
+            self._news.clear()
+            if lost := sorted(missing & self._rejected.keys()):
+                raise ProgressError(f"batch {lost[0]} was rejected: {self._rejected[lost[0]]}")
+            if came := missing & self._steps.keys():
+                missing -= came
+                on_applied(len(came))
+                continue
+            if not await self._hear(missing):
+                applied = len(set(batch_ids)) - len(missing)
+                stalled = f"no training step for {STALL_DEADLINE_S:.0f} s"
+                raise ProgressError(f"{stalled}: {applied} of {len(batch_ids)} batches were applied")
+
+    async def _hear(self, missing: Collection[str]) -> bool:
+        """Wait for any news, and ask for them after a silence; whether there were any."""
+        for _ in range(int(STALL_DEADLINE_S / SILENCE_S)):
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    await self._news.wait()
+            except TimeoutError:
+                await self._ask(missing)
+            if self._news.is_set():
+                return True
+        return False
+
+    async def _ask(self, batch_ids: Collection[str]) -> None:
+        some = tuple(itertools.islice(sorted(batch_ids), MAX_BATCHES_OF_MESSAGE))
+        try:
+            now = await self._bus.request(
+                TRAIN_STATUS.at(), BatchesAsked(batch_ids=some), timeout_s=ANSWER_DEADLINE_S
+            )
+        except BusError:  # the trainer may be starting again
+            return
+        for event in now.events:
+            self._note(event)
+
+    async def _on_progress(self, incoming: Incoming[BatchProgress]) -> None:
+        self._note(incoming.message.event)
+
+    def _note(self, event: BatchEvent) -> None:
+        match event:
+            case BatchApplied(batch_id=batch_id, node=node, version=version):
+                self._steps[batch_id] = node, version
+            case BatchDurable(batch_ids=batch_ids, node=node):
+                self._steps = {batch_id: (node, batch_id) for batch_id in batch_ids} | self._steps
+            case BatchRejected(batch_id=batch_id, reason=reason):
+                self._rejected[batch_id] = reason
+        self._news.set()

@@ -1,0 +1,110 @@
+"""Waiting for nodes, and for batches: told by the trainer, asked for after a silence, or never there."""
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from lemix.simulation.loop import run_virtual
+from lemix.waiting import AppliedBatches, ProgressError, wait_nodes_ready
+from shared.bus.base import Incoming
+from shared.bus.memory import MemoryBroker, MemoryBus
+from shared.messages.cluster import ClusterStatus, NodeStatus, StatusRequest
+from shared.messages.training import (
+    BatchApplied,
+    BatchDurable,
+    BatchesAsked,
+    BatchesNow,
+    BatchEvent,
+    BatchProgress,
+    BatchRejected,
+)
+from shared.subjects import STATUS, TRAIN_PROGRESS, TRAIN_STATUS
+from tests.support.cluster import heartbeat
+
+
+def test_nodes_are_waited_for_until_the_trainer_has_restored_them() -> None:
+    epochs = iter([0, 0, 7])
+
+    async def status(incoming: Incoming[StatusRequest]) -> ClusterStatus:
+        stage = heartbeat(0).model_copy(update={"epoch": next(epochs)})
+        node = NodeStatus(node=0, ready=True, inference_tasks=0, training_tasks=0, stages=(stage,))
+        return ClusterStatus(policy="p", nodes=(node,))
+
+    async def case() -> None:
+        bus = MemoryBroker().connect()
+        await bus.respond(STATUS.at(), status)
+        await wait_nodes_ready(bus, 1)
+        await bus.close()
+
+    run_virtual(case())
+    assert list(epochs) == []
+
+
+def applied(batch_id: str, *, node: int = 0, version: int = 1) -> BatchApplied:
+    return BatchApplied(batch_id=batch_id, node=node, version=version, loss=1.0, num_tokens=4)
+
+
+async def tell(bus: MemoryBus, *events: BatchEvent) -> None:
+    for event in events:
+        await bus.publish(TRAIN_PROGRESS.at(), BatchProgress(event=event))
+
+
+def with_batches(case: Callable[[MemoryBus, AppliedBatches], Awaitable[None]]) -> None:
+    """Run `case` with the trainer's bus, in virtual time."""
+
+    async def run() -> None:
+        broker = MemoryBroker()
+        trainer, bus = broker.connect(), broker.connect()
+        await case(trainer, await AppliedBatches.following(bus))
+        for each in (trainer, bus):
+            await each.close()
+
+    run_virtual(run())
+
+
+def test_batches_are_counted_once_and_steps_by_node_and_version() -> None:
+    async def case(trainer: MemoryBus, batches: AppliedBatches) -> None:
+        told: list[int] = []
+        shared = applied("b", node=0, version=1), applied("c", node=1, version=1)
+        await tell(trainer, applied("a"), *shared, applied("b", node=0, version=1))
+        await batches.wait_for(["a", "b", "c"], on_applied=told.append)
+        assert sum(told) == 3
+        assert (batches.num_batches, batches.num_steps) == (3, 2)
+
+    with_batches(case)
+
+
+def test_after_a_silence_the_trainer_is_asked_for_those_that_are_missing() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    async def answer(incoming: Incoming[BatchesAsked]) -> BatchesNow:
+        asked.append(incoming.message.batch_ids)
+        durable = BatchDurable(batch_ids=("b", "c"), node=0, version=3, checkpoint="")
+        return BatchesNow(events=(durable,), unknown=(), read_up_to=3)
+
+    async def case(trainer: MemoryBus, batches: AppliedBatches) -> None:
+        await trainer.respond(TRAIN_STATUS.at(), answer)
+        await tell(trainer, applied("a"))
+        await batches.wait_for(["a", "b", "c"])
+        assert (batches.num_batches, batches.num_steps) == (3, 3)
+
+    with_batches(case)
+    assert asked == [("b", "c")]
+
+
+def test_a_rejected_batch_ends_the_wait_at_once() -> None:
+    async def case(trainer: MemoryBus, batches: AppliedBatches) -> None:
+        await tell(trainer, BatchRejected(batch_id="a", reason="no examples"))
+        with pytest.raises(ProgressError, match="batch a was rejected: no examples"):
+            await batches.wait_for(["a", "b"])
+
+    with_batches(case)
+
+
+def test_a_wait_without_progress_says_how_far_it_came() -> None:
+    async def case(trainer: MemoryBus, batches: AppliedBatches) -> None:
+        await tell(trainer, applied("a"))
+        with pytest.raises(ProgressError, match="1 of 2 batches were applied"):
+            await batches.wait_for(["a", "b"])
+
+    with_batches(case)
