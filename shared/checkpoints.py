@@ -17,7 +17,7 @@ A folder without a readable manifest is no checkpoint: its writer died before it
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,8 @@ class Manifest(Message):
     """Ids of batches that a rollback has taken out of the weights, oldest first."""
     held_out_loss: float | None = None
     """Mean loss per label on held-out examples, in nats; None: not measured."""
+    may_serve: bool = True
+    """False: made under a guard that has not let it serve: it was withheld, or not evaluated (yet)."""
     adapter: AdapterKind = ""
     """What the folder holds: the whole model, or an adapter to `model`."""
     settings: dict[str, str] = Field(default_factory=dict)
@@ -126,6 +128,15 @@ def latest(root: Path, node: int) -> Checkpoint | None:
     return next(iter(checkpoints(root, node)), None)
 
 
+def serving(found: Iterable[Checkpoint]) -> Checkpoint | None:
+    """The newest of these that may serve; None: only the model as it was before training may."""
+    return max(filter(_may_serve, found), key=lambda checkpoint: checkpoint.manifest.version, default=None)
+
+
+def _may_serve(checkpoint: Checkpoint) -> bool:
+    return checkpoint.manifest.may_serve
+
+
 def durable_versions(root: Path, served: Mapping[int, int]) -> list[DurableVersion]:
     """Every whole checkpoint, by node, newest first; `served` is the version that each node serves now."""
     return [
@@ -151,24 +162,31 @@ def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
 
     Raises ConfigurationError when it is of another model, or damaged.
     """
-    folders = (folder for folder in _step_folders(root, node) if (folder / MANIFEST_NAME).exists())
-    folder = next(folders, None)
-    if folder is None:
-        return None
-    manifest = read(folder)
-    if manifest is None:
-        raise _damaged(folder, "its manifest cannot be read, or files are missing")
-    checkpoint = Checkpoint(manifest, folder)
+    newest = next(_unread(root, node), None)
+    return newest and _checked(newest, model)
+
+
+def newest_serving(root: Path, of_nodes: Iterable[int], *, model: str) -> Checkpoint | None:
+    """The newest checkpoint of any of these nodes that may serve, checked; raises as `newest_of`."""
+    of_each = (next(filter(_may_serve, _unread(root, node)), None) for node in of_nodes)
+    newest = serving(filter(None, of_each))
+    return newest and _checked(newest, model)
+
+
+def _unread(root: Path, node: int) -> Iterator[Checkpoint]:
+    """Newest first. Raises ConfigurationError when one cannot be read that was whole."""
+    for folder in _step_folders(root, node):
+        if (folder / MANIFEST_NAME).exists():
+            manifest = read(folder)
+            if manifest is None:
+                raise _damaged(folder, "its manifest cannot be read, or files are missing")
+            yield Checkpoint(manifest, folder)
+
+
+def _checked(checkpoint: Checkpoint, model: str) -> Checkpoint:
     check_model(checkpoint, model)
     check_digests(checkpoint)
     return checkpoint
-
-
-def newest_of_any(root: Path, *, model: str) -> Checkpoint | None:
-    """What nodes that share their weights go on from; raises as `newest_of`."""
-    found = (checkpoint for node in nodes(root) if (checkpoint := latest(root, node)))
-    newest = max(found, key=lambda checkpoint: checkpoint.manifest.version, default=None)
-    return newest and newest_of(root, newest.manifest.node, model=model)
 
 
 def _damaged(folder: Path, reason: str) -> ConfigurationError:

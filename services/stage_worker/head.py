@@ -180,7 +180,7 @@ class Head:
         return self._remove_all(each.task for each in self._everyone() if each.deadline_s <= now_s)
 
     def restored(self, version: int, rule: ServingRule) -> list[InferenceTask]:
-        """The stages hold only these weights: remove and return what wants others."""
+        """The stages serve only these weights: remove and return what wants others."""
         lost = self._remove_all(each.task for each in self._everyone() if each.version not in (None, version))
         self.versions.restored(version, rule)
         for sequence in self._running.values():

@@ -18,7 +18,7 @@ class ServedVersions:
         """Number of the last iteration with each version."""
 
     def restored(self, version: int, rule: ServingRule) -> None:
-        """All stages hold these weights, and keep them unless the rule is `newest`."""
+        """All stages serve these weights, and keep them unless the rule is `newest`."""
         self.published = None if rule == "newest" else version
         self._pins = rule == "pinned"
         self._last_turn.clear()

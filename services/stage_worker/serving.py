@@ -109,10 +109,11 @@ class Serving:
         self._newest_version = version
 
     async def restored(self, message: RestoreWeights) -> None:
-        """This stage holds these weights, and nothing else."""
+        """This stage holds these weights, and keeps those that serve."""
         self._epoch, self._told = message.epoch, None
-        for task in self.head.restored(message.version, message.serving):
-            await self._fail(task, 503, f"its weights are gone: the node went back to {message.version}")
+        version = message.served_version
+        for task in self.head.restored(version, message.serving):
+            await self._fail(task, 503, f"its weights are gone: the node went back to {version}")
 
     # Stage 0
 

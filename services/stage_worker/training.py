@@ -346,8 +346,9 @@ class Training:
     async def _on_restore(self, incoming: Incoming[RestoreWeights]) -> Done:
         message = incoming.message
         self._check_epoch(message.epoch)
-        if message.checkpoint:
-            self._check_folder(message.checkpoint)
+        for checkpoint in (message.checkpoint, message.served and message.served.checkpoint):
+            if checkpoint:
+                self._check_folder(checkpoint)
         self.epoch = message.epoch
         done = asyncio.get_running_loop().create_future()
         self._queue.put(WorkKind.CONTROL, partial(self._restore, message, done))
@@ -362,20 +363,29 @@ class Training:
         for gradient in self._tied.values():
             await self._executor.discard(gradient)
         self._forget()
-        for version in list(self._kept):
+        served = message.served
+        for version in self._kept - {served.version if served else None}:
             await self._release(version)
-        holds_it = self.version == message.version and self.checkpoint == message.checkpoint
-        if not (self._is_untouched and holds_it):
-            await self._executor.restore(message.checkpoint, message.version)
-        self._is_untouched = True
-        self.checkpoint = message.checkpoint
-        self._set_version(message.version)
-        if message.serving != "newest":
+        # What is kept under that number is the same: others get it only after a restore that drops it.
+        if served is not None and served.version not in self._kept:
+            await self._load(served.checkpoint, served.version)
+            await self._keep()
+        await self._load(message.checkpoint, message.version)
+        if message.serving != "newest" and served is None:
             await self._keep()
         self.restored_epoch = message.epoch
         await self._tell_restored(message)
         if not done.done():
             done.set_result(None)
+
+    async def _load(self, checkpoint: str, version: int) -> None:
+        """Go on from these weights, which the stage may hold as they were loaded."""
+        holds_it = self.version == version and self.checkpoint == checkpoint
+        if not (self._is_untouched and holds_it):
+            await self._executor.restore(checkpoint, version)
+        self._is_untouched = True
+        self.checkpoint = checkpoint
+        self._set_version(version)
 
     def _forget(self) -> None:
         """All training in progress."""

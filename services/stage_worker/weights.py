@@ -173,18 +173,27 @@ class StageWeights:
         self.version = version
 
     def drop_training(self) -> None:
-        """Forget every microbatch in flight and every gradient."""
-        self._current = None
-        self._versions.clear()
+        """Forget every microbatch in flight and every gradient; kept versions stay."""
+        self._versions = [version for version in self._versions if self._is_kept(version)]
+        for version in self._versions:
+            version.num_in_flight = 0
+            version.take_gradients()
+        if self._current not in self._versions:
+            self._current = None
         self._gathered = {}
         self._gradients.clear()
 
     def load(
         self, tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], *, version: int
     ) -> None:
-        """Hold these weights instead, in place; `optimizer_state` as its namesake gives it, or {}."""
+        """Hold these weights instead, in place; `optimizer_state` as its namesake gives it, or {}.
+
+        Versions that are kept stay as they are.
+        """
         self.drop_training()
-        self._kept.clear()
+        if self._current is not None:
+            self._stash(self._current)
+        self._current = None
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(tensors[name])

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from services.trainer import rollback_files
 from services.trainer.batches import Ack, BatchBook, Pending
-from services.trainer.checkpoint_files import CheckpointFiles, lineage_of, manifest_of, rolled_back
+from services.trainer.checkpoint_files import (
+    CheckpointFiles,
+    Evaluated,
+    lineage_of,
+    manifest_of,
+    rolled_back,
+    served_instead,
+)
 from services.trainer.evaluator import Evaluator
 from services.trainer.learning_rate import LearningRate
 from services.trainer.node_actions import (
@@ -34,6 +41,7 @@ from services.trainer.schedules import Slot
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
 from services.trainer.waiting import ask_all
+from shared import checkpoints
 from shared.bus.base import Bus
 from shared.checkpoints import Checkpoint
 from shared.clock import Clock
@@ -50,7 +58,13 @@ from shared.messages.training import (
     ShardSaved,
     StepOrder,
 )
-from shared.messages.weights import PublishVersion, ReleaseVersion, RestoreWeights, SaveWeights
+from shared.messages.weights import (
+    PublishVersion,
+    ReleaseVersion,
+    RestoreWeights,
+    SaveWeights,
+    ServedWeights,
+)
 from shared.subjects import ENDED, FORWARD, PUBLISH, REJECTED, RELEASE, RESTORE, SAVE, STEP
 
 RESTORE_TIMEOUT_S = 60.0
@@ -123,8 +137,8 @@ class ActionRunner:
         self.look: Callable[[], None] = lambda: None
         """What to do after a node has decided something: whoever decides for several nodes looks at them."""
         self.evaluator = Evaluator(held_out, name=name, bus=bus, clock=clock, outbox=self.outbox)
-        self._held_out_losses: dict[int, tuple[int, float]] = {}
-        """The newest that is known of each node: (version, loss)."""
+        self._evaluated_last: dict[int, Evaluated] = {}
+        """By node, since its last restore."""
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
 
@@ -151,7 +165,7 @@ class ActionRunner:
                 case Release(version=version):
                     self._release(node, version)
                 case Evaluate(version=version):
-                    told = partial(self._evaluated, node, node.epoch, version)
+                    told = partial(self._note_evaluated, node, node.epoch, version)
                     self.evaluator.begin(node.node, version, told)
                 case Withheld(version=version, loss=loss, limit=limit):
                     log.error(
@@ -240,11 +254,12 @@ class ActionRunner:
         for stage in range(node.num_stages):
             self.outbox.post(RELEASE.at(node=node.node, stage=stage), message)
 
-    def _evaluated(self, node: NodeTraining, epoch: int, version: int, loss: float | None) -> None:
-        if loss is not None:
-            self._held_out_losses[node.node] = version, loss
-            self._tasks.create_task(self._note_held_out_loss(node.node))
+    def _note_evaluated(self, node: NodeTraining, epoch: int, version: int, loss: float | None) -> None:
         self.run(node, node.evaluated(epoch, version, loss))
+        if loss is not None and epoch == node.epoch:
+            evaluated = Evaluated(version, loss, may_serve=node.publishing.published == version)
+            self._evaluated_last[node.node] = evaluated
+            self._tasks.create_task(self._write_evaluation(node.node, evaluated))
 
     def _skipped(self, skipped: Skipped) -> None:
         """The batch is put aside: applied, it would have left nothing of the weights."""
@@ -311,12 +326,14 @@ class ActionRunner:
         self.reject(rejected, pending.acks)
 
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
-        folder = self._folder_of(node.node)
+        self._evaluated_last.pop(node.node, None)  # what comes again may be other weights
+        folder, version = self._folder_of(node.node), node.durable_version
         message = RestoreWeights(
             epoch=action.epoch,
-            version=node.durable_version,
+            version=version,
             checkpoint=str(folder) if folder else "",
             serving=self._settings.serving,
+            served=await self._served_instead(node.node, version),
         )
         refusals = await ask_all(
             self._bus,
@@ -327,7 +344,20 @@ class ActionRunner:
             timeout_s=RESTORE_TIMEOUT_S,
         )
         failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
-        self.run(node, node.restored(action.epoch, failure, self._clock.now_s()))
+        restored = node.restored(action.epoch, failure, self._clock.now_s(), served=message.served_version)
+        self.run(node, restored)
+
+    async def _served_instead(self, node: int, version: int) -> ServedWeights | None:
+        """What a guard has let serve, where that is not the version that the node goes on from."""
+        if not self._settings.held_out:
+            return None
+        async with self._pruning:
+            serving = await on_disk(partial(self._files.serving, self._nodes_like(node)))
+        return served_instead(serving, version)
+
+    def _nodes_like(self, node: int) -> list[int]:
+        """Those whose checkpoints are this node's, too."""
+        return [node] if self._settings.merging == "none" else checkpoints.nodes(self._files.root)
 
     def _folder_of(self, node: int) -> Path | None:
         """The node's newest durable checkpoint; of any node, where they share their weights."""
@@ -364,6 +394,7 @@ class ActionRunner:
             stream=self._stream,
             merge=self._settings.merging,
             settings=self._settings.told(OF_TRAINING) | _settings_of(action.shards.values()),
+            may_serve=not self._settings.held_out,
             wall_s=self._clock.wall_s(),
         )
         folder = self._files.temporary(node.node, action.version, node.epoch)
@@ -373,13 +404,14 @@ class ActionRunner:
         except OSError as error:
             failure = str(error)
         else:
+            if evaluated := self._evaluated_last.get(node.node):  # before there was a checkpoint, maybe
+                await self._write_evaluation(node.node, evaluated)
             self._folders[node.node] = checkpoint.folder
             saved = self._book.saved_by(node.node, action.version)
             self.acknowledge(self._book.make_durable(node.node, action.version))
             self.progress.tell_durable(saved, node.node, action.version)
             self.changed.set()
         self.run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
-        await self._note_held_out_loss(node.node)
         if not node.is_rolling_back:  # which may need the oldest of them
             await self._prune(node.node)
 
@@ -405,16 +437,13 @@ class ActionRunner:
         self.run(node, node.rolled_back(failure))
         rollback.answer(num_discarded, failure)
 
-    async def _note_held_out_loss(self, node: int) -> None:
+    async def _write_evaluation(self, node: int, evaluated: Evaluated) -> None:
         """In the manifest of its version, if that has a checkpoint."""
-        version, loss = self._held_out_losses.get(node, (0, None))
-        if loss is None:
-            return
         try:
             async with self._pruning:
-                await on_disk(partial(self._files.note_held_out_loss, node, version, loss))
+                await on_disk(partial(self._files.note_evaluation, self._nodes_like(node), evaluated))
         except OSError as error:
-            log.warning("node %d: the held-out loss of version %d is not saved: %s", node, version, error)
+            log.warning("node %d: what version %d has shown is not saved: %s", node, evaluated.version, error)
 
     async def _prune(self, node: int) -> None:
         """Remove old checkpoints, and then the messages that none of those left would need again."""

@@ -6,6 +6,8 @@ All methods block on the disk and raise OSError when it refuses; the durable che
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from services.trainer import rollback_files
@@ -17,6 +19,7 @@ from shared.checkpoints import Checkpoint, Manifest
 from shared.disk import make_folder, replace_file, sync
 from shared.errors import ConfigurationError
 from shared.messages.training import AdapterKind, ShardSaved
+from shared.messages.weights import ServedWeights
 from shared.model.index import write_index
 
 CONFIG_FILE = "config.json"
@@ -39,6 +42,21 @@ TRAINED_DTYPE = "float32"
 
 _TEMPORARY = ".saving-"
 _START = "start.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What a version has shown on the held-out examples."""
+
+    version: int
+    loss: float
+    may_serve: bool
+    """It serves; else it was withheld."""
+
+    def noted_in(self, manifest: Manifest) -> Manifest:
+        """What the version's manifest says then; what was let serve once may serve for good."""
+        may_serve = manifest.may_serve or self.may_serve
+        return manifest.model_copy(update={"held_out_loss": self.loss, "may_serve": may_serve})
 
 
 class CheckpointFiles:
@@ -119,16 +137,22 @@ class CheckpointFiles:
         sync(final.parent)
         return Checkpoint(manifest, final)
 
-    def note_held_out_loss(self, node: int, version: int, loss: float) -> None:
-        """In the manifest of the node's checkpoint of that version, if there is one."""
-        folder = checkpoints.node_folder(self._root, node) / checkpoints.checkpoint_name(version)
-        manifest = checkpoints.read(folder)
-        if manifest is not None and manifest.held_out_loss != loss:
-            checkpoints.write(folder, manifest.model_copy(update={"held_out_loss": loss}))
+    def serving(self, of_nodes: Iterable[int]) -> Checkpoint | None:
+        """The newest checkpoint of any of these nodes that may serve."""
+        found = (checkpoints.checkpoints(self._root, node) for node in of_nodes)
+        return checkpoints.serving(chain.from_iterable(found))
+
+    def note_evaluation(self, of_nodes: Iterable[int], evaluated: Evaluated) -> None:
+        """In the manifest of that version's checkpoint of these nodes, if there is one."""
+        name = checkpoints.checkpoint_name(evaluated.version)
+        for folder in (checkpoints.node_folder(self._root, node) / name for node in of_nodes):
+            manifest = checkpoints.read(folder)
+            if manifest and (noted := evaluated.noted_in(manifest)) != manifest:
+                checkpoints.write(folder, noted)
 
     def prune(self, node: int) -> None:
-        """Remove all but the newest checkpoints of the node."""
-        for old in checkpoints.checkpoints(self._root, node)[self._keep :]:
+        """Remove all but the newest checkpoints of the node, and the newest that may serve."""
+        for old in dispensable(checkpoints.checkpoints(self._root, node), keep=self._keep):
             shutil.rmtree(old.folder)
 
     def oldest_watermark(self) -> int:
@@ -174,6 +198,22 @@ def _check_shards(folder: Path, names: Iterable[str]) -> None:
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"stages have reported files that {folder} lacks: {', '.join(missing)}")
+
+
+def dispensable(found: Sequence[Checkpoint], *, keep: int) -> list[Checkpoint]:
+    """Which of a node's checkpoints, newest first, nothing needs: not the newest `keep`, nor what serves."""
+    serving = checkpoints.serving(found)
+    return [checkpoint for checkpoint in found[keep:] if checkpoint is not serving]
+
+
+def served_instead(serving: Checkpoint | None, version: int) -> ServedWeights | None:
+    """What serves where stages go on from `version`; None: that itself. `serving`: what may, None: only
+    the model as it was before training.
+    """
+    served = serving.manifest.version if serving else 0
+    if served == version:
+        return None
+    return ServedWeights(version=served, checkpoint=str(serving.folder) if serving else "")
 
 
 def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
@@ -236,6 +276,7 @@ def manifest_of(
     stream: str,
     merge: str = "none",
     settings: Mapping[str, str] | None = None,
+    may_serve: bool = True,
     wall_s: float,
 ) -> Manifest:
     """What a checkpoint of the node at `version` will say, files apart."""
@@ -248,6 +289,7 @@ def manifest_of(
         model=model,
         stream=stream,
         merge=merge,
+        may_serve=may_serve,
         settings=dict(settings or {}),
         watermark=durable.watermark,
         sequences=tuple(sorted(lineage.sequences)),
@@ -260,7 +302,10 @@ def manifest_of(
 
 
 def rolled_back(manifest: Manifest, ledger: Ledger) -> Manifest:
-    """What the checkpoint of `manifest` will say once the node has gone back to it, and `ledger` with it."""
+    """What the checkpoint of `manifest` will say once the node has gone back to it, and `ledger` with it.
+
+    It may serve: who asks for it knows what it is.
+    """
     lineage = ledger.lineage(manifest.node)
     return manifest.model_copy(
         update={
@@ -268,5 +313,6 @@ def rolled_back(manifest: Manifest, ledger: Ledger) -> Manifest:
             "sequences": tuple(sorted(lineage.sequences)),
             "rejected": tuple(sorted(ledger.skipped)),
             "discarded_batch_ids": tuple(ledger.discarded_ids),
+            "may_serve": True,
         }
     )

@@ -60,9 +60,11 @@ class NodeSaves:
         self._save = Save(version, num_stages, now_s)
         return [RequestSave(epoch, version, num_stages)]
 
-    def request_if_due(self, version: int, epoch: int, num_stages: int, now_s: float) -> list[Action]:
-        """A step to that version is ordered."""
-        is_due = self._every is not None and version - self.durable_version >= self._every
+    def request_if_due(
+        self, version: int, epoch: int, num_stages: int, now_s: float, *, is_wanted: bool
+    ) -> list[Action]:
+        """A step to that version is ordered; `is_wanted`: save it now, unless saves wait to be told."""
+        is_due = self._every is not None and (is_wanted or version - self.durable_version >= self._every)
         if self._save is not None or not is_due or version < self._from_version:
             return []
         return self.request(version, epoch, num_stages, now_s)

@@ -2,7 +2,7 @@
 
 without a guard   kept by a step --applied--> published --no request uses it any more--> released
 with a guard      kept by a step --applied--> evaluated --not much worse--> published
-                                                        '--worse--> withheld, released
+                  and saved                             '--worse--> withheld, released
 
 Nothing here happens while the newest weights serve.
 """
@@ -78,14 +78,23 @@ class Publishing:
         """The version that is evaluated now, or as soon as its step is done."""
         self._next_due = 0
 
+    @property
+    def is_guarded(self) -> bool:
+        """Whether versions are evaluated before they serve."""
+        return self._rules.evaluate_every > 0
+
+    def wants_saved(self, version: int) -> bool:
+        """Whether a guard may let it serve, or has: then it must be there after a crash, too."""
+        return self.is_guarded and version in self._kept
+
     def restored(self, version: int) -> list[PublishingAction]:
-        """All stages hold these weights, and nothing else."""
+        """All stages serve this version, and keep no other."""
         if self._rules.serving == "newest":
             return []
         self.closed()
         self.published, self._kept = version, {version}
         self._next_due = version + self._rules.evaluate_every
-        return self._evaluate(version) if self._rules.evaluate_every else []
+        return self._evaluate(version) if self.is_guarded else []
 
     def closed(self) -> None:
         """Whatever stages do next, it is not what this state tells of."""
@@ -94,10 +103,10 @@ class Publishing:
         self.losses.clear()
 
     def keeps(self, version: int) -> bool:
-        """A step to `version` is being ordered: whether stages shall keep it."""
-        if self.published is None or len(self._kept) >= self._rules.max_kept:
+        """A step to `version` is being ordered, or a merge: whether stages shall keep it."""
+        if self.published is None or version in self._kept or len(self._kept) >= self._rules.max_kept:
             return False
-        if self._rules.evaluate_every:
+        if self.is_guarded:
             if not self._is_due(version) or self.published not in self.losses:
                 return False
             self._evaluating = version
@@ -108,12 +117,12 @@ class Publishing:
     def applied(self, version: int) -> list[PublishingAction]:
         """All stages have stepped to `version`."""
         if version in self._kept:
-            return self._evaluate(version) if self._rules.evaluate_every else self._publish(version)
-        if self._rules.evaluate_every and self.published is not None and self._is_due(version):
-            self._next_due = version + self._rules.evaluate_every
-            if self.published not in self.losses:  # nothing to compare with: its evaluation failed
-                return self._evaluate(self.published)
-        return []
+            return self._evaluate(version) if self.is_guarded else self._publish(version)
+        published = self.published
+        if published is None or published in self.losses or not (self.is_guarded and self._is_due(version)):
+            return []
+        self._next_due = version + self._rules.evaluate_every
+        return self._evaluate(published)  # there is nothing to compare with: its evaluation failed
 
     def evaluated(self, version: int, loss: float | None) -> list[PublishingAction]:
         """The mean loss per learnt token of the held-out examples; None: it could not be found."""

@@ -76,11 +76,13 @@ class Reductions:
     def _order_steps(self, now: _Round, members: list[NodeTraining], now_s: float) -> list[Decision]:
         """All alike: the norms that nodes find for the same gradients may differ in the last bit."""
         assert members[0].complete is not None
-        squared_norm = members[0].complete.squared_norm
+        squared_norm, can_save = members[0].complete.squared_norm, members[0].may_save(now_s)
         return [
             told(
                 node,
-                node.order_step(now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm),
+                node.order_step(
+                    now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm, can_save=can_save
+                ),
             )
             for node in members
         ]
@@ -110,7 +112,8 @@ class Reductions:
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
         has_rested = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
-        if num_undurable >= self._save_every or has_rested:
+        is_wanted = any(node.wants_save for node in members)
+        if num_undurable >= self._save_every or has_rested or is_wanted:
             self._idle_since_s = None
             return [told(leader, leader.save(now_s))]
         return []

@@ -64,7 +64,7 @@ class TrainerSettings(LemixSettings):
     checkpoint_idle_s: float = Field(default=2.0, ge=0)
     """A node without training for so long saves what it has learnt since its last checkpoint."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints of each node that are kept."""
+    """Newest checkpoints of each node that are kept; with a guard also the newest that may serve."""
     weights_consistency: Literal["latest", "pinned"] = "latest"
     """`pinned`: a request ends with the weights version that it began with, on all stages."""
     max_kept_versions: int = Field(default=2, ge=2)
@@ -75,7 +75,7 @@ class TrainerSettings(LemixSettings):
     held_out: str = ""
     """A file of examples, one a line; versions that do much worse on them are not served. Empty: no guard."""
     evaluate_every: int = Field(default=64, ge=1)
-    """Steps of a node between two versions that are evaluated, and then served, with a guard."""
+    """Steps of a node between two versions that are evaluated and saved, and then served, with a guard."""
     max_held_out_rise: float = Field(default=0.05, ge=0)
     """How much higher a version's held-out loss may be than the served one's, as a share of that."""
     max_pending: int = Field(default=1024, ge=1)

@@ -13,6 +13,14 @@ it began with.
 """
 
 
+class ServedWeights(Message):
+    """Older weights that serve beside those that train: stages keep them under their number, or still do."""
+
+    version: int
+    checkpoint: str
+    """Folder of a checkpoint; empty: the model as it was loaded first."""
+
+
 class RestoreWeights(Message):
     """Drop all training in progress and hold exactly these weights. trainer -> each stage."""
 
@@ -21,6 +29,12 @@ class RestoreWeights(Message):
     checkpoint: str
     """Folder of a checkpoint; empty: the model as it was loaded first."""
     serving: ServingRule = "newest"
+    served: ServedWeights | None = None
+    """What serves in their stead, because a guard has not let these serve; None: these weights do."""
+
+    @property
+    def served_version(self) -> int:
+        return self.served.version if self.served else self.version
 
 
 class SaveWeights(Message):

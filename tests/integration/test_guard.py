@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from services.trainer.service import Trainer
@@ -23,9 +24,11 @@ from shared.messages.training import TrainingTask
 from shared.messages.weights import NodeWeights, WeightsRequest
 from shared.subjects import BATCHES, NODE_WEIGHTS, PLACE
 from shared.telemetry import Telemetry
+from tests.integration.test_trainer_with_stages import tensors_in
 from tests.support.models import save_tiny_model
-from tests.support.node import Node, running_node
-from tests.support.training import Batch, loss_of, num_labels, random_batches
+from tests.support.node import Answer, Node, running_node
+from tests.support.reference import greedy_reference
+from tests.support.training import ADAMW, Batch, loss_of, num_labels, random_batches
 from tests.support.waiting import until
 
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -41,24 +44,21 @@ async def guarded(node: Node, model: Path, run_dir: Path, **settings: Any) -> As
     """A trainer with a guard, for which this test plays the scheduler."""
     held_out = run_dir / "held_out.jsonl"
     held_out.write_text("\n".join(map(json.dumps, examples_of(HELD_OUT))))
-    chosen = TrainerSettings(
-        model=str(model),
-        run_dir=run_dir,
-        schedule="1f1b",
-        microbatches=1,
-        held_out=str(held_out),
-        evaluate_every=2,
-        checkpoint_every=2,
-        checkpoint_idle_s=0.0,
-        keep_checkpoints=100,
+    given: dict[str, Any] = {
+        "evaluate_every": 2,
+        "checkpoint_every": 2,
+        "checkpoint_idle_s": 0.0,
+        "keep_checkpoints": 100,
+        "held_out": str(held_out),
         **settings,
-    )
+    }
+    chosen = TrainerSettings(model=str(model), run_dir=run_dir, schedule="1f1b", microbatches=1, **given)
 
     async def place(incoming: Incoming[TrainingTask]) -> Placed:
         return Placed(node=0)
 
     await node.bus.ensure_stream(TRAIN_STREAM)
-    await node.bus.respond(PLACE.at(), place)
+    placing = await node.bus.respond(PLACE.at(), place)
     trainer = Trainer(chosen, bus=node.bus, clock=SystemClock(), telemetry=Telemetry("trainer", None))
     task = asyncio.create_task(trainer.run())
     try:
@@ -66,6 +66,7 @@ async def guarded(node: Node, model: Path, run_dir: Path, **settings: Any) -> As
     finally:
         task.cancel()
         await asyncio.wait([task])
+        await placing.unsubscribe()
     assert task.cancelled()
 
 
@@ -159,4 +160,133 @@ async def test_an_evaluation_survives_the_restart_of_a_stage(tmp_path: Path) -> 
         await node.replace(1)
         await weights_when(node, lambda found: found.version == 2)
         await publish(node, [HELD_OUT] * 4, first=2)
-        await weights_when(node, lambda found: found.published == 6)
+        await weights_when(node, lambda found: (found.published or 0) >= 4)
+
+
+PERIOD = 6
+"""Steps from one evaluation to the next, in what follows. Only what is evaluated is saved."""
+WARY: dict[str, Any] = {
+    "learning_rate": 0.05,
+    "max_held_out_rise": 0.0,
+    "evaluate_every": PERIOD,
+    "checkpoint_every": 1000,
+    "checkpoint_idle_s": 1000.0,
+    "keep_checkpoints": 1,
+    "max_kept_versions": 3,
+}
+BAD: list[Batch] = [[[[7] * 12]]] * (2 * PERIOD + 1)
+"""Who always says the same does badly on `HELD_OUT`."""
+
+
+def folder_of(run_dir: Path, version: int) -> Path:
+    return run_dir / "checkpoints" / "node-0" / checkpoints.checkpoint_name(version)
+
+
+async def withheld_and_durable(node: Node, run_dir: Path, num_good: int) -> NodeWeights:
+    """Learn what is good, which is then served, and what is bad, which is not, and is saved."""
+    await first_evaluated(node)
+    if num_good:
+        await publish(node, [HELD_OUT] * num_good)
+        await weights_when(node, lambda found: found.published == found.durable_version == num_good)
+        await until(lambda: (read := checkpoints.read(folder_of(run_dir, num_good))) and read.may_serve)
+    await publish(node, BAD[:PERIOD], first=num_good)
+    return await weights_when(
+        node, lambda found: found.last_withheld == found.durable_version == num_good + PERIOD
+    )
+
+
+async def restored(node: Node, epoch: int, durable_version: int) -> NodeWeights:
+    """What the trainer says when the stages are past that epoch, and it can compare again."""
+    await node.heard(lambda: all(beat.epoch > epoch for beat in node.heartbeats.values()))
+    return await weights_when(
+        node,
+        lambda found: found.held_out_loss is not None and found.durable_version == durable_version,
+    )
+
+
+async def go_on_to_the_end(node: Node, run_dir: Path, first: int) -> None:
+    """Learn the rest, all of it bad. The last version is saved, and the one before removed."""
+    await publish(node, BAD[PERIOD : PERIOD + 1], first=first)
+    await weights_when(node, lambda found: found.last_withheld == found.durable_version == first + 1)
+    await publish(node, BAD[PERIOD + 1 :], first=first + 1)
+    await weights_when(node, lambda found: found.durable_version == first + 1 + PERIOD)
+    await until(lambda: not folder_of(run_dir, first + 1).exists())
+
+
+def model_in(base: Path, folder: Path) -> Any:
+    if not (folder / checkpoints.ADAPTER_NAME).exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's, of a whole model
+@pytest.mark.parametrize(
+    ("restarts", "num_good", "adapter"),
+    [
+        ("stage", PERIOD, "none"),
+        ("stage", 0, "none"),
+        ("stage", PERIOD, "lora"),
+        ("trainer", PERIOD, "none"),
+        ("all", PERIOD, "none"),
+        ("all", 0, "none"),
+    ],
+)
+async def test_what_was_withheld_is_not_served_after_a_restart_and_trains_on(
+    restarts: str, num_good: int, adapter: str, tmp_path: Path
+) -> None:
+    model, run_dir, undisturbed = tmp_path / "model", tmp_path / "run", tmp_path / "undisturbed"
+    save_tiny_model("llama_tied", model)
+    of_stages = {"adapter": adapter, **ADAMW}
+    last = num_good + len(BAD)
+    for folder in (run_dir, undisturbed):
+        folder.mkdir()
+
+    async def served(node: Node) -> Answer:
+        return await node.complete(PROMPT, max_tokens=12)
+
+    async def goes_on(node: Node, before: NodeWeights, epoch: int) -> None:
+        after = await restored(node, epoch, before.durable_version)
+        assert (after.version, after.published) == (before.durable_version, num_good)
+        assert after.held_out_loss == pytest.approx(before.held_out_loss)
+        answers.append(await served(node))
+        await go_on_to_the_end(node, run_dir, after.version)
+
+    answers: list[Answer] = []
+    async with running_node(model, 2, run_dir, **of_stages) as node:
+        async with guarded(node, model, run_dir, **WARY):
+            before = await withheld_and_durable(node, run_dir, num_good)
+            assert before.published == num_good
+            good = model_in(model, folder_of(run_dir, num_good) if num_good else model)
+            answers.append(await served(node))
+            epoch = node.heartbeats[0].epoch
+            if restarts == "stage":
+                await node.replace(1)
+                await goes_on(node, before, epoch)
+        if restarts == "all":
+            for stage in range(2):
+                await node.replace(stage)
+            await node.ready()
+            answers.append(await served(node))
+        if restarts != "stage":
+            async with guarded(node, model, run_dir, **WARY):
+                await goes_on(node, before, epoch)
+        answers.append(await served(node))
+    async with (
+        running_node(model, 2, undisturbed, **of_stages) as node,
+        guarded(node, model, undisturbed, **WARY | {"held_out": "", "checkpoint_every": last}),
+    ):
+        await publish(node, [HELD_OUT] * num_good + BAD)
+        await weights_when(node, lambda found: found.durable_version == last)
+
+    expected, _ = greedy_reference(good, PROMPT, 12)
+    for answer in answers:
+        assert set(answer.versions) == {num_good}
+        assert answer.token_ids == expected
+    learnt, alone = tensors_in(folder_of(run_dir, last)), tensors_in(folder_of(undisturbed, last))
+    assert learnt.keys() == alone.keys()
+    for name, tensor in alone.items():
+        assert torch.equal(learnt[name], tensor), name
+    kept = [each.manifest for each in checkpoints.checkpoints(run_dir / "checkpoints", 0)]
+    assert [(each.version, each.may_serve) for each in kept if each.version] == [
+        (version, version == num_good) for version in (last, num_good) if version
+    ]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.messages.weights import ServingRule
+from shared.errors import RefusedError
+from shared.messages.weights import ServedWeights, ServingRule
 from tests.integration.test_pipeline_mixed import ENDLESS, PROMPT, save, step
 from tests.support.models import save_tiny_model
 from tests.support.node import Answer, Node, running_node
@@ -138,6 +139,34 @@ async def test_requests_whose_version_is_gone_fail_once_and_clearly(
         after = await node.complete(PROMPT, max_tokens=30)
     expected, _ = greedy_reference(model_of(folder, tmp_path, 0), PROMPT, 30)
     assert after.token_ids == expected
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+async def test_what_is_served_beside_newer_weights_answers_on_through_a_restore(
+    num_stages: int, folder: Path, tmp_path: Path
+) -> None:
+    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+        await node.restore(serving="pinned")
+        node.keeps, node.learning_rate = True, 0.05
+        for version in (1, 2):
+            await learn(node, folder, tmp_path, version)
+        await node.publish(1)
+        await node.until_published(1)
+        before = await node.start(PROMPT, max_tokens=80)
+        await before.first_token()
+        older, newer = (str(tmp_path / "checkpoints" / f"v{version}") for version in (1, 2))
+        served = ServedWeights(version=1, checkpoint=older)
+        await node.restore(epoch=2, version=2, checkpoint=newer, serving="pinned", served=served)
+        await before.end()
+        after = await node.complete(PROMPT, max_tokens=80)
+        trained_on = await node.complete(PROMPT, max_tokens=80, changes={"weights_version": 2})
+        with pytest.raises(RefusedError, match="not in this run's folder"):
+            outside = ServedWeights(version=1, checkpoint=str(folder))
+            await node.restore(epoch=3, version=2, checkpoint=newer, serving="pinned", served=outside)
+    for answer, version in ((before, 1), (after, 1), (trained_on, 2)):
+        expected, _ = greedy_reference(model_of(folder, tmp_path, version), PROMPT, 80)
+        assert answer.failure is None
+        assert (set(answer.versions), answer.token_ids) == ({version}, expected)
 
 
 async def scored(node: Node, versions: Sequence[int]) -> dict[int, list[Answer]]:

@@ -41,6 +41,7 @@ from shared.messages.weights import (
     ReleaseVersion,
     RestoreWeights,
     SaveWeights,
+    ServedWeights,
     ServingRule,
 )
 from shared.telemetry import Telemetry
@@ -164,10 +165,18 @@ class Node:
         return answer
 
     async def restore(
-        self, *, epoch: int = 1, version: int = 0, checkpoint: str = "", serving: ServingRule = "newest"
+        self,
+        *,
+        epoch: int = 1,
+        version: int = 0,
+        checkpoint: str = "",
+        serving: ServingRule = "newest",
+        served: ServedWeights | None = None,
     ) -> None:
         """As the trainer does at its start: opens the node for training."""
-        message = RestoreWeights(epoch=epoch, version=version, checkpoint=checkpoint, serving=serving)
+        message = RestoreWeights(
+            epoch=epoch, version=version, checkpoint=checkpoint, serving=serving, served=served
+        )
         for stage in range(self.num_stages):
             await self.bus.request(
                 subjects.RESTORE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S

@@ -165,7 +165,7 @@ class Executor(Protocol[Snapshot, Copied]):
         ...
 
     async def restore(self, checkpoint: str, version: int) -> None:
-        """Drop all training in progress and every kept version, load weights (empty: those loaded first)."""
+        """Drop all training in progress, load weights (empty: those loaded first). Kept versions stay."""
         ...
 
     async def snapshot(self) -> Snapshot:

@@ -183,7 +183,6 @@ class EmulatedExecutor:
 
     async def restore(self, checkpoint: str, version: int) -> None:
         self._in_flight.clear()
-        self._kept.clear()
         self._version = version
         if self._memory is not None:
             await self._hold(self._memory.load_s)

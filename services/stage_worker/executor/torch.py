@@ -206,7 +206,7 @@ class TorchExecutor:
     def _load(self) -> ModelFacts:
         settings = self._settings
         torch.set_num_threads(settings.num_threads)
-        durable = self._newest_checkpoint()
+        durable = self._serving_checkpoint()
         if durable:
             checkpoints.check_adapter(durable, self._adapter_kind)
         stage = self._stage(durable)
@@ -242,12 +242,11 @@ class TorchExecutor:
             context_length=_context_length(stage),
         )
 
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        """What this stage serves until the trainer restores it, as it most likely will."""
-        settings = self._settings
-        if settings.merge != "none":
-            return checkpoints.newest_of_any(settings.checkpoint_dir, model=settings.model)
-        return checkpoints.newest_of(settings.checkpoint_dir, settings.node, model=settings.model)
+    def _serving_checkpoint(self) -> Checkpoint | None:
+        """What this stage serves until the trainer restores it: what it most likely will serve then, too."""
+        settings, root = self._settings, self._settings.checkpoint_dir
+        of_nodes = [settings.node] if settings.merge == "none" else checkpoints.nodes(root)
+        return checkpoints.newest_serving(root, of_nodes, model=settings.model)
 
     @property
     def _base(self) -> Path:
@@ -439,7 +438,7 @@ class TorchExecutor:
     def _restore(self, checkpoint: str, version: int) -> None:
         loaded, folder = self._loaded, Path(checkpoint) if checkpoint else None
         loaded.microbatches.drop_all()
-        self._served = None  # kept versions are gone
+        self._served = None  # what is packed goes stale, whichever version it is of
         if folder and (manifest := checkpoints.read(folder)):
             found = Checkpoint(manifest, folder)
             checkpoints.check_model(found, self._settings.model)

@@ -307,11 +307,24 @@ def test_a_version_that_is_not_kept_is_gone(stage: Stage, weights: StageWeights)
         pass
 
 
-def test_loading_forgets_kept_versions(stage: Stage, weights: StageWeights) -> None:
-    saved = newest(stage)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kept_version_serves_on_while_others_are_loaded_and_trained(
+    stage: Stage, dtype: torch.dtype
+) -> None:
+    weights = StageWeights(stage, SETTINGS, version=3, dtype=dtype)
+    kept = newest(stage)
     weights.keep()
-    weights.load(saved, {}, version=7)
-    with pytest.raises(VersionGoneError), weights.serving(0):
+    InFlight(stage, weights, TEXTS[0]).backward()
+    other = {name: master + 1 for name, master in values(dict(weights.master_tensors())).items()}
+
+    weights.load(other, {}, version=7)
+    assert_same(values(dict(weights.master_tensors())), other)
+    train(stage, weights, "b", TEXTS[1:])
+
+    with weights.serving(3):
+        assert_same(newest(stage), kept)
+    weights.release(3)
+    with pytest.raises(VersionGoneError), weights.serving(3):
         pass
 
 

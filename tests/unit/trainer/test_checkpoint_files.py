@@ -12,16 +12,21 @@ from safetensors.torch import load_file, save_file
 
 from services.trainer.checkpoint_files import (
     CheckpointFiles,
+    Evaluated,
     all_apart,
+    dispensable,
     ledger_of,
     manifest_of,
     only_newest,
+    rolled_back,
+    served_instead,
 )
 from services.trainer.versions import Ledger
 from shared import checkpoints, disk
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
+from shared.messages.weights import ServedWeights
 from tests.unit.trainer.support import break_disk_at
 
 
@@ -170,6 +175,112 @@ def test_old_checkpoints_are_removed_and_so_is_what_dead_writers_left(files: Che
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+def withhold(files: CheckpointFiles, *versions: int, node: int = 0) -> None:
+    """Checkpoints that a guard has not let serve."""
+    for version in versions:
+        folder = files.temporary(node, version, 1)
+        files.begin(folder)
+        files.finish(folder, manifest(version, node=node, may_serve=False), shards(folder))
+
+
+def test_what_serves_is_not_removed_however_many_newer_ones_are_withheld(files: CheckpointFiles) -> None:
+    save(files, 1)
+    save(files, 2)
+    withhold(files, 3, 4, 5)
+    files.prune(0)
+
+    versions = [each.manifest.version for each in checkpoints.checkpoints(files.root, 0)]
+    assert versions == [5, 4, 2]
+    assert load(files)[0].manifest.version == 5, "training goes on from the newest"
+
+
+def found(*versions: int, withheld: tuple[int, ...] = ()) -> list[Checkpoint]:
+    return [
+        Checkpoint(manifest(version, may_serve=version not in withheld), Path(str(version)))
+        for version in versions
+    ]
+
+
+@pytest.mark.parametrize(
+    ("all_of_them", "withheld", "removed"),
+    [
+        ((5, 4, 3), (), (3,)),
+        ((5, 4, 3), (5,), (3,)),
+        ((5, 4, 3), (5, 4), ()),
+        ((5, 4, 3, 2), (5, 4), (2,)),
+        ((5, 4, 3, 2), (5, 4, 3, 2), (3, 2)),
+        ((5,), (5,), ()),
+    ],
+)
+def test_the_newest_checkpoints_are_kept_and_the_newest_that_may_serve(
+    all_of_them: tuple[int, ...], withheld: tuple[int, ...], removed: tuple[int, ...]
+) -> None:
+    old = dispensable(found(*all_of_them, withheld=withheld), keep=2)
+
+    assert tuple(each.manifest.version for each in old) == removed
+
+
+def test_the_newest_that_may_serve_serves_instead_of_a_newer_one() -> None:
+    assert served_instead(checkpoints.serving(found(3, 5, 4)), 5) is None
+    assert served_instead(checkpoints.serving(found(3, 5, 4, withheld=(5,))), 5) == ServedWeights(
+        version=4, checkpoint="4"
+    )
+
+
+def test_the_model_as_it_was_before_training_may_always_serve() -> None:
+    assert served_instead(checkpoints.serving([]), 0) is None
+    assert served_instead(checkpoints.serving(found(5, withheld=(5,))), 5) == ServedWeights(
+        version=0, checkpoint=""
+    )
+
+
+def test_a_version_that_was_let_serve_says_so_with_its_loss_wherever_its_checkpoint_is(
+    files: CheckpointFiles,
+) -> None:
+    withhold(files, 1, 2, 3)
+    withhold(files, 4, node=1)
+    for evaluated in (Evaluated(2, 0.5, True), Evaluated(3, 0.9, False), Evaluated(4, 0.4, True)):
+        files.note_evaluation([0, 1, 2], evaluated)
+
+    def of_each(node: int) -> list[tuple[int, float | None, bool]]:
+        manifests = [each.manifest for each in checkpoints.checkpoints(files.root, node)]
+        return [(each.version, each.held_out_loss, each.may_serve) for each in manifests]
+
+    assert of_each(0) == [(3, 0.9, False), (2, 0.5, True), (1, None, False)]
+    assert of_each(1) == [(4, 0.4, True)]
+    of_0, of_both = files.serving([0]), files.serving([0, 1])
+    assert of_0 and of_both
+    assert (of_0.manifest.version, of_both.manifest.version) == (2, 4)
+
+
+def test_what_serves_first_is_the_newest_that_may_and_is_whole(files: CheckpointFiles) -> None:
+    save(files, 1)
+    good = save(files, 2)
+    save(files, 3, node=1)
+    withhold(files, 4)
+
+    def newest(*nodes: int) -> Checkpoint | None:
+        return checkpoints.newest_serving(files.root, nodes, model="m")
+
+    def version_of(found: Checkpoint | None) -> int | None:
+        return found.manifest.version if found else None
+
+    assert (version_of(newest(0)), version_of(newest(0, 1)), newest(2)) == (2, 3, None)
+    (good / "model-00002-of-00002.safetensors").write_text("weightx")
+    with pytest.raises(ConfigurationError, match="step-00000002 is damaged"):
+        newest(0)
+
+
+def test_manifests_of_before_there_were_guards_may_serve(files: CheckpointFiles) -> None:
+    folder = save(files, 1)
+    older = json.loads((folder / "lemix.json").read_text())
+    del older["may_serve"]
+    (folder / "lemix.json").write_text(json.dumps(older))
+
+    serving = files.serving([0])
+    assert serving and serving.folder == folder
+
+
 def test_a_reported_file_that_is_not_there_makes_no_checkpoint(files: CheckpointFiles) -> None:
     folder = files.temporary(0, 1, 1)
     files.begin(folder)
@@ -220,6 +331,12 @@ def test_a_checkpoint_of_another_stream_is_refused(files: CheckpointFiles) -> No
     assert load(files)[0].manifest.version == 1
     with pytest.raises(ConfigurationError, match="another training stream"):
         files.load(model="m", stream="of another server")
+
+
+def test_who_goes_back_to_a_version_that_was_withheld_lets_it_serve() -> None:
+    withheld = manifest(3, may_serve=False)
+
+    assert rolled_back(withheld, ledger_of([Checkpoint(withheld, Path())])).may_serve
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from services.trainer.node_actions import (
     Restore,
 )
 from services.trainer.node_training import NodeTraining, Rules
-from services.trainer.publishing import Publish, PublishingRules
+from services.trainer.publishing import Evaluate, Publish, PublishingRules
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
@@ -283,6 +283,20 @@ def test_a_merged_version_is_kept_and_published() -> None:
     published = [each.actions for each in merged(replicas) if isinstance(each, NodeActions)]
 
     assert published[:2] == [(Publish(1),), ()]
+
+
+def test_a_guard_evaluates_what_nodes_have_merged_which_is_saved_and_nothing_of_one_node() -> None:
+    replicas = averaging(1, every=3, publishing=PublishingRules(serving="published", evaluate_every=2)).open()
+    replicas.nodes[0].evaluated(1, 0, 2.0)
+    for number, batch_id in enumerate("abc", start=1):
+        assert replicas.apply(0, batch_id, number) == [Applied(batch_id, number, 1.0)]
+
+    merge = replicas.look()[-1]
+
+    assert isinstance(merge, Merge)
+    assert (merge.version, merge.members[0].is_kept) == (3, True)
+    actions = [each.actions for each in merged(replicas) if isinstance(each, NodeActions)]
+    assert actions == [(Evaluate(3),), (RequestSave(1, 3, 1),)]
 
 
 def test_nobody_joins_in_the_middle_of_a_merge() -> None:

@@ -22,6 +22,7 @@ from services.trainer.node_actions import (
 )
 from services.trainer.node_saves import SAVE_DEADLINE_S
 from services.trainer.node_training import STALLED_AFTER_S, NodeTraining, Rules
+from services.trainer.publishing import Evaluate, Publish, PublishingRules
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
     BackwardDone,
@@ -370,6 +371,58 @@ def test_an_idle_node_saves_what_it_has_learnt_and_tries_again_when_that_fails()
     assert driver.answer(1, {0: "no", 1: "no"})[0] == SaveAbandoned(1, "stage 0: no; stage 1: no")
     assert driver.tick(0) == []
     assert driver.tick(2) == [RequestSave(1, 1, 2)]
+
+
+GUARDED = PublishingRules(serving="published", evaluate_every=2, max_kept=3)
+
+
+def guarded(*, durable_version: int = 0, served: int | None = None) -> Driver:
+    """What serves has been evaluated."""
+    driver = Driver(publishing=GUARDED, durable_version=durable_version)
+    driver.beat(0)
+    driver.beat(1)
+    served_version = durable_version if served is None else served
+    assert driver.node.restored(1, "", 0.0, served=served) == [Evaluate(served_version)]
+    assert driver.node.evaluated(1, served_version, 2.0) == []
+    return driver
+
+
+def test_what_a_guard_evaluates_is_saved_too() -> None:
+    driver = guarded()
+    driver.apply("a", 1)
+    assert driver.learn("b")[-2:] == [Step("b", 2, is_kept=True), RequestSave(1, 2, 2)]
+    driver.answer(2)
+    assert driver.step("b", 2) == [Applied("b", 2, 1.0), Evaluate(2)]
+    assert driver.node.evaluated(1, 2, 1.0) == [Publish(2)]
+
+
+def test_a_guard_evaluates_no_version_that_cannot_be_saved_and_the_next_that_can() -> None:
+    driver = guarded()
+    driver.apply("a", 1)
+    assert driver.tick(0) == []
+    assert driver.tick(2) == [RequestSave(1, 1, 2)]
+    driver.answer(1)
+    assert driver.learn("b")[-1:] == [Step("b", 2)]
+    driver.step("b", 2)
+    driver.saved(0, 1)
+    assert isinstance(driver.saved(1, 1)[0], WriteCheckpoint)
+    assert driver.written(1) == []
+
+    assert driver.learn("c")[-2:] == [Step("c", 3, is_kept=True), RequestSave(1, 3, 2)]
+
+
+def test_a_durable_version_that_serves_is_not_saved_again_when_a_batch_is_skipped() -> None:
+    driver = guarded(durable_version=2)
+    driver.place("a")
+    driver.through_stage_0("a")
+
+    assert driver.gather("a", 1.0, nan) == [Step("a", 2, is_skipped=True)]
+
+
+def test_after_a_restore_an_older_version_may_serve_than_the_one_that_trains_on() -> None:
+    driver = guarded(durable_version=8, served=4)
+    assert (driver.node.version, driver.node.publishing.published) == (8, 4)
+    assert driver.learn("a")[-2:] == [Step("a", 9, is_kept=True), RequestSave(1, 9, 2)]
 
 
 def test_no_step_may_overtake_a_save_of_an_idle_node() -> None:

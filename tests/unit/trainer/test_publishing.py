@@ -127,6 +127,37 @@ def test_guarded_a_worse_version_is_withheld(loss: float) -> None:
     assert publishing.evaluated(8, 1.0) == [Publish(8)]
 
 
+def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on() -> None:
+    publishing = guarded()
+    publishing.restored(8)
+    publishing.evaluated(8, 2.0)
+    assert not publishing.keeps(11)
+    assert publishing.keeps(15), "12 is over: training goes on from a later version"
+    assert publishing.applied(15) == [Evaluate(15)]
+    assert publishing.evaluated(15, 9.0)[0] == Withheld(15, 9.0, pytest.approx(2.2))
+    assert publishing.published == 8
+
+
+def test_guarded_what_serves_or_may_yet_is_wanted_in_a_checkpoint() -> None:
+    publishing = guarded()
+    assert [version for version in range(6) if publishing.wants_saved(version)] == [0]
+    assert publishing.keeps(4)
+    assert publishing.wants_saved(4)
+    steps(publishing, 4, 4)
+    publishing.evaluated(4, 9.0)
+    assert not publishing.wants_saved(4)
+    assert not pinned().wants_saved(0), "without a guard whatever is newest serves"
+
+
+def test_guarded_an_evaluation_that_finds_no_room_comes_as_soon_as_there_is() -> None:
+    publishing = guarded(max_kept=2)
+    steps(publishing, 1, 4)
+    publishing.evaluated(4, 1.0)
+    assert steps(publishing, 5, 9) == [], "0 and 4 are kept"
+    assert publishing.served(served(4, 4)) == [Release(0)]
+    assert steps(publishing, 10, 10) == [Evaluate(10)]
+
+
 def test_guarded_one_version_is_evaluated_at_a_time() -> None:
     publishing = guarded()
     steps(publishing, 1, 4)

@@ -126,6 +126,55 @@ def test_one_node_saves_for_all() -> None:
     assert {node.durable_version for node in replicas.nodes.values()} == {2}
 
 
+def guarded(*, save_every: int) -> Replicas:
+    """Versions are due for evaluation every second step; the first one served has been evaluated."""
+    guard = PublishingRules(serving="published", evaluate_every=2, max_kept=3)
+    replicas = reducing(save_every=save_every, publishing=guard).open()
+    for node in replicas.nodes.values():
+        node.evaluated(node.epoch, 0, 2.0)
+    return replicas
+
+
+def guarded_step(replicas: Replicas, version: int) -> list[Action]:
+    """All step on one batch; what is decided on the way."""
+    batch_id = f"b{version}"
+    replicas.learn(1, batch_id)
+    replicas.look()
+    for node, name in enumerate((f"round-{version - 1}", batch_id)):
+        replicas.report(node, GradientsReady(batch_id=name, squared_norm=1.0))
+    ordered = actions_in(replicas.look())
+    for node, action in enumerate(ordered):
+        assert isinstance(action, Step)
+        replicas.report(node, StepDone(batch_id=action.batch_id, version=version))
+    return ordered + actions_in(replicas.look())
+
+
+def is_kept(actions: list[Action]) -> list[bool]:
+    return [action.is_kept for action in actions if isinstance(action, Step)]
+
+
+def test_what_a_guard_evaluates_is_saved() -> None:
+    replicas = guarded(save_every=100)
+    assert is_kept(guarded_step(replicas, 1)) == [False, False]
+
+    second = guarded_step(replicas, 2)
+
+    assert is_kept(second) == [True, True]
+    assert second[-1] == RequestSave(1, 2, 1)
+
+
+def test_a_guard_waits_for_a_save_that_is_under_way() -> None:
+    replicas = guarded(save_every=1)
+    assert guarded_step(replicas, 1)[-1] == RequestSave(1, 1, 1)
+    replicas.nodes[0].save_answered(1, 1, {}, 0.0)
+    assert is_kept(guarded_step(replicas, 2)) == [False, False]
+    for version in (1, 2):
+        replicas.save(0, version)
+        replicas.look()
+
+    assert is_kept(guarded_step(replicas, 3)) == [True, True]
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_a_save_that_fails_is_asked_for_again_only_after_a_while(joins: bool) -> None:
     replicas = reducing(save_every=2).open(0)
