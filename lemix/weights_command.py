@@ -76,7 +76,7 @@ def _row(each: DurableVersion) -> tuple[str, ...]:
     saved = datetime.fromtimestamp(each.created_wall_s).astimezone().isoformat(" ", "seconds")
     loss = "" if each.held_out_loss is None else f"{each.held_out_loss:.4f}"
     if each.num_ahead is None:
-        served = ""
+        served = "" if each.may_serve else "may not"
     elif each.num_ahead == 0:
         served = "yes"
     else:

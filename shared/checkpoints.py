@@ -139,11 +139,14 @@ def _may_serve(checkpoint: Checkpoint) -> bool:
 
 def durable_versions(root: Path, served: Mapping[int, int]) -> list[DurableVersion]:
     """Every whole checkpoint, by node, newest first; `served` is the version that each node serves now."""
-    return [
-        _described(checkpoint.manifest, served.get(node) if place == 0 else None)
-        for node in nodes(root)
-        for place, checkpoint in enumerate(checkpoints(root, node))
-    ]
+    return [each for node in nodes(root) for each in _described_of(root, node, served.get(node, -1))]
+
+
+def _described_of(root: Path, node: int, served: int) -> list[DurableVersion]:
+    """The node serves its newest one that is not above `served`, and what it has learnt since."""
+    manifests = [checkpoint.manifest for checkpoint in checkpoints(root, node)]
+    begun_with = next((each for each in manifests if each.version <= served), None)
+    return [_described(each, served if each is begun_with else None) for each in manifests]
 
 
 def _described(manifest: Manifest, served: int | None) -> DurableVersion:
@@ -153,6 +156,7 @@ def _described(manifest: Manifest, served: int | None) -> DurableVersion:
         created_wall_s=manifest.created_wall_s,
         newest_batch_id=manifest.recent_batch_ids[-1] if manifest.recent_batch_ids else "",
         held_out_loss=manifest.held_out_loss,
+        may_serve=manifest.may_serve,
         num_ahead=None if served is None else served - manifest.version,
     )
 

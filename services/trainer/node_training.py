@@ -125,6 +125,12 @@ class NodeTraining:
         return self._saves.durable_version
 
     @property
+    def served_version(self) -> int:
+        """What answers requests, or would if the node were open."""
+        published = self.publishing.published
+        return self.version if published is None else published
+
+    @property
     def is_saving(self) -> bool:
         return self._saves.is_saving
 

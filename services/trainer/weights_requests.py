@@ -27,7 +27,7 @@ class WeightsRequests:
         self._going_back: set[int] = set()
 
     async def list_versions(self, incoming: Incoming[DurableVersionsRequest]) -> DurableVersions:
-        served = {number: node.version for number, node in self._nodes.by_number.items()}
+        served = {number: node.served_version for number, node in self._nodes.by_number.items()}
         versions = await on_disk(partial(checkpoints.durable_versions, self._root, served))
         return DurableVersions(versions=tuple(versions))
 

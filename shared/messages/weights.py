@@ -117,6 +117,8 @@ class DurableVersion(Message):
     """The last of its batches; empty when it has none that it knows the id of."""
     held_out_loss: float | None
     """Mean loss per label on held-out examples, in nats; None: not measured."""
+    may_serve: bool
+    """False: a guard has not let it serve."""
     num_ahead: int | None
     """The node serves this version and so many batches more; None: it serves another one, or nothing."""
 

@@ -64,15 +64,16 @@ async def test_a_runs_folder_is_listed_when_nothing_runs(tmp_path: Path) -> None
 def test_what_is_served_and_lost_is_shown() -> None:
     common = {"node": 0, "created_wall_s": 0.0, "newest_batch_id": "b"}
     rows = (
-        DurableVersion(**common, version=9, held_out_loss=0.25, num_ahead=2),
-        DurableVersion(**common, version=8, held_out_loss=None, num_ahead=0),
-        DurableVersion(**common, version=7, held_out_loss=None, num_ahead=None),
+        DurableVersion(**common, version=9, held_out_loss=0.25, may_serve=True, num_ahead=2),
+        DurableVersion(**common, version=8, held_out_loss=None, may_serve=True, num_ahead=0),
+        DurableVersion(**common, version=7, held_out_loss=None, may_serve=True, num_ahead=None),
+        DurableVersion(**common, version=6, held_out_loss=0.5, may_serve=False, num_ahead=None),
     )
     shown = console()
     shown.print(versions_table(rows))
 
     ends = [line.split(" b ")[1].split() for line in printed(shown).splitlines() if " b " in line]
-    assert ends == [["0.2500", "yes,", "and", "2", "batches", "more"], ["yes"], []]
+    assert ends == [["0.2500", "yes,", "and", "2", "batches", "more"], ["yes"], [], ["0.5000", "may", "not"]]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -124,6 +124,18 @@ def test_an_intention_that_cannot_be_done_is_named(files: CheckpointFiles) -> No
         load(files)
 
 
+def test_where_an_older_version_serves_that_one_is_listed_as_served(files: CheckpointFiles) -> None:
+    for version in (1, 2, 3):
+        save(files, version)
+
+    def listed(served: dict[int, int]) -> list[int | None]:
+        return [each.num_ahead for each in checkpoints.durable_versions(files.root, served)]
+
+    assert listed({0: 2}) == [None, 0, None]
+    assert listed({0: 5}) == [2, None, None]
+    assert listed({0: 0}) == listed({}) == [None, None, None]
+
+
 def test_versions_are_listed_with_what_is_served(files: CheckpointFiles) -> None:
     for node, version in ((0, 1), (0, 2), (1, 7)):
         folder = files.temporary(node, version, 1)
