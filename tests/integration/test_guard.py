@@ -21,12 +21,12 @@ from shared.clock import SystemClock
 from shared.errors import NoResponderError
 from shared.messages.inference import Placed
 from shared.messages.training import TrainingTask
-from shared.messages.weights import NodeWeights, WeightsRequest
-from shared.subjects import BATCHES, NODE_WEIGHTS, PLACE
+from shared.messages.weights import NodeWeights, RollBackWeights, WeightsRequest
+from shared.subjects import BATCHES, NODE_WEIGHTS, PLACE, ROLLBACK
 from shared.telemetry import Telemetry
 from tests.integration.test_trainer_with_stages import tensors_in
 from tests.support.models import save_tiny_model
-from tests.support.node import Answer, Node, running_node
+from tests.support.node import DEADLINE_S, Answer, Node, running_node
 from tests.support.reference import greedy_reference
 from tests.support.training import ADAMW, Batch, loss_of, num_labels, random_batches
 from tests.support.waiting import until
@@ -290,3 +290,16 @@ async def test_what_was_withheld_is_not_served_after_a_restart_and_trains_on(
     assert [(each.version, each.may_serve) for each in kept if each.version] == [
         (version, version == num_good) for version in (last, num_good) if version
     ]
+
+
+async def test_who_goes_back_to_a_version_that_was_withheld_is_answered_by_it(tmp_path: Path) -> None:
+    model, run_dir = tmp_path / "model", tmp_path / "run"
+    save_tiny_model("llama", model)
+    run_dir.mkdir()
+    async with running_node(model, 2, run_dir) as node, guarded(node, model, run_dir, **WARY):
+        withheld = (await withheld_and_durable(node, run_dir, PERIOD)).durable_version
+        await node.bus.request(ROLLBACK.at(), RollBackWeights(version=withheld), timeout_s=DEADLINE_S)
+        await weights_when(node, lambda found: found.published == withheld and found.held_out_loss)
+        answer = await node.complete(PROMPT, max_tokens=12)
+    expected, _ = greedy_reference(model_in(model, folder_of(run_dir, withheld)), PROMPT, 12)
+    assert (set(answer.versions), answer.token_ids) == ({withheld}, expected)
