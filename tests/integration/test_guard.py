@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from shared.messages.training import TrainingTask
 from shared.messages.weights import NodeWeights, RollBackWeights, WeightsRequest
 from shared.subjects import BATCHES, NODE_WEIGHTS, PLACE, ROLLBACK
 from shared.telemetry import Telemetry
+from tests.integration.test_trainer_with_replicas import two_nodes
 from tests.integration.test_trainer_with_stages import tensors_in
 from tests.support.models import save_tiny_model
 from tests.support.node import DEADLINE_S, Answer, Node, running_node
@@ -40,8 +42,11 @@ def examples_of(batch: Batch) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def guarded(node: Node, model: Path, run_dir: Path, **settings: Any) -> AsyncIterator[None]:
+async def guarded(
+    node: Node, model: Path, run_dir: Path, *, num_nodes: int = 1, **settings: Any
+) -> AsyncIterator[None]:
     """A trainer with a guard, for which this test plays the scheduler."""
+    turns = cycle(range(num_nodes))
     held_out = run_dir / "held_out.jsonl"
     held_out.write_text("\n".join(map(json.dumps, examples_of(HELD_OUT))))
     given: dict[str, Any] = {
@@ -55,7 +60,7 @@ async def guarded(node: Node, model: Path, run_dir: Path, **settings: Any) -> As
     chosen = TrainerSettings(model=str(model), run_dir=run_dir, schedule="1f1b", microbatches=1, **given)
 
     async def place(incoming: Incoming[TrainingTask]) -> Placed:
-        return Placed(node=0)
+        return Placed(node=next(turns))
 
     await node.bus.ensure_stream(TRAIN_STREAM)
     placing = await node.bus.respond(PLACE.at(), place)
@@ -303,3 +308,35 @@ async def test_who_goes_back_to_a_version_that_was_withheld_is_answered_by_it(tm
         answer = await node.complete(PROMPT, max_tokens=12)
     expected, _ = greedy_reference(model_in(model, folder_of(run_dir, withheld)), PROMPT, 12)
     assert (set(answer.versions), answer.token_ids) == ({withheld}, expected)
+
+
+@pytest.mark.parametrize("merge", ["average", "allreduce"])
+async def test_nodes_that_share_their_weights_serve_what_any_of_them_was_let_serve(
+    merge: str, tmp_path: Path
+) -> None:
+    """One of them has the checkpoints of both."""
+    model = tmp_path / "model"
+    settings = WARY | {"merge": merge, "merge_every": 2, "evaluate_every": 4}
+
+    async def on_both(condition: Callable[[NodeWeights], object]) -> None:
+        for number in range(2):
+            await weights_when(
+                nodes[0], lambda found, number=number: found.node == number and condition(found)
+            )
+
+    async with two_nodes(2, tmp_path, merge=merge) as nodes:
+        async with guarded(nodes[0], model, tmp_path, num_nodes=2, **settings):
+            await on_both(lambda found: found.held_out_loss is not None)
+            await publish(nodes[0], [HELD_OUT] * 4)
+            await on_both(lambda found: found.published == found.durable_version == 4)
+            await publish(nodes[0], BAD[:4], first=4)
+            await on_both(lambda found: found.last_withheld == found.durable_version == 8)
+        async with guarded(nodes[0], model, tmp_path, num_nodes=2, **settings):
+            await on_both(lambda found: found.held_out_loss is not None)
+            await on_both(lambda found: (found.version, found.published) == (8, 4))
+            answers = [await node.complete(PROMPT, max_tokens=12) for node in nodes]
+    good = checkpoints.newest_serving(tmp_path / "checkpoints", range(2), model=str(model))
+    assert good is not None
+    expected, _ = greedy_reference(model_in(model, good.folder), PROMPT, 12)
+    for answer in answers:
+        assert (set(answer.versions), answer.token_ids) == ({4}, expected)
