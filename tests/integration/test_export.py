@@ -25,7 +25,6 @@ def logprobs_of(folder: Path, tokens: list[int]) -> list[float]:
     return [table[place, token].item() for place, token in enumerate(tokens[1:])]
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft's, of transformers
 @pytest.mark.parametrize("adapter", [{}, {"adapter": "lora", "lora_rank": 4}], ids=["whole", "lora"])
 async def test_an_exported_version_answers_as_the_node_does(adapter: dict[str, Any], tmp_path: Path) -> None:
     model_folder, run_dir, exported = tmp_path / "model", tmp_path / "run", tmp_path / "exported"

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
@@ -30,7 +28,8 @@ from tests.integration.test_trainer_with_stages import tensors_in
 from tests.support.models import save_tiny_model
 from tests.support.node import DEADLINE_S, Answer, Node, running_node
 from tests.support.reference import greedy_reference
-from tests.support.training import ADAMW, Batch, loss_of, num_labels, random_batches
+from tests.support.saving import model_in
+from tests.support.training import ADAMW, LORA, Batch, loss_of, num_labels, random_batches, settings_id
 from tests.support.waiting import until
 
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -93,8 +92,8 @@ async def weights_when(node: Node, condition: Callable[[NodeWeights], object]) -
             await asyncio.sleep(0.02)
 
 
-def loss_on_held_out(folder: Path) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def loss_on_held_out(checkpoint: Path, model_folder: Path) -> float:
+    model = model_in(checkpoint, model_folder)
     examples = [example for microbatch in HELD_OUT for example in microbatch]
     with torch.no_grad():
         return loss_of(model, dict(model.named_parameters()), examples, num_labels(HELD_OUT)).item()
@@ -104,19 +103,19 @@ async def first_evaluated(node: Node) -> NodeWeights:
     return await weights_when(node, lambda found: found.held_out_loss is not None)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(("num_stages", "settings"), [(1, {}), (2, {}), (2, LORA)], ids=settings_id)
 async def test_a_good_version_is_served_and_its_loss_is_in_its_manifest(
-    num_stages: int, tmp_path: Path
+    num_stages: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     model, run_dir = tmp_path / "model", tmp_path / "run"
     run_dir.mkdir()
     save_tiny_model("llama_tied", model)
     async with (
-        running_node(model, num_stages, run_dir) as node,
+        running_node(model, num_stages, run_dir, **settings) as node,
         guarded(node, model, run_dir, learning_rate=0.003, max_held_out_rise=0.5),
     ):
         first = await first_evaluated(node)
-        assert first.held_out_loss == pytest.approx(loss_on_held_out(model), abs=1e-4)
+        assert first.held_out_loss == pytest.approx(loss_on_held_out(model, model), abs=1e-4)
         await publish(node, [HELD_OUT, HELD_OUT])
         found = await weights_when(node, lambda found: found.published == 2)
         answer = await node.complete(PROMPT, max_tokens=8)
@@ -126,7 +125,7 @@ async def test_a_good_version_is_served_and_its_loss_is_in_its_manifest(
     noted = checkpoints.read(manifest)
     assert noted is not None
     assert noted.held_out_loss == pytest.approx(found.held_out_loss)
-    assert noted.held_out_loss == pytest.approx(loss_on_held_out(manifest), abs=1e-4)
+    assert noted.held_out_loss == pytest.approx(loss_on_held_out(manifest, model), abs=1e-4)
 
 
 async def test_a_version_that_does_worse_is_not_served_and_the_next_good_one_is(tmp_path: Path) -> None:
@@ -218,12 +217,6 @@ async def go_on_to_the_end(node: Node, run_dir: Path, first: int) -> None:
     await until(lambda: not folder_of(run_dir, first + 1).exists())
 
 
-def model_in(base: Path, folder: Path) -> Any:
-    if not (folder / checkpoints.ADAPTER_NAME).exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's, of a whole model
 @pytest.mark.parametrize(
     ("restarts", "num_good", "adapter"),
@@ -261,7 +254,7 @@ async def test_what_was_withheld_is_not_served_after_a_restart_and_trains_on(
         async with guarded(node, model, run_dir, **WARY):
             before = await withheld_and_durable(node, run_dir, num_good)
             assert before.published == num_good
-            good = model_in(model, folder_of(run_dir, num_good) if num_good else model)
+            good = model_in(folder_of(run_dir, num_good) if num_good else model, model)
             answers.append(await served(node))
             epoch = node.heartbeats[0].epoch
             if restarts == "stage":
@@ -306,7 +299,7 @@ async def test_who_goes_back_to_a_version_that_was_withheld_is_answered_by_it(tm
         await node.bus.request(ROLLBACK.at(), RollBackWeights(version=withheld), timeout_s=DEADLINE_S)
         await weights_when(node, lambda found: found.published == withheld and found.held_out_loss)
         answer = await node.complete(PROMPT, max_tokens=12)
-    expected, _ = greedy_reference(model_in(model, folder_of(run_dir, withheld)), PROMPT, 12)
+    expected, _ = greedy_reference(model_in(folder_of(run_dir, withheld), model), PROMPT, 12)
     assert (set(answer.versions), answer.token_ids) == ({withheld}, expected)
 
 
@@ -337,6 +330,6 @@ async def test_nodes_that_share_their_weights_serve_what_any_of_them_was_let_ser
             answers = [await node.complete(PROMPT, max_tokens=12) for node in nodes]
     good = checkpoints.newest_serving(tmp_path / "checkpoints", range(2), model=str(model))
     assert good is not None
-    expected, _ = greedy_reference(model_in(model, good.folder), PROMPT, 12)
+    expected, _ = greedy_reference(model_in(good.folder, model), PROMPT, 12)
     for answer in answers:
         assert (set(answer.versions), answer.token_ids) == ({4}, expected)

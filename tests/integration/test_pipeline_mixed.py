@@ -1,7 +1,6 @@
 """A node that serves and trains at once, and what must not disturb it."""
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from services.stage_worker import training
 from shared import subjects
@@ -23,16 +20,15 @@ from shared.messages.training import (
     BackwardDone,
     MicrobatchForward,
     SaveFailed,
-    ShardSaved,
     StageReport,
     StepDone,
     TrainingFailed,
 )
-from shared.model.index import write_index
 from shared.subjects import RequestSubject, Subject
 from tests.support.models import VOCAB_SIZE, save_tiny_model
 from tests.support.node import Answer, Node, running_node
 from tests.support.reference import greedy_reference
+from tests.support.saving import save, tensors_in
 from tests.support.training import ADAMW, Batch, messages, random_batches
 
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -66,32 +62,6 @@ async def step(node: Node, batch_id: str, batch: Batch, **header: Any) -> list[S
         reports.append(await node.report())
         assert not isinstance(reports[-1].event, TrainingFailed), reports[-1]
     return reports
-
-
-def make_folder(checkpoint: Path, model: Path) -> None:
-    checkpoint.mkdir(parents=True)
-    shutil.copy(model / "config.json", checkpoint)
-
-
-async def save(node: Node, model: Path, version: int, checkpoint: Path, *, epoch: int = 1) -> Path:
-    """A checkpoint as the trainer would have it, without its manifest."""
-    make_folder(checkpoint, model)
-    await node.save(version, checkpoint, epoch=epoch)
-    files: dict[str, str] = {}
-    for _ in range(node.num_stages):
-        event = (await node.report()).event
-        assert isinstance(event, ShardSaved), event
-        files.update(event.file_by_tensor)
-    write_index(checkpoint, files, 0)
-    return checkpoint
-
-
-def tensors_in(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights and optimizer state of all stages."""
-    found: dict[str, Tensor] = {}
-    for path in checkpoint.glob("*.safetensors"):
-        found.update(load_file(path))
-    return found
 
 
 @asynccontextmanager

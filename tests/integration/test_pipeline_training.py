@@ -1,7 +1,6 @@
 """A node's training against one process: losses and weights of the same batches in the same order."""
 
 import json
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from shared.messages.training import BackwardDone, ForwardDone, ShardSaved, StepDone
-from shared.model.index import write_index
+from shared.messages.training import BackwardDone, ForwardDone, StepDone
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
+from tests.support.saving import save
 from tests.support.training import (
     ADAMW,
     Batch,
@@ -81,15 +80,7 @@ class Feeder:
 
 async def weights_of(node: Node, version: int, folder: Path) -> dict[str, Tensor]:
     """What the node holds, through a checkpoint that transformers loads as one whole model."""
-    folder.mkdir(parents=True)  # noqa: ASYNC240
-    shutil.copy(folder.parent.parent / "model" / "config.json", folder)
-    await node.save(version, folder)
-    files: dict[str, str] = {}
-    for _ in range(node.num_stages):
-        event = (await node.report()).event
-        assert isinstance(event, ShardSaved), event
-        files.update(event.file_by_tensor)
-    write_index(folder, files, 0)
+    await save(node, folder.parents[1] / "model", version, folder)
     loaded: dict[str, Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return loaded
 

@@ -1,6 +1,7 @@
 """Going back while real stages answer: later answers are those of the older version, none is broken off."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from shared.subjects import ROLLBACK
 from tests.integration.test_trainer_with_stages import Applied, durable, publish, running_trainer
 from tests.support.models import save_tiny_model
 from tests.support.node import DEADLINE_S, Node, running_node
-from tests.support.training import ADAMW
+from tests.support.training import ADAMW, LORA, settings_id
 
 PROMPT = [3, 14, 15, 92, 65, 35]
 
@@ -19,13 +20,15 @@ async def logprobs(node: Node) -> list[float]:
     return [token.logprob for token in answer.tokens]
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
-async def test_answers_are_those_of_the_older_version(num_stages: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_stages", "settings"), [(1, {}), (2, {}), (2, LORA)], ids=settings_id)
+async def test_answers_are_those_of_the_older_version(
+    num_stages: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     model_folder, run_dir = tmp_path / "model", tmp_path / "run"
     run_dir.mkdir()
     save_tiny_model("llama", model_folder)
     applied = Applied()
-    async with running_node(model_folder, num_stages, run_dir, **ADAMW) as node:
+    async with running_node(model_folder, num_stages, run_dir, **ADAMW, **settings) as node:
         await applied.start(node)
         async with running_trainer(node, model_folder, run_dir):
             await publish(node, 0, 2)

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from shared.errors import RefusedError
 from shared.messages.weights import ServedWeights, ServingRule
-from tests.integration.test_pipeline_mixed import ENDLESS, PROMPT, save, step
+from tests.integration.test_pipeline_mixed import ENDLESS, PROMPT, step
 from tests.support.models import save_tiny_model
 from tests.support.node import Answer, Node, running_node
 from tests.support.reference import greedy_reference
-from tests.support.training import random_batches
+from tests.support.saving import model_in, save
+from tests.support.training import BFLOAT16, LORA, random_batches, settings_id
 from tests.support.waiting import until
 
 NUM_VERSIONS = 4
@@ -38,37 +37,59 @@ async def learn(node: Node, model: Path, run_dir: Path, version: int) -> None:
 
 
 def model_of(model: Path, run_dir: Path, version: int) -> Any:
-    folder = run_dir / "checkpoints" / f"v{version}" if version else model
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model_in(run_dir / "checkpoints" / f"v{version}" if version else model, model)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
-async def test_pinned_answers_equal_generate_with_exactly_their_version(
-    num_stages: int, folder: Path, tmp_path: Path
-) -> None:
+async def pinned_while_training(
+    node: Node, model: Path, run_dir: Path, prompts: list[list[int]]
+) -> list[tuple[int, list[int], Answer]]:
+    """The prompts asked of each version when it is published, and the whole answers."""
     answers: list[tuple[int, list[int], Answer]] = []
-    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
-        await node.restore(serving="pinned")
-        node.keeps, node.learning_rate = True, 0.05
-        for version in range(NUM_VERSIONS):
-            if version:
-                await learn(node, folder, tmp_path, version)
-                await node.publish(version)
-                await node.until_published(version)
-            for prompt in PROMPTS:
-                answers.append((version, prompt, await node.start(prompt, max_tokens=MAX_TOKENS)))
-            await asyncio.gather(*(answer.first_token() for _, _, answer in answers[-len(PROMPTS) :]))
-        await asyncio.gather(*(answer.end() for _, _, answer in answers))
-        await node.serves(NUM_VERSIONS - 1)
-    models = [model_of(folder, tmp_path, version) for version in range(NUM_VERSIONS)]
-    said = {}
-    for version, prompt, answer in answers:
+    await node.restore(serving="pinned")
+    node.keeps, node.learning_rate = True, 0.05
+    for version in range(NUM_VERSIONS):
+        if version:
+            await learn(node, model, run_dir, version)
+            await node.publish(version)
+            await node.until_published(version)
+        for prompt in prompts:
+            answers.append((version, prompt, await node.start(prompt, max_tokens=MAX_TOKENS)))
+        await asyncio.gather(*(answer.first_token() for _, _, answer in answers[-len(prompts) :]))
+    await asyncio.gather(*(answer.end() for _, _, answer in answers))
+    await node.serves(NUM_VERSIONS - 1)
+    for version, _, answer in answers:
         assert answer.failure is None
         assert set(answer.versions) == {version}
+    assert len({tuple(answer.token_ids) for _, _, answer in answers}) > len(prompts), "all say the same"
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "settings"), [(1, {}), (2, {}), (3, {}), (1, LORA), (2, LORA)], ids=settings_id
+)
+async def test_pinned_answers_equal_generate_with_exactly_their_version(
+    num_stages: int, settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    async with running_node(folder, num_stages, tmp_path, **FAST, **settings) as node:
+        answers = await pinned_while_training(node, folder, tmp_path, PROMPTS)
+    models = [model_of(folder, tmp_path, version) for version in range(NUM_VERSIONS)]
+    for version, prompt, answer in answers:
         tokens, _ = greedy_reference(models[version], prompt, MAX_TOKENS)
         assert answer.token_ids == tokens
-        said[version, tuple(prompt)] = tokens
-    assert len({tuple(tokens) for tokens in said.values()}) > len(PROMPTS), "all versions say the same"
+
+
+@pytest.mark.parametrize("settings", [BFLOAT16, LORA | BFLOAT16], ids=settings_id)
+async def test_pinned_answers_in_bfloat16_are_those_of_a_node_that_holds_nothing_else(
+    settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """One prompt, and one at a time: bfloat16's last bit depends on what else is in an iteration."""
+    async with running_node(folder, 2, tmp_path, **FAST, **settings) as node:
+        answers = await pinned_while_training(node, folder, tmp_path, PROMPTS[:1])
+        for version, prompt, answer in answers:
+            checkpoint = str(tmp_path / "checkpoints" / f"v{version}") if version else ""
+            await node.restore(epoch=version + 2, version=version, checkpoint=checkpoint)
+            again = await node.complete(prompt, max_tokens=MAX_TOKENS)
+            assert answer.token_ids == again.token_ids
 
 
 async def test_no_request_fails_across_many_versions(folder: Path, tmp_path: Path) -> None:
@@ -116,11 +137,11 @@ async def test_published_requests_move_on_and_ignore_what_is_not_published(
         assert set((await node.complete(PROMPT, max_tokens=4)).versions) == {2}
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(("num_stages", "settings"), [(1, {}), (2, {}), (2, LORA)], ids=settings_id)
 async def test_requests_whose_version_is_gone_fail_once_and_clearly(
-    num_stages: int, folder: Path, tmp_path: Path
+    num_stages: int, settings: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+    async with running_node(folder, num_stages, tmp_path, **FAST, **settings) as node:
         await node.restore(serving="pinned")
         node.keeps = True
         old = await node.start(PROMPT, max_tokens=2000)
@@ -184,12 +205,18 @@ async def scored(node: Node, versions: Sequence[int]) -> dict[int, list[Answer]]
     return answers
 
 
-@pytest.mark.parametrize("rule", ["published", "pinned"])
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(
+    ("num_stages", "rule", "settings"),
+    [
+        *((num_stages, rule, {}) for num_stages in (1, 2) for rule in ("published", "pinned")),
+        (2, "pinned", LORA),
+    ],
+    ids=settings_id,
+)
 async def test_held_out_prompts_are_scored_with_their_version_while_others_are_answered(
-    num_stages: int, rule: ServingRule, folder: Path, tmp_path: Path
+    num_stages: int, rule: ServingRule, settings: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+    async with running_node(folder, num_stages, tmp_path, **FAST, **settings) as node:
         await node.restore(serving=rule)
         node.keeps, node.learning_rate = True, 0.05
         busy = await node.start(PROMPT, **ENDLESS)

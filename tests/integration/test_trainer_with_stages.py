@@ -141,7 +141,6 @@ def tensors_in(checkpoint: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if not name.startswith("random.")}
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's, of a whole model
 async def test_an_adapter_goes_on_after_all_were_restarted_as_if_nothing_had_been(tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_tiny_model("llama_tied", model)

@@ -5,7 +5,7 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shared import subjects
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import IdSource, SystemClock
+from shared.messages.base import Message
 from shared.messages.cluster import Heartbeat
 from shared.messages.inference import (
     CancelTask,
@@ -28,8 +29,10 @@ from shared.messages.inference import (
 from shared.messages.training import (
     GradientsReady,
     MicrobatchForward,
+    SaveFailed,
     StageReport,
     StepOrder,
+    TrainingFailed,
     VersionsServed,
 )
 from shared.messages.weights import (
@@ -93,7 +96,7 @@ class Node:
         self.served: VersionsServed | None = None
         """What stage 0 told last of the versions that it serves."""
         self.keeps = False
-        """Have stages keep every version that they step to."""
+        """Have stages keep every version that they step to, or hold after a merge."""
         self.learning_rate = LEARNING_RATE
         self.version = 0
         """Of the weights after the last step that was ordered."""
@@ -195,7 +198,9 @@ class Node:
         self, group: MergeGroup, version: int, outer: OuterStep | None = None, *, epoch: int | None = None
     ) -> None:
         """Have all stages hold the mean. Raises the first refusal."""
-        order = MergeWeights(epoch=epoch or self._epoch, version=version, group=group, outer=outer)
+        order = MergeWeights(
+            epoch=epoch or self._epoch, version=version, keep=self.keeps, group=group, outer=outer
+        )
         async with asyncio.timeout(DEADLINE_S):
             asked = (
                 self.bus.request(
@@ -236,6 +241,16 @@ class Node:
     async def report(self) -> StageReport:
         async with asyncio.timeout(DEADLINE_S):
             return await self.reports.get()
+
+    async def told(self, kind: type[Message]) -> list[StageReport]:
+        """The next report of that kind of every stage, by stage."""
+        reports: dict[int, StageReport] = {}
+        while len(reports) < self.num_stages:
+            report = await self.report()
+            assert not isinstance(report.event, TrainingFailed | SaveFailed), report.event
+            if isinstance(report.event, kind):
+                reports[report.stage] = report
+        return [reports[stage] for stage in range(self.num_stages)]
 
     async def _on_tokens(self, incoming: Incoming[TokensProduced]) -> None:
         for result in incoming.message.results:
@@ -321,6 +336,17 @@ async def running_node(
             for stage in range(num_stages):
                 node.workers.stop(stage)
     await node.bus.close()
+
+
+@asynccontextmanager
+async def running_nodes(count: int, *args: Any, **settings: Any) -> AsyncIterator[list[Node]]:
+    """Nodes on one bus, otherwise as `running_node` has one."""
+    broker = MemoryBroker()
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(running_node(*args, number=number, broker=broker, **settings))
+            for number in range(count)
+        ]
 
 
 class Workers:

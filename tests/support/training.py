@@ -20,9 +20,20 @@ ADAMW: dict[str, float] = {
 }
 """The large epsilon keeps AdamW from blowing up rounding errors of gradients that are zero in theory."""
 
+LORA: dict[str, Any] = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 12}
+BFLOAT16: dict[str, Any] = {"dtype": "bfloat16"}
+"""What stages may be told beside `ADAMW`."""
+
 Example = list[int]
 Batch = list[list[Example]]
 """Microbatches of examples; every token but the first is a label."""
+
+
+def settings_id(value: object) -> str | None:
+    """For `parametrize`, of settings what they choose, as `lora-bfloat16`; all else as pytest calls it."""
+    if not isinstance(value, dict):
+        return None
+    return "-".join(each for each in value.values() if isinstance(each, str)) or "default"
 
 
 def random_batches(num_batches: int, num_microbatches: int, *, seed: int = 11) -> list[Batch]:
@@ -86,7 +97,7 @@ def loss_of(
     total = torch.zeros((), device=device)
     for example in examples:
         tokens = torch.tensor([example], device=device)
-        logits = functional_call(model, parameters, (tokens,), tie_weights=tie_weights).logits[0]
+        logits = functional_call(model, parameters, (tokens,), tie_weights=tie_weights).logits[0].float()
         total = total + functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum")
     return total / labels
 

@@ -27,9 +27,6 @@ from shared.model.partition import partition
 from shared.model.stage import Stage
 from tests.unit.model.conftest import FAMILIES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
-"""What peft asks of transformers when a test wraps a whole model; stages do not."""
-
 RANK, ALPHA = 4, 12
 TOKENS = torch.arange(9)
 Folder = Callable[[str], Path]

@@ -27,9 +27,6 @@ from tests.support.training import (
     random_batches,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
-"""What peft asks of transformers when a test wraps a whole model; stages do not."""
-
 LORA = LoraSettings(rank=4, alpha=12, targets=(ALL_LINEAR,))
 OPTIMIZER = OptimizerSettings(
     beta1=ADAMW["optimizer_beta1"],

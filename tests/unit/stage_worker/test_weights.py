@@ -15,6 +15,7 @@ from services.stage_worker.weights import StageWeights, WeightsVersion
 from shared.errors import LemixError, VersionGoneError
 from shared.model.attention import PackedSegments
 from shared.model.loader import load_stage, model_partition, read_config
+from shared.model.lora import ALL_LINEAR, LoraSettings, add_adapter
 from shared.model.stage import Stage
 from shared.schedule import StashingName
 from tests.support.models import VOCAB_SIZE, save_tiny_model
@@ -260,7 +261,17 @@ def test_serving_sees_the_newest_weights_between_training_forwards(
     assert all(one is other for one, other in zip(stage.parameters(), parameters, strict=True))
 
 
-def test_a_kept_version_serves_on_while_the_weights_step(stage: Stage, weights: StageWeights) -> None:
+def of_kind(kind: str, stage: Stage) -> StageWeights:
+    """Of the whole stage in float32 or bfloat16, or of an adapter."""
+    if kind == "lora":
+        add_adapter(stage, LoraSettings(rank=4, alpha=12, targets=(ALL_LINEAR,)))
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    return StageWeights(stage, SETTINGS, version=0, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
+def test_a_kept_version_serves_on_while_the_weights_step(kind: str, stage: Stage) -> None:
+    weights = of_kind(kind, stage)
     old, served = newest(stage), places(stage.parameters())
     weights.keep()
     with weights.serving(0):
@@ -271,7 +282,10 @@ def test_a_kept_version_serves_on_while_the_weights_step(stage: Stage, weights: 
         with weights.serving(0):
             assert_same(newest(stage), old)
         assert_same(newest(stage), stepped)
-    assert not torch.equal(newest(stage)["model.norm.weight"], old["model.norm.weight"])
+    trained = stage.trainable_tensors()
+    assert not any(torch.equal(stepped[name], old[name]) for name in trained)
+    for name, master in weights.master_tensors().items():
+        assert torch.equal(stepped[name], master.to(stepped[name].dtype)), name
 
 
 def test_kept_versions_change_neither_steps_nor_gradients(folder: Path, stage: Stage) -> None:
@@ -287,8 +301,9 @@ def test_kept_versions_change_neither_steps_nor_gradients(folder: Path, stage: S
     assert_same(newest(stage), newest(plain_stage))
 
 
-def test_memory_of_released_versions_is_used_again(stage: Stage, weights: StageWeights) -> None:
-    seen = set()
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
+def test_memory_of_released_versions_is_used_again(kind: str, stage: Stage) -> None:
+    weights, seen = of_kind(kind, stage), set()
     for number in range(8):
         weights.keep()
         train(stage, weights, f"b{number}", TEXTS[:1])

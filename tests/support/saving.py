@@ -1,0 +1,59 @@
+"""What a node's stages save, written as the trainer has it written, and the whole models that are in it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from services.trainer.adapter_file import join_adapter
+from shared import checkpoints
+from shared.messages.training import ShardSaved
+from shared.model.index import write_index
+from tests.support.node import Node
+
+
+async def save(node: Node, model: Path, version: int, checkpoint: Path, *, epoch: int = 1) -> Path:
+    """A checkpoint as the trainer would have it, without its manifest."""
+    checkpoint.mkdir(parents=True)  # noqa: ASYNC240
+    shutil.copy(model / "config.json", checkpoint)
+    await node.save(version, checkpoint, epoch=epoch)
+    shards = [report.event for report in await node.told(ShardSaved)]
+    files = {name: file for shard in shards for name, file in shard.file_by_tensor.items()}
+    if {shard.adapter for shard in shards} == {"lora"}:
+        join_adapter(checkpoint, sorted(set(files.values())))
+    else:
+        write_index(checkpoint, files, 0)
+    return checkpoint
+
+
+def tensors_in(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights and optimizer state of all stages; what two of them hold is the same."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            assert name not in found or torch.equal(found[name], tensor), name
+            found[name] = tensor
+    return found
+
+
+def name_in_stages(name: str) -> str:
+    """Of a tensor that peft has another name for, in its files or in a model."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
+
+
+def adapted(model: Path, adapter: Path) -> Any:
+    """The model as peft loads it, in evaluation mode; the adapter trains."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+
+
+def model_in(checkpoint: Path, model: Path) -> Any:
+    """The whole model of a checkpoint of `model`, an adapter merged into it."""
+    if (checkpoint / checkpoints.ADAPTER_NAME).exists():
+        return adapted(model, checkpoint).merge_and_unload()
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
