@@ -1,15 +1,14 @@
 """Two nodes whose stages share one GPU become one, against plain loops on the same GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.integration.test_pipeline_merges import check_a_merge, check_steps_on_the_mean
+from tests.integration import test_pipeline_merges as merges
 
-DEVICE = "cuda:0"
-ROUNDING = 10.0
-"""A GPU adds up the gradient of an embedding in any order."""
+ON_GPU: dict[str, Any] = {"device": "cuda:0"}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,8 +17,8 @@ pytestmark = [
 
 
 async def test_a_merge_is_the_mean_of_what_nodes_have_learnt_apart(tmp_path: Path) -> None:
-    await check_a_merge("llama_tied", tmp_path, device=DEVICE, rounding=ROUNDING)
+    await merges.test_a_merge_is_the_mean_of_what_nodes_have_learnt_apart("llama_tied", ON_GPU, tmp_path)
 
 
 async def test_steps_on_the_mean_of_gradients_equal_one_process(tmp_path: Path) -> None:
-    await check_steps_on_the_mean("llama_tied", tmp_path, device=DEVICE, rounding=ROUNDING)
+    await merges.test_steps_on_the_mean_of_gradients_equal_one_process("llama_tied", ON_GPU, tmp_path)

@@ -4,14 +4,12 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from services.trainer.service import Trainer
@@ -27,33 +25,15 @@ from shared.messages.training import ShardSaved, TrainingTask
 from shared.subjects import BATCHES, PLACE
 from shared.telemetry import Telemetry
 from tests.support.models import save_tiny_model
-from tests.support.node import Node, running_node
-from tests.support.training import ADAMW, LEARNING_RATE, random_batches
+from tests.support.node import Node, running_node, running_nodes
+from tests.support.plain import assert_identical
+from tests.support.saving import tensors_in
+from tests.support.training import ADAMW, BFLOAT16, LEARNING_RATE, LORA, random_batches, settings_id
 from tests.support.waiting import until
 
+PROMPT = [3, 14, 15, 92, 65, 35]
 NUM_BATCHES = 6
 IDS = [f"b{number}" for number in range(NUM_BATCHES)]
-
-
-@asynccontextmanager
-async def two_nodes(num_stages: int, folder: Path, **settings: Any) -> AsyncIterator[list[Node]]:
-    save_tiny_model("llama_tied", folder / "model")
-    broker = MemoryBroker()
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(
-                running_node(
-                    folder / "model",
-                    num_stages,
-                    folder,
-                    number=number,
-                    broker=broker,
-                    **ADAMW,
-                    **settings,
-                )
-            )
-            for number in range(2)
-        ]
 
 
 @asynccontextmanager
@@ -75,9 +55,9 @@ async def running_trainer(bus: MemoryBus, folder: Path, **changes: Any) -> Async
         task.cancel()
 
 
-async def place_in_turns(bus: MemoryBus) -> None:
+async def place_in_turns(bus: MemoryBus, *, num_nodes: int) -> None:
     """Play the scheduler."""
-    nodes = cycle(range(2))
+    nodes = cycle(range(num_nodes))
 
     async def place(incoming: Incoming[TrainingTask]) -> Placed:
         return Placed(node=next(nodes))
@@ -101,59 +81,78 @@ def is_durable(folder: Path) -> bool:
     return found is not None and found.manifest.version == NUM_BATCHES
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
 async def state_of(node: Node, folder: Path) -> dict[str, Tensor]:
     folder.mkdir()  # noqa: ASYNC240
     while node.reports.qsize():  # of the trainer's run
         node.reports.get_nowait()
     await node.save(NUM_BATCHES, folder, epoch=node.heartbeats[0].epoch)
-    for _ in range(node.num_stages):
-        report = await node.report()
-        assert isinstance(report.event, ShardSaved), report
-    return read(folder)
+    await node.told(ShardSaved)
+    return tensors_in(folder)
 
 
-def assert_identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+async def has_learnt_all(node: Node) -> None:
+    """Wait until all its stages say so."""
+    await node.heard(lambda: all(beat.weights_version == NUM_BATCHES for beat in node.heartbeats.values()))
 
 
 @pytest.mark.parametrize(
-    ("num_stages", "settings"),
+    ("num_stages", "settings", "of_stages"),
     [
-        (1, {"schedule": "dp"}),
-        (2, {"schedule": "1f1b", "merge": "allreduce"}),
-        (2, {"schedule": "async", "merge": "average"}),
-        (2, {"schedule": "1f1b", "merge": "outer"}),
+        (1, {"schedule": "dp"}, {}),
+        (2, {"schedule": "1f1b", "merge": "allreduce"}, {}),
+        (2, {"schedule": "async", "merge": "average"}, {}),
+        (2, {"schedule": "1f1b", "merge": "outer"}, {}),
+        (2, {"schedule": "async", "merge": "average"}, LORA),
+        (2, {"schedule": "1f1b", "merge": "outer"}, BFLOAT16),
     ],
+    ids=settings_id,
 )
 async def test_two_nodes_end_with_the_same_weights_which_hold_each_batch_once(
-    num_stages: int, settings: dict[str, Any], tmp_path: Path
+    num_stages: int, settings: dict[str, Any], of_stages: dict[str, Any], tmp_path: Path
 ) -> None:
-    async with two_nodes(num_stages, tmp_path, merge=settings.get("merge", "none")) as nodes:
+    model, merge = tmp_path / "model", settings.get("merge", "none")
+    save_tiny_model("llama_tied", model)
+    async with running_nodes(2, model, num_stages, tmp_path, merge=merge, **ADAMW, **of_stages) as nodes:
         bus = nodes[0].bus
         await bus.ensure_stream(TRAIN_STREAM)
-        await place_in_turns(bus)
+        await place_in_turns(bus, num_nodes=2)
         await publish(bus)
         async with running_trainer(bus, tmp_path, **settings):
             await until(lambda: is_durable(tmp_path))
             for node in nodes:
-                await node.heard(
-                    lambda node=node: all(
-                        beat.weights_version == NUM_BATCHES for beat in node.heartbeats.values()
-                    )
-                )
+                await has_learnt_all(node)
         checkpoint = newest(tmp_path)
         assert checkpoint is not None
         states = [await state_of(node, tmp_path / "checkpoints" / f"end-{node.number}") for node in nodes]
 
+    assert checkpoint.manifest.adapter == of_stages.get("adapter", "")
     assert Counter(checkpoint.manifest.recent_batch_ids) == Counter(IDS)
     assert_identical(*states)
-    assert_identical(states[0], read(checkpoint.folder))
+    assert_identical(states[0], tensors_in(checkpoint.folder))
+
+
+@pytest.mark.parametrize("of_stages", [{}, LORA, BFLOAT16], ids=settings_id)
+async def test_a_node_that_comes_later_answers_as_the_one_that_has_learnt(
+    of_stages: dict[str, Any], tmp_path: Path
+) -> None:
+    model, broker, answers = tmp_path / "model", MemoryBroker(), []
+    save_tiny_model("llama_tied", model)
+
+    def node(number: int) -> AbstractAsyncContextManager[Node]:
+        settings = {**ADAMW, **of_stages, "merge": "average"}
+        return running_node(model, 2, tmp_path, number=number, broker=broker, **settings)
+
+    async with node(0) as first:
+        await first.bus.ensure_stream(TRAIN_STREAM)
+        await place_in_turns(first.bus, num_nodes=1)
+        before = await first.complete(PROMPT, max_tokens=8, num_logprobs=0)
+        async with running_trainer(first.bus, tmp_path, schedule="1f1b", merge="average"):
+            await publish(first.bus)
+            await until(lambda: is_durable(tmp_path))
+            async with node(1) as second:
+                for each in (first, second):
+                    await has_learnt_all(each)
+                    answers.append(await each.complete(PROMPT, max_tokens=8, num_logprobs=0))
+    logprobs = [[token.logprob for token in answer.tokens] for answer in (before, *answers)]
+    assert logprobs[1] == pytest.approx(logprobs[2], abs=1e-5)
+    assert logprobs[0] != pytest.approx(logprobs[1], abs=1e-3)

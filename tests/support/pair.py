@@ -1,0 +1,113 @@
+"""Two nodes that share their weights, and what a trainer would have them do together."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.messages.training import GradientsReady, StepDone
+from shared.messages.weights import MergeGroup, MergeMember, OuterStep, ServingRule
+from tests.support.models import save_tiny_model
+from tests.support.node import Node, running_nodes
+from tests.support.plain import Plain, State
+from tests.support.saving import adapted, name_in_stages, save, tensors_in
+from tests.support.training import ADAMW, Batch, messages
+
+NUM_STAGES = 2
+EPSILON = 1e-2
+"""A rounding error of a gradient moves a weight by learning rate / epsilon of it at most."""
+
+
+@dataclass
+class Pair:
+    """Two nodes on one bus, and the model that they run."""
+
+    nodes: list[Node]
+    model: Any
+    """As it is before any training."""
+    folder: Path
+    dtype: torch.dtype
+
+    def plain(self) -> Plain:
+        """One process with a copy of the model."""
+        return Plain(deepcopy(self.model), epsilon=EPSILON, dtype=self.dtype)
+
+    async def merge(self, name: str, *shares: float, version: int, outer: OuterStep | None = None) -> None:
+        """Have both hold the mean."""
+        members = group(name, *shares)
+        await asyncio.gather(*(node.merge(members, version, outer) for node in self.nodes))
+
+    async def states(self, name: str = "state") -> list[State]:
+        """Of both, as `state` has it."""
+        return [await self.state(node, f"{name}-{node.number}") for node in self.nodes]
+
+    async def state(self, node: Node, name: str) -> State:
+        """All that a checkpoint of the node's holds; it is written to `checkpoints/<name>`."""
+        return await state_of(node, self.folder, name)
+
+
+@asynccontextmanager
+async def two_nodes(
+    family: str, folder: Path, *, serving: ServingRule = "newest", **settings: Any
+) -> AsyncIterator[Pair]:
+    """Open for training: node n follows epoch n + 1."""
+    model = save_tiny_model(family, folder / "model").to(settings.get("device", "cpu"))
+    chosen = {**ADAMW, "optimizer_epsilon": EPSILON, **settings}
+    async with running_nodes(2, folder / "model", NUM_STAGES, folder, **chosen) as nodes:
+        for node in nodes:
+            await node.restore(epoch=node.number + 1, serving=serving)
+        if settings.get("adapter") == "lora":
+            start = await save(nodes[0], folder / "model", 0, folder / "checkpoints" / "start")
+            model = adapted(folder / "model", start)
+        yield Pair(nodes, model, folder, getattr(torch, settings.get("dtype", "float32")))
+
+
+async def state_of(node: Node, folder: Path, name: str) -> State:
+    """All that a checkpoint of the node's holds; it is written to `checkpoints/<name>` of its folder."""
+    checkpoint = folder / "checkpoints" / name
+    await save(node, folder / "model", node.version, checkpoint, epoch=node.number + 1)
+    return {name_in_stages(name): tensor for name, tensor in tensors_in(checkpoint).items()}
+
+
+def group(name: str, *shares: float, epochs: Sequence[int] = (1, 2)) -> MergeGroup:
+    """Of the first nodes, each with its share."""
+    members = (MergeMember(node=node, epoch=epochs[node], share=share) for node, share in enumerate(shares))
+    return MergeGroup(name=name, members=tuple(members))
+
+
+async def train(node: Node, batch_id: str, batch: Batch) -> None:
+    """One step of this node alone."""
+    for forward in messages(batch_id, batch, epoch=node.number + 1):
+        await node.feed(forward)
+    await node.told(StepDone)
+
+
+async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int) -> None:
+    """As the trainer has nodes of `allreduce` step; None: a node has no batch."""
+    has_batch = [batch is not None for batch in batches]
+    shares = [has / sum(has_batch) for has in has_batch]
+    members, brought = group(f"merge-{number}", *shares), []
+    for node, batch in zip(pair.nodes, batches, strict=True):
+        batch_id = f"b{number}-{node.number}" if batch else ""
+        brought.append(batch_id)
+        if batch:
+            for forward in messages(batch_id, batch, epoch=node.number + 1):
+                await node.feed(forward)
+            await node.told(GradientsReady)
+    for node, batch_id in zip(pair.nodes, brought, strict=True):
+        await node.reduce(members, batch_id)
+    norms = []
+    for node, batch_id in zip(pair.nodes, brought, strict=True):
+        name = batch_id or members.name
+        ready = await node.told(GradientsReady)
+        events = [report.event for report in ready if isinstance(report.event, GradientsReady)]
+        assert {event.batch_id for event in events} == {name}
+        norms.append([event.squared_norm for event in events])
+        await node.order(ready[0].epoch, name)
+        await node.told(StepDone)
+    assert norms[0] == norms[1]
