@@ -7,7 +7,7 @@ Only holding the mean, and the copy of gradients, are ops of their own; other op
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from services.stage_worker.parts import Parts
 from services.stage_worker.queue import WorkKind
 from services.stage_worker.training import Item, Training
 from shared.bus.base import Incoming
-from shared.errors import BusError, PeerLostError, RefusedError
+from shared.errors import BusError, CarrierError, PeerLostError, RefusedError
 from shared.messages.base import Done
 from shared.messages.cluster import Rendezvous, RendezvousRequest
 from shared.messages.weights import MergeGroup, MergeWeights, ReduceGradients
@@ -46,7 +46,7 @@ class Merging:
         await self._bus.subscribe(REDUCE.at(**place), self._on_reduce)
 
     async def _on_rendezvous(self, incoming: Incoming[RendezvousRequest]) -> Rendezvous:
-        return Rendezvous(address=await self._executor.rendezvous())
+        return Rendezvous(address=await self._executor.rendezvous(), settings=self._settings.of_means)
 
     # Weights
 
@@ -101,7 +101,10 @@ class Merging:
         await done
 
     async def _rendezvous(self, group: MergeGroup) -> str:
-        """Where the members meet. Raises PeerLostError when the first one does not say."""
+        """Where the members meet.
+
+        Raises PeerLostError when the first one does not say, CarrierError when it trains something else.
+        """
         first, stage = group.members[0].node, self._settings.stage
         if first == self._settings.node:
             return await self._executor.rendezvous()
@@ -111,7 +114,19 @@ class Merging:
             )
         except BusError as error:
             raise PeerLostError(f"node {first} does not say where to meet: {error}") from error
+        self._check_alike(first, answer.settings)
         return answer.address
+
+    def _check_alike(self, node: int, settings: Mapping[str, str]) -> None:
+        """Sizes alone do not tell: adapters of other modules, or of another alpha, may have the same."""
+        own = self._settings
+        differences = [
+            f"LEMIX_{name.upper()}={settings[name]} on node {node} and {value} on node {own.node}"
+            for name, value in own.of_means.items()
+            if settings.get(name, value) != value
+        ]
+        if differences:
+            raise CarrierError(f"nodes that share their weights must train alike: {', '.join(differences)}")
 
     # Gradients
 

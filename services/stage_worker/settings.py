@@ -86,5 +86,11 @@ class StageWorkerSettings(LemixSettings):
     """For each single wait for another node in a merge; the same on all."""
 
     @property
+    def of_means(self) -> dict[str, str]:
+        """What says which tensors nodes average: the same on all that share their weights."""
+        of_adapter = ("lora_rank", "lora_alpha", "lora_targets") if self.adapter == "lora" else ()
+        return self.told(("optimizer", "adapter", *of_adapter))
+
+    @property
     def kv_blocks(self) -> int:
         return -(-self.kv_tokens // self.kv_block_size)

@@ -79,6 +79,8 @@ class Rendezvous(Message):
 
     address: str
     """`host:port` of a key-value store."""
+    settings: dict[str, str]
+    """What the first member trains, by setting: the others must train the same, or their mean is none."""
 
 
 class StatusRequest(Message):

@@ -23,10 +23,9 @@ from shared.messages.training import TrainingTask
 from shared.messages.weights import NodeWeights, RollBackWeights, WeightsRequest
 from shared.subjects import BATCHES, NODE_WEIGHTS, PLACE, ROLLBACK
 from shared.telemetry import Telemetry
-from tests.integration.test_trainer_with_replicas import two_nodes
 from tests.integration.test_trainer_with_stages import tensors_in
 from tests.support.models import save_tiny_model
-from tests.support.node import DEADLINE_S, Answer, Node, running_node
+from tests.support.node import DEADLINE_S, Answer, Node, running_node, running_nodes
 from tests.support.reference import greedy_reference
 from tests.support.saving import model_in
 from tests.support.training import ADAMW, LORA, Batch, loss_of, num_labels, random_batches, settings_id
@@ -317,7 +316,8 @@ async def test_nodes_that_share_their_weights_serve_what_any_of_them_was_let_ser
                 nodes[0], lambda found, number=number: found.node == number and condition(found)
             )
 
-    async with two_nodes(2, tmp_path, merge=merge) as nodes:
+    save_tiny_model("llama_tied", model)
+    async with running_nodes(2, model, 2, tmp_path, merge=merge, **ADAMW) as nodes:
         async with guarded(nodes[0], model, tmp_path, num_nodes=2, **settings):
             await on_both(lambda found: found.held_out_loss is not None)
             await publish(nodes[0], [HELD_OUT] * 4)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,19 @@ def assert_close(pair: Pair, got: State, expected: State) -> None:
     if pair.dtype == torch.bfloat16:
         assert_near(got, expected, pair.plain().weights())
         return
-    rounding = (
-        1 if pair.model.device.type == "cpu" else 10
-    )  # a GPU sums gradients of an embedding in any order
+    # A GPU adds up the gradient of an embedding in any order.
+    rounding = 1 if pair.model.device.type == "cpu" else 10
     for name, tensor in expected.items():
         tolerance = rounding * (1e-6 if is_weight(name) else 1e-5)
         torch.testing.assert_close(
             got[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def assert_exactly(got: State, expected: State) -> None:
+    """But for the rounding of a sum in float32."""
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
 
 
 def assert_near(got: State, expected: State, start: State) -> None:
@@ -118,11 +124,21 @@ async def test_a_merge_is_the_mean_of_what_nodes_have_learnt_apart(
     apart[1].train(BATCHES[2])
     assert_identical(*states)
     assert_close(pair, states[0], mean([each.state() for each in apart], shares))
-    for name, tensor in mean(before, shares).items():
-        torch.testing.assert_close(states[0][name], tensor, rtol=1e-6, atol=1e-9)
+    assert_exactly(states[0], mean(before, shares))
 
 
-@pytest.mark.parametrize("settings", [{}, BFLOAT16, LORA], ids=settings_id)
+async def test_nodes_that_compute_in_different_dtypes_share_their_masters(tmp_path: Path) -> None:
+    async with two_nodes("llama_tied", tmp_path, of_each=[{}, BFLOAT16]) as pair:
+        for node in pair.nodes:
+            await train(node, "b0", BATCHES[node.number])
+        before = [of_training(state) for state in await pair.states("before")]
+        await pair.merge("merge-1", 0.5, 0.5, version=2)
+        states = await pair.states()
+    assert_identical(*states)
+    assert_exactly(states[0], mean(before, [0.5, 0.5]))
+
+
+@pytest.mark.parametrize("settings", [{}, BFLOAT16, LORA, {"optimizer": "nadamw"}], ids=settings_id)
 async def test_a_node_that_has_learnt_nothing_gets_what_the_other_has(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -267,6 +283,21 @@ async def test_a_member_that_does_not_come_is_waited_for_in_bounds(tmp_path: Pat
     async with two_nodes("llama", tmp_path, collective_timeout_s=0.5) as pair:
         with pytest.raises(RefusedError, match=r"\[1\] did not come"):
             await pair.nodes[0].merge(group("merge-1", 0.5, 0.5), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("lora_targets", ("q_proj", "o_proj")), ("lora_alpha", (12, 24))]
+)
+async def test_adapters_that_are_not_alike_are_not_merged(
+    name: str, values: Sequence[Any], tmp_path: Path
+) -> None:
+    """Their tensors have the same sizes, and a mean of them would mean nothing."""
+    of_each = [{name: value} for value in values]
+    async with two_nodes("llama", tmp_path, of_each=of_each, collective_timeout_s=0.5, **LORA) as pair:
+        merges = (node.merge(group("merge-1", 0.5, 0.5), 2) for node in pair.nodes)
+        refusals = await asyncio.gather(*merges, return_exceptions=True)
+    assert [type(refusal) for refusal in refusals] == [RefusedError] * 2
+    assert f"LEMIX_{name.upper()}={values[0]} on node 0 and {values[1]} on node 1" in str(refusals[1])
 
 
 async def test_a_merge_of_another_epoch_or_without_its_first_member_is_refused(tmp_path: Path) -> None:

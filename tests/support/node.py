@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -339,14 +339,17 @@ async def running_node(
 
 
 @asynccontextmanager
-async def running_nodes(count: int, *args: Any, **settings: Any) -> AsyncIterator[list[Node]]:
-    """Nodes on one bus, otherwise as `running_node` has one."""
+async def running_nodes(
+    count: int, *args: Any, of_each: Sequence[dict[str, Any]] = (), **settings: Any
+) -> AsyncIterator[list[Node]]:
+    """Nodes on one bus, otherwise as `running_node` has one; `of_each`: settings that only one has."""
     broker = MemoryBroker()
     async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(running_node(*args, number=number, broker=broker, **settings))
-            for number in range(count)
-        ]
+        nodes = []
+        for number, own in enumerate(of_each or [{}] * count):
+            node = running_node(*args, number=number, broker=broker, **settings | own)
+            nodes.append(await stack.enter_async_context(node))
+        yield nodes
 
 
 class Workers:
