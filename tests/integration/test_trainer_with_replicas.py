@@ -102,8 +102,8 @@ async def has_learnt_all(node: Node) -> None:
         (2, {"schedule": "1f1b", "merge": "allreduce"}, {}),
         (2, {"schedule": "async", "merge": "average"}, {}),
         (2, {"schedule": "1f1b", "merge": "outer"}, {}),
-        (2, {"schedule": "async", "merge": "average"}, LORA),
-        (2, {"schedule": "1f1b", "merge": "outer"}, BFLOAT16),
+        (2, {"schedule": "async", "merge": "average", "weights_consistency": "pinned"}, LORA),
+        (2, {"schedule": "1f1b", "merge": "outer", "weights_consistency": "pinned"}, BFLOAT16),
     ],
     ids=settings_id,
 )
