@@ -18,8 +18,9 @@ class Plain:
 
     def __init__(self, model: Any, *, epsilon: float, dtype: torch.dtype = torch.float32) -> None:
         self._model, self._dtype = model, dtype
-        self._trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        self.parameters: State = {name_in_stages(name): each for name, each in self._trained.items()}
+        self.parameters: State = {
+            name_in_stages(name): each for name, each in model.named_parameters() if each.requires_grad
+        }
         self._optimizer = adamw(self.parameters.values())
         self._optimizer.param_groups[0]["eps"] = epsilon
 
@@ -60,12 +61,10 @@ class Plain:
 
 
 def mean(states: Sequence[State], shares: Sequence[float]) -> State:
-    return {
-        name: torch.stack(
-            [state[name] * share for state, share in zip(states, shares, strict=True)]
-        ).sum(dim=0)
-        for name in states[0]
-    }  # fmt: skip
+    def weighted(name: str) -> list[Tensor]:
+        return [state[name] * share for state, share in zip(states, shares, strict=True)]
+
+    return {name: torch.stack(weighted(name)).sum(dim=0) for name in states[0]}
 
 
 def assert_identical(first: State, second: State) -> None:
