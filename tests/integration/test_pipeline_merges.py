@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from shared.bus.memory import MemoryBroker
 from shared.errors import RefusedError
@@ -26,21 +25,25 @@ from shared.messages.training import (
     StepDone,
     TrainingFailed,
 )
-from shared.messages.weights import MergeGroup, MergeMember, OuterStep
+from shared.messages.weights import MergeGroup, MergeMember
 from shared.model.index import write_index
 from shared.subjects import RENDEZVOUS
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
-from tests.support.training import ADAMW, Batch, adamw, loss_of, messages, num_labels, random_batches
+from tests.support.plain_loop import (
+    EPSILON,
+    OUTER,
+    Plain,
+    State,
+    assert_close,
+    assert_identical,
+    diloco,
+    mean,
+)
+from tests.support.training import ADAMW, Batch, messages, random_batches
 
 NUM_STAGES = 2
 BATCHES = random_batches(8, 2)
-EPSILON = 1e-2
-"""A rounding error of a gradient moves a weight by learning rate / epsilon of it at most."""
-OUTER = OuterStep(learning_rate=0.7, momentum=0.9)
-
-State = dict[str, Tensor]
-"""Weights by name, and the optimizer's state as `<kind>.<name>`."""
 
 
 @dataclass
@@ -107,68 +110,6 @@ async def state_of(node: Node, folder: Path) -> State:
             assert name not in state or torch.equal(state[name], tensor), name
             state[name] = tensor
     return state
-
-
-def assert_identical(first: State, second: State) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
-def assert_close(got: State, expected: State) -> None:
-    """Weights within 1e-6; what is remembered of gradients, which are larger, within 1e-5."""
-    assert got.keys() >= expected.keys()
-    for name, tensor in expected.items():
-        tolerance = 1e-6 if name.startswith("model.") or name == "lm_head.weight" else 1e-5
-        torch.testing.assert_close(
-            got[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
-
-
-class Plain:
-    """One process with the whole model."""
-
-    def __init__(self, model: Any) -> None:
-        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
-        self._model = model
-        self._optimizer = adamw(self.parameters.values())
-        self._optimizer.param_groups[0]["eps"] = EPSILON
-
-    def gradients(self, batch: Batch) -> list[Tensor]:
-        parts = [loss_of(self._model, self.parameters, part, num_labels(batch)) for part in batch]
-        return list(torch.autograd.grad(torch.stack(parts).sum(), list(self.parameters.values())))
-
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
-        self._optimizer.step()
-
-    def train(self, batch: Batch) -> None:
-        self.step(self.gradients(batch))
-
-    def state(self) -> State:
-        """A copy, in the names of checkpoints."""
-        optimizer = {
-            f"{kind}.{name}": value.clone()
-            for name, parameter in self.parameters.items()
-            for kind, value in self._optimizer.state[parameter].items()
-        }
-        return {name: value.detach().clone() for name, value in self.parameters.items()} | optimizer
-
-    def hold(self, state: State) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.data = state[name].clone()
-            for kind, value in self._optimizer.state[parameter].items():
-                value.copy_(state[f"{kind}.{name}"])
-
-
-def mean(states: Sequence[State], shares: Sequence[float]) -> State:
-    return {
-        name: torch.stack(
-            [state[name] * share for state, share in zip(states, shares, strict=True)]
-        ).sum(dim=0)
-        for name in states[0]
-    }  # fmt: skip
 
 
 async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int) -> None:
@@ -242,21 +183,6 @@ async def test_a_node_that_has_learnt_nothing_gets_what_the_other_has(tmp_path: 
         members = group("merge-1", 1.0, 0.0)
         await asyncio.gather(first.merge(members, 1), second.merge(members, 1))
         assert_identical(await state_of(second, tmp_path / "checkpoints" / "after"), before)
-
-
-def diloco(state: State, momentum: State, merged: State) -> State:
-    """A round of DiLoCo as its paper writes it: Nesterov's SGD of torch on what the mean has moved."""
-    after = dict(merged)
-    for name in momentum:
-        parameter = torch.nn.Parameter(state[name].clone())
-        optimizer = torch.optim.SGD(
-            [parameter], lr=OUTER.learning_rate, momentum=OUTER.momentum, nesterov=True
-        )
-        optimizer.state[parameter]["momentum_buffer"] = momentum[name]
-        parameter.grad = state[name] - merged[name]
-        optimizer.step()
-        after[name] = parameter.detach()
-    return after
 
 
 async def test_three_outer_steps_equal_a_plain_loop_of_diloco_across_a_restart(tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
@@ -28,10 +26,12 @@ from shared.subjects import BATCHES, PLACE
 from shared.telemetry import Telemetry
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
+from tests.support.plain_loop import State, assert_identical
 from tests.support.training import ADAMW, LEARNING_RATE, random_batches
 from tests.support.waiting import until
 
 NUM_BATCHES = 6
+BATCHES_OF_THE_RUN = random_batches(NUM_BATCHES, 2)
 IDS = [f"b{number}" for number in range(NUM_BATCHES)]
 
 
@@ -48,8 +48,7 @@ async def two_nodes(num_stages: int, folder: Path, **settings: Any) -> AsyncIter
                     folder,
                     number=number,
                     broker=broker,
-                    **ADAMW,
-                    **settings,
+                    **{**ADAMW, **settings},
                 )
             )
             for number in range(2)
@@ -85,10 +84,10 @@ async def place_in_turns(bus: MemoryBus) -> None:
     await bus.respond(PLACE.at(), place)
 
 
-async def publish(bus: MemoryBus) -> None:
-    for batch_id, batch in zip(IDS, random_batches(NUM_BATCHES, 2), strict=True):
-        examples = [{"token_ids": example} for part in batch for example in part]
-        await bus.publish_durable(BATCHES, json.dumps({"id": batch_id, "examples": examples}).encode())
+async def publish(bus: MemoryBus, start: int = 0, stop: int = NUM_BATCHES) -> None:
+    for number in range(start, stop):
+        examples = [{"token_ids": example} for part in BATCHES_OF_THE_RUN[number] for example in part]
+        await bus.publish_durable(BATCHES, json.dumps({"id": IDS[number], "examples": examples}).encode())
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -96,33 +95,38 @@ def newest(folder: Path) -> Checkpoint | None:
     return max(found, key=lambda checkpoint: checkpoint.manifest.version, default=None)
 
 
-def is_durable(folder: Path) -> bool:
+async def durable(folder: Path, version: int) -> Checkpoint:
+    """The newest checkpoint, once it is that version."""
+    await until(lambda: (found := newest(folder)) and found.manifest.version == version)
     found = newest(folder)
-    return found is not None and found.manifest.version == NUM_BATCHES
+    assert found is not None
+    return found
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+async def all_hold(nodes: list[Node], version: int) -> None:
+    for node in nodes:
+        await node.heard(
+            lambda node=node: all(beat.weights_version == version for beat in node.heartbeats.values())
+        )
+
+
+def read(folder: Path) -> State:
+    tensors: State = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
     return tensors
 
 
-async def state_of(node: Node, folder: Path) -> dict[str, Tensor]:
+async def state_of(node: Node, version: int, folder: Path) -> State:
+    """What its stages hold, which is of that version."""
     folder.mkdir()  # noqa: ASYNC240
     while node.reports.qsize():  # of the trainer's run
         node.reports.get_nowait()
-    await node.save(NUM_BATCHES, folder, epoch=node.heartbeats[0].epoch)
+    await node.save(version, folder, epoch=node.heartbeats[0].epoch)
     for _ in range(node.num_stages):
         report = await node.report()
         assert isinstance(report.event, ShardSaved), report
     return read(folder)
-
-
-def assert_identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 @pytest.mark.parametrize(
@@ -143,16 +147,12 @@ async def test_two_nodes_end_with_the_same_weights_which_hold_each_batch_once(
         await place_in_turns(bus)
         await publish(bus)
         async with running_trainer(bus, tmp_path, **settings):
-            await until(lambda: is_durable(tmp_path))
-            for node in nodes:
-                await node.heard(
-                    lambda node=node: all(
-                        beat.weights_version == NUM_BATCHES for beat in node.heartbeats.values()
-                    )
-                )
-        checkpoint = newest(tmp_path)
-        assert checkpoint is not None
-        states = [await state_of(node, tmp_path / "checkpoints" / f"end-{node.number}") for node in nodes]
+            checkpoint = await durable(tmp_path, NUM_BATCHES)
+            await all_hold(nodes, NUM_BATCHES)
+        states = [
+            await state_of(node, NUM_BATCHES, tmp_path / "checkpoints" / f"end-{node.number}")
+            for node in nodes
+        ]
 
     assert Counter(checkpoint.manifest.recent_batch_ids) == Counter(IDS)
     assert_identical(*states)
