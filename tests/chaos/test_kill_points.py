@@ -129,7 +129,8 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 def weight_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in tensors if name.startswith("model-")]
+    """Those of moments, in files or not, begin otherwise."""
+    return [name for name in tensors if name.startswith("model")]
 
 
 def published() -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lemix.simulation.loop import run_virtual
 from services.trainer.merges import MAX_FAILURES
 from shared.checkpoints import Checkpoint
-from tests.chaos.test_kill_points import BATCHES, IDS, examples, tensors_of
+from tests.chaos.test_kill_points import BATCHES, IDS, distance, examples, tensors_of
 from tests.support.models import save_tiny_model
 from tests.support.mortal_cluster import Kill, MortalCluster, victims
 from tests.support.plain_loop import (
@@ -37,6 +37,8 @@ from tests.support.plain_loop import (
 from tests.support.training import ADAMW, LEARNING_RATE
 
 NUM_NODES = 2
+ASYNC_TOLERANCE = 0.4
+"""L2 distance between two final sets of weights, as a share of how far the run moved them."""
 VICTIM = st.sampled_from(victims(NUM_NODES))
 TOGETHER = r"\.(merge|reduce|rendezvous|save|restore)\b"
 """What nodes are told when they do something together: few of all messages."""
@@ -60,14 +62,14 @@ def model_folder() -> Path:
     return folder
 
 
-def train(merge: str, seed: int, kills: Sequence[Kill], run_dir: Path) -> MortalCluster:
+def train(schedule: str, merge: str, seed: int, kills: Sequence[Kill], run_dir: Path) -> MortalCluster:
     """Until both nodes hold every batch. `seed`: of the times that messages take."""
     cluster = MortalCluster(
         model=model_folder(),
         run_dir=run_dir,
         seed=seed,
         trainer_settings={
-            "schedule": "1f1b",
+            "schedule": schedule,
             "merge": merge,
             "merge_every": 2,
             "learning_rate": LEARNING_RATE,
@@ -90,6 +92,23 @@ def train(merge: str, seed: int, kills: Sequence[Kill], run_dir: Path) -> Mortal
     return cluster
 
 
+def learnt(schedule: str, merge: str, seed: int, kills: Sequence[Kill]) -> tuple[State, State]:
+    """What both nodes hold in the end, each batch once, and what a plain loop makes of the same batches."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        cluster = train(schedule, merge, seed, kills, Path(run_dir))
+        durable = cluster.durable()
+        saved = {name.partition(":")[2]: tensor for name, tensor in tensors_of(durable[-1]).items()}
+    assert cluster.rejected() == []
+    assert Counter(durable[-1].manifest.recent_batch_ids) == Counter(IDS), "each batch once"
+    assert_identical(*cluster.states)
+    assert_identical(cluster.states[0], saved)
+    plain = Plain(AutoModelForCausalLM.from_pretrained(model_folder()))
+    if merge == "allreduce":
+        learn_together(plain, steps_of(cluster))
+        return saved, plain.state()
+    return saved, learn_apart(plain, rounds_of(durable), is_outer=merge == "outer")
+
+
 @pytest.mark.parametrize("merge", ["allreduce", "average", "outer"])
 @examples(3)
 @given(seed=st.integers(0, 1000), kills=KILLS)
@@ -99,22 +118,22 @@ def test_whoever_dies_both_nodes_hold_what_a_plain_loop_learns(
     """Measured in 75 such runs: weights differ by 5e-7 at most, and the squares of gradients, which reach 10,
     by 5e-5 of them. A step that is missing moves weights by up to 1e-3, the learning rate.
     """
-    with tempfile.TemporaryDirectory() as run_dir:
-        cluster = train(merge, seed, kills, Path(run_dir))
-        durable = cluster.durable()
-        saved = {name.partition(":")[2]: tensor for name, tensor in tensors_of(durable[-1]).items()}
+    got, expected = learnt("1f1b", merge, seed, kills)
 
-    assert cluster.rejected() == []
-    assert Counter(durable[-1].manifest.recent_batch_ids) == Counter(IDS), "each batch once"
-    assert_identical(*cluster.states)
-    assert_identical(cluster.states[0], saved)
-    plain = Plain(AutoModelForCausalLM.from_pretrained(model_folder()))
-    if merge == "allreduce":
-        learn_together(plain, steps_of(cluster))
-        expected = plain.state()
-    else:
-        expected = learn_apart(plain, rounds_of(durable), is_outer=merge == "outer")
-    assert_close(saved, expected, of_weights=5e-6, of_gradients=5e-4)
+    assert_close(got, expected, of_weights=5e-6, of_gradients=5e-4)
+
+
+@examples(3)
+@given(seed=st.integers(0, 1000), kills=KILLS)
+def test_without_a_flush_they_differ_by_no_more_than_delays_make_them(seed: int, kills: list[Kill]) -> None:
+    """Under A-PP a gradient may lack the last step, as message times have it, and the loop's never does.
+    Measured: that moves the weights by up to 0.23 of the way that they went, with deaths or without any.
+    A batch that were lost or doubled would show in the ids.
+    """
+    got, expected = learnt("async", "average", seed, kills)
+
+    way = distance(expected, Plain(AutoModelForCausalLM.from_pretrained(model_folder())).state())
+    assert distance(got, expected) <= ASYNC_TOLERANCE * way
 
 
 def steps_of(cluster: MortalCluster) -> list[list[int]]:
