@@ -21,9 +21,11 @@ async def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-async def roll_back(cluster: Cluster, version: int, node: int | None = None) -> RolledBack:
+async def roll_back(
+    cluster: Cluster, version: int, node: int | None = None, *, timeout_s: float = DEADLINE_S
+) -> RolledBack:
     message = RollBackWeights(version=version, node=node)
-    return await cluster.bus.request(ROLLBACK.at(), message, timeout_s=DEADLINE_S)
+    return await cluster.bus.request(ROLLBACK.at(), message, timeout_s=timeout_s)
 
 
 async def listed(cluster: Cluster) -> tuple[DurableVersion, ...]:
@@ -115,9 +117,8 @@ async def test_a_trainer_that_dies_while_it_goes_back_has_gone_back_or_not(
         raise Killed
 
     monkeypatch.setattr(rollback_files, place, broken)
-    asked = cluster.bus.request(ROLLBACK.at(), RollBackWeights(version=1), timeout_s=0.01)
     with pytest.raises(Exception, match="no answer within"):
-        await asked
+        await roll_back(cluster, 1, timeout_s=0.01)
     await cluster.news.until(trainer.done)
     assert isinstance(trainer.exception(), ExceptionGroup)
     monkeypatch.undo()
@@ -152,7 +153,7 @@ async def test_versions_and_nodes_that_do_not_exist_are_named_with_those_that_do
     trainer = await cluster.trainer(keep_checkpoints=9)
     await train(cluster, "a", "b")
 
-    with pytest.raises(RefusedError, match="node 0 has no durable version 7; there are: 2, 1"):
+    with pytest.raises(RefusedError, match="node 0: no durable version 7; there are: 2, 1"):
         await roll_back(cluster, 7)
     with pytest.raises(RefusedError, match=r"node 4 is not running; those that are: \[0\]"):
         await roll_back(cluster, 1, node=4)
