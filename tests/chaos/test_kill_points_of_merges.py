@@ -1,5 +1,5 @@
 """Processes of two nodes that share their weights die at any point of a training run, in virtual time: both
-nodes end with the same weights, which are those of a plain loop over the same steps.
+nodes end with the same weights, which are those of a plain loop over the same steps; with a rollback, too.
 
 Which batches nodes learn together depends on when messages come, and on who dies. So the loop is told it: the
 steps of `allreduce` by the orders that were given last, the rounds of `average` and `outer` by what one
@@ -42,9 +42,10 @@ ASYNC_TOLERANCE = 0.4
 VICTIM = st.sampled_from(victims(NUM_NODES))
 TOGETHER = r"\.(merge|reduce|rendezvous|save|restore)\b"
 """What nodes are told when they do something together: few of all messages."""
-KILL = st.builds(Kill, VICTIM, st.integers(1, 300)) | st.builds(
-    Kill, VICTIM, st.integers(1, 30), st.just(TOGETHER)
-)
+GOING_BACK = r"\.(rollback|restore)\b"
+ANY_KILL = st.builds(Kill, VICTIM, st.integers(1, 300))
+KILL = ANY_KILL | st.builds(Kill, VICTIM, st.integers(1, 30), st.just(TOGETHER))
+KILL_GOING_BACK = ANY_KILL | st.builds(Kill, VICTIM, st.integers(1, 20), st.just(GOING_BACK))
 
 
 def stop_merges(kills: Sequence[Kill]) -> bool:
@@ -52,7 +53,8 @@ def stop_merges(kills: Sequence[Kill]) -> bool:
     return sum(kill.victim.startswith("stage") for kill in kills) >= MAX_FAILURES
 
 
-KILLS = st.lists(KILL, min_size=1, max_size=4).filter(lambda kills: not stop_merges(kills))
+def some_of(kill: st.SearchStrategy[Kill]) -> st.SearchStrategy[list[Kill]]:
+    return st.lists(kill, min_size=1, max_size=4).filter(lambda kills: not stop_merges(kills))
 
 
 @cache
@@ -62,8 +64,12 @@ def model_folder() -> Path:
     return folder
 
 
-def train(schedule: str, merge: str, seed: int, kills: Sequence[Kill], run_dir: Path) -> MortalCluster:
-    """Until both nodes hold every batch. `seed`: of the times that messages take."""
+def train(
+    schedule: str, merge: str, seed: int, kills: Sequence[Kill], run_dir: Path, *, goes_back: bool
+) -> MortalCluster:
+    """Until both nodes hold every batch. `seed`: of the times that messages take. `goes_back`: to the first
+    durable version, which comes early then, as soon as there is a second one.
+    """
     cluster = MortalCluster(
         model=model_folder(),
         run_dir=run_dir,
@@ -71,10 +77,10 @@ def train(schedule: str, merge: str, seed: int, kills: Sequence[Kill], run_dir: 
         trainer_settings={
             "schedule": schedule,
             "merge": merge,
-            "merge_every": 2,
+            "merge_every": 1 if goes_back else 2,
             "learning_rate": LEARNING_RATE,
             "microbatches": 2,
-            "checkpoint_every": 3,
+            "checkpoint_every": 2 if goes_back else 3,
             "checkpoint_idle_s": 0.5,
             "keep_checkpoints": len(BATCHES),
         },
@@ -87,31 +93,36 @@ def train(schedule: str, merge: str, seed: int, kills: Sequence[Kill], run_dir: 
         },
         kills=kills,
         num_nodes=NUM_NODES,
+        goes_back=goes_back,
     )
     run_virtual(cluster.train(BATCHES))
     return cluster
 
 
-def learnt(schedule: str, merge: str, seed: int, kills: Sequence[Kill]) -> tuple[State, State]:
-    """What both nodes hold in the end, each batch once, and what a plain loop makes of the same batches."""
+def learnt(
+    schedule: str, merge: str, seed: int, kills: Sequence[Kill], *, goes_back: bool = False
+) -> tuple[State, State]:
+    """What both nodes hold in the end, each batch once or discarded, and what a plain loop makes of it."""
     with tempfile.TemporaryDirectory() as run_dir:
-        cluster = train(schedule, merge, seed, kills, Path(run_dir))
+        cluster = train(schedule, merge, seed, kills, Path(run_dir), goes_back=goes_back)
         durable = cluster.durable()
         saved = {name.partition(":")[2]: tensor for name, tensor in tensors_of(durable[-1]).items()}
     assert cluster.rejected() == []
-    assert Counter(durable[-1].manifest.recent_batch_ids) == Counter(IDS), "each batch once"
+    held, discarded = durable[-1].manifest.recent_batch_ids, durable[-1].manifest.discarded_batch_ids
+    assert Counter([*held, *discarded]) == Counter(IDS), "each batch once"
+    assert bool(discarded) == goes_back
     assert_identical(*cluster.states)
     assert_identical(cluster.states[0], saved)
     plain = Plain(AutoModelForCausalLM.from_pretrained(model_folder()))
     if merge == "allreduce":
-        learn_together(plain, steps_of(cluster))
+        learn_together(plain, steps_of(cluster, held))
         return saved, plain.state()
     return saved, learn_apart(plain, rounds_of(durable), is_outer=merge == "outer")
 
 
 @pytest.mark.parametrize("merge", ["allreduce", "average", "outer"])
 @examples(3)
-@given(seed=st.integers(0, 1000), kills=KILLS)
+@given(seed=st.integers(0, 1000), kills=some_of(KILL))
 def test_whoever_dies_both_nodes_hold_what_a_plain_loop_learns(
     merge: str, seed: int, kills: list[Kill]
 ) -> None:
@@ -123,8 +134,19 @@ def test_whoever_dies_both_nodes_hold_what_a_plain_loop_learns(
     assert_close(got, expected, of_weights=5e-6, of_gradients=5e-4)
 
 
+@pytest.mark.parametrize("merge", ["allreduce", "average"])
+@examples(2)
+@given(seed=st.integers(0, 1000), kills=some_of(KILL_GOING_BACK))
+def test_a_rollback_meanwhile_takes_out_what_it_discards_and_nothing_else(
+    merge: str, seed: int, kills: list[Kill]
+) -> None:
+    got, expected = learnt("1f1b", merge, seed, kills, goes_back=True)
+
+    assert_close(got, expected, of_weights=5e-6, of_gradients=5e-4)
+
+
 @examples(3)
-@given(seed=st.integers(0, 1000), kills=KILLS)
+@given(seed=st.integers(0, 1000), kills=some_of(KILL))
 def test_without_a_flush_they_differ_by_no_more_than_delays_make_them(seed: int, kills: list[Kill]) -> None:
     """Under A-PP a gradient may lack the last step, as message times have it, and the loop's never does.
     Measured: that moves the weights by up to 0.23 of the way that they went, with deaths or without any.
@@ -136,10 +158,12 @@ def test_without_a_flush_they_differ_by_no_more_than_delays_make_them(seed: int,
     assert distance(got, expected) <= ASYNC_TOLERANCE * way
 
 
-def steps_of(cluster: MortalCluster) -> list[list[int]]:
+def steps_of(cluster: MortalCluster, held: Sequence[str]) -> list[list[int]]:
     """The numbers of the batches in each step. A version counts all batches up to it."""
-    versions = sorted({cluster.version_of[batch_id] for batch_id in IDS})
-    steps = [[number_of(each) for each in IDS if cluster.version_of[each] == version] for version in versions]
+    versions = sorted({cluster.version_of[batch_id] for batch_id in held})
+    steps = [
+        [number_of(each) for each in held if cluster.version_of[each] == version] for version in versions
+    ]
     assert [sum(map(len, steps[: place + 1])) for place in range(len(steps))] == versions
     return steps
 

@@ -23,11 +23,13 @@ from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.checkpoints import Checkpoint
 from shared.clock import IdSource
+from shared.errors import BusError
 from shared.messages.base import Message
 from shared.messages.cluster import Heartbeat
 from shared.messages.inference import Placed
 from shared.messages.training import StepOrder, TrainingTask
-from shared.subjects import BATCHES, PLACE
+from shared.messages.weights import RollBackWeights
+from shared.subjects import BATCHES, PLACE, ROLLBACK
 from shared.telemetry import NoTelemetry
 from tests.support.meetings import MeetingExecutor, Meetings
 from tests.support.plain_loop import State
@@ -41,6 +43,7 @@ RESTART_S = 0.3
 """What a launcher needs to start a dead process again."""
 HOP_S = (0.0001, 0.002)
 """Shortest and longest time of a message on its way."""
+ASK_AGAIN_S = 5.0
 HOLD_S = 0.5
 """Of one batch in four, in the scheduler."""
 
@@ -81,6 +84,8 @@ class MortalCluster:
     kills: Sequence[Kill] = ()
     num_nodes: int = 1
     """Batch number n is placed on node n modulo this."""
+    goes_back: bool = False
+    """To the oldest durable version, as soon as there is a newer one; asked for until it is answered."""
     version_of: dict[str, int] = field(default_factory=dict)
     """The version to which a step on each batch was ordered last."""
     states: list[State] = field(default_factory=list)
@@ -112,8 +117,11 @@ class MortalCluster:
             self._group = group
             for name in victims(self.num_nodes):
                 self._start(name)
+            asking = group.create_task(self._roll_back(bus)) if self.goes_back else None
             try:
                 async with asyncio.timeout(DEADLINE_S):
+                    if asking:
+                        await asking
                     while (found := self._durable(len(batches))) is None:  # noqa: ASYNC110 # on the disk
                         await asyncio.sleep(LOOK_EVERY_S)
                     self.states = [await self._state_of(node) for node in range(self.num_nodes)]
@@ -131,11 +139,26 @@ class MortalCluster:
         found = (each for node in range(self.num_nodes) for each in checkpoints.checkpoints(root, node))
         return sorted(found, key=lambda checkpoint: checkpoint.manifest.version)
 
-    def _durable(self, version: int) -> Checkpoint | None:
-        """The checkpoint of that version, if it is the newest and all stages hold it."""
+    def _durable(self, num_batches: int) -> Checkpoint | None:
+        """The newest checkpoint, if all stages hold it and it accounts for all batches."""
         *_, newest = [None, *self.durable()]
-        held = [self._held.get(name) for name in victims(self.num_nodes) if name.startswith("stage")]
-        return newest if newest and {newest.manifest.version, *held} == {version} else None
+        held = {self._held.get(name) for name in victims(self.num_nodes) if name.startswith("stage")}
+        if newest is None or held != {newest.manifest.version}:
+            return None
+        num_done = newest.manifest.version + len(newest.manifest.discarded_batch_ids)
+        return newest if num_done == num_batches else None
+
+    async def _roll_back(self, bus: MemoryBus) -> None:
+        while len(durable := self.durable()) < 2:  # noqa: ASYNC110 # on the disk
+            await asyncio.sleep(LOOK_EVERY_S)
+        order = RollBackWeights(version=durable[0].manifest.version)
+        while True:
+            try:
+                await bus.request(ROLLBACK.at(), order, timeout_s=ASK_AGAIN_S)
+                self._held.clear()  # they may have held that version before
+                return
+            except BusError:  # the trainer is dead, or dies
+                await asyncio.sleep(LOOK_EVERY_S)
 
     async def _state_of(self, node: int) -> State:
         """What all stages of the node hold; what two of them hold is the same."""

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.trainer import weights_requests
 from services.trainer.node_training import NodeTraining
 from services.trainer.weights_requests import WeightsRequests
+from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
 from shared.messages.weights import RollBackWeights
@@ -40,8 +40,8 @@ async def test_a_node_that_comes_while_the_version_is_looked_for_goes_back_with_
         known[1] = Driver().node
         return [Checkpoint(manifest(1), NO_FOLDER)]
 
-    monkeypatch.setattr(weights_requests.checkpoints, "nodes", lambda root: [0])
-    monkeypatch.setattr(weights_requests.checkpoints, "checkpoints", found)
+    monkeypatch.setattr(checkpoints, "nodes", lambda root: [0])
+    monkeypatch.setattr(checkpoints, "checkpoints", found)
     answer = await requests.roll_back(Incoming(RollBackWeights(version=1), ""))
 
     assert actions.asked == [known[0], known[1]]
