@@ -29,7 +29,6 @@ class Meetings:
     """
 
     def __init__(self) -> None:
-        self.num_held = 0
         self._waiting: defaultdict[Place, dict[int, _Member]] = defaultdict(dict)
         """By node."""
 
@@ -52,7 +51,6 @@ class Meetings:
             del members[node]
 
     def _hold(self, members: dict[int, _Member]) -> None:
-        self.num_held += 1
         with ThreadPoolExecutor(len(members)) as threads:
             running = [(member.done, threads.submit(member.work)) for member in members.values()]
         for done, finished in running:

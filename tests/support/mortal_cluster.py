@@ -117,11 +117,10 @@ class MortalCluster:
             self._group = group
             for name in victims(self.num_nodes):
                 self._start(name)
-            asking = group.create_task(self._roll_back(bus)) if self.goes_back else None
             try:
                 async with asyncio.timeout(DEADLINE_S):
-                    if asking:
-                        await asking
+                    if self.goes_back:
+                        await self._roll_back(bus)
                     while (found := self._durable(len(batches))) is None:  # noqa: ASYNC110 # on the disk
                         await asyncio.sleep(LOOK_EVERY_S)
                     self.states = [await self._state_of(node) for node in range(self.num_nodes)]
