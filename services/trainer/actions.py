@@ -173,6 +173,7 @@ class ActionRunner:
                 case WriteCheckpoint():
                     self._tasks.create_task(self._write_checkpoint(node, action))
                 case RollBack():
+                    self._forget_evaluations(node.node)
                     self._give_back(action.unfinished)
                     self._closed_for(self._rollbacks.pop(node.node), node)
         if actions:
@@ -285,7 +286,7 @@ class ActionRunner:
         )
 
     def _closed(self, node: NodeTraining, closed: Closed) -> None:
-        self.evaluator.drop(node.node)
+        self._forget_evaluations(node.node)
         lost = self._book.roll_back(node.node)
         given_back = lost + closed.unfinished
         log.warning("node %d: %s; %d batches will run again", node.node, closed.reason, len(given_back))
@@ -295,6 +296,11 @@ class ActionRunner:
         self._book.wait(batch_id for batch_id in given_back if batch_id != hopeless)
         if hopeless is not None:
             self._drop(hopeless, closed.reason)
+
+    def _forget_evaluations(self, node: int) -> None:
+        """The node goes back: the numbers of its newer versions come again, and mean other weights."""
+        self.evaluator.drop(node)
+        self._held_out_losses.pop(node, None)
 
     def _give_back(self, unfinished: Sequence[str]) -> None:
         self.end(self._book.pending[batch_id] for batch_id in unfinished)
