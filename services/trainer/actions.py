@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -80,8 +80,11 @@ log = logging.getLogger(__name__)
 class Rollback:
     """An order to go back to an older checkpoint, and its answer."""
 
-    def __init__(self, target: Checkpoint) -> None:
+    def __init__(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> None:
+        self.nodes = nodes
         self.target = target
+        self.unclosed = {node.node for node in nodes}
+        """Until none is, the disk stays as it is."""
         self.num_discarded: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def answer(self, num_discarded: int, failure: str) -> None:
@@ -131,14 +134,14 @@ class ActionRunner:
         self._tasks = tasks
         self._pruning = asyncio.Lock()
         self._rollbacks: dict[int, Rollback] = {}
-        """Ordered and not answered, by node."""
+        """Ordered, by node that is not closed yet."""
         self.outbox = Outbox(bus)
         self.progress = Progress(self.outbox, book, self._folder_of)
         self.look: Callable[[], None] = lambda: None
         """What to do after a node has decided something: whoever decides for several nodes looks at them."""
         self.evaluator = Evaluator(held_out, name=name, bus=bus, clock=clock, outbox=self.outbox)
         self._evaluated_last: dict[int, Evaluated] = {}
-        """By node, since its last restore."""
+        """By node, since it last went back."""
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
 
@@ -184,19 +187,22 @@ class ActionRunner:
                 case WriteCheckpoint():
                     self._tasks.create_task(self._write_checkpoint(node, action))
                 case RollBack():
+                    self._forget_evaluations(node.node)
                     self._give_back(action.unfinished)
-                    self._tasks.create_task(self._roll_back(node))
+                    self._closed_for(self._rollbacks.pop(node.node), node)
         if actions:
             self.changed.set()
         self.look()
 
-    async def roll_back(self, node: NodeTraining, target: Checkpoint) -> int:
-        """Have the node go back to `target` for good; returns how many batches are discarded.
+    async def roll_back(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
+        """Have one node, or all that share their weights, go back to `target` for good; returns how many
+        batches are discarded.
 
-        Raises RefusedError when the disk refuses: then it is as it was.
+        Raises RefusedError when the disk refuses: then they are as they were.
         """
-        rollback = self._rollbacks[node.node] = Rollback(target)
-        self.run(node, node.roll_back(target.manifest.version))
+        rollback = Rollback(nodes, target)
+        self._rollbacks |= {node.node: rollback for node in nodes}
+        self._run_all([(node, node.roll_back(target.manifest.version)) for node in nodes])
         return await rollback.num_discarded
 
     def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
@@ -214,6 +220,11 @@ class ActionRunner:
         for each in pending:
             ended = TaskEnded(task_ids=(each.batch.batch_id,))
             self.outbox.post(ENDED.at(), ended, traceparent=each.traceparent)
+
+    def _run_all(self, decided: Iterable[tuple[NodeTraining, Sequence[Action]]]) -> None:
+        """Whoever looks at the nodes after the first one's actions finds that all have decided."""
+        for node, actions in decided:
+            self.run(node, actions)
 
     def _feed(self, node: NodeTraining, slot: Slot) -> None:
         pending = self._book.pending[slot.batch_id]
@@ -290,7 +301,7 @@ class ActionRunner:
         )
 
     def _closed(self, node: NodeTraining, closed: Closed) -> None:
-        self.evaluator.drop(node.node)
+        self._forget_evaluations(node.node)
         lost = self._book.roll_back(node.node)
         given_back = lost + closed.unfinished
         log.warning("node %d: %s; %d batches will run again", node.node, closed.reason, len(given_back))
@@ -300,6 +311,11 @@ class ActionRunner:
         self._book.wait(batch_id for batch_id in given_back if batch_id != hopeless)
         if hopeless is not None:
             self._drop(hopeless, closed.reason)
+
+    def _forget_evaluations(self, node: int) -> None:
+        """The node goes back: the numbers of its newer versions come again, and mean other weights."""
+        self.evaluator.drop(node)
+        self._evaluated_last.pop(node, None)
 
     def _give_back(self, unfinished: Sequence[str]) -> None:
         self.end(self._book.pending[batch_id] for batch_id in unfinished)
@@ -326,7 +342,6 @@ class ActionRunner:
         self.reject(rejected, pending.acks)
 
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
-        self._evaluated_last.pop(node.node, None)  # what comes again may be other weights
         folder, version = self._folder_of(node.node), node.durable_version
         message = RestoreWeights(
             epoch=action.epoch,
@@ -415,27 +430,40 @@ class ActionRunner:
         if not node.is_rolling_back:  # which may need the oldest of them
             await self._prune(node.node)
 
-    async def _roll_back(self, node: NodeTraining) -> None:
-        rollback = self._rollbacks.pop(node.node)
-        manifest, lineage = rollback.target.manifest, lineage_of(rollback.target.manifest)
-        num_discarded = self._book.ledger.lineage(node.node).version - manifest.version
-        intended = rolled_back(manifest, self._book.ledger.go_back(node.node, lineage))
+    def _closed_for(self, rollback: Rollback, node: NodeTraining) -> None:
+        rollback.unclosed.remove(node.node)
+        if not rollback.unclosed:
+            self._tasks.create_task(self._roll_back(rollback))
+
+    async def _roll_back(self, rollback: Rollback) -> None:
+        manifest, ledger, merge = rollback.target.manifest, self._book.ledger, self._settings.merging
+        # Where weights are shared, nodes that do not run now would else bring newer ones back.
+        numbers = {manifest.node} if merge == "none" else {*ledger.lineages, manifest.node}
+        num_discarded = ledger.num_contained(numbers) - manifest.version
+        after = ledger.go_back(numbers, lineage_of(manifest))
         failure = ""
         try:
             async with self._pruning:
+                intended = rolled_back(manifest, after, merge=merge)
                 await on_disk(partial(rollback_files.intend, self._files.root, intended))
-                await on_disk(partial(rollback_files.complete, self._files.root, node.node))
+                await on_disk(partial(rollback_files.complete, self._files.root, manifest.node))
         except OSError as error:
             failure = str(error)
         else:
-            self._folders[node.node] = rollback.target.folder
-            before = self._book.ledger.discarded_ids
-            self.acknowledge(self._book.go_back(node.node, lineage))
-            after = self._book.ledger.discarded_ids
-            self.progress.tell_discarded([batch_id for batch_id in after if batch_id not in before])
-            log.warning("node %d goes back to version %d", node.node, manifest.version)
-        self.run(node, node.rolled_back(failure))
+            self._go_back(numbers, rollback.target)
+        self._run_all([(node, node.rolled_back(failure)) for node in rollback.nodes])
         rollback.answer(num_discarded, failure)
+
+    def _go_back(self, numbers: Collection[int], target: Checkpoint) -> None:
+        """On the disk these nodes have gone back."""
+        for number in numbers:
+            self._folders.pop(number, None)
+        self._folders[target.manifest.node] = target.folder
+        before = self._book.ledger.discarded_ids
+        self.acknowledge(self._book.go_back(numbers, lineage_of(target.manifest)))
+        after = self._book.ledger.discarded_ids
+        self.progress.tell_discarded([batch_id for batch_id in after if batch_id not in before])
+        log.warning("nodes %s go back to version %d", sorted(numbers), target.manifest.version)
 
     async def _write_evaluation(self, node: int, evaluated: Evaluated) -> None:
         """In the manifest of its version, if that has a checkpoint."""

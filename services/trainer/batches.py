@@ -1,7 +1,7 @@
 """The batches that the trainer answers for: accepted from the stream, and in no durable checkpoint yet."""
 
 import bisect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from operator import attrgetter
 
 from opentelemetry.trace import Span
@@ -123,10 +123,10 @@ class BatchBook:
         """The node holds the newest durable weights of any."""
         self.ledger = self.ledger.join(node)
 
-    def go_back(self, node: int, target: Lineage) -> list[Ack]:
-        """The node is at an older durable checkpoint, for good; returns what to acknowledge."""
-        discarded = self.ledger.lineage(node).applied
-        self.ledger = self.ledger.go_back(node, target)
+    def go_back(self, nodes: Collection[int], target: Lineage) -> list[Ack]:
+        """These nodes are at an older durable checkpoint, for good; returns what to acknowledge."""
+        discarded = self.ledger.applied_by(nodes)
+        self.ledger = self.ledger.go_back(nodes, target)
         return [ack for batch_id in discarded for ack in self.pending.pop(batch_id).acks]
 
     def saved_by(self, node: int, version: int) -> tuple[str, ...]:

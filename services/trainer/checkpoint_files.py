@@ -301,14 +301,16 @@ def manifest_of(
     )
 
 
-def rolled_back(manifest: Manifest, ledger: Ledger) -> Manifest:
-    """What the checkpoint of `manifest` will say once the node has gone back to it, and `ledger` with it.
+def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
+    """What the checkpoint of `manifest` will say once nodes have gone back to it, and `ledger` with them.
 
-    It may serve: who asks for it knows what it is.
+    `merge`: the trainer's setting now, which says whether all nodes have. The version may serve: who asks for
+    it knows what it is.
     """
     lineage = ledger.lineage(manifest.node)
     return manifest.model_copy(
         update={
+            "merge": merge,
             "watermark": ledger.watermark,
             "sequences": tuple(sorted(lineage.sequences)),
             "rejected": tuple(sorted(ledger.skipped)),

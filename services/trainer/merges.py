@@ -4,7 +4,7 @@
 
 A version that cannot be saved is kept, with training at rest, and saved again after a while. A member that
 leaves takes all back to the last checkpoint, and so does a merge that fails; the next one waits longer each
-time.
+time. A rollback, too, takes all out of a merge.
 
 Between two merges all nodes descend from the same checkpoint: that of the last merge, which one of them has
 written. So a node may join, or come back, at any other time, and a checkpoint of one node is one of all.
@@ -24,6 +24,7 @@ from services.trainer.replicas import (
     Nodes,
     Shared,
     admit,
+    are_going_back,
     give_up,
     open_nodes,
     told,
@@ -56,11 +57,13 @@ class Merges:
         self._round: _Round | None = None
         self._idle_since_s: float | None = None
         self._num_failures = 0
-        """Since a merge succeeded."""
+        """Since a merge succeeded, or a rollback."""
         self._not_before_s = -inf
 
     def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
         """What to do now; look again until nothing is."""
+        if are_going_back(nodes):
+            return self._begin_anew()
         if self._round is None:
             return admit(nodes) or self._begin_if_due(nodes, now_s)
         members = [nodes[number] for number in self._round.members]
@@ -138,6 +141,11 @@ class Merges:
             halt = f"{self._num_failures} merges in a row failed; {reason}"
             decisions += [told(node, node.halt(halt)) for node in members]
         return self._end(decisions)
+
+    def _begin_anew(self) -> list[Decision]:
+        """After a rollback, merges that failed before it say nothing about those to come."""
+        self._num_failures, self._not_before_s, self._idle_since_s = 0, -inf, None
+        return self._end([])
 
     def _end(self, decisions: list[Decision]) -> list[Decision]:
         self._round = None

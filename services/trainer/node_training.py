@@ -370,7 +370,7 @@ class NodeTraining:
 
     def roll_back(self, version: int) -> list[Action]:
         """The node must go back to an older durable checkpoint, for good."""
-        assert self._rollback_to is None and version <= self.durable_version
+        assert self._rollback_to is None
         self._rollback_to = version
         if self.phase == "closed" and self._closing is None:
             return [RollBack(version, ())]

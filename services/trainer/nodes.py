@@ -7,6 +7,7 @@ from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook
 from services.trainer.node_training import NodeTraining, Rules
 from services.trainer.publishing import PublishingRules
+from services.trainer.replicas import are_going_back
 from services.trainer.schedules import SCHEDULES, Shape, double_buffered
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Bus, Incoming
@@ -94,6 +95,8 @@ class Nodes:
         if beat.epoch >= (self._term + 1) * EPOCHS_PER_TERM:
             raise ConfigurationError(f"another trainer has taken over node {beat.node} (epoch {beat.epoch})")
         self._check_stages(beat)
+        if beat.node not in self.by_number and are_going_back(self.by_number):
+            return  # when the others are back, its next heartbeat finds where they are
         node = self.by_number.get(beat.node) or self._add(beat)
         self._actions.run(node, node.heartbeat(beat, self._clock.now_s()))
 

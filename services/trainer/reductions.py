@@ -19,6 +19,7 @@ from services.trainer.replicas import (
     Reduce,
     Shared,
     admit,
+    are_going_back,
     durable_version,
     give_up,
     open_nodes,
@@ -51,6 +52,9 @@ class Reductions:
 
     def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
         """What to do now; look again until nothing is."""
+        if are_going_back(nodes):
+            self._round = self._idle_since_s = None
+            return []
         members = open_nodes(nodes)
         if self._round is not None:
             return self._go_on(self._round, nodes, now_s)

@@ -92,6 +92,11 @@ def admit(nodes: Nodes) -> list[Decision]:
     ]
 
 
+def are_going_back(nodes: Nodes) -> bool:
+    """Whether a rollback is under way. It takes all nodes from whatever they do together."""
+    return any(node.is_rolling_back for node in nodes.values())
+
+
 def give_up(members: Iterable[NodeTraining], reason: str) -> list[Decision]:
     """All go back to the newest checkpoint: some may already be where others never came to."""
     return [told(node, node.fail(reason)) for node in members]

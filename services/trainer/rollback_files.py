@@ -1,4 +1,5 @@
-"""The files of a rollback: an older checkpoint becomes the node's newest, wherever the trainer dies.
+"""The files of a rollback: an older checkpoint becomes the newest of its node, or of all nodes that share
+their weights, wherever the trainer dies.
 
     1. intend     rollback.json: the older checkpoint's manifest as it will be, which says what is discarded
     2. complete   newer checkpoints are renamed aside, then rollback.json takes the old manifest's place
@@ -51,9 +52,10 @@ def complete(root: Path, node: int) -> None:
 
 def _complete(root: Path, manifest: Manifest, intent: Path) -> None:
     target = intent.with_name(checkpoints.checkpoint_name(manifest.version))
-    for newer in checkpoints.newer_folders(root, manifest.node, manifest.version):
-        newer.rename(_free_name(newer))
-    sync(intent.parent)
+    for node in [manifest.node] if manifest.merge == "none" else checkpoints.nodes(root):
+        for newer in checkpoints.newer_folders(root, node, manifest.version):
+            newer.rename(_free_name(newer))
+        sync(checkpoints.node_folder(root, node))
     intent.replace(target / checkpoints.MANIFEST_NAME)
     sync(target)
     sync(intent.parent)

@@ -7,7 +7,7 @@ sequence is done when a durable checkpoint of some node contains its batch, or w
 every sequence up to it is done.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Self
@@ -138,7 +138,7 @@ class Ledger:
     def share(self, nodes: Iterable[int]) -> Self:
         """The weights of these nodes, which descend from one checkpoint, are merged into one."""
         members = list(nodes)
-        applied = tuple(dict.fromkeys(each for node in members for each in self.lineage(node).applied))
+        applied = self.applied_by(members)
         shared = {node: replace(self.lineage(node), applied=applied) for node in members}
         return replace(self, lineages={**self.lineages, **shared})
 
@@ -172,21 +172,33 @@ class Ledger:
             applied=lineage.applied[len(saved) :],
         )
 
-    def go_back(self, node: int, target: Lineage) -> Self:
-        """The node goes back to an older durable checkpoint, for good.
+    def num_contained(self, nodes: Collection[int]) -> int:
+        """Batches in the weights of these nodes, which are one or descend from one checkpoint."""
+        newest = max((self.lineage(node).durable_version for node in nodes), default=0)
+        return newest + len(self.applied_by(nodes))
 
-        What it had applied since is discarded: done with, and in no weights.
+    def applied_by(self, nodes: Iterable[int]) -> tuple[str, ...]:
+        """Batches that any of these nodes has applied since its durable checkpoint, each once."""
+        return tuple(dict.fromkeys(each for node in nodes for each in self.lineage(node).applied))
+
+    def go_back(self, nodes: Collection[int], target: Lineage) -> Self:
+        """These nodes, one or all that share their weights, go back to an older durable checkpoint, for good.
+
+        What any of them had applied since is discarded: done with, and in no weights.
         """
-        lineage = self.lineage(node)
-        kept = lineage.sequences & target.sequences
-        applied = {self.pending[batch_id] for batch_id in lineage.applied}
-        ids = [each for each in (*lineage.recent_ids, *lineage.applied) if each not in target.recent_ids]
-        older = Lineage(target.durable_version, kept, target.recent_ids)
+        lineages = [self.lineage(node) for node in nodes]
+        sequences = frozenset[int]().union(*(lineage.sequences for lineage in lineages))
+        applied = self.applied_by(nodes)
+        ids = [*(each for lineage in lineages for each in lineage.recent_ids), *applied]
+        discarded = [*self.discarded_ids, *(each for each in ids if each not in target.recent_ids)]
+        older = Lineage(target.durable_version, sequences & target.sequences, target.recent_ids)
+        done = {self.pending[batch_id] for batch_id in applied} | (sequences - target.sequences)
         return replace(
-            self._with(node, older),
-            pending={batch_id: each for batch_id, each in self.pending.items() if each not in applied},
-            skipped=self.skipped | (lineage.sequences - kept) | applied,
-            discarded_ids=dict.fromkeys([*self.discarded_ids, *ids][-MAX_RECENT_IDS:]),
+            self,
+            pending={batch_id: each for batch_id, each in self.pending.items() if batch_id not in applied},
+            skipped=self.skipped | done,
+            discarded_ids=dict.fromkeys(list(dict.fromkeys(discarded))[-MAX_RECENT_IDS:]),
+            lineages={**self.lineages, **dict.fromkeys(nodes, older)},
         )._pruned()
 
     def _with(self, node: int, lineage: Lineage) -> Self:

@@ -32,15 +32,16 @@ class WeightsRequests:
         return DurableVersions(versions=tuple(versions))
 
     async def roll_back(self, incoming: Incoming[RollBackWeights]) -> RolledBack:
-        """Raises RefusedError when a node is not there, has no such version, or is going back already, and
-        where nodes share their weights.
+        """Raises RefusedError when a node is not there, has no such version, is going back already, or is to
+        go back without those that share its weights.
         """
-        if self._merges:
+        asked, known = incoming.message, self._nodes.by_number
+        if self._merges and asked.node is not None:
             raise RefusedError(
-                "nodes that share their weights (LEMIX_MERGE, LEMIX_SCHEDULE=dp) cannot go back now",
+                f"node {asked.node} shares its weights with the others (LEMIX_MERGE, LEMIX_SCHEDULE=dp): "
+                "they go back together, so name no node",
                 code=409,
             )
-        asked, known = incoming.message, self._nodes.by_number
         numbers = sorted(known) if asked.node is None else [asked.node]
         if not numbers or any(number not in known for number in numbers):
             what = "no node is" if asked.node is None else f"node {asked.node} is not"
@@ -54,21 +55,28 @@ class WeightsRequests:
             self._going_back.difference_update(numbers)
 
     async def _go_back(self, numbers: Sequence[int], version: int) -> RolledBack:
-        targets = await on_disk(lambda: [_find(self._root, number, version) for number in numbers])
+        known = self._nodes.by_number
+        if self._merges:
+            target = await on_disk(lambda: self._find(numbers, version))
+            numbers = sorted(known)  # with those that have come meanwhile
+            num_discarded = await self._actions.roll_back([known[number] for number in numbers], target)
+            return RolledBack(nodes=tuple(numbers), num_discarded=num_discarded)
+        targets = await on_disk(lambda: [self._find([number], version) for number in numbers])
         discarded = await asyncio.gather(
             *(
-                self._actions.roll_back(self._nodes.by_number[number], target)
+                self._actions.roll_back([known[number]], target)
                 for number, target in zip(numbers, targets, strict=True)
             )
         )
         return RolledBack(nodes=tuple(numbers), num_discarded=sum(discarded))
 
-
-def _find(root: Path, node: int, version: int) -> Checkpoint:
-    """Raises RefusedError, naming the versions that there are."""
-    found = checkpoints.checkpoints(root, node)
-    for checkpoint in found:
-        if checkpoint.manifest.version == version:
-            return checkpoint
-    there = ", ".join(str(each.manifest.version) for each in found) or "none"
-    raise RefusedError(f"node {node} has no durable version {version}; there are: {there}", code=404)
+    def _find(self, nodes: Sequence[int], version: int) -> Checkpoint:
+        """Of any node, where they share their weights. Raises RefusedError, naming the versions there are."""
+        holders = checkpoints.nodes(self._root) if self._merges else nodes
+        found = [each for node in holders for each in checkpoints.checkpoints(self._root, node)]
+        for checkpoint in found:
+            if checkpoint.manifest.version == version:
+                return checkpoint
+        there = ", ".join(map(str, sorted((each.manifest.version for each in found), reverse=True)))
+        who = ", ".join(f"node {number}" for number in nodes)
+        raise RefusedError(f"{who}: no durable version {version}; there are: {there or 'none'}", code=404)

@@ -132,7 +132,8 @@ class DurableVersions(Message):
 class RollBackWeights(Message):
     """Go back to an older durable version, for good. anyone -> trainer.
 
-    Refused with 404 when there is no such version, with 409 when a node is going back already.
+    Refused with 404 when there is no such version, with 409 when a node is going back already, or is to go
+    back alone and shares its weights with others.
     """
 
     version: int

@@ -21,20 +21,28 @@ from torch import Tensor
 from lemix.simulation.loop import run_virtual
 from shared.checkpoints import Checkpoint
 from tests.support.models import save_tiny_model
-from tests.support.mortal_cluster import VICTIMS, Kill, MortalCluster
+from tests.support.mortal_cluster import Kill, MortalCluster, victims
 from tests.support.training import ADAMW, LEARNING_RATE, random_batches
 
 BATCHES = random_batches(8, 2)
 IDS = tuple(f"b{number}" for number in range(len(BATCHES)))
 ASKED = os.environ.get("LEMIX_KILL_EXAMPLES")
-FEW = settings(
-    max_examples=int(ASKED or 8),
-    derandomize=ASKED is None,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-KILLS = st.lists(st.builds(Kill, st.sampled_from(VICTIMS), st.integers(1, 250)), min_size=1, max_size=4)
+
+
+def examples(everyday: int) -> settings:
+    """So many, or as many as are asked for."""
+    return settings(
+        max_examples=int(ASKED or everyday),
+        derandomize=ASKED is None,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+FEW = examples(8)
+KILL = st.builds(Kill, st.sampled_from(victims(1)), st.integers(1, 250))
+KILLS = st.lists(KILL, min_size=1, max_size=4)
 
 ASYNC_TOLERANCE = 0.25
 """L2 distance between two final sets of weights, as a share of how far the run moved them."""
@@ -121,7 +129,8 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 def weight_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in tensors if name.startswith("model-")]
+    """Those of moments, in files or not, begin otherwise."""
+    return [name for name in tensors if name.startswith("model")]
 
 
 def published() -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Going back to an older durable version while the trainer runs, on the memory bus with scripted nodes."""
 
 import asyncio
+import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,15 @@ import pytest
 
 from services.trainer import rollback_files
 from services.trainer.progress import DISCARDED
+from shared import checkpoints
+from shared.bus.base import Incoming
 from shared.errors import RefusedError
+from shared.messages.inference import InferenceTask, SequenceResult, TokenLogprob, TokensProduced
 from shared.messages.training import BatchesAsked, BatchRejected
 from shared.messages.weights import DurableVersion, DurableVersionsRequest, RollBackWeights, RolledBack
-from shared.subjects import DURABLE_VERSIONS, ROLLBACK, TRAIN_STATUS
+from shared.subjects import ASSIGN, DURABLE_VERSIONS, ROLLBACK, TOKENS, TRAIN_STATUS
 from tests.integration.test_trainer_service import DEADLINE_S, Cluster, Killed, stop
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -21,9 +27,11 @@ async def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-async def roll_back(cluster: Cluster, version: int, node: int | None = None) -> RolledBack:
+async def roll_back(
+    cluster: Cluster, version: int, node: int | None = None, *, timeout_s: float = DEADLINE_S
+) -> RolledBack:
     message = RollBackWeights(version=version, node=node)
-    return await cluster.bus.request(ROLLBACK.at(), message, timeout_s=DEADLINE_S)
+    return await cluster.bus.request(ROLLBACK.at(), message, timeout_s=timeout_s)
 
 
 async def listed(cluster: Cluster) -> tuple[DurableVersion, ...]:
@@ -115,9 +123,8 @@ async def test_a_trainer_that_dies_while_it_goes_back_has_gone_back_or_not(
         raise Killed
 
     monkeypatch.setattr(rollback_files, place, broken)
-    asked = cluster.bus.request(ROLLBACK.at(), RollBackWeights(version=1), timeout_s=0.01)
     with pytest.raises(Exception, match="no answer within"):
-        await asked
+        await roll_back(cluster, 1, timeout_s=0.01)
     await cluster.news.until(trainer.done)
     assert isinstance(trainer.exception(), ExceptionGroup)
     monkeypatch.undo()
@@ -152,7 +159,7 @@ async def test_versions_and_nodes_that_do_not_exist_are_named_with_those_that_do
     trainer = await cluster.trainer(keep_checkpoints=9)
     await train(cluster, "a", "b")
 
-    with pytest.raises(RefusedError, match="node 0 has no durable version 7; there are: 2, 1"):
+    with pytest.raises(RefusedError, match="node 0: no durable version 7; there are: 2, 1"):
         await roll_back(cluster, 7)
     with pytest.raises(RefusedError, match=r"node 4 is not running; those that are: \[0\]"):
         await roll_back(cluster, 1, node=4)
@@ -191,3 +198,43 @@ async def test_of_requests_at_the_same_time_one_is_answered_and_the_others_are_r
     await train(cluster, "d")
     assert cluster.durable() == ["a", "d"]
     await stop(trainer)
+
+
+async def score(cluster: Cluster, scores: Callable[[int], bool]) -> None:
+    """Have node 0 answer evaluations of those versions: every token is as likely as any other."""
+
+    async def answer(incoming: Incoming[InferenceTask]) -> None:
+        task = incoming.message
+        if not scores(task.weights_version or 0):
+            return
+        told = tuple(TokenLogprob(token=token, logprob=-1.0) for token in task.prompt[1:])
+        result = SequenceResult(task_id=task.task_id, prompt=told, index=0, finish="length")
+        produced = TokensProduced(node=0, weights_version=task.weights_version or 0, results=(result,))
+        await cluster.bus.publish(TOKENS.at(gateway=task.gateway), produced)
+
+    await cluster.bus.subscribe(ASSIGN.at(node=0), answer)
+
+
+async def test_a_version_number_that_comes_again_has_no_held_out_loss_of_the_one_before(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"token_ids": [1, 2, 3]}))
+    is_back = False
+    await cluster.start()
+    await score(cluster, lambda version: not is_back)
+    trainer = await cluster.trainer(
+        keep_checkpoints=9, held_out=str(held_out), evaluate_every=1, max_kept_versions=9
+    )
+    await train(cluster, "a", "b")
+    manifest = partial(checkpoints.read, cluster.folder / "checkpoints" / "node-0" / "step-00000002")
+    await until(lambda: (read := manifest()) and read.held_out_loss is not None)
+
+    is_back = True
+    await roll_back(cluster, 1)
+    await train(cluster, "c", "d")  # when d is durable, all is said of c
+    await stop(trainer)
+
+    again = manifest()
+    assert again is not None
+    assert (again.recent_batch_ids, again.held_out_loss) == (("a", "c"), None)

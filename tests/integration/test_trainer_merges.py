@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
-from shared.errors import RefusedError
-from shared.messages.weights import RollBackWeights
-from shared.subjects import ROLLBACK
 from tests.integration.test_trainer_service import Cluster, stop
 
 NUM_NODES = 2
@@ -145,12 +142,3 @@ async def test_a_new_trainer_goes_on_from_the_newest_checkpoint_of_any_node(
     assert_each_once(replicas.durable(), "abcdefgh")
     for contents in replicas.contents():
         assert_each_once(contents, "abcdefgh")
-
-
-async def test_nodes_that_share_their_weights_do_not_go_back_while_they_run(replicas: Replicas) -> None:
-    trainer = await replicas.trainer(merge="average")
-    with pytest.raises(RefusedError, match="share their weights") as refusal:
-        await replicas.bus.request(ROLLBACK.at(), RollBackWeights(version=0), timeout_s=5.0)
-    await stop(trainer)
-
-    assert refusal.value.code == 409

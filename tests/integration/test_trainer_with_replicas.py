@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
@@ -26,13 +25,14 @@ from shared.subjects import BATCHES, PLACE
 from shared.telemetry import Telemetry
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node, running_nodes
-from tests.support.plain import assert_identical
+from tests.support.plain import State, assert_identical
 from tests.support.saving import tensors_in
 from tests.support.training import ADAMW, BFLOAT16, LEARNING_RATE, LORA, random_batches, settings_id
 from tests.support.waiting import until
 
 PROMPT = [3, 14, 15, 92, 65, 35]
 NUM_BATCHES = 6
+BATCHES_OF_THE_RUN = random_batches(NUM_BATCHES, 2)
 IDS = [f"b{number}" for number in range(NUM_BATCHES)]
 
 
@@ -65,10 +65,10 @@ async def place_in_turns(bus: MemoryBus, *, num_nodes: int) -> None:
     await bus.respond(PLACE.at(), place)
 
 
-async def publish(bus: MemoryBus) -> None:
-    for batch_id, batch in zip(IDS, random_batches(NUM_BATCHES, 2), strict=True):
-        examples = [{"token_ids": example} for part in batch for example in part]
-        await bus.publish_durable(BATCHES, json.dumps({"id": batch_id, "examples": examples}).encode())
+async def publish(bus: MemoryBus, start: int = 0, stop: int = NUM_BATCHES) -> None:
+    for number in range(start, stop):
+        examples = [{"token_ids": example} for part in BATCHES_OF_THE_RUN[number] for example in part]
+        await bus.publish_durable(BATCHES, json.dumps({"id": IDS[number], "examples": examples}).encode())
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -76,23 +76,29 @@ def newest(folder: Path) -> Checkpoint | None:
     return max(found, key=lambda checkpoint: checkpoint.manifest.version, default=None)
 
 
-def is_durable(folder: Path) -> bool:
+async def durable(folder: Path, version: int) -> Checkpoint:
+    """The newest checkpoint, once it is that version."""
+    await until(lambda: (found := newest(folder)) and found.manifest.version == version)
     found = newest(folder)
-    return found is not None and found.manifest.version == NUM_BATCHES
+    assert found is not None
+    return found
 
 
-async def state_of(node: Node, folder: Path) -> dict[str, Tensor]:
+async def all_hold(nodes: list[Node], version: int) -> None:
+    for node in nodes:
+        await node.heard(
+            lambda node=node: all(beat.weights_version == version for beat in node.heartbeats.values())
+        )
+
+
+async def state_of(node: Node, version: int, folder: Path) -> State:
+    """What its stages hold, which is of that version."""
     folder.mkdir()  # noqa: ASYNC240
     while node.reports.qsize():  # of the trainer's run
         node.reports.get_nowait()
-    await node.save(NUM_BATCHES, folder, epoch=node.heartbeats[0].epoch)
+    await node.save(version, folder, epoch=node.heartbeats[0].epoch)
     await node.told(ShardSaved)
     return tensors_in(folder)
-
-
-async def has_learnt_all(node: Node) -> None:
-    """Wait until all its stages say so."""
-    await node.heard(lambda: all(beat.weights_version == NUM_BATCHES for beat in node.heartbeats.values()))
 
 
 @pytest.mark.parametrize(
@@ -118,12 +124,12 @@ async def test_two_nodes_end_with_the_same_weights_which_hold_each_batch_once(
         await place_in_turns(bus, num_nodes=2)
         await publish(bus)
         async with running_trainer(bus, tmp_path, **settings):
-            await until(lambda: is_durable(tmp_path))
-            for node in nodes:
-                await has_learnt_all(node)
-        checkpoint = newest(tmp_path)
-        assert checkpoint is not None
-        states = [await state_of(node, tmp_path / "checkpoints" / f"end-{node.number}") for node in nodes]
+            checkpoint = await durable(tmp_path, NUM_BATCHES)
+            await all_hold(nodes, NUM_BATCHES)
+        states = [
+            await state_of(node, NUM_BATCHES, tmp_path / "checkpoints" / f"end-{node.number}")
+            for node in nodes
+        ]
 
     assert checkpoint.manifest.adapter == of_stages.get("adapter", "")
     assert Counter(checkpoint.manifest.recent_batch_ids) == Counter(IDS)
@@ -148,10 +154,10 @@ async def test_a_node_that_comes_later_answers_as_the_one_that_has_learnt(
         before = await first.complete(PROMPT, max_tokens=8, num_logprobs=0)
         async with running_trainer(first.bus, tmp_path, schedule="1f1b", merge="average"):
             await publish(first.bus)
-            await until(lambda: is_durable(tmp_path))
+            await durable(tmp_path, NUM_BATCHES)
             async with node(1) as second:
+                await all_hold([first, second], NUM_BATCHES)
                 for each in (first, second):
-                    await has_learnt_all(each)
                     answers.append(await each.complete(PROMPT, max_tokens=8, num_logprobs=0))
     logprobs = [[token.logprob for token in answer.tokens] for answer in (before, *answers)]
     assert logprobs[1] == pytest.approx(logprobs[2], abs=1e-5)

@@ -1,12 +1,15 @@
-"""A node of real stages and a real trainer in virtual time, whose parts die in the middle of a message."""
+"""Nodes of real stages and a real trainer in virtual time, whose parts die in the middle of a message."""
 
 import asyncio
 import json
 import random
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lemix.simulation.loop import VirtualClock
 from services.stage_worker.executor.torch import TorchExecutor
@@ -20,11 +23,16 @@ from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.checkpoints import Checkpoint
 from shared.clock import IdSource
+from shared.errors import BusError
 from shared.messages.base import Message
+from shared.messages.cluster import Heartbeat
 from shared.messages.inference import Placed
-from shared.messages.training import TrainingTask
-from shared.subjects import BATCHES, PLACE
+from shared.messages.training import StepOrder, TrainingTask
+from shared.messages.weights import RollBackWeights
+from shared.subjects import BATCHES, PLACE, ROLLBACK
 from shared.telemetry import NoTelemetry
+from tests.support.meetings import MeetingExecutor, Meetings
+from tests.support.plain import State
 from tests.support.training import Batch
 
 NUM_STAGES = 2
@@ -35,10 +43,14 @@ RESTART_S = 0.3
 """What a launcher needs to start a dead process again."""
 HOP_S = (0.0001, 0.002)
 """Shortest and longest time of a message on its way."""
+ASK_AGAIN_S = 5.0
 HOLD_S = 0.5
 """Of one batch in four, in the scheduler."""
 
-VICTIMS = ("trainer", "scheduler", "stage 0", "stage 1")
+
+def victims(num_nodes: int) -> tuple[str, ...]:
+    stages = (f"stage {node}.{stage}" for node in range(num_nodes) for stage in range(NUM_STAGES))
+    return ("trainer", "scheduler", *stages)
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Kill:
     victim: str
     after: int
     """Messages on the bus since the cluster began, or since the kill before."""
+    of: str = ""
+    """Only those count whose subject this pattern finds."""
 
 
 @dataclass
@@ -68,18 +82,31 @@ class MortalCluster:
     trainer_settings: dict[str, Any]
     stage_settings: dict[str, Any]
     kills: Sequence[Kill] = ()
+    num_nodes: int = 1
+    """Batch number n is placed on node n modulo this."""
+    goes_back: bool = False
+    """To the oldest durable version, as soon as there is a newer one; asked for until it is answered."""
+    version_of: dict[str, int] = field(default_factory=dict)
+    """The version to which a step on each batch was ordered last."""
+    states: list[State] = field(default_factory=list)
+    """Of each node at the end, where all stages hold every batch."""
     num_messages: int = 0
-    """Since the last kill."""
+    """Since the last kill, of those that count for the next one."""
     num_killed: int = 0
     _processes: dict[str, _Process] = field(default_factory=dict)
+    _executors: dict[str, TorchExecutor] = field(default_factory=dict)
+    _held: dict[str, int] = field(default_factory=dict)
+    """The weights version in the last heartbeat of each stage."""
 
     async def train(self, batches: Sequence[Batch]) -> Checkpoint:
-        """Train on all batches whatever dies meanwhile; returns the checkpoint that contains them.
+        """Train on all batches whatever dies meanwhile; returns the checkpoint that contains them, when all
+        stages do too.
 
-        Raises TimeoutError when there is none in time.
+        Raises TimeoutError when that is not so in time.
         """
         rng = self._rng = random.Random(self.seed)
         self._ids = IdSource(random.Random(0))
+        self._meetings = Meetings()
         self._clock = VirtualClock(asyncio.get_running_loop())
         self._broker = MemoryBroker(carriage=lambda subject: [rng.uniform(*HOP_S)], observe=self._observe)
         bus = self._broker.connect()
@@ -88,12 +115,15 @@ class MortalCluster:
             await bus.publish_durable(BATCHES, body)
         async with asyncio.TaskGroup() as group:
             self._group = group
-            for name in VICTIMS:
+            for name in victims(self.num_nodes):
                 self._start(name)
             try:
                 async with asyncio.timeout(DEADLINE_S):
+                    if self.goes_back:
+                        await self._roll_back(bus)
                     while (found := self._durable(len(batches))) is None:  # noqa: ASYNC110 # on the disk
                         await asyncio.sleep(LOOK_EVERY_S)
+                    self.states = [await self._state_of(node) for node in range(self.num_nodes)]
             finally:
                 for process in self._processes.values():
                     process.task.cancel()
@@ -102,16 +132,56 @@ class MortalCluster:
     def rejected(self) -> list[bytes]:
         return [body for body, _ in self._broker.streams["LEMIX_REJECTED"].messages]
 
-    def _durable(self, version: int) -> Checkpoint | None:
-        found = checkpoints.latest(self.run_dir / "checkpoints", 0)
-        return found if found and found.manifest.version == version else None
+    def durable(self) -> list[Checkpoint]:
+        """Of all nodes, oldest first."""
+        root = self.run_dir / "checkpoints"
+        found = (each for node in range(self.num_nodes) for each in checkpoints.checkpoints(root, node))
+        return sorted(found, key=lambda checkpoint: checkpoint.manifest.version)
+
+    def _durable(self, num_batches: int) -> Checkpoint | None:
+        """The newest checkpoint, if all stages hold it and it accounts for all batches."""
+        *_, newest = [None, *self.durable()]
+        held = {self._held.get(name) for name in victims(self.num_nodes) if name.startswith("stage")}
+        if newest is None or held != {newest.manifest.version}:
+            return None
+        num_done = newest.manifest.version + len(newest.manifest.discarded_batch_ids)
+        return newest if num_done == num_batches else None
+
+    async def _roll_back(self, bus: MemoryBus) -> None:
+        while len(durable := self.durable()) < 2:  # noqa: ASYNC110 # on the disk
+            await asyncio.sleep(LOOK_EVERY_S)
+        order = RollBackWeights(version=durable[0].manifest.version)
+        while True:
+            try:
+                await bus.request(ROLLBACK.at(), order, timeout_s=ASK_AGAIN_S)
+                self._held.clear()  # they may have held that version before
+                return
+            except BusError:  # the trainer is dead, or dies
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _state_of(self, node: int) -> State:
+        """What all stages of the node hold; what two of them hold is the same."""
+        state: State = {}
+        for stage in range(NUM_STAGES):
+            snapshot = await self._executors[f"stage {node}.{stage}"].snapshot()
+            for name, tensor in (snapshot.weights | snapshot.optimizer).items():
+                assert name not in state or torch.equal(state[name], tensor), name
+                state[name] = tensor
+        return state
 
     def _observe(self, subject: str, message: Message, now_s: float) -> None:
+        match message:
+            case Heartbeat(node=node, stage=stage, weights_version=version):
+                self._held[f"stage {node}.{stage}"] = version
+            case StepOrder(batch_id=batch_id, version=version, skip=False):
+                self.version_of[batch_id] = version
+        upcoming = self.kills[self.num_killed] if self.num_killed < len(self.kills) else None
+        if upcoming is None or not re.search(upcoming.of, subject):
+            return
         self.num_messages += 1
-        if self.num_killed < len(self.kills) and self.num_messages >= self.kills[self.num_killed].after:
-            victim = self.kills[self.num_killed].victim
+        if self.num_messages == upcoming.after:
             self.num_killed, self.num_messages = self.num_killed + 1, 0
-            self._kill(victim)
+            self._kill(upcoming.victim)
 
     def _kill(self, name: str) -> None:
         """At once, as the kernel does: what it was about to say is never said."""
@@ -119,6 +189,7 @@ class MortalCluster:
         if process.is_dead:  # and not yet started again
             return
         process.is_dead = True
+        self._held.pop(name, None)
         process.bus.cut()
         process.task.cancel()
         asyncio.get_running_loop().call_later(RESTART_S, self._start, name)
@@ -142,27 +213,27 @@ class MortalCluster:
             return self._trainer
         if name == "scheduler":
             return self._scheduler
-        stage = int(name.removeprefix("stage "))
-        return lambda bus: self._stage(bus, stage)
+        return lambda bus: self._stage(bus, name)
 
     async def _trainer(self, bus: MemoryBus) -> None:
         settings = TrainerSettings.given(model=str(self.model), run_dir=self.run_dir, **self.trainer_settings)
         await Trainer(settings, bus=bus, clock=self._clock, telemetry=NoTelemetry()).run()
 
     async def _scheduler(self, bus: MemoryBus) -> None:
-        """Knows of one node, and holds a batch for a while, as one that defers it does."""
+        """Has nodes take turns, and holds a batch for a while, as one that defers it does."""
 
         async def place(incoming: Incoming[TrainingTask]) -> Placed:
             await asyncio.sleep(self._rng.choice((0.0, 0.0, 0.0, HOLD_S)))
-            return Placed(node=0)
+            return Placed(node=int(incoming.message.task_id.removeprefix("b")) % self.num_nodes)
 
         await bus.respond(PLACE.at(), place)
         await asyncio.get_running_loop().create_future()
 
-    async def _stage(self, bus: MemoryBus, stage: int) -> None:
+    async def _stage(self, bus: MemoryBus, name: str) -> None:
+        node, _, stage = name.removeprefix("stage ").partition(".")
         settings = StageWorkerSettings.given(
-            node=0,
-            stage=stage,
+            node=int(node),
+            stage=int(stage),
             num_stages=NUM_STAGES,
             model=str(self.model),
             run_dir=self.run_dir,
@@ -170,13 +241,14 @@ class MortalCluster:
             **self.stage_settings,
         )
         instance = self._ids.new("stage")
+        executor = self._executors[name] = MeetingExecutor(settings, instance, self._meetings)
         await StageWorker(
             settings=settings,
             instance=instance,
             bus=bus,
             clock=self._clock,
             telemetry=NoTelemetry(),
-            executor=TorchExecutor(settings, instance),
+            executor=executor,
         ).run()
 
 

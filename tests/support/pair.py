@@ -14,13 +14,11 @@ from shared.messages.training import GradientsReady, StepDone
 from shared.messages.weights import MergeGroup, MergeMember, OuterStep, ServingRule
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_nodes
-from tests.support.plain import Plain, State
+from tests.support.plain import EPSILON, Plain, State
 from tests.support.saving import adapted, name_in_stages, save, tensors_in
 from tests.support.training import ADAMW, Batch, messages
 
 NUM_STAGES = 2
-EPSILON = 1e-2
-"""A rounding error of a gradient moves a weight by learning rate / epsilon of it at most."""
 
 
 @dataclass
@@ -35,7 +33,7 @@ class Pair:
 
     def plain(self) -> Plain:
         """One process with a copy of the model."""
-        return Plain(deepcopy(self.model), epsilon=EPSILON, dtype=self.dtype)
+        return Plain(deepcopy(self.model), dtype=self.dtype)
 
     async def merge(self, name: str, *shares: float, version: int, outer: OuterStep | None = None) -> None:
         """Have both hold the mean."""

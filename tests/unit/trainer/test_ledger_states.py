@@ -149,8 +149,8 @@ class Apart(Batches):
         place = data.draw(st.integers(0, len(self.disk[node]) - 1))
         manifest, contents = self.disk[node][place]
         self.discarded |= {*self.durable(node), *self.applied[node]} - set(contents)
-        after = self.ledger.go_back(node, lineage_of(manifest))
-        self.disk[node][place:] = [(rolled_back(manifest, after), contents)]
+        after = self.ledger.go_back([node], lineage_of(manifest))
+        self.disk[node][place:] = [(rolled_back(manifest, after, merge="none"), contents)]
         self.applied[node] = []
         if dies:
             self.crash()
@@ -167,18 +167,18 @@ class Merged(Batches):
 
     def __init__(self) -> None:
         super().__init__()
-        self.newest: tuple[Manifest | None, list[str]] = None, []
-        """The newest checkpoint of any node, with what its weights contain."""
+        self.disk: list[tuple[Manifest, list[str]]] = []
+        """The checkpoints of all nodes, newest last, with what their weights contain."""
         self.joined = set(NODES)
         """Nodes that hold it, or descend from it."""
         self.num_shared = 0
         """Steps since then that all of these contain."""
 
     def durable(self, node: int) -> list[str]:
-        return self.newest[1]
+        return self.ever_durable()
 
     def ever_durable(self) -> list[str]:
-        return self.newest[1]
+        return self.disk[-1][1] if self.disk else []
 
     def trains(self, node: int) -> bool:
         return node in self.joined
@@ -215,7 +215,7 @@ class Merged(Batches):
         manifest = self.manifest(leader, version)
         for node in lost:
             self.lose(node)
-        self.newest = manifest, self.durable(leader) + saved
+        self.disk.append((manifest, self.durable(leader) + saved))
         if dies:
             self.crash()
             return
@@ -234,9 +234,28 @@ class Merged(Batches):
         if self.num_shared:
             self.give_up()
 
+    @precondition(lambda self: self.disk)
+    @rule(data=st.data(), dies=st.booleans())
+    def go_back(self, data: st.DataObject, dies: bool) -> None:
+        """All to an older checkpoint, for good; perhaps the trainer dies when that is decided."""
+        place = data.draw(st.integers(0, len(self.disk) - 1))
+        manifest, contents = self.disk[place]
+        gone = {*self.ever_durable(), *self.held()} - set(contents)
+        nodes = {*self.ledger.lineages, manifest.node}
+        assert self.ledger.num_contained(nodes) - manifest.version == len(gone)
+        after = self.ledger.go_back(nodes, lineage_of(manifest))
+        self.disk[place:] = [(rolled_back(manifest, after, merge="average"), contents)]
+        self.discarded |= gone
+        self.applied = {node: [] for node in NODES}
+        self.joined, self.num_shared = set(), 0
+        if dies:
+            self.crash()
+        else:
+            self.ledger = after
+
     @rule()
     def crash(self) -> None:
-        self.restart([self.newest[0]] if self.newest[0] else [])
+        self.restart([self.disk[-1][0]] if self.disk else [])
         self.joined, self.num_shared = set(), 0
 
     def give_up(self) -> None:

@@ -253,6 +253,57 @@ def test_after_three_merges_in_a_row_that_fail_nodes_train_no_more_and_say_why()
     assert {node.phase for node in replicas.nodes.values()} == {"open"}, "they serve"
 
 
+def go_back(replicas: Replicas, version: int) -> None:
+    """All to that version, for good; it is looked at them in the middle, too."""
+    for node in replicas.nodes.values():
+        node.roll_back(version)
+    assert replicas.look() == []
+    for node in replicas.nodes.values():
+        node.rolled_back("")
+    replicas.open()
+
+
+def test_a_rollback_in_the_middle_of_a_merge_ends_it_and_all_come_back_together() -> None:
+    replicas = averaging(every=1).open()
+    replicas.apply(0, "a", 1)
+    replicas.apply(1, "b", 1)
+    assert [type(each) for each in replicas.look()] == [Merge]
+
+    go_back(replicas, 0)
+
+    assert merged(replicas) == [], "whatever is answered later"
+    replicas.apply(0, "c", 1)
+    replicas.apply(1, "d", 1)
+    (merge,) = replicas.look()
+    assert isinstance(merge, Merge)
+    assert (merge.name, merge.version) == ("merge-1", 2)
+
+
+def test_nobody_joins_during_a_rollback() -> None:
+    replicas = averaging().open(0)
+    replicas.nodes[0].roll_back(0)
+    replicas.beat(1)
+
+    assert replicas.look() == []
+
+    replicas.nodes[0].rolled_back("")
+    assert Joins(1) in replicas.look()
+
+
+def test_merges_that_failed_before_a_rollback_count_no_more() -> None:
+    replicas = averaging(every=1).open()
+    for _ in range(MAX_FAILURES):
+        fail_to_merge(replicas)
+        replicas.now_s += 100.0
+        replicas.open()
+    assert all(node.is_halted for node in replicas.nodes.values())
+
+    go_back(replicas, 0)
+    fail_to_merge(replicas)
+
+    assert not any(node.is_halted for node in replicas.nodes.values())
+
+
 def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> None:
     replicas = averaging(every=1).open()
     assert replicas.nodes[0].messages_lost() == []

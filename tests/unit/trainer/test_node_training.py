@@ -503,6 +503,18 @@ def test_a_rollback_waits_for_the_manifest_that_is_being_written() -> None:
     assert driver.node.durable_version == 0
 
 
+def test_a_node_goes_back_to_a_version_whose_manifest_is_just_being_written() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.learn("a")
+    driver.answer(1)
+    for stage in (0, 1):
+        driver.saved(stage, 1)
+    driver.step("a", 1)
+
+    assert driver.node.roll_back(1) == []
+    assert driver.written(1) == [RollBack(1, ())]
+
+
 def test_a_node_whose_stages_are_gone_goes_back_too() -> None:
     driver = Driver(durable_version=8).open()
     driver.node.tick(60.0)

@@ -62,6 +62,18 @@ def test_nodes_that_share_their_weights_have_as_many_stages(settings: dict[str, 
         hear(them, 2, 3)
 
 
+def test_a_node_that_comes_during_a_rollback_is_taken_in_when_the_others_are_back() -> None:
+    them = nodes(merge="average")
+    hear(them, 0, 2)
+    them.by_number[0].roll_back(0)
+    hear(them, 1, 2)
+    assert list(them.by_number) == [0]
+
+    them.by_number[0].rolled_back("")
+    hear(them, 1, 2)
+    assert list(them.by_number) == [0, 1]
+
+
 def test_nodes_that_train_apart_may_have_different_stages() -> None:
     them = nodes()
     for node, num_stages in enumerate((2, 3)):

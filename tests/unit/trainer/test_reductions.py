@@ -19,7 +19,7 @@ from services.trainer.reductions import Reductions
 from services.trainer.replicas import Decision, Joins, Member, NodeActions, Reduce, Shared
 from services.trainer.schedules import Shape
 from shared.messages.training import GradientsReady, StepDone
-from tests.unit.trainer.test_merges import Replicas
+from tests.unit.trainer.test_merges import Replicas, go_back
 
 
 def reducing(num_nodes: int = 2, *, save_every: int = 100, **rules: Any) -> Replicas:
@@ -222,3 +222,17 @@ def test_who_leaves_in_the_middle_takes_all_back() -> None:
     replicas.look()
 
     assert {node.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
+
+
+def test_a_rollback_in_the_middle_of_a_step_ends_it() -> None:
+    replicas = reducing().open()
+    replicas.learn(0, "a")
+    replicas.learn(1, "b")
+    replicas.look()
+
+    go_back(replicas, 0)
+
+    replicas.learn(1, "c")
+    (reduce,) = replicas.look()
+    assert isinstance(reduce, Reduce)
+    assert [member.batch_id for member in reduce.members] == ["", "c"]

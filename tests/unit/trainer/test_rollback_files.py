@@ -107,6 +107,51 @@ def test_a_disk_that_refuses_the_intention_leaves_all_as_it_was(files: Checkpoin
     assert newest(files).version == 3
 
 
+def save_of(files: CheckpointFiles, node: int, version: int) -> None:
+    """A checkpoint without shards."""
+    folder = files.temporary(node, version, 1)
+    files.begin(folder)
+    files.finish(
+        folder,
+        manifest(version, node=node, merge="average", recent_batch_ids=("a", "b"), held_out_loss=0.5),
+        [ShardSaved(version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)],
+    )
+
+
+NUM_SHARED_WRITES = 11
+
+
+def roll_all_back(files: CheckpointFiles) -> None:
+    """Node 0 has written version 2, which all hold then, and node 1 versions 1 and 3."""
+    rollback_files.intend(files.root, manifest(1, node=1, merge="average"))
+    rollback_files.complete(files.root, 1)
+
+
+def test_newer_checkpoints_of_all_that_share_their_weights_are_put_aside(files: CheckpointFiles) -> None:
+    for node, version in ((1, 1), (0, 2), (1, 3)):
+        save_of(files, node, version)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = break_disk_at(patch, 0, Killed())
+        roll_all_back(files)
+
+    assert len(calls) == NUM_SHARED_WRITES
+    assert names(files) == ["rolled-back-step-00000002"]
+    assert list(files.load(model="m", stream="")) == [1]
+
+
+@pytest.mark.parametrize("nth", range(1, NUM_SHARED_WRITES + 1))
+def test_all_that_share_their_weights_go_back_or_none(files: CheckpointFiles, nth: int) -> None:
+    for node, version in ((1, 1), (0, 2), (1, 3)):
+        save_of(files, node, version)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        break_disk_at(patch, nth, Killed())
+        roll_all_back(files)
+
+    found = {each.manifest.node: each.manifest.version for each in files.load(model="m", stream="").values()}
+
+    assert found == ({1: 1} if nth > 3 else {0: 2, 1: 3})
+
+
 def test_a_target_that_is_gone_is_no_intention(files: CheckpointFiles) -> None:
     save(files, 2)
 
@@ -138,11 +183,7 @@ def test_where_an_older_version_serves_that_one_is_listed_as_served(files: Check
 
 def test_versions_are_listed_with_what_is_served(files: CheckpointFiles) -> None:
     for node, version in ((0, 1), (0, 2), (1, 7)):
-        folder = files.temporary(node, version, 1)
-        files.begin(folder)
-        saved = manifest(version, node=node, recent_batch_ids=("a", "b"), held_out_loss=0.5)
-        shard = ShardSaved(version=saved.version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)
-        files.finish(folder, saved, [shard])
+        save_of(files, node, version)
 
     listed = checkpoints.durable_versions(files.root, {0: 4})
 
