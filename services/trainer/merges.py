@@ -89,18 +89,23 @@ class Merges:
         return [Shared(self._round.members), *published, told(members[0], members[0].save(now_s))]
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        members = open_nodes(nodes)
+        num_apart = _num_apart(members)
+        is_due = members and num_apart >= self._every * len(members)
+        if is_due:
+            for node in members:
+                node.hold()  # whatever the merge must wait for, nodes drift no further apart
+        elif held := [node for node in members if node.is_held]:  # then one more has come
+            return [told(node, node.release(now_s)) for node in held]
         if now_s < self._not_before_s:
             return []
         if any(node.phase == "restoring" for node in nodes.values()):
             return []  # it would come to the others with the weights from before their merge
-        members = open_nodes(nodes)
-        num_apart = _num_apart(members)
         is_idle = num_apart > 0 and all(node.is_idle for node in members)
         if not is_idle:
             self._idle_since_s = None
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
-        is_due = members and num_apart >= self._every * len(members)
         has_rested = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
         if not (is_due or has_rested):
             return []

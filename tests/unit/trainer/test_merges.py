@@ -372,11 +372,18 @@ def test_no_merge_begins_while_a_node_loads_the_weights_of_the_last_one() -> Non
     replicas.look()
     replicas.apply(0, "a", 1)
     assert replicas.look() == []
+    assert replicas.nodes[0].place(Shape("b", 1), replicas.now_s) == [], (
+        "it learns no more until they are one"
+    )
 
     replicas.restored(1)
-    replicas.apply(0, "b", 2)
+    (goes_on,) = replicas.look()
+    replicas.apply(1, "c", 1)
 
-    assert [type(each) for each in replicas.look()] == [Merge]
+    assert goes_on == NodeActions(0, (Feed(Slot("b", 0, 1)),))
+    assert (replicas.look(), replicas.nodes[0].is_held) == ([], True), (
+        "batch b has begun, a merge waits for it"
+    )
 
 
 def test_a_node_that_fails_apart_from_a_merge_gives_back_only_its_own() -> None:
