@@ -9,6 +9,7 @@ Nothing here happens while the newest weights serve.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from shared.messages.training import VersionsServed
 from shared.messages.weights import ServingRule
@@ -24,7 +25,9 @@ class PublishingRules:
     evaluate_every: int = 0
     """Steps from one version that is evaluated to the next; 0: every kept version is published unseen."""
     max_rise: float = 0.05
-    """A version whose held-out loss is higher than the served one's by more than this share is withheld."""
+    """A version is withheld when its held-out loss is higher by more than this share than the lowest of those
+    that have served.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Publishing:
         """None: the newest weights serve."""
         self.losses: dict[int, float] = {}
         """On the held-out examples, of kept versions that were evaluated."""
+        self._lowest_loss = inf
+        """Of all that have served since the last restore: small rises must not add up."""
         self.num_withheld = 0
         """In the trainer's life so far."""
         self.last_withheld: Withheld | None = None
@@ -101,6 +106,7 @@ class Publishing:
         self.published = self._evaluating = None
         self._kept.clear()
         self.losses.clear()
+        self._lowest_loss = inf
 
     def keeps(self, version: int) -> bool:
         """A step to `version` is being ordered, or a merge: whether stages shall keep it."""
@@ -132,11 +138,10 @@ class Publishing:
         if loss is None:
             return [] if version == self.published else self._release([version])
         self.losses[version] = loss
-        if version == self.published:
-            return []
-        limit = (1 + self._rules.max_rise) * self.losses[self.published]
-        if loss <= limit:
-            return self._publish(version)
+        limit = (1 + self._rules.max_rise) * self._lowest_loss
+        if version == self.published or loss <= limit:
+            self._lowest_loss = min(self._lowest_loss, loss)
+            return [] if version == self.published else self._publish(version)
         self.num_withheld += 1
         self.last_withheld = Withheld(version, loss, limit)
         return [self.last_withheld, *self._release([version])]

@@ -127,6 +127,17 @@ def test_guarded_a_worse_version_is_withheld(loss: float) -> None:
     assert publishing.evaluated(8, 1.0) == [Publish(8)]
 
 
+def test_guarded_small_rises_do_not_add_up() -> None:
+    publishing = guarded(loss=2.0)
+    for version, loss in ((4, 2.1), (8, 2.19)):
+        steps(publishing, version - 3, version)
+        assert publishing.evaluated(version, loss) == [Publish(version)]
+        publishing.served(served(version, version))
+    steps(publishing, 9, 12)
+    withheld, release = publishing.evaluated(12, 2.25)
+    assert (withheld, release) == (Withheld(12, 2.25, pytest.approx(2.2)), Release(12))
+
+
 def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on() -> None:
     publishing = guarded()
     publishing.restored(8)
