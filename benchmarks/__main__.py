@@ -24,10 +24,10 @@ from benchmarks import (
     training,
 )
 
+ON_A_DEVICE = {"decode": decode.main, "training": training.main}
 BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
+    **ON_A_DEVICE,
     "hop": hop.main,
-    "decode": decode.main,
-    "training": training.main,
     "publish": publish.main,
     "startup": startup.main,
     "deciding": deciding.main,
@@ -38,7 +38,6 @@ BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     "schedules": schedules.main,
     "delayed_gradients": delayed_gradients.main,
 }
-ON_A_DEVICE = {"decode": decode.main, "training": training.main}
 WORK = Path("runs/bench")
 RESULTS = Path("docs/benchmarks")
 
@@ -51,6 +50,8 @@ def main() -> None:
     is_cpu = chosen.device == "cpu"
     on_gpu = {name: partial(measure, device=chosen.device) for name, measure in ON_A_DEVICE.items()}
     measures = BENCHMARKS if is_cpu else on_gpu
+    if unknown := [name for name in chosen.names if name not in measures]:
+        parser.error(f"no benchmark {unknown[0]!r} on {chosen.device}; there are {', '.join(measures)}")
     for name in chosen.names or measures:
         before = report.setting(chosen.device)
         result = uvloop.run(measures[name](WORK))

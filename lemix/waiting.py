@@ -92,29 +92,43 @@ class AppliedBatches:
         """
         missing = set(batch_ids)
         while missing:
-            self._news.clear()
-            if lost := sorted(missing & self._rejected.keys()):
-                raise ProgressError(f"batch {lost[0]} was rejected: {self._rejected[lost[0]]}")
-            if came := missing & self._steps.keys():
-                missing -= came
-                on_applied(len(came))
-                continue
-            if not await self._hear(missing):
+            came = await self._some_of(missing)
+            if not came:
                 applied = len(set(batch_ids)) - len(missing)
                 stalled = f"no training step for {STALL_DEADLINE_S:.0f} s"
                 raise ProgressError(f"{stalled}: {applied} of {len(batch_ids)} batches were applied")
+            missing -= came
+            on_applied(len(came))
 
-    async def _hear(self, missing: Collection[str]) -> bool:
-        """Wait for any news, and ask for them after a silence; whether there were any."""
-        for _ in range(int(STALL_DEADLINE_S / SILENCE_S)):
-            try:
-                async with asyncio.timeout(SILENCE_S):
-                    await self._news.wait()
-            except TimeoutError:
-                await self._ask(missing)
-            if self._news.is_set():
-                return True
-        return False
+    async def _some_of(self, missing: set[str]) -> set[str]:
+        """Those of the batches that are applied, once one is; none after STALL_DEADLINE_S.
+
+        Raises ProgressError when one is rejected.
+        """
+        ask_at_s = asyncio.get_running_loop().time() + SILENCE_S
+        try:
+            async with asyncio.timeout(STALL_DEADLINE_S):
+                while not (came := missing & self._steps.keys()):
+                    self._check_rejected(missing)
+                    if not await self._heard_before(ask_at_s):
+                        await self._ask(missing)
+                        ask_at_s += SILENCE_S
+                return came
+        except TimeoutError:
+            return set()
+
+    def _check_rejected(self, batch_ids: set[str]) -> None:
+        if lost := sorted(batch_ids & self._rejected.keys()):
+            raise ProgressError(f"batch {lost[0]} was rejected: {self._rejected[lost[0]]}")
+
+    async def _heard_before(self, deadline_s: float) -> bool:
+        """Wait for any news; False when there are none until then."""
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _ask(self, batch_ids: Collection[str]) -> None:
         some = tuple(itertools.islice(sorted(batch_ids), MAX_BATCHES_OF_MESSAGE))
@@ -139,3 +153,4 @@ class AppliedBatches:
             case BatchRejected(batch_id=batch_id, reason=reason):
                 self._rejected[batch_id] = reason
         self._news.set()
+        self._news = asyncio.Event()  # for the next news

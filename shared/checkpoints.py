@@ -128,6 +128,11 @@ def latest(root: Path, node: int) -> Checkpoint | None:
     return next(iter(checkpoints(root, node)), None)
 
 
+def nodes_like(root: Path, node: int, *, merge: str) -> list[int]:
+    """Whose checkpoints are this node's, too: of all nodes, where their weights become one."""
+    return [node] if merge == "none" else nodes(root)
+
+
 def serving(found: Iterable[Checkpoint]) -> Checkpoint | None:
     """The newest of these that may serve; None: only the model as it was before training may."""
     return max(filter(_may_serve, found), key=lambda checkpoint: checkpoint.manifest.version, default=None)
@@ -180,11 +185,10 @@ def newest_serving(root: Path, of_nodes: Iterable[int], *, model: str) -> Checkp
 def _unread(root: Path, node: int) -> Iterator[Checkpoint]:
     """Newest first. Raises ConfigurationError when one cannot be read that was whole."""
     for folder in _step_folders(root, node):
-        if (folder / MANIFEST_NAME).exists():
-            manifest = read(folder)
-            if manifest is None:
-                raise _damaged(folder, "its manifest cannot be read, or files are missing")
+        if manifest := read(folder):
             yield Checkpoint(manifest, folder)
+        elif (folder / MANIFEST_NAME).exists():  # else it was never whole, or was just removed
+            raise _damaged(folder, "its manifest cannot be read, or files are missing")
 
 
 def _checked(checkpoint: Checkpoint, model: str) -> Checkpoint:

@@ -189,7 +189,7 @@ class ActionRunner:
                 case RollBack():
                     self._forget_evaluations(node.node)
                     self._give_back(action.unfinished)
-                    self._closed_for(self._rollbacks.pop(node.node), node)
+                    self._note_closed(self._rollbacks.pop(node.node), node)
         if actions:
             self.changed.set()
         self.look()
@@ -200,9 +200,10 @@ class ActionRunner:
 
         Raises RefusedError when the disk refuses: then they are as they were.
         """
+        decided = [(node, node.roll_back(target.manifest.version)) for node in nodes]
         rollback = Rollback(nodes, target)
         self._rollbacks |= {node.node: rollback for node in nodes}
-        self._run_all([(node, node.roll_back(target.manifest.version)) for node in nodes])
+        self._run_all(decided)
         return await rollback.num_discarded
 
     def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
@@ -367,12 +368,11 @@ class ActionRunner:
         if not self._settings.held_out:
             return None
         async with self._pruning:
-            serving = await on_disk(partial(self._files.serving, self._nodes_like(node)))
+            serving = await on_disk(lambda: self._files.serving(self._nodes_like(node)))
         return served_instead(serving, version)
 
     def _nodes_like(self, node: int) -> list[int]:
-        """Those whose checkpoints are this node's, too."""
-        return [node] if self._settings.merging == "none" else checkpoints.nodes(self._files.root)
+        return checkpoints.nodes_like(self._files.root, node, merge=self._settings.merging)
 
     def _folder_of(self, node: int) -> Path | None:
         """The node's newest durable checkpoint; of any node, where they share their weights."""
@@ -419,7 +419,7 @@ class ActionRunner:
         except OSError as error:
             failure = str(error)
         else:
-            if evaluated := self._evaluated_last.get(node.node):  # before there was a checkpoint, maybe
+            for evaluated in self._evaluations_of(node.node):  # before there was a checkpoint, maybe
                 await self._write_evaluation(node.node, evaluated)
             self._folders[node.node] = checkpoint.folder
             saved = self._book.saved_by(node.node, action.version)
@@ -430,7 +430,7 @@ class ActionRunner:
         if not node.is_rolling_back:  # which may need the oldest of them
             await self._prune(node.node)
 
-    def _closed_for(self, rollback: Rollback, node: NodeTraining) -> None:
+    def _note_closed(self, rollback: Rollback, node: NodeTraining) -> None:
         rollback.unclosed.remove(node.node)
         if not rollback.unclosed:
             self._tasks.create_task(self._roll_back(rollback))
@@ -465,19 +465,33 @@ class ActionRunner:
         self.progress.tell_discarded([batch_id for batch_id in after if batch_id not in before])
         log.warning("nodes %s go back to version %d", sorted(numbers), target.manifest.version)
 
+    def _evaluations_of(self, node: int) -> list[Evaluated]:
+        """By this node, or by any, where they share their weights."""
+        by_node = self._evaluated_last
+        return (
+            list(by_node.values())
+            if self._settings.merging != "none"
+            else [evaluated for number, evaluated in by_node.items() if number == node]
+        )
+
     async def _write_evaluation(self, node: int, evaluated: Evaluated) -> None:
         """In the manifest of its version, if that has a checkpoint."""
         try:
             async with self._pruning:
-                await on_disk(partial(self._files.note_evaluation, self._nodes_like(node), evaluated))
+                await on_disk(lambda: self._files.note_evaluation(self._nodes_like(node), evaluated))
         except OSError as error:
             log.warning("node %d: what version %d has shown is not saved: %s", node, evaluated.version, error)
+
+    @property
+    def _undecided(self) -> set[int]:
+        """Versions whose manifests do not say yet whether they may serve."""
+        return self.evaluator.versions | {each.version for each in self._evaluated_last.values()}
 
     async def _prune(self, node: int) -> None:
         """Remove old checkpoints, and then the messages that none of those left would need again."""
         try:
             async with self._pruning:
-                await on_disk(partial(self._files.prune, node))
+                await on_disk(partial(self._files.prune, node, self._undecided))
                 watermark = await on_disk(self._files.oldest_watermark)
             await self._bus.purge_stream(TRAIN_STREAM.name, watermark)
         except (OSError, BusError) as error:

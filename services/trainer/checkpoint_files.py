@@ -5,7 +5,7 @@ All methods block on the disk and raise OSError when it refuses; the durable che
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -150,9 +150,14 @@ class CheckpointFiles:
             if manifest and (noted := evaluated.noted_in(manifest)) != manifest:
                 checkpoints.write(folder, noted)
 
-    def prune(self, node: int) -> None:
-        """Remove all but the newest checkpoints of the node, and the newest that may serve."""
-        for old in dispensable(checkpoints.checkpoints(self._root, node), keep=self._keep):
+    def prune(self, node: int, undecided: Collection[int] = ()) -> None:
+        """Remove all but the newest checkpoints of the node, the newest that may serve, and versions that
+        may yet be let serve.
+        """
+        found = checkpoints.checkpoints(self._root, node)
+        for old in dispensable(found, keep=self._keep, undecided=undecided):
+            (old.folder / checkpoints.MANIFEST_NAME).unlink()  # first: what is left then is no checkpoint
+            sync(old.folder)
             shutil.rmtree(old.folder)
 
     def oldest_watermark(self) -> int:
@@ -200,10 +205,18 @@ def _check_shards(folder: Path, names: Iterable[str]) -> None:
         raise FileNotFoundError(f"stages have reported files that {folder} lacks: {', '.join(missing)}")
 
 
-def dispensable(found: Sequence[Checkpoint], *, keep: int) -> list[Checkpoint]:
-    """Which of a node's checkpoints, newest first, nothing needs: not the newest `keep`, nor what serves."""
+def dispensable(
+    found: Sequence[Checkpoint], *, keep: int, undecided: Collection[int] = ()
+) -> list[Checkpoint]:
+    """Which of a node's checkpoints, newest first, nothing needs: not the newest `keep`, nor what serves, nor
+    versions of which it is `undecided` whether they may.
+    """
     serving = checkpoints.serving(found)
-    return [checkpoint for checkpoint in found[keep:] if checkpoint is not serving]
+    return [
+        checkpoint
+        for checkpoint in found[keep:]
+        if checkpoint is not serving and checkpoint.manifest.version not in undecided
+    ]
 
 
 def served_instead(serving: Checkpoint | None, version: int) -> ServedWeights | None:

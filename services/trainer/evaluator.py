@@ -77,6 +77,11 @@ class Evaluator:
         self._running[node] = running
         self._ask(node, running)
 
+    @property
+    def versions(self) -> set[int]:
+        """Those that are evaluated now."""
+        return {running.version for running in self._running.values()}
+
     def drop(self, node: int) -> None:
         """The node's stages begin anew: nobody wants to know any more."""
         if running := self._running.pop(node, None):

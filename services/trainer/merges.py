@@ -90,30 +90,30 @@ class Merges:
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
         members = open_nodes(nodes)
-        num_apart = _num_apart(members)
-        is_due = members and num_apart >= self._every * len(members)
+        is_due = bool(members) and _num_apart(members) >= self._every * len(members)
         if is_due:
-            for node in members:
-                node.hold()  # whatever the merge must wait for, nodes drift no further apart
+            _hold(members)  # whatever the merge must wait for, nodes drift no further apart
         elif held := [node for node in members if node.is_held]:  # then one more has come
             return [told(node, node.release(now_s)) for node in held]
         if now_s < self._not_before_s:
             return []
         if any(node.phase == "restoring" for node in nodes.values()):
             return []  # it would come to the others with the weights from before their merge
-        is_idle = num_apart > 0 and all(node.is_idle for node in members)
-        if not is_idle:
-            self._idle_since_s = None
-        elif self._idle_since_s is None:
-            self._idle_since_s = now_s
-        has_rested = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
-        if not (is_due or has_rested):
+        if not (self._has_rested(members, now_s) or is_due):
             return []
         self._idle_since_s = None
         self._round = _Round(self._new_name(), tuple(node.node for node in members))
-        for node in members:
-            node.hold()
+        _hold(members)
         return self.look(nodes, now_s)
+
+    def _has_rested(self, members: list[NodeTraining], now_s: float) -> bool:
+        """Whether there has been something to merge, and no work, for long enough."""
+        if not (_num_apart(members) and all(node.is_idle for node in members)):
+            self._idle_since_s = None
+            return False
+        if self._idle_since_s is None:
+            self._idle_since_s = now_s
+        return now_s - self._idle_since_s >= self._idle_s
 
     def _merge(self, members: list[NodeTraining], now: _Round) -> list[Decision]:
         base, num_apart = members[0].durable_version, _num_apart(members)
@@ -160,3 +160,8 @@ class Merges:
 def _num_apart(members: list[NodeTraining]) -> int:
     """Batches that single nodes contain, and not all."""
     return sum(node.version - node.durable_version for node in members)
+
+
+def _hold(members: list[NodeTraining]) -> None:
+    for node in members:
+        node.hold()

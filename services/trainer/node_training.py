@@ -125,8 +125,10 @@ class NodeTraining:
         return self._saves.durable_version
 
     @property
-    def served_version(self) -> int:
-        """What answers requests, or would if the node were open."""
+    def served_version(self) -> int | None:
+        """What answers requests; None while the trainer does not know it."""
+        if self.phase != "open":
+            return None
         published = self.publishing.published
         return self.version if published is None else published
 
@@ -323,7 +325,7 @@ class NodeTraining:
         assert self.is_quiet
         self._is_merging = True
         # Not if a node that alone has learnt keeps that number already: requests are pinned to it.
-        self._keeps_merged = self._keeps(version, can_save=True)
+        self._keeps_merged = self._begin_keeping(version, can_save=True)
         return self._keeps_merged
 
     def merged(self, version: int) -> list[Action]:
@@ -457,9 +459,9 @@ class NodeTraining:
         )
         return [step, *saves]
 
-    def _keeps(self, version: int, *, can_save: bool) -> bool:
-        """Whether stages shall keep that version. A guard waits for one that is saved, too."""
-        return (can_save or not self.publishing.is_guarded) and self.publishing.keeps(version)
+    def _begin_keeping(self, version: int, *, can_save: bool) -> bool:
+        """Returns whether stages shall keep that version. A guard waits for one that is saved, too."""
+        return (can_save or not self.publishing.is_guarded) and self.publishing.begin_keeping(version)
 
     def _wants_saved(self, version: int) -> bool:
         return version != self.durable_version and self.publishing.wants_saved(version)
@@ -478,7 +480,7 @@ class NodeTraining:
             batch_id,
             version,
             gradient_scale=limit / norm if norm > limit else 1.0,
-            is_kept=self._keeps(version, can_save=can_save),
+            is_kept=self._begin_keeping(version, can_save=can_save),
         )
 
     def _feed(self) -> list[Action]:

@@ -108,8 +108,8 @@ class Publishing:
         self.losses.clear()
         self._lowest_loss = inf
 
-    def keeps(self, version: int) -> bool:
-        """A step to `version` is being ordered, or a merge: whether stages shall keep it."""
+    def begin_keeping(self, version: int) -> bool:
+        """A step to `version` is being ordered, or a merge: returns whether stages shall keep it."""
         if self.published is None or version in self._kept or len(self._kept) >= self._rules.max_kept:
             return False
         if self.is_guarded:

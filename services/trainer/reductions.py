@@ -59,6 +59,8 @@ class Reductions:
         if self._round is not None:
             return self._go_on(self._round, nodes, now_s)
         self._share_checkpoints(members, nodes)
+        if any(node.wants_save for node in members) and members[0].may_save(now_s):
+            return [told(members[0], members[0].save(now_s))]  # before a step leads away from that version
         if any(node.waits_to_join or node.phase == "restoring" for node in nodes.values()):
             return self._let_join(members, nodes, now_s)
         released: list[Decision] = [told(node, node.release(now_s)) for node in members if node.is_held]
@@ -116,8 +118,7 @@ class Reductions:
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
         has_rested = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
-        is_wanted = any(node.wants_save for node in members)
-        if num_undurable >= self._save_every or has_rested or is_wanted:
+        if num_undurable >= self._save_every or has_rested:
             self._idle_since_s = None
             return [told(leader, leader.save(now_s))]
         return []

@@ -52,7 +52,7 @@ def complete(root: Path, node: int) -> None:
 
 def _complete(root: Path, manifest: Manifest, intent: Path) -> None:
     target = intent.with_name(checkpoints.checkpoint_name(manifest.version))
-    for node in [manifest.node] if manifest.merge == "none" else checkpoints.nodes(root):
+    for node in checkpoints.nodes_like(root, manifest.node, merge=manifest.merge):
         for newer in checkpoints.newer_folders(root, node, manifest.version):
             newer.rename(_free_name(newer))
         sync(checkpoints.node_folder(root, node))

@@ -77,7 +77,7 @@ class TrainerSettings(LemixSettings):
     evaluate_every: int = Field(default=64, ge=1)
     """Steps of a node between two versions that are evaluated and saved, and then served, with a guard."""
     max_held_out_rise: float = Field(default=0.05, ge=0)
-    """How much higher a version's held-out loss may be than the lowest of those that have served, as a share."""
+    """How much higher a version's held-out loss may be, as a share of the lowest that has served."""
     max_pending: int = Field(default=1024, ge=1)
     """Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
     train_from: Literal["first", "next"] = "first"

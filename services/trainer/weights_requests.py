@@ -27,7 +27,8 @@ class WeightsRequests:
         self._going_back: set[int] = set()
 
     async def list_versions(self, incoming: Incoming[DurableVersionsRequest]) -> DurableVersions:
-        served = {number: node.served_version for number, node in self._nodes.by_number.items()}
+        of_all = {number: node.served_version for number, node in self._nodes.by_number.items()}
+        served = {number: version for number, version in of_all.items() if version is not None}
         versions = await on_disk(partial(checkpoints.durable_versions, self._root, served))
         return DurableVersions(versions=tuple(versions))
 
@@ -62,13 +63,17 @@ class WeightsRequests:
             num_discarded = await self._actions.roll_back([known[number] for number in numbers], target)
             return RolledBack(nodes=tuple(numbers), num_discarded=num_discarded)
         targets = await on_disk(lambda: [self._find([number], version) for number in numbers])
-        discarded = await asyncio.gather(
+        outcomes = await asyncio.gather(
             *(
                 self._actions.roll_back([known[number]], target)
                 for number, target in zip(numbers, targets, strict=True)
-            )
+            ),
+            return_exceptions=True,  # until all have answered, none of them may be asked again
         )
-        return RolledBack(nodes=tuple(numbers), num_discarded=sum(discarded))
+        if failures := [each for each in outcomes if isinstance(each, BaseException)]:
+            raise failures[0]
+        num_discarded = sum(each for each in outcomes if not isinstance(each, BaseException))
+        return RolledBack(nodes=tuple(numbers), num_discarded=num_discarded)
 
     def _find(self, nodes: Sequence[int], version: int) -> Checkpoint:
         """Of any node, where they share their weights. Raises RefusedError, naming the versions there are."""

@@ -245,7 +245,7 @@ class TorchExecutor:
     def _serving_checkpoint(self) -> Checkpoint | None:
         """What this stage serves until the trainer restores it: what it most likely will serve then, too."""
         settings, root = self._settings, self._settings.checkpoint_dir
-        of_nodes = [settings.node] if settings.merge == "none" else checkpoints.nodes(root)
+        of_nodes = checkpoints.nodes_like(root, settings.node, merge=settings.merge)
         return checkpoints.newest_serving(root, of_nodes, model=settings.model)
 
     @property

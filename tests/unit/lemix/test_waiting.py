@@ -1,5 +1,6 @@
 """Waiting for nodes, and for batches: told by the trainer, asked for after a silence, or never there."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -11,6 +12,7 @@ from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.messages.cluster import ClusterStatus, NodeStatus, StatusRequest
 from shared.messages.training import (
     BatchApplied,
+    BatchDeferred,
     BatchDurable,
     BatchesAsked,
     BatchesNow,
@@ -101,10 +103,17 @@ def test_a_rejected_batch_ends_the_wait_at_once() -> None:
     with_batches(case)
 
 
-def test_a_wait_without_progress_says_how_far_it_came() -> None:
+def test_a_wait_without_progress_says_how_far_it_came_whatever_else_is_told() -> None:
+    async def others(trainer: MemoryBus) -> None:
+        while True:
+            await tell(trainer, BatchDeferred(batch_id="b"))
+            await asyncio.sleep(1.0)  # virtual
+
     async def case(trainer: MemoryBus, batches: AppliedBatches) -> None:
+        telling = asyncio.create_task(others(trainer))
         await tell(trainer, applied("a"))
         with pytest.raises(ProgressError, match="1 of 2 batches were applied"):
             await batches.wait_for(["a", "b"])
+        telling.cancel()
 
     with_batches(case)

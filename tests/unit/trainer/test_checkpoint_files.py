@@ -175,6 +175,25 @@ def test_old_checkpoints_are_removed_and_so_is_what_dead_writers_left(files: Che
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+def test_what_is_left_of_one_that_was_being_removed_is_no_checkpoint(
+    files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in (1, 2, 3):
+        save(files, version)
+
+    def break_off(folder: Path) -> None:
+        raise OSError(f"killed at {folder.name}")
+
+    monkeypatch.setattr("services.trainer.checkpoint_files.shutil.rmtree", break_off)
+    with pytest.raises(OSError, match="step-00000001"):
+        files.prune(0)
+    withhold(files, 4, 5)
+    for version in (2, 3):
+        (checkpoints.node_folder(files.root, 0) / f"step-0000000{version}" / "lemix.json").unlink()
+
+    assert checkpoints.newest_serving(files.root, [0], model="m") is None
+
+
 def withhold(files: CheckpointFiles, *versions: int, node: int = 0) -> None:
     """Checkpoints that a guard has not let serve."""
     for version in versions:
@@ -202,20 +221,24 @@ def found(*versions: int, withheld: tuple[int, ...] = ()) -> list[Checkpoint]:
 
 
 @pytest.mark.parametrize(
-    ("all_of_them", "withheld", "removed"),
+    ("all_of_them", "withheld", "undecided", "removed"),
     [
-        ((5, 4, 3), (), (3,)),
-        ((5, 4, 3), (5,), (3,)),
-        ((5, 4, 3), (5, 4), ()),
-        ((5, 4, 3, 2), (5, 4), (2,)),
-        ((5, 4, 3, 2), (5, 4, 3, 2), (3, 2)),
-        ((5,), (5,), ()),
+        ((5, 4, 3), (), (), (3,)),
+        ((5, 4, 3), (5,), (), (3,)),
+        ((5, 4, 3), (5, 4), (), ()),
+        ((5, 4, 3, 2), (5, 4), (), (2,)),
+        ((5, 4, 3, 2), (5, 4, 3, 2), (), (3, 2)),
+        ((5, 4, 3, 2), (5, 4, 3), (3,), ()),
+        ((5,), (5,), (), ()),
     ],
 )
-def test_the_newest_checkpoints_are_kept_and_the_newest_that_may_serve(
-    all_of_them: tuple[int, ...], withheld: tuple[int, ...], removed: tuple[int, ...]
+def test_the_newest_checkpoints_are_kept_and_those_that_may_serve_or_may_yet(
+    all_of_them: tuple[int, ...],
+    withheld: tuple[int, ...],
+    undecided: tuple[int, ...],
+    removed: tuple[int, ...],
 ) -> None:
-    old = dispensable(found(*all_of_them, withheld=withheld), keep=2)
+    old = dispensable(found(*all_of_them, withheld=withheld), keep=2, undecided=undecided)
 
     assert tuple(each.manifest.version for each in old) == removed
 

@@ -36,7 +36,7 @@ def steps(publishing: Publishing, first: int, last: int) -> list[Any]:
     """Steps to these versions; the actions of all."""
     actions: list[Any] = []
     for version in range(first, last + 1):
-        publishing.keeps(version)
+        publishing.begin_keeping(version)
         actions += publishing.applied(version)
     return actions
 
@@ -48,14 +48,14 @@ def served(published: int, *in_use: int) -> VersionsServed:
 def test_the_newest_weights_need_no_publishing() -> None:
     publishing = Publishing(PublishingRules())
     assert publishing.restored(0) == []
-    assert not publishing.keeps(1)
+    assert not publishing.begin_keeping(1)
     assert publishing.applied(1) == []
     assert publishing.published is None
 
 
 def test_pinned_every_version_is_published_when_all_stages_have_it() -> None:
     publishing = pinned()
-    assert publishing.keeps(1)
+    assert publishing.begin_keeping(1)
     assert publishing.published == 0
     assert publishing.applied(1) == [Publish(1)]
     assert publishing.published == 1
@@ -65,15 +65,15 @@ def test_no_more_versions_are_kept_than_may_be_and_training_goes_on() -> None:
     publishing = pinned(max_kept=3)
     assert steps(publishing, 1, 5) == [Publish(1), Publish(2)]
     assert publishing.served(served(2, 1, 2)) == [Release(0)]
-    assert publishing.keeps(6)
+    assert publishing.begin_keeping(6)
     assert publishing.applied(6) == [Publish(6)]
-    assert not publishing.keeps(7)
+    assert not publishing.begin_keeping(7)
 
 
 def test_what_no_request_uses_is_released_but_neither_the_served_nor_a_coming_one() -> None:
     publishing = pinned()
     steps(publishing, 1, 2)
-    assert publishing.keeps(3)
+    assert publishing.begin_keeping(3)
     assert publishing.served(served(2)) == [Release(0), Release(1)]
     assert publishing.served(served(2)) == []
     assert publishing.applied(3) == [Publish(3)]
@@ -88,20 +88,20 @@ def test_a_publication_that_was_lost_is_told_again() -> None:
 def test_after_a_restore_nothing_of_before_counts() -> None:
     publishing = pinned(max_kept=2)
     steps(publishing, 1, 1)
-    assert not publishing.keeps(2)
+    assert not publishing.begin_keeping(2)
     publishing.restored(0)
     assert publishing.published == 0
-    assert publishing.keeps(1)
+    assert publishing.begin_keeping(1)
 
 
 def test_a_closed_node_publishes_nothing() -> None:
     publishing = guarded()
-    assert publishing.keeps(4)
+    assert publishing.begin_keeping(4)
     publishing.applied(4)
     publishing.closed()
     assert publishing.evaluated(4, 1.0) == []
     assert publishing.served(served(0)) == []
-    assert not publishing.keeps(5)
+    assert not publishing.begin_keeping(5)
 
 
 def test_guarded_a_version_is_evaluated_every_so_many_steps_and_then_published() -> None:
@@ -142,8 +142,8 @@ def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on(
     publishing = guarded()
     publishing.restored(8)
     publishing.evaluated(8, 2.0)
-    assert not publishing.keeps(11)
-    assert publishing.keeps(15), "12 is over: training goes on from a later version"
+    assert not publishing.begin_keeping(11)
+    assert publishing.begin_keeping(15), "12 is over: training goes on from a later version"
     assert publishing.applied(15) == [Evaluate(15)]
     assert publishing.evaluated(15, 9.0)[0] == Withheld(15, 9.0, pytest.approx(2.2))
     assert publishing.published == 8
@@ -152,7 +152,7 @@ def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on(
 def test_guarded_what_serves_or_may_yet_is_wanted_in_a_checkpoint() -> None:
     publishing = guarded()
     assert [version for version in range(6) if publishing.wants_saved(version)] == [0]
-    assert publishing.keeps(4)
+    assert publishing.begin_keeping(4)
     assert publishing.wants_saved(4)
     steps(publishing, 4, 4)
     publishing.evaluated(4, 9.0)

@@ -126,12 +126,14 @@ def test_one_node_saves_for_all() -> None:
     assert {node.durable_version for node in replicas.nodes.values()} == {2}
 
 
-def guarded(*, save_every: int) -> Replicas:
-    """Versions are due for evaluation every second step; the first one served has been evaluated."""
+def guarded(*, save_every: int, num_nodes: int = 2) -> Replicas:
+    """Versions are due for evaluation every second step; the first one served has been evaluated. Two nodes
+    are there.
+    """
     guard = PublishingRules(serving="published", evaluate_every=2, max_kept=3)
-    replicas = reducing(save_every=save_every, publishing=guard).open()
-    for node in replicas.nodes.values():
-        node.evaluated(node.epoch, 0, 2.0)
+    replicas = reducing(num_nodes, save_every=save_every, publishing=guard).open(0, 1)
+    for number in (0, 1):
+        replicas.nodes[number].evaluated(replicas.nodes[number].epoch, 0, 2.0)
     return replicas
 
 
@@ -161,6 +163,22 @@ def test_what_a_guard_evaluates_is_saved() -> None:
 
     assert is_kept(second) == [True, True]
     assert second[-1] == RequestSave(1, 2, 1)
+
+
+def test_what_a_guard_evaluates_is_saved_before_the_others_step_on_while_one_waits_to_join() -> None:
+    replicas = guarded(save_every=100, num_nodes=3)
+    guarded_step(replicas, 1)
+    replicas.learn(1, "b2")
+    replicas.nodes[1].place(Shape("c", 1), 0.0)  # begins when version 2 is there
+    replicas.look()
+    for node, name in enumerate(("round-1", "b2")):
+        replicas.report(node, GradientsReady(batch_id=name, squared_norm=1.0))
+    assert is_kept(actions_in(replicas.look())) == [True, True]
+    replicas.beat(2)
+    for node, name in enumerate(("round-1", "b2")):
+        replicas.report(node, StepDone(batch_id=name, version=2))
+
+    assert RequestSave(1, 2, 1) in actions_in(replicas.look())
 
 
 def test_a_guard_waits_for_a_save_that_is_under_way() -> None:

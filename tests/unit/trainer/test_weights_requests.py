@@ -1,5 +1,6 @@
 """Which nodes a rollback is asked of."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,13 @@ from services.trainer.weights_requests import WeightsRequests
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
+from shared.errors import RefusedError
 from shared.messages.weights import RollBackWeights
 from tests.unit.trainer.support import NO_FOLDER
 from tests.unit.trainer.test_checkpoint_files import manifest
 from tests.unit.trainer.test_node_training import Driver
+
+DEADLINE_S = 5.0
 
 
 class Actions:
@@ -26,6 +30,42 @@ class Actions:
     async def roll_back(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
         self.asked += nodes
         return 3
+
+
+class Uneven(Actions):
+    """Node 0 refuses at once, node 1 takes its time."""
+
+    def __init__(self, slow: NodeTraining) -> None:
+        super().__init__()
+        self.slow = slow
+        self.has_refused, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def roll_back(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
+        if self.slow not in nodes:
+            self.has_refused.set()
+            raise RefusedError("the disk is full", code=503)
+        await self.may_end.wait()
+        return await super().roll_back(nodes, target)
+
+
+async def test_nodes_are_not_asked_again_while_one_of_them_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {number: Driver().node for number in (0, 1)}
+    actions = Uneven(known[1])
+    requests = WeightsRequests(
+        root=NO_FOLDER, nodes=SimpleNamespace(by_number=known), actions=actions, merges=False
+    )
+    monkeypatch.setattr(checkpoints, "checkpoints", lambda *_: [Checkpoint(manifest(1), NO_FOLDER)])
+    first = asyncio.create_task(requests.roll_back(Incoming(RollBackWeights(version=1), "")))
+    await actions.has_refused.wait()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    with pytest.raises(RefusedError, match="going back already"):
+        async with asyncio.timeout(DEADLINE_S):
+            await requests.roll_back(Incoming(RollBackWeights(version=1, node=1), ""))
+    actions.may_end.set()
+    with pytest.raises(RefusedError, match="the disk is full"):
+        await first
+    assert actions.asked == [known[1]]
 
 
 async def test_a_node_that_comes_while_the_version_is_looked_for_goes_back_with_the_others(
