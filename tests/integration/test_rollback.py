@@ -107,14 +107,8 @@ async def test_what_was_applied_and_not_durable_is_discarded_and_what_waits_is_n
     await stop(trainer)
 
 
-@pytest.mark.parametrize("place", ["intend", "complete"])
-@pytest.mark.parametrize("runs_first", [False, True])
-async def test_a_trainer_that_dies_while_it_goes_back_has_gone_back_or_not(
-    cluster: Cluster, place: str, runs_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await cluster.start()
-    trainer = await cluster.trainer(keep_checkpoints=9)
-    await train(cluster, "a", "b", "c")
+def die_at(place: str, monkeypatch: pytest.MonkeyPatch, *, runs_first: bool) -> None:
+    """The trainer dies where it touches the files of a rollback, before or after."""
     plain = getattr(rollback_files, place)
 
     def broken(*arguments: Any) -> None:
@@ -123,6 +117,17 @@ async def test_a_trainer_that_dies_while_it_goes_back_has_gone_back_or_not(
         raise Killed
 
     monkeypatch.setattr(rollback_files, place, broken)
+
+
+@pytest.mark.parametrize("place", ["intend", "complete"])
+@pytest.mark.parametrize("runs_first", [False, True])
+async def test_a_trainer_that_dies_while_it_goes_back_has_gone_back_or_not(
+    cluster: Cluster, place: str, runs_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(keep_checkpoints=9)
+    await train(cluster, "a", "b", "c")
+    die_at(place, monkeypatch, runs_first=runs_first)
     with pytest.raises(Exception, match="no answer within"):
         await roll_back(cluster, 1, timeout_s=0.01)
     await cluster.news.until(trainer.done)

@@ -9,10 +9,10 @@ import pytest
 from services.trainer import rollback_files
 from shared.errors import RefusedError
 from shared.messages.weights import RolledBack
-from tests.integration.test_rollback import listed, roll_back
+from tests.integration.test_rollback import die_at, listed, roll_back
 from tests.integration.test_trainer_merges import Replicas
 from tests.integration.test_trainer_merges import replicas as replicas
-from tests.integration.test_trainer_service import Killed, stop
+from tests.integration.test_trainer_service import stop
 
 MERGES = ["average", "outer", "allreduce"]
 
@@ -125,14 +125,7 @@ async def test_a_trainer_that_dies_meanwhile_leaves_all_back_or_none(
     trainer = await start(replicas, "average")
     async with replicas.beating():
         await train(replicas, *"abc")
-        plain = getattr(rollback_files, place)
-
-        def broken(*arguments: Any) -> None:
-            if runs_first:
-                plain(*arguments)
-            raise Killed
-
-        monkeypatch.setattr(rollback_files, place, broken)
+        die_at(place, monkeypatch, runs_first=runs_first)
         with pytest.raises(Exception, match="no answer within"):
             await roll_back(replicas, 1, timeout_s=0.2)
         await replicas.news.until(trainer.done)
