@@ -19,6 +19,7 @@ from services.trainer.checkpoint_files import (
 )
 from services.trainer.evaluator import Evaluator
 from services.trainer.learning_rate import LearningRate
+from services.trainer.microbatches import TrainingBatch
 from services.trainer.node_actions import (
     Action,
     Applied,
@@ -110,11 +111,14 @@ class ActionRunner:
         files: CheckpointFiles,
         folders: dict[int, Path],
         stream: str,
+        begun_after: int,
         tasks: asyncio.TaskGroup,
         held_out: Sequence[LabelledTokens] = (),
         name: str = "trainer",
     ) -> None:
-        """`held_out`: examples that versions are evaluated on; `name`: this trainer's, as of a gateway."""
+        """`begun_after`: the sequence before the run's first; `held_out`: examples that versions are
+        evaluated on; `name`: this trainer's, as of a gateway.
+        """
         self._settings = settings
         self._learning_rate = LearningRate(
             peak=settings.learning_rate,
@@ -131,6 +135,7 @@ class ActionRunner:
         """The newest durable checkpoint of each node that has one."""
         self._stream = stream
         """Identity of the training stream."""
+        self._begun_after = begun_after
         self._tasks = tasks
         self._pruning = asyncio.Lock()
         self._rollbacks: dict[int, Rollback] = {}
@@ -251,14 +256,18 @@ class ActionRunner:
             epoch=node.epoch,
             batch_id=step.batch_id,
             version=step.version,
-            learning_rate=self._learning_rate.at(pending.batch.sequence - 1)
-            * pending.batch.learning_rate_multiplier,
+            learning_rate=self._rate_of(pending.batch),
             gradient_scale=step.gradient_scale,
             skip=step.is_skipped,
             keep=step.is_kept,
         )
         for stage in range(node.num_stages):
             self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending.traceparent)
+
+    def _rate_of(self, batch: TrainingBatch) -> float:
+        """Whatever has become of the batches before it: so it is the same after a restart."""
+        num_before = batch.sequence - self._begun_after - 1
+        return self._learning_rate.at(num_before) * batch.learning_rate_multiplier
 
     def _release(self, node: NodeTraining, version: int) -> None:
         message = ReleaseVersion(epoch=node.epoch, version=version)

@@ -60,6 +60,7 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
                 files=None,
                 folders={},
                 stream="s",
+                begun_after=0,
                 tasks=tasks,
             )
             book.admit(pending)

@@ -23,6 +23,7 @@ from services.trainer.checkpoint_files import (
 )
 from services.trainer.versions import Ledger
 from shared import checkpoints, disk
+from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
@@ -369,6 +370,34 @@ def test_the_stream_is_needed_from_the_oldest_checkpoint_on(files: CheckpointFil
     files.prune(0)
 
     assert files.oldest_watermark() == 8
+
+
+def at(first: int, last: int, *, of: str = "s") -> StreamState:
+    return StreamState(of, first_sequence=first, last_sequence=last)
+
+
+def test_a_run_begins_once_wherever_the_stream_has_got_to_since(files: CheckpointFiles) -> None:
+    assert files.begun_after(at(4, 9), "first", has_checkpoints=False) == 3
+    assert files.begun_after(at(7, 12), "first", has_checkpoints=False) == 3
+    assert files.begun_after(at(7, 12), "first", has_checkpoints=True) == 3
+    assert files.begun_after(at(7, 12), "next", has_checkpoints=True) == 3, "it has begun"
+
+
+def test_a_run_without_checkpoints_that_is_to_begin_elsewhere_does(files: CheckpointFiles) -> None:
+    assert files.begun_after(at(1, 9), "first", has_checkpoints=False) == 0
+    assert files.begun_after(at(1, 9), "next", has_checkpoints=False) == 9
+    assert files.begun_after(at(1, 12), "next", has_checkpoints=False) == 9
+    assert files.begun_after(at(1, 2, of="another"), "next", has_checkpoints=False) == 2
+
+
+def test_where_older_runs_began_is_known_of_those_that_began_with_the_next_batch(
+    files: CheckpointFiles,
+) -> None:
+    assert files.begun_after(at(5, 9), "first", has_checkpoints=True) == 0
+    files.root.mkdir()
+    (files.root / "start.json").write_text('{"stream": "s", "after_sequence": 6}')
+    assert files.begun_after(at(5, 9), "next", has_checkpoints=False) == 6
+    assert files.begun_after(at(5, 9), "next", has_checkpoints=True) == 6
 
 
 def test_the_ledger_is_what_all_manifests_say_together(files: CheckpointFiles, tmp_path: Path) -> None:
