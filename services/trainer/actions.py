@@ -48,7 +48,7 @@ from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.encoding import LabelledTokens
-from shared.errors import BusError, RefusedError
+from shared.errors import BusError, MessageTooLargeError, RefusedError
 from shared.messages.inference import TaskEnded
 from shared.messages.training import (
     BatchApplied,
@@ -347,7 +347,8 @@ class ActionRunner:
     def _drop(self, batch_id: str, reason: str) -> None:
         pending = self._book.drop(batch_id)
         pending.span.end()
-        rejected = RejectedBatch(batch_id=batch_id, sequence=pending.batch.sequence, reason=reason)
+        batch = pending.batch
+        rejected = RejectedBatch.of(batch.body, batch_id=batch_id, sequence=batch.sequence, reason=reason)
         self.reject(rejected, pending.acks)
 
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
@@ -501,13 +502,25 @@ class ActionRunner:
         await _acknowledge(acks)
 
     async def _is_stored(self, rejected: RejectedBatch) -> bool:
-        body = rejected.model_dump_json().encode()
         try:
-            await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")
+            await self._store(rejected)
         except BusError as error:
             log.error("the rejection of batch %s is not stored yet: %s", rejected.batch_id, error)
             return False
         return True
+
+    async def _store(self, rejected: RejectedBatch) -> None:
+        """With what was published, if that fits beside the reason."""
+        body = rejected.model_dump_json().encode()
+        try:
+            await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")
+        except MessageTooLargeError as error:
+            if not rejected.body:
+                raise
+            log.warning(
+                "the rejection of batch %s is stored without its content: %s", rejected.batch_id, error
+            )
+            await self._store(rejected.without_body())
 
 
 async def _acknowledge(acks: list[Ack]) -> None:
