@@ -150,6 +150,9 @@ class CheckpointFiles:
         else:
             self._as_model(folder, shards)
         self._copy_model_files(folder)
+        digests |= {
+            path.name: checkpoints.sha256_of(path) for path in folder.iterdir() if path.name not in digests
+        }
         manifest = manifest.model_copy(update={"adapter": adapter, "sha256_by_file": digests})
         checkpoints.write(folder, manifest)
         final = folder.with_name(checkpoints.checkpoint_name(manifest.version))

@@ -352,13 +352,38 @@ def test_a_newest_checkpoint_that_is_no_longer_whole_is_named(files: CheckpointF
         load(files)
 
 
-def test_a_damaged_checkpoint_is_named(files: CheckpointFiles) -> None:
+def damage(file: Path) -> None:
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"],
+)
+def test_a_damaged_checkpoint_is_named(files: CheckpointFiles, name: str) -> None:
     save(files, 1)
     folder = save(files, 2)
-    (folder / "model-00002-of-00002.safetensors").write_text("weightx")
+    damage(folder / name)
 
-    with pytest.raises(ConfigurationError, match="step-00000002 is damaged: model-00002-of-00002"):
+    with pytest.raises(ConfigurationError, match=f"step-00000002 is damaged: {name} is not what its manif"):
         load(files)
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(files: CheckpointFiles) -> None:
+    folder = save(files, 1)
+    names = {path.name for path in folder.iterdir()} - {"lemix.json"}
+    assert load(files)[0].manifest.sha256_by_file.keys() == names
+
+
+def test_manifests_that_name_only_what_stages_have_written_still_load(files: CheckpointFiles) -> None:
+    folder = save(files, 1)
+    older = json.loads((folder / "lemix.json").read_text())
+    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+        del older["sha256_by_file"][name]
+    (folder / "lemix.json").write_text(json.dumps(older))
+    damage(folder / "config.json")
+
+    assert load(files)[0].manifest.version == 1
 
 
 def test_the_stream_is_needed_from_the_oldest_checkpoint_on(files: CheckpointFiles) -> None:
