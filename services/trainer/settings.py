@@ -14,10 +14,14 @@ TrainFrom = Literal["first", "next"]
 OF_TRAINING = (
     "schedule",
     "stashing",
+    "extra_in_flight",
     "microbatches",
     "max_microbatch_tokens",
     "merge",
     "merge_every",
+    "outer_learning_rate",
+    "outer_momentum",
+    "checkpoint_idle_s",  # nodes that are merged every so often also are when there is no work for so long
     "learning_rate",
     "learning_rate_schedule",
     "warmup_batches",
