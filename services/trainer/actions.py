@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 
 from services.trainer import rollback_files
 from services.trainer.batches import Ack, BatchBook, Pending
@@ -251,18 +252,18 @@ class ActionRunner:
         self.outbox.post(FORWARD.at(node=node.node, stage=0), message, traceparent=pending.traceparent)
 
     def _step(self, node: NodeTraining, step: Step) -> None:
-        pending = self._book.pending[step.rate_of or step.batch_id]
+        pending = [self._book.pending[batch_id] for batch_id in step.rate_of or (step.batch_id,)]
         order = StepOrder(
             epoch=node.epoch,
             batch_id=step.batch_id,
             version=step.version,
-            learning_rate=self._rate_of(pending.batch),
+            learning_rate=fmean(self._rate_of(each.batch) for each in pending),
             gradient_scale=step.gradient_scale,
             skip=step.is_skipped,
             keep=step.is_kept,
         )
         for stage in range(node.num_stages):
-            self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending.traceparent)
+            self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending[0].traceparent)
 
     def _rate_of(self, batch: TrainingBatch) -> float:
         """Whatever has become of the batches before it: so it is the same after a restart."""

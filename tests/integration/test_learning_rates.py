@@ -1,12 +1,17 @@
 """Learning rates that stages are ordered to step with, over restarts, against numbers worked out by hand."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from services.trainer.streams import TRAIN_STREAM
-from tests.integration.test_trainer_service import Cluster, stop
+from shared.messages.training import StepOrder
+from tests.integration.test_trainer_merges import Replicas
+from tests.integration.test_trainer_service import EXAMPLES, Cluster, stop
 
 SCHEDULE: dict[str, Any] = {
     "learning_rate": 1.0,
@@ -81,3 +86,27 @@ async def test_a_run_on_a_stream_that_was_emptied_has_its_own_warm_up(cluster: C
         await stop(trainer)
 
     assert ordered(cluster) == expected("abc")
+
+
+async def test_nodes_that_step_together_do_so_with_the_mean_of_their_batches_rates(tmp_path: Path) -> None:
+    cluster = Replicas(tmp_path)
+    await cluster.start(num_nodes=2, num_stages=1)
+    multipliers = {batch_id: 0.5 + number for number, batch_id in enumerate("abcdefgh")}
+    for batch_id, multiplier in multipliers.items():
+        body = {"id": batch_id, "examples": EXAMPLES, "learning_rate_multiplier": multiplier}
+        await cluster.publish(batch_id, json.dumps(body).encode())
+    trainer = await cluster.trainer(schedule="dp", learning_rate=1.0)
+    await cluster.until_durable(len(multipliers))
+    await stop(trainer)
+
+    by_version: defaultdict[int, list[StepOrder]] = defaultdict(list)
+    for node in cluster.nodes:
+        for order in node.orders:
+            by_version[order.version].append(order)
+    batches = [
+        [order.batch_id for order in orders if order.batch_id in multipliers]
+        for orders in by_version.values()
+    ]
+    assert max(map(len, batches)) == 2, "two nodes have stepped on two batches"
+    for orders, batch_ids in zip(by_version.values(), batches, strict=True):
+        assert {order.learning_rate for order in orders} == {fmean(multipliers[each] for each in batch_ids)}
