@@ -336,6 +336,22 @@ def publish(
     run_command(run_publish(file, nats_url, runs_dir, Console()))
 
 
+@train.command()
+def rejected(
+    sequence: Annotated[
+        int | None,
+        typer.Argument(help="Write the batch at this place of the stream to standard output, as published."),
+    ] = None,
+    nats_url: NatsUrl = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Show the training batches that were rejected, and why."""
+    from lemix.rejected_command import run_rejected
+    from lemix.running import run_command
+
+    run_command(run_rejected(sequence, nats_url, runs_dir, Console()))
+
+
 @app.command()
 def status(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs")) -> None:
     """Show nodes, stages, weights versions and queues of the running cluster."""

@@ -73,6 +73,7 @@ class Manifest(Message):
     settings: dict[str, str] = Field(default_factory=dict)
     """Those that the weights depend on, of trainer and stages, by their names."""
     sha256_by_file: dict[str, str]
+    """Of every file but the manifest; older manifests name only those that stages have written."""
     created_wall_s: float
     """Unix time."""
 
@@ -234,16 +235,19 @@ def warn_of_other_settings(checkpoint: Checkpoint, settings: Mapping[str, str]) 
 def check_digests(checkpoint: Checkpoint) -> None:
     """Raises ConfigurationError when a file is not what the manifest says."""
     for name, sha256 in checkpoint.manifest.sha256_by_file.items():
-        if _sha256(checkpoint.folder / name) != sha256:
+        path = checkpoint.folder / name
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise ConfigurationError(f"cannot read {path}: {error}") from error
+        if found != sha256:
             raise _damaged(checkpoint.folder, f"{name} is not what its manifest says")
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error}") from error
+def sha256_of(path: Path) -> str:
+    """Digest of a file, in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(folder: Path) -> Manifest | None:

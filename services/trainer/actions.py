@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 
 from services.trainer import rollback_files
 from services.trainer.batches import Ack, BatchBook, Pending
@@ -19,6 +20,7 @@ from services.trainer.checkpoint_files import (
 )
 from services.trainer.evaluator import Evaluator
 from services.trainer.learning_rate import LearningRate
+from services.trainer.microbatches import TrainingBatch
 from services.trainer.node_actions import (
     Action,
     Applied,
@@ -47,7 +49,7 @@ from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.encoding import LabelledTokens
-from shared.errors import BusError, RefusedError
+from shared.errors import BusError, MessageTooLargeError, RefusedError
 from shared.messages.inference import TaskEnded
 from shared.messages.training import (
     BatchApplied,
@@ -110,11 +112,14 @@ class ActionRunner:
         files: CheckpointFiles,
         folders: dict[int, Path],
         stream: str,
+        begun_after: int,
         tasks: asyncio.TaskGroup,
         held_out: Sequence[LabelledTokens] = (),
         name: str = "trainer",
     ) -> None:
-        """`held_out`: examples that versions are evaluated on; `name`: this trainer's, as of a gateway."""
+        """`begun_after`: the sequence before the run's first; `held_out`: examples that versions are
+        evaluated on; `name`: this trainer's, as of a gateway.
+        """
         self._settings = settings
         self._learning_rate = LearningRate(
             peak=settings.learning_rate,
@@ -131,6 +136,7 @@ class ActionRunner:
         """The newest durable checkpoint of each node that has one."""
         self._stream = stream
         """Identity of the training stream."""
+        self._begun_after = begun_after
         self._tasks = tasks
         self._pruning = asyncio.Lock()
         self._rollbacks: dict[int, Rollback] = {}
@@ -247,19 +253,23 @@ class ActionRunner:
         self.outbox.post(FORWARD.at(node=node.node, stage=0), message, traceparent=pending.traceparent)
 
     def _step(self, node: NodeTraining, step: Step) -> None:
-        pending = self._book.pending[step.rate_of or step.batch_id]
+        pending = [self._book.pending[batch_id] for batch_id in step.rate_of or (step.batch_id,)]
         order = StepOrder(
             epoch=node.epoch,
             batch_id=step.batch_id,
             version=step.version,
-            learning_rate=self._learning_rate.at(pending.batch.sequence - 1)
-            * pending.batch.learning_rate_multiplier,
+            learning_rate=fmean(self._rate_of(each.batch) for each in pending),
             gradient_scale=step.gradient_scale,
             skip=step.is_skipped,
             keep=step.is_kept,
         )
         for stage in range(node.num_stages):
-            self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending.traceparent)
+            self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending[0].traceparent)
+
+    def _rate_of(self, batch: TrainingBatch) -> float:
+        """Whatever has become of the batches before it: so it is the same after a restart."""
+        num_before = batch.sequence - self._begun_after - 1
+        return self._learning_rate.at(num_before) * batch.learning_rate_multiplier
 
     def _release(self, node: NodeTraining, version: int) -> None:
         message = ReleaseVersion(epoch=node.epoch, version=version)
@@ -339,7 +349,8 @@ class ActionRunner:
     def _drop(self, batch_id: str, reason: str) -> None:
         pending = self._book.drop(batch_id)
         pending.span.end()
-        rejected = RejectedBatch(batch_id=batch_id, sequence=pending.batch.sequence, reason=reason)
+        batch = pending.batch
+        rejected = RejectedBatch.of(batch.body, batch_id=batch_id, sequence=batch.sequence, reason=reason)
         self.reject(rejected, pending.acks)
 
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
@@ -506,13 +517,25 @@ class ActionRunner:
         await _acknowledge(acks)
 
     async def _is_stored(self, rejected: RejectedBatch) -> bool:
-        body = rejected.model_dump_json().encode()
         try:
-            await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")
+            await self._store(rejected)
         except BusError as error:
             log.error("the rejection of batch %s is not stored yet: %s", rejected.batch_id, error)
             return False
         return True
+
+    async def _store(self, rejected: RejectedBatch) -> None:
+        """With what was published, if that fits beside the reason."""
+        body = rejected.model_dump_json().encode()
+        try:
+            await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")
+        except MessageTooLargeError as error:
+            if not rejected.body:
+                raise
+            log.warning(
+                "the rejection of batch %s is stored without its content: %s", rejected.batch_id, error
+            )
+            await self._store(rejected.without_body())
 
 
 async def _acknowledge(acks: list[Ack]) -> None:

@@ -9,15 +9,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Self
 
 from services.trainer import rollback_files
 from services.trainer.adapter_file import join_adapter
+from services.trainer.settings import TrainFrom
 from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
 from shared.disk import make_folder, replace_file, sync
 from shared.errors import ConfigurationError
+from shared.messages.base import Message
 from shared.messages.training import AdapterKind, ShardSaved
 from shared.messages.weights import ServedWeights
 from shared.model.index import write_index
@@ -59,6 +62,22 @@ class Evaluated:
         return manifest.model_copy(update={"held_out_loss": self.loss, "may_serve": may_serve})
 
 
+class _Start(Message):
+    """Where a run began."""
+
+    stream: str
+    """Identity of the training stream."""
+    train_from: TrainFrom = "next"
+    """The setting; files that do not say it were written under no other."""
+    after_sequence: int
+
+    @classmethod
+    def at(cls, stream: StreamState, train_from: TrainFrom) -> Self:
+        """Of a run that begins now."""
+        after = stream.last_sequence if train_from == "next" else stream.first_sequence - 1
+        return cls(stream=stream.identity, train_from=train_from, after_sequence=after)
+
+
 class CheckpointFiles:
     """Writes below `root`, which stages can reach under the same path."""
 
@@ -87,19 +106,24 @@ class CheckpointFiles:
             )
         return found
 
-    def start_after(self, stream: StreamState) -> int:
-        """The stream's last sequence when this was first asked: a restart before the first checkpoint
-        must not pass over the batches that have come since.
+    def begun_after(self, stream: StreamState, train_from: TrainFrom, *, has_checkpoints: bool) -> int:
+        """The sequence before the run's first. A run that is new begins now, which is written down.
+
+        A restart must not move it: before the first checkpoint it would pass over batches that have come
+        since, and learning rates are counted from it. A run that was begun before all were written down is
+        counted from the stream's first.
         """
-        path, known = self._root / _START, {}
-        if path.exists():
-            known = json.loads(path.read_text())
-        if known.get("stream") != stream.identity:
-            known = {"stream": stream.identity, "after_sequence": stream.last_sequence}
-            if not self._root.exists():
-                make_folder(self._root)
-            replace_file(path, json.dumps(known))
-        return int(known["after_sequence"])
+        path = self._root / _START
+        known = _Start.model_validate_json(path.read_bytes()) if path.exists() else None
+        if has_checkpoints:
+            return known.after_sequence if known and known.stream == stream.identity else 0
+        if known and (known.stream, known.train_from) == (stream.identity, train_from):
+            return known.after_sequence
+        begins = _Start.at(stream, train_from)
+        if not self._root.exists():
+            make_folder(self._root)
+        replace_file(path, begins.model_dump_json() + "\n")
+        return begins.after_sequence
 
     def temporary(self, node: int, version: int, epoch: int) -> Path:
         """Where the stages write their shards of `version` in this life of the node."""
@@ -126,6 +150,9 @@ class CheckpointFiles:
         else:
             self._as_model(folder, shards)
         self._copy_model_files(folder)
+        digests |= {
+            path.name: checkpoints.sha256_of(path) for path in folder.iterdir() if path.name not in digests
+        }
         manifest = manifest.model_copy(update={"adapter": adapter, "sha256_by_file": digests})
         checkpoints.write(folder, manifest)
         final = folder.with_name(checkpoints.checkpoint_name(manifest.version))
@@ -259,13 +286,13 @@ def all_apart(found: dict[int, Checkpoint]) -> dict[int, Checkpoint]:
     return found
 
 
-def ledger_of(found: Iterable[Checkpoint]) -> Ledger:
-    """What the nodes' newest checkpoints say about batches."""
+def ledger_of(found: Iterable[Checkpoint], *, begun_after: int = 0) -> Ledger:
+    """What the nodes' newest checkpoints say about batches; a run without any begins after `begun_after`."""
     manifests = [checkpoint.manifest for checkpoint in found]
     return Ledger.restore(
         {manifest.node: lineage_of(manifest) for manifest in manifests},
         skipped={sequence for manifest in manifests for sequence in manifest.rejected},
-        watermark=max((manifest.watermark for manifest in manifests), default=0),
+        watermark=max((manifest.watermark for manifest in manifests), default=begun_after),
         discarded_ids=[batch_id for manifest in manifests for batch_id in manifest.discarded_batch_ids],
     )
 

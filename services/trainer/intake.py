@@ -50,14 +50,17 @@ class Intake:
             body = read_body(message.body)
             batch_id = body.id or batch_id
             _check_id(batch_id)
-            return self._cut(batch_id or id_of(message.sequence), message.sequence, body)
+            return self._cut(batch_id or id_of(message.sequence), message, body)
         except InvalidBatchError as error:
             reason = str(error)
         except Exception as error:  # a tokenizer or template may raise anything, and would again
             log.exception("batch %s (%d) cannot be prepared", batch_id, message.sequence)
             reason = f"{type(error).__name__}: {error}"
-        return RejectedBatch(
-            batch_id=batch_id or id_of(message.sequence), sequence=message.sequence, reason=reason
+        return RejectedBatch.of(
+            message.body,
+            batch_id=batch_id or id_of(message.sequence),
+            sequence=message.sequence,
+            reason=reason,
         )
 
     def _encode(self, body: BatchBody) -> list[LabelledTokens]:
@@ -69,15 +72,16 @@ class Intake:
                 raise InvalidBatchError(f"examples.{position}: {error}") from error
         return encoded
 
-    def _cut(self, batch_id: str, sequence: int, body: BatchBody) -> TrainingBatch:
+    def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch:
         examples = self._encode(body)
         lengths = [len(example.tokens) for example in examples]
         groups = split(lengths, self.microbatches, self.max_microbatch_tokens)
         rows = tuple(join(examples[group.start : group.stop]) for group in groups)
         return TrainingBatch(
             batch_id=batch_id,
-            sequence=sequence,
+            sequence=message.sequence,
             microbatches=rows,
+            body=message.body,
             learning_rate_multiplier=body.learning_rate_multiplier,
         )
 

@@ -1,4 +1,4 @@
-"""The learning rate by a batch's place in the training stream: the same on every node and after a restart."""
+"""The learning rate by a batch's place in the run: the same on every node and after a restart."""
 
 from dataclasses import dataclass
 from math import cos, pi
@@ -19,7 +19,7 @@ class LearningRate:
     final: float = 0.0
 
     def at(self, number: int) -> float:
-        """Of the batch that has `number` others before it in the stream."""
+        """Of the batch that has `number` others before it in the run."""
         if number < self.warmup_batches:
             return self.peak * (number + 1) / self.warmup_batches
         if self.decay == "constant":

@@ -24,8 +24,8 @@ class Step:
     """Of the weights afterwards."""
     gradient_scale: float = 1.0
     is_skipped: bool = False
-    rate_of: str = ""
-    """The batch whose place in the stream sets the learning rate, when it is not this one: nodes that step
+    rate_of: tuple[str, ...] = ()
+    """The batches whose mean learning rate is the step's, when it is not this one alone: nodes that step
     together step alike."""
     is_kept: bool = False
     """Stages hold on to the version, to serve it."""

@@ -362,7 +362,7 @@ class NodeTraining:
         return self._pipeline.complete is not None and self._pipeline.complete.is_joint
 
     def order_step(
-        self, version: int, now_s: float, *, rate_of: str, squared_norm: float, can_save: bool
+        self, version: int, now_s: float, *, rate_of: tuple[str, ...], squared_norm: float, can_save: bool
     ) -> list[Action]:
         """Every node has the averaged gradients, whose norm one tells: all step to `version`, or skip.
 
@@ -440,7 +440,7 @@ class NodeTraining:
         version: int,
         now_s: float,
         *,
-        rate_of: str = "",
+        rate_of: tuple[str, ...] = (),
         squared_norm: float | None = None,
         can_save: bool = False,
     ) -> list[Action]:

@@ -34,8 +34,8 @@ class _Round:
     members: tuple[int, ...]
     version: int
     """Of the weights after it: each batch counts."""
-    rate_of: str
-    """The batch that sets the learning rate of all."""
+    rate_of: tuple[str, ...]
+    """The batches of all, whose gradients and learning rates have the same share in the means."""
     phase: Literal["reducing", "stepping"] = "reducing"
 
 
@@ -144,6 +144,6 @@ class Reductions:
             for node in members
         )
         version = members[0].version + len(ready)
-        rate_of = next(member.batch_id for member in taking_part if member.batch_id)
+        rate_of = tuple(member.batch_id for member in taking_part if member.batch_id)
         self._round = _Round(tuple(node.node for node in members), version, rate_of)
         return [Reduce(name, taking_part)]

@@ -38,11 +38,9 @@ from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
-from services.trainer.versions import Ledger
 from services.trainer.weights_requests import WeightsRequests
 from shared import checkpoints
-from shared.bus.base import Bus, StreamState, Subscription
-from shared.checkpoints import Checkpoint
+from shared.bus.base import Bus, Subscription
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.model_files import resolve
@@ -93,7 +91,10 @@ class Trainer:
         found = all_apart(found) if self._settings.merging == "none" else only_newest(found)
         for checkpoint in found.values():
             checkpoints.warn_of_other_settings(checkpoint, self._settings.told(OF_TRAINING))
-        book = BatchBook(await on_disk(partial(self._first_ledger, found, stream)))
+        begun_after = await on_disk(
+            partial(self._files.begun_after, stream, self._settings.train_from, has_checkpoints=bool(found))
+        )
+        book = BatchBook(ledger_of(found.values(), begun_after=begun_after))
         async with asyncio.TaskGroup() as tasks:
             actions = ActionRunner(
                 self._settings,
@@ -103,6 +104,7 @@ class Trainer:
                 files=self._files,
                 folders={node: checkpoint.folder for node, checkpoint in found.items()},
                 stream=stream.identity,
+                begun_after=begun_after,
                 tasks=tasks,
                 held_out=self._held_out,
                 name=f"trainer-{term}",
@@ -172,8 +174,3 @@ class Trainer:
             await self._bus.respond(ROLLBACK.at(), requests.roll_back),
             await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
         ]
-
-    def _first_ledger(self, found: dict[int, Checkpoint], stream: StreamState) -> Ledger:
-        if not found and self._settings.train_from == "next":
-            return Ledger.restore({}, (), self._files.start_after(stream))
-        return ledger_of(found.values())

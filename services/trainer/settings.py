@@ -9,13 +9,19 @@ from shared.messages.weights import ServingRule
 from shared.schedule import MergeName, ScheduleName, StashingName
 from shared.settings import LemixSettings
 
+TrainFrom = Literal["first", "next"]
+
 OF_TRAINING = (
     "schedule",
     "stashing",
+    "extra_in_flight",
     "microbatches",
     "max_microbatch_tokens",
     "merge",
     "merge_every",
+    "outer_learning_rate",
+    "outer_momentum",
+    "checkpoint_idle_s",  # nodes that are merged every so often also are when there is no work for so long
     "learning_rate",
     "learning_rate_schedule",
     "warmup_batches",
@@ -51,9 +57,9 @@ class TrainerSettings(LemixSettings):
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How it falls after the warm-up, until `learning_rate_batches`."""
     warmup_batches: int = Field(default=0, ge=0)
-    """Batches of the stream over which the learning rate rises from 0."""
+    """Batches of the run over which the learning rate rises from 0."""
     learning_rate_batches: int = Field(default=0, ge=0)
-    """Batches of the stream after which it has fallen to `final_learning_rate`."""
+    """Batches of the run after which it has fallen to `final_learning_rate`."""
     final_learning_rate: float = Field(default=0.0, ge=0)
     max_gradient_norm: float = Field(default=inf, gt=0)
     """Gradients are scaled down to this norm over all stages."""
@@ -80,7 +86,7 @@ class TrainerSettings(LemixSettings):
     """How much higher a version's held-out loss may be, as a share of the lowest that has served."""
     max_pending: int = Field(default=1024, ge=1)
     """Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
-    train_from: Literal["first", "next"] = "first"
+    train_from: TrainFrom = "first"
     """Where a run without checkpoints begins: at the `first` batch of the stream or at the `next` to come."""
 
     @property

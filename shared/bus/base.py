@@ -55,6 +55,8 @@ class StreamState:
 
     identity: str
     """Of this stream alone: one that is made anew under the same name has another."""
+    first_sequence: int
+    """Of the oldest message that is there; where there is none, of the next to come."""
     last_sequence: int
     """Of the newest message that was ever stored; 0 before the first."""
 

@@ -233,7 +233,7 @@ class MemoryBus:
         if spec.name not in self.broker.streams:
             self.broker.streams[spec.name] = _Stream(spec)
         stream = self.broker.streams[spec.name]
-        return StreamState(stream.identity, stream.last_sequence)
+        return StreamState(stream.identity, stream.num_removed + 1, stream.last_sequence)
 
     async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
         self._stream(stream).purge(up_to_sequence)

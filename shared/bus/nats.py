@@ -225,7 +225,8 @@ class NatsBus:
                     raise
                 found = await self._jetstream.stream_info(spec.name)
         assert found.created is not None
-        return StreamState(found.created.isoformat(), found.state.last_seq)
+        first_sequence = max(found.state.first_seq, 1)  # 0 before the first message
+        return StreamState(found.created.isoformat(), first_sequence, found.state.last_seq)
 
     async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
         if up_to_sequence > 0:  # 0 would purge everything

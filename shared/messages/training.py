@@ -1,5 +1,6 @@
 """Messages of a training batch's life: placed, cut into microbatches, run, reported."""
 
+from base64 import b64decode, b64encode
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -205,6 +206,10 @@ class StageReport(Message):
     event: StageEvent
 
 
+BodyForm = Literal["text", "base64", "left_out"]
+"""`base64`: what is no text (MessagePack); `left_out`: what would be too large for the message."""
+
+
 class RejectedBatch(Message):
     """A training batch that cannot be used, and why. trainer -> lemix.train.rejected (as JSON)."""
 
@@ -212,6 +217,34 @@ class RejectedBatch(Message):
     sequence: int
     """Where the batch stands in the training stream."""
     reason: str
+    body: str = ""
+    """What was published, in `body_form`."""
+    body_form: BodyForm = "left_out"
+
+    @classmethod
+    def of(cls, body: bytes, *, batch_id: str, sequence: int, reason: str) -> Self:
+        """The batch that was published with that body."""
+        form: BodyForm
+        try:
+            text, form = body.decode(), "text"
+        except UnicodeDecodeError:
+            text, form = b64encode(body).decode(), "base64"
+        return cls(batch_id=batch_id, sequence=sequence, reason=reason, body=text, body_form=form)
+
+    @property
+    def published(self) -> bytes | None:
+        """What was published, byte for byte; None when it is left out."""
+        match self.body_form:
+            case "text":
+                return self.body.encode()
+            case "base64":
+                return b64decode(self.body)
+            case "left_out":
+                return None
+
+    def without_body(self) -> Self:
+        """With nothing but what became of it."""
+        return self.model_copy(update={"body": "", "body_form": "left_out"})
 
 
 class BatchPlaced(Message):

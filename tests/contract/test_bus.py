@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from shared.bus.base import Bus, Handler, Incoming, StreamSpec
+from shared.bus.base import Bus, Handler, Incoming, StreamSpec, StreamState
 from shared.errors import (
     BusError,
     BusTimeoutError,
@@ -357,15 +357,17 @@ async def test_a_stream_that_exists_is_left_as_it_is(connect: Connect) -> None:
     assert await bus.publish_durable("test.stored", b"2") == 2
 
 
-async def test_a_stream_tells_who_it_is_and_how_far_it_goes(connect: Connect) -> None:
+async def test_a_stream_tells_who_it_is_and_from_where_to_where_it_goes(connect: Connect) -> None:
     one, other = await connect(), await connect()
     first = await one.ensure_stream(STREAM)
-    assert first.last_sequence == 0
+    assert (first.first_sequence, first.last_sequence) == (1, 0)
     for _ in range(2):
         await one.publish_durable("test.stored", b"1")
-    await one.purge_stream("TEST", 2)
+    await one.purge_stream("TEST", 1)
     again = await other.ensure_stream(StreamSpec(STREAM.name, STREAM.subjects, max_bytes=1 << 20))
-    assert (again.identity, again.last_sequence) == (first.identity, 2)
+    assert again == StreamState(first.identity, first_sequence=2, last_sequence=2)
+    await one.purge_stream("TEST", 2)
+    assert await one.ensure_stream(STREAM) == StreamState(first.identity, first_sequence=3, last_sequence=2)
     assert (await other.ensure_stream(StreamSpec("OTHER", ("test.other",)))).identity != first.identity
 
 

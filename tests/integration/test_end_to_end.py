@@ -9,9 +9,11 @@ import nats
 import openai
 import pytest
 import pytest_asyncio
+from rich.console import Console
 
 from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
+from lemix.rejected_command import run_rejected
 from lemix.topology import ClusterOptions
 from shared import checkpoints, subjects
 from tests.support.waiting import until
@@ -136,13 +138,22 @@ async def test_a_batch_published_twice_is_applied_once(cluster: LocalCluster) ->
     assert sorted(manifest.recent_batch_ids) == sorted([*(f"bulletin-{n}" for n in range(6)), "bulletin-100"])
 
 
-async def test_a_bad_batch_is_rejected_with_its_reason(cluster: LocalCluster) -> None:
+async def test_a_bad_batch_is_rejected_with_its_reason_and_what_was_published(
+    cluster: LocalCluster, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
     client = await nats.connect(cluster.nats_url)
     rejected = await client.subscribe(subjects.REJECTED)
-    await publish(cluster, b"{not json", b'{"id": "empty", "examples": []}')
-    reasons = [json.loads((await rejected.next_msg(timeout=30)).data)["reason"] for _ in range(2)]
+    bodies = (b"{not json", b'{"id": "empty", "examples": []}')
+    await publish(cluster, *bodies)
+    told = [json.loads((await rejected.next_msg(timeout=30)).data) for _ in range(2)]
     await client.close()
-    assert all(reasons)
+    assert all(each["reason"] for each in told)
+    for each, body in zip(told, bodies, strict=True):
+        await run_rejected(each["sequence"], cluster.nats_url, cluster.run_dir, Console())
+        assert capsysbinary.readouterr().out == body
+    await run_rejected(None, cluster.nats_url, cluster.run_dir, Console())
+    listed = capsysbinary.readouterr().out.decode()
+    assert all(f" {each['sequence']} " in listed and each["batch_id"] in listed for each in told)
 
 
 async def test_malformed_and_oversize_messages_break_nothing(cluster: LocalCluster) -> None:

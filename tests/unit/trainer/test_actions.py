@@ -45,7 +45,7 @@ def after_failures(num_failures: int) -> tuple[Pending, BatchBook, list[Rejected
 def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
     """Place the only batch so often, offloaded when it has to be, and have that happen to it each time."""
     rows = (Rows(lengths=(2,), tokens=(1, 2), label_rows=(0,), labels=(2,)),)
-    pending = Pending(TrainingBatch("b", 1, rows), NoTelemetry(), parent="", ack=no_ack)
+    pending = Pending(TrainingBatch("b", 1, rows, b"{}"), NoTelemetry(), parent="", ack=no_ack)
     book, bus = BatchBook(Ledger.restore({}, (), 0)), FakeBus()
     rules = Rules(schedule=SCHEDULES["async"], checkpoint_every=1, checkpoint_idle_s=1.0)
     node = NodeTraining(0, 1, rules=rules, durable_version=0, epochs=iter(()))
@@ -60,6 +60,7 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
                 files=None,
                 folders={},
                 stream="s",
+                begun_after=0,
                 tasks=tasks,
             )
             book.admit(pending)
@@ -93,4 +94,4 @@ def test_after_some_times_it_is_offloaded() -> None:
 def test_one_that_finds_none_although_it_is_offloaded_is_rejected() -> None:
     _, book, rejected = after_failures(MAX_UNFIT + 2)
     assert book.num_waiting == 0
-    assert [(each.batch_id, each.reason) for each in rejected] == [("b", "no memory")]
+    assert [(each.batch_id, each.reason, each.published) for each in rejected] == [("b", "no memory", b"{}")]

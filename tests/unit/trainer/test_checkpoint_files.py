@@ -23,6 +23,7 @@ from services.trainer.checkpoint_files import (
 )
 from services.trainer.versions import Ledger
 from shared import checkpoints, disk
+from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
@@ -374,13 +375,38 @@ def test_a_newest_checkpoint_that_is_no_longer_whole_is_named(files: CheckpointF
         load(files)
 
 
-def test_a_damaged_checkpoint_is_named(files: CheckpointFiles) -> None:
+def damage(file: Path) -> None:
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"],
+)
+def test_a_damaged_checkpoint_is_named(files: CheckpointFiles, name: str) -> None:
     save(files, 1)
     folder = save(files, 2)
-    (folder / "model-00002-of-00002.safetensors").write_text("weightx")
+    damage(folder / name)
 
-    with pytest.raises(ConfigurationError, match="step-00000002 is damaged: model-00002-of-00002"):
+    with pytest.raises(ConfigurationError, match=f"step-00000002 is damaged: {name} is not what its manif"):
         load(files)
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(files: CheckpointFiles) -> None:
+    folder = save(files, 1)
+    names = {path.name for path in folder.iterdir()} - {"lemix.json"}
+    assert load(files)[0].manifest.sha256_by_file.keys() == names
+
+
+def test_manifests_that_name_only_what_stages_have_written_still_load(files: CheckpointFiles) -> None:
+    folder = save(files, 1)
+    older = json.loads((folder / "lemix.json").read_text())
+    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+        del older["sha256_by_file"][name]
+    (folder / "lemix.json").write_text(json.dumps(older))
+    damage(folder / "config.json")
+
+    assert load(files)[0].manifest.version == 1
 
 
 def test_the_stream_is_needed_from_the_oldest_checkpoint_on(files: CheckpointFiles) -> None:
@@ -392,6 +418,34 @@ def test_the_stream_is_needed_from_the_oldest_checkpoint_on(files: CheckpointFil
     files.prune(0)
 
     assert files.oldest_watermark() == 8
+
+
+def at(first: int, last: int, *, of: str = "s") -> StreamState:
+    return StreamState(of, first_sequence=first, last_sequence=last)
+
+
+def test_a_run_begins_once_wherever_the_stream_has_got_to_since(files: CheckpointFiles) -> None:
+    assert files.begun_after(at(4, 9), "first", has_checkpoints=False) == 3
+    assert files.begun_after(at(7, 12), "first", has_checkpoints=False) == 3
+    assert files.begun_after(at(7, 12), "first", has_checkpoints=True) == 3
+    assert files.begun_after(at(7, 12), "next", has_checkpoints=True) == 3, "it has begun"
+
+
+def test_a_run_without_checkpoints_that_is_to_begin_elsewhere_does(files: CheckpointFiles) -> None:
+    assert files.begun_after(at(1, 9), "first", has_checkpoints=False) == 0
+    assert files.begun_after(at(1, 9), "next", has_checkpoints=False) == 9
+    assert files.begun_after(at(1, 12), "next", has_checkpoints=False) == 9
+    assert files.begun_after(at(1, 2, of="another"), "next", has_checkpoints=False) == 2
+
+
+def test_where_older_runs_began_is_known_of_those_that_began_with_the_next_batch(
+    files: CheckpointFiles,
+) -> None:
+    assert files.begun_after(at(5, 9), "first", has_checkpoints=True) == 0
+    files.root.mkdir()
+    (files.root / "start.json").write_text('{"stream": "s", "after_sequence": 6}')
+    assert files.begun_after(at(5, 9), "next", has_checkpoints=False) == 6
+    assert files.begun_after(at(5, 9), "next", has_checkpoints=True) == 6
 
 
 def test_the_ledger_is_what_all_manifests_say_together(files: CheckpointFiles, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def prepared(body: bytes, **headers: str) -> object:
 )
 def test_an_id_like_those_of_nameless_batches_is_refused(body: bytes, headers: dict[str, str]) -> None:
     reason = "id: ids that begin with 'seq-' are kept for batches without one"
-    assert prepared(body, **headers) == RejectedBatch(batch_id="seq-7", sequence=7, reason=reason)
+    assert prepared(body, **headers) == RejectedBatch.of(body, batch_id="seq-7", sequence=7, reason=reason)
 
 
 def test_an_unexpected_error_rejects_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,4 +38,5 @@ def test_an_unexpected_error_rejects_the_batch(monkeypatch: pytest.MonkeyPatch) 
         raise RecursionError("too deep")
 
     monkeypatch.setattr(ExampleEncoder, "encode", broken)
-    assert prepared(BODY) == RejectedBatch(batch_id="seq-7", sequence=7, reason="RecursionError: too deep")
+    reason = "RecursionError: too deep"
+    assert prepared(BODY) == RejectedBatch.of(BODY, batch_id="seq-7", sequence=7, reason=reason)

@@ -46,7 +46,7 @@ def test_rows_and_labels_follow_their_examples() -> None:
 def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch() -> None:
     one, two = join([LabelledTokens((1, 2, 3), (0, 1))]), join([LabelledTokens((1, 2), (0,))] * 2)
 
-    batch = TrainingBatch("b", 1, (one, two))
+    batch = TrainingBatch("b", 1, (one, two), b"{}")
 
     assert batch.loss_weight == 1 / 4
     assert batch.num_tokens == 7

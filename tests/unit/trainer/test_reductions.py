@@ -37,7 +37,7 @@ def step(replicas: Replicas, version: int, **batches: str) -> list[Action]:
     by_node = {int(node.removeprefix("node_")): batch_id for node, batch_id in batches.items()}
     for node, batch_id in by_node.items():
         replicas.report(node, GradientsReady(batch_id=batch_id, squared_norm=1.0))
-    rate_of = next(batch_id for batch_id in by_node.values() if not batch_id.startswith("round"))
+    rate_of = tuple(batch_id for batch_id in by_node.values() if not batch_id.startswith("round"))
     assert actions_in(replicas.look()) == [
         Step(batch_id, version, rate_of=rate_of) for batch_id in by_node.values()
     ]
@@ -67,7 +67,7 @@ def test_all_nodes_scale_the_mean_alike_whatever_norm_each_has_found() -> None:
     replicas.report(1, GradientsReady(batch_id="b", squared_norm=4.000001))
 
     assert actions_in(replicas.look()) == [
-        Step(batch_id, 2, gradient_scale=0.5, rate_of="a") for batch_id in "ab"
+        Step(batch_id, 2, gradient_scale=0.5, rate_of=("a", "b")) for batch_id in "ab"
     ]
 
 
