@@ -166,18 +166,18 @@ def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
 
     Raises ConfigurationError when it is of another model, or damaged.
     """
-    newest = next(_unread(root, node), None)
+    newest = next(_unchecked(root, node), None)
     return newest and _checked(newest, model)
 
 
 def newest_serving(root: Path, of_nodes: Iterable[int], *, model: str) -> Checkpoint | None:
     """The newest checkpoint of any of these nodes that may serve, checked; raises as `newest_of`."""
-    of_each = (next(filter(_may_serve, _unread(root, node)), None) for node in of_nodes)
+    of_each = (next(filter(_may_serve, _unchecked(root, node)), None) for node in of_nodes)
     newest = serving(filter(None, of_each))
     return newest and _checked(newest, model)
 
 
-def _unread(root: Path, node: int) -> Iterator[Checkpoint]:
+def _unchecked(root: Path, node: int) -> Iterator[Checkpoint]:
     """Newest first. Raises ConfigurationError when one cannot be read that was whole."""
     for folder in _step_folders(root, node):
         if (folder / MANIFEST_NAME).exists():
