@@ -27,7 +27,7 @@ from shared.disk import replace_file
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
 from shared.messages.training import AdapterKind
-from shared.messages.weights import DurableVersion
+from shared.messages.weights import DurableVersion, SavedWeights
 
 MANIFEST_NAME = "lemix.json"
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -76,6 +76,11 @@ class Manifest(Message):
     created_wall_s: float
     """Unix time."""
 
+    @property
+    def digest(self) -> str:
+        """Of all files but the manifest, which changes: that of other weights is another one."""
+        return hashlib.sha256(repr(sorted(self.sha256_by_file.items())).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -83,6 +88,14 @@ class Checkpoint:
 
     manifest: Manifest
     folder: Path
+
+
+def as_saved(checkpoint: Checkpoint | None) -> SavedWeights:
+    """What there is to load; None: the model as it was before training."""
+    if checkpoint is None:
+        return SavedWeights(version=0, checkpoint="")
+    manifest = checkpoint.manifest
+    return SavedWeights(version=manifest.version, checkpoint=str(checkpoint.folder), digest=manifest.digest)
 
 
 def node_folder(root: Path, node: int) -> Path:

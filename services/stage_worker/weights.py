@@ -41,6 +41,10 @@ class WeightsVersion:
             leaf.grad = None
         return taken
 
+    def equals(self, other: "WeightsVersion") -> bool:
+        """Whether the weights are the same."""
+        return all(torch.equal(leaf, other.leaves[name]) for name, leaf in self.leaves.items())
+
 
 class StageWeights:
     """Owns the parameters of a stage that training changes. All methods belong to the compute thread."""
@@ -106,9 +110,15 @@ class StageWeights:
         finally:
             self._install(self._newest)
 
-    def keep(self) -> None:
-        """Hold on to the weights as they are now, under their version's number, until `release`."""
-        self._kept[self.version] = self._begin_version()
+    def keep(self) -> bool:
+        """Hold on to the weights as they are now, under their version's number, until `release`.
+
+        False: other weights were kept under that number, and are gone now.
+        """
+        before, now = self._kept.get(self.version), self._begin_version()
+        self._kept[self.version] = now
+        self._retire()
+        return before is None or before.equals(now)
 
     def release(self, number: int) -> None:
         """Serving needs that version no more."""

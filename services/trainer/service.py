@@ -101,7 +101,7 @@ class Trainer:
                 clock=self._clock,
                 book=book,
                 files=self._files,
-                folders={node: checkpoint.folder for node, checkpoint in found.items()},
+                newest=found,
                 stream=stream.identity,
                 tasks=tasks,
                 held_out=self._held_out,

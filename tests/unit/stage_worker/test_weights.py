@@ -328,6 +328,31 @@ def test_memory_in_which_a_kept_version_lies_is_not_used_again(stage: Stage) -> 
         assert_same(newest(stage), kept)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
+def test_a_version_that_is_kept_again_says_whether_it_is_the_same(kind: str, stage: Stage) -> None:
+    weights = of_kind(kind, stage)
+    saved = values(dict(weights.master_tensors()))
+    train(stage, weights, "b0", TEXTS[:1])
+    others = values(dict(weights.master_tensors()))
+    weights.load(saved, {}, version=0)
+    assert weights.keep()
+    expected = newest(stage)
+    train(stage, weights, "b1", TEXTS[1:2])
+
+    weights.load(saved, {}, version=0)
+    assert weights.keep()
+    train(stage, weights, "b2", TEXTS[2:3])
+    with weights.serving(0):
+        assert_same(newest(stage), expected)
+
+    weights.load(others, {}, version=0)
+    assert not weights.keep()
+    expected = newest(stage)
+    train(stage, weights, "b3", TEXTS[3:])
+    with weights.serving(0):
+        assert_same(newest(stage), expected)
+
+
 def test_a_version_that_is_not_kept_is_gone(stage: Stage, weights: StageWeights) -> None:
     weights.keep()
     train(stage, weights, "b0", TEXTS[:1])
