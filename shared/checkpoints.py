@@ -27,7 +27,7 @@ from shared.disk import replace_file
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
 from shared.messages.training import AdapterKind
-from shared.messages.weights import DurableVersion
+from shared.messages.weights import DurableVersion, SavedWeights
 
 MANIFEST_NAME = "lemix.json"
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -77,6 +77,11 @@ class Manifest(Message):
     created_wall_s: float
     """Unix time."""
 
+    @property
+    def digest(self) -> str:
+        """Of all files but the manifest, which changes: that of other weights is another one."""
+        return hashlib.sha256(repr(sorted(self.sha256_by_file.items())).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -84,6 +89,14 @@ class Checkpoint:
 
     manifest: Manifest
     folder: Path
+
+
+def as_saved(checkpoint: Checkpoint | None) -> SavedWeights:
+    """What there is to load; None: the model as it was before training."""
+    if checkpoint is None:
+        return SavedWeights(version=0, checkpoint="")
+    manifest = checkpoint.manifest
+    return SavedWeights(version=manifest.version, checkpoint=str(checkpoint.folder), digest=manifest.digest)
 
 
 def node_folder(root: Path, node: int) -> Path:
@@ -172,18 +185,18 @@ def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
 
     Raises ConfigurationError when it is of another model, or damaged.
     """
-    newest = next(_unread(root, node), None)
+    newest = next(_unchecked(root, node), None)
     return newest and _checked(newest, model)
 
 
 def newest_serving(root: Path, of_nodes: Iterable[int], *, model: str) -> Checkpoint | None:
     """The newest checkpoint of any of these nodes that may serve, checked; raises as `newest_of`."""
-    of_each = (next(filter(_may_serve, _unread(root, node)), None) for node in of_nodes)
+    of_each = (next(filter(_may_serve, _unchecked(root, node)), None) for node in of_nodes)
     newest = serving(filter(None, of_each))
     return newest and _checked(newest, model)
 
 
-def _unread(root: Path, node: int) -> Iterator[Checkpoint]:
+def _unchecked(root: Path, node: int) -> Iterator[Checkpoint]:
     """Newest first. Raises ConfigurationError when one cannot be read that was whole."""
     for folder in _step_folders(root, node):
         if manifest := read(folder):

@@ -179,9 +179,13 @@ class Head:
         """Remove and return what is past its deadline."""
         return self._remove_all(each.task for each in self._everyone() if each.deadline_s <= now_s)
 
-    def restored(self, version: int, rule: ServingRule) -> list[InferenceTask]:
-        """The stages serve only these weights: remove and return what wants others."""
-        lost = self._remove_all(each.task for each in self._everyone() if each.version not in (None, version))
+    def restored(self, version: int, rule: ServingRule, *, is_same: bool = True) -> list[InferenceTask]:
+        """The stages serve only these weights: remove and return what wants others.
+
+        `is_same`: what had that number until now, if anything had, was the same.
+        """
+        goes_on = (None, version) if is_same else (None,)
+        lost = self._remove_all(each.task for each in self._everyone() if each.version not in goes_on)
         self.versions.restored(version, rule)
         for sequence in self._running.values():
             sequence.version = sequence.task.weights_version

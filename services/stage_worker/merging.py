@@ -46,7 +46,7 @@ class Merging:
         await self._bus.subscribe(REDUCE.at(**place), self._on_reduce)
 
     async def _on_rendezvous(self, incoming: Incoming[RendezvousRequest]) -> Rendezvous:
-        return Rendezvous(address=await self._executor.rendezvous(), settings=self._settings.of_means)
+        return Rendezvous(address=await self._executor.rendezvous(), settings=self._settings.alike_in_merges)
 
     # Weights
 
@@ -122,7 +122,7 @@ class Merging:
         own = self._settings
         differences = [
             f"LEMIX_{name.upper()}={settings[name]} on node {node} and {value} on node {own.node}"
-            for name, value in own.of_means.items()
+            for name, value in own.alike_in_merges.items()
             if settings.get(name, value) != value
         ]
         if differences:

@@ -124,8 +124,8 @@ class StageWorker:
         await Merging(self._parts, self._training, group=self._group).subscribe()
         await self._bus.subscribe(subjects.NEIGHBOUR.at(node=self._settings.node), self._on_heartbeat)
 
-    async def _on_restored(self, message: RestoreWeights) -> None:
-        await self._serving.restored(message)
+    async def _on_restored(self, message: RestoreWeights, is_same: bool) -> None:
+        await self._serving.restored(message, is_same=is_same)
         await self._publish_heartbeat()
 
     # Neighbours
@@ -214,7 +214,8 @@ class StageWorker:
         training = self._training
         if training.restored_epoch and training.restored_epoch == beat.epoch:
             return True
-        return (training.version, training.checkpoint) == (beat.weights_version, beat.checkpoint)
+        own = (training.version, training.origin.checkpoint, training.origin.digest)
+        return own == (beat.weights_version, beat.checkpoint, beat.checkpoint_digest)
 
     def _heard_lately(self, stage: int) -> Heartbeat | None:
         if stage not in self._seen:
@@ -248,7 +249,8 @@ class StageWorker:
             ready=self._is_ready(),
             whole=self._told_whole,
             weights_version=training.version,
-            checkpoint=training.checkpoint,
+            checkpoint=training.origin.checkpoint,
+            checkpoint_digest=training.origin.digest,
             epoch=training.restored_epoch,
             running=head.num_running,
             waiting=len(head.admission),

@@ -108,11 +108,11 @@ class Serving:
         """Clients are told the version with their tokens."""
         self._newest_version = version
 
-    async def restored(self, message: RestoreWeights) -> None:
-        """This stage holds these weights, and keeps those that serve."""
+    async def restored(self, message: RestoreWeights, *, is_same: bool) -> None:
+        """This stage holds these weights, and keeps those that serve. `is_same`: see `Head.restored`."""
         self._epoch, self._told = message.epoch, None
         version = message.served_version
-        for task in self.head.restored(version, message.serving):
+        for task in self.head.restored(version, message.serving, is_same=is_same):
             await self._fail(task, 503, f"its weights are gone: the node went back to {version}")
 
     # Stage 0

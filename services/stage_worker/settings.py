@@ -86,8 +86,8 @@ class StageWorkerSettings(LemixSettings):
     """For each single wait for another node in a merge; the same on all."""
 
     @property
-    def of_means(self) -> dict[str, str]:
-        """What says which tensors nodes average: the same on all that share their weights."""
+    def alike_in_merges(self) -> dict[str, str]:
+        """What must be the same on all nodes that are merged: it says which tensors they average."""
         of_adapter = ("lora_rank", "lora_alpha", "lora_targets") if self.adapter == "lora" else ()
         return self.told(("optimizer", "adapter", *of_adapter))
 

@@ -33,7 +33,7 @@ from shared.messages.training import (
     TiedGradient,
     TrainingFailed,
 )
-from shared.messages.weights import ReleaseVersion, RestoreWeights, SaveWeights
+from shared.messages.weights import ReleaseVersion, RestoreWeights, SavedWeights, SaveWeights
 from shared.tensors.ref import TensorRef
 
 RESTORE_DEADLINE_S = 600.0
@@ -62,8 +62,9 @@ class Training:
         *,
         group: asyncio.TaskGroup,
         tell_version: Callable[[int], None],
-        tell_restored: Callable[[RestoreWeights], Awaitable[None]],
+        tell_restored: Callable[[RestoreWeights, bool], Awaitable[None]],
     ) -> None:
+        """`tell_restored` also hears whether what serves now is what was kept under its number."""
         settings = self._settings = parts.settings
         self._bus = parts.bus
         self._telemetry = parts.telemetry
@@ -79,8 +80,9 @@ class Training:
         """The fence: set as soon as a restore is asked for."""
         self.restored_epoch = 0
         """Of the last restore that is done."""
-        self.version = facts.version
-        self.checkpoint = facts.checkpoint
+        self.origin = facts.weights
+        """What was loaded last: the weights are these, or descend from them."""
+        self.version = facts.weights.version
         self._is_untouched = True
         """No microbatch has run since the weights were loaded: restoring the same ones is a no-op."""
         self._in_flight: dict[tuple[str, int], Microbatch] = {}
@@ -93,8 +95,8 @@ class Training:
         self._tied: dict[str, TensorRef] = {}
         self._awaiting_order: dict[str, str] = {}
         """Batches whose gradients are complete; the trace that each belongs to."""
-        self._kept: set[int] = set()
-        """Versions that the executor keeps for serving."""
+        self._kept: dict[int, SavedWeights | None] = {}
+        """Versions that the executor keeps for serving: what each was loaded as; None: steps have made it."""
         self._saves: dict[int, SaveWeights] = {}
         """What the trainer wants written, by the version to write."""
         tell_version(self.version)
@@ -261,9 +263,10 @@ class Training:
         await self._report(order.epoch, done, traceparent)
         await self._save_if_due()
 
-    async def _keep(self) -> None:
-        await self._executor.keep()
-        self._kept.add(self.version)
+    async def _keep(self) -> bool:
+        """Returns whether nothing else was kept under that number."""
+        self._kept[self.version] = self.origin if self._is_untouched else None
+        return await self._executor.keep()
 
     async def _on_release(self, incoming: Incoming[ReleaseVersion]) -> None:
         message = incoming.message
@@ -272,7 +275,7 @@ class Training:
 
     async def _release(self, version: int) -> None:
         if version in self._kept:
-            self._kept.remove(version)
+            del self._kept[version]
             await self._executor.release(version)
 
     async def merged(self, version: int, *, keep: bool) -> None:
@@ -346,9 +349,9 @@ class Training:
     async def _on_restore(self, incoming: Incoming[RestoreWeights]) -> Done:
         message = incoming.message
         self._check_epoch(message.epoch)
-        for checkpoint in (message.checkpoint, message.served and message.served.checkpoint):
-            if checkpoint:
-                self._check_folder(checkpoint)
+        for weights in (message.weights, message.served):
+            if weights and weights.checkpoint:
+                self._check_folder(weights.checkpoint)
         self.epoch = message.epoch
         done = asyncio.get_running_loop().create_future()
         self._queue.put(WorkKind.CONTROL, partial(self._restore, message, done))
@@ -363,29 +366,29 @@ class Training:
         for gradient in self._tied.values():
             await self._executor.discard(gradient)
         self._forget()
-        served = message.served
-        for version in self._kept - {served.version if served else None}:
+        served, is_same = message.served, True
+        stays = None if message.serving == "newest" else message.served_version
+        for version in self._kept.keys() - {stays}:
             await self._release(version)
-        # What is kept under that number is the same: others get it only after a restore that drops it.
-        if served is not None and served.version not in self._kept:
-            await self._load(served.checkpoint, served.version)
-            await self._keep()
-        await self._load(message.checkpoint, message.version)
+        # What steps have made under that number is something else if the stage was away during a rollback.
+        if served is not None and self._kept.get(served.version) != served:
+            await self._load(served)
+            is_same = await self._keep()
+        await self._load(message.weights)
         if message.serving != "newest" and served is None:
-            await self._keep()
+            is_same = await self._keep()
         self.restored_epoch = message.epoch
-        await self._tell_restored(message)
+        await self._tell_restored(message, is_same)
         if not done.done():
             done.set_result(None)
 
-    async def _load(self, checkpoint: str, version: int) -> None:
+    async def _load(self, weights: SavedWeights) -> None:
         """Go on from these weights, which the stage may hold as they were loaded."""
-        holds_it = self.version == version and self.checkpoint == checkpoint
-        if not (self._is_untouched and holds_it):
-            await self._executor.restore(checkpoint, version)
+        if not (self._is_untouched and self.origin == weights):
+            await self._executor.restore(weights.checkpoint, weights.version)
         self._is_untouched = True
-        self.checkpoint = checkpoint
-        self._set_version(version)
+        self.origin = weights
+        self._set_version(weights.version)
 
     def _forget(self) -> None:
         """All training in progress."""

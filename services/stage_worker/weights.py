@@ -41,6 +41,10 @@ class WeightsVersion:
             leaf.grad = None
         return taken
 
+    def equals(self, other: "WeightsVersion") -> bool:
+        """Whether the weights are the same."""
+        return all(torch.equal(leaf, other.leaves[name]) for name, leaf in self.leaves.items())
+
 
 class StageWeights:
     """Owns the parameters of a stage that training changes. All methods belong to the compute thread."""
@@ -106,9 +110,15 @@ class StageWeights:
         finally:
             self._install(self._newest)
 
-    def keep(self) -> None:
-        """Hold on to the weights as they are now, under their version's number, until `release`."""
-        self._kept[self.version] = self._begin_version()
+    def keep(self) -> bool:
+        """Hold on to the weights as they are now, under their version's number, until `release`.
+
+        False: other weights were kept under that number, and are gone now.
+        """
+        before, now = self._kept.get(self.version), self._begin_version()
+        self._kept[self.version] = now
+        self._retire()
+        return before is None or before.equals(now)
 
     def release(self, number: int) -> None:
         """Serving needs that version no more."""
@@ -288,14 +298,16 @@ class StageWeights:
             self._gathered[name] = summed
 
     def _retire(self) -> None:
-        """Let go of versions that no microbatch in flight needs; keep the memory of those that own it."""
-        kept = []
-        for version in self._versions:
-            if version.num_in_flight or version is self._current or self._is_kept(version):
-                kept.append(version)
-            elif not self._shares_memory(version) and _owns_memory(version):
+        """Let go of versions that no microbatch in flight needs; keep the memory of those alone in it."""
+        for version in [each for each in self._versions if not self._is_in_use(each)]:
+            self._versions.remove(version)
+            # A step leaves the memory of a version that it does not stash to the next one.
+            others = (self._newest, *(each.leaves for each in self._versions))
+            if _owns_memory(version) and not any(_is_same_memory(version.leaves, other) for other in others):
                 self._spare.append({name: leaf.data for name, leaf in version.leaves.items()})
-        self._versions = kept
+
+    def _is_in_use(self, version: WeightsVersion) -> bool:
+        return version.num_in_flight > 0 or version is self._current or self._is_kept(version)
 
     def _is_needed(self, version: WeightsVersion) -> bool:
         """Whether a step must leave it its memory."""
@@ -305,8 +317,9 @@ class StageWeights:
     def _is_kept(self, version: WeightsVersion) -> bool:
         return self._kept.get(version.number) is version
 
-    def _shares_memory(self, version: WeightsVersion) -> bool:
-        return all(leaf.data_ptr() == self._newest[name].data_ptr() for name, leaf in version.leaves.items())
+
+def _is_same_memory(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(tensor.data_ptr() == other[name].data_ptr() for name, tensor in one.items())
 
 
 def _owns_memory(version: WeightsVersion) -> bool:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -64,8 +63,8 @@ from shared.messages.weights import (
     PublishVersion,
     ReleaseVersion,
     RestoreWeights,
+    SavedWeights,
     SaveWeights,
-    ServedWeights,
 )
 from shared.subjects import ENDED, FORWARD, PUBLISH, REJECTED, RELEASE, RESTORE, SAVE, STEP
 
@@ -110,7 +109,7 @@ class ActionRunner:
         clock: Clock,
         book: BatchBook,
         files: CheckpointFiles,
-        folders: dict[int, Path],
+        newest: dict[int, Checkpoint],
         stream: str,
         begun_after: int,
         tasks: asyncio.TaskGroup,
@@ -132,7 +131,7 @@ class ActionRunner:
         self._clock = clock
         self._book = book
         self._files = files
-        self._folders = folders
+        self._newest = newest
         """The newest durable checkpoint of each node that has one."""
         self._stream = stream
         """Identity of the training stream."""
@@ -354,13 +353,12 @@ class ActionRunner:
         self.reject(rejected, pending.acks)
 
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
-        folder, version = self._folder_of(node.node), node.durable_version
+        weights = checkpoints.as_saved(self._newest_of(node.node))
         message = RestoreWeights(
             epoch=action.epoch,
-            version=version,
-            checkpoint=str(folder) if folder else "",
+            weights=weights,
             serving=self._settings.serving,
-            served=await self._served_instead(node.node, version),
+            served=await self._served_instead(node.node, weights.version),
         )
         refusals = await ask_all(
             self._bus,
@@ -374,7 +372,7 @@ class ActionRunner:
         restored = node.restored(action.epoch, failure, self._clock.now_s(), served=message.served_version)
         self.run(node, restored)
 
-    async def _served_instead(self, node: int, version: int) -> ServedWeights | None:
+    async def _served_instead(self, node: int, version: int) -> SavedWeights | None:
         """What a guard has let serve, where that is not the version that the node goes on from."""
         if not self._settings.held_out:
             return None
@@ -385,11 +383,15 @@ class ActionRunner:
     def _nodes_like(self, node: int) -> list[int]:
         return checkpoints.nodes_like(self._files.root, node, merge=self._settings.merging)
 
-    def _folder_of(self, node: int) -> Path | None:
+    def _newest_of(self, node: int) -> Checkpoint | None:
         """The node's newest durable checkpoint; of any node, where they share their weights."""
         if self._settings.merging == "none":
-            return self._folders.get(node)
-        return max(self._folders.values(), key=attrgetter("name"), default=None)
+            return self._newest.get(node)
+        return max(self._newest.values(), key=lambda each: each.manifest.version, default=None)
+
+    def _folder_of(self, node: int) -> Path | None:
+        newest = self._newest_of(node)
+        return newest.folder if newest else None
 
     async def _request_save(self, node: NodeTraining, action: RequestSave) -> None:
         folder = self._files.temporary(node.node, action.version, action.epoch)
@@ -432,7 +434,7 @@ class ActionRunner:
         else:
             for evaluated in self._evaluations_of(node.node):  # before there was a checkpoint, maybe
                 await self._write_evaluation(node.node, evaluated)
-            self._folders[node.node] = checkpoint.folder
+            self._newest[node.node] = checkpoint
             saved = self._book.saved_by(node.node, action.version)
             self.acknowledge(self._book.make_durable(node.node, action.version))
             self.progress.tell_durable(saved, node.node, action.version)
@@ -468,8 +470,8 @@ class ActionRunner:
     def _go_back(self, numbers: Collection[int], target: Checkpoint) -> None:
         """On the disk these nodes have gone back."""
         for number in numbers:
-            self._folders.pop(number, None)
-        self._folders[target.manifest.node] = target.folder
+            self._newest.pop(number, None)
+        self._newest[target.manifest.node] = target
         before = self._book.ledger.discarded_ids
         self.acknowledge(self._book.go_back(numbers, lineage_of(target.manifest)))
         after = self._book.ledger.discarded_ids

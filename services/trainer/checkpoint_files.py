@@ -22,7 +22,7 @@ from shared.disk import make_folder, replace_file, sync
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
 from shared.messages.training import AdapterKind, ShardSaved
-from shared.messages.weights import ServedWeights
+from shared.messages.weights import SavedWeights
 from shared.model.index import write_index
 
 CONFIG_FILE = "config.json"
@@ -246,14 +246,12 @@ def dispensable(
     ]
 
 
-def served_instead(serving: Checkpoint | None, version: int) -> ServedWeights | None:
+def served_instead(serving: Checkpoint | None, version: int) -> SavedWeights | None:
     """What serves where stages go on from `version`; None: that itself. `serving`: what may, None: only
     the model as it was before training.
     """
-    served = serving.manifest.version if serving else 0
-    if served == version:
-        return None
-    return ServedWeights(version=served, checkpoint=str(serving.folder) if serving else "")
+    served = checkpoints.as_saved(serving)
+    return None if served.version == version else served
 
 
 def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:

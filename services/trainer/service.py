@@ -102,7 +102,7 @@ class Trainer:
                 clock=self._clock,
                 book=book,
                 files=self._files,
-                folders={node: checkpoint.folder for node, checkpoint in found.items()},
+                newest=found,
                 stream=stream.identity,
                 begun_after=begun_after,
                 tasks=tasks,

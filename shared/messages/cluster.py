@@ -24,6 +24,8 @@ class Heartbeat(Message):
     weights_version: int
     checkpoint: str
     """The checkpoint that the weights descend from; empty: the model as published."""
+    checkpoint_digest: str = ""
+    """As in `SavedWeights`."""
     epoch: int
     """Of the trainer's last restore on this stage; 0 before any."""
     running: int

@@ -13,28 +13,30 @@ it began with.
 """
 
 
-class ServedWeights(Message):
-    """Older weights that serve beside those that train: stages keep them under their number, or still do."""
+class SavedWeights(Message):
+    """Weights that a stage can load."""
 
     version: int
     checkpoint: str
     """Folder of a checkpoint; empty: the model as it was loaded first."""
+    digest: str = ""
+    """Of the checkpoint: after a rollback, version and folder come again with other weights."""
 
 
 class RestoreWeights(Message):
     """Drop all training in progress and hold exactly these weights. trainer -> each stage."""
 
     epoch: int
-    version: int
-    checkpoint: str
-    """Folder of a checkpoint; empty: the model as it was loaded first."""
+    weights: SavedWeights
     serving: ServingRule = "newest"
-    served: ServedWeights | None = None
-    """What serves in their stead, because a guard has not let these serve; None: these weights do."""
+    served: SavedWeights | None = None
+    """What serves in their stead, because a guard has not let these serve: stages keep it under its number,
+    or still do. None: these weights do.
+    """
 
     @property
     def served_version(self) -> int:
-        return self.served.version if self.served else self.version
+        return (self.served or self.weights).version
 
 
 class SaveWeights(Message):

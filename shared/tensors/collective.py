@@ -1,6 +1,7 @@
 """Carrier `collective`: a mean over the same stage of several nodes.
 
-NCCL between GPUs; gloo between CPUs, and through host memory where members share a GPU, which NCCL refuses.
+NCCL between GPUs; gloo between CPUs, and through host memory where members share a GPU, which NCCL refuses:
+one bucket at a time.
 
 torch.distributed's default group is fixed for the life of a process and belongs to all of it. Here a group is
 an object: made for a merge (or kept for many), dropped with it, made anew with other members.
@@ -83,11 +84,12 @@ class CollectiveGroup:
         assert weight >= 0 and isfinite(weight), weight
         with self._own_stream():
             share = self._agreed_share(len(flat), weight)
-            summed = flat.to(self._mean_device)  # `flat` itself where it is there
-            buckets = torch.split(summed, self._bucket_length)
-            sent_bytes = sum(self._mean_bucket(bucket, share) for bucket in buckets)
-            if summed is not flat:
-                flat.copy_(summed)
+            sent_bytes = 0
+            for bucket in torch.split(flat, self._bucket_length):
+                there = bucket.to(self._mean_device)  # `bucket` itself where it is there
+                sent_bytes += self._mean_bucket(there, share)
+                if there is not bucket:
+                    bucket.copy_(there)
             return sent_bytes
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from services.trainer import rollback_files
 from shared.errors import RefusedError
-from shared.messages.weights import RolledBack
+from shared.messages.weights import RolledBack, SavedWeights
 from tests.integration.test_rollback import die_at, listed, roll_back
 from tests.integration.test_trainer_merges import Replicas
 from tests.integration.test_trainer_merges import replicas as replicas
@@ -176,6 +176,28 @@ async def test_a_node_that_was_away_comes_back_to_where_the_others_are(replicas:
         await train(replicas, "c")
         await until_all_hold(replicas, "ac")
     await stop(trainer)
+
+
+async def test_stages_are_told_a_version_from_the_one_that_had_its_number_before(replicas: Replicas) -> None:
+    trainer = await start(replicas, "average")
+    async with replicas.beating():
+        await train(replicas, *"ab")
+        before = await restored(replicas)
+        await roll_back(replicas, 1)
+        await train(replicas, "c")
+        after = await restored(replicas)
+    await stop(trainer)
+    assert (before.version, before.checkpoint) == (after.version, after.checkpoint)
+    assert before.digest != after.digest
+
+
+async def restored(replicas: Replicas) -> SavedWeights:
+    """What a stage that is restarted gets."""
+    node = replicas.nodes[1]
+    node.restores.clear()
+    node.restart(0)
+    await replicas.news.until(lambda: len(node.restores) == len(node.stages))
+    return node.restores[-1].weights
 
 
 async def test_a_full_disk_leaves_all_as_they_were(

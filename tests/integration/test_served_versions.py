@@ -1,6 +1,7 @@
 """Which weights answer while a node trains: pinned, published, gone after a restore; scoring beside it."""
 
 import asyncio
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from shared.errors import RefusedError
-from shared.messages.weights import ServedWeights, ServingRule
+from shared.messages.weights import SavedWeights, ServingRule
 from tests.integration.test_pipeline_mixed import ENDLESS, PROMPT, step
 from tests.support.models import save_tiny_model
 from tests.support.node import Answer, Node, running_node
@@ -162,11 +163,11 @@ async def test_requests_whose_version_is_gone_fail_once_and_clearly(
     assert after.token_ids == expected
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(("num_stages", "settings"), [(1, {}), (2, {}), (2, LORA)], ids=settings_id)
 async def test_what_is_served_beside_newer_weights_answers_on_through_a_restore(
-    num_stages: int, folder: Path, tmp_path: Path
+    num_stages: int, settings: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+    async with running_node(folder, num_stages, tmp_path, **FAST, **settings) as node:
         await node.restore(serving="pinned")
         node.keeps, node.learning_rate = True, 0.05
         for version in (1, 2):
@@ -176,18 +177,74 @@ async def test_what_is_served_beside_newer_weights_answers_on_through_a_restore(
         before = await node.start(PROMPT, max_tokens=80)
         await before.first_token()
         older, newer = (str(tmp_path / "checkpoints" / f"v{version}") for version in (1, 2))
-        served = ServedWeights(version=1, checkpoint=older)
+        served = SavedWeights(version=1, checkpoint=older)
         await node.restore(epoch=2, version=2, checkpoint=newer, serving="pinned", served=served)
         await before.end()
         after = await node.complete(PROMPT, max_tokens=80)
         trained_on = await node.complete(PROMPT, max_tokens=80, changes={"weights_version": 2})
         with pytest.raises(RefusedError, match="not in this run's folder"):
-            outside = ServedWeights(version=1, checkpoint=str(folder))
+            outside = SavedWeights(version=1, checkpoint=str(folder))
             await node.restore(epoch=3, version=2, checkpoint=newer, serving="pinned", served=outside)
     for answer, version in ((before, 1), (after, 1), (trained_on, 2)):
         expected, _ = greedy_reference(model_of(folder, tmp_path, version), PROMPT, 80)
         assert answer.failure is None
         assert (set(answer.versions), answer.token_ids) == ({version}, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "is_guarded", "settings"),
+    [(1, False, {}), (1, True, {}), (2, True, {}), (2, True, LORA)],
+    ids=settings_id,
+)
+async def test_what_was_gone_back_from_while_the_node_was_away_serves_no_more(
+    num_stages: int, is_guarded: bool, settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """It serves a version 1 that others have gone back from, and has not loaded theirs."""
+    first, second = (str(tmp_path / "checkpoints" / name) for name in ("v1", "v2"))
+    async with running_node(folder, num_stages, tmp_path, **FAST, **settings) as node:
+        node.keeps, node.learning_rate = True, 0.05
+        await node.restore(serving="pinned")
+        for version in (1, 2):
+            await learn(node, folder, tmp_path, version)
+        await node.restore(epoch=2, serving="pinned")
+        await step(node, "other", random_batches(1, 2, seed=9)[0], epoch=2)
+        await node.publish(1)
+        await node.until_published(1)
+        before = await node.start(PROMPT, max_tokens=2000)
+        await before.first_token()
+
+        if is_guarded:
+            served = SavedWeights(version=1, checkpoint=first)
+            await node.restore(epoch=3, version=2, checkpoint=second, serving="pinned", served=served)
+        else:
+            await node.restore(epoch=3, version=1, checkpoint=first, serving="pinned")
+        await before.end()
+        after = await node.complete(PROMPT, max_tokens=MAX_TOKENS)
+    assert before.failure is not None
+    assert (before.failure.code, "gone" in before.failure.reason) == (503, True)
+    expected, _ = greedy_reference(model_of(folder, tmp_path, 1), PROMPT, MAX_TOKENS)
+    assert (set(after.versions), after.token_ids) == ({1}, expected)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+async def test_a_checkpoint_that_has_taken_the_place_of_another_is_loaded(
+    num_stages: int, folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "checkpoints" / "step"
+    async with running_node(folder, num_stages, tmp_path, **FAST) as node:
+        node.learning_rate = 0.05
+        await node.restore()
+        for version in (1, 2):
+            await learn(node, folder, tmp_path, version)
+        answers = []
+        for version in (1, 2):
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(tmp_path / "checkpoints" / f"v{version}", place)
+            await node.restore(epoch=version + 1, version=5, checkpoint=str(place), digest=f"of {version}")
+            answers.append(await node.complete(PROMPT, max_tokens=MAX_TOKENS))
+    for version, answer in zip((1, 2), answers, strict=True):
+        expected, _ = greedy_reference(model_of(folder, tmp_path, version), PROMPT, MAX_TOKENS)
+        assert (set(answer.versions), answer.token_ids) == ({5}, expected)
 
 
 async def scored(node: Node, versions: Sequence[int]) -> dict[int, list[Answer]]:

@@ -1,13 +1,16 @@
 """A stage that dies and comes back takes the requests in flight with it, clearly, and no others."""
 
 import asyncio
+import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 
-from shared import subjects
+from shared import checkpoints, subjects
 from shared.bus.base import Incoming
+from shared.checkpoints import Manifest
 from shared.messages.inference import IterationForward
 from shared.messages.training import ForwardDone, StepDone
 from shared.tensors import inline
@@ -95,6 +98,41 @@ async def test_a_node_with_mixed_weights_serves_nothing_until_it_is_restored(
         await node.ready()
     assert (early.token_ids, early.versions) == (expected.token_ids, [0] * 12)
     assert changed.token_ids != expected.token_ids
+
+
+async def test_stages_that_have_loaded_different_checkpoints_of_one_name_serve_nothing(
+    tmp_path: Path,
+) -> None:
+    """As where one was away during a rollback, and the other was restarted since."""
+    model, root = tmp_path / "model", tmp_path / "checkpoints"
+    folder = checkpoints.node_folder(root, 0) / checkpoints.checkpoint_name(1)
+    save_tiny_model("llama", model)
+    save_checkpoint(model, folder, scale=1.5)
+    async with running_node(model, 2, tmp_path) as node:
+        shutil.rmtree(folder)
+        save_checkpoint(model, folder, scale=2.0)
+        await node.replace(1)
+        await node.heard(lambda: all(beat.ready for beat in node.heartbeats.values()))
+        node.heartbeats.clear()
+        await node.heard(lambda: 0 in node.heartbeats)
+        await node.heard(lambda: len(node.heartbeats) == 2)
+        assert {(beat.weights_version, beat.checkpoint) for beat in node.heartbeats.values()} == {
+            (1, str(folder))
+        }
+        assert not node.heartbeats[0].whole
+        await node.replace(0)
+        await node.ready()
+
+
+def save_checkpoint(model: Path, folder: Path, *, scale: float) -> None:
+    """One of version 1 of the model, with other logits."""
+    trained = save_tiny_model("llama", folder)
+    trained.lm_head.weight.data.mul_(scale)
+    trained.save_pretrained(folder)
+    content = {"node": 0, "version": 1, "num_stages": 2, "model": str(model), "watermark": 0}
+    empty = {"sequences": (), "rejected": (), "recent_batch_ids": (), "created_wall_s": 0.0}
+    digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    checkpoints.write(folder, Manifest.model_validate(content | empty | {"sha256_by_file": digests}))
 
 
 async def test_a_stage_that_cannot_share_memory_is_not_ready(

@@ -116,8 +116,9 @@ class FakeNode:
             _check_epoch(message.epoch, stage)
             stage.epoch = message.epoch
             stage.saves.clear()
-            stage.contents = read_shard(Path(message.checkpoint), number) if message.checkpoint else []
-            assert len(stage.contents) == message.version
+            weights = message.weights
+            stage.contents = read_shard(Path(weights.checkpoint), number) if weights.checkpoint else []
+            assert len(stage.contents) == weights.version
             self.restores.append(message)
             self.happened("restore")
             return Done()

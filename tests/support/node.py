@@ -43,8 +43,8 @@ from shared.messages.weights import (
     ReduceGradients,
     ReleaseVersion,
     RestoreWeights,
+    SavedWeights,
     SaveWeights,
-    ServedWeights,
     ServingRule,
 )
 from shared.telemetry import Telemetry
@@ -173,13 +173,13 @@ class Node:
         epoch: int = 1,
         version: int = 0,
         checkpoint: str = "",
+        digest: str = "",
         serving: ServingRule = "newest",
-        served: ServedWeights | None = None,
+        served: SavedWeights | None = None,
     ) -> None:
         """As the trainer does at its start: opens the node for training."""
-        message = RestoreWeights(
-            epoch=epoch, version=version, checkpoint=checkpoint, serving=serving, served=served
-        )
+        weights = SavedWeights(version=version, checkpoint=checkpoint, digest=digest)
+        message = RestoreWeights(epoch=epoch, weights=weights, serving=serving, served=served)
         for stage in range(self.num_stages):
             await self.bus.request(
                 subjects.RESTORE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S

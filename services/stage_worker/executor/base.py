@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
-from shared.messages.weights import MergeGroup, OuterStep
+from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
 from shared.tensors.ref import TensorRef
 
 Snapshot = TypeVar("Snapshot")
@@ -61,8 +61,7 @@ class ModelFacts:
     """What the worker must know of the stage it runs."""
 
     is_tied_across_stages: bool
-    version: int
-    checkpoint: str
+    weights: SavedWeights
     vocab_size: int
     context_length: int | None
     """Tokens that a prompt and its completion may have together; None: the model has no limit."""
@@ -121,8 +120,11 @@ class Executor(Protocol[Snapshot, Copied]):
         """Apply a measured batch's gradients, or drop them."""
         ...
 
-    async def keep(self) -> None:
-        """Hold on to the weights as they are now, for iterations with their version."""
+    async def keep(self) -> bool:
+        """Hold on to the weights as they are now, for iterations with their version.
+
+        False: other weights were kept under that number, and are gone now.
+        """
         ...
 
     async def release(self, version: int) -> None:

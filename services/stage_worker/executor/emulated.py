@@ -21,7 +21,7 @@ from shared.errors import LemixError, VersionGoneError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceChunk, SequenceResult, TokenLogprob
 from shared.messages.training import Microbatch, StepOrder
-from shared.messages.weights import MergeGroup, OuterStep
+from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
 from shared.profiles.records import StageMemory
 from shared.profiles.times import StageTimes
 from shared.tensors.ref import TensorRef
@@ -76,8 +76,7 @@ class EmulatedExecutor:
     async def load(self) -> ModelFacts:
         return ModelFacts(
             is_tied_across_stages=False,
-            version=self._version,
-            checkpoint="",
+            weights=SavedWeights(version=self._version, checkpoint=""),
             vocab_size=self._vocab_size,
             context_length=self._context_length,
         )
@@ -153,8 +152,9 @@ class EmulatedExecutor:
             await self._hold(self._times.step_s())
         self._version = order.version
 
-    async def keep(self) -> None:
+    async def keep(self) -> bool:
         self._kept.add(self._version)
+        return True
 
     async def release(self, version: int) -> None:
         self._kept.discard(version)

@@ -141,8 +141,8 @@ class TorchExecutor:
     async def step(self, order: StepOrder) -> None:
         await self._run(self._step, order)
 
-    async def keep(self) -> None:
-        await self._run(self._loaded.weights.keep)
+    async def keep(self) -> bool:
+        return await self._run(self._loaded.weights.keep)
 
     async def release(self, version: int) -> None:
         await self._run(self._loaded.weights.release, version)
@@ -209,11 +209,11 @@ class TorchExecutor:
         durable = self._serving_checkpoint()
         if durable:
             checkpoints.check_adapter(durable, self._adapter_kind)
-        stage = self._stage(durable)
+        stage, saved = self._stage(durable), checkpoints.as_saved(durable)
         weights = StageWeights(
             stage,
             self._optimizer(),
-            version=durable.manifest.version if durable else 0,
+            version=saved.version,
             stashing=settings.stashing,
             dtype=self._dtype,
         )
@@ -236,8 +236,7 @@ class TorchExecutor:
         gc.freeze()  # what is loaded stays: collections under load need not look at it
         return ModelFacts(
             is_tied_across_stages=stage.tied_across_stages is not None,
-            version=weights.version,
-            checkpoint=str(durable.folder) if durable else "",
+            weights=saved,
             vocab_size=stage.vocab_size,
             context_length=_context_length(stage),
         )

@@ -109,7 +109,7 @@ def names_in(folder: Path) -> set[str]:
 async def test_it_is_an_executor_and_says_what_it_runs() -> None:
     it: Executor[int, None] = executor(Clock(), 0)
     facts = await it.load()
-    assert (facts.vocab_size, facts.context_length, facts.version) == (VOCAB_SIZE, 128, 0)
+    assert (facts.vocab_size, facts.context_length, facts.weights.version) == (VOCAB_SIZE, 128, 0)
     offer = await it.offer(1, "peer", "activations")
     assert (await it.accept(offer)).accepted
 

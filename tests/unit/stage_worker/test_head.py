@@ -264,6 +264,17 @@ def test_a_restore_ends_what_wants_other_weights_and_nothing_else() -> None:
     assert (head.num_running, len(head.admission)) == (1, 1)
 
 
+def test_a_restore_to_other_weights_of_the_same_number_ends_what_was_pinned_to_it() -> None:
+    head = new_head()
+    head.restored(4, "pinned")
+    submit(head, "old")
+    start(head)
+    submit(head, "waiting", prompt_length=30, max_tokens=3)
+    score(head, "scored", version=4)
+    assert [one.task_id for one in head.restored(4, "pinned", is_same=False)] == ["old", "scored"]
+    assert len(head.admission) == 1
+
+
 def test_sequences_of_the_newest_weights_are_pinned_by_the_first_restore() -> None:
     head = new_head()
     submit(head, "a")

@@ -312,6 +312,47 @@ def test_memory_of_released_versions_is_used_again(kind: str, stage: Stage) -> N
     assert len(seen) == 2  # that of the newest and that of the kept one take turns
 
 
+def test_memory_in_which_a_kept_version_lies_is_not_used_again(stage: Stage) -> None:
+    """Without stashing a step leaves version 0's memory to version 1, which is kept there."""
+    weights = StageWeights(stage, SETTINGS, version=0, stashing="none")
+    late = InFlight(stage, weights, TEXTS[0])
+    train(stage, weights, "b0", TEXTS[1:2])
+    kept = newest(stage)
+    weights.keep()
+    train(stage, weights, "b1", TEXTS[2:3])
+    late.backward()
+    weights.finish_batch("late")
+    weights.keep()
+    train(stage, weights, "b2", TEXTS[3:])
+    with weights.serving(1):
+        assert_same(newest(stage), kept)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
+def test_a_version_that_is_kept_again_says_whether_it_is_the_same(kind: str, stage: Stage) -> None:
+    weights = of_kind(kind, stage)
+    saved = values(dict(weights.master_tensors()))
+    train(stage, weights, "b0", TEXTS[:1])
+    others = values(dict(weights.master_tensors()))
+    weights.load(saved, {}, version=0)
+    assert weights.keep()
+    expected = newest(stage)
+    train(stage, weights, "b1", TEXTS[1:2])
+
+    weights.load(saved, {}, version=0)
+    assert weights.keep()
+    train(stage, weights, "b2", TEXTS[2:3])
+    with weights.serving(0):
+        assert_same(newest(stage), expected)
+
+    weights.load(others, {}, version=0)
+    assert not weights.keep()
+    expected = newest(stage)
+    train(stage, weights, "b3", TEXTS[3:])
+    with weights.serving(0):
+        assert_same(newest(stage), expected)
+
+
 def test_a_version_that_is_not_kept_is_gone(stage: Stage, weights: StageWeights) -> None:
     weights.keep()
     train(stage, weights, "b0", TEXTS[:1])

@@ -58,7 +58,7 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
                 clock=None,
                 book=book,
                 files=None,
-                folders={},
+                newest={},
                 stream="s",
                 begun_after=0,
                 tasks=tasks,

@@ -27,7 +27,7 @@ from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
-from shared.messages.weights import ServedWeights
+from shared.messages.weights import SavedWeights
 from tests.unit.trainer.support import break_disk_at
 
 
@@ -246,14 +246,23 @@ def test_the_newest_checkpoints_are_kept_and_those_that_may_serve_or_may_yet(
 
 def test_the_newest_that_may_serve_serves_instead_of_a_newer_one() -> None:
     assert served_instead(checkpoints.serving(found(3, 5, 4)), 5) is None
-    assert served_instead(checkpoints.serving(found(3, 5, 4, withheld=(5,))), 5) == ServedWeights(
-        version=4, checkpoint="4"
+    assert served_instead(checkpoints.serving(found(3, 5, 4, withheld=(5,))), 5) == SavedWeights(
+        version=4, checkpoint="4", digest=manifest(4).digest
     )
+
+
+def test_a_checkpoint_is_known_by_what_its_files_contain() -> None:
+    one = manifest(4, sha256_by_file={"a": "1", "b": "2"}, may_serve=False)
+    noted = Evaluated(4, 1.5, may_serve=True).noted_in(one)
+    again = manifest(4, sha256_by_file={"b": "2", "a": "1"}, created_wall_s=9.0)
+    other = manifest(4, sha256_by_file={"a": "1", "b": "3"})
+
+    assert one.digest == noted.digest == again.digest != other.digest
 
 
 def test_the_model_as_it_was_before_training_may_always_serve() -> None:
     assert served_instead(checkpoints.serving([]), 0) is None
-    assert served_instead(checkpoints.serving(found(5, withheld=(5,))), 5) == ServedWeights(
+    assert served_instead(checkpoints.serving(found(5, withheld=(5,))), 5) == SavedWeights(
         version=0, checkpoint=""
     )
 
