@@ -56,8 +56,8 @@ async def content_of(bus: Bus, sequence: int) -> bytes:
     content = found[-1].published
     if content is None:
         raise ConfigurationError(
-            f"batch {found[-1].batch_id} was too large to be kept with its rejection; the training stream "
-            f"may still hold it, at sequence {sequence}"
+            f"the rejection of batch {found[-1].batch_id} is kept without what was published; "
+            f"the training stream may still hold it, at sequence {sequence}"
         )
     return content
 
