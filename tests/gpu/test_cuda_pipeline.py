@@ -9,14 +9,13 @@ import torch
 from tests.integration.test_pipeline_training import (
     NUM_BATCHES,
     Feeder,
-    assert_equal,
     train_in_one_process,
     weights_of,
 )
 from tests.support.models import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.support.node import running_node
 from tests.support.reference import greedy_reference
-from tests.support.training import ADAMW, random_batches
+from tests.support.training import ADAMW, assert_equal, random_batches
 
 DEVICE = "cuda:0"
 NUM_STAGES = 2

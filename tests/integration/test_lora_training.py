@@ -1,51 +1,19 @@
 """A node's LoRA training against one process with peft, and what is served and saved on the way."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from shared import checkpoints
-from tests.integration.test_pipeline_training import (
-    Feeder,
-    assert_equal,
-    train_in_one_process,
-    train_with_delayed_weights,
-)
+from tests.integration.test_pipeline_training import Feeder
+from tests.support.delayed import Reference, stage_of_tensors
 from tests.support.models import save_tiny_model
 from tests.support.node import running_node
 from tests.support.reference import assert_served
-from tests.support.saving import adapted, save
-from tests.support.training import ADAMW, LORA, random_batches
+from tests.support.saving import adapted, save, weights_in
+from tests.support.training import ADAMW, LORA, assert_equal, named, random_batches
 
 NUM_BATCHES = 4
-
-
-def adapter_of(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name}
-
-
-def name_in_model(name: str) -> str:
-    """What a tensor of an adapter's file is called in a model that has loaded it."""
-    return name.replace(".weight", ".default.weight")
-
-
-def saved_in(checkpoint: Path) -> dict[str, Tensor]:
-    tensors = load_file(checkpoint / checkpoints.ADAPTER_NAME)
-    return {name_in_model(name): tensor for name, tensor in tensors.items()}
-
-
-def stage_of_tensor(checkpoint: Path) -> dict[str, int]:
-    """Which stage has trained each of the adapter's tensors."""
-    return {
-        name_in_model(f"base_model.model.{key.removeprefix('exp_avg.')}"): stage
-        for stage, path in enumerate(sorted(checkpoint.glob("optimizer-*")))
-        for key in load_file(path)
-        if key.startswith("exp_avg.")
-    }
 
 
 @pytest.mark.parametrize(
@@ -68,15 +36,15 @@ async def test_synchronous_training_equals_peft_in_one_process(
         await feeder.sync(batches)
         end = await save(node, model, NUM_BATCHES, tmp_path / "checkpoints" / "end")
         answer = await node.complete([5, 9, 2, 40, 7], prompt_logprobs=True, max_tokens=6, num_logprobs=0)
-    reference = adapted(model, start)
-    before = {name: tensor.clone() for name, tensor in adapter_of(reference).items()}
-    assert before.keys() == stage_of_tensor(end).keys()
-    losses = train_in_one_process(reference, batches)
-    assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
-    after = saved_in(end)
-    assert_equal(after, adapter_of(reference))
+    reference = Reference(adapted(model, start), stage_of_tensors(end))
+    before = reference.weights()
+    assert before.keys() == stage_of_tensors(end).keys()
+    reference.learn(named(batches))
+    assert list(feeder.losses.values()) == pytest.approx(reference.losses, abs=1e-5)
+    after = weights_in(end)
+    assert_equal(after, reference.weights())
     assert not any(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert_served(answer, reference.merge_and_unload())
+    assert_served(answer, reference.model.merge_and_unload())
 
 
 async def test_asynchronous_training_equals_delayed_adapters(tmp_path: Path) -> None:
@@ -89,12 +57,12 @@ async def test_asynchronous_training_equals_delayed_adapters(tmp_path: Path) -> 
         feeder = Feeder(node)
         await feeder.asynchronous(batches)
         end = await save(node, model, len(batches), tmp_path / "checkpoints" / "end")
-    reference = adapted(model, start)
-    losses = train_with_delayed_weights(reference, batches, stage_of_tensor(end), feeder.versions)
+    reference = Reference(adapted(model, start), stage_of_tensors(end))
+    reference.learn(named(batches), feeder.versions)
     delayed = {number for (_, batch_id, _), number in feeder.versions.items() if int(batch_id[1:]) > number}
     assert delayed, "no forward ran with delayed weights: the schedule did not overlap"
-    assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
-    assert_equal(saved_in(end), adapter_of(reference))
+    assert list(feeder.losses.values()) == pytest.approx(reference.losses, abs=1e-5)
+    assert_equal(weights_in(end), reference.weights())
 
 
 async def test_a_restore_takes_the_node_back_to_where_its_adapter_began(tmp_path: Path) -> None:
@@ -104,11 +72,11 @@ async def test_a_restore_takes_the_node_back_to_where_its_adapter_began(tmp_path
     root = tmp_path / "checkpoints"
     async with running_node(model, 2, tmp_path, **LORA, **ADAMW) as node:
         await node.restore()
-        start = saved_in(await save(node, model, 0, root / "start"))
+        start = weights_in(await save(node, model, 0, root / "start"))
         feeder = Feeder(node)
         await feeder.sync(batches)
-        end = saved_in(await save(node, model, 2, root / "end"))
+        end = weights_in(await save(node, model, 2, root / "end"))
         await node.restore()
-        again = saved_in(await save(node, model, 0, root / "again"))
+        again = weights_in(await save(node, model, 0, root / "again"))
     assert all(torch.equal(again[name], tensor) for name, tensor in start.items())
     assert not any(torch.equal(end[name], tensor) for name, tensor in start.items())

@@ -1,6 +1,5 @@
 """A node's training against one process: losses and weights of the same batches in the same order."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shared.messages.training import BackwardDone, ForwardDone, StepDone
+from tests.support.delayed import Reference, stage_of_tensors
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
 from tests.support.saving import save
@@ -18,8 +18,10 @@ from tests.support.training import (
     ADAMW,
     Batch,
     adamw,
+    assert_equal,
     loss_of,
     messages,
+    named,
     num_labels,
     random_batches,
 )
@@ -85,14 +87,6 @@ async def weights_of(node: Node, version: int, folder: Path) -> dict[str, Tensor
     return loaded
 
 
-def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-5) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            got[name], tensor, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
-
-
 def train_in_one_process(model: Any, batches: list[Batch]) -> list[float]:
     """The plain loop: one step a batch."""
     parameters = dict(model.named_parameters())
@@ -142,37 +136,6 @@ async def test_asynchronous_training_on_one_stage_equals_one_process(tmp_path: P
     assert_equal(weights, model.state_dict())
 
 
-def stage_of_parameter(checkpoint: Path) -> dict[str, int]:
-    """Which stage owns each parameter, from the shard that it was saved in."""
-    weight_map = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    return {name: int(file.removeprefix("model-")[:5]) - 1 for name, file in weight_map.items()}
-
-
-def train_with_delayed_weights(
-    model: Any, batches: list[Batch], stage_of: dict[str, int], versions: dict[tuple[int, str, int], int]
-) -> list[float]:
-    """The same computation with the weights of each stage explicitly as old as the stage said they were."""
-    newest = {name: tensor for name, tensor in model.named_parameters() if name in stage_of}
-    history = [{name: tensor.detach().clone() for name, tensor in newest.items()}]
-    optimizer, losses = adamw(newest.values()), []
-    for number, batch in enumerate(batches):
-        losses.append(0.0)
-        for index, examples in enumerate(batch):
-            old = {
-                name: history[versions[stage, f"b{number}", index]][name].clone().requires_grad_()
-                for name, stage in stage_of.items()
-            }
-            loss = loss_of(model, old, examples, num_labels(batch))
-            for name, gradient in zip(old, torch.autograd.grad(loss, list(old.values())), strict=True):
-                parameter = newest[name]
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            losses[-1] += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append({name: tensor.detach().clone() for name, tensor in newest.items()})
-    return losses
-
-
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 async def test_asynchronous_training_equals_delayed_weights(num_stages: int, tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model")
@@ -182,9 +145,9 @@ async def test_asynchronous_training_equals_delayed_weights(num_stages: int, tmp
         feeder = Feeder(node)
         await feeder.asynchronous(batches)
         weights = await weights_of(node, len(batches), tmp_path / "checkpoints" / "end")
-    stage_of = stage_of_parameter(tmp_path / "checkpoints" / "end")
-    losses = train_with_delayed_weights(model, batches, stage_of, feeder.versions)
+    reference = Reference(model, stage_of_tensors(tmp_path / "checkpoints" / "end"))
+    reference.learn(named(batches), feeder.versions)
     on_time = {number for (_, batch_id, _), number in feeder.versions.items() if int(batch_id[1:]) > number}
     assert on_time, "no forward ran with delayed weights: the schedule did not overlap"
-    assert list(feeder.losses.values()) == pytest.approx(losses, abs=1e-5)
+    assert list(feeder.losses.values()) == pytest.approx(reference.losses, abs=1e-5)
     assert_equal(weights, model.state_dict())

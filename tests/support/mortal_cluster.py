@@ -4,8 +4,10 @@ import asyncio
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,20 @@ from shared.errors import BusError
 from shared.messages.base import Message
 from shared.messages.cluster import Heartbeat
 from shared.messages.inference import Placed
-from shared.messages.training import StepOrder, TrainingTask
+from shared.messages.training import (
+    ForwardDone,
+    MicrobatchForward,
+    StageReport,
+    StepOrder,
+    TrainingTask,
+)
 from shared.messages.weights import RollBackWeights
 from shared.subjects import BATCHES, PLACE, ROLLBACK
 from shared.telemetry import NoTelemetry
 from tests.support.meetings import MeetingExecutor, Meetings
 from tests.support.plain import State
-from tests.support.training import Batch
+from tests.support.training import Batch, named
 
-NUM_STAGES = 2
 DEADLINE_S = 300.0
 """Virtual."""
 LOOK_EVERY_S = 0.1
@@ -48,8 +55,8 @@ HOLD_S = 0.5
 """Of one batch in four, in the scheduler."""
 
 
-def victims(num_nodes: int) -> tuple[str, ...]:
-    stages = (f"stage {node}.{stage}" for node in range(num_nodes) for stage in range(NUM_STAGES))
+def victims(num_nodes: int, num_stages: int = 2) -> tuple[str, ...]:
+    stages = (f"stage {node}.{stage}" for node in range(num_nodes) for stage in range(num_stages))
     return ("trainer", "scheduler", *stages)
 
 
@@ -82,17 +89,23 @@ class MortalCluster:
     trainer_settings: dict[str, Any]
     stage_settings: dict[str, Any]
     kills: Sequence[Kill] = ()
+    num_stages: int = 2
     num_nodes: int = 1
     """Batch number n is placed on node n modulo this."""
     goes_back: bool = False
     """To the oldest durable version, as soon as there is a newer one; asked for until it is answered."""
-    version_of: dict[str, int] = field(default_factory=dict)
-    """The version to which a step on each batch was ordered last."""
+    orders: dict[str, StepOrder] = field(default_factory=dict)
+    """The last step that was ordered on each batch: the one that is in the weights at the end."""
     states: list[State] = field(default_factory=list)
     """Of each node at the end, where all stages hold every batch."""
     num_messages: int = 0
-    """Since the last kill, of those that count for the next one."""
     num_killed: int = 0
+    _num_counted: int = 0
+    """Messages since the last kill, of those that count for the next one."""
+    _sizes: defaultdict[str, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    """Batch -> microbatch -> examples in it, as it entered the first stage."""
+    _met: dict[tuple[int, int, str, int], int] = field(default_factory=dict)
+    """(epoch, stage, batch, microbatch) -> weights version of its forward."""
     _processes: dict[str, _Process] = field(default_factory=dict)
     _executors: dict[str, TorchExecutor] = field(default_factory=dict)
     _held: dict[str, int] = field(default_factory=dict)
@@ -115,7 +128,7 @@ class MortalCluster:
             await bus.publish_durable(BATCHES, body)
         async with asyncio.TaskGroup() as group:
             self._group = group
-            for name in victims(self.num_nodes):
+            for name in self._victims:
                 self._start(name)
             try:
                 async with asyncio.timeout(DEADLINE_S):
@@ -129,6 +142,22 @@ class MortalCluster:
                     process.task.cancel()
         return found
 
+    @property
+    def met(self) -> dict[tuple[int, str, int], int]:
+        """(stage, batch, microbatch) -> weights version of the forward whose gradients were stepped on in the
+        end.
+        """
+        return {
+            (stage, batch_id, index): version
+            for (epoch, stage, batch_id, index), version in self._met.items()
+            if epoch == self.orders[batch_id].epoch
+        }
+
+    def cut(self, batch_id: str, batch: Batch) -> Batch:
+        """The batch in microbatches as they were fed."""
+        examples, sizes = chain.from_iterable(batch), self._sizes[batch_id]
+        return [list(islice(examples, sizes[index])) for index in sorted(sizes)]
+
     def rejected(self) -> list[bytes]:
         return [body for body, _ in self._broker.streams["LEMIX_REJECTED"].messages]
 
@@ -138,10 +167,14 @@ class MortalCluster:
         found = (each for node in range(self.num_nodes) for each in checkpoints.checkpoints(root, node))
         return sorted(found, key=lambda checkpoint: checkpoint.manifest.version)
 
+    @property
+    def _victims(self) -> tuple[str, ...]:
+        return victims(self.num_nodes, self.num_stages)
+
     def _durable(self, num_batches: int) -> Checkpoint | None:
         """The newest checkpoint, if all stages hold it and it accounts for all batches."""
         *_, newest = [None, *self.durable()]
-        held = {self._held.get(name) for name in victims(self.num_nodes) if name.startswith("stage")}
+        held = {self._held.get(name) for name in self._victims if name.startswith("stage")}
         if newest is None or held != {newest.manifest.version}:
             return None
         num_done = newest.manifest.version + len(newest.manifest.discarded_batch_ids)
@@ -162,7 +195,7 @@ class MortalCluster:
     async def _state_of(self, node: int) -> State:
         """What all stages of the node hold; what two of them hold is the same."""
         state: State = {}
-        for stage in range(NUM_STAGES):
+        for stage in range(self.num_stages):
             snapshot = await self._executors[f"stage {node}.{stage}"].snapshot()
             for name, tensor in (snapshot.weights | snapshot.optimizer).items():
                 assert name not in state or torch.equal(state[name], tensor), name
@@ -173,14 +206,19 @@ class MortalCluster:
         match message:
             case Heartbeat(node=node, stage=stage, weights_version=version):
                 self._held[f"stage {node}.{stage}"] = version
-            case StepOrder(batch_id=batch_id, version=version, skip=False):
-                self.version_of[batch_id] = version
+            case StepOrder(batch_id=batch_id, skip=False):
+                self.orders[batch_id] = message
+            case MicrobatchForward(microbatch=fed, hidden=None):
+                self._sizes[fed.batch_id][fed.index] = len(fed.lengths)
+            case StageReport(epoch=epoch, stage=stage, event=ForwardDone() as done):
+                self._met[epoch, stage, done.batch_id, done.index] = done.version
+        self.num_messages += 1
         upcoming = self.kills[self.num_killed] if self.num_killed < len(self.kills) else None
         if upcoming is None or not re.search(upcoming.of, subject):
             return
-        self.num_messages += 1
-        if self.num_messages == upcoming.after:
-            self.num_killed, self.num_messages = self.num_killed + 1, 0
+        self._num_counted += 1
+        if self._num_counted == upcoming.after:
+            self.num_killed, self._num_counted = self.num_killed + 1, 0
             self._kill(upcoming.victim)
 
     def _kill(self, name: str) -> None:
@@ -234,7 +272,7 @@ class MortalCluster:
         settings = StageWorkerSettings.given(
             node=int(node),
             stage=int(stage),
-            num_stages=NUM_STAGES,
+            num_stages=self.num_stages,
             model=str(self.model),
             run_dir=self.run_dir,
             shm_dir=self.run_dir,
@@ -253,10 +291,10 @@ class MortalCluster:
 
 
 def bodies_of(batches: Sequence[Batch]) -> list[bytes]:
-    """As they are published: under the ids b0, b1, ..."""
-    return [_body(number, batch) for number, batch in enumerate(batches)]
+    """As they are published."""
+    return [_body(batch_id, batch) for batch_id, batch in named(batches).items()]
 
 
-def _body(number: int, batch: Batch) -> bytes:
+def _body(batch_id: str, batch: Batch) -> bytes:
     examples = [{"token_ids": example} for microbatch in batch for example in microbatch]
-    return json.dumps({"id": f"b{number}", "examples": examples}).encode()
+    return json.dumps({"id": batch_id, "examples": examples}).encode()

@@ -21,13 +21,13 @@ State = dict[str, Tensor]
 class Plain:
     """Steps what trains of `model`, in float32; each microbatch runs with all its weights in `dtype`."""
 
-    def __init__(self, model: Any, *, dtype: torch.dtype = torch.float32) -> None:
-        self._model, self._dtype = model, dtype
+    def __init__(self, model: Any, *, dtype: torch.dtype = torch.float32, epsilon: float = EPSILON) -> None:
+        self.model, self._dtype = model, dtype
         self.parameters: State = {
             name_in_stages(name): each for name, each in model.named_parameters() if each.requires_grad
         }
         self._optimizer = adamw(self.parameters.values())
-        self._optimizer.param_groups[0]["eps"] = EPSILON
+        self._optimizer.param_groups[0]["eps"] = epsilon
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         loss = torch.stack([self._loss(examples, num_labels(batch)) for examples in batch]).sum()
@@ -64,8 +64,8 @@ class Plain:
             }
 
     def _loss(self, examples: list[list[int]], labels: int) -> Tensor:
-        whole = {name: each.to(self._dtype) for name, each in self._model.named_parameters()}
-        return loss_of(self._model, whole, examples, labels)
+        whole = {name: each.to(self._dtype) for name, each in self.model.named_parameters()}
+        return loss_of(self.model, whole, examples, labels)
 
 
 def mean(states: Sequence[State], shares: Sequence[float]) -> State:

@@ -31,14 +31,20 @@ async def save(node: Node, model: Path, version: int, checkpoint: Path, *, epoch
     return checkpoint
 
 
-def tensors_in(checkpoint: Path) -> dict[str, Tensor]:
+def tensors_in(checkpoint: Path, files: str = "*.safetensors") -> dict[str, Tensor]:
     """Weights and optimizer state of all stages; what two of them hold is the same."""
     found: dict[str, Tensor] = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in sorted(checkpoint.glob(files)):
         for name, tensor in load_file(path).items():
             assert name not in found or torch.equal(found[name], tensor), name
             found[name] = tensor
     return found
+
+
+def weights_in(checkpoint: Path) -> dict[str, Tensor]:
+    """What has been trained, by its names in stages."""
+    found = tensors_in(checkpoint, "*model*.safetensors")
+    return {name_in_stages(name): tensor for name, tensor in found.items()}
 
 
 def name_in_stages(name: str) -> str:

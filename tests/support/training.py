@@ -48,6 +48,11 @@ def random_batches(num_batches: int, num_microbatches: int, *, seed: int = 11) -
     return [[[example(), example()] for _ in range(num_microbatches)] for _ in range(num_batches)]
 
 
+def named(batches: Sequence[Batch]) -> dict[str, Batch]:
+    """Under the ids b0, b1, ..."""
+    return {f"b{number}": batch for number, batch in enumerate(batches)}
+
+
 def num_labels(batch: Batch) -> int:
     return sum(len(example) - 1 for microbatch in batch for example in microbatch)
 
@@ -100,6 +105,14 @@ def loss_of(
         logits = functional_call(model, parameters, (tokens,), tie_weights=tie_weights).logits[0].float()
         total = total + functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum")
     return total / labels
+
+
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-5) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            got[name], tensor, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def adamw(parameters: Iterable[Tensor]) -> torch.optim.AdamW:
