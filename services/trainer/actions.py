@@ -497,8 +497,9 @@ class ActionRunner:
 
     @property
     def _undecided(self) -> set[int]:
-        """Versions whose manifests do not say yet whether they may serve."""
-        return self.evaluator.versions | {each.version for each in self._evaluated_last.values()}
+        """Versions that may serve, or may yet, and whose manifests do not say so, maybe."""
+        published = {each.version for each in self._evaluated_last.values() if each.may_serve}
+        return self.evaluator.versions | published
 
     async def _prune(self, node: int) -> None:
         """Remove old checkpoints, and then the messages that none of those left would need again."""
