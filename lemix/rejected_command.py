@@ -38,14 +38,16 @@ async def rejections(bus: Bus) -> AsyncIterator[RejectedBatch]:
     stream = await bus.ensure_stream(REJECTED_STREAM)
     reader = await bus.read_stream(REJECTED_STREAM.name, reader=READER, after_sequence=0)
     last = stream.first_sequence - 1
-    while last < stream.last_sequence:
-        message = await reader.next(timeout_s=READ_TIMEOUT_S)
-        if message is None:
-            raise BusError(f"{REJECTED_STREAM.name} gave nothing for {READ_TIMEOUT_S:g} s")
-        await message.ack()
-        last = message.sequence
-        yield RejectedBatch.model_validate_json(message.body)
-    await reader.close()
+    try:
+        while last < stream.last_sequence:
+            message = await reader.next(timeout_s=READ_TIMEOUT_S)
+            if message is None:
+                raise BusError(f"{REJECTED_STREAM.name} gave nothing for {READ_TIMEOUT_S:g} s")
+            await message.ack()
+            last = message.sequence
+            yield RejectedBatch.model_validate_json(message.body)
+    finally:
+        await reader.close()
 
 
 async def content_of(bus: Bus, sequence: int) -> bytes:

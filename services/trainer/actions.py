@@ -38,6 +38,7 @@ from services.trainer.node_training import NodeTraining
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
 from services.trainer.publishing import Evaluate, Publish, Release, Withheld
+from services.trainer.rejections import Rejections
 from services.trainer.schedules import Slot
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
@@ -48,11 +49,10 @@ from shared.checkpoints import Checkpoint
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.encoding import LabelledTokens
-from shared.errors import BusError, MessageTooLargeError, RefusedError
+from shared.errors import BusError, RefusedError
 from shared.messages.inference import TaskEnded
 from shared.messages.training import (
     BatchApplied,
-    BatchRejected,
     Microbatch,
     MicrobatchForward,
     RejectedBatch,
@@ -66,14 +66,12 @@ from shared.messages.weights import (
     SavedWeights,
     SaveWeights,
 )
-from shared.subjects import ENDED, FORWARD, PUBLISH, REJECTED, RELEASE, RESTORE, SAVE, STEP
+from shared.subjects import ENDED, FORWARD, PUBLISH, RELEASE, RESTORE, SAVE, STEP
 
 RESTORE_TIMEOUT_S = 60.0
 SAVE_TIMEOUT_S = 10.0
 MAX_FAILURES = 2
 """A batch whose computation fails so often is rejected: once may be the node's fault."""
-MAX_REASON_CHARACTERS = 2000
-REJECT_RETRY_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +147,14 @@ class ActionRunner:
         """By node, since it last went back."""
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
+        self.rejections = Rejections(
+            bus,
+            book=book,
+            progress=self.progress,
+            acknowledge=self.acknowledge,
+            changed=self.changed,
+            tasks=tasks,
+        )
 
     def run(self, node: NodeTraining, actions: Sequence[Action]) -> None:
         """Carry out what `node` has just decided."""
@@ -210,12 +216,6 @@ class ActionRunner:
         self._rollbacks |= {node.node: rollback for node in nodes}
         self._run_all(decided)
         return await rollback.num_discarded
-
-    def reject(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
-        """Tell the batch's publisher, then be done with the message, which the book holds until then."""
-        rejected = rejected.model_copy(update={"reason": rejected.reason[:MAX_REASON_CHARACTERS]})
-        log.warning("batch %s (%d) is rejected: %s", rejected.batch_id, rejected.sequence, rejected.reason)
-        self._tasks.create_task(self._publish_rejected(rejected, list(acks)))
 
     def acknowledge(self, acks: Iterable[Ack]) -> None:
         """Tell the stream what is done with for good."""
@@ -350,7 +350,7 @@ class ActionRunner:
         pending.span.end()
         batch = pending.batch
         rejected = RejectedBatch.of(batch.body, batch_id=batch_id, sequence=batch.sequence, reason=reason)
-        self.reject(rejected, pending.acks)
+        self.rejections.add(rejected, pending.acks)
 
     async def _restore(self, node: NodeTraining, action: Restore) -> None:
         weights = checkpoints.as_saved(self._newest_of(node.node))
@@ -510,35 +510,6 @@ class ActionRunner:
             await self._bus.purge_stream(TRAIN_STREAM.name, watermark)
         except (OSError, BusError) as error:
             log.warning("node %d: old checkpoints or messages stay: %s", node, error)
-
-    async def _publish_rejected(self, rejected: RejectedBatch, acks: list[Ack]) -> None:
-        while not await self._is_stored(rejected):  # noqa: ASYNC110  # each time it is tried again
-            await asyncio.sleep(REJECT_RETRY_S)
-        self._book.skip(rejected.sequence)
-        self.progress.tell(BatchRejected(batch_id=rejected.batch_id, reason=rejected.reason))
-        self.changed.set()
-        await _acknowledge(acks)
-
-    async def _is_stored(self, rejected: RejectedBatch) -> bool:
-        try:
-            await self._store(rejected)
-        except BusError as error:
-            log.error("the rejection of batch %s is not stored yet: %s", rejected.batch_id, error)
-            return False
-        return True
-
-    async def _store(self, rejected: RejectedBatch) -> None:
-        """With what was published, if that fits beside the reason."""
-        body = rejected.model_dump_json().encode()
-        try:
-            await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")
-        except MessageTooLargeError as error:
-            if not rejected.body:
-                raise
-            log.warning(
-                "the rejection of batch %s is stored without its content: %s", rejected.batch_id, error
-            )
-            await self._store(rejected.without_body())
 
 
 async def _acknowledge(acks: list[Ack]) -> None:

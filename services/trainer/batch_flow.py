@@ -87,7 +87,7 @@ class BatchFlow:
     def _decide(self, message: StreamMessage, prepared: TrainingBatch | RejectedBatch) -> None:
         if isinstance(prepared, RejectedBatch):
             self._book.hold(message.sequence)
-            self._actions.reject(prepared, [message.ack])
+            self._actions.rejections.add(prepared, [message.ack])
         elif self._book.ledger.knows(prepared.batch_id):
             log.warning(
                 "batch %s (%d) was published before: not applied again", prepared.batch_id, message.sequence

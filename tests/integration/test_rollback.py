@@ -141,6 +141,15 @@ async def test_a_trainer_that_dies_while_it_goes_back_has_gone_back_or_not(
     await stop(trainer)
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rollback can be noted down."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(rollback_files, "intend", full)
+
+
 async def test_a_full_disk_leaves_the_weights_as_they_were(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,10 +157,7 @@ async def test_a_full_disk_leaves_the_weights_as_they_were(
     trainer = await cluster.trainer(keep_checkpoints=9)
     await train(cluster, "a", "b")
 
-    def full(*arguments: Any) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(rollback_files, "intend", full)
+    fill_disk(monkeypatch)
     with pytest.raises(RefusedError, match="nothing was rolled back: no space left"):
         await roll_back(cluster, 1)
     await train(cluster, "c")

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.trainer import rollback_files
 from shared.errors import RefusedError
 from shared.messages.weights import RolledBack, SavedWeights
-from tests.integration.test_rollback import die_at, listed, roll_back
+from tests.integration.test_rollback import die_at, fill_disk, listed, roll_back
 from tests.integration.test_trainer_merges import Replicas
 from tests.integration.test_trainer_merges import replicas as replicas
 from tests.integration.test_trainer_service import stop
@@ -206,11 +205,7 @@ async def test_a_full_disk_leaves_all_as_they_were(
     trainer = await start(replicas, "average")
     async with replicas.beating():
         await train(replicas, *"ab")
-
-        def full(*arguments: Any) -> None:
-            raise OSError("no space left")
-
-        monkeypatch.setattr(rollback_files, "intend", full)
+        fill_disk(monkeypatch)
         with pytest.raises(RefusedError, match="nothing was rolled back: no space left"):
             await roll_back(replicas, 1)
         await train(replicas, "c")

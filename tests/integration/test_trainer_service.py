@@ -15,7 +15,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from services.trainer import actions
+from services.trainer import rejections
 from services.trainer.checkpoint_files import CheckpointFiles
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
@@ -365,7 +365,7 @@ async def test_a_batch_that_fails_once_is_tried_again(cluster: Cluster) -> None:
 async def test_a_batch_is_done_with_only_when_its_rejection_is_stored(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actions, "REJECT_RETRY_S", 0.0)
+    monkeypatch.setattr(rejections, "RETRY_S", 0.0)
     stored, refusals = MemoryBus.publish_durable, iter([True, True])
     watermarks = []
 
