@@ -9,7 +9,7 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -21,7 +21,7 @@ from services.stage_worker.settings import OptimizerName
 from services.stage_worker.weights import StageWeights
 from services.trainer.learning_rate import LearningRate
 from services.trainer.microbatches import Rows, join, split
-from services.trainer.schedules import SCHEDULES
+from services.trainer.schedules import SCHEDULES, Schedule, double_buffered
 from shared.encoding import LabelledTokens
 from shared.messages.training import Microbatch
 from shared.model.loader import load_stage, model_partition, read_config
@@ -29,8 +29,6 @@ from shared.schedule import ScheduleName, StashingName
 
 NUM_STAGES = 4
 SEEDS = (0, 1)
-NUM_PASSES = 4
-PEAK_LEARNING_RATE = 1e-3
 WARMUP_BATCHES = 20
 MAX_TOKENS = 2048
 DATA = Path("lemix/data")
@@ -54,13 +52,46 @@ class Variant:
     optimizer: OptimizerName
 
 
-VARIANTS = (
-    Variant("1f1b", "full", 1, "adamw"),  # without delay it does not matter how a batch is cut
-    Variant("async", "full", 4, "adamw"),
-    Variant("async", "none", 4, "adamw"),
-    Variant("1f1b", "full", 1, "nadamw"),
-    Variant("async", "full", 4, "nadamw"),
-)
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How long to train, and the ways to compare. The first one is what the others are compared with."""
+
+    num_passes: int
+    peak_learning_rate: float
+    variants: tuple[Variant, ...]
+
+
+SYNCHRONOUS = {optimizer: Variant("1f1b", "full", 1, optimizer) for optimizer in get_args(OptimizerName)}
+"""Without delay it does not matter how a batch is cut."""
+COURSES = {
+    "four_passes": Course(
+        4,
+        1e-3,
+        (
+            SYNCHRONOUS["adamw"],
+            Variant("async", "full", 4, "adamw"),
+            Variant("async", "none", 4, "adamw"),
+            SYNCHRONOUS["nadamw"],
+            Variant("async", "full", 4, "nadamw"),
+        ),
+    ),
+    "one_pass_with_high_rate": Course(
+        1,
+        3e-3,
+        (
+            SYNCHRONOUS["adamw"],
+            Variant("async", "full", 4, "adamw"),
+            Variant("async", "full", 1, "adamw"),
+            Variant("async", "double", 1, "adamw"),
+            Variant("async", "none", 1, "adamw"),
+            SYNCHRONOUS["nadamw"],
+            Variant("async", "full", 4, "nadamw"),
+            Variant("async", "full", 1, "nadamw"),
+            Variant("async", "double", 1, "nadamw"),
+            Variant("async", "none", 1, "nadamw"),
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,33 +169,38 @@ def stages_of(folder: Path, variant: Variant) -> list[VirtualStage]:
     ]
 
 
-def order_of(seed: int) -> list[tuple[tuple[int, ...], ...]]:
+def order_of(num_passes: int, seed: int) -> list[tuple[tuple[int, ...], ...]]:
     """The corpus, shuffled anew for every pass."""
     random = Random(seed)
     batches = list(corpus().batches)
-    return [batch for _ in range(NUM_PASSES) for batch in random.sample(batches, len(batches))]
+    return [batch for _ in range(num_passes) for batch in random.sample(batches, len(batches))]
 
 
-def train(variant: Variant, seed: int, work: Path) -> tuple[float, list[int]]:
+def schedule_of(variant: Variant) -> Schedule:
+    schedule = SCHEDULES[variant.schedule]
+    return double_buffered(schedule) if variant.stashing == "double" else schedule
+
+
+def train(course: Course, variant: Variant, seed: int, work: Path) -> tuple[float, list[int]]:
     """Returns the held-out loss in nats a token, and the stages' largest delays in steps."""
     torch.set_num_threads(1)
-    order = order_of(seed)
+    order = order_of(course.num_passes, seed)
     stages = stages_of(model_folder(seed, work), variant)
     rate = LearningRate(
-        peak=PEAK_LEARNING_RATE,
+        peak=course.peak_learning_rate,
         decay="cosine",
         warmup_batches=WARMUP_BATCHES,
         num_batches=len(order),
         final=0.0,
     )
-    pipeline = VirtualPipeline(stages, SCHEDULES[variant.schedule], rate.at)
+    pipeline = VirtualPipeline(stages, schedule_of(variant), rate.at)
     pipeline.train({str(n): parts_of(str(n), batch, variant.microbatches) for n, batch in enumerate(order)})
     return loss_of(stages, corpus().held_out), pipeline.delays
 
 
-def measure(variant: Variant, work: Path, processes: Executor) -> dict[str, Any]:
+def measure(course: Course, variant: Variant, work: Path, processes: Executor) -> dict[str, Any]:
     """All seeds of a variant, side by side."""
-    runs = list(processes.map(partial(train, variant, work=work), SEEDS))
+    runs = list(processes.map(partial(train, course, variant, work=work), SEEDS))
     losses = [loss for loss, _ in runs]
     return {
         **asdict(variant),
@@ -174,21 +210,23 @@ def measure(variant: Variant, work: Path, processes: Executor) -> dict[str, Any]
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with its mean loss over that of synchronous AdamW."""
-    synchronous = next(row for row in rows if (row["schedule"], row["optimizer"]) == ("1f1b", "adamw"))
-    mean = synchronous["held_out_loss"]["mean"]
+    """Each row with its mean loss over that of the first one."""
+    mean = rows[0]["held_out_loss"]["mean"]
     return [{**row, "over_synchronous": row["held_out_loss"]["mean"] / mean} for row in rows]
 
 
-async def main(work: Path) -> dict[str, Any]:
+def run(course: Course, work: Path, processes: Executor) -> dict[str, Any]:
     num_tokens = sum(len(tokens) for batch in corpus().batches for tokens in batch)
-    with ProcessPoolExecutor(len(SEEDS), mp_context=get_context("spawn")) as processes:
-        runs = [measure(variant, work, processes) for variant in VARIANTS]
+    rows = [measure(course, variant, work, processes) for variant in course.variants]
     return {
-        "num_stages": NUM_STAGES,
-        "model": SHAPE | {"vocab_size": corpus().vocab_size},
-        "num_batches": NUM_PASSES * len(corpus().batches),
-        "num_tokens": NUM_PASSES * num_tokens,
-        "peak_learning_rate": PEAK_LEARNING_RATE,
-        "runs": compared(runs),
+        "num_batches": course.num_passes * len(corpus().batches),
+        "num_tokens": course.num_passes * num_tokens,
+        "peak_learning_rate": course.peak_learning_rate,
+        "runs": compared(rows),
     }
+
+
+async def main(work: Path) -> dict[str, Any]:
+    with ProcessPoolExecutor(len(SEEDS), mp_context=get_context("spawn")) as processes:
+        courses = {name: run(course, work, processes) for name, course in COURSES.items()}
+    return {"num_stages": NUM_STAGES, "model": SHAPE | {"vocab_size": corpus().vocab_size}, **courses}
