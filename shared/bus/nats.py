@@ -121,6 +121,8 @@ class NatsBus:
     # nats-py awaits these on its reading path, and an exception would stop its reconnecting.
 
     async def _on_error(self, error: Exception) -> None:
+        if _num_cancels():  # where nats-py connects again and again, nothing else would end it: _cancellable
+            raise asyncio.CancelledError
         if isinstance(error, nats.errors.SlowConsumerError):
             self._dispatcher.failure.set(
                 BusError(f"messages on {error.subject} came faster than they were handled")
@@ -280,7 +282,7 @@ def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, 
 class _cancellable:
     """Around calls of nats-py: a cancellation is raised that came together with what they waited for.
 
-    Until Python 3.12 asyncio.wait_for then returns that, and whoever cancelled waits for ever.
+    Until Python 3.12 asyncio.wait_for then returns or raises that, and whoever cancelled waits for ever.
     """
 
     __slots__ = ("_num_cancels",)
@@ -289,8 +291,8 @@ class _cancellable:
         self._num_cancels = _num_cancels()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None and _num_cancels() > self._num_cancels:
-            raise asyncio.CancelledError
+        if (error is None or isinstance(error, Exception)) and _num_cancels() > self._num_cancels:
+            raise asyncio.CancelledError from error
 
 
 def _num_cancels() -> int:
@@ -308,9 +310,9 @@ class _translated(_cancellable):
         self._name = name
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, error, trace)
         if isinstance(error, nats.errors.Error):
             raise _translation(error)(f"{self._name}: {error}") from error
-        super().__exit__(kind, error, trace)
 
 
 def _translation(error: nats.errors.Error) -> type[BusError]:

@@ -1,11 +1,15 @@
 """What only a real server can do to us: be absent, go away, and come back."""
 
 import asyncio
+import contextlib
 import os
 import signal
+from urllib.parse import ParseResult
 
 import pytest
 from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
+from nats.errors import NoRespondersError
 
 from lemix.nats_server import NatsServer
 from shared.bus.base import Incoming, StreamSpec
@@ -78,13 +82,17 @@ class AnsweringClient:
         return await asyncio.wait_for(self.answer, timeout)
 
 
-async def test_a_cancellation_that_comes_with_the_answer_is_not_lost() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancellation_that_comes_with_the_answer_is_not_lost(fails: bool) -> None:
     client = AnsweringClient()
     bus = NatsBus(client, "")
     bus.max_message_bytes = 1000
     asking = asyncio.create_task(bus.request(ASK, CancelTask(task_id="t"), timeout_s=5))
     await asyncio.sleep(0)
-    client.answer.set_result(Msg(client, data=Placed(node=0).pack()))
+    if fails:
+        client.answer.set_exception(NoRespondersError())
+    else:
+        client.answer.set_result(Msg(client, data=Placed(node=0).pack()))
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
@@ -127,3 +135,27 @@ async def test_a_server_that_is_not_there_is_an_error_that_names_the_place(
     await nats_server.stop()
     with pytest.raises(BusError, match=nats_server.url.removeprefix("nats://")):
         await NatsBus.connect(nats_server.url, name="one")
+
+
+class RefusingTransport(TcpTransport):
+    """Refuses in the moment in which an attempt is cancelled, as asyncio.wait_for can until Python 3.12."""
+
+    def __init__(self, attempts: list[str]) -> None:
+        self._attempts = attempts
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
+        self._attempts.append(uri.netloc)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise ConnectionRefusedError
+
+
+async def test_a_refusal_that_comes_with_the_deadline_ends_the_attempts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attempts: list[str] = []
+    monkeypatch.setattr("shared.bus.nats.CONNECT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("nats.aio.client.TcpTransport", lambda: RefusingTransport(attempts))
+    with pytest.raises(BusError, match=r"no connection to NATS at 127\.0\.0\.1:9"):
+        await NatsBus.connect("nats://127.0.0.1:9", name="one")
+    assert attempts == ["127.0.0.1:9"]
