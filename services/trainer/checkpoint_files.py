@@ -3,18 +3,18 @@
 All methods block on the disk and raise OSError when it refuses; the durable checkpoints stay as they were.
 """
 
+import asyncio
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Self
 
 from services.trainer import rollback_files
 from services.trainer.adapter_file import join_adapter
+from services.trainer.manifests import Verdict
 from services.trainer.settings import TrainFrom
-from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
@@ -22,7 +22,6 @@ from shared.disk import make_folder, replace_file, sync
 from shared.errors import ConfigurationError
 from shared.messages.base import Message
 from shared.messages.training import AdapterKind, ShardSaved
-from shared.messages.weights import SavedWeights
 from shared.model.index import write_index
 
 CONFIG_FILE = "config.json"
@@ -47,21 +46,6 @@ _TEMPORARY = ".saving-"
 _START = "start.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """What a version has shown on the held-out examples."""
-
-    version: int
-    loss: float
-    may_serve: bool
-    """It serves; else it was withheld."""
-
-    def noted_in(self, manifest: Manifest) -> Manifest:
-        """What the version's manifest says then; what was let serve once may serve for good."""
-        may_serve = manifest.may_serve or self.may_serve
-        return manifest.model_copy(update={"held_out_loss": self.loss, "may_serve": may_serve})
-
-
 class _Start(Message):
     """Where a run began."""
 
@@ -81,10 +65,14 @@ class _Start(Message):
 class CheckpointFiles:
     """Writes below `root`, which stages can reach under the same path."""
 
-    def __init__(self, root: Path, *, model_folder: Path, keep: int) -> None:
+    def __init__(self, root: Path, *, model_folder: Path, keep: int, merge: str) -> None:
+        """`keep`: so many of each node; `merge`: how nodes share their weights, "none" if they do not."""
         self._root = root.resolve()
         self._model_folder = model_folder
         self._keep = keep
+        self.merge = merge
+        self.in_use = asyncio.Lock()
+        """Held by whoever removes, renames or annotates durable checkpoints, or reads which there are."""
 
     @property
     def root(self) -> Path:
@@ -164,17 +152,19 @@ class CheckpointFiles:
         sync(final.parent)
         return Checkpoint(manifest, final)
 
-    def serving(self, of_nodes: Iterable[int]) -> Checkpoint | None:
-        """The newest checkpoint of any of these nodes that may serve."""
-        found = (checkpoints.checkpoints(self._root, node) for node in of_nodes)
+    def serving(self, node: int) -> Checkpoint | None:
+        """The newest checkpoint that may serve, of the node or of any that shares its weights."""
+        found = (checkpoints.checkpoints(self._root, other) for other in self._nodes_like(node))
         return checkpoints.serving(chain.from_iterable(found))
 
-    def note_evaluation(self, of_nodes: Iterable[int], evaluated: Evaluated) -> None:
-        """In the manifest of that version's checkpoint of these nodes, if there is one."""
-        name = checkpoints.checkpoint_name(evaluated.version)
-        for folder in (checkpoints.node_folder(self._root, node) / name for node in of_nodes):
+    def note_verdict(self, node: int, verdict: Verdict) -> None:
+        """Write it in the manifests of that version's checkpoints, of the node and of all that share its
+        weights, where there are any.
+        """
+        name = checkpoints.checkpoint_name(verdict.version)
+        for folder in (checkpoints.node_folder(self._root, other) / name for other in self._nodes_like(node)):
             manifest = checkpoints.read(folder)
-            if manifest and (noted := evaluated.noted_in(manifest)) != manifest:
+            if manifest and (noted := verdict.noted_in(manifest)) != manifest:
                 checkpoints.write(folder, noted)
 
     def prune(self, node: int, undecided: Collection[int] = ()) -> None:
@@ -195,6 +185,9 @@ class CheckpointFiles:
             for each in checkpoints.checkpoints(self._root, node)
         )
         return min((checkpoint.manifest.watermark for checkpoint in kept), default=0)
+
+    def _nodes_like(self, node: int) -> list[int]:
+        return checkpoints.nodes_like(self._root, node, merge=self.merge)
 
     def _as_model(self, folder: Path, shards: Sequence[ShardSaved]) -> None:
         """Add what makes the shards one model."""
@@ -244,115 +237,3 @@ def dispensable(
         for checkpoint in found[keep:]
         if checkpoint is not serving and checkpoint.manifest.version not in undecided
     ]
-
-
-def served_instead(serving: Checkpoint | None, version: int) -> SavedWeights | None:
-    """What serves where stages go on from `version`; None: that itself. `serving`: what may, None: only
-    the model as it was before training.
-    """
-    served = checkpoints.as_saved(serving)
-    return None if served.version == version else served
-
-
-def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
-    """What nodes that share their weights go on from.
-
-    Raises ConfigurationError when they did not share them: what only one of them has learnt would be lost.
-    """
-    apart = sorted(node for node, checkpoint in found.items() if checkpoint.manifest.merge == "none")
-    if len(found) > 1 and apart:
-        raise ConfigurationError(
-            f"nodes {apart} of this run were trained apart and cannot be merged now: go on with "
-            "LEMIX_MERGE=none, or choose another --name"
-        )
-    newest = max(found, key=lambda node: found[node].manifest.version, default=None)
-    return {} if newest is None else {newest: found[newest]}
-
-
-def all_apart(found: dict[int, Checkpoint]) -> dict[int, Checkpoint]:
-    """What nodes that train apart go on from: each from its own.
-
-    Raises ConfigurationError when they have shared their weights: one has the checkpoints of all.
-    """
-    merges = {checkpoint.manifest.merge for checkpoint in found.values()} - {"none"}
-    if merges:
-        raise ConfigurationError(
-            f"the nodes of this run share their weights ({', '.join(sorted(merges))}), and only some have "
-            "checkpoints: go on with a LEMIX_MERGE other than none (or schedule=dp), or export the weights "
-            "and train them as the model of another --name"
-        )
-    return found
-
-
-def ledger_of(found: Iterable[Checkpoint], *, begun_after: int = 0) -> Ledger:
-    """What the nodes' newest checkpoints say about batches; a run without any begins after `begun_after`."""
-    manifests = [checkpoint.manifest for checkpoint in found]
-    return Ledger.restore(
-        {manifest.node: lineage_of(manifest) for manifest in manifests},
-        skipped={sequence for manifest in manifests for sequence in manifest.rejected},
-        watermark=max((manifest.watermark for manifest in manifests), default=begun_after),
-        discarded_ids=[batch_id for manifest in manifests for batch_id in manifest.discarded_batch_ids],
-    )
-
-
-def lineage_of(manifest: Manifest) -> Lineage:
-    """What a checkpoint's weights contain."""
-    return Lineage(
-        durable_version=manifest.version,
-        sequences=frozenset(manifest.sequences),
-        recent_ids=dict.fromkeys(manifest.recent_batch_ids),
-    )
-
-
-def manifest_of(
-    ledger: Ledger,
-    node: int,
-    version: int,
-    *,
-    num_stages: int,
-    model: str,
-    stream: str,
-    merge: str = "none",
-    settings: Mapping[str, str] | None = None,
-    may_serve: bool = True,
-    wall_s: float,
-) -> Manifest:
-    """What a checkpoint of the node at `version` will say, files apart."""
-    durable = ledger.make_durable(node, version)
-    lineage = durable.lineage(node)
-    return Manifest(
-        node=node,
-        version=version,
-        num_stages=num_stages,
-        model=model,
-        stream=stream,
-        merge=merge,
-        may_serve=may_serve,
-        settings=dict(settings or {}),
-        watermark=durable.watermark,
-        sequences=tuple(sorted(lineage.sequences)),
-        rejected=tuple(sorted(durable.skipped)),
-        recent_batch_ids=tuple(lineage.recent_ids),
-        discarded_batch_ids=tuple(durable.discarded_ids),
-        sha256_by_file={},
-        created_wall_s=wall_s,
-    )
-
-
-def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
-    """What the checkpoint of `manifest` will say once nodes have gone back to it, and `ledger` with them.
-
-    `merge`: the trainer's setting now, which says whether all nodes have. The version may serve: who asks for
-    it knows what it is.
-    """
-    lineage = ledger.lineage(manifest.node)
-    return manifest.model_copy(
-        update={
-            "merge": merge,
-            "watermark": ledger.watermark,
-            "sequences": tuple(sorted(lineage.sequences)),
-            "rejected": tuple(sorted(ledger.skipped)),
-            "discarded_batch_ids": tuple(ledger.discarded_ids),
-            "may_serve": True,
-        }
-    )

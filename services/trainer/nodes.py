@@ -52,7 +52,7 @@ class Nodes:
             checkpoint_every=settings.checkpoint_every,
             checkpoint_idle_s=settings.checkpoint_idle_s,
             extra_in_flight=settings.extra_in_flight,
-            shares_weights=settings.merging != "none",
+            shares_weights=settings.shares_weights,
             shares_steps=settings.merging == "allreduce",
             max_gradient_norm=settings.max_gradient_norm,
             max_skips=settings.max_skips,

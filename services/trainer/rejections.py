@@ -27,14 +27,12 @@ class Rejections:
         book: BatchBook,
         progress: Progress,
         acknowledge: Callable[[Iterable[Ack]], None],
-        changed: asyncio.Event,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._bus = bus
         self._book = book
         self._progress = progress
         self._acknowledge = acknowledge
-        self._changed = changed
         self._tasks = tasks
 
     def add(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
@@ -48,7 +46,6 @@ class Rejections:
             await asyncio.sleep(RETRY_S)
         self._book.skip(rejected.sequence)
         self._progress.tell(BatchRejected(batch_id=rejected.batch_id, reason=rejected.reason))
-        self._changed.set()
         self._acknowledge(acks)
 
     async def _is_stored(self, rejected: RejectedBatch) -> bool:

@@ -7,10 +7,14 @@
       node_training     per node: what to feed and restore (members, schedules), when to save
                         (node_saves, saves), and which version to serve (publishing)
       merging           for all nodes: when their weights become one (merges, reductions, replicas)
-    actions           carries out what nodes decide (node_actions): messages (outbox), files
-                      (checkpoint_files, rollback_files), learning rates (learning_rate)
+    actions           carries out what nodes decide (node_actions): messages (outbox), learning rates
+                      (learning_rate), batches that are not used (rejections)
+      checkpointing     has stages load and write checkpoints (checkpoint_files, manifests,
+                        newest_checkpoints)
+      rollbacks         back to an older checkpoint (rollback_files)
       evaluator         has nodes score the held-out examples (evaluation, held_out)
-      progress        tells publishers what becomes of batches
+      verdicts          what came of that, for checkpoints
+      progress          tells publishers what becomes of batches
     weights_requests  people ask for versions, or to go back to one
 
 This file puts them together.
@@ -24,17 +28,12 @@ from pathlib import Path
 from services.trainer.actions import ActionRunner
 from services.trainer.batch_flow import BatchFlow
 from services.trainer.batches import BatchBook
-from services.trainer.checkpoint_files import (
-    CONFIG_FILE,
-    MODEL_FILES,
-    CheckpointFiles,
-    all_apart,
-    ledger_of,
-    only_newest,
-)
+from services.trainer.checkpoint_files import CONFIG_FILE, MODEL_FILES, CheckpointFiles
 from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
+from services.trainer.manifests import all_apart, ledger_of, only_newest
 from services.trainer.merging import Merging
+from services.trainer.newest_checkpoints import NewestCheckpoints
 from services.trainer.nodes import Nodes
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
@@ -75,7 +74,10 @@ class Trainer:
             read_held_out(Path(settings.held_out), self._intake.encoder) if settings.held_out else []
         )
         self._files = CheckpointFiles(
-            settings.checkpoint_dir, model_folder=model_folder, keep=settings.keep_checkpoints
+            settings.checkpoint_dir,
+            model_folder=model_folder,
+            keep=settings.keep_checkpoints,
+            merge=settings.merging,
         )
 
     async def run(self) -> None:
@@ -88,7 +90,7 @@ class Trainer:
         await self._bus.ensure_stream(REJECTED_STREAM)
         term = await self._bus.next_epoch("trainer")
         found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
-        found = all_apart(found) if self._settings.merging == "none" else only_newest(found)
+        found = only_newest(found) if self._settings.shares_weights else all_apart(found)
         for checkpoint in found.values():
             checkpoints.warn_of_other_settings(checkpoint, self._settings.told(OF_TRAINING))
         begun_after = await on_disk(
@@ -102,7 +104,7 @@ class Trainer:
                 clock=self._clock,
                 book=book,
                 files=self._files,
-                newest=found,
+                newest=NewestCheckpoints(found, shares_weights=self._settings.shares_weights),
                 stream=stream.identity,
                 begun_after=begun_after,
                 tasks=tasks,
@@ -112,7 +114,7 @@ class Trainer:
             nodes = Nodes(
                 self._settings, bus=self._bus, clock=self._clock, book=book, actions=actions, term=term
             )
-            if self._settings.merging != "none":
+            if self._settings.shares_weights:
                 actions.look = self._merging(book, actions, nodes, term, tasks).look
             await self._work(book, actions, nodes, tasks)
 
@@ -164,7 +166,10 @@ class Trainer:
     async def _listen(self, actions: ActionRunner, nodes: Nodes) -> list[Subscription]:
         """To stages, and to whoever asks."""
         requests = WeightsRequests(
-            root=self._files.root, nodes=nodes, actions=actions, merges=self._settings.merging != "none"
+            root=self._files.root,
+            nodes=nodes,
+            rollbacks=actions.rollbacks,
+            shares_weights=self._settings.shares_weights,
         )
         return [
             await self._bus.respond(NODE_WEIGHTS.at(), nodes.on_status),

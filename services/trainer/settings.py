@@ -95,6 +95,11 @@ class TrainerSettings(LemixSettings):
         return "allreduce" if self.schedule == "dp" else self.merge
 
     @property
+    def shares_weights(self) -> bool:
+        """Whether all nodes have the same, after each merge at least."""
+        return self.merging != "none"
+
+    @property
     def serving(self) -> ServingRule:
         """Which weights the stages serve."""
         if self.weights_consistency == "pinned":

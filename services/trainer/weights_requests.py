@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from services.trainer.actions import ActionRunner
 from services.trainer.nodes import Nodes
+from services.trainer.rollbacks import Rollbacks
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
@@ -18,12 +18,12 @@ from shared.messages.weights import DurableVersions, DurableVersionsRequest, Rol
 class WeightsRequests:
     """Requests run side by side; a node that goes back is taken from when its checkpoint is looked for."""
 
-    def __init__(self, *, root: Path, nodes: Nodes, actions: ActionRunner, merges: bool) -> None:
-        """`root`: the folder of all checkpoints. `merges`: the nodes share their weights."""
-        self._merges = merges
+    def __init__(self, *, root: Path, nodes: Nodes, rollbacks: Rollbacks, shares_weights: bool) -> None:
+        """`root`: the folder of all checkpoints. `shares_weights`: the nodes do."""
+        self._shares_weights = shares_weights
         self._root = root
         self._nodes = nodes
-        self._actions = actions
+        self._rollbacks = rollbacks
         self._going_back: set[int] = set()
 
     async def list_versions(self, incoming: Incoming[DurableVersionsRequest]) -> DurableVersions:
@@ -37,7 +37,7 @@ class WeightsRequests:
         go back without those that share its weights.
         """
         asked, known = incoming.message, self._nodes.by_number
-        if self._merges and asked.node is not None:
+        if self._shares_weights and asked.node is not None:
             raise RefusedError(
                 f"node {asked.node} shares its weights with the others (LEMIX_MERGE, LEMIX_SCHEDULE=dp): "
                 "they go back together, so name no node",
@@ -57,15 +57,15 @@ class WeightsRequests:
 
     async def _go_back(self, numbers: Sequence[int], version: int) -> RolledBack:
         known = self._nodes.by_number
-        if self._merges:
+        if self._shares_weights:
             target = await on_disk(lambda: self._find(numbers, version))
             numbers = sorted(known)  # with those that have come meanwhile
-            num_discarded = await self._actions.roll_back([known[number] for number in numbers], target)
+            num_discarded = await self._rollbacks.order([known[number] for number in numbers], target)
             return RolledBack(nodes=tuple(numbers), num_discarded=num_discarded)
         targets = await on_disk(lambda: [self._find([number], version) for number in numbers])
         outcomes = await asyncio.gather(
             *(
-                self._actions.roll_back([known[number]], target)
+                self._rollbacks.order([known[number]], target)
                 for number, target in zip(numbers, targets, strict=True)
             ),
             return_exceptions=True,  # until all have answered, none of them may be asked again
@@ -77,7 +77,7 @@ class WeightsRequests:
 
     def _find(self, nodes: Sequence[int], version: int) -> Checkpoint:
         """Of any node, where they share their weights. Raises RefusedError, naming the versions there are."""
-        holders = checkpoints.nodes(self._root) if self._merges else nodes
+        holders = checkpoints.nodes(self._root) if self._shares_weights else nodes
         found = [each for node in holders for each in checkpoints.checkpoints(self._root, node)]
         for checkpoint in found:
             if checkpoint.manifest.version == version:

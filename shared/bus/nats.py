@@ -89,8 +89,12 @@ class NatsBus:
         client = Client()
         bus = cls(client, traceparent)
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await client.connect(url, name=name, **bus._options())
+            with _cancellable():
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await client.connect(url, name=name, **bus._options())
+        except asyncio.CancelledError:
+            await bus.close()
+            raise
         except (TimeoutError, OSError, nats.errors.Error) as error:
             place = urlsplit(url)
             reason = client.last_error or error
@@ -121,14 +125,14 @@ class NatsBus:
     # nats-py awaits these on its reading path, and an exception would stop its reconnecting.
 
     async def _on_error(self, error: Exception) -> None:
-        if _num_cancels():  # where nats-py connects again and again, nothing else would end it: _cancellable
-            raise asyncio.CancelledError
         if isinstance(error, nats.errors.SlowConsumerError):
             self._dispatcher.failure.set(
                 BusError(f"messages on {error.subject} came faster than they were handled")
             )
         elif isinstance(error, OSError | nats.errors.StaleConnectionError):
             log.debug("connection to NATS: %s", error)
+            if _num_cancels():  # the task is to end; nats-py would connect again and again: see _cancellable
+                raise asyncio.CancelledError
         else:
             log.warning("NATS: %s", error)
 
@@ -406,9 +410,9 @@ class _NatsStreamReader:
         deadline_s = loop.time() + timeout_s
         while (left_s := deadline_s - loop.time()) > 0:
             try:
-                await self._rebind_if_stale()
-                # One at a time: asked for several, nats-py at times holds the first back until its timeout.
                 with _cancellable():
+                    await self._rebind_if_stale()
+                    # One at a time: of several, nats-py at times holds the first back until its timeout.
                     [msg] = await self._pull.fetch(1, timeout=min(left_s, FETCH_SLICE_S))
                 return self._taken(msg)
             except TimeoutError:

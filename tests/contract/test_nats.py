@@ -7,6 +7,7 @@ import signal
 from urllib.parse import ParseResult
 
 import pytest
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import NoRespondersError
@@ -148,6 +149,30 @@ class RefusingTransport(TcpTransport):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         raise ConnectionRefusedError
+
+
+class SlowClient(Client):
+    """Is connected in the moment in which the attempt is cancelled."""
+
+    async def connect(self, *_args: object, **_options: object) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+
+async def test_a_connection_that_comes_with_a_cancellation_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients: list[SlowClient] = []
+
+    def new_client() -> SlowClient:
+        clients.append(SlowClient())
+        return clients[-1]
+
+    monkeypatch.setattr("shared.bus.nats.Client", new_client)
+    connecting = asyncio.create_task(NatsBus.connect("nats://127.0.0.1:9", name="one"))
+    await asyncio.sleep(0)
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    assert clients[0].is_closed
 
 
 async def test_a_refusal_that_comes_with_the_deadline_ends_the_attempts(

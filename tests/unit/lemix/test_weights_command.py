@@ -15,7 +15,7 @@ from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
 from shared.messages.weights import DurableVersion
 from tests.support.models import save_tiny_model
-from tests.unit.trainer.test_checkpoint_files import manifest
+from tests.unit.trainer.support import manifest
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35]])
 
@@ -31,7 +31,7 @@ def printed(console: Console) -> str:
 
 def save(runs_dir: Path, model: Path, version: int, node: int = 0) -> Path:
     """A checkpoint of one stage, with the model's own weights."""
-    files = CheckpointFiles(runs_dir / "default" / "checkpoints", model_folder=model, keep=9)
+    files = CheckpointFiles(runs_dir / "default" / "checkpoints", model_folder=model, keep=9, merge="none")
     folder = files.temporary(node, version, 1)
     files.begin(folder)
     name, optimizer = "model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors"

@@ -6,18 +6,17 @@ from typing import Any
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
+from services.trainer.checkpoint_files import CheckpointFiles
 from services.trainer.microbatches import Rows, TrainingBatch
-from services.trainer.node_actions import (
-    Action,
-    Closed,
-    Halted,
-)
+from services.trainer.newest_checkpoints import NewestCheckpoints
+from services.trainer.node_actions import Action, Closed, Halted
 from services.trainer.node_training import NodeTraining, Rules
 from services.trainer.schedules import SCHEDULES
 from services.trainer.settings import TrainerSettings
 from services.trainer.versions import Ledger
 from shared.messages.training import RejectedBatch
 from shared.telemetry import NoTelemetry
+from tests.unit.trainer.support import NO_FOLDER
 
 
 @dataclass
@@ -57,8 +56,8 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
                 bus=bus,
                 clock=None,
                 book=book,
-                files=None,
-                newest={},
+                files=CheckpointFiles(NO_FOLDER, model_folder=NO_FOLDER, keep=1, merge="none"),
+                newest=NewestCheckpoints({}, shares_weights=False),
                 stream="s",
                 begun_after=0,
                 tasks=tasks,

@@ -10,41 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.trainer.checkpoint_files import (
-    CheckpointFiles,
-    Evaluated,
-    all_apart,
-    dispensable,
-    ledger_of,
-    manifest_of,
-    only_newest,
-    rolled_back,
-    served_instead,
-)
-from services.trainer.versions import Ledger
+from services.trainer.checkpoint_files import CheckpointFiles, dispensable
+from services.trainer.manifests import Verdict, ledger_of
 from shared import checkpoints, disk
 from shared.bus.base import StreamState
-from shared.checkpoints import Checkpoint, Manifest
+from shared.checkpoints import Checkpoint
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
-from shared.messages.weights import SavedWeights
-from tests.unit.trainer.support import break_disk_at
-
-
-def manifest(version: int, *, node: int = 0, **fields: object) -> Manifest:
-    content = {
-        "node": node,
-        "version": version,
-        "num_stages": 2,
-        "model": "m",
-        "watermark": 0,
-        "sequences": (),
-        "rejected": (),
-        "recent_batch_ids": (),
-        "sha256_by_file": {},
-        "created_wall_s": 0.0,
-    }
-    return Manifest.model_validate({**content, **fields})
+from tests.unit.trainer.support import break_disk_at, checkpoints_of, manifest
 
 
 def shards(folder: Path) -> list[ShardSaved]:
@@ -64,18 +37,22 @@ def shards(folder: Path) -> list[ShardSaved]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> CheckpointFiles:
+    return files_of(tmp_path)
+
+
+def files_of(tmp_path: Path, *, merge: str = "none") -> CheckpointFiles:
     model = tmp_path / "model"
-    model.mkdir()
+    model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")
     (model / "tokenizer.json").write_text("{}")
     (model / "model.safetensors").write_text("the weights before training")
-    return CheckpointFiles(tmp_path / "checkpoints", model_folder=model, keep=2)
+    return CheckpointFiles(tmp_path / "checkpoints", model_folder=model, keep=2, merge=merge)
 
 
-def save(files: CheckpointFiles, version: int, node: int = 0) -> Path:
+def save(files: CheckpointFiles, version: int, node: int = 0, **fields: object) -> Path:
     folder = files.temporary(node, version, 1)
     files.begin(folder)
-    return files.finish(folder, manifest(version, node=node), shards(folder)).folder
+    return files.finish(folder, manifest(version, node=node, **fields), shards(folder)).folder
 
 
 def test_a_checkpoint_is_one_model_with_its_tokenizer(files: CheckpointFiles, tmp_path: Path) -> None:
@@ -214,13 +191,6 @@ def test_what_serves_is_not_removed_however_many_newer_ones_are_withheld(files: 
     assert load(files)[0].manifest.version == 5, "training goes on from the newest"
 
 
-def found(*versions: int, withheld: tuple[int, ...] = ()) -> list[Checkpoint]:
-    return [
-        Checkpoint(manifest(version, may_serve=version not in withheld), Path(str(version)))
-        for version in versions
-    ]
-
-
 @pytest.mark.parametrize(
     ("all_of_them", "withheld", "undecided", "removed"),
     [
@@ -239,41 +209,19 @@ def test_the_newest_checkpoints_are_kept_and_those_that_may_serve_or_may_yet(
     undecided: tuple[int, ...],
     removed: tuple[int, ...],
 ) -> None:
-    old = dispensable(found(*all_of_them, withheld=withheld), keep=2, undecided=undecided)
+    old = dispensable(checkpoints_of(*all_of_them, withheld=withheld), keep=2, undecided=undecided)
 
     assert tuple(each.manifest.version for each in old) == removed
 
 
-def test_the_newest_that_may_serve_serves_instead_of_a_newer_one() -> None:
-    assert served_instead(checkpoints.serving(found(3, 5, 4)), 5) is None
-    assert served_instead(checkpoints.serving(found(3, 5, 4, withheld=(5,))), 5) == SavedWeights(
-        version=4, checkpoint="4", digest=manifest(4).digest
-    )
-
-
-def test_a_checkpoint_is_known_by_what_its_files_contain() -> None:
-    one = manifest(4, sha256_by_file={"a": "1", "b": "2"}, may_serve=False)
-    noted = Evaluated(4, 1.5, may_serve=True).noted_in(one)
-    again = manifest(4, sha256_by_file={"b": "2", "a": "1"}, created_wall_s=9.0)
-    other = manifest(4, sha256_by_file={"a": "1", "b": "3"})
-
-    assert one.digest == noted.digest == again.digest != other.digest
-
-
-def test_the_model_as_it_was_before_training_may_always_serve() -> None:
-    assert served_instead(checkpoints.serving([]), 0) is None
-    assert served_instead(checkpoints.serving(found(5, withheld=(5,))), 5) == SavedWeights(
-        version=0, checkpoint=""
-    )
-
-
 def test_a_version_that_was_let_serve_says_so_with_its_loss_wherever_its_checkpoint_is(
-    files: CheckpointFiles,
+    files: CheckpointFiles, tmp_path: Path
 ) -> None:
+    merged = files_of(tmp_path, merge="average")
     withhold(files, 1, 2, 3)
     withhold(files, 4, node=1)
-    for evaluated in (Evaluated(2, 0.5, True), Evaluated(3, 0.9, False), Evaluated(4, 0.4, True)):
-        files.note_evaluation([0, 1, 2], evaluated)
+    for verdict in (Verdict(2, 0.5, True), Verdict(3, 0.9, False), Verdict(4, 0.4, True)):
+        merged.note_verdict(0, verdict)
 
     def of_each(node: int) -> list[tuple[int, float | None, bool]]:
         manifests = [each.manifest for each in checkpoints.checkpoints(files.root, node)]
@@ -281,7 +229,7 @@ def test_a_version_that_was_let_serve_says_so_with_its_loss_wherever_its_checkpo
 
     assert of_each(0) == [(3, 0.9, False), (2, 0.5, True), (1, None, False)]
     assert of_each(1) == [(4, 0.4, True)]
-    of_0, of_both = files.serving([0]), files.serving([0, 1])
+    of_0, of_both = files.serving(0), merged.serving(0)
     assert of_0 and of_both
     assert (of_0.manifest.version, of_both.manifest.version) == (2, 4)
 
@@ -310,7 +258,7 @@ def test_manifests_of_before_there_were_guards_may_serve(files: CheckpointFiles)
     del older["may_serve"]
     (folder / "lemix.json").write_text(json.dumps(older))
 
-    serving = files.serving([0])
+    serving = files.serving(0)
     assert serving and serving.folder == folder
 
 
@@ -364,12 +312,6 @@ def test_a_checkpoint_of_another_stream_is_refused(files: CheckpointFiles) -> No
     assert load(files)[0].manifest.version == 1
     with pytest.raises(ConfigurationError, match="another training stream"):
         files.load(model="m", stream="of another server")
-
-
-def test_who_goes_back_to_a_version_that_was_withheld_lets_it_serve() -> None:
-    withheld = manifest(3, may_serve=False)
-
-    assert rolled_back(withheld, ledger_of([Checkpoint(withheld, Path())]), merge="none").may_serve
 
 
 @pytest.mark.parametrize(
@@ -473,41 +415,6 @@ def test_the_ledger_is_what_all_manifests_say_together(files: CheckpointFiles, t
     assert ledger.watermark == 8
     assert ledger.lineage(1).version == 9
     assert all(ledger.knows(batch_id) for batch_id in "abc")
-
-
-@pytest.mark.parametrize(("merges", "expected"), [(("average", "average"), {1}), (("none",), {0})])
-def test_nodes_that_share_their_weights_go_on_from_the_newest(
-    merges: tuple[str, ...], expected: set[int], tmp_path: Path
-) -> None:
-    found = {
-        node: Checkpoint(
-            manifest_of(
-                Ledger(), node, 0, num_stages=1, model="m", stream="s", merge=merge, wall_s=0.0
-            ).model_copy(update={"version": 3 + node}),
-            tmp_path,
-        )
-        for node, merge in enumerate(merges)
-    }
-    assert set(only_newest(found)) == expected
-
-
-def test_nodes_that_were_trained_apart_are_not_taken_for_one(tmp_path: Path) -> None:
-    manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", wall_s=0.0)
-    with pytest.raises(ConfigurationError, match=r"nodes \[0, 1\] of this run were trained apart"):
-        only_newest({node: Checkpoint(manifest, tmp_path) for node in (0, 1)})
-
-
-@pytest.mark.parametrize("merge", ["average", "outer", "allreduce"])
-def test_nodes_that_shared_their_weights_do_not_go_on_apart(merge: str, tmp_path: Path) -> None:
-    manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", merge=merge, wall_s=0.0)
-    with pytest.raises(ConfigurationError, match=rf"share their weights \({merge}\)"):
-        all_apart({0: Checkpoint(manifest, tmp_path)})
-
-
-def test_nodes_that_train_apart_go_on_each_from_its_own(tmp_path: Path) -> None:
-    manifest = manifest_of(Ledger(), 0, 0, num_stages=1, model="m", stream="s", wall_s=0.0)
-    found = {node: Checkpoint(manifest, tmp_path) for node in (0, 1)}
-    assert all_apart(found) == found
 
 
 def test_a_disk_that_fills_at_any_place_leaves_the_old_checkpoint_and_the_next_one_succeeds(

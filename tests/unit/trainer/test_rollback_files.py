@@ -8,9 +8,9 @@ from shared import checkpoints
 from shared.checkpoints import Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
-from tests.unit.trainer.support import break_disk_at
+from tests.unit.trainer.support import break_disk_at, manifest
 from tests.unit.trainer.test_checkpoint_files import files as files
-from tests.unit.trainer.test_checkpoint_files import load, manifest, save
+from tests.unit.trainer.test_checkpoint_files import load, save
 
 
 class Killed(BaseException):

@@ -14,25 +14,24 @@ from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
 from shared.errors import RefusedError
 from shared.messages.weights import RollBackWeights
-from tests.unit.trainer.support import NO_FOLDER
-from tests.unit.trainer.test_checkpoint_files import manifest
+from tests.unit.trainer.support import NO_FOLDER, manifest
 from tests.unit.trainer.test_node_training import Driver
 
 DEADLINE_S = 5.0
 
 
-class Actions:
+class FakeRollbacks:
     """Keeps which nodes go back."""
 
     def __init__(self) -> None:
         self.asked: list[NodeTraining] = []
 
-    async def roll_back(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
+    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
         self.asked += nodes
         return 3
 
 
-class Uneven(Actions):
+class Uneven(FakeRollbacks):
     """Node 0 refuses at once, node 1 takes its time."""
 
     def __init__(self, slow: NodeTraining) -> None:
@@ -40,40 +39,40 @@ class Uneven(Actions):
         self.slow = slow
         self.has_refused, self.may_end = asyncio.Event(), asyncio.Event()
 
-    async def roll_back(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
+    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
         if self.slow not in nodes:
             self.has_refused.set()
             raise RefusedError("the disk is full", code=503)
         await self.may_end.wait()
-        return await super().roll_back(nodes, target)
+        return await super().order(nodes, target)
 
 
 async def test_nodes_are_not_asked_again_while_one_of_them_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {number: Driver().node for number in (0, 1)}
-    actions = Uneven(known[1])
+    rollbacks = Uneven(known[1])
     requests = WeightsRequests(
-        root=NO_FOLDER, nodes=SimpleNamespace(by_number=known), actions=actions, merges=False
+        root=NO_FOLDER, nodes=SimpleNamespace(by_number=known), rollbacks=rollbacks, shares_weights=False
     )
     monkeypatch.setattr(checkpoints, "checkpoints", lambda *_: [Checkpoint(manifest(1), NO_FOLDER)])
     first = asyncio.create_task(requests.roll_back(Incoming(RollBackWeights(version=1), "")))
-    await actions.has_refused.wait()
+    await rollbacks.has_refused.wait()
     for _ in range(10):
         await asyncio.sleep(0)
     with pytest.raises(RefusedError, match="going back already"):
         async with asyncio.timeout(DEADLINE_S):
             await requests.roll_back(Incoming(RollBackWeights(version=1, node=1), ""))
-    actions.may_end.set()
+    rollbacks.may_end.set()
     with pytest.raises(RefusedError, match="the disk is full"):
         await first
-    assert actions.asked == [known[1]]
+    assert rollbacks.asked == [known[1]]
 
 
 async def test_a_node_that_comes_while_the_version_is_looked_for_goes_back_with_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    known, actions = {0: Driver().node}, Actions()
+    known, rollbacks = {0: Driver().node}, FakeRollbacks()
     requests = WeightsRequests(
-        root=NO_FOLDER, nodes=SimpleNamespace(by_number=known), actions=actions, merges=True
+        root=NO_FOLDER, nodes=SimpleNamespace(by_number=known), rollbacks=rollbacks, shares_weights=True
     )
 
     def found(root: Path, node: int) -> list[Checkpoint]:
@@ -84,5 +83,5 @@ async def test_a_node_that_comes_while_the_version_is_looked_for_goes_back_with_
     monkeypatch.setattr(checkpoints, "checkpoints", found)
     answer = await requests.roll_back(Incoming(RollBackWeights(version=1), ""))
 
-    assert actions.asked == [known[0], known[1]]
+    assert rollbacks.asked == [known[0], known[1]]
     assert (answer.nodes, answer.num_discarded) == ((0, 1), 3)

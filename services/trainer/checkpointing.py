@@ -1,0 +1,158 @@
+"""Has the stages of nodes load checkpoints and write them, and makes durable what they have written."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from services.trainer.batches import Ack, BatchBook
+from services.trainer.checkpoint_files import CheckpointFiles
+from services.trainer.manifests import manifest_of, served_instead
+from services.trainer.newest_checkpoints import NewestCheckpoints
+from services.trainer.node_actions import Action, RequestSave, Restore, WriteCheckpoint
+from services.trainer.node_training import NodeTraining
+from services.trainer.progress import Progress
+from services.trainer.settings import OF_TRAINING, TrainerSettings
+from services.trainer.streams import TRAIN_STREAM
+from services.trainer.verdicts import Verdicts
+from services.trainer.waiting import ask_all
+from shared import checkpoints
+from shared.bus.base import Bus
+from shared.checkpoints import Manifest
+from shared.clock import Clock
+from shared.disk import on_disk
+from shared.errors import BusError
+from shared.messages.training import ShardSaved
+from shared.messages.weights import RestoreWeights, SavedWeights, SaveWeights
+from shared.subjects import RESTORE, SAVE
+
+RESTORE_TIMEOUT_S = 60.0
+SAVE_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointing:
+    """Each method takes its time, and then tells the node what has come of it."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        *,
+        bus: Bus,
+        clock: Clock,
+        book: BatchBook,
+        files: CheckpointFiles,
+        newest: NewestCheckpoints,
+        stream: str,
+        progress: Progress,
+        verdicts: Verdicts,
+        run: Callable[[NodeTraining, Sequence[Action]], None],
+        acknowledge: Callable[[Iterable[Ack]], None],
+    ) -> None:
+        """`stream`: identity of the training stream; `run`: carries out what nodes decide."""
+        self._settings = settings
+        self._bus = bus
+        self._clock = clock
+        self._book = book
+        self._files = files
+        self._newest = newest
+        self._stream = stream
+        self._progress = progress
+        self._verdicts = verdicts
+        self._run = run
+        self._acknowledge = acknowledge
+
+    async def restore(self, node: NodeTraining, action: Restore) -> None:
+        """Have all stages hold the newest checkpoint."""
+        weights = checkpoints.as_saved(self._newest.of(node.node))
+        message = RestoreWeights(
+            epoch=action.epoch,
+            weights=weights,
+            serving=self._settings.serving,
+            served=await self._served_instead(node.node, weights.version),
+        )
+        refusals = await ask_all(
+            self._bus,
+            RESTORE,
+            message,
+            node=node.node,
+            num_stages=action.num_stages,
+            timeout_s=RESTORE_TIMEOUT_S,
+        )
+        failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
+        restored = node.restored(action.epoch, failure, self._clock.now_s(), served=message.served_version)
+        self._run(node, restored)
+
+    async def request_save(self, node: NodeTraining, action: RequestSave) -> None:
+        """Ask all stages to write their shards; they report when they have."""
+        folder = self._files.temporary(node.node, action.version, action.epoch)
+        try:
+            await on_disk(partial(self._files.begin, folder))
+        except OSError as error:
+            refusals = dict.fromkeys(range(action.num_stages), f"not asked: {error}")
+        else:
+            refusals = await ask_all(
+                self._bus,
+                SAVE,
+                SaveWeights(epoch=action.epoch, version=action.version, folder=str(folder)),
+                node=node.node,
+                num_stages=action.num_stages,
+                timeout_s=SAVE_TIMEOUT_S,
+            )
+        answered = node.save_answered(action.epoch, action.version, refusals, self._clock.now_s())
+        self._run(node, answered)
+
+    async def write(self, node: NodeTraining, action: WriteCheckpoint) -> None:
+        """Make the shards of all stages a checkpoint, and remove what is too old."""
+        folder = self._files.temporary(node.node, action.version, node.epoch)
+        manifest = self._manifest(node.node, action)
+        failure = ""
+        try:
+            checkpoint = await on_disk(partial(self._files.finish, folder, manifest, action.shards.values()))
+        except OSError as error:
+            failure = str(error)
+        else:
+            await self._verdicts.write(node.node)
+            self._newest.add(checkpoint)
+            saved = self._book.saved_by(node.node, action.version)
+            self._acknowledge(self._book.make_durable(node.node, action.version))
+            self._progress.tell_durable(saved, node.node, action.version)
+        self._run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
+        if not node.is_rolling_back:  # which may need the oldest of them
+            await self._prune(node.node)
+
+    def _manifest(self, node: int, action: WriteCheckpoint) -> Manifest:
+        return manifest_of(
+            self._book.ledger,
+            node,
+            action.version,
+            num_stages=action.num_stages,
+            model=self._settings.model,
+            stream=self._stream,
+            merge=self._settings.merging,
+            settings=self._settings.told(OF_TRAINING) | _settings_of(action.shards.values()),
+            may_serve=not self._settings.held_out,
+            wall_s=self._clock.wall_s(),
+        )
+
+    async def _served_instead(self, node: int, version: int) -> SavedWeights | None:
+        """What a guard has let serve, where that is not the version that the node goes on from."""
+        if not self._settings.held_out:
+            return None
+        async with self._files.in_use:
+            serving = await on_disk(partial(self._files.serving, node))
+        return served_instead(serving, version)
+
+    async def _prune(self, node: int) -> None:
+        """Remove old checkpoints, and then the messages that none of those left would need again."""
+        try:
+            async with self._files.in_use:
+                await on_disk(partial(self._files.prune, node, self._verdicts.undecided))
+                watermark = await on_disk(self._files.oldest_watermark)
+            await self._bus.purge_stream(TRAIN_STREAM.name, watermark)
+        except (OSError, BusError) as error:
+            log.warning("node %d: old checkpoints or messages stay: %s", node, error)
+
+
+def _settings_of(shards: Iterable[ShardSaved]) -> dict[str, str]:
+    return {name: value for shard in shards for name, value in shard.settings.items()}

@@ -1,0 +1,137 @@
+"""What checkpoints say, and what a run goes on from when it has some. Pure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from services.trainer.versions import Ledger, Lineage
+from shared import checkpoints
+from shared.checkpoints import Checkpoint, Manifest
+from shared.errors import ConfigurationError
+from shared.messages.weights import SavedWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a version has shown on the held-out examples."""
+
+    version: int
+    loss: float
+    may_serve: bool
+    """It serves; else it was withheld."""
+
+    def noted_in(self, manifest: Manifest) -> Manifest:
+        """What the version's manifest says then; what was let serve once may serve for good."""
+        may_serve = manifest.may_serve or self.may_serve
+        return manifest.model_copy(update={"held_out_loss": self.loss, "may_serve": may_serve})
+
+
+def served_instead(serving: Checkpoint | None, version: int) -> SavedWeights | None:
+    """What serves where stages go on from `version`; None: that itself. `serving`: what may, None: only
+    the model as it was before training.
+    """
+    served = checkpoints.as_saved(serving)
+    return None if served.version == version else served
+
+
+def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
+    """What nodes that share their weights go on from.
+
+    Raises ConfigurationError when they did not share them: what only one of them has learnt would be lost.
+    """
+    apart = sorted(node for node, checkpoint in found.items() if checkpoint.manifest.merge == "none")
+    if len(found) > 1 and apart:
+        raise ConfigurationError(
+            f"nodes {apart} of this run were trained apart and cannot be merged now: go on with "
+            "LEMIX_MERGE=none, or choose another --name"
+        )
+    newest = max(found, key=lambda node: found[node].manifest.version, default=None)
+    return {} if newest is None else {newest: found[newest]}
+
+
+def all_apart(found: dict[int, Checkpoint]) -> dict[int, Checkpoint]:
+    """What nodes that train apart go on from: each from its own.
+
+    Raises ConfigurationError when they have shared their weights: one has the checkpoints of all.
+    """
+    merges = {checkpoint.manifest.merge for checkpoint in found.values()} - {"none"}
+    if merges:
+        raise ConfigurationError(
+            f"the nodes of this run share their weights ({', '.join(sorted(merges))}), and only some have "
+            "checkpoints: go on with a LEMIX_MERGE other than none (or schedule=dp), or export the weights "
+            "and train them as the model of another --name"
+        )
+    return found
+
+
+def ledger_of(found: Iterable[Checkpoint], *, begun_after: int = 0) -> Ledger:
+    """What the nodes' newest checkpoints say about batches; a run without any begins after `begun_after`."""
+    manifests = [checkpoint.manifest for checkpoint in found]
+    return Ledger.restore(
+        {manifest.node: lineage_of(manifest) for manifest in manifests},
+        skipped={sequence for manifest in manifests for sequence in manifest.rejected},
+        watermark=max((manifest.watermark for manifest in manifests), default=begun_after),
+        discarded_ids=[batch_id for manifest in manifests for batch_id in manifest.discarded_batch_ids],
+    )
+
+
+def lineage_of(manifest: Manifest) -> Lineage:
+    """What a checkpoint's weights contain."""
+    return Lineage(
+        durable_version=manifest.version,
+        sequences=frozenset(manifest.sequences),
+        recent_ids=dict.fromkeys(manifest.recent_batch_ids),
+    )
+
+
+def manifest_of(
+    ledger: Ledger,
+    node: int,
+    version: int,
+    *,
+    num_stages: int,
+    model: str,
+    stream: str,
+    merge: str = "none",
+    settings: Mapping[str, str] | None = None,
+    may_serve: bool = True,
+    wall_s: float,
+) -> Manifest:
+    """What a checkpoint of the node at `version` will say, files apart."""
+    durable = ledger.make_durable(node, version)
+    lineage = durable.lineage(node)
+    return Manifest(
+        node=node,
+        version=version,
+        num_stages=num_stages,
+        model=model,
+        stream=stream,
+        merge=merge,
+        may_serve=may_serve,
+        settings=dict(settings or {}),
+        watermark=durable.watermark,
+        sequences=tuple(sorted(lineage.sequences)),
+        rejected=tuple(sorted(durable.skipped)),
+        recent_batch_ids=tuple(lineage.recent_ids),
+        discarded_batch_ids=tuple(durable.discarded_ids),
+        sha256_by_file={},
+        created_wall_s=wall_s,
+    )
+
+
+def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
+    """What the checkpoint of `manifest` will say once nodes have gone back to it, and `ledger` with them.
+
+    `merge`: the trainer's setting now, which says whether all nodes have. The version may serve: who asks for
+    it knows what it is.
+    """
+    lineage = ledger.lineage(manifest.node)
+    return manifest.model_copy(
+        update={
+            "merge": merge,
+            "watermark": ledger.watermark,
+            "sequences": tuple(sorted(lineage.sequences)),
+            "rejected": tuple(sorted(ledger.skipped)),
+            "discarded_batch_ids": tuple(ledger.discarded_ids),
+            "may_serve": True,
+        }
+    )

@@ -1,0 +1,60 @@
+"""Which versions a guard has judged on the held-out examples, and how; and which it is about to judge."""
+
+import asyncio
+import logging
+from functools import partial
+
+from services.trainer.checkpoint_files import CheckpointFiles
+from services.trainer.evaluator import Evaluator
+from services.trainer.manifests import Verdict
+from shared.disk import on_disk
+
+log = logging.getLogger(__name__)
+
+
+class Verdicts:
+    """The last one of each node, until the node goes back."""
+
+    def __init__(
+        self,
+        files: CheckpointFiles,
+        *,
+        evaluator: Evaluator,
+        shares_weights: bool,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        """`shares_weights`: one node's verdict is about the checkpoints of all."""
+        self._files = files
+        self._evaluator = evaluator
+        self._shares_weights = shares_weights
+        self._tasks = tasks
+        self._last: dict[int, Verdict] = {}
+
+    @property
+    def undecided(self) -> set[int]:
+        """Versions that may serve, or may yet, and whose manifests do not say so, maybe."""
+        let_serve = {verdict.version for verdict in self._last.values() if verdict.may_serve}
+        return self._evaluator.versions | let_serve
+
+    def add(self, node: int, verdict: Verdict) -> None:
+        """Remember it, and write it down if its version has a checkpoint."""
+        self._last[node] = verdict
+        self._tasks.create_task(self._write(node, verdict))
+
+    async def write(self, node: int) -> None:
+        """Write down what is known of the node's new checkpoint: its verdict may have come before."""
+        for number, verdict in list(self._last.items()):
+            if self._shares_weights or number == node:
+                await self._write(number, verdict)
+
+    def forget(self, node: int) -> None:
+        """The node goes back: the numbers of its newer versions come again, and mean other weights."""
+        self._evaluator.drop(node)
+        self._last.pop(node, None)
+
+    async def _write(self, node: int, verdict: Verdict) -> None:
+        try:
+            async with self._files.in_use:
+                await on_disk(partial(self._files.note_verdict, node, verdict))
+        except OSError as error:
+            log.warning("node %d: the verdict on version %d is not saved: %s", node, verdict.version, error)

@@ -1,0 +1,129 @@
+"""Which older checkpoints go when there is a new one, and what verdicts have to do with it."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+from services.trainer.batches import BatchBook, Pending
+from services.trainer.checkpointing import Checkpointing
+from services.trainer.manifests import Verdict, ledger_of
+from services.trainer.microbatches import TrainingBatch
+from services.trainer.newest_checkpoints import NewestCheckpoints
+from services.trainer.node_actions import Action, WriteCheckpoint
+from services.trainer.outbox import Outbox
+from services.trainer.progress import Progress
+from services.trainer.settings import TrainerSettings
+from services.trainer.verdicts import Verdicts
+from shared import checkpoints
+from shared.bus.memory import MemoryBroker, MemoryBus
+from shared.clock import SystemClock
+from shared.telemetry import NoTelemetry
+from tests.unit.trainer.test_checkpoint_files import files_of, load, save, shards
+
+DEADLINE_S = 5.0
+
+
+class Node:
+    """One stage's worth of a node: only what a checkpoint needs of it."""
+
+    node, epoch, is_rolling_back = 0, 1, False
+
+    def __init__(self) -> None:
+        self.has_heard = asyncio.Event()
+
+    def checkpoint_written(self, version: int, failure: str, now_s: float) -> list[Action]:
+        assert failure == ""
+        self.has_heard.set()
+        return []
+
+
+async def no_ack() -> None:
+    pass
+
+
+class Run:
+    """Node 0 has checkpoints of versions 1 to 3, of which two are kept, and has applied one batch since.
+
+    Of nothing is it said that it may serve.
+    """
+
+    def __init__(self, tmp_path: Path, bus: MemoryBus, tasks: asyncio.TaskGroup) -> None:
+        self.files = files_of(tmp_path)
+        for version in (1, 2, 3):
+            save(self.files, version, may_serve=False)
+        newest = load(self.files)
+        book = BatchBook(ledger_of(newest.values()))
+        book.admit(Pending(TrainingBatch("b", 1, (), b""), NoTelemetry(), parent="", ack=no_ack))
+        book.apply(0, book.take().batch.batch_id)
+        self.newest = NewestCheckpoints(newest, shares_weights=False)
+        self.evaluator = SimpleNamespace(versions=set(), drop=lambda node: None)
+        self.verdicts = Verdicts(self.files, evaluator=self.evaluator, shares_weights=False, tasks=tasks)
+        self.node = Node()
+        self.checkpointing = Checkpointing(
+            TrainerSettings(held_out="examples"),
+            bus=bus,
+            clock=SystemClock(),
+            book=book,
+            files=self.files,
+            newest=self.newest,
+            stream="s",
+            progress=Progress(Outbox(bus), book, self.newest.folder_of),
+            verdicts=self.verdicts,
+            run=lambda node, actions: None,
+            acknowledge=lambda acks: None,
+        )
+
+    async def write(self) -> None:
+        """Version 4."""
+        folder = self.files.temporary(0, 4, epoch=1)
+        self.files.begin(folder)
+        action = WriteCheckpoint(4, 2, dict(enumerate(shards(folder))))
+        await self.checkpointing.write(self.node, action)
+
+    def versions(self) -> dict[int, bool]:
+        """Of the checkpoints that there are, and whether they may serve."""
+        manifests = [each.manifest for each in checkpoints.checkpoints(self.files.root, 0)]
+        return {manifest.version: manifest.may_serve for manifest in manifests}
+
+
+async def test_old_checkpoints_go_and_the_new_one_is_the_newest(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
+        await run.write()
+
+    assert run.versions() == {4: False, 3: False}
+    assert run.newest.folder_of(0) == run.files.root / "node-0" / "step-00000004"
+
+
+async def test_what_is_evaluated_by_the_time_others_are_done_with_the_files_stays(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
+        async with asyncio.timeout(DEADLINE_S), run.files.in_use:
+            tasks.create_task(run.write())
+            await run.node.has_heard.wait()
+            run.evaluator.versions.add(2)
+
+    assert run.versions() == {4: False, 3: False, 2: False}
+
+
+async def test_a_verdict_that_comes_before_its_checkpoint_is_in_it(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
+        run.verdicts.add(0, Verdict(4, 0.5, may_serve=True))
+        run.verdicts.add(1, Verdict(3, 0.5, may_serve=True))
+        await run.write()
+
+    assert run.versions() == {4: True, 3: False}
+    assert run.verdicts.undecided == {4, 3}
+
+
+async def test_a_node_that_goes_back_has_shown_nothing(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
+        run.verdicts.add(0, Verdict(4, 0.5, may_serve=True))
+        await asyncio.sleep(0)
+        run.verdicts.forget(0)
+        await run.write()
+
+    assert run.versions() == {4: False, 3: False}
+    assert run.verdicts.undecided == set()

@@ -1,0 +1,73 @@
+"""What checkpoints say, and what a run goes on from."""
+
+import pytest
+
+from services.trainer.manifests import (
+    Verdict,
+    all_apart,
+    ledger_of,
+    only_newest,
+    rolled_back,
+    served_instead,
+)
+from shared import checkpoints
+from shared.checkpoints import Checkpoint
+from shared.errors import ConfigurationError
+from shared.messages.weights import SavedWeights
+from tests.unit.trainer.support import NO_FOLDER, checkpoints_of, manifest
+
+
+def test_the_newest_that_may_serve_serves_instead_of_a_newer_one() -> None:
+    assert served_instead(checkpoints.serving(checkpoints_of(3, 5, 4)), 5) is None
+    assert served_instead(checkpoints.serving(checkpoints_of(3, 5, 4, withheld=(5,))), 5) == SavedWeights(
+        version=4, checkpoint="4", digest=manifest(4).digest
+    )
+
+
+def test_a_checkpoint_is_known_by_what_its_files_contain() -> None:
+    one = manifest(4, sha256_by_file={"a": "1", "b": "2"}, may_serve=False)
+    noted = Verdict(4, 1.5, may_serve=True).noted_in(one)
+    again = manifest(4, sha256_by_file={"b": "2", "a": "1"}, created_wall_s=9.0)
+    other = manifest(4, sha256_by_file={"a": "1", "b": "3"})
+
+    assert one.digest == noted.digest == again.digest != other.digest
+
+
+def test_the_model_as_it_was_before_training_may_always_serve() -> None:
+    assert served_instead(checkpoints.serving([]), 0) is None
+    assert served_instead(checkpoints.serving(checkpoints_of(5, withheld=(5,))), 5) == SavedWeights(
+        version=0, checkpoint=""
+    )
+
+
+def test_who_goes_back_to_a_version_that_was_withheld_lets_it_serve() -> None:
+    withheld = manifest(3, may_serve=False)
+
+    assert rolled_back(withheld, ledger_of([Checkpoint(withheld, NO_FOLDER)]), merge="none").may_serve
+
+
+@pytest.mark.parametrize(("merges", "expected"), [(("average", "average"), {1}), (("none",), {0})])
+def test_nodes_that_share_their_weights_go_on_from_the_newest(
+    merges: tuple[str, ...], expected: set[int]
+) -> None:
+    found = {
+        node: Checkpoint(manifest(3 + node, node=node, merge=merge), NO_FOLDER)
+        for node, merge in enumerate(merges)
+    }
+    assert set(only_newest(found)) == expected
+
+
+def test_nodes_that_were_trained_apart_are_not_taken_for_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"nodes \[0, 1\] of this run were trained apart"):
+        only_newest({node: Checkpoint(manifest(1, node=node), NO_FOLDER) for node in (0, 1)})
+
+
+@pytest.mark.parametrize("merge", ["average", "outer", "allreduce"])
+def test_nodes_that_shared_their_weights_do_not_go_on_apart(merge: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"share their weights \({merge}\)"):
+        all_apart({0: Checkpoint(manifest(1, merge=merge), NO_FOLDER)})
+
+
+def test_nodes_that_train_apart_go_on_each_from_its_own() -> None:
+    found = {node: Checkpoint(manifest(1, node=node), NO_FOLDER) for node in (0, 1)}
+    assert all_apart(found) == found
