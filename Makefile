@@ -20,8 +20,9 @@ endif
 demo: $(VENV)/installed
 	$(BIN)/lemix demo
 
+# Two at a time: half of the time a test waits, for processes that start or messages that come.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
