@@ -65,11 +65,12 @@ class Checkpointing:
     async def restore(self, node: NodeTraining, action: Restore) -> None:
         """Have all stages hold the newest checkpoint."""
         weights = checkpoints.as_saved(self._newest.of(node.node))
+        served, rise = await self._served_instead(node.node, weights.version)
         message = RestoreWeights(
             epoch=action.epoch,
             weights=weights,
             serving=self._settings.serving,
-            served=await self._served_instead(node.node, weights.version),
+            served=served,
         )
         refusals = await ask_all(
             self._bus,
@@ -80,7 +81,8 @@ class Checkpointing:
             timeout_s=RESTORE_TIMEOUT_S,
         )
         failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
-        restored = node.restored(action.epoch, failure, self._clock.now_s(), served=message.served_version)
+        now_s = self._clock.now_s()
+        restored = node.restored(action.epoch, failure, now_s, served=message.served_version, rise=rise)
         self._run(node, restored)
 
     async def request_save(self, node: NodeTraining, action: RequestSave) -> None:
@@ -135,13 +137,13 @@ class Checkpointing:
             wall_s=self._clock.wall_s(),
         )
 
-    async def _served_instead(self, node: int, version: int) -> SavedWeights | None:
-        """What a guard has let serve, where that is not the version that the node goes on from."""
+    async def _served_instead(self, node: int, version: int) -> tuple[SavedWeights | None, float]:
+        """What a guard has let serve, where the node does not go on from that; and the rise of its loss."""
         if not self._settings.held_out:
-            return None
+            return None, 1.0
         async with self._files.in_use:
             serving = await on_disk(partial(self._files.serving, node))
-        return served_instead(serving, version)
+        return served_instead(serving, version), serving.manifest.held_out_rise if serving else 1.0
 
     async def _prune(self, node: int) -> None:
         """Remove old checkpoints, and then the messages that none of those left would need again."""

@@ -18,11 +18,14 @@ class Verdict:
     loss: float
     may_serve: bool
     """It serves; else it was withheld."""
+    rise: float = 1.0
+    """Of a version that serves: how often the lowest loss of all that have served goes into this one."""
 
     def noted_in(self, manifest: Manifest) -> Manifest:
         """What the version's manifest says then; what was let serve once may serve for good."""
         may_serve = manifest.may_serve or self.may_serve
-        return manifest.model_copy(update={"held_out_loss": self.loss, "may_serve": may_serve})
+        noted = {"held_out_loss": self.loss, "held_out_rise": self.rise, "may_serve": may_serve}
+        return manifest.model_copy(update=noted)
 
 
 def served_instead(serving: Checkpoint | None, version: int) -> SavedWeights | None:
@@ -121,8 +124,8 @@ def manifest_of(
 def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
     """What the checkpoint of `manifest` will say once nodes have gone back to it, and `ledger` with them.
 
-    `merge`: the trainer's setting now, which says whether all nodes have. The version may serve: who asks for
-    it knows what it is.
+    `merge`: the trainer's setting now, which says whether all nodes have. The version may serve, and later
+    ones are compared with it: who asks for it knows what it is.
     """
     lineage = ledger.lineage(manifest.node)
     return manifest.model_copy(
@@ -133,5 +136,6 @@ def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
             "rejected": tuple(sorted(ledger.skipped)),
             "discarded_batch_ids": tuple(ledger.discarded_ids),
             "may_serve": True,
+            "held_out_rise": 1.0,
         }
     )

@@ -229,10 +229,12 @@ class NodeTraining:
         self._pipeline = self._pipeline.add(shape)
         return self._advance(now_s)
 
-    def restored(self, epoch: int, failure: str, now_s: float, *, served: int | None = None) -> list[Action]:
+    def restored(
+        self, epoch: int, failure: str, now_s: float, *, served: int | None = None, rise: float = 1.0
+    ) -> list[Action]:
         """The stages hold the durable checkpoint, or do not (`failure` says why).
 
-        `served`: the version that serves; None: that of the checkpoint.
+        `served`: the version that serves, None: that of the checkpoint; `rise`: see `Publishing.restored`.
         """
         if self.phase != "restoring" or epoch != self.epoch:
             return []
@@ -241,7 +243,7 @@ class NodeTraining:
             return self._close(f"the restore failed: {failure}")
         self.phase = "open"
         served = self.version if served is None else served
-        return [*self.publishing.restored(served), *self._advance(now_s)]
+        return [*self.publishing.restored(served, rise=rise), *self._advance(now_s)]
 
     def report(self, report: StageReport, now_s: float) -> list[Action]:
         """Something happened on a stage; what belongs to an earlier life of the node is ignored."""
@@ -325,7 +327,7 @@ class NodeTraining:
         assert self.is_quiet
         self._is_merging = True
         # Not if a node that alone has learnt keeps that number already: requests are pinned to it.
-        self._keeps_merged = self._begin_keeping(version, can_save=True)
+        self._keeps_merged = self._begin_keeping(version, may_save=True)
         return self._keeps_merged
 
     def merged(self, version: int) -> list[Action]:
@@ -362,13 +364,13 @@ class NodeTraining:
         return self._pipeline.complete is not None and self._pipeline.complete.is_joint
 
     def order_step(
-        self, version: int, now_s: float, *, rate_of: tuple[str, ...], squared_norm: float, can_save: bool
+        self, version: int, now_s: float, *, rate_of: tuple[str, ...], squared_norm: float, may_save: bool
     ) -> list[Action]:
         """Every node has the averaged gradients, whose norm one tells: all step to `version`, or skip.
 
-        `can_save`: the version may be saved, by one of them.
+        `may_save`: the version may be saved, by one of them.
         """
-        return self._order(version, now_s, rate_of=rate_of, squared_norm=squared_norm, can_save=can_save)
+        return self._order(version, now_s, rate_of=rate_of, squared_norm=squared_norm, may_save=may_save)
 
     def roll_back(self, version: int) -> list[Action]:
         """The node must go back to an older durable checkpoint, for good."""
@@ -431,8 +433,8 @@ class NodeTraining:
         while self.phase == "open" and self._pipeline.complete and not self._rules.shares_steps:
             if self.is_save_unanswered:
                 break  # a stage must know that it has to save a version before it steps beyond it
-            can_save = not (self._rules.shares_weights or self.is_saving)
-            actions += self._order(self._present_version + 1, now_s, can_save=can_save)
+            may_save = not (self._rules.shares_weights or self.is_saving)
+            actions += self._order(self._present_version + 1, now_s, may_save=may_save)
         return actions
 
     def _order(
@@ -442,26 +444,26 @@ class NodeTraining:
         *,
         rate_of: tuple[str, ...] = (),
         squared_norm: float | None = None,
-        can_save: bool = False,
+        may_save: bool = False,
     ) -> list[Action]:
         """Step on the complete batch, to `version`; skip it when its gradients are not finite.
 
         `squared_norm`: of them, where nodes must not differ; None: what the stages here have found.
-        `can_save`: a checkpoint of that version may be made.
+        `may_save`: a checkpoint of that version may be made.
         """
         batch = self._pipeline.complete
         assert batch is not None
         squared_norm = batch.squared_norm if squared_norm is None else squared_norm
-        step = replace(self._step_of(batch.batch_id, squared_norm, version, can_save), rate_of=rate_of)
+        step = replace(self._step_of(batch.batch_id, squared_norm, version, may_save), rate_of=rate_of)
         self._pipeline = self._pipeline.order(step.batch_id, step.version, is_skipped=step.is_skipped)
         saves = self._saves.request_if_due(
             step.version, self.epoch, self.num_stages, now_s, is_wanted=self._wants_saved(step.version)
         )
         return [step, *saves]
 
-    def _begin_keeping(self, version: int, *, can_save: bool) -> bool:
+    def _begin_keeping(self, version: int, *, may_save: bool) -> bool:
         """Returns whether stages shall keep that version. A guard waits for one that is saved, too."""
-        return (can_save or not self.publishing.is_guarded) and self.publishing.begin_keeping(version)
+        return (may_save or not self.publishing.is_guarded) and self.publishing.begin_keeping(version)
 
     def _wants_saved(self, version: int) -> bool:
         return version != self.durable_version and self.publishing.wants_saved(version)
@@ -472,7 +474,7 @@ class NodeTraining:
         ordered = self._pipeline.ordered_version
         return self.version if ordered is None else ordered
 
-    def _step_of(self, batch_id: str, squared_norm: float, version: int, can_save: bool) -> Step:
+    def _step_of(self, batch_id: str, squared_norm: float, version: int, may_save: bool) -> Step:
         if not isfinite(squared_norm):
             return Step(batch_id, self._present_version, is_skipped=True)
         norm, limit = sqrt(squared_norm), self._rules.max_gradient_norm
@@ -480,7 +482,7 @@ class NodeTraining:
             batch_id,
             version,
             gradient_scale=limit / norm if norm > limit else 1.0,
-            is_kept=self._begin_keeping(version, can_save=can_save),
+            is_kept=self._begin_keeping(version, may_save=may_save),
         )
 
     def _feed(self) -> list[Action]:

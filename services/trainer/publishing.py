@@ -72,7 +72,9 @@ class Publishing:
         self.losses: dict[int, float] = {}
         """On the held-out examples, of kept versions that were evaluated."""
         self._lowest_loss = inf
-        """Of all that have served since the last restore: small rises must not add up."""
+        """Of all that have served: small rises must not add up."""
+        self._restored_rise = 1.0
+        """See `rise`: of the restored version, when it was let serve."""
         self.num_withheld = 0
         """In the trainer's life so far."""
         self.last_withheld: Withheld | None = None
@@ -92,11 +94,19 @@ class Publishing:
         """Whether a guard may let it serve, or has: then it must be there after a crash, too."""
         return self.is_guarded and version in self._kept
 
-    def restored(self, version: int) -> list[PublishingAction]:
-        """All stages serve this version, and keep no other."""
+    def rise(self, loss: float) -> float:
+        """How often the lowest loss of all that have served goes into this one."""
+        return loss / self._lowest_loss if self._lowest_loss > 0 else 1.0
+
+    def restored(self, version: int, *, rise: float = 1.0) -> list[PublishingAction]:
+        """All stages serve this version, and keep no other; `rise`: of its loss, when it was let serve.
+
+        The lowest loss so far is known by that, on whichever examples the version is evaluated now.
+        """
         if self._rules.serving == "newest":
             return []
         self.closed()
+        self._restored_rise = rise
         self.published, self._kept = version, {version}
         self._next_due = version + self._rules.evaluate_every
         return self._evaluate(version) if self.is_guarded else []
@@ -106,7 +116,7 @@ class Publishing:
         self.published = self._evaluating = None
         self._kept.clear()
         self.losses.clear()
-        self._lowest_loss = inf
+        self._lowest_loss, self._restored_rise = inf, 1.0
 
     def begin_keeping(self, version: int) -> bool:
         """A step to `version` is being ordered, or a merge: returns whether stages shall keep it."""
@@ -138,10 +148,13 @@ class Publishing:
         if loss is None:
             return [] if version == self.published else self._release([version])
         self.losses[version] = loss
+        if version == self.published:
+            self._lowest_loss = min(self._lowest_loss, loss / self._restored_rise)
+            return []
         limit = (1 + self._rules.max_rise) * self._lowest_loss
-        if version == self.published or loss <= limit:
+        if loss <= limit:
             self._lowest_loss = min(self._lowest_loss, loss)
-            return [] if version == self.published else self._publish(version)
+            return self._publish(version)
         self.num_withheld += 1
         self.last_withheld = Withheld(version, loss, limit)
         return [self.last_withheld, *self._release([version])]

@@ -82,12 +82,12 @@ class Reductions:
     def _order_steps(self, now: _Round, members: list[NodeTraining], now_s: float) -> list[Decision]:
         """All alike: the norms that nodes find for the same gradients may differ in the last bit."""
         assert members[0].complete is not None
-        squared_norm, can_save = members[0].complete.squared_norm, members[0].may_save(now_s)
+        squared_norm, may_save = members[0].complete.squared_norm, members[0].may_save(now_s)
         return [
             told(
                 node,
                 node.order_step(
-                    now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm, can_save=can_save
+                    now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm, may_save=may_save
                 ),
             )
             for node in members

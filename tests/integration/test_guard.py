@@ -198,6 +198,34 @@ async def withheld_and_durable(node: Node, run_dir: Path, num_good: int) -> Node
     )
 
 
+async def test_rises_do_not_add_up_over_a_restart_of_the_trainer(tmp_path: Path) -> None:
+    model, run_dir = tmp_path / "model", tmp_path / "run"
+    run_dir.mkdir()
+    save_tiny_model("llama", model)
+    worse, last = 2 * PERIOD, 3 * PERIOD
+
+    def noted() -> checkpoints.Manifest | None:
+        return checkpoints.read(folder_of(run_dir, worse))
+
+    async with running_node(model, 2, run_dir) as node:
+        async with guarded(node, model, run_dir, **WARY | {"max_held_out_rise": 99.0}):
+            await first_evaluated(node)
+            await publish(node, [HELD_OUT] * PERIOD)
+            before = await weights_when(node, lambda found: found.published == PERIOD)
+            await publish(node, BAD[:PERIOD], first=PERIOD)
+            after = await weights_when(node, lambda found: found.published == found.durable_version == worse)
+            await until(lambda: (read := noted()) and read.held_out_loss is not None)
+        manifest = noted()
+        assert manifest and before.held_out_loss and after.held_out_loss
+        assert after.held_out_loss > 1.1 * before.held_out_loss
+        assert manifest.held_out_rise == pytest.approx(after.held_out_loss / before.held_out_loss)
+        async with guarded(node, model, run_dir, **WARY | {"max_held_out_rise": 0.1, "learning_rate": 0.0}):
+            await first_evaluated(node)
+            await publish(node, BAD[:PERIOD], first=worse)
+            found = await weights_when(node, lambda found: found.last_withheld == last)
+    assert (found.published, found.num_withheld) == (worse, 1), "as good as what is served, and yet too bad"
+
+
 async def restored(node: Node, epoch: int, durable_version: int) -> NodeWeights:
     """What the trainer says when the stages are past that epoch, and it can compare again."""
     await node.heard(lambda: all(beat.epoch > epoch for beat in node.heartbeats.values()))

@@ -9,7 +9,7 @@ from services.trainer.checkpointing import Checkpointing
 from services.trainer.manifests import Verdict, ledger_of
 from services.trainer.microbatches import TrainingBatch
 from services.trainer.newest_checkpoints import NewestCheckpoints
-from services.trainer.node_actions import Action, WriteCheckpoint
+from services.trainer.node_actions import Action, Restore, WriteCheckpoint
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
 from services.trainer.settings import TrainerSettings
@@ -30,10 +30,15 @@ class Node:
 
     def __init__(self) -> None:
         self.has_heard = asyncio.Event()
+        self.restored_to: tuple[int, float] | None = None
 
     def checkpoint_written(self, version: int, failure: str, now_s: float) -> list[Action]:
         assert failure == ""
         self.has_heard.set()
+        return []
+
+    def restored(self, epoch: int, failure: str, now_s: float, *, served: int, rise: float) -> list[Action]:
+        self.restored_to = (served, rise)
         return []
 
 
@@ -127,3 +132,13 @@ async def test_a_node_that_goes_back_has_shown_nothing(tmp_path: Path) -> None:
 
     assert run.versions() == {4: False, 3: False}
     assert run.verdicts.undecided == set()
+
+
+async def test_a_node_is_restored_to_serve_what_may_with_what_is_known_of_its_loss(tmp_path: Path) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
+        run.verdicts.add(0, Verdict(2, 0.5, may_serve=True, rise=1.25))
+    async with asyncio.TaskGroup() as tasks:
+        await run.checkpointing.restore(run.node, Restore(epoch=1, num_stages=0))
+
+    assert run.node.restored_to == (2, 1.25)

@@ -40,10 +40,11 @@ def test_the_model_as_it_was_before_training_may_always_serve() -> None:
     )
 
 
-def test_who_goes_back_to_a_version_that_was_withheld_lets_it_serve() -> None:
-    withheld = manifest(3, may_serve=False)
+def test_who_goes_back_to_a_version_lets_it_serve_and_has_later_ones_compared_with_it() -> None:
+    withheld = manifest(3, may_serve=False, held_out_rise=1.3)
+    back = rolled_back(withheld, ledger_of([Checkpoint(withheld, NO_FOLDER)]), merge="none")
 
-    assert rolled_back(withheld, ledger_of([Checkpoint(withheld, NO_FOLDER)]), merge="none").may_serve
+    assert (back.may_serve, back.held_out_rise) == (True, 1.0)
 
 
 @pytest.mark.parametrize(("merges", "expected"), [(("average", "average"), {1}), (("none",), {0})])

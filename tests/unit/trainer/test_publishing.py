@@ -138,6 +138,18 @@ def test_guarded_small_rises_do_not_add_up() -> None:
     assert (withheld, release) == (Withheld(12, 2.25, pytest.approx(2.2)), Release(12))
 
 
+def test_guarded_small_rises_do_not_add_up_over_a_restart_whatever_the_examples_are_then() -> None:
+    publishing = guarded(loss=2.0)
+    steps(publishing, 1, 4)
+    assert publishing.evaluated(4, 2.1) == [Publish(4)]
+    rise = publishing.rise(2.1)
+    publishing.restored(4, rise=rise)
+    assert publishing.evaluated(4, 4.2) == []
+    assert publishing.rise(4.2) == pytest.approx(rise)
+    steps(publishing, 5, 8)
+    assert publishing.evaluated(8, 4.41)[0] == Withheld(8, 4.41, pytest.approx(4.4))
+
+
 def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on() -> None:
     publishing = guarded()
     publishing.restored(8)
