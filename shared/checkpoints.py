@@ -66,8 +66,10 @@ class Manifest(Message):
     """Ids of batches that a rollback has taken out of the weights, oldest first."""
     held_out_loss: float | None = None
     """Mean loss per label on held-out examples, in nats; None: not measured."""
-    held_out_rise: float = Field(default=1.0, gt=0)
-    """That loss over the lowest of all versions that had served."""
+    held_out_rise: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """How many times the lowest loss of all versions that had served that was. 1: later ones are compared
+    with this one, as it was the best, was not evaluated, or was gone back to.
+    """
     may_serve: bool = True
     """False: made under a guard that has not let it serve: it was withheld, or not evaluated (yet)."""
     adapter: AdapterKind = ""

@@ -235,8 +235,7 @@ class ActionRunner:
     def _note_evaluated(self, node: NodeTraining, epoch: int, version: int, loss: float | None) -> None:
         self.run(node, node.evaluated(epoch, version, loss))
         if loss is not None and epoch == node.epoch:
-            may_serve = node.publishing.published == version
-            rise = node.publishing.rise(loss) if may_serve else 1.0
+            may_serve, rise = node.publishing.published == version, node.publishing.rise(loss)
             self._verdicts.add(node.node, Verdict(version, loss, may_serve=may_serve, rise=rise))
 
     def _skipped(self, skipped: Skipped) -> None:

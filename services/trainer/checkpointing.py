@@ -65,7 +65,7 @@ class Checkpointing:
     async def restore(self, node: NodeTraining, action: Restore) -> None:
         """Have all stages hold the newest checkpoint."""
         weights = checkpoints.as_saved(self._newest.of(node.node))
-        served, rise = await self._served_instead(node.node, weights.version)
+        served, rise = await self._serving(node.node, weights.version)
         message = RestoreWeights(
             epoch=action.epoch,
             weights=weights,
@@ -137,8 +137,10 @@ class Checkpointing:
             wall_s=self._clock.wall_s(),
         )
 
-    async def _served_instead(self, node: int, version: int) -> tuple[SavedWeights | None, float]:
-        """What a guard has let serve, where the node does not go on from that; and the rise of its loss."""
+    async def _serving(self, node: int, version: int) -> tuple[SavedWeights | None, float]:
+        """What a guard has let serve, None if that is the version that the node goes on from; and how many
+        times the lowest loss the loss of what serves is.
+        """
         if not self._settings.held_out:
             return None, 1.0
         async with self._files.in_use:

@@ -19,12 +19,17 @@ class Verdict:
     may_serve: bool
     """It serves; else it was withheld."""
     rise: float = 1.0
-    """Of a version that serves: how often the lowest loss of all that have served goes into this one."""
+    """How many times the lowest loss of all that have served its own is."""
 
     def noted_in(self, manifest: Manifest) -> Manifest:
-        """What the version's manifest says then; what was let serve once may serve for good."""
-        may_serve = manifest.may_serve or self.may_serve
-        noted = {"held_out_loss": self.loss, "held_out_rise": self.rise, "may_serve": may_serve}
+        """What the version's manifest says then. What was let serve once may serve for good; of nodes that
+        share their weights each has its own lowest loss, and the lowest of all counts.
+        """
+        noted = {
+            "held_out_loss": self.loss,
+            "held_out_rise": max(manifest.held_out_rise, self.rise),
+            "may_serve": manifest.may_serve or self.may_serve,
+        }
         return manifest.model_copy(update=noted)
 
 

@@ -9,7 +9,7 @@ Nothing here happens while the newest weights serve.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite, nan
 
 from shared.messages.training import VersionsServed
 from shared.messages.weights import ServingRule
@@ -72,7 +72,7 @@ class Publishing:
         self.losses: dict[int, float] = {}
         """On the held-out examples, of kept versions that were evaluated."""
         self._lowest_loss = inf
-        """Of all that have served: small rises must not add up."""
+        """Of all that have served, back to a rollback: small rises must not add up."""
         self._restored_rise = 1.0
         """See `rise`: of the restored version, when it was let serve."""
         self.num_withheld = 0
@@ -95,8 +95,11 @@ class Publishing:
         return self.is_guarded and version in self._kept
 
     def rise(self, loss: float) -> float:
-        """How often the lowest loss of all that have served goes into this one."""
-        return loss / self._lowest_loss if self._lowest_loss > 0 else 1.0
+        """How many times the lowest loss of all that have served that is; where that is no number, as much as
+        was known of the restored version.
+        """
+        rise = loss / self._lowest_loss if self._lowest_loss > 0 else nan
+        return rise if isfinite(rise) else self._restored_rise
 
     def restored(self, version: int, *, rise: float = 1.0) -> list[PublishingAction]:
         """All stages serve this version, and keep no other; `rise`: of its loss, when it was let serve.
@@ -152,7 +155,7 @@ class Publishing:
             self._lowest_loss = min(self._lowest_loss, loss / self._restored_rise)
             return []
         limit = (1 + self._rules.max_rise) * self._lowest_loss
-        if loss <= limit:
+        if isfinite(loss) and loss <= limit:
             self._lowest_loss = min(self._lowest_loss, loss)
             return self._publish(version)
         self.num_withheld += 1

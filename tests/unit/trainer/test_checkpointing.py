@@ -4,6 +4,8 @@ import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from services.trainer.batches import BatchBook, Pending
 from services.trainer.checkpointing import Checkpointing
 from services.trainer.manifests import Verdict, ledger_of
@@ -134,11 +136,13 @@ async def test_a_node_that_goes_back_has_shown_nothing(tmp_path: Path) -> None:
     assert run.verdicts.undecided == set()
 
 
-async def test_a_node_is_restored_to_serve_what_may_with_what_is_known_of_its_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+async def test_a_node_is_restored_to_serve_what_may_with_what_is_known_of_its_loss(
+    version: int, tmp_path: Path
+) -> None:
     async with asyncio.TaskGroup() as tasks:
         run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
-        run.verdicts.add(0, Verdict(2, 0.5, may_serve=True, rise=1.25))
-    async with asyncio.TaskGroup() as tasks:
-        await run.checkpointing.restore(run.node, Restore(epoch=1, num_stages=0))
+        run.verdicts.add(0, Verdict(version, 0.5, may_serve=True, rise=1.25))
+    await run.checkpointing.restore(run.node, Restore(epoch=1, num_stages=0))
 
-    assert run.node.restored_to == (2, 1.25)
+    assert run.node.restored_to == (version, 1.25)

@@ -33,6 +33,17 @@ def test_a_checkpoint_is_known_by_what_its_files_contain() -> None:
     assert one.digest == noted.digest == again.digest != other.digest
 
 
+def test_of_several_verdicts_on_one_version_the_lowest_loss_counts_and_whoever_lets_it_serve() -> None:
+    noted = manifest(8, may_serve=False)
+    for verdict in (
+        Verdict(8, 1.0, may_serve=True, rise=1.04),
+        Verdict(8, 1.0, may_serve=False, rise=1.2),
+        Verdict(8, 1.0, may_serve=True, rise=1.0),
+    ):
+        noted = verdict.noted_in(noted)
+    assert (noted.may_serve, noted.held_out_rise) == (True, 1.2)
+
+
 def test_the_model_as_it_was_before_training_may_always_serve() -> None:
     assert served_instead(checkpoints.serving([]), 0) is None
     assert served_instead(checkpoints.serving(checkpoints_of(5, withheld=(5,))), 5) == SavedWeights(

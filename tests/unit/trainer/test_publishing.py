@@ -1,6 +1,6 @@
 """Which versions are kept, evaluated, published and released."""
 
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -148,6 +148,28 @@ def test_guarded_small_rises_do_not_add_up_over_a_restart_whatever_the_examples_
     assert publishing.rise(4.2) == pytest.approx(rise)
     steps(publishing, 5, 8)
     assert publishing.evaluated(8, 4.41)[0] == Withheld(8, 4.41, pytest.approx(4.4))
+
+
+def test_guarded_what_is_known_of_a_restored_version_stays_until_it_could_be_evaluated() -> None:
+    publishing = guarded()
+    publishing.restored(0, rise=1.25)
+    assert publishing.evaluated(0, None) == []
+    steps(publishing, 1, 4)
+    publishing.evaluated(0, 2.0)
+    assert publishing.rise(2.0) == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize("served_loss", [nan, inf])
+def test_guarded_any_number_is_better_than_a_served_version_without_one(
+    served_loss: float,
+) -> None:
+    publishing = guarded(loss=served_loss)
+    assert publishing.rise(served_loss) == 1.0
+    steps(publishing, 1, 4)
+    assert isinstance(publishing.evaluated(4, inf)[0], Withheld)
+    steps(publishing, 5, 8)
+    assert publishing.evaluated(8, 5.0) == [Publish(8)]
+    assert publishing.rise(5.0) == 1.0
 
 
 def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on() -> None:
