@@ -7,14 +7,16 @@ from functools import partial
 from statistics import fmean
 
 from services.trainer.batches import Ack, BatchBook, Pending
-from services.trainer.checkpoint_files import CheckpointFiles
-from services.trainer.checkpointing import Checkpointing
+from services.trainer.checkpoints.checkpointing import Checkpointing
+from services.trainer.checkpoints.files import CheckpointFiles
+from services.trainer.checkpoints.manifests import Verdict
+from services.trainer.checkpoints.newest import NewestCheckpoints
+from services.trainer.checkpoints.rollbacks import Rollbacks
+from services.trainer.checkpoints.verdicts import Verdicts
 from services.trainer.evaluator import Evaluator
 from services.trainer.learning_rate import LearningRate
-from services.trainer.manifests import Verdict
 from services.trainer.microbatches import TrainingBatch
-from services.trainer.newest_checkpoints import NewestCheckpoints
-from services.trainer.node_actions import (
+from services.trainer.node.actions import (
     Action,
     Applied,
     Closed,
@@ -28,15 +30,13 @@ from services.trainer.node_actions import (
     Step,
     WriteCheckpoint,
 )
-from services.trainer.node_training import NodeTraining
+from services.trainer.node.publishing import Evaluate, Publish, Release, Withheld
+from services.trainer.node.training import NodeTraining
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
-from services.trainer.publishing import Evaluate, Publish, Release, Withheld
 from services.trainer.rejections import Rejections
-from services.trainer.rollbacks import Rollbacks
 from services.trainer.schedules import Slot
 from services.trainer.settings import TrainerSettings
-from services.trainer.verdicts import Verdicts
 from shared.bus.base import Bus
 from shared.clock import Clock
 from shared.encoding import LabelledTokens

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from services.trainer.node_training import NodeTraining
+from services.trainer.node.training import NodeTraining
 from services.trainer.replicas import (
     Decision,
     Member,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook
 from services.trainer.merges import Merges
-from services.trainer.node_training import NodeTraining
+from services.trainer.node.training import NodeTraining
 from services.trainer.reductions import Reductions
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Reduce, Shared
 from services.trainer.settings import TrainerSettings

@@ -5,8 +5,8 @@ import itertools
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook
-from services.trainer.node_training import NodeTraining, Rules
-from services.trainer.publishing import PublishingRules
+from services.trainer.node.publishing import PublishingRules
+from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.replicas import are_going_back
 from services.trainer.schedules import SCHEDULES, Shape, double_buffered
 from services.trainer.settings import TrainerSettings

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from services.trainer.node_training import NodeTraining
+from services.trainer.node.training import NodeTraining
 from services.trainer.replicas import (
     Decision,
     Member,

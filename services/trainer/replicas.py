@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.trainer.node_actions import Action
-from services.trainer.node_training import NodeTraining
+from services.trainer.node.actions import Action
+from services.trainer.node.training import NodeTraining
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,12 @@
       intake            a message -> a batch, or why not (data, microbatches; shared/examples, encoding)
       batches           pending batches, and the ledger of what is durable (versions)
     nodes             listens to stages
-      node_training     per node: what to feed and restore (members, schedules), when to save
-                        (node_saves, saves), and which version to serve (publishing)
+      node/             per node: what to feed and restore (schedules), when to save, which version to serve
       merging           for all nodes: when their weights become one (merges, reductions, replicas)
-    actions           carries out what nodes decide (node_actions): messages (outbox), learning rates
-                      (learning_rate), batches that are not used (rejections)
-      checkpointing     has stages load and write checkpoints (checkpoint_files, manifests,
-                        newest_checkpoints)
-      rollbacks         back to an older checkpoint (rollback_files)
+    actions           carries out what nodes decide: messages (outbox), learning rates (learning_rate),
+                      batches that are not used (rejections)
+      checkpoints/      what is durable, and the way back to it
       evaluator         has nodes score the held-out examples (evaluation, held_out)
-      verdicts          what came of that, for checkpoints
       progress          tells publishers what becomes of batches
     weights_requests  people ask for versions, or to go back to one
 
@@ -28,12 +24,12 @@ from pathlib import Path
 from services.trainer.actions import ActionRunner
 from services.trainer.batch_flow import BatchFlow
 from services.trainer.batches import BatchBook
-from services.trainer.checkpoint_files import CONFIG_FILE, MODEL_FILES, CheckpointFiles
+from services.trainer.checkpoints.files import CONFIG_FILE, MODEL_FILES, CheckpointFiles
+from services.trainer.checkpoints.manifests import all_apart, ledger_of, only_newest
+from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
-from services.trainer.manifests import all_apart, ledger_of, only_newest
 from services.trainer.merging import Merging
-from services.trainer.newest_checkpoints import NewestCheckpoints
 from services.trainer.nodes import Nodes
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from services.trainer.checkpoints.rollbacks import Rollbacks
 from services.trainer.nodes import Nodes
-from services.trainer.rollbacks import Rollbacks
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.trainer import rollback_files
+from services.trainer.checkpoints import rollback_files
 from services.trainer.progress import DISCARDED
 from shared import checkpoints
 from shared.bus.base import Incoming

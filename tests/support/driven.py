@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from services.trainer.node_actions import Action, Applied, Feed, Restore, Skipped, Step
-from services.trainer.node_training import NodeTraining, Rules
+from services.trainer.node.actions import Action, Applied, Feed, Restore, Skipped, Step
+from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.schedules import SCHEDULES, Schedule, Shape, double_buffered
 from shared.messages.training import BackwardDone, ForwardDone, GradientsReady, MicrobatchForward, StageReport
 from shared.schedule import ScheduleName, StashingName

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from services.trainer.adapter_file import join_adapter
+from services.trainer.checkpoints.adapter_file import join_adapter
 from shared import checkpoints
 from shared.messages.training import ShardSaved
 from shared.model.index import write_index

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from lemix.weights_command import run_export, run_list, versions_table
-from services.trainer.checkpoint_files import CheckpointFiles
+from services.trainer.checkpoints.files import CheckpointFiles
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
 from shared.messages.weights import DurableVersion

@@ -6,11 +6,11 @@ from typing import Any
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
-from services.trainer.checkpoint_files import CheckpointFiles
+from services.trainer.checkpoints.files import CheckpointFiles
+from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.microbatches import Rows, TrainingBatch
-from services.trainer.newest_checkpoints import NewestCheckpoints
-from services.trainer.node_actions import Action, Closed, Halted
-from services.trainer.node_training import NodeTraining, Rules
+from services.trainer.node.actions import Action, Closed, Halted
+from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.schedules import SCHEDULES
 from services.trainer.settings import TrainerSettings
 from services.trainer.versions import Ledger

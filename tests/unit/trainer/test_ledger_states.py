@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.trainer.manifests import ledger_of, lineage_of, manifest_of, rolled_back
+from services.trainer.checkpoints.manifests import ledger_of, lineage_of, manifest_of, rolled_back
 from services.trainer.versions import Ledger
 from shared.checkpoints import Checkpoint, Manifest
 from tests.unit.trainer.support import NO_FOLDER

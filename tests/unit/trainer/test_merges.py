@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.trainer.merges import MAX_FAILURES, Merges
-from services.trainer.node_actions import (
+from services.trainer.node.actions import (
     Action,
     Applied,
     Closed,
@@ -16,8 +16,8 @@ from services.trainer.node_actions import (
     RequestSave,
     Restore,
 )
-from services.trainer.node_training import NodeTraining, Rules
-from services.trainer.publishing import Evaluate, Publish, PublishingRules
+from services.trainer.node.publishing import Evaluate, Publish, PublishingRules
+from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (

@@ -10,8 +10,8 @@ import pytest
 from services.trainer.batches import BatchBook
 from services.trainer.merges import Merges
 from services.trainer.merging import Merging
-from services.trainer.node_actions import Action, Closed
-from services.trainer.node_training import NodeTraining
+from services.trainer.node.actions import Action, Closed
+from services.trainer.node.training import NodeTraining
 from services.trainer.replicas import Decision, Nodes
 from services.trainer.settings import TrainerSettings
 from services.trainer.versions import Ledger

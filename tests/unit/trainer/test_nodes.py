@@ -14,7 +14,7 @@ from services.trainer.versions import Ledger
 from shared.bus.base import Incoming
 from shared.errors import ConfigurationError
 from tests.support.cluster import heartbeat
-from tests.unit.trainer.test_node_training import Driver
+from tests.unit.trainer.node.test_training import Driver
 
 
 def nodes(**settings: Any) -> Nodes:

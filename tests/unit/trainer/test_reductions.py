@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from services.trainer.node_actions import (
+from services.trainer.node.actions import (
     Action,
     Applied,
     RequestSave,
     Skipped,
     Step,
 )
-from services.trainer.publishing import Publish, PublishingRules
+from services.trainer.node.publishing import Publish, PublishingRules
 from services.trainer.reductions import Reductions
 from services.trainer.replicas import Decision, Joins, Member, NodeActions, Reduce, Shared
 from services.trainer.schedules import Shape

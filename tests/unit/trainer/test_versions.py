@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.trainer import versions
-from services.trainer.manifests import ledger_of, manifest_of
+from services.trainer.checkpoints.manifests import ledger_of, manifest_of
 from services.trainer.versions import Ledger
 from shared.checkpoints import Checkpoint, Manifest
 from tests.unit.trainer.support import NO_FOLDER

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.trainer.node_training import NodeTraining
+from services.trainer.node.training import NodeTraining
 from services.trainer.weights_requests import WeightsRequests
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
 from shared.errors import RefusedError
 from shared.messages.weights import RollBackWeights
+from tests.unit.trainer.node.test_training import Driver
 from tests.unit.trainer.support import NO_FOLDER, manifest
-from tests.unit.trainer.test_node_training import Driver
 
 DEADLINE_S = 5.0
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from services.trainer import rollback_files
-from services.trainer.checkpoint_files import CheckpointFiles
+from services.trainer.checkpoints import rollback_files
+from services.trainer.checkpoints.files import CheckpointFiles
 from shared import checkpoints
 from shared.checkpoints import Manifest
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
+from tests.unit.trainer.checkpoints.test_files import files as files
+from tests.unit.trainer.checkpoints.test_files import load, save
 from tests.unit.trainer.support import break_disk_at, manifest
-from tests.unit.trainer.test_checkpoint_files import files as files
-from tests.unit.trainer.test_checkpoint_files import load, save
 
 
 class Killed(BaseException):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
 
-from services.trainer.node_actions import Action, RequestSave, SaveAbandoned, WriteCheckpoint
-from services.trainer.saves import Save
+from services.trainer.node.actions import Action, RequestSave, SaveAbandoned, WriteCheckpoint
+from services.trainer.node.save import Save
 from shared.messages.training import SaveFailed, ShardSaved
 
 SAVE_DEADLINE_S = 600.0

@@ -4,9 +4,9 @@ import asyncio
 import logging
 from functools import partial
 
-from services.trainer.checkpoint_files import CheckpointFiles
+from services.trainer.checkpoints.files import CheckpointFiles
+from services.trainer.checkpoints.manifests import Verdict
 from services.trainer.evaluator import Evaluator
-from services.trainer.manifests import Verdict
 from shared.disk import on_disk
 
 log = logging.getLogger(__name__)

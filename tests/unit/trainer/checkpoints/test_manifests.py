@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.trainer.manifests import (
+from services.trainer.checkpoints.manifests import (
     Verdict,
     all_apart,
     ledger_of,

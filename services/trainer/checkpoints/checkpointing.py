@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from services.trainer.batches import Ack, BatchBook
-from services.trainer.checkpoint_files import CheckpointFiles
-from services.trainer.manifests import manifest_of, served_instead
-from services.trainer.newest_checkpoints import NewestCheckpoints
-from services.trainer.node_actions import Action, RequestSave, Restore, WriteCheckpoint
-from services.trainer.node_training import NodeTraining
+from services.trainer.checkpoints.files import CheckpointFiles
+from services.trainer.checkpoints.manifests import manifest_of, served_instead
+from services.trainer.checkpoints.newest import NewestCheckpoints
+from services.trainer.checkpoints.verdicts import Verdicts
+from services.trainer.node.actions import Action, RequestSave, Restore, WriteCheckpoint
+from services.trainer.node.training import NodeTraining
 from services.trainer.progress import Progress
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
-from services.trainer.verdicts import Verdicts
 from services.trainer.waiting import ask_all
 from shared import checkpoints
 from shared.bus.base import Bus

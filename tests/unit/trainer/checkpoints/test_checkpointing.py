@@ -7,20 +7,20 @@ from types import SimpleNamespace
 import pytest
 
 from services.trainer.batches import BatchBook, Pending
-from services.trainer.checkpointing import Checkpointing
-from services.trainer.manifests import Verdict, ledger_of
+from services.trainer.checkpoints.checkpointing import Checkpointing
+from services.trainer.checkpoints.manifests import Verdict, ledger_of
+from services.trainer.checkpoints.newest import NewestCheckpoints
+from services.trainer.checkpoints.verdicts import Verdicts
 from services.trainer.microbatches import TrainingBatch
-from services.trainer.newest_checkpoints import NewestCheckpoints
-from services.trainer.node_actions import Action, Restore, WriteCheckpoint
+from services.trainer.node.actions import Action, Restore, WriteCheckpoint
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
 from services.trainer.settings import TrainerSettings
-from services.trainer.verdicts import Verdicts
 from shared import checkpoints
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import SystemClock
 from shared.telemetry import NoTelemetry
-from tests.unit.trainer.test_checkpoint_files import files_of, load, save, shards
+from tests.unit.trainer.checkpoints.test_files import files_of, load, save, shards
 
 DEADLINE_S = 5.0
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.trainer.node_actions import (
+from services.trainer.node.actions import (
     Action,
     Applied,
     Closed,
@@ -20,9 +20,9 @@ from services.trainer.node_actions import (
     Step,
     WriteCheckpoint,
 )
-from services.trainer.node_saves import SAVE_DEADLINE_S
-from services.trainer.node_training import STALLED_AFTER_S, NodeTraining, Rules
-from services.trainer.publishing import Evaluate, Publish, PublishingRules
+from services.trainer.node.publishing import Evaluate, Publish, PublishingRules
+from services.trainer.node.saves import SAVE_DEADLINE_S
+from services.trainer.node.training import STALLED_AFTER_S, NodeTraining, Rules
 from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
     BackwardDone,

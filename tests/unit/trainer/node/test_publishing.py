@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.trainer.publishing import (
+from services.trainer.node.publishing import (
     Evaluate,
     Publish,
     Publishing,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.trainer.checkpoint_files import CheckpointFiles, dispensable
-from services.trainer.manifests import Verdict, ledger_of
+from services.trainer.checkpoints.files import CheckpointFiles, dispensable
+from services.trainer.checkpoints.manifests import Verdict, ledger_of
 from shared import checkpoints, disk
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint
@@ -162,7 +162,7 @@ def test_what_is_left_of_one_that_was_being_removed_is_no_checkpoint(
     def break_off(folder: Path) -> None:
         raise OSError(f"killed at {folder.name}")
 
-    monkeypatch.setattr("services.trainer.checkpoint_files.shutil.rmtree", break_off)
+    monkeypatch.setattr("services.trainer.checkpoints.files.shutil.rmtree", break_off)
     with pytest.raises(OSError, match="step-00000001"):
         files.prune(0)
     withhold(files, 4, 5)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.trainer.publishing import PublishingAction
+from services.trainer.node.publishing import PublishingAction
 from services.trainer.schedules import Slot
 from shared.messages.training import ShardSaved
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite, sqrt
 from typing import Literal
 
-from services.trainer.members import Members
-from services.trainer.node_actions import (
+from services.trainer.node.actions import (
     Action,
     Applied,
     Closed,
@@ -23,8 +22,9 @@ from services.trainer.node_actions import (
     Skipped,
     Step,
 )
-from services.trainer.node_saves import NodeSaves
-from services.trainer.publishing import Publishing, PublishingRules
+from services.trainer.node.members import Members
+from services.trainer.node.publishing import Publishing, PublishingRules
+from services.trainer.node.saves import NodeSaves
 from services.trainer.schedules import OpenBatch, Pipeline, Schedule, Shape
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.trainer.adapter_file import join_adapter
+from services.trainer.checkpoints.adapter_file import join_adapter
 
 
 def test_the_joined_file_has_all_tensors(tmp_path: Path) -> None:

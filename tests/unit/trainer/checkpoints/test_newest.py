@@ -1,6 +1,6 @@
 """Which checkpoint each node goes back to."""
 
-from services.trainer.newest_checkpoints import NewestCheckpoints
+from services.trainer.checkpoints.newest import NewestCheckpoints
 from shared.checkpoints import Checkpoint
 from tests.unit.trainer.support import NO_FOLDER, manifest
 

@@ -5,13 +5,13 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
-from services.trainer import rollback_files
 from services.trainer.batches import Ack, BatchBook
-from services.trainer.checkpoint_files import CheckpointFiles
-from services.trainer.manifests import lineage_of, rolled_back
-from services.trainer.newest_checkpoints import NewestCheckpoints
-from services.trainer.node_actions import Action
-from services.trainer.node_training import NodeTraining
+from services.trainer.checkpoints import rollback_files
+from services.trainer.checkpoints.files import CheckpointFiles
+from services.trainer.checkpoints.manifests import lineage_of, rolled_back
+from services.trainer.checkpoints.newest import NewestCheckpoints
+from services.trainer.node.actions import Action
+from services.trainer.node.training import NodeTraining
 from services.trainer.progress import Progress
 from shared.checkpoints import Checkpoint
 from shared.disk import on_disk

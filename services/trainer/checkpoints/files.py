@@ -11,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Self
 
-from services.trainer import rollback_files
-from services.trainer.adapter_file import join_adapter
-from services.trainer.manifests import Verdict
+from services.trainer.checkpoints import rollback_files
+from services.trainer.checkpoints.adapter_file import join_adapter
+from services.trainer.checkpoints.manifests import Verdict
 from services.trainer.settings import TrainFrom
 from shared import checkpoints
 from shared.bus.base import StreamState
