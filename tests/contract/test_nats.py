@@ -11,6 +11,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeoutError
 
 from lemix.nats_server import NatsServer
 from shared.bus.base import Incoming, StreamSpec
@@ -136,6 +137,52 @@ async def test_a_server_that_is_not_there_is_an_error_that_names_the_place(
     await nats_server.stop()
     with pytest.raises(BusError, match=nats_server.url.removeprefix("nats://")):
         await NatsBus.connect(nats_server.url, name="one")
+
+
+class LostConsumer:
+    """JetStream as a reader needs it. Asked for the consumer, it fails when it is cancelled, once."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    async def consumers_info(self, stream: str) -> list[object]:
+        return []
+
+    async def add_consumer(self, stream: str, config: object) -> None:
+        """There is one."""
+
+    async def pull_subscribe_bind(self, consumer: str, stream: str) -> None:
+        """Nothing is ever fetched."""
+
+    async def consumer_info(self, stream: str, consumer: str) -> None:
+        self.num_asked += 1
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if self.num_asked > 1:
+                raise
+        raise NatsTimeoutError
+
+
+class ReconnectingClient:
+    """nats-py's client as far as a reader goes."""
+
+    def __init__(self) -> None:
+        self.stats = {"reconnects": 0}
+
+    def jetstream(self, timeout: float) -> LostConsumer:
+        return LostConsumer()
+
+
+async def test_a_reader_that_is_cancelled_when_the_server_does_not_answer_ends() -> None:
+    client = ReconnectingClient()
+    reader = await NatsBus(client, "").read_stream("TEST", reader="trainer", after_sequence=0)
+    client.stats["reconnects"] += 1
+    reading = asyncio.create_task(reader.next(timeout_s=60))
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait({reading}, timeout=3)
+    assert reading.cancelled()
 
 
 class RefusingTransport(TcpTransport):
