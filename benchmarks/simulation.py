@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.report import spread
 from lemix.simulation.cluster import Devices, SimulationOptions, running_cluster
 from lemix.simulation.loop import run_virtual
-from services.gateway.service import Gateway, SequenceSpec
+from services.gateway.cluster_client import ClusterClient, SequenceSpec
 from shared.messages.inference import Sampling
 from shared.profiles.times import Work
 from shared.subjects import BATCHES
@@ -109,7 +109,7 @@ async def _run(options: SimulationOptions, devices: Devices, *, num_requests: in
     rng = random.Random(options.seed)
     async with running_cluster(options, devices=devices) as cluster:
         world = cluster.world
-        gateway = Gateway(
+        gateway = ClusterClient(
             bus=world.bus,
             clock=world.clock,
             ids=world.ids,
@@ -125,7 +125,7 @@ async def _run(options: SimulationOptions, devices: Devices, *, num_requests: in
         return world.clock.now_s()
 
 
-async def _request(gateway: Gateway, rng: random.Random) -> None:
+async def _request(gateway: ClusterClient, rng: random.Random) -> None:
     start = rng.randrange(1000)
     prompt = tuple(range(start, start + PROMPT_TOKENS))
     session = gateway.submit([SequenceSpec(prompt=prompt, sampling=Sampling(max_tokens=MAX_TOKENS))])

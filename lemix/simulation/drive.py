@@ -13,7 +13,7 @@ from lemix.simulation.record import Op, OpLog, RequestRecord, RunRecord
 from lemix.simulation.sent_batches import SentBatches
 from lemix.simulation.sent_requests import send_requests
 from lemix.simulation.workload import Workload
-from services.gateway.service import Gateway
+from services.gateway.cluster_client import ClusterClient
 from shared.bus.base import Bus, Handler, Incoming
 from shared.errors import ConfigurationError
 from shared.lifecycle import World
@@ -89,7 +89,7 @@ async def _run(
     world: World, workload: Workload, options: DriveOptions, batches: SentBatches, began_s: float
 ) -> tuple[RequestRecord, ...]:
     """Serve and train; returns when all requests have ended and all batches are applied, or given up."""
-    gateway = Gateway(
+    gateway = ClusterClient(
         bus=world.bus,
         clock=world.clock,
         ids=world.ids,

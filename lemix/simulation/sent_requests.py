@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from lemix.simulation.record import RequestRecord
 from lemix.simulation.workload import PlannedRequest
-from services.gateway.service import Gateway, SequenceSpec, Session
+from services.gateway.cluster_client import ClusterClient, SequenceSpec, Session
 from shared.clock import Clock
 from shared.errors import LemixError
 from shared.messages.inference import Sampling
@@ -15,7 +15,7 @@ TOKEN = 1
 
 
 async def send_requests(
-    gateway: Gateway, requests: Sequence[PlannedRequest], *, clock: Clock, began_s: float
+    gateway: ClusterClient, requests: Sequence[PlannedRequest], *, clock: Clock, began_s: float
 ) -> tuple[RequestRecord, ...]:
     """Send each at its time, whatever became of the earlier ones; returns when all have ended."""
     ended: dict[int, RequestRecord] = {}
@@ -30,7 +30,9 @@ async def send_requests(
     return tuple(ended[place] for place in range(len(requests)))
 
 
-async def _send(gateway: Gateway, request: PlannedRequest, clock: Clock, began_s: float) -> RequestRecord:
+async def _send(
+    gateway: ClusterClient, request: PlannedRequest, clock: Clock, began_s: float
+) -> RequestRecord:
     arrived_s = clock.now_s() - began_s
     session = gateway.submit(_specs(request))
     times_s: list[list[float]] = [[] for _ in request.lengths]

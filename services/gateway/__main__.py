@@ -2,12 +2,12 @@
 
 import asyncio
 
-from services.gateway.app import build_app
-from services.gateway.completions import Toolbox
-from services.gateway.finetuning.service import FineTuning
+from services.gateway.cluster_client import ClusterClient
+from services.gateway.context import GatewayContext
+from services.gateway.http.app import build_app
+from services.gateway.http.server import listen, serve
+from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
-from services.gateway.server import listen, serve
-from services.gateway.service import Gateway
 from services.gateway.settings import GatewaySettings
 from shared.encoding import ExampleEncoder
 from shared.lifecycle import World, load_settings, run_service
@@ -27,7 +27,7 @@ def load_model(settings: GatewaySettings) -> tuple[TextTokenizer, ExampleEncoder
 async def run(world: World, settings: GatewaySettings) -> None:
     """Serve HTTP until cancelled."""
     tokenizer, encoder = await asyncio.to_thread(load_model, settings)
-    gateway = Gateway(
+    cluster = ClusterClient(
         bus=world.bus,
         clock=world.clock,
         ids=world.ids,
@@ -35,8 +35,8 @@ async def run(world: World, settings: GatewaySettings) -> None:
         request_timeout_s=settings.request_timeout_s,
     )
     fine_tuning = FineTuning(settings, bus=world.bus, clock=world.clock, ids=world.ids, encoder=encoder)
-    tools = Toolbox(
-        gateway=gateway,
+    context = GatewayContext(
+        cluster=cluster,
         tokenizer=tokenizer,
         card=encoder.card,
         settings=settings,
@@ -48,8 +48,8 @@ async def run(world: World, settings: GatewaySettings) -> None:
     )
     listener = listen(settings.host, settings.port)
     await asyncio.to_thread(fine_tuning.load)
-    async with gateway.running(), fine_tuning.running():
-        await serve(build_app(tools, fine_tuning), listener, before_end=gateway.end_sessions)
+    async with cluster.running(), fine_tuning.running():
+        await serve(build_app(context, fine_tuning), listener, before_end=cluster.end_sessions)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from services.gateway.service import Gateway, SequenceSpec
+from services.gateway.cluster_client import ClusterClient, SequenceSpec
 from shared.clock import Clock
 from shared.errors import LemixError
 from shared.messages.inference import Sampling
@@ -25,9 +25,9 @@ class Health:
 class HealthProbe:
     """Runs one probe at a time; its outcome counts for a second."""
 
-    def __init__(self, gateway: Gateway, clock: Clock, *, token: int, timeout_s: float) -> None:
+    def __init__(self, cluster: ClusterClient, clock: Clock, *, token: int, timeout_s: float) -> None:
         """`token` is the prompt."""
-        self._gateway = gateway
+        self._cluster = cluster
         self._clock = clock
         self._spec = SequenceSpec(prompt=(token,), sampling=Sampling(max_tokens=1, temperature=0.0))
         self._timeout_s = timeout_s
@@ -38,7 +38,7 @@ class HealthProbe:
         """The latest outcome, at most a second old."""
         while self._latest is None or self._clock.now_s() - self._latest[0] > _REUSE_S:
             if self._asking is None:
-                self._asking = self._gateway.spawn(self._probe())
+                self._asking = self._cluster.spawn(self._probe())
             await asyncio.shield(self._asking)
         return self._latest[1]
 
@@ -58,7 +58,7 @@ class HealthProbe:
 
     async def _one_token(self) -> int:
         """The weights version that the token was made with."""
-        session = self._gateway.submit([self._spec])
+        session = self._cluster.submit([self._spec])
         try:
             while True:
                 for arrival in await session.next():

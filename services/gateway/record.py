@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from opentelemetry.trace import Span
 
-from services.gateway.errors import ClientGoneError
+from services.gateway.http.errors import ClientGoneError
 from services.gateway.metrics import Metrics
 from shared.errors import LemixError
 

@@ -17,8 +17,24 @@ class Sampling(Message):
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """0 means greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """Draw from so many of the likeliest tokens; 0: from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Draw from tokens with at least this share of the likeliest token's probability."""
+    frequency_penalty: float = Field(default=0.0, allow_inf_nan=False)
+    """Taken off a token's logit for each time it was generated."""
+    presence_penalty: float = Field(default=0.0, allow_inf_nan=False)
+    """Taken off the logit of each token that was generated."""
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Divides the positive logits of tokens in the prompt or generated, multiplies the negative ones."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these tokens."""
+    json_schema: str | None = None
+    """The text must be JSON of this schema (JSON text); None: any text."""
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = Field(default=0, ge=0)
+    """No stop token is drawn before so many tokens were."""
     num_logprobs: int | None = Field(default=None, ge=0, le=20)
     """None: no log-probabilities; k: the chosen token's and the k likeliest."""
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from lemix.simulation.loop import VirtualClock, run_virtual
-from services.gateway.service import SUBMIT_TIMEOUT_S
+from services.gateway.cluster_client import SUBMIT_TIMEOUT_S
 from services.scheduler.policies.base import Arrival, Decision, Place, Refuse, Wait
 from services.scheduler.service import HOLD_S, Scheduler
 from services.scheduler.state import ClusterState

@@ -11,7 +11,7 @@ import pytest
 from lemix.simulation.cluster import SimulatedCluster
 from lemix.simulation.faults import Faults
 from lemix.simulation.loop import run_virtual
-from services.gateway.service import Gateway
+from services.gateway.cluster_client import ClusterClient
 from shared.bus.base import Incoming
 from shared.errors import ConfigurationError, LemixError, RefusedError
 from shared.messages.training import ForwardDone, StageReport
@@ -27,7 +27,7 @@ from tests.support.simulation import (
     simple_cluster,
 )
 
-Case = Callable[[SimulatedCluster, Gateway], Awaitable[None]]
+Case = Callable[[SimulatedCluster, ClusterClient], Awaitable[None]]
 
 
 def on_cluster(case: Case, nodes: int, stages: int, **options: object) -> None:
@@ -39,7 +39,7 @@ def on_cluster(case: Case, nodes: int, stages: int, **options: object) -> None:
 
 
 def test_a_request_takes_exactly_its_hops_and_iterations() -> None:
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         begun_s = cluster.world.clock.now_s()
         first, second = await answer(ask(gateway, prompt_length=4, max_tokens=2))
         # Gateway to scheduler to stage 0 to 1 to 2, and back to the gateway; four rows on each stage.
@@ -53,7 +53,7 @@ def test_a_request_takes_exactly_its_hops_and_iterations() -> None:
 
 
 def test_a_service_knows_that_its_device_is_done_a_hand_over_later() -> None:
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         begun_s = cluster.world.clock.now_s()
         [token] = await answer(ask(gateway, prompt_length=4, max_tokens=1))
         prefill_s = 5 * HOP_S + 3 * (ITERATION_S + 4 * ROW_S + 0.03125)
@@ -63,7 +63,7 @@ def test_a_service_knows_that_its_device_is_done_a_hand_over_later() -> None:
 
 
 def test_a_batch_takes_exactly_its_forwards_backwards_and_step() -> None:
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         clock, begun_s = cluster.world.clock, cluster.world.clock.now_s()
         training = Training(cluster.world)
         await training.listen()
@@ -79,7 +79,7 @@ def test_a_batch_takes_exactly_its_forwards_backwards_and_step() -> None:
 
 
 def test_every_request_and_every_batch_of_a_busy_cluster_is_done() -> None:
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         training = Training(cluster.world)
         await training.listen()
         batches = [f"b{number}" for number in range(8)]
@@ -96,7 +96,7 @@ def test_every_request_and_every_batch_of_a_busy_cluster_is_done() -> None:
 
 
 def test_a_crash_fails_the_requests_there_and_its_batches_run_again() -> None:
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         training = Training(cluster.world)
         await training.listen()
         await training.publish("b", 8, 8, 8, 8)
@@ -115,7 +115,7 @@ def test_a_crash_fails_the_requests_there_and_its_batches_run_again() -> None:
 
 
 def test_messages_that_come_late_and_twice_change_no_answer() -> None:
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         sessions = [ask(gateway, prompt_length=5, max_tokens=6) for _ in range(10)]
         for arrivals in await asyncio.gather(*map(answer, sessions)):
             indices = [arrival.result.index for arrival in arrivals]
@@ -132,7 +132,7 @@ def test_the_error_of_one_service_ends_the_simulation() -> None:
     async def fail(incoming: Incoming[StageReport]) -> None:
         raise BrokenDiskError("in a handler")
 
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         async def serve(world: object) -> None:
             await cluster.world.bus.subscribe(REPORT.at(), fail)
             await cluster.world.bus.wait_failed()
@@ -148,7 +148,7 @@ def test_the_error_of_one_service_ends_the_simulation() -> None:
 
 
 def test_a_wrong_option_is_named() -> None:
-    async def case(cluster: SimulatedCluster, gateway: Gateway) -> None:
+    async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
         raise AssertionError("it must not begin")
 
     with pytest.raises(ConfigurationError, match="best_of_all"):

@@ -13,12 +13,12 @@ import httpx
 from fastapi import FastAPI
 from opentelemetry.sdk.trace.export import SpanExporter
 
-from services.gateway.app import build_app
-from services.gateway.completions import Toolbox
-from services.gateway.finetuning.service import FineTuning
+from services.gateway.cluster_client import ClusterClient
+from services.gateway.context import GatewayContext
+from services.gateway.http.app import build_app
+from services.gateway.http.server import listen, serve
+from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
-from services.gateway.server import listen, serve
-from services.gateway.service import Gateway
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus, Incoming
 from shared.bus.memory import MemoryBroker
@@ -152,7 +152,7 @@ class World:
     """What a test of the gateway holds in its hands."""
 
     cluster: FakeCluster
-    gateway: Gateway
+    gateway: ClusterClient
     app: FastAPI
     http: httpx.AsyncClient
 
@@ -182,30 +182,30 @@ async def gateway_world(
         encoder = ExampleEncoder.load(CARD, Path(EMBEDDED_MODEL), max_tokens=CARD.context_length)
         fine_tuning = FineTuning(chosen, bus=bus, clock=SystemClock(), ids=ids, encoder=encoder)
         fine_tuning.load()
-        tools = _tools(bus, telemetry, chosen, ids, fine_tuning)
-        app = build_app(tools, fine_tuning)
+        context = _context(bus, telemetry, chosen, ids, fine_tuning)
+        app = build_app(context, fine_tuning)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
             asyncio.timeout(DEADLINE_S),
-            tools.gateway.running(),
+            context.cluster.running(),
             fine_tuning.running(),
             httpx.AsyncClient(transport=transport, base_url="http://gateway") as http,
         ):
-            yield World(cluster, tools.gateway, app, http)
+            yield World(cluster, context.cluster, app, http)
         await bus.close()
         await cluster.bus.close()
         telemetry.close()
 
 
-def _tools(
+def _context(
     bus: Bus, telemetry: Telemetry, settings: GatewaySettings, ids: IdSource, fine_tuning: FineTuning
-) -> Toolbox:
+) -> GatewayContext:
     clock = SystemClock()
-    gateway = Gateway(
+    cluster = ClusterClient(
         bus=bus, clock=clock, ids=ids, telemetry=telemetry, request_timeout_s=settings.request_timeout_s
     )
-    return Toolbox(
-        gateway=gateway,
+    return GatewayContext(
+        cluster=cluster,
         tokenizer=TOKENIZER,
         card=CARD,
         settings=settings,

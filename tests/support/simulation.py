@@ -15,7 +15,7 @@ from typing import Any
 from lemix.simulation.cluster import Devices, SimulatedCluster, SimulationOptions, running_cluster
 from lemix.simulation.faults import Faults
 from lemix.simulation.loop import run_virtual
-from services.gateway.service import Arrival, Gateway, SequenceSpec, Session
+from services.gateway.cluster_client import Arrival, ClusterClient, SequenceSpec, Session
 from shared.bus.base import Incoming
 from shared.bus.memory import Observer
 from shared.errors import LemixError
@@ -52,7 +52,7 @@ class SimpleTimes:
 @asynccontextmanager
 async def simple_cluster(
     nodes: int, stages: int, *, observe: Observer | None = None, **options: Any
-) -> AsyncIterator[tuple[SimulatedCluster, Gateway]]:
+) -> AsyncIterator[tuple[SimulatedCluster, ClusterClient]]:
     """A ready cluster, and a gateway to ask it."""
     given = {"profile": "simple", "policy": "round_robin", "hop_s": HOP_S, **options}
     times = tuple(SimpleTimes() for _ in range(stages))
@@ -60,7 +60,7 @@ async def simple_cluster(
     chosen = SimulationOptions(nodes=nodes, stages=stages, **given)
     async with running_cluster(chosen, devices=devices, observe=observe) as cluster:
         world = cluster.world
-        gateway = Gateway(
+        gateway = ClusterClient(
             bus=world.bus,
             clock=world.clock,
             ids=world.ids,
@@ -71,7 +71,7 @@ async def simple_cluster(
             yield cluster, gateway
 
 
-def ask(gateway: Gateway, *, prompt_length: int, max_tokens: int) -> Session:
+def ask(gateway: ClusterClient, *, prompt_length: int, max_tokens: int) -> Session:
     prompt = tuple(range(prompt_length))
     return gateway.submit([SequenceSpec(prompt=prompt, sampling=Sampling(max_tokens=max_tokens))])
 
@@ -137,7 +137,7 @@ def digest(policy: str, seed: int) -> str:
     return run_virtual(main())
 
 
-async def _load(cluster: SimulatedCluster, gateway: Gateway, rng: random.Random) -> None:
+async def _load(cluster: SimulatedCluster, gateway: ClusterClient, rng: random.Random) -> None:
     training = Training(cluster.world)
     await training.listen()
     async with asyncio.TaskGroup() as group:

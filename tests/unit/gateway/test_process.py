@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.gateway.server import listen
+from services.gateway.http.server import listen
 from shared.errors import ConfigurationError
 
 

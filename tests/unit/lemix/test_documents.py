@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.gateway.finetuning.requests import HyperparametersAsked, JobRequest
-from services.gateway.openai_types import CompletionRequest
+from services.gateway.jobs.requests import HyperparametersAsked, JobRequest
+from services.gateway.openai.requests import CompletionRequest
 from services.gateway.settings import GatewaySettings
 from services.scheduler.settings import SchedulerSettings
 from services.stage_worker.settings import StageWorkerSettings

@@ -1,0 +1,244 @@
+"""The gateway between HTTP and the cluster: sequences out, tokens in. Knows neither HTTP nor text.
+
+Sequences go to the scheduler by request; their tokens come from the last stage of whichever node
+they were placed on, to a subject of this gateway. A `Session` gathers what arrives for the
+sequences of one request, and ends in one of two ways: every sequence finished, or one error.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shared.bus.base import Bus, Incoming
+from shared.clock import Clock, IdSource
+from shared.errors import LemixError, RefusedError
+from shared.messages.cluster import ClusterStatus, StatusRequest
+from shared.messages.inference import (
+    CancelTask,
+    InferenceTask,
+    Sampling,
+    SequenceResult,
+    TaskFailed,
+    TokensProduced,
+)
+from shared.subjects import CANCEL, FAILED, STATUS, SUBMIT, TOKENS
+from shared.telemetry import Telemetry
+
+SUBMIT_TIMEOUT_S = 10.0
+STATUS_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec:
+    """One sequence to complete."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    prompt_logprobs: bool = False
+
+
+class Arrival(NamedTuple):
+    """What an iteration produced for one sequence of a session."""
+
+    place: int
+    """Which sequence of the session."""
+    result: SequenceResult
+    weights_version: int
+    at_s: float
+    """When it reached the gateway (monotonic seconds)."""
+    node: int
+    """Which node produced it."""
+
+
+class Session:
+    """The sequences of one request on their way; made by `ClusterClient.submit`, ended by `close`.
+
+    What waits here is bounded by what was asked for: a result for each token and prompt chunk.
+    """
+
+    def __init__(self, client: "ClusterClient", task_ids: Sequence[str]) -> None:
+        self._client = client
+        self._task_ids = tuple(task_ids)
+        self._places = {task_id: place for place, task_id in enumerate(task_ids)}
+        self._running = set(task_ids)
+        self._unwanted: set[str] = set()
+        self._nodes: dict[str, int] = {}
+        self._arrivals: list[Arrival] = []
+        self._error: LemixError | None = None
+        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def nodes(self) -> tuple[int | None, ...]:
+        """Where each sequence went; None: nowhere yet."""
+        return tuple(self._nodes.get(task_id) for task_id in self._task_ids)
+
+    async def next(self) -> list[Arrival]:
+        """Wait for results, and take all that are here.
+
+        Raises the error that ended the session: RefusedError (504 when it was too old), or what
+        `Bus.request` raises, or what `fail` was called with.
+        """
+        if not self._arrivals and self._error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        arrivals, self._arrivals = self._arrivals, []
+        if self._error is not None and not arrivals:
+            raise self._error
+        return arrivals
+
+    def fail(self, error: LemixError) -> None:
+        """End the session with `error`; the first error counts."""
+        self._error = self._error or error
+        self._changed.set()
+
+    def stop(self, place: int) -> None:
+        """Enough of this sequence: free its work."""
+        self._stop(self._task_ids[place])
+
+    def close(self) -> None:
+        """Free all work that is left; safe to call twice."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task_id in self._task_ids:
+            self._stop(task_id)
+
+    def _stop(self, task_id: str) -> None:
+        if task_id in self._running:
+            self._running.remove(task_id)
+            self._unwanted.add(task_id)
+            self._client.forget(task_id, self._nodes.get(task_id))
+
+    def add(self, result: SequenceResult, weights_version: int, at_s: float, node: int) -> None:
+        """Called by the gateway: a result has arrived."""
+        task_id = result.task_id
+        self._arrivals.append(Arrival(self._places[task_id], result, weights_version, at_s, node))
+        self._changed.set()
+        if result.finish is not None:
+            self._end(task_id)
+
+    def refused(self, task_id: str, error: LemixError) -> None:
+        """Called by the gateway: no answer will come for a task."""
+        self._end(task_id, self._nodes.get(task_id))
+        self.fail(error)
+
+    def placed(self, task_id: str, node: int) -> bool:
+        """Called by the gateway: the task went to `node`. False when nobody wants it any more."""
+        self._nodes[task_id] = node
+        return task_id not in self._unwanted
+
+    def _end(self, task_id: str, node: int | None = None) -> None:
+        self._running.remove(task_id)
+        self._client.forget(task_id, node)
+
+    def fail_after(self, timeout_s: float) -> None:
+        """Called by the gateway: end with an error when the session is still open then."""
+        error = RefusedError(f"the request was not finished within {timeout_s:g} s", code=504)
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self.fail, error)
+
+
+class ClusterClient:
+    """Submits sequences to the cluster and hands out what comes back; live inside `running()`."""
+
+    def __init__(
+        self, *, bus: Bus, clock: Clock, ids: IdSource, telemetry: Telemetry, request_timeout_s: float
+    ) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._ids = ids
+        self._telemetry = telemetry
+        self._timeout_s = request_timeout_s
+        self._group = asyncio.TaskGroup()
+        self._sessions: dict[str, Session] = {}
+        self._placing: set[asyncio.Task[None]] = set()
+        self.gateway_id = ids.new("gateway")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Listen for tokens until the block ends; sessions still open then fail with 503."""
+        async with self._group:
+            tokens = await self._bus.subscribe(TOKENS.at(gateway=self.gateway_id), self._on_tokens)
+            failed = await self._bus.subscribe(FAILED.at(gateway=self.gateway_id), self._on_failed)
+            try:
+                yield
+            finally:
+                self.end_sessions()
+                await tokens.unsubscribe()
+                await failed.unsubscribe()
+
+    def spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Run `work` beside the gateway; an error that escapes it ends the gateway."""
+        return self._group.create_task(work)
+
+    def submit(self, specs: Sequence[SequenceSpec], *, traceparent: str = "") -> Session:
+        """Send sequences to the scheduler; whatever becomes of them is told by the session."""
+        tasks = [self._task(spec) for spec in specs]
+        session = Session(self, [task.task_id for task in tasks])
+        session.fail_after(self._timeout_s)
+        for task in tasks:
+            self._sessions[task.task_id] = session
+            placing = self.spawn(self._place(session, task, traceparent))
+            self._placing.add(placing)
+            placing.add_done_callback(self._placing.discard)
+        return session
+
+    async def cluster_status(self) -> ClusterStatus:
+        """Ask the scheduler how things stand. Raises what `Bus.request` raises."""
+        return await self._bus.request(
+            STATUS.at(), StatusRequest(), timeout_s=STATUS_TIMEOUT_S, traceparent=self._telemetry.traceparent
+        )
+
+    def end_sessions(self) -> None:
+        """Fail every open session because the gateway stops."""
+        for session in set(self._sessions.values()):
+            session.fail(RefusedError("the gateway is shutting down", code=503))
+            session.close()
+        for placing in self._placing:
+            placing.cancel()
+
+    def forget(self, task_id: str, node: int | None) -> None:
+        """Called by a session: expect nothing more of a task; it may still run on `node` if one is given."""
+        del self._sessions[task_id]
+        if node is not None:
+            self.spawn(self._cancel(task_id, node))
+
+    def _task(self, spec: SequenceSpec) -> InferenceTask:
+        return InferenceTask(
+            task_id=self._ids.new("req"),
+            gateway=self.gateway_id,
+            prompt=spec.prompt,
+            sampling=spec.sampling,
+            prompt_logprobs=spec.prompt_logprobs,
+            timeout_s=self._timeout_s,
+        )
+
+    async def _place(self, session: Session, task: InferenceTask, traceparent: str) -> None:
+        try:
+            placed = await self._bus.request(
+                SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S, traceparent=traceparent
+            )
+        except LemixError as error:
+            session.fail(error)
+            return
+        if not session.placed(task.task_id, placed.node):
+            await self._cancel(task.task_id, placed.node)
+
+    async def _cancel(self, task_id: str, node: int) -> None:
+        await self._bus.publish(CANCEL.at(node=node), CancelTask(task_id=task_id))
+
+    async def _on_tokens(self, incoming: Incoming[TokensProduced]) -> None:
+        message, at_s = incoming.message, self._clock.now_s()
+        for result in message.results:
+            session = self._sessions.get(result.task_id)
+            if session is not None:
+                session.add(result, message.weights_version, at_s, message.node)
+            elif result.finish is None:  # given up; its node may never have heard of that
+                await self._cancel(result.task_id, message.node)
+
+    async def _on_failed(self, incoming: Incoming[TaskFailed]) -> None:
+        failed = incoming.message
+        session = self._sessions.get(failed.task_id)
+        if session is not None:
+            session.refused(failed.task_id, RefusedError(failed.reason, code=failed.code))

@@ -1,0 +1,29 @@
+"""What the gateway's routes share, put together once at start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.gateway.cluster_client import ClusterClient
+from services.gateway.metrics import Metrics
+from services.gateway.record import FirstTokens
+from services.gateway.settings import GatewaySettings
+from shared.clock import Clock, IdSource
+from shared.model_files import ModelCard
+from shared.telemetry import Telemetry
+from shared.text import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayContext:
+    """What every route of the gateway is given to work with."""
+
+    cluster: ClusterClient
+    tokenizer: TextTokenizer
+    card: ModelCard
+    settings: GatewaySettings
+    clock: Clock
+    ids: IdSource
+    metrics: Metrics
+    telemetry: Telemetry
+    on_first_tokens: Callable[[FirstTokens], None]
+    """Is told when a request has its first tokens."""

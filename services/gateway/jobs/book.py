@@ -1,0 +1,102 @@
+"""All jobs of a run: what happens to them here, and what of it the disk holds."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from pydantic_core import to_json
+
+from services.gateway.jobs import job as job_state
+from services.gateway.jobs import objects
+from services.gateway.jobs.job import Happening, Job, Outcome
+from services.gateway.jobs.store import CHECKPOINTS, EVENTS, JobStore
+from shared.clock import Clock
+from shared.disk import on_disk
+
+
+@dataclass(slots=True)
+class _Unsaved:
+    """New lines of a job's lists."""
+
+    events: list[bytes] = field(default_factory=list)
+    checkpoints: list[bytes] = field(default_factory=list)
+
+
+class JobBook:
+    """Everything changes in memory at once; `save` has the disk hold it."""
+
+    def __init__(self, store: JobStore, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._jobs: dict[str, Job] = {}
+        self._unsaved: dict[str, _Unsaved] = {}
+        self._saving = asyncio.Lock()
+        self.next_number = 1
+        """Of the next job."""
+
+    def load(self) -> None:
+        """Go on from what the disk holds; blocks. Raises ConfigurationError."""
+        self._jobs = {job.id: job for job in self._store.load()}
+        self.next_number = max((job.number for job in self._jobs.values()), default=0) + 1
+
+    def __iter__(self) -> Iterator[Job]:
+        """Oldest first."""
+        return iter(list(self._jobs.values()))
+
+    def __contains__(self, job_id: object) -> bool:
+        return job_id in self._jobs
+
+    def __getitem__(self, job_id: str) -> Job:
+        return self._jobs[job_id]
+
+    def add(self, job: Job) -> Job:
+        """A new job."""
+        self.next_number = job.number + 1
+        return self._take(job_state.created(job))
+
+    def happen(self, job_id: str, happening: Happening) -> Job:
+        """Something happens to a job; returns it as it is then."""
+        outcome = job_state.after(self._jobs[job_id], happening, int(self._clock.wall_s()))
+        return self._jobs[job_id] if outcome.job is self._jobs[job_id] else self._take(outcome)
+
+    async def save(self) -> None:
+        """Have the disk hold all that has happened so far. Raises OSError; what is unsaved stays so."""
+        async with self._saving:
+            for job_id in list(self._unsaved):
+                unsaved = self._unsaved.pop(job_id)
+                lines = {EVENTS: unsaved.events, CHECKPOINTS: unsaved.checkpoints}
+                try:
+                    await on_disk(partial(self._store.write, self._jobs[job_id], lines))
+                except BaseException:
+                    since = self._unsaved.get(job_id, _Unsaved())
+                    self._unsaved[job_id] = _Unsaved(
+                        unsaved.events + since.events, unsaved.checkpoints + since.checkpoints
+                    )
+                    raise
+
+    async def remove(self, job_id: str) -> None:
+        """Forget a job. Raises OSError."""
+        async with self._saving:
+            await on_disk(partial(self._store.remove, job_id))
+            self.drop(job_id)
+
+    def drop(self, job_id: str) -> None:
+        """Forget a job that the disk does not hold."""
+        del self._jobs[job_id]
+        self._unsaved.pop(job_id, None)
+
+    async def lines(self, job_id: str, name: str, numbers: range) -> list[bytes]:
+        """Lines of one of the job's lists, each a JSON object. Raises OSError."""
+        await self.save()
+        return await on_disk(partial(self._store.lines, job_id, name, numbers))
+
+    def _take(self, outcome: Outcome) -> Job:
+        before, now_s = outcome.job, int(self._clock.wall_s())
+        unsaved = self._unsaved.setdefault(before.id, _Unsaved())
+        for number, note in enumerate(outcome.notes, start=before.num_events):
+            unsaved.events.append(to_json(objects.event(before, number, note, now_s)))
+        for number, saved in enumerate(outcome.saved, start=before.num_checkpoints):
+            unsaved.checkpoints.append(to_json(objects.checkpoint(before, number, saved, now_s)))
+        self._jobs[before.id] = job_state.counted(outcome)
+        return self._jobs[before.id]

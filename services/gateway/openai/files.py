@@ -1,0 +1,111 @@
+"""The routes of files, in OpenAI's words."""
+
+import asyncio
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from services.gateway.http.bodies import bounded_stream, json_response
+from services.gateway.http.errors import ApiError
+from services.gateway.jobs.files import PURPOSE
+from services.gateway.jobs.fine_tuning import FineTuning
+from services.gateway.jobs.paging import check_query, cut, list_object, read_page
+from services.gateway.openai.requests import unsupported
+from services.gateway.settings import GatewaySettings
+
+FORM_BYTES = 1 << 16
+"""Of a multipart body, beside the file."""
+MAX_FIELDS = 8
+MAX_FILES_LISTED = 10_000
+
+
+def add_files(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) -> None:
+    """Serve uploads, lists and contents of files."""
+    _add_uploads(app, fine_tuning, settings)
+    _add_files(app, fine_tuning)
+
+
+def _add_uploads(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) -> None:
+    @app.post("/v1/files")
+    async def upload(request: Request) -> Response:
+        with fine_tuning.files.place_for_one():
+            form = await _read_form(request, settings)
+            try:
+                file = _uploaded(form, settings.max_file_bytes)
+                kept = await fine_tuning.files.add(file.filename or "file", file.file)
+            finally:
+                await form.close()
+        return json_response(kept.as_object())
+
+
+def _add_files(app: FastAPI, fine_tuning: FineTuning) -> None:
+    files = fine_tuning.files
+
+    @app.get("/v1/files")
+    async def list_files(request: Request) -> Response:
+        query = request.query_params
+        check_query(query, ("after", "limit", "order", "purpose"))
+        page = read_page(query, default_limit=MAX_FILES_LISTED, max_limit=MAX_FILES_LISTED)
+        order = query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            message = f"parameter 'order': expected 'asc' or 'desc', got {order!r}"
+            raise ApiError(400, message, param="order", code="invalid_value")
+        found = files.all() if query.get("purpose", PURPOSE) == PURPOSE else []
+        ordered = found if order == "asc" else found[::-1]
+        numbers = cut([file.id for file in ordered], page)
+        data = [ordered[number].as_object() for number in numbers]
+        return json_response(list_object(data, has_more=numbers.stop < len(ordered)))
+
+    @app.get("/v1/files/{file_id}")
+    async def show_file(file_id: str) -> Response:
+        return json_response(files.find(file_id).as_object())
+
+    @app.get("/v1/files/{file_id}/content")
+    async def file_content(file_id: str) -> Response:
+        return FileResponse(files.path(file_id), media_type="application/jsonl")
+
+    @app.delete("/v1/files/{file_id}")
+    async def delete_file(file_id: str) -> Response:
+        return json_response(await fine_tuning.delete_file(file_id))
+
+
+async def _read_form(request: Request, settings: GatewaySettings) -> FormData:
+    """The body's parts, to be closed; a file lies in memory, or when larger in a file without a name.
+
+    Raises ApiError when it is no multipart body, too large, or too slow.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, "expected a body of type multipart/form-data")
+    stream = bounded_stream(request, settings.max_file_bytes + FORM_BYTES)
+    parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=MAX_FIELDS)
+    try:
+        async with asyncio.timeout(settings.request_timeout_s):
+            return await parser.parse()
+    except TimeoutError as error:
+        message = f"the file did not arrive within {settings.request_timeout_s:g} s"
+        raise ApiError(408, message, param="file") from error
+    except MultiPartException as error:
+        raise ApiError(400, f"the multipart body is wrong: {error.message}") from error
+
+
+def _uploaded(form: FormData, max_bytes: int) -> UploadFile:
+    """The file to keep. Raises ApiError naming what is wrong."""
+    for name in form:
+        if name not in ("file", "purpose"):
+            raise unsupported(name)
+    for name in ("file", "purpose"):
+        if name not in form:
+            raise ApiError(
+                400, f"parameter {name!r} is required", param=name, code="missing_required_parameter"
+            )
+    file, purpose = form["file"], form["purpose"]
+    if purpose != PURPOSE:
+        message = f"parameter 'purpose': only {PURPOSE!r} is supported"
+        raise ApiError(400, message, param="purpose", code="invalid_value")
+    if not isinstance(file, UploadFile):
+        raise ApiError(400, "parameter 'file': expected a file", param="file", code="invalid_value")
+    if file.size is not None and file.size > max_bytes:
+        raise ApiError(413, f"the file is larger than {max_bytes} bytes", param="file")
+    return file
