@@ -1,0 +1,120 @@
+"""`lemix up`, `demo` and `status`: a whole cluster on this machine."""
+
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from lemix.commands.errors import say_error
+from lemix.commands.options import Device, Emulate, Model, NatsUrl, Nodes, Policy, Port, RunsDir, Stages
+from shared.clock import SystemClock
+
+if TYPE_CHECKING:
+    from lemix.topology import ClusterOptions
+
+INTERRUPTED = 130
+
+
+def up(
+    nodes: Nodes = 2,
+    stages: Stages = 2,
+    model: Model = None,
+    policy: Policy = None,
+    device: Device = None,
+    emulate: Emulate = None,
+    host: Annotated[str, typer.Option(help="Address on which the HTTP API listens.")] = "127.0.0.1",
+    port: Port = 8000,
+    name: Annotated[str, typer.Option(help="Files of the run go under runs/NAME.")] = "default",
+    runs_dir: RunsDir = Path("runs"),
+    nats_url: NatsUrl = None,
+    start_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds until something must answer; a download counts.")
+    ] = 60.0,
+) -> None:
+    """Start everything on this machine, and keep it running until Ctrl-C."""
+    from lemix.running import run_command
+    from lemix.topology import ClusterOptions
+    from lemix.up import run_up
+
+    options = ClusterOptions(
+        name=name,
+        runs_dir=runs_dir,
+        nodes=nodes,
+        stages=stages,
+        devices=tuple(device or ["cpu"]),
+        emulate=emulate,
+        model=model,
+        policy=policy,
+        host=host,
+        port=port,
+        nats_url=nats_url,
+        start_timeout_s=start_timeout,
+    )
+    run_command(run_up(options, Console(), SystemClock()))
+
+
+def demo(
+    nodes: Nodes = 2,
+    stages: Stages = 2,
+    seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive.")] = 60.0,
+    rate: Annotated[float, typer.Option(min=0.01, help="Requests per second, Poisson.")] = 2.0,
+    batches: Annotated[int, typer.Option(min=1, help="Training batches to publish.")] = 64,
+    device: Device = None,
+    model: Model = None,
+    runs_dir: RunsDir = Path("runs"),
+    nats_url: NatsUrl = None,
+) -> None:
+    """Serve and train at once for a minute, and show what came of it."""
+    from lemix.topology import ClusterOptions
+
+    options = ClusterOptions(
+        name="demo",
+        runs_dir=runs_dir,
+        nodes=nodes,
+        stages=stages,
+        devices=tuple(device or ["cpu"]),
+        model=model,
+        # Both replicas must be measured alike (see held_out.py).
+        policy="round_robin",
+        nats_url=nats_url,
+    )
+    sys.exit(_demo(options, seconds=seconds, rate=rate, num_batches=batches))
+
+
+def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches: int) -> int:
+    """Run it and print its table; returns the exit status."""
+    from lemix.demo import DemoOptions, run_demo
+    from lemix.demo_data import DemoData
+    from lemix.demo_view import DemoView, summary_table
+    from lemix.running import run_command
+    from shared.settings import LemixSettings, read_settings
+
+    console = Console()
+    options = DemoOptions(seconds=seconds, requests_per_s=rate)
+    data = DemoData.load(
+        num_batches=num_batches,
+        run_id=f"demo-{secrets.token_hex(4)}",
+        model=cluster.model or read_settings(LemixSettings).model,
+    )
+    with DemoView(console) as view:
+        summary = run_command(run_demo(cluster, options, data, view, SystemClock()))
+    if summary is None:
+        return INTERRUPTED
+    console.print(summary_table(summary))
+    console.print(
+        f"written to {cluster.run_dir / 'summary.json'}", markup=False, highlight=False, soft_wrap=True
+    )
+    for fault in summary.faults():
+        say_error(fault)
+    return 1 if summary.faults() else 0
+
+
+def status(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Show nodes, stages, weights versions and queues of the running cluster."""
+    from lemix.running import run_command
+    from lemix.status import run_status
+
+    run_command(run_status(nats_url, runs_dir, Console()))

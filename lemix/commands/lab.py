@@ -1,0 +1,159 @@
+"""`lemix simulate`, `study` and `profile`: measuring and predicting."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from lemix.commands.options import Model, Nodes, RunsDir, Stages
+from lemix.simulation.workload import Arrivals, Order, Release
+from shared.clock import SystemClock
+from shared.schedule import ScheduleName
+
+DEFAULT_RATE_PER_S = 16.0
+"""Requests of a simulation."""
+
+
+def simulate(
+    profile: Annotated[str, typer.Option(help="MODEL@DEVICE, or a file that `lemix profile` wrote.")],
+    nodes: Nodes = 4,
+    stages: Annotated[
+        int | None, typer.Option(min=1, help="Pipeline stages of each node.", show_default="the profile's")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="The scheduler's policy.")] = "lemix",
+    schedule: Annotated[ScheduleName, typer.Option(help="Whether batches overlap in a pipeline.")] = "async",
+    discipline: Annotated[
+        Literal["slo_first", "fifo"], typer.Option(help="What a stage takes first.")
+    ] = "slo_first",
+    costs: Annotated[
+        Literal["affine", "quadratic"], typer.Option(help="The scheduler's cost model.")
+    ] = "affine",
+    hop_ms: Annotated[float, typer.Option(min=0, help="What a message takes.")] = 0.5,
+    slo_factor: Annotated[
+        float, typer.Option(min=0, help="The objective, in forward times of the model.")
+    ] = 5.0,
+    tasks: Annotated[int, typer.Option(min=1, help="Requests and training batches together.")] = 334,
+    training_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of tasks that train.")] = 0.5,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second.", show_default="16, or the trace's own")
+    ] = None,
+    arrivals: Annotated[Arrivals, typer.Option(help="Of requests.")] = "poisson",
+    trace: Annotated[Path | None, typer.Option(help="CSV file of requests to replay instead.")] = None,
+    order: Annotated[Order, typer.Option(help="Of task lengths in time.")] = "random",
+    sigma: Annotated[
+        float | None, typer.Option(min=0, help="Spread of task lengths (tokens).", show_default="as drawn")
+    ] = None,
+    max_tokens: Annotated[
+        tuple[int, int], typer.Option(help="Generated for each sequence: lowest, highest.")
+    ] = (1, 1),
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a training batch.")] = 1,
+    request_size: Annotated[int, typer.Option(min=1, help="Sequences of a request.")] = 1,
+    release: Annotated[Release, typer.Option(help="Of training batches.")] = "closed",
+    training_per_s: Annotated[
+        float | None, typer.Option(help="Training batches per second of release poisson.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where the run's files go.")] = Path("runs/simulate"),
+    window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="The picture's first and last second.", show_default="all"),
+    ] = None,
+) -> None:
+    """Serve and train in virtual time on emulated devices, and show how well that went."""
+    from lemix.simulation.cluster import SimulationOptions
+    from lemix.simulation.command import run_simulate
+    from lemix.simulation.trace import read_trace
+    from lemix.simulation.workload import WorkloadOptions
+
+    is_drawn = trace is None and arrivals == "poisson"
+    run_simulate(
+        SimulationOptions(
+            nodes=nodes,
+            stages=stages,
+            profile=profile,
+            policy=policy,
+            schedule=schedule,
+            discipline=discipline,
+            costs=costs,
+            seed=seed,
+            hop_s=hop_ms / 1000,
+            slo_factor=slo_factor,
+        ),
+        WorkloadOptions(
+            num_tasks=tasks,
+            training_rate=training_rate,
+            arrivals=arrivals,
+            rate_per_s=DEFAULT_RATE_PER_S if rate is None and is_drawn else rate,
+            trace=read_trace(trace, limit=tasks) if trace is not None else (),
+            batch_size=batch_size,
+            request_size=request_size,
+            order=order,
+            sigma=sigma,
+            max_tokens=max_tokens,
+            release=release,
+            training_per_s=training_per_s,
+        ),
+        folder=output,
+        window=window,
+        console=Console(),
+    )
+
+
+def study(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="main, heterogeneity, ablation, sensitivity, synchronous, generation, data-parallel, live."
+        ),
+    ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few short runs, written under the runs' folder.")
+    ] = False,
+    policies: Annotated[
+        str | None, typer.Option(help="Make runs of these only, separated by commas.", show_default="all")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at the same time.", show_default="as many as cores")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make runs again that are there already.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where tables and figures go.", show_default="docs/studies")
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Make the runs of a study, those that are not there yet, and write its tables and figures."""
+    from lemix.studies.command import StudyOptions, run_study
+
+    options = StudyOptions(
+        name=name,
+        quick=quick,
+        fresh=fresh,
+        policies=tuple(policies.split(",")) if policies else (),
+        workers=workers,
+        output=output,
+        runs_dir=runs_dir,
+    )
+    run_study(options, Console())
+
+
+def profile(
+    output: Annotated[Path, typer.Option(help="The profile's file, JSON.")] = Path("profile.json"),
+    stages: Stages = 2,
+    model: Model = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N, for each stage in turn.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="A few points only, to try it out.")] = False,
+) -> None:
+    """Measure a model's stages on a device, for forecasts and for emulation."""
+    from lemix.profiling.command import ProfileOptions, run_profile
+    from lemix.running import run_command
+    from shared.settings import LemixSettings, read_settings
+
+    options = ProfileOptions(
+        model=model or read_settings(LemixSettings).model,
+        stages=stages,
+        device=device,
+        output=output,
+        is_quick=quick,
+    )
+    run_command(run_profile(options, Console(), SystemClock()))
