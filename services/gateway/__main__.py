@@ -5,7 +5,7 @@ import asyncio
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
 from services.gateway.http.app import build_app
-from services.gateway.http.server import listen, serve
+from services.gateway.http.server import allow_many_connections, listen, serve, server_config
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
@@ -46,10 +46,12 @@ async def run(world: World, settings: GatewaySettings) -> None:
         telemetry=world.telemetry,
         on_first_tokens=fine_tuning.first_tokens,
     )
+    allow_many_connections()
     listener = listen(settings.host, settings.port)
     await asyncio.to_thread(fine_tuning.load)
     async with cluster.running(), fine_tuning.running():
-        await serve(build_app(context, fine_tuning), listener, before_end=cluster.end_sessions)
+        config = server_config(build_app(context, fine_tuning), settings)
+        await serve(config, listener, before_end=cluster.end_sessions)
 
 
 if __name__ == "__main__":

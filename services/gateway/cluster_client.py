@@ -68,6 +68,7 @@ class Session:
         self._arrivals: list[Arrival] = []
         self._error: LemixError | None = None
         self._changed = asyncio.Event()
+        self._admitted = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -89,10 +90,15 @@ class Session:
             raise self._error
         return arrivals
 
+    async def admitted(self) -> None:
+        """Return when every sequence has a node, or when the session has failed (`next` says why)."""
+        await self._admitted.wait()
+
     def fail(self, error: LemixError) -> None:
         """End the session with `error`; the first error counts."""
         self._error = self._error or error
         self._changed.set()
+        self._admitted.set()
 
     def stop(self, place: int) -> None:
         """Enough of this sequence: free its work."""
@@ -127,6 +133,8 @@ class Session:
     def placed(self, task_id: str, node: int) -> bool:
         """Called by the gateway: the task went to `node`. False when nobody wants it any more."""
         self._nodes[task_id] = node
+        if len(self._nodes) == len(self._task_ids):
+            self._admitted.set()
         return task_id not in self._unwanted
 
     def _end(self, task_id: str, node: int | None = None) -> None:

@@ -13,6 +13,14 @@ class GatewaySettings(LemixSettings):
     """0 takes a free one."""
     request_timeout_s: float = Field(default=300.0, gt=0)
     """A request older than this ends with an error (504)."""
+    keep_alive_s: int = Field(default=620, gt=0)
+    """How long an idle connection stays open.
+
+    Longer than clients and proxies keep theirs (75 s, and up to 600 s), so that none of them sends a
+    request on a connection that is just being closed.
+    """
+    ping_every_s: float = Field(default=15.0, gt=0)
+    """A stream that is silent for so long sends a comment."""
     health_timeout_s: float = Field(default=5.0, gt=0)
     """`/health` reports a failure when no token came within this time."""
     max_body_bytes: int = Field(default=1 << 20, gt=0)
@@ -20,7 +28,7 @@ class GatewaySettings(LemixSettings):
     """Prompts times `n` of one request."""
     max_stop_length: int = Field(default=256, gt=0)
     """Characters of one stop string."""
-    max_concurrent_requests: int = Field(default=256, gt=0)
+    max_concurrent_requests: int = Field(default=2048, gt=0)
     """Completions beyond this are refused (429)."""
     max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)
     """The trainer's: a training example with more tokens is refused when its file is validated."""

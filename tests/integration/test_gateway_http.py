@@ -12,6 +12,8 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from lemix.simulation.loop import run_virtual
+from services.gateway.openai.completions import REFUSALS_WITHIN_S
 from shared.messages.inference import SequenceResult, TokenLogprob
 from tests.support.gateway import (
     CARD,
@@ -200,6 +202,34 @@ async def test_each_token_is_shown_before_the_next_is_made() -> None:
             await world.cluster.say(task, word)
             assert json.loads((await lines.get()).removeprefix("data: "))["choices"][0]["text"] == word
         reader.cancel()
+
+
+def test_a_silent_stream_begins_when_its_node_has_taken_it_and_says_that_it_is_alive() -> None:
+    async def asked() -> httpx.Response:
+        async with gateway_world(ping_every_s=4.0) as world, asyncio.TaskGroup() as group:
+            answer = group.create_task(world.http.post(URL, json=ask(stream=True)))
+            task = await world.cluster.submitted.get()
+            await asyncio.sleep(10 * world.settings.ping_every_s / 4)
+            await world.cluster.produce(task, *says("done")(task))
+        return await answer
+
+    response = run_virtual(asked())
+    assert (response.status_code, "lemix-weights-version" in response.headers) == (200, False)
+    pings, events = response.text[: 2 * len(": ping\n\n")], response.text[2 * len(": ping\n\n") :]
+    assert pings == ": ping\n\n" * 2
+    assert "".join(event["choices"][0]["text"] for event in events_of(events)) == "done"
+
+
+def test_a_refusal_soon_after_the_placement_has_a_status_even_for_a_stream() -> None:
+    async def asked() -> httpx.Response:
+        async with gateway_world() as world, asyncio.TaskGroup() as group:
+            answer = group.create_task(world.http.post(URL, json=ask(stream=True)))
+            task = await world.cluster.submitted.get()
+            await asyncio.sleep(REFUSALS_WITHIN_S / 2)
+            await world.cluster.fail(task, 429, "the queue is full")
+        return await answer
+
+    assert run_virtual(asked()).status_code == 429
 
 
 async def test_stream_without_usage_has_no_usage_field() -> None:

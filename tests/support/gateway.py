@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
 from services.gateway.http.app import build_app
-from services.gateway.http.server import listen, serve
+from services.gateway.http.server import listen, serve, server_config
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
@@ -155,6 +155,7 @@ class World:
     gateway: ClusterClient
     app: FastAPI
     http: httpx.AsyncClient
+    settings: GatewaySettings
 
 
 @asynccontextmanager
@@ -191,7 +192,7 @@ async def gateway_world(
             fine_tuning.running(),
             httpx.AsyncClient(transport=transport, base_url="http://gateway") as http,
         ):
-            yield World(cluster, context.cluster, app, http)
+            yield World(cluster, context.cluster, app, http, chosen)
         await bus.close()
         await cluster.bus.close()
         telemetry.close()
@@ -223,6 +224,7 @@ async def served(world: World) -> AsyncIterator[str]:
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     async with asyncio.TaskGroup() as group:
-        server = group.create_task(serve(world.app, listener, before_end=world.gateway.end_sessions))
+        config = server_config(world.app, world.settings)
+        server = group.create_task(serve(config, listener, before_end=world.gateway.end_sessions))
         yield f"http://127.0.0.1:{port}"
         server.cancel()

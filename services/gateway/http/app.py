@@ -48,16 +48,16 @@ def _add_completions(app: FastAPI, context: GatewayContext) -> None:
 
 
 async def _answer(request: Request, completion: Completion, context: GatewayContext) -> Response:
-    """The whole answer, or a stream once its first piece is there: until then errors have a status."""
+    """The whole answer, or a stream once the nodes have taken it: until then errors have a status."""
     watcher = context.cluster.spawn(watch(request.receive, completion))
     streaming = False
     try:
         if not completion.request.stream:
             whole = await _whole(completion)
             return json_response(whole, headers=_version_header(completion))
-        first = await completion.next()
+        first = await completion.first()
         streaming = True
-        return EventStream(completion, first, watcher=watcher, timeout_s=context.settings.request_timeout_s)
+        return EventStream(completion, first, watcher=watcher, settings=context.settings)
     finally:
         if not streaming:
             completion.close()

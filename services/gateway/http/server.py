@@ -1,6 +1,7 @@
 """uvicorn inside our own event loop: our signals, our end."""
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,9 +9,12 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from services.gateway.settings import GatewaySettings
 from shared.errors import ConfigurationError
 
 _GRACE_S = 1
+_OPEN_FILES = 65_536
+"""Enough for any load of one process; the usual limit is 1,024."""
 
 
 class _Server(uvicorn.Server):
@@ -18,6 +22,15 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the service's lifecycle."""
         yield
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit of open files, and so of connections, where it is low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted = _OPEN_FILES if hard == unlimited else min(_OPEN_FILES, hard)
+    if soft != unlimited and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -29,11 +42,21 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-async def serve(app: ASGIApp, listener: socket.socket, *, before_end: Callable[[], None]) -> None:
-    """Serve until cancelled; then call `before_end` and leave open requests a second to finish."""
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=_GRACE_S
+def server_config(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Config:
+    """How uvicorn is told to serve."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=_GRACE_S,
     )
+
+
+async def serve(config: uvicorn.Config, listener: socket.socket, *, before_end: Callable[[], None]) -> None:
+    """Serve until cancelled; then call `before_end` and leave open requests a second to finish."""
     server = _Server(config)
     # Not in a TaskGroup: that would cancel the server instead of letting it finish.
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.http.errors import ApiError, ClientGoneError
 from services.gateway.openai.answers import VERSION_HEADER, EventEncoder, error_event
 from services.gateway.openai.completions import Completion
+from services.gateway.settings import GatewaySettings
 from services.gateway.text.detokenise import Piece
 
 Pieces = list[tuple[int, Piece]]
@@ -17,6 +18,8 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+_PING = b": ping\n\n"
+"""A comment, which clients skip: it tells proxies and clients that the stream is alive."""
 
 
 async def watch(receive: Receive, completion: Completion) -> None:
@@ -30,14 +33,23 @@ class EventStream(Response):
     """Sends the pieces of a completion as they come, and closes it."""
 
     def __init__(
-        self, completion: Completion, first: Pieces, *, watcher: asyncio.Task[None], timeout_s: float
+        self,
+        completion: Completion,
+        first: Pieces,
+        *,
+        watcher: asyncio.Task[None],
+        settings: GatewaySettings,
     ) -> None:
-        """`first` is what there is already; a client that does not read is given up after `timeout_s`."""
+        """`first` is what there is already.
+
+        A client that does not read is given up after `settings.request_timeout_s`.
+        """
         super().__init__()
         self._completion = completion
         self._first = first
         self._watcher = watcher
-        self._timeout_s = timeout_s
+        self._timeout_s = settings.request_timeout_s
+        self._ping_every_s = settings.ping_every_s
         self._encoder = EventEncoder(
             completion.heading,
             include_usage=completion.request.include_usage,
@@ -58,8 +70,10 @@ class EventStream(Response):
             self._watcher.cancel()
 
     def _response_headers(self) -> list[tuple[bytes, bytes]]:
-        assert self._completion.versions is not None, "a stream begins with its first piece"
-        return [*_HEADERS, (VERSION_HEADER.encode(), str(self._completion.versions[0]).encode())]
+        versions = self._completion.versions
+        if versions is None:
+            return _HEADERS
+        return [*_HEADERS, (VERSION_HEADER.encode(), str(versions[0]).encode())]
 
     async def _send_events(self, send: Send) -> bytes:
         """Send all but the last event, which is returned."""
@@ -70,9 +84,18 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
                 if completion.finished:
                     return self._encoder.ending(completion.versions, completion.usage)
-                pieces = await completion.next()
+                pieces = await self._next(send)
         except ApiError as error:
             return error_event(error)
+
+    async def _next(self, send: Send) -> Pieces:
+        """The next pieces; sends a comment whenever they let the client wait for long."""
+        while True:
+            try:
+                async with asyncio.timeout(self._ping_every_s):
+                    return await self._completion.next()
+            except TimeoutError:
+                await send({"type": "http.response.body", "body": _PING, "more_body": True})
 
     def _encode(self, pieces: Pieces) -> bytes:
         versions = self._completion.versions

@@ -1,5 +1,6 @@
 """From a completion request to sequences, and from their tokens to the pieces of an answer."""
 
+import asyncio
 from collections.abc import Callable
 
 from opentelemetry.trace import SpanKind
@@ -15,6 +16,9 @@ from services.gateway.text.detokenise import Piece
 from services.gateway.text.tokenise import TokenisedPrompt, check_limits, tokenise
 from shared.errors import LemixError
 from shared.telemetry import traceparent_of
+
+REFUSALS_WITHIN_S = 1.0
+"""A node that cannot take a sequence says so at once: after this time it has taken it."""
 
 
 class Completions:
@@ -112,6 +116,18 @@ class Completion:
     def usage(self) -> answers.Json:
         """Tokens so far, in OpenAI's words; a prompt counts once whatever its `n`."""
         return answers.usage(self._num_prompt_tokens, self._record.num_tokens)
+
+    async def first(self) -> list[tuple[int, Piece]]:
+        """Wait until the nodes have taken the request; what there is to show by then, maybe nothing.
+
+        Raises what `next` raises: until then a refusal can still have its HTTP status.
+        """
+        await self._session.admitted()
+        try:
+            async with asyncio.timeout(REFUSALS_WITHIN_S):
+                return await self.next()
+        except TimeoutError:
+            return []
 
     async def next(self) -> list[tuple[int, Piece]]:
         """Wait for what can be shown next: pieces, each with the index of its choice.

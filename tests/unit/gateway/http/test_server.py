@@ -1,0 +1,36 @@
+"""How the gateway listens, and how long it keeps connections."""
+
+import httpx
+import pytest
+
+from services.gateway.http.server import listen, server_config
+from services.gateway.settings import GatewaySettings
+from shared.errors import ConfigurationError
+from tests.support.gateway import gateway_world, served
+
+
+def test_taken_address_is_named() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{port}"):
+            listen("127.0.0.1", port)
+
+
+async def test_an_idle_connection_is_kept_longer_than_clients_and_proxies_keep_theirs() -> None:
+    async with gateway_world() as world:
+        config = server_config(world.app, GatewaySettings.given())
+    assert config.timeout_keep_alive > 600  # the longest of the usual load balancers; httpx: 5 s, nginx: 75 s
+
+
+async def test_many_requests_share_one_connection() -> None:
+    connections = set()
+    async with (
+        gateway_world() as world,
+        served(world) as address,
+        httpx.AsyncClient(base_url=address) as http,
+    ):
+        for _ in range(200):
+            async with http.stream("GET", "/v1/models") as response:
+                connections.add(response.extensions["network_stream"].get_extra_info("client_addr"))
+                await response.aread()
+    assert len(connections) == 1
