@@ -17,6 +17,10 @@ class InvalidBatchError(LemixError):
     """A training batch cannot be used; the message is the reason given to its publisher."""
 
 
+class UnsupportedSchemaError(LemixError):
+    """No text can be held to a JSON Schema; the message is the reason given to whoever asked for it."""
+
+
 class CarrierError(LemixError):
     """A tensor could not be handed from one stage to the next."""
 

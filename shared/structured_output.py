@@ -1,0 +1,83 @@
+"""JSON Schemas that a text can be held to while it is written, by llguidance. Never loads torch."""
+
+from functools import cache
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from shared.errors import UnsupportedSchemaError
+
+MAX_SCHEMA_CHARACTERS = 65_536
+"""Of a schema's JSON text; one of this size takes about half a second to compile."""
+
+JSON_OBJECT_SCHEMA = '{"type":"object"}'
+"""Any JSON object."""
+
+LIMITS = LLParserLimits(verbose_errors=False)
+
+_WHITESPACE = r" |\n {0,16}"
+"""At most so much of it between two tokens of JSON: it never goes on without end."""
+
+_END_OF_TEXT = 256
+
+
+def grammar_of(schema: str) -> str:
+    """The grammar of all texts that are JSON of this JSON Schema (JSON text), as llguidance reads it.
+
+    Raises UnsupportedSchemaError when the schema is no JSON object, or too long.
+    """
+    if len(schema) > MAX_SCHEMA_CHARACTERS:
+        raise UnsupportedSchemaError(
+            f"the schema has {len(schema)} characters; {MAX_SCHEMA_CHARACTERS} are allowed"
+        )
+    try:
+        return LLMatcher.grammar_from_json_schema(
+            schema,
+            overrides={  # all that a schema could choose for itself with `x-guidance`
+                "item_separator": ",",
+                "key_separator": ":",
+                "whitespace_flexible": True,
+                "whitespace_pattern": _WHITESPACE,
+                "coerce_one_of": False,
+                "lenient": False,
+            },
+        )
+    except (ValueError, UnicodeEncodeError) as error:
+        raise UnsupportedSchemaError(f"the schema is no JSON object: {error}") from error
+
+
+def check_schema(schema: str) -> None:
+    """Raises UnsupportedSchemaError, which says why, when no text can be held to this schema (JSON text).
+
+    Compiles it: up to half a second for the largest, without the interpreter lock; call it in a thread.
+    """
+    matcher = LLMatcher(_byte_tokenizer(), grammar_of(schema), log_level=0, limits=LIMITS)
+    matcher.compute_bitmask()  # finds out whether a text can begin at all
+    raise_error_of(matcher)
+
+
+def raise_error_of(matcher: LLMatcher) -> None:
+    """Raises UnsupportedSchemaError when the matcher has failed."""
+    if not matcher.is_error():
+        return
+    reason = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+    if reason.startswith("NoExtension"):
+        reason = "no text can go on from here (a schema that contains nothing but itself?)"
+    raise UnsupportedSchemaError(f"the schema cannot be used: {reason}")
+
+
+class _Bytes:
+    """A vocabulary of all bytes, as llguidance asks for one."""
+
+    bos_token_id = None
+    eos_token_id = _END_OF_TEXT
+    special_token_ids = (_END_OF_TEXT,)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+@cache
+def _byte_tokenizer() -> LLTokenizer:
+    """Enough to compile a grammar; made once."""
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
