@@ -1,21 +1,32 @@
-"""Conversations as text: the chat template of the model's own tokenizer, rendered in a sandbox."""
+"""Conversations as text: the chat template of the model's own tokenizer, rendered in a sandbox.
+
+Templates see what transformers' `apply_chat_template` shows them, so both give the same text.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, Self
+from datetime import datetime
+from typing import NoReturn
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shared.errors import ConfigurationError, InvalidBatchError
+from shared.clock import Clock
+from shared.errors import ChatTemplateError, ConfigurationError
 from shared.examples import ChatMessage
 
-_CONFIG = "tokenizer_config.json"
-_OWN_FILE = "chat_template.jinja"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+DEFAULT = "default"
+"""Name of the template of plain conversations."""
+TOOL_USE = "tool_use"
+"""Name of the template of conversations with tools; models without it use the default one."""
+
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which clients send the thoughts of an earlier answer; templates read one of the first two."""
+
+Json = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,72 +39,143 @@ class Segment:
 
 
 class ChatTemplate:
-    """Renders conversations. Raises ConfigurationError when the template itself is wrong."""
+    """Renders conversations for one model."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        self._template = _compile(source)
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], clock: Clock) -> None:
+        """`sources`: templates by name; DEFAULT must be there. `clock`: for templates that tell the date.
+
+        Raises ConfigurationError when a template is wrong.
+        """
+        self._sources = dict(sources)
+        self._templates = {name: _compile(source) for name, source in sources.items()}
         self._special_tokens = dict(special_tokens)
+        self._clock = clock
 
-    @classmethod
-    def load(cls, folder: Path) -> Self | None:
-        """The chat template of the model in `folder`, or None when it has none."""
-        config = _read_config(folder / _CONFIG)
-        own_file = folder / _OWN_FILE
-        source = (
-            own_file.read_text(encoding="utf-8")
-            if own_file.exists()
-            else _default(config.get("chat_template"))
-        )
-        if source is None:
-            return None
-        return cls(source, {name: _token_text(config[name]) for name in _SPECIAL_TOKENS if config.get(name)})
+    def source(self, *, with_tools: bool) -> str:
+        """The Jinja text that renders conversations with tools, or without."""
+        return self._sources[self._name(with_tools)]
+
+    def render(
+        self,
+        messages: Sequence[Json],
+        *,
+        tools: Sequence[Json] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The conversation as the model is to read it.
+
+        `messages` and `tools` are as in OpenAI's API. `add_generation_prompt` ends the text where the
+        assistant's answer begins. Raises ChatTemplateError when the template refuses the conversation.
+        """
+        return self._render(messages, tools, add_generation_prompt, self._now())
 
     def segments(self, messages: Sequence[ChatMessage]) -> list[Segment]:
         """Cut the rendered conversation where the assistant begins and ends.
 
-        Raises InvalidBatchError when the template refuses the conversation, or when a shorter
+        Raises ChatTemplateError when the template refuses the conversation, or when a shorter
         conversation is not rendered as the beginning of a longer one.
         """
+        turns = [message.model_dump() for message in messages]
+        now = self._now()  # one for all pieces: they are compared
         segments: list[Segment] = []
         text = ""
         for position, message in enumerate(messages):
             if message.role == "assistant":
-                for turns, learnt in ((messages[:position], False), (messages[: position + 1], True)):
-                    longer = self._render(turns, add_generation_prompt=not learnt)
+                for end, learnt in ((position, False), (position + 1, True)):
+                    longer = self._render(turns[:end], None, not learnt, now)
                     segments.append(Segment(_continuation(text, longer, position), learnt))
                     text = longer
-        rest = _continuation(text, self._render(messages, add_generation_prompt=False), len(messages))
+        rest = _continuation(text, self._render(turns, None, False, now), len(messages))
         return [*segments, Segment(rest, learnt=False)]
 
-    def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        turns = [message.model_dump() for message in messages]
+    def _render(
+        self,
+        messages: Sequence[Json],
+        tools: Sequence[Json] | None,
+        add_generation_prompt: bool,
+        now: datetime,
+    ) -> str:
         try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, **self._special_tokens
+            return self._templates[self._name(bool(tools))].render(
+                messages=[_as_templates_expect(message) for message in messages],
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=now.strftime,
+                **self._special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InvalidBatchError(f"the chat template refuses the messages: {error}") from error
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
+
+    def _name(self, with_tools: bool) -> str:
+        return TOOL_USE if with_tools and TOOL_USE in self._templates else DEFAULT
+
+    def _now(self) -> datetime:
+        """Local time, as in transformers."""
+        return datetime.fromtimestamp(self._clock.wall_s())
 
 
 def _continuation(text: str, longer: str, position: int) -> str:
     if not longer.startswith(text):
-        raise InvalidBatchError(
+        raise ChatTemplateError(
             f"messages.{position}: the chat template renders earlier messages differently once later ones "
             "follow, so what the assistant says cannot be told apart"
         )
     return longer[len(text) :]
 
 
+def _as_templates_expect(message: Json) -> dict[str, object]:
+    """A message without empty keys, with its thoughts under the usual keys and its calls decoded."""
+    present = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((present[key] for key in _REASONING_KEYS if key in present), None)
+    if reasoning is not None:
+        present = {"thinking": reasoning, **present, "reasoning_content": reasoning}
+    calls = present.get("tool_calls")
+    if isinstance(calls, Sequence):
+        present["tool_calls"] = [_decoded_call(call) for call in calls]
+    return present
+
+
+def _decoded_call(call: object) -> object:
+    """OpenAI's clients send a call's arguments as JSON in a string; templates expect them decoded."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": _decoded(function.get("arguments"))}}
+
+
+def _decoded(arguments: object) -> object:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        decoded = json.loads(arguments) if arguments else {}
+    except (ValueError, RecursionError):
+        return arguments
+    return decoded if isinstance(decoded, dict) else arguments
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`, which marks for trainers what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 def _compile(source: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.globals["raise_exception"] = _raise_exception
+    # Jinja's own filter escapes for HTML. This one takes the options of `json.dumps` that templates use.
     environment.filters["tojson"] = _to_json
     try:
         return environment.from_string(source)
     except TemplateError as error:
-        raise ConfigurationError(f"the model's chat template is wrong: {error}") from error
+        raise ConfigurationError(f"the chat template is wrong: {error}") from error
 
 
 def _raise_exception(reason: str) -> NoReturn:
@@ -101,25 +183,13 @@ def _raise_exception(reason: str) -> NoReturn:
     raise TemplateError(reason)
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    """As templates expect it: unlike jinja2's own filter, it escapes nothing for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"cannot read {path}: {error}") from error
-    return config if isinstance(config, dict) else {}
-
-
-def _default(template: object) -> str | None:
-    """The template of plain conversations: the only one, or the one named `default`."""
-    if isinstance(template, list):
-        return next((str(each["template"]) for each in template if each.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-def _token_text(token: object) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Self
 
 from shared.chat_template import ChatTemplate
-from shared.errors import InvalidBatchError
+from shared.chat_template_files import load_chat_template
+from shared.clock import Clock
+from shared.errors import ChatTemplateError, InvalidBatchError
 from shared.examples import Conversation, Example, PlainText, PromptCompletion, TokenIds
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
@@ -36,9 +38,18 @@ class ExampleEncoder:
     chat_template: ChatTemplate | None
 
     @classmethod
-    def load(cls, card: ModelCard, model_folder: Path, *, max_tokens: int) -> Self:
+    def load(
+        cls,
+        card: ModelCard,
+        model_folder: Path,
+        clock: Clock,
+        *,
+        max_tokens: int,
+        chat_template: Path | None = None,
+    ) -> Self:
         """For the model in `model_folder`; examples may have no more tokens than its context either.
 
+        `chat_template` is a file to use instead of the model's own template.
         Raises ConfigurationError when the model's files cannot be used.
         """
         has_tokenizer = (model_folder / "tokenizer.json").exists()
@@ -46,7 +57,7 @@ class ExampleEncoder:
             card=card,
             max_tokens=min(card.context_length, max_tokens),
             tokenizer=TextTokenizer.load(model_folder) if has_tokenizer else None,
-            chat_template=ChatTemplate.load(model_folder),
+            chat_template=load_chat_template(model_folder, clock, chosen=chat_template),
         )
 
     def encode(self, example: Example) -> LabelledTokens:
@@ -71,7 +82,10 @@ class ExampleEncoder:
     def _encode_conversation(self, conversation: Conversation) -> LabelledTokens:
         if self.chat_template is None:
             raise InvalidBatchError("messages cannot be used: the model has no chat template")
-        segments = self.chat_template.segments(conversation.messages)
+        try:
+            segments = self.chat_template.segments(conversation.messages)
+        except ChatTemplateError as error:
+            raise InvalidBatchError(str(error)) from error
         # The template writes the special tokens, so the tokenizer must not put its own around each piece.
         return _joined([(self._text_tokenizer.encode_part(part.text), part.learnt) for part in segments])
 

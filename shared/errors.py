@@ -13,6 +13,10 @@ class UnsupportedModelError(LemixError):
     """The model cannot be split into pipeline stages; the message says why."""
 
 
+class ChatTemplateError(LemixError):
+    """The model's chat template refuses a conversation; the message says why, for the person who sent it."""
+
+
 class InvalidBatchError(LemixError):
     """A training batch cannot be used; the message is the reason given to its publisher."""
 

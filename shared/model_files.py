@@ -10,7 +10,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from shared.errors import ConfigurationError, UnsupportedModelError
 
 CONFIG_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")

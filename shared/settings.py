@@ -27,6 +27,8 @@ class LemixSettings(BaseSettings):
     """Spans, checkpoints and logs of this run go under this folder."""
     model: str = EMBEDDED_MODEL
     """A folder in Hugging Face format, or a hub name."""
+    chat_template: Path | None = None
+    """A Jinja file to use instead of the model's own chat template."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
 
     @classmethod

@@ -9,24 +9,31 @@ from services.gateway.http.server import allow_many_connections, listen, serve, 
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
+from shared.clock import Clock
 from shared.encoding import ExampleEncoder
 from shared.lifecycle import World, load_settings, run_service
 from shared.model_files import CONFIG_FILES, TOKENIZER_FILES, name_of, read_card, resolve
 from shared.text import TextTokenizer
 
 
-def load_model(settings: GatewaySettings) -> tuple[TextTokenizer, ExampleEncoder]:
+def load_model(settings: GatewaySettings, clock: Clock) -> tuple[TextTokenizer, ExampleEncoder]:
     """What the gateway knows of the model. Raises ConfigurationError or UnsupportedModelError."""
     folder = resolve(settings.model, CONFIG_FILES + TOKENIZER_FILES)
     card = read_card(folder, name_of(settings.model))
-    encoder = ExampleEncoder.load(card, folder, max_tokens=settings.max_microbatch_tokens)
+    encoder = ExampleEncoder.load(
+        card,
+        folder,
+        clock,
+        max_tokens=settings.max_microbatch_tokens,
+        chat_template=settings.chat_template,
+    )
     # The trainer can do without a tokenizer; here the file must be there, and this says which.
     return encoder.tokenizer or TextTokenizer.load(folder), encoder
 
 
 async def run(world: World, settings: GatewaySettings) -> None:
     """Serve HTTP until cancelled."""
-    tokenizer, encoder = await asyncio.to_thread(load_model, settings)
+    tokenizer, encoder = await asyncio.to_thread(load_model, settings, world.clock)
     cluster = ClusterClient(
         bus=world.bus,
         clock=world.clock,

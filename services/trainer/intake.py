@@ -9,6 +9,7 @@ from services.trainer.data import MAX_ID_CHARACTERS, BatchBody, read_body
 from services.trainer.microbatches import TrainingBatch, join, split
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
+from shared.clock import Clock
 from shared.encoding import ExampleEncoder, LabelledTokens
 from shared.errors import InvalidBatchError
 from shared.messages.training import RejectedBatch
@@ -34,11 +35,17 @@ class Intake:
     max_microbatch_tokens: int
 
     @classmethod
-    def load(cls, settings: TrainerSettings, model_folder: Path) -> Self:
+    def load(cls, settings: TrainerSettings, model_folder: Path, clock: Clock) -> Self:
         """Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used."""
         card = read_card(model_folder, name_of(settings.model))
         return cls(
-            encoder=ExampleEncoder.load(card, model_folder, max_tokens=settings.max_microbatch_tokens),
+            encoder=ExampleEncoder.load(
+                card,
+                model_folder,
+                clock,
+                max_tokens=settings.max_microbatch_tokens,
+                chat_template=settings.chat_template,
+            ),
             microbatches=settings.microbatches,
             max_microbatch_tokens=settings.max_microbatch_tokens,
         )

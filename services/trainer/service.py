@@ -65,7 +65,7 @@ class Trainer:
         self._bus = bus
         self._clock = clock
         self._telemetry = telemetry
-        self._intake = intake or Intake.load(settings, model_folder)
+        self._intake = intake or Intake.load(settings, model_folder, clock)
         self._held_out = (
             read_held_out(Path(settings.held_out), self._intake.encoder) if settings.held_out else []
         )

@@ -180,7 +180,9 @@ async def gateway_world(
     with TemporaryDirectory() as folder:
         chosen = GatewaySettings.model_validate({"run_dir": run_dir or folder, **settings})
         ids = ids or IdSource(random.Random(0))
-        encoder = ExampleEncoder.load(CARD, Path(EMBEDDED_MODEL), max_tokens=CARD.context_length)
+        encoder = ExampleEncoder.load(
+            CARD, Path(EMBEDDED_MODEL), SystemClock(), max_tokens=CARD.context_length
+        )
         fine_tuning = FineTuning(chosen, bus=bus, clock=SystemClock(), ids=ids, encoder=encoder)
         fine_tuning.load()
         context = _context(bus, telemetry, chosen, ids, fine_tuning)

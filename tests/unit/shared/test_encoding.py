@@ -1,7 +1,5 @@
 """Examples as tokens: which of them count in the loss, and what cannot be learnt from."""
 
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -9,8 +7,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from shared.chat_template import ChatTemplate
+from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder
-from shared.errors import ConfigurationError, InvalidBatchError
+from shared.errors import InvalidBatchError
 from shared.examples import ChatMessage, Conversation, PlainText, PromptCompletion, TokenIds
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
@@ -37,12 +36,16 @@ def card(eos: tuple[int, ...] = (EOS,)) -> ModelCard:
     )
 
 
+def chat_template(source: str) -> ChatTemplate:
+    return ChatTemplate({"default": source}, {"bos_token": "BOS"}, SystemClock())
+
+
 def encoder(template: str | None = TURNS, eos: tuple[int, ...] = (EOS,)) -> ExampleEncoder:
     return ExampleEncoder(
         card=card(eos),
         max_tokens=8,
         tokenizer=tokenizer(),
-        chat_template=None if template is None else ChatTemplate(template, {"bos_token": "BOS"}),
+        chat_template=None if template is None else chat_template(template),
     )
 
 
@@ -130,31 +133,3 @@ def test_a_template_may_refuse_a_conversation_and_cannot_reach_the_machine() -> 
     for template in ("{{ raise_exception('roles must alternate') }}", "{{ messages.__class__.__mro__ }}"):
         with pytest.raises(InvalidBatchError, match="the chat template refuses the messages"):
             encoder(template).encode(chat(("assistant", "a")))
-
-
-def test_a_template_that_is_no_template_is_a_wrong_configuration() -> None:
-    with pytest.raises(ConfigurationError, match="chat template is wrong"):
-        ChatTemplate("{% for %}", {})
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"tokenizer_config.json": '{"chat_template": "x{{ bos_token }}", "bos_token": {"content": "BOS"}}'},
-        {"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "xBOS"}]}'},
-        {"chat_template.jinja": "xBOS"},
-    ],
-    ids=["one", "named", "own file"],
-)
-def test_the_template_is_found_where_tokenizers_keep_it(files: dict[str, str], tmp_path: Path) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-
-    template = ChatTemplate.load(tmp_path)
-
-    assert template is not None
-    assert [segment.text for segment in template.segments([ChatMessage(role="user", content="")])] == ["xBOS"]
-
-
-def test_a_model_may_have_no_template(tmp_path: Path) -> None:
-    assert ChatTemplate.load(tmp_path) is None

@@ -8,6 +8,7 @@ import pytest
 from services.trainer.intake import Intake
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
+from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder
 from shared.messages.training import RejectedBatch
 from shared.settings import EMBEDDED_MODEL
@@ -20,7 +21,7 @@ async def ack() -> None:
 
 
 def prepared(body: bytes, **headers: str) -> object:
-    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL))
+    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL), SystemClock())
     return intake.prepare(StreamMessage(7, body, headers, ack))
 
 

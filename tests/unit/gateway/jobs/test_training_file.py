@@ -14,6 +14,7 @@ from services.gateway.jobs.training_file import (
     read_training_file,
 )
 from services.trainer.data import read_body
+from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder
 from shared.examples import PlainText, TokenIds
 from shared.model_files import read_card
@@ -21,7 +22,7 @@ from shared.settings import EMBEDDED_MODEL
 from tests.unit.gateway.jobs.support import running_job
 
 FOLDER = Path(EMBEDDED_MODEL)
-ENCODER = ExampleEncoder.load(read_card(FOLDER, "m"), FOLDER, max_tokens=64)
+ENCODER = ExampleEncoder.load(read_card(FOLDER, "m"), FOLDER, SystemClock(), max_tokens=64)
 
 
 def read(content: bytes) -> TrainingFile:

@@ -1,0 +1,231 @@
+"""Chat templates give the text that transformers' `apply_chat_template` gives."""
+
+import json
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
+
+from shared.chat_template import ChatTemplate
+from shared.chat_template_files import load_chat_template
+from shared.clock import SystemClock
+from shared.errors import ChatTemplateError, ConfigurationError
+from shared.examples import ChatMessage
+from shared.settings import EMBEDDED_MODEL
+from tests.support.chat_templates import CHATML, GEMMA, LLAMA_3, MISTRAL, QWEN, WITH_GENERATION
+
+MOMENT = datetime(2026, 2, 3, 4, 5, 6)
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+QUESTION = {"role": "user", "content": " Wie ist das Wetter in Zürich? "}
+CHAT = [{"role": "system", "content": "Be brief."}, QUESTION]
+LONGER_CHAT = [
+    *CHAT,
+    {"role": "assistant", "content": "Sunny.", "reasoning_content": "\nIt is June.\n"},
+    {"role": "user", "content": "<b>And</b> 'tomorrow'? 🌦"},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Das Wetter in einer Stadt, in °C",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+
+
+def call(arguments: object) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+    }
+
+
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": '{"celsius": 21}'}
+TOOL_CHAT = [QUESTION, call({"city": "Zürich"}), RESULT]
+
+
+class FixedClock(SystemClock):
+    """It is always MOMENT."""
+
+    def wall_s(self) -> float:
+        return MOMENT.timestamp()
+
+
+@pytest.fixture(autouse=True)
+def _transformers_at_that_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return MOMENT
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Then)
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate({"default": source}, TOKENS, FixedClock())
+
+
+def model(folder: Path, **files: str) -> Path:
+    """A model's folder with the embedded model's tokenizer and these further files."""
+    shutil.copy(Path(EMBEDDED_MODEL) / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENS))
+    for name, content in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return folder
+
+
+def by_transformers(folder: Path, messages: list[Any], tools: Any = None, prompt: bool = True) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+    return str(text)
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize(
+    "chat", [[QUESTION], CHAT, LONGER_CHAT, LONGER_CHAT[:-1]], ids=["one", "two", "longer", "answered"]
+)
+@pytest.mark.parametrize(
+    "source",
+    [CHATML, LLAMA_3, MISTRAL, QWEN, GEMMA, WITH_GENERATION],
+    ids=["chatml", "llama3", "mistral", "qwen", "gemma", "generation"],
+)
+def test_conversations_are_rendered_as_transformers_does(source, chat, prompt, tmp_path: Path) -> None:
+    folder = model(tmp_path, **{"chat_template.jinja": source})
+
+    assert template(source).render(chat, add_generation_prompt=prompt) == by_transformers(
+        folder, chat, prompt=prompt
+    )
+
+
+@pytest.mark.parametrize("chat", [[QUESTION], CHAT, TOOL_CHAT], ids=["one", "two", "called"])
+@pytest.mark.parametrize("source", [LLAMA_3, MISTRAL, QWEN], ids=["llama3", "mistral", "qwen"])
+def test_tools_are_rendered_as_transformers_does(source, chat, tmp_path: Path) -> None:
+    folder = model(tmp_path, **{"chat_template.jinja": source})
+
+    assert template(source).render(chat, tools=TOOLS) == by_transformers(folder, chat, TOOLS)
+
+
+@pytest.mark.parametrize("source", [LLAMA_3, MISTRAL, QWEN], ids=["llama3", "mistral", "qwen"])
+def test_arguments_in_a_string_are_decoded(source: str) -> None:
+    as_string = [QUESTION, call('{"city": "Zürich"}'), RESULT]
+    as_object = [QUESTION, call({"city": "Zürich"}), RESULT]
+
+    assert template(source).render(as_string, tools=TOOLS) == template(source).render(as_object, tools=TOOLS)
+
+
+@pytest.mark.parametrize(("given", "seen"), [("", "{}"), ("[1]", '"[1]"'), ("{not", '"{not"')])
+def test_arguments_that_are_no_object_stay_as_they_are(given: str, seen: str) -> None:
+    source = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+
+    assert template(source).render([call(given)]) == seen
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ("", '{"b": "ü<", "a": 1}'),
+        ("ensure_ascii=False", '{"b": "ü<", "a": 1}'),
+        ("ensure_ascii=True", '{"b": "\\u00fc<", "a": 1}'),
+        ("indent=1", '{\n "b": "ü<",\n "a": 1\n}'),
+        ("separators=(',', ':'), sort_keys=True", '{"a":1,"b":"ü<"}'),
+    ],
+)
+def test_to_json_takes_the_options_that_templates_use(options: str, seen: str) -> None:
+    source = f"{{{{ messages[0].content | tojson({options}) }}}}"
+
+    assert template(source).render([{"content": {"b": "ü<", "a": 1}}]) == seen
+
+
+def test_the_clock_that_is_handed_in_tells_the_date() -> None:
+    assert template("{{ strftime_now('%d %b %Y %H:%M:%S') }}").render([]) == "03 Feb 2026 04:05:06"
+
+
+def test_a_refused_conversation_says_why() -> None:
+    with pytest.raises(ChatTemplateError, match=r"refuses the messages: .*roles must alternate"):
+        template(MISTRAL).render([QUESTION, QUESTION])
+
+
+def test_generation_blocks_do_not_stop_training() -> None:
+    chat = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
+
+    learnt = [segment.text for segment in template(WITH_GENERATION).segments(chat) if segment.learnt]
+
+    assert learnt == ["b<|im_end|>\n"]
+
+
+NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": json.dumps(TOKENS | {"chat_template": NAMED})},
+        {"chat_template.jinja": "plain", "additional_chat_templates__tool_use.jinja": "tools"},
+        {
+            "tokenizer_config.json": json.dumps(TOKENS | {"chat_template": "not this"}),
+            "chat_template.jinja": "plain",
+            "additional_chat_templates__tool_use.jinja": "tools",
+        },
+        {"chat_template.jinja": "{{ 'tools' if tools else 'plain' }}"},
+    ],
+    ids=["named", "files", "files first", "one for both"],
+)
+def test_tools_choose_the_template_that_transformers_chooses(files, tmp_path: Path) -> None:
+    folder = model(tmp_path, **files)
+    found = load_chat_template(folder, FixedClock())
+
+    assert found is not None
+    for tools, text in ((None, "plain"), (TOOLS, "tools")):
+        assert found.render([QUESTION], tools=tools) == by_transformers(folder, [QUESTION], tools) == text
+
+
+def test_special_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    source = "{{ bos_token }}{{ eos_token }}{{ unk_token is defined }}{{ sep_token }}"
+    as_object = {
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
+        "eos_token": "</s>",
+        "unk_token": None,
+    }
+    files = {
+        "tokenizer_config.json": json.dumps(as_object),
+        "special_tokens_map.json": json.dumps({"sep_token": "|"}),
+        "chat_template.jinja": source,
+    }
+    folder = model(tmp_path, **files)
+    found = load_chat_template(folder, FixedClock())
+
+    assert found is not None
+    assert found.render([QUESTION]) == by_transformers(folder, [QUESTION]) == "<s></s>False|"
+
+
+def test_a_chosen_file_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
+    folder = model(tmp_path, **{"chat_template.jinja": "own", "chosen.jinja": "chosen {{ bos_token }}"})
+    found = load_chat_template(folder, FixedClock(), chosen=folder / "chosen.jinja")
+
+    assert found is not None
+    assert found.render([QUESTION], tools=TOOLS) == "chosen <s>"
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "cannot read"), ("{% for %}", "template is wrong")])
+def test_a_chosen_file_that_cannot_be_used_is_named(content, reason: str, tmp_path: Path) -> None:
+    chosen = tmp_path / "mine.jinja"
+    if content is not None:
+        chosen.write_text(content)
+
+    with pytest.raises(ConfigurationError, match=f"^LEMIX_CHAT_TEMPLATE: .*{reason}") as raised:
+        load_chat_template(Path(EMBEDDED_MODEL), FixedClock(), chosen=chosen)
+    assert "mine.jinja" in str(raised.value)
+
+
+def test_a_model_may_have_no_template(tmp_path: Path) -> None:
+    assert load_chat_template(model(tmp_path), FixedClock()) is None
