@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from lemix.simulation.loop import run_virtual
-from services.gateway.openai.completions import REFUSALS_WITHIN_S
+from services.gateway.generation import REFUSALS_WITHIN_S
 from shared.messages.inference import SequenceResult, TokenLogprob
 from tests.support.gateway import (
     CARD,

@@ -1,17 +1,22 @@
-"""A completion as server-sent events, and the watch for a client that goes away."""
+"""A generation as an HTTP response, whole or as server-sent events, watched for a client that goes away."""
 
 import asyncio
+from typing import Protocol
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.context import GatewayContext
+from services.gateway.generation import Generation, Usage, Versions
 from services.gateway.http.errors import ApiError, ClientGoneError
-from services.gateway.openai.answers import VERSION_HEADER, EventEncoder, error_event
-from services.gateway.openai.completions import Completion
 from services.gateway.settings import GatewaySettings
 from services.gateway.text.detokenise import Piece
 
 Pieces = list[tuple[int, Piece]]
+
+VERSION_HEADER = "lemix-weights-version"
+"""Of the first and the last token, as `3-5`; of a stream, which cannot know its end, of the first."""
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -22,20 +27,75 @@ _PING = b": ping\n\n"
 """A comment, which clients skip: it tells proxies and clients that the stream is alive."""
 
 
-async def watch(receive: Receive, completion: Completion) -> None:
-    """Fail the completion when its client goes away."""
+class EventEncoder(Protocol):
+    """Writes the events of one route's streams; where there is nothing to tell, no bytes."""
+
+    def opening(self) -> bytes:
+        """Before the first piece."""
+        ...
+
+    def piece(self, index: int, piece: Piece, versions: Versions | None) -> bytes:
+        """What one sequence adds."""
+        ...
+
+    def ending(self, versions: Versions | None, usage: Usage) -> bytes:
+        """After the last piece of a complete answer."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """Instead of the rest of the answer."""
+        ...
+
+
+async def whole(request: Request, context: GatewayContext, generation: Generation) -> list[list[Piece]]:
+    """All pieces, sequence by sequence. Raises what `Generation.next` raises."""
+    watcher = context.cluster.spawn(_watch(request.receive, generation))
+    try:
+        return await generation.rest()
+    finally:
+        generation.close()
+        watcher.cancel()
+
+
+async def stream(
+    request: Request, context: GatewayContext, generation: Generation, events: EventEncoder
+) -> Response:
+    """A stream once the nodes have taken the generation: until then errors have a status.
+
+    Raises what `Generation.next` raises.
+    """
+    watcher = context.cluster.spawn(_watch(request.receive, generation))
+    try:
+        first = await generation.first()
+    except BaseException:
+        generation.close()
+        watcher.cancel()
+        raise
+    return _EventStream(generation, first, events, watcher=watcher, settings=context.settings)
+
+
+def version_header(generation: Generation) -> dict[str, str]:
+    """The header of a whole answer."""
+    assert generation.versions is not None, "a whole answer has been computed"
+    first, last = generation.versions
+    return {VERSION_HEADER: f"{first}-{last}"}
+
+
+async def _watch(receive: Receive, generation: Generation) -> None:
+    """Fail the generation when its client goes away."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    completion.fail(ClientGoneError("the client closed its connection"))
+    generation.fail(ClientGoneError("the client closed its connection"))
 
 
-class EventStream(Response):
-    """Sends the pieces of a completion as they come, and closes it."""
+class _EventStream(Response):
+    """Sends the pieces of a generation as they come, and closes it."""
 
     def __init__(
         self,
-        completion: Completion,
+        generation: Generation,
         first: Pieces,
+        events: EventEncoder,
         *,
         watcher: asyncio.Task[None],
         settings: GatewaySettings,
@@ -45,16 +105,12 @@ class EventStream(Response):
         A client that does not read is given up after `settings.request_timeout_s`.
         """
         super().__init__()
-        self._completion = completion
+        self._generation = generation
         self._first = first
+        self._events = events
         self._watcher = watcher
         self._timeout_s = settings.request_timeout_s
         self._ping_every_s = settings.ping_every_s
-        self._encoder = EventEncoder(
-            completion.heading,
-            include_usage=completion.request.include_usage,
-            with_logprobs=completion.request.logprobs is not None,
-        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -66,37 +122,37 @@ class EventStream(Response):
         except (TimeoutError, ClientGoneError):
             return  # nobody reads: the response stays without its end
         finally:
-            self._completion.close()
+            self._generation.close()
             self._watcher.cancel()
 
     def _response_headers(self) -> list[tuple[bytes, bytes]]:
-        versions = self._completion.versions
+        versions = self._generation.versions
         if versions is None:
             return _HEADERS
-        return [*_HEADERS, (VERSION_HEADER.encode(), str(versions[0]).encode())]
+        return [*_HEADERS, (VERSION_HEADER.encode(), str(versions.first).encode())]
 
     async def _send_events(self, send: Send) -> bytes:
         """Send all but the last event, which is returned."""
-        completion, pieces = self._completion, self._first
+        generation, body = self._generation, self._events.opening() + self._encode(self._first)
         try:
             while True:
-                if body := self._encode(pieces):
+                if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                if completion.finished:
-                    return self._encoder.ending(completion.versions, completion.usage)
-                pieces = await self._next(send)
+                if generation.finished:
+                    return self._events.ending(generation.versions, generation.usage)
+                body = self._encode(await self._next(send))
         except ApiError as error:
-            return error_event(error)
+            return self._events.failure(error)
 
     async def _next(self, send: Send) -> Pieces:
         """The next pieces; sends a comment whenever they let the client wait for long."""
         while True:
             try:
                 async with asyncio.timeout(self._ping_every_s):
-                    return await self._completion.next()
+                    return await self._generation.next()
             except TimeoutError:
                 await send({"type": "http.response.body", "body": _PING, "more_body": True})
 
     def _encode(self, pieces: Pieces) -> bytes:
-        versions = self._completion.versions
-        return b"".join(self._encoder.chunk(index, piece, versions) for index, piece in pieces)
+        versions = self._generation.versions
+        return b"".join(self._events.piece(index, piece, versions) for index, piece in pieces)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from services.gateway.http.errors import ApiError
 from services.gateway.openai.answers import Json
-from services.gateway.openai.requests import unsupported
+from services.gateway.openai.schema import unsupported
 
 
 @dataclass(frozen=True, slots=True)

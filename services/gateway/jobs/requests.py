@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
 
 from services.gateway.http.errors import ApiError
 from services.gateway.jobs.job import Hyperparameters
-from services.gateway.openai.requests import Strict, read_object, refusal, without_neutral
+from services.gateway.openai.schema import Strict, read_object, refusal, without_neutral
 from shared.examples import MAX_EXAMPLES, MAX_LEARNING_RATE_MULTIPLIER
 
 MAX_EPOCHS = 50

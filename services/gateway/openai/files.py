@@ -12,7 +12,7 @@ from services.gateway.http.errors import ApiError
 from services.gateway.jobs.files import PURPOSE
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.jobs.paging import check_query, cut, list_object, read_page
-from services.gateway.openai.requests import unsupported
+from services.gateway.openai.schema import unsupported
 from services.gateway.settings import GatewaySettings
 
 FORM_BYTES = 1 << 16

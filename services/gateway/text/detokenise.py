@@ -1,8 +1,9 @@
 """The book-keeping of one sequence: tokens in, text out, stop strings, log-probabilities."""
 
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.gateway.text.stops import split_at_stop
 from shared.errors import RefusedError
 from shared.messages.inference import FinishReason, SequenceResult, TokenLogprob
 from shared.text import TextTokenizer
@@ -29,36 +30,16 @@ class Piece:
     finish: FinishReason | None
 
 
-def split_at_stop(text: str, stops: Ids[str]) -> tuple[str, str, bool]:
-    """Divide text into what may be shown and what must be held, and say whether it is stopped.
-
-    Stopped: the shown part ends before the earliest stop string. Otherwise the held part is the
-    longest end of `text` that may be the beginning of a stop string.
-    """
-    found = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-    if found:
-        return text[: min(found)], "", True
-    num_held = max((_overlap(text, stop) for stop in stops), default=0)
-    cut = len(text) - num_held
-    return text[:cut], text[cut:], False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
-
-
-class Sequence:
-    """One choice of an answer, from its first token to its last."""
+class Detokeniser:
+    """Turns the tokens of one sequence into what may be shown, from the first token to the last."""
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        prompt: Ids[int],
+        prompt: Sequence[int],
         *,
         max_tokens: int,
-        stops: Ids[str] = (),
+        stops: Sequence[str] = (),
         with_logprobs: bool = False,
         echo: str | None = None,
     ) -> None:
@@ -133,7 +114,7 @@ class Sequence:
 class _PromptScores:
     """The entries of a prompt's tokens, in order, as the chunks of the prompt are run."""
 
-    def __init__(self, tokenizer: TextTokenizer, prompt: Ids[int]) -> None:
+    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._stream = tokenizer.stream()
         self._offset = 0

@@ -1,13 +1,14 @@
-"""Checks a request against the served model, and turns its prompts into tokens."""
+"""Turns prompts into tokens, and checks them against the served model."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.gateway.http.errors import ApiError
-from services.gateway.openai.requests import CompletionRequest, Prompt
-from services.gateway.settings import GatewaySettings
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
+
+Prompt = str | list[int]
 
 _LONG_TEXT = 20_000
 """Characters from which tokenising goes to a thread: the event loop has tokens to stream."""
@@ -21,33 +22,21 @@ class TokenisedPrompt:
     text: str
 
 
-def check_limits(request: CompletionRequest, card: ModelCard, settings: GatewaySettings) -> None:
-    """Raises ApiError when the request asks for another model, or for more than is allowed."""
-    if request.model != card.name:
-        raise ApiError(
-            404, f"the model {request.model!r} does not exist", param="model", code="model_not_found"
-        )
-    num_choices = len(request.prompt) * request.n
-    if num_choices > settings.max_choices:
-        message = f"{num_choices} choices (prompts times n), at most {settings.max_choices} are allowed"
-        raise ApiError(400, message, param="n" if request.n > 1 else "prompt", code="invalid_value")
-    if any(len(stop) > settings.max_stop_length for stop in request.stop):
-        message = f"parameter 'stop': at most {settings.max_stop_length} characters are allowed"
-        raise ApiError(400, message, param="stop", code="invalid_value")
-
-
 async def tokenise(
-    request: CompletionRequest, tokenizer: TextTokenizer, card: ModelCard
-) -> list[TokenisedPrompt]:
-    """The request's prompts as tokens. Raises ApiError when one cannot be completed by this model."""
-    prompts = []
-    for prompt in request.prompt:
+    prompts: Sequence[Prompt], max_tokens: int, tokenizer: TextTokenizer, card: ModelCard
+) -> tuple[TokenisedPrompt, ...]:
+    """The prompts as tokens, each with room for `max_tokens` more.
+
+    Raises ApiError when one cannot be completed by this model.
+    """
+    tokenised = []
+    for prompt in prompts:
         ids = await _encode(prompt, tokenizer) or _empty_prompt(card)
         _check_ids(ids, card)
-        _check_length(len(ids), request.max_tokens, card)
+        _check_length(len(ids), max_tokens, card)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        prompts.append(TokenisedPrompt(tuple(ids), text))
-    return prompts
+        tokenised.append(TokenisedPrompt(tuple(ids), text))
+    return tuple(tokenised)
 
 
 async def _encode(prompt: Prompt, tokenizer: TextTokenizer) -> list[int]:

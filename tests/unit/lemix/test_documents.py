@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.gateway.jobs.requests import HyperparametersAsked, JobRequest
-from services.gateway.openai.requests import CompletionRequest
+from services.gateway.openai.completions.request import CompletionRequest
 from services.gateway.settings import GatewaySettings
 from services.scheduler.settings import SchedulerSettings
 from services.stage_worker.settings import StageWorkerSettings

@@ -1,10 +1,8 @@
-"""Stop strings, held-back text, echo and log-probabilities of one sequence."""
-
-import random
+"""Held-back text, echo and log-probabilities of one sequence."""
 
 import pytest
 
-from services.gateway.text.detokenise import Piece, Sequence, TokenEntry, split_at_stop
+from services.gateway.text.detokenise import Detokeniser, Piece, TokenEntry
 from shared.errors import RefusedError
 from shared.messages.inference import FinishReason, SequenceResult, TokenLogprob
 from tests.support.gateway import CARD, TOKENIZER
@@ -19,7 +17,7 @@ def results(tokens: list[int], last: FinishReason) -> list[SequenceResult]:
     return [*told[:-1], told[-1].model_copy(update={"finish": last})]
 
 
-def feed(sequence: Sequence, told: list[SequenceResult]) -> list[Piece]:
+def feed(sequence: Detokeniser, told: list[SequenceResult]) -> list[Piece]:
     """Apply results until the sequence ends."""
     pieces = []
     for result in told:
@@ -29,7 +27,7 @@ def feed(sequence: Sequence, told: list[SequenceResult]) -> list[Piece]:
     return pieces
 
 
-def play(sequence: Sequence, tokens: list[int], last: FinishReason) -> list[Piece]:
+def play(sequence: Detokeniser, tokens: list[int], last: FinishReason) -> list[Piece]:
     """Feed tokens until the sequence ends."""
     return feed(sequence, results(tokens, last))
 
@@ -38,44 +36,9 @@ def text_of(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-@pytest.mark.parametrize(
-    ("text", "stops", "expected"),
-    [
-        ("abc", [], ("abc", "", False)),
-        ("abc", ["x"], ("abc", "", False)),
-        ("abcSTO", ["STOP"], ("abc", "STO", False)),
-        ("abcSTOP and more", ["STOP"], ("abc", "", True)),
-        ("STOP", ["STOP"], ("", "", True)),
-        ("aab", ["aabaa"], ("", "aab", False)),
-        ("aabaab", ["aabaaa"], ("aab", "aab", False)),
-        ("one two", ["two", "one"], ("", "", True)),
-        ("x\n", ["\n\n"], ("x", "\n", False)),
-        ("ab", ["b", "abc"], ("a", "", True)),
-        ("é€", ["€uro"], ("é", "€", False)),
-    ],
-)
-def test_split_at_stop(text: str, stops: list[str], expected: tuple[str, str, bool]) -> None:
-    assert split_at_stop(text, stops) == expected
-
-
-def test_text_given_in_any_division_stops_at_the_same_place() -> None:
-    rng = random.Random(1)
-    for _ in range(500):
-        text = "".join(rng.choices("ab", k=12))
-        stop = "".join(rng.choices("ab", k=rng.randint(1, 4)))
-        shown, held, stopped = "", "", False
-        for letter in text:
-            new, held, stopped = split_at_stop(held + letter, [stop])
-            shown += new
-            if stopped:
-                break
-        assert shown + held == (text[: text.index(stop)] if stop in text else text)
-        assert stopped == (stop in text)
-
-
 def test_answer_is_cut_exactly_before_a_stop_string_that_spans_tokens() -> None:
     tokens = TOKENIZER.encode("The end is near; or is it not?")
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=len(tokens), stops=["near; o"])
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=len(tokens), stops=["near; o"])
     pieces = play(sequence, tokens, "length")
     assert text_of(pieces) == "The end is "
     assert pieces[-1].finish == "stop"
@@ -83,14 +46,14 @@ def test_answer_is_cut_exactly_before_a_stop_string_that_spans_tokens() -> None:
 
 def test_a_beginning_of_a_stop_string_is_shown_when_the_answer_ends() -> None:
     tokens = TOKENIZER.encode("wait for it")
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=len(tokens), stops=["it now"])
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=len(tokens), stops=["it now"])
     pieces = play(sequence, tokens, "length")
     assert (text_of(pieces), pieces[-1].finish) == ("wait for it", "length")
 
 
 def test_end_token_has_no_text() -> None:
     tokens = [*TOKENIZER.encode("so be it"), EOS]
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=50)
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=50)
     pieces = play(sequence, tokens, "stop")
     assert (text_of(pieces), pieces[-1].finish) == ("so be it", "stop")
     assert sequence.num_tokens == len(tokens)
@@ -98,7 +61,7 @@ def test_end_token_has_no_text() -> None:
 
 def test_unfinished_character_is_shown_at_the_end_only() -> None:
     tokens = TOKENIZER.encode("a😀")[:-1]
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=len(tokens))
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=len(tokens))
     pieces = play(sequence, tokens, "length")
     assert text_of(pieces[:-1]).strip("a") == ""
     assert text_of(pieces).rstrip("\ufffd") == "a"
@@ -106,7 +69,7 @@ def test_unfinished_character_is_shown_at_the_end_only() -> None:
 
 def test_entries_follow_the_text_and_end_with_it() -> None:
     tokens = TOKENIZER.encode("The end is near; or is it not?")
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=len(tokens), stops=[" near"], with_logprobs=True)
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=len(tokens), stops=[" near"], with_logprobs=True)
     shown = ""
     entries: list[TokenEntry] = []
     for piece in play(sequence, tokens, "length"):
@@ -119,7 +82,7 @@ def test_entries_follow_the_text_and_end_with_it() -> None:
 
 def test_echo_with_scores_begins_with_an_unscored_token() -> None:
     prompt = TOKENIZER.encode("Once upon a time")
-    sequence = Sequence(TOKENIZER, prompt, max_tokens=0, with_logprobs=True, echo="Once upon a time")
+    sequence = Detokeniser(TOKENIZER, prompt, max_tokens=0, with_logprobs=True, echo="Once upon a time")
     scores = tuple(TokenLogprob(token=token, logprob=-2.0) for token in prompt[1:])
     first = sequence.apply(SequenceResult(task_id="t", prompt=scores[:1]))
     last = sequence.apply(SequenceResult(task_id="t", prompt=scores[1:], finish="length"))
@@ -131,7 +94,7 @@ def test_echo_with_scores_begins_with_an_unscored_token() -> None:
 
 
 def test_chosen_token_is_always_among_the_top() -> None:
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=1, with_logprobs=True)
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=1, with_logprobs=True)
     token = TOKENIZER.encode("x")[0]
     produced = TokenLogprob(token=token, logprob=float("-inf"))
     piece = sequence.apply(SequenceResult(task_id="t", token=produced, finish="length"))
@@ -142,14 +105,14 @@ def test_chosen_token_is_always_among_the_top() -> None:
 @pytest.mark.parametrize("last", ["length", "stop"])
 def test_lost_tokens_are_an_error_and_not_a_shorter_answer(last: FinishReason, lost: int) -> None:
     told = results([*TOKENIZER.encode("one two three four"), EOS], last)
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=len(told))
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=len(told))
     with pytest.raises(RefusedError, match="lost"):
         feed(sequence, told[:lost] + told[lost + 1 :])
 
 
 def test_only_the_newest_token_is_known_as_a_repetition() -> None:
     first, second, *_ = results(TOKENIZER.encode("one two three"), "length")
-    sequence = Sequence(TOKENIZER, [EOS], max_tokens=9)
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=9)
     assert not sequence.repeats(first)
     sequence.apply(first)
     assert sequence.repeats(first)
@@ -161,7 +124,7 @@ def test_only_the_newest_token_is_known_as_a_repetition() -> None:
 
 
 def test_scores_that_come_twice_are_an_error() -> None:
-    sequence = Sequence(TOKENIZER, [1, 2], max_tokens=0, with_logprobs=True, echo="")
+    sequence = Detokeniser(TOKENIZER, [1, 2], max_tokens=0, with_logprobs=True, echo="")
     scored = SequenceResult(task_id="t", prompt=(TokenLogprob(token=2),))
     sequence.apply(scored)
     with pytest.raises(RefusedError, match="lost"):
@@ -169,6 +132,6 @@ def test_scores_that_come_twice_are_an_error() -> None:
 
 
 def test_lost_scores_are_an_error() -> None:
-    sequence = Sequence(TOKENIZER, [1, 2, 3], max_tokens=0, with_logprobs=True, echo="")
+    sequence = Detokeniser(TOKENIZER, [1, 2, 3], max_tokens=0, with_logprobs=True, echo="")
     with pytest.raises(RefusedError, match="lost"):
         sequence.apply(SequenceResult(task_id="t", prompt=(TokenLogprob(token=3),), finish="length"))

@@ -1,17 +1,20 @@
-"""What a request may say, and how each mistake in it is named."""
+"""What a completion request may say, and how each mistake in it is named."""
 
 import asyncio
 import json
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from services.gateway.http.errors import ApiError, as_api_error
-from services.gateway.openai.choices import sequences_of, specs_of
-from services.gateway.openai.requests import CompletionRequest, parse_request
+from services.gateway.generation import GenerationRequest
+from services.gateway.http.errors import ApiError
+from services.gateway.openai.completions.request import CompletionRequest, parse_request
+from services.gateway.openai.completions.route import generation_request
 from services.gateway.settings import GatewaySettings
-from services.gateway.text.tokenise import TokenisedPrompt, check_limits, tokenise
-from shared.errors import BusTimeoutError, MessageTooLargeError, NoResponderError, RefusedError
+from services.gateway.text.tokenise import TokenisedPrompt
+from shared.clock import IdSource
 from shared.model_files import ModelCard
 from tests.support.gateway import CARD, MODEL, TOKENIZER
 
@@ -22,9 +25,14 @@ def read(**fields: Any) -> CompletionRequest:
     return parse_request(json.dumps({"model": MODEL, "prompt": "hello"} | fields).encode())
 
 
-def prepare(request: CompletionRequest, card: ModelCard = CARD) -> list[TokenisedPrompt]:
-    check_limits(request, card, SETTINGS)
-    return asyncio.run(tokenise(request, TOKENIZER, card))
+def generation(request: CompletionRequest, card: ModelCard = CARD) -> GenerationRequest:
+    ids = IdSource(random.Random(0))
+    context = SimpleNamespace(card=card, tokenizer=TOKENIZER, settings=SETTINGS, ids=ids)
+    return asyncio.run(generation_request(request, "cmpl-1", context))
+
+
+def prepare(request: CompletionRequest, card: ModelCard = CARD) -> tuple[TokenisedPrompt, ...]:
+    return generation(request, card).prompts
 
 
 @pytest.mark.parametrize(
@@ -185,44 +193,10 @@ def test_empty_prompt_needs_such_a_token() -> None:
         prepare(read(prompt=""), without)
 
 
-def test_choices_of_a_prompt_differ_in_their_seed_only() -> None:
-    request = read(prompt=["a", "b"], n=2, seed=5, logprobs=3, echo=True, temperature=0.5, top_p=0.9)
-    prompts = prepare(request)
-    specs = specs_of(request, prompts, CARD, seed=5)
-    assert [(spec.prompt, spec.sampling.seed) for spec in specs] == [
-        (prompt.ids, seed) for prompt in prompts for seed in (5, 6)
-    ]
-    sampling = specs[0].sampling
+def test_the_parameters_reach_the_generation() -> None:
+    fields = {"n": 2, "seed": 5, "logprobs": 3, "echo": True, "temperature": 0.5, "top_p": 0.9, "stop": "x"}
+    asked = generation(read(prompt=["a", "b"], **fields))
+    sampling = asked.sampling
+    assert (asked.num_choices, asked.echo, asked.stops, sampling.seed) == (2, True, ("x",), 5)
     assert (sampling.temperature, sampling.top_p, sampling.num_logprobs) == (0.5, 0.9, 3)
     assert (sampling.max_tokens, sampling.stop_token_ids) == (16, CARD.eos_token_ids)
-    assert all(spec.prompt_logprobs for spec in specs)
-    assert len(sequences_of(request, prompts, TOKENIZER)) == 4
-
-
-@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
-def test_seeds_stay_within_63_bits(seed: int) -> None:
-    request = read(n=2, seed=seed)
-    for spec in specs_of(request, prepare(request), CARD, seed):
-        assert 0 <= spec.sampling.seed < 2**63
-
-
-def test_prompt_is_scored_only_when_its_scores_are_shown() -> None:
-    for fields in ({"echo": True}, {"logprobs": 1}):
-        request = read(**fields)
-        assert not specs_of(request, prepare(request), CARD, 0)[0].prompt_logprobs
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (RefusedError("full", code=429), 429),
-        (NoResponderError("x"), 503),
-        (BusTimeoutError("x"), 503),
-        (MessageTooLargeError("x"), 413),
-        (ApiError(418, "x"), 418),
-    ],
-)
-def test_errors_of_the_cluster_have_a_status(error: Any, status: int) -> None:
-    told = as_api_error(error)
-    assert told.status == status
-    assert ("retry-after" in told.headers) == (status in (429, 503))

@@ -1,14 +1,15 @@
-"""The shapes of OpenAI's completions API: what a request may say, and how it is refused."""
+"""What a request to POST /v1/completions may say."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError, from_json
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from services.gateway.http.errors import ApiError
+from services.gateway.openai.schema import Strict, read_object, refusal, without_neutral
+from services.gateway.text.tokenise import Prompt
 
-Prompt = str | list[int]
 MAX_STOPS = 4
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -41,19 +42,13 @@ def _prompts(value: object) -> object:
 
 
 def _stops(value: object) -> object:
-    """One stop string or several, as a list; none of them empty."""
+    """One stop string or several, none of them empty."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise PydanticCustomError("stop", "expected a non-empty string or a list of non-empty strings")
     if len(stops) > MAX_STOPS:
         raise PydanticCustomError("stop", f"expected at most {MAX_STOPS} strings, got {len(stops)}")
-    return stops
-
-
-class Strict(BaseModel):
-    """No coercion and no unknown parameters."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    return tuple(stops)
 
 
 class StreamOptions(Strict):
@@ -71,7 +66,7 @@ class CompletionRequest(Strict):
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: int = Field(default=1, ge=1)
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool = False
@@ -95,39 +90,6 @@ def parse_request(body: bytes) -> CompletionRequest:
     return _validated(without_neutral(content, CompletionRequest.model_fields, neutral))
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """A request's body as it stands. Raises ApiError (400) when it is no JSON object."""
-    try:
-        content = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    return content
-
-
-def without_neutral(
-    content: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, tuple[object, ...]]
-) -> dict[str, Any]:
-    """Drop what changes nothing: nulls of known parameters, and those of `neutral` at rest.
-
-    Raises ApiError (400) naming one of `neutral` that is not at rest.
-    """
-    kept = {}
-    for name, value in content.items():
-        if name in neutral:
-            if isinstance(value, bool) or value not in neutral[name]:
-                raise unsupported(name)
-        elif value is not None or name not in known:
-            kept[name] = value
-    return kept
-
-
-def unsupported(name: str) -> ApiError:
-    """What to raise for a parameter that is not supported."""
-    return ApiError(400, f"parameter {name!r} is not supported", param=name, code="unsupported_parameter")
-
-
 def _validated(content: dict[str, Any]) -> CompletionRequest:
     try:
         request = CompletionRequest.model_validate(content)
@@ -136,16 +98,3 @@ def _validated(content: dict[str, Any]) -> CompletionRequest:
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "'stream_options' is only allowed with 'stream'", param="stream_options")
     return request
-
-
-def refusal(error: ValidationError) -> ApiError:
-    """What to raise for a body that breaks its model: the first fault, and the parameter's name."""
-    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return unsupported(param)
-    if fault["type"] == "missing":
-        return ApiError(
-            400, f"parameter {param!r} is required", param=param, code="missing_required_parameter"
-        )
-    return ApiError(400, f"parameter {param!r}: {fault['msg']}", param=param, code="invalid_value")

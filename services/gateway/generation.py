@@ -1,0 +1,240 @@
+"""Generation: from the prompts of one request to the text of its sequences. Knows no route.
+
+A route turns its request into a `GenerationRequest`, and what `Generation.next` gives into its answer.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from opentelemetry.trace import SpanKind
+
+from services.gateway.cluster_client import Arrival, SequenceSpec
+from services.gateway.context import GatewayContext
+from services.gateway.http.errors import ApiError, ClientGoneError, as_api_error
+from services.gateway.record import Record
+from services.gateway.text.detokenise import Detokeniser, Piece
+from services.gateway.text.tokenise import TokenisedPrompt
+from shared.errors import LemixError
+from shared.messages.inference import Sampling
+from shared.telemetry import traceparent_of
+from shared.text import TextTokenizer
+
+REFUSALS_WITHIN_S = 1.0
+"""A node that cannot take a sequence says so at once: after this time it has taken it."""
+
+_NUM_SEEDS = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """Which sequences to generate, and how."""
+
+    answer_id: str
+    """Names the answer, in it and on its span."""
+    prompts: tuple[TokenisedPrompt, ...]
+    sampling: Sampling
+    """How the first choice of a prompt is drawn; the k-th after it draws with `seed` + k."""
+    num_choices: int = 1
+    """Of each prompt."""
+    stops: tuple[str, ...] = ()
+    echo: bool = False
+    """Show the prompt before the text, with its log-probabilities if there are any."""
+
+
+class Versions(NamedTuple):
+    """Weights of the first and of the last token so far."""
+
+    first: int
+    last: int
+
+
+class Usage(NamedTuple):
+    """Tokens of a request so far; a prompt counts once, however many choices it has."""
+
+    num_prompt_tokens: int
+    num_generated_tokens: int
+
+
+class Generations:
+    """Begins generations, and counts those that run."""
+
+    def __init__(self, context: GatewayContext) -> None:
+        self._context = context
+        self._num_running = 0
+
+    @contextmanager
+    def admitted(self, *, traceparent: str = "") -> "Iterator[Callable[[GenerationRequest], Generation]]":
+        """For the block in which a request is read: what begins it, as the block's last act.
+
+        The caller ends the generation with `Generation.close`. An error in the block refuses the
+        request. Raises ApiError (429) when too many run.
+        """
+        context, arrived_s = self._context, self._context.clock.now_s()
+        self._num_running += 1
+        try:
+            if self._num_running > context.settings.max_concurrent_requests:
+                raise ApiError(429, "too many requests at once", code="rate_limit_exceeded")
+            yield partial(
+                Generation, context, arrived_s=arrived_s, traceparent=traceparent, on_close=self._leave
+            )
+        except BaseException:
+            self._leave()
+            context.metrics.requests.labels("refused").inc()
+            raise
+
+    def _leave(self) -> None:
+        self._num_running -= 1
+
+
+class Generation:
+    """The sequences of one request: `next` until `finished`, then `close`."""
+
+    def __init__(
+        self,
+        context: GatewayContext,
+        request: GenerationRequest,
+        *,
+        arrived_s: float,
+        traceparent: str,
+        on_close: Callable[[], None],
+    ) -> None:
+        self.versions: Versions | None = None
+        """None before any token."""
+        self._clock = context.clock
+        self._on_close = on_close
+        self._error: LemixError | None = None
+        self._closed = False
+        self._num_prompt_tokens = sum(len(prompt.ids) for prompt in request.prompts)
+        self._sequences = detokenisers_of(request, context.tokenizer)
+        self._num_open = len(self._sequences)
+        span = context.telemetry.span(
+            "gateway.completion",
+            traceparent=traceparent,
+            kind=SpanKind.SERVER,
+            attributes={
+                "gen_ai.request.max_tokens": request.sampling.max_tokens,
+                "gen_ai.response.id": request.answer_id,
+            },
+        )
+        self._record = Record(
+            context.metrics,
+            span,
+            arrived_s=arrived_s,
+            num_choices=self._num_open,
+            on_first_tokens=context.on_first_tokens,
+        )
+        self._session = context.cluster.submit(specs_of(request), traceparent=traceparent_of(span))
+
+    @property
+    def finished(self) -> bool:
+        """Every sequence is complete."""
+        return self._num_open == 0
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(self._num_prompt_tokens, self._record.num_tokens)
+
+    async def first(self) -> list[tuple[int, Piece]]:
+        """Wait until the nodes have taken the sequences; what there is to show by then, maybe nothing.
+
+        Raises what `next` raises: until then a refusal can still have its HTTP status.
+        """
+        await self._session.admitted()
+        try:
+            async with asyncio.timeout(REFUSALS_WITHIN_S):
+                return await self.next()
+        except TimeoutError:
+            return []
+
+    async def next(self) -> list[tuple[int, Piece]]:
+        """Wait for what can be shown next: pieces, each with the index of its sequence.
+
+        Raises ApiError when no complete answer will come, ClientGoneError after `fail` said so.
+        """
+        try:
+            arrivals = await self._session.next()
+            return [piece for arrival in arrivals if (piece := self._take(arrival)) is not None]
+        except ClientGoneError as error:
+            self._error = error
+            raise
+        except LemixError as error:
+            self._error = error
+            raise as_api_error(error) from error
+
+    async def rest(self) -> list[list[Piece]]:
+        """Wait for the end: all pieces that are left, sequence by sequence. Raises what `next` raises."""
+        pieces: list[list[Piece]] = [[] for _ in self._sequences]
+        while not self.finished:
+            for index, piece in await self.next():
+                pieces[index].append(piece)
+        return pieces
+
+    def fail(self, error: LemixError) -> None:
+        """End with `error`."""
+        self._session.fail(error)
+
+    def close(self) -> None:
+        """Free what is left of the work, and record how it went; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._session.close()
+        self._on_close()
+        error = None if self.finished else self._error or ClientGoneError("nobody waited for the answer")
+        self._record.end(at_s=self._clock.now_s(), num_prompt_tokens=self._num_prompt_tokens, error=error)
+
+    def _take(self, arrival: Arrival) -> tuple[int, Piece] | None:
+        """What an arrival adds; None for a repeated one, or after a stop string has ended its sequence."""
+        index = arrival.place
+        sequence = self._sequences[index]
+        if sequence.finished or sequence.repeats(arrival.result):
+            return None
+        if arrival.result.token is not None:
+            self._record.token(index, arrival.at_s, arrival.node)
+        piece = sequence.apply(arrival.result)
+        self._see_version(arrival.weights_version)
+        if piece.finish is not None:
+            self._num_open -= 1
+            if arrival.result.finish is None:
+                self._session.stop(index)
+        return index, piece
+
+    def _see_version(self, version: int) -> None:
+        first = version if self.versions is None else self.versions.first
+        self.versions = Versions(first, version)
+
+
+def specs_of(request: GenerationRequest) -> list[SequenceSpec]:
+    """The sequences to run: all choices of the first prompt, then those of the next."""
+    sampling = request.sampling
+    with_scores = request.echo and sampling.num_logprobs is not None
+    choices = [
+        sampling.model_copy(update={"seed": (sampling.seed + k) % _NUM_SEEDS})
+        for k in range(request.num_choices)
+    ]
+    return [
+        SequenceSpec(prompt=prompt.ids, sampling=choice, prompt_logprobs=with_scores)
+        for prompt in request.prompts
+        for choice in choices
+    ]
+
+
+def detokenisers_of(request: GenerationRequest, tokenizer: TextTokenizer) -> list[Detokeniser]:
+    """What makes text of the same sequences, in the same order."""
+    return [
+        Detokeniser(
+            tokenizer,
+            prompt.ids,
+            max_tokens=request.sampling.max_tokens,
+            stops=request.stops,
+            with_logprobs=request.sampling.num_logprobs is not None,
+            echo=prompt.text if request.echo else None,
+        )
+        for prompt in request.prompts
+        for _ in range(request.num_choices)
+    ]
