@@ -7,10 +7,10 @@ from rich.progress import Progress
 
 from lemix.bus import open_bus
 from lemix.publishing import publish_batches, read_batches
-from lemix.status import find_nats_url
+from lemix.run_choice import Target
 
 
-async def run_publish(file: Path, nats_url: str | None, runs_dir: Path, console: Console) -> None:
+async def run_publish(file: Path, target: Target, console: Console) -> None:
     """Publish every batch of `file`, and say how many were accepted.
 
     Raises InvalidBatchError naming the line that could not be published, ConfigurationError when
@@ -18,7 +18,7 @@ async def run_publish(file: Path, nats_url: str | None, runs_dir: Path, console:
     """
     batches = read_batches(file)
     sequences: list[int] = []
-    async with open_bus(find_nats_url(nats_url, runs_dir)) as bus:
+    async with open_bus(target.nats_url) as bus:
         with Progress(console=console) as progress:
             bar = progress.add_task("publishing", total=len(batches))
             async for sequence in publish_batches(bus, batches):

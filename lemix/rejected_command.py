@@ -1,16 +1,14 @@
 """`lemix train rejected`: which training batches were rejected, why, and what was in them."""
 
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lemix.bus import open_bus
-from lemix.status import find_nats_url
+from lemix.printing import new_table, print_table
+from lemix.run_choice import Target
 from services.trainer.streams import REJECTED_STREAM
 from shared.bus.base import Bus
 from shared.errors import BusError, ConfigurationError
@@ -20,17 +18,19 @@ READER = "lemix-train-rejected"
 READ_TIMEOUT_S = 10.0
 
 
-async def run_rejected(sequence: int | None, nats_url: str | None, runs_dir: Path, console: Console) -> None:
-    """Show all rejections; or write what was published at `sequence` of the training stream to standard
-    output, byte for byte.
+async def run_rejected(target: Target, console: Console) -> None:
+    """Show all rejections. Raises BusError."""
+    async with open_bus(target.nats_url) as bus:
+        print_table(console, await _table(bus, target.label))
 
-    Raises ConfigurationError when it is not there, or no server is known, BusError when none answers.
+
+async def fetch_rejected(target: Target, sequence: int) -> bytes:
+    """What was published at `sequence` of the training stream, byte for byte.
+
+    Raises ConfigurationError when it is not there, or BusError.
     """
-    async with open_bus(find_nats_url(nats_url, runs_dir)) as bus:
-        if sequence is None:
-            console.print(await _table(bus))
-        else:
-            sys.stdout.buffer.write(await content_of(bus, sequence))
+    async with open_bus(target.nats_url) as bus:
+        return await content_of(bus, sequence)
 
 
 async def rejections(bus: Bus) -> AsyncIterator[RejectedBatch]:
@@ -64,8 +64,8 @@ async def content_of(bus: Bus, sequence: int) -> bytes:
     return content
 
 
-async def _table(bus: Bus) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+async def _table(bus: Bus, label: str) -> Table:
+    table = new_table(f"{label}: rejected batches")
     for heading in ("sequence", "batch", "reason"):
         table.add_column(heading, overflow="fold")
     async for each in rejections(bus):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -92,22 +91,10 @@ def clear(path: Path) -> None:
     lock.release()
 
 
-def newest_running(runs_dir: Path) -> ClusterFile | None:
-    """The cluster that was started last among those still running."""
-    return next((cluster for _, cluster in _running(runs_dir)), None)
-
-
-def newest_running_folder(runs_dir: Path) -> Path | None:
-    """The folder of that cluster's run."""
-    return next((folder for folder, _ in _running(runs_dir)), None)
-
-
-def _running(runs_dir: Path) -> Iterator[tuple[Path, ClusterFile]]:
-    """Newest first."""
-    files = sorted(runs_dir.glob(f"*/{CLUSTER_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files:
-        if (found := _read_if_running(file)) is not None:
-            yield file.parent, found
+def running_clusters(runs_dir: Path) -> dict[str, ClusterFile]:
+    """Every cluster that is running now, by the name of its run."""
+    files = sorted(runs_dir.glob(f"*/{CLUSTER_FILE}"))
+    return {file.parent.name: found for file in files if (found := _read_if_running(file)) is not None}
 
 
 def _read_if_running(file: Path) -> ClusterFile | None:

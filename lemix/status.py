@@ -1,13 +1,11 @@
 """How a running cluster stands: asked over the bus, shown as a table."""
 
-from pathlib import Path
-
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lemix.bus import open_bus
-from lemix.run_folder import newest_running
+from lemix.printing import new_table, print_table, say
+from lemix.run_choice import Target
 from shared.bus.base import Bus
 from shared.errors import BusError, ConfigurationError, NoResponderError
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
@@ -15,18 +13,6 @@ from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import NODE_WEIGHTS, STATUS
 
 TIMEOUT_S = 5.0
-
-
-def find_nats_url(given: str | None, runs_dir: Path) -> str:
-    """`given`, or the server of the newest cluster running here. Raises ConfigurationError."""
-    if given:
-        return given
-    cluster = newest_running(runs_dir)
-    if cluster is None:
-        raise ConfigurationError(
-            f"no LeMix is running under {runs_dir}/; start one with `lemix up`, or set LEMIX_NATS_URL"
-        )
-    return cluster.nats_url
 
 
 async def fetch_status(bus: Bus) -> ClusterStatus:
@@ -39,11 +25,11 @@ async def fetch_weights(bus: Bus) -> WeightsStatus:
     return await bus.request(NODE_WEIGHTS.at(), WeightsRequest(), timeout_s=TIMEOUT_S)
 
 
-async def run_status(nats_url: str | None, runs_dir: Path, console: Console) -> None:
-    """`lemix status`: ask, and print. Raises ConfigurationError or BusError."""
-    async with open_bus(find_nats_url(nats_url, runs_dir)) as bus:
+async def run_status(target: Target, console: Console) -> None:
+    """`lemix status`: ask, and print. Raises BusError."""
+    async with open_bus(target.nats_url) as bus:
         try:
-            console.print(status_table(await fetch_status(bus)))
+            print_table(console, status_table(await fetch_status(bus), target.label))
         except NoResponderError:
             raise NoResponderError("NATS answers, but no scheduler is connected to it") from None
         await print_training(bus, console)
@@ -54,11 +40,11 @@ async def print_training(bus: Bus, console: Console) -> None:
     try:
         weights = await fetch_weights(bus)
     except BusError as error:
-        console.print(f"the trainer does not answer: {error}", markup=False, soft_wrap=True)
+        say(console, f"the trainer does not answer: {error}")
         return
-    console.print(weights_table(weights))
+    print_table(console, weights_table(weights))
     for line in training_faults(weights):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def training_faults(weights: WeightsStatus) -> list[str]:
@@ -88,14 +74,14 @@ def num_ready(status: ClusterStatus) -> int:
     return sum(node.ready for node in status.nodes)
 
 
-def status_table(status: ClusterStatus) -> Table:
-    """One row for each stage; 80 columns wide at most.
+def status_table(status: ClusterStatus, label: str) -> Table:
+    """One row for each stage of the cluster that is called `label`; 80 columns wide at most.
 
     train: batches placed on the node; run and wait: requests there; queue: work items of the stage;
     KV: blocks used of all.
     """
-    title = f"policy {status.policy}, {num_ready(status)} of {len(status.nodes)} nodes ready"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title = f"{label}: policy {status.policy}, {num_ready(status)} of {len(status.nodes)} nodes ready"
+    table = new_table(title)
     for heading in ("node", "stage", "device", "ready"):
         table.add_column(heading, no_wrap=True)
     for heading in ("weights", "train", "run", "wait", "queue", "KV"):
@@ -128,7 +114,7 @@ def weights_table(status: WeightsStatus) -> Table:
     serves: the version that requests get; loss: of that version on the held-out examples; withheld: how many
     versions the guard has kept from serving, and the last of them.
     """
-    table = Table(title="weights", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = new_table("weights")
     for heading in ("node", "newest", "durable", "serves", "loss", "withheld"):
         table.add_column(heading, no_wrap=True)
     for node in status.nodes:

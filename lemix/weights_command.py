@@ -4,14 +4,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lemix.bus import open_bus
 from lemix.export import export_checkpoint
-from lemix.run_folder import newest_running, newest_running_folder
-from lemix.status import find_nats_url
+from lemix.printing import new_table, print_table, say
+from lemix.run_choice import Target
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
 from shared.errors import ConfigurationError, NoResponderError
@@ -25,46 +24,42 @@ R = TypeVar("R", bound=Message)
 LIST_TIMEOUT_S = 30.0
 ROLLBACK_TIMEOUT_S = 120.0
 """A checkpoint that is being written comes first."""
-DEFAULT_RUN = "default"
 
 
-async def run_list(nats_url: str | None, runs_dir: Path, name: str | None, console: Console) -> None:
-    """Ask the running cluster; without one, or when a run is named, read the run's folder.
-
-    Raises ConfigurationError or BusError.
-    """
-    if name is None and (nats_url or newest_running(runs_dir)):
-        url = find_nats_url(nats_url, runs_dir)
-        versions = (await _ask(url, DURABLE_VERSIONS.at(), DurableVersionsRequest(), LIST_TIMEOUT_S)).versions
-    else:
-        versions = tuple(checkpoints.durable_versions(_root(runs_dir, name), {}))
-    console.print(versions_table(versions))
+async def run_list(target: Target, console: Console) -> None:
+    """Ask the trainer of a running cluster. Raises BusError."""
+    answer = await _ask(target, DURABLE_VERSIONS.at(), DurableVersionsRequest(), LIST_TIMEOUT_S)
+    print_table(console, versions_table(answer.versions, target.label))
 
 
-async def run_rollback(
-    version: int, node: int | None, nats_url: str | None, runs_dir: Path, console: Console
-) -> None:
-    """Have the running trainer go back. Raises ConfigurationError, or RefusedError with the reason."""
+def list_folder(root: Path, console: Console) -> None:
+    """Read the checkpoints of a run that is not running."""
+    versions = tuple(checkpoints.durable_versions(root, {}))
+    print_table(console, versions_table(versions, f"run {root.parent.name}, not running"))
+
+
+async def run_rollback(version: int, node: int | None, target: Target, console: Console) -> None:
+    """Have the running trainer go back. Raises BusError, RefusedError with the reason among them."""
     order = RollBackWeights(version=version, node=node)
-    done = await _ask(find_nats_url(nats_url, runs_dir), ROLLBACK.at(), order, ROLLBACK_TIMEOUT_S)
+    done = await _ask(target, ROLLBACK.at(), order, ROLLBACK_TIMEOUT_S)
     nodes = ", ".join(map(str, done.nodes))
-    console.print(f"node {nodes}: back at version {version}; {done.num_discarded} batches are discarded")
+    discarded = f"{done.num_discarded} batches are discarded"
+    say(console, f"{target.label}, node {nodes}: back at version {version}; {discarded}")
 
 
-def run_export(
-    version: int, folder: Path, node: int | None, runs_dir: Path, name: str | None, console: Console
-) -> None:
-    """Copy a durable version out of its run. Raises ConfigurationError."""
-    checkpoint = _find(_root(runs_dir, name), version, node)
+def run_export(version: int, folder: Path, node: int | None, root: Path, console: Console) -> None:
+    """Copy a durable version out of the run whose checkpoints are in `root`. Raises ConfigurationError."""
+    checkpoint = _find(root, version, node)
     export_checkpoint(checkpoint, folder)
-    console.print(
-        f"version {version} of node {checkpoint.manifest.node} is in {folder}", markup=False, soft_wrap=True
+    say(
+        console,
+        f"version {version} of node {checkpoint.manifest.node} of run {root.parent.name} is in {folder}",
     )
 
 
-def versions_table(versions: tuple[DurableVersion, ...]) -> Table:
-    """One row for each durable version."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def versions_table(versions: tuple[DurableVersion, ...], label: str) -> Table:
+    """One row for each durable version of the run that is called `label`."""
+    table = new_table(f"{label}: durable versions")
     for heading in ("node", "version", "saved", "newest batch", "held-out loss", "served"):
         table.add_column(heading, overflow="fold")
     for each in versions:
@@ -84,18 +79,12 @@ def _row(each: DurableVersion) -> tuple[str, ...]:
     return (str(each.node), str(each.version), saved, each.newest_batch_id, loss, served)
 
 
-async def _ask(url: str, subject: RequestSubject[M, R], message: M, timeout_s: float) -> R:
-    async with open_bus(url) as bus:
+async def _ask(target: Target, subject: RequestSubject[M, R], message: M, timeout_s: float) -> R:
+    async with open_bus(target.nats_url) as bus:
         try:
             return await bus.request(subject, message, timeout_s=timeout_s)
         except NoResponderError:
             raise NoResponderError("NATS answers, but no trainer is connected to it") from None
-
-
-def _root(runs_dir: Path, name: str | None) -> Path:
-    """The folder of checkpoints of the run of that name, else of the one that runs, else of the default."""
-    running = newest_running_folder(runs_dir) if name is None else None
-    return (running or runs_dir / (name or DEFAULT_RUN)) / "checkpoints"
 
 
 def _find(root: Path, version: int, node: int | None) -> Checkpoint:

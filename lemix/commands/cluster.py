@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from lemix.commands.errors import say_error
-from lemix.commands.options import Device, Emulate, Model, NatsUrl, Nodes, Policy, Port, RunsDir, Stages
+from lemix.commands.options import (
+    Device,
+    Emulate,
+    Model,
+    NatsUrl,
+    Nodes,
+    Policy,
+    Port,
+    RunName,
+    RunsDir,
+    Stages,
+)
+from lemix.printing import Output, print_table, say, say_error
+from lemix.run_choice import find_running
 from shared.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -53,7 +64,7 @@ def up(
         nats_url=nats_url,
         start_timeout_s=start_timeout,
     )
-    run_command(run_up(options, Console(), SystemClock()))
+    run_command(run_up(options, Output(), SystemClock()))
 
 
 def demo(
@@ -92,7 +103,7 @@ def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches
     from lemix.running import run_command
     from shared.settings import LemixSettings, read_settings
 
-    console = Console()
+    console = Output()
     options = DemoOptions(seconds=seconds, requests_per_s=rate)
     data = DemoData.load(
         num_batches=num_batches,
@@ -103,18 +114,16 @@ def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches
         summary = run_command(run_demo(cluster, options, data, view, SystemClock()))
     if summary is None:
         return INTERRUPTED
-    console.print(summary_table(summary))
-    console.print(
-        f"written to {cluster.run_dir / 'summary.json'}", markup=False, highlight=False, soft_wrap=True
-    )
+    print_table(console, summary_table(summary))
+    say(console, f"written to {cluster.run_dir / 'summary.json'}")
     for fault in summary.faults():
         say_error(fault)
     return 1 if summary.faults() else 0
 
 
-def status(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs")) -> None:
+def status(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs"), name: RunName = None) -> None:
     """Show nodes, stages, weights versions and queues of the running cluster."""
     from lemix.running import run_command
     from lemix.status import run_status
 
-    run_command(run_status(nats_url, runs_dir, Console()))
+    run_command(run_status(find_running(nats_url, runs_dir, name), Output()))

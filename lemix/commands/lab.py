@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from lemix.commands.options import Model, Nodes, RunsDir, Stages
+from lemix.printing import Output
 from lemix.simulation.workload import Arrivals, Order, Release
 from shared.clock import SystemClock
 from shared.schedule import ScheduleName
@@ -96,7 +96,7 @@ def simulate(
         ),
         folder=output,
         window=window,
-        console=Console(),
+        console=Output(),
     )
 
 
@@ -134,7 +134,7 @@ def study(
         output=output,
         runs_dir=runs_dir,
     )
-    run_study(options, Console())
+    run_study(options, Output())
 
 
 def profile(
@@ -156,4 +156,4 @@ def profile(
         output=output,
         is_quick=quick,
     )
-    run_command(run_profile(options, Console(), SystemClock()))
+    run_command(run_profile(options, Output(), SystemClock()))

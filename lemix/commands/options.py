@@ -40,7 +40,7 @@ NatsUrl = Annotated[
 RunsDir = Annotated[Path, typer.Option(help="Where the files of runs lie.")]
 RunName = Annotated[
     str | None,
-    typer.Option("--name", help="A run's name.", show_default="the run that is running, or default"),
+    typer.Option("--name", help="A run's name.", show_default="the only run that is running"),
 ]
 Version = Annotated[int, typer.Argument(min=0, help="As `lemix weights list` shows it.")]
 Node = Annotated[int | None, typer.Option(min=0, help="Of this node only.", show_default="all nodes")]

@@ -1,12 +1,14 @@
 """`lemix train`: training batches."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lemix.commands.options import NatsUrl, RunsDir
+from lemix.commands.options import NatsUrl, RunName, RunsDir
+from lemix.printing import Output
+from lemix.run_choice import find_running
 
 app = typer.Typer(help="Training batches.", no_args_is_help=True)
 
@@ -16,12 +18,13 @@ def publish(
     file: Annotated[Path, typer.Argument(help="One training batch a line, as JSON.")],
     nats_url: NatsUrl = None,
     runs_dir: RunsDir = Path("runs"),
+    name: RunName = None,
 ) -> None:
     """Publish training batches durably; a batch with an id that was published before is not stored again."""
     from lemix.publish_command import run_publish
     from lemix.running import run_command
 
-    run_command(run_publish(file, nats_url, runs_dir, Console()))
+    run_command(run_publish(file, find_running(nats_url, runs_dir, name), Output()))
 
 
 @app.command()
@@ -32,9 +35,15 @@ def rejected(
     ] = None,
     nats_url: NatsUrl = None,
     runs_dir: RunsDir = Path("runs"),
+    name: RunName = None,
 ) -> None:
     """Show the training batches that were rejected, and why."""
-    from lemix.rejected_command import run_rejected
+    from lemix.rejected_command import fetch_rejected, run_rejected
     from lemix.running import run_command
 
-    run_command(run_rejected(sequence, nats_url, runs_dir, Console()))
+    target = find_running(nats_url, runs_dir, name)
+    if sequence is None:
+        run_command(run_rejected(target, Output()))
+    elif (content := run_command(fetch_rejected(target, sequence))) is not None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()

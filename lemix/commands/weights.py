@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lemix.commands.options import NatsUrl, Node, RunName, RunsDir, Version
+from lemix.printing import Output
+from lemix.run_choice import checkpoint_root, find_if_running, find_running
 
 app = typer.Typer(help="Versions of the weights.", no_args_is_help=True)
 
@@ -15,20 +16,28 @@ app = typer.Typer(help="Versions of the weights.", no_args_is_help=True)
 def list_versions(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs"), name: RunName = None) -> None:
     """Show the durable versions of each node, and which one is served."""
     from lemix.running import run_command
-    from lemix.weights_command import run_list
+    from lemix.weights_command import list_folder, run_list
 
-    run_command(run_list(nats_url, runs_dir, name, Console()))
+    target = find_if_running(nats_url, runs_dir, name)
+    if target is None:
+        list_folder(checkpoint_root(runs_dir, name), Output())
+    else:
+        run_command(run_list(target, Output()))
 
 
 @app.command()
 def rollback(
-    version: Version, node: Node = None, nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs")
+    version: Version,
+    node: Node = None,
+    nats_url: NatsUrl = None,
+    runs_dir: RunsDir = Path("runs"),
+    name: RunName = None,
 ) -> None:
     """Go back to an older version, live; the batches that only newer ones contain are discarded."""
     from lemix.running import run_command
     from lemix.weights_command import run_rollback
 
-    run_command(run_rollback(version, node, nats_url, runs_dir, Console()))
+    run_command(run_rollback(version, node, find_running(nats_url, runs_dir, name), Output()))
 
 
 @app.command()
@@ -42,4 +51,4 @@ def export(
     """Write a version as a folder that `transformers` loads."""
     from lemix.weights_command import run_export
 
-    run_export(version, folder, node, runs_dir, name, Console())
+    run_export(version, folder, node, checkpoint_root(runs_dir, name), Output())

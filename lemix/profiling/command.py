@@ -9,6 +9,7 @@ from statistics import median
 from rich.console import Console
 
 from lemix.arenas import ArenaFolder, default_base
+from lemix.printing import say
 from lemix.profiling.grid import Grid, grid_for
 from lemix.profiling.memory import stage_memory
 from lemix.profiling.pipeline import MeasuredOp, ProfiledPipeline, profiled_pipeline
@@ -45,12 +46,10 @@ async def run_profile(options: ProfileOptions, console: Console, clock: Clock) -
         raise ConfigurationError(f"output {str(options.output)!r}: {error.strerror}") from error
     num_points = sum(len(stage.points) for stage in profile.stages)
     forward_ms = 1000 * profile.model_forward_s(profile.reference_tokens)
-    console.print(
+    say(
+        console,
         f"{num_points} points of {profile.num_stages} stages; {profile.reference_tokens} tokens alone"
         f" take {forward_ms:.2f} ms; written to {options.output}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
 
 

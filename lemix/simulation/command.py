@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lemix.printing import print_table, say
 from lemix.simulation.cluster import SimulationOptions
 from lemix.simulation.report import metrics_table, write_run
 from lemix.simulation.run import simulate
@@ -26,9 +27,9 @@ def run_simulate(
         context_length = profile_named(options.profile, options.stages).context_length
         workload = replace(workload, max_length=context_length)
     record, metrics = simulate(options, workload)
-    console.print(metrics_table(metrics))
+    print_table(console, metrics_table(metrics))
     try:
         write_run(folder, options=options, workload=workload, record=record, metrics=metrics, window=window)
     except OSError as error:
         raise ConfigurationError(f"output {str(folder)!r}: {error.strerror}") from error
-    console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"written to {folder}")

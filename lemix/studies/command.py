@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lemix.printing import say
 from lemix.studies.catalogue import study_named
 from lemix.studies.grid import Cell, Study
 from lemix.studies.report import write
@@ -67,7 +68,7 @@ def run_study(options: StudyOptions, console: Console) -> Path:
         )
     rows = aggregate(finished_runs(study, log))
     path = write(study, rows, options.folder, command=options.command)
-    console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"written to {path}")
     return path
 
 

@@ -1,5 +1,6 @@
 """The whole system as real processes over real NATS: one node of two stages, by its public doors only."""
 
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,7 +14,8 @@ from rich.console import Console
 
 from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
-from lemix.rejected_command import run_rejected
+from lemix.rejected_command import fetch_rejected, run_rejected
+from lemix.run_choice import Target
 from lemix.topology import ClusterOptions
 from shared import checkpoints, subjects
 from tests.support.waiting import until
@@ -139,8 +141,9 @@ async def test_a_batch_published_twice_is_applied_once(cluster: LocalCluster) ->
 
 
 async def test_a_bad_batch_is_rejected_with_its_reason_and_what_was_published(
-    cluster: LocalCluster, capsysbinary: pytest.CaptureFixture[bytes]
+    cluster: LocalCluster,
 ) -> None:
+    target = Target(cluster.nats_url, "run one")
     client = await nats.connect(cluster.nats_url)
     rejected = await client.subscribe(subjects.REJECTED)
     bodies = (b"{not json", b'{"id": "empty", "examples": []}')
@@ -149,10 +152,11 @@ async def test_a_bad_batch_is_rejected_with_its_reason_and_what_was_published(
     await client.close()
     assert all(each["reason"] for each in told)
     for each, body in zip(told, bodies, strict=True):
-        await run_rejected(each["sequence"], cluster.nats_url, cluster.run_dir, Console())
-        assert capsysbinary.readouterr().out == body
-    await run_rejected(None, cluster.nats_url, cluster.run_dir, Console())
-    listed = capsysbinary.readouterr().out.decode()
+        assert await fetch_rejected(target, each["sequence"]) == body
+    shown = Console(file=io.StringIO())
+    await run_rejected(target, shown)
+    assert isinstance(shown.file, io.StringIO)
+    listed = shown.file.getvalue()
     assert all(f" {each['sequence']} " in listed and each["batch_id"] in listed for each in told)
 
 

@@ -16,7 +16,7 @@ from lemix.arenas import default_base
 from lemix.bus import open_bus
 from lemix.launcher import LocalCluster
 from lemix.nats_server import NatsServer
-from lemix.run_folder import newest_running
+from lemix.run_folder import running_clusters
 from lemix.supervision import ClusterFailedError
 from lemix.topology import ClusterOptions
 from shared.bus.base import Incoming
@@ -68,8 +68,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 async def test_everything_starts_is_described_and_stops(harness: Harness) -> None:
     async with harness.cluster() as cluster:
-        described = newest_running(harness.folder)
-        assert described is not None
+        described = running_clusters(harness.folder)["run"]
         assert described.nats_url == cluster.nats_url
         assert described.api_url == cluster.api_url
         assert described.pids == cluster.pids
@@ -78,7 +77,7 @@ async def test_everything_starts_is_described_and_stops(harness: Harness) -> Non
         await until(lambda: "trainer says hello\n" in (cluster.run_dir / "logs" / "trainer.log").read_text())
     assert not any(is_alive(pid) for pid in described.pids.values())
     assert not (harness.folder / "run" / "cluster.json").exists()
-    assert newest_running(harness.folder) is None
+    assert running_clusters(harness.folder) == {}
     assert harness.events == []
 
 
@@ -121,7 +120,7 @@ async def test_a_service_that_dies_is_started_again(harness: Harness) -> None:
         os.kill(before["node-0-stage-1"], signal.SIGKILL)
         await until(lambda: cluster.pids != before)
         await until(
-            lambda: (found := newest_running(harness.folder)) is not None and found.pids == cluster.pids
+            lambda: [found.pids for found in running_clusters(harness.folder).values()] == [cluster.pids]
         )
         changed = [name for name, pid in cluster.pids.items() if pid != before[name]]
     assert changed == ["node-0-stage-1"]
@@ -174,7 +173,7 @@ async def test_a_run_of_the_same_name_is_refused_and_the_first_goes_on(harness: 
     async with harness.cluster() as cluster:
         with pytest.raises(ConfigurationError, match="'run' is already running"):
             await harness.cluster().start()
-        assert newest_running(harness.folder) is not None
+        assert list(running_clusters(harness.folder)) == ["run"]
         assert all(is_alive(pid) for pid in cluster.pids.values())
 
 

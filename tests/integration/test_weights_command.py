@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from lemix.nats_server import NatsServer
+from lemix.run_choice import Target
 from lemix.weights_command import run_list, run_rollback
 from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
@@ -66,16 +67,17 @@ async def running_trainer(url: str) -> AsyncIterator[FakeTrainer]:
 async def test_a_running_trainer_lists_its_versions_and_goes_back_to_one(tmp_path: Path) -> None:
     shown = Console(file=io.StringIO(), width=200)
     async with NatsServer(tmp_path / "nats") as server:
+        target = Target(server.url, "run one")
         with pytest.raises(NoResponderError, match="no trainer is connected"):
-            await run_rollback(4, None, server.url, tmp_path, shown)
+            await run_rollback(4, None, target, shown)
         async with running_trainer(server.url) as trainer:
-            await run_list(server.url, tmp_path, None, shown)
-            await run_rollback(4, None, server.url, tmp_path, shown)
+            await run_list(target, shown)
+            await run_rollback(4, None, target, shown)
             with pytest.raises(RefusedError, match="there are: 8, 4"):
-                await run_rollback(5, 1, server.url, tmp_path, shown)
+                await run_rollback(5, 1, target, shown)
     assert isinstance(shown.file, io.StringIO)
     printed = shown.file.getvalue()
     rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:2] for row in rows] == [["0", "8"], ["0", "4"], ["1", "8"], ["1", "4"]]
-    assert "node 0, 1: back at version 4; 3 batches are discarded" in printed
+    assert "run one, node 0, 1: back at version 4; 3 batches are discarded" in printed
     assert trainer.asked == [RollBackWeights(version=4), RollBackWeights(version=5, node=1)]

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 
 from lemix.arenas import ArenaFolder, remove_abandoned
-from lemix.run_folder import ClusterFile, RunFolder, clear, newest_running
+from lemix.run_folder import ClusterFile, RunFolder, clear, running_clusters
 from shared.errors import ConfigurationError
 
 
 def described(tmp_path: Path, name: str) -> RunFolder:
     run = RunFolder(tmp_path / name)
     run.claim()
-    run.write_cluster(ClusterFile(nats_url=f"nats://{name}", api_url="", launcher_pid=os.getpid(), pids={}))
+    run.write_cluster(
+        ClusterFile(nats_url=f"nats://{name}", api_url=f"http://{name}", launcher_pid=os.getpid(), pids={})
+    )
     return run
 
 
@@ -33,17 +35,17 @@ def test_a_run_belongs_to_one_launcher_at_a_time(tmp_path: Path) -> None:
     again.release()
 
 
-def test_the_newest_cluster_still_running_is_found(tmp_path: Path) -> None:
-    assert newest_running(tmp_path) is None
-    old, new = described(tmp_path, "old"), described(tmp_path, "new")
-    os.utime(tmp_path / "old" / "cluster.json", (1, 1))
-    found = newest_running(tmp_path)
-    assert found is not None and found.nats_url == "nats://new"
-    new.release()
-    found = newest_running(tmp_path)
-    assert found is not None and found.nats_url == "nats://old"
-    old.release()
-    assert newest_running(tmp_path) is None
+def test_the_clusters_that_are_running_are_found_by_name(tmp_path: Path) -> None:
+    assert running_clusters(tmp_path) == {}
+    one, two = described(tmp_path, "one"), described(tmp_path, "two")
+    assert {name: found.nats_url for name, found in running_clusters(tmp_path).items()} == {
+        "one": "nats://one",
+        "two": "nats://two",
+    }
+    two.release()
+    assert list(running_clusters(tmp_path)) == ["one"]
+    one.release()
+    assert running_clusters(tmp_path) == {}
 
 
 def test_the_description_of_a_killed_launcher_is_not_believed(tmp_path: Path) -> None:
@@ -51,7 +53,7 @@ def test_the_description_of_a_killed_launcher_is_not_believed(tmp_path: Path) ->
     (tmp_path / "a" / "cluster.json").write_text(
         ClusterFile(nats_url="nats://a", api_url="", launcher_pid=1, pids={}).model_dump_json()
     )
-    assert newest_running(tmp_path) is None
+    assert running_clusters(tmp_path) == {}
 
 
 def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def status(*versions: tuple[int, int]) -> ClusterStatus:
 def test_the_table_shows_every_stage_whole_within_80_columns() -> None:
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(status_table(status((123, 124), (5, 5))))
+        console.print(status_table(status((123, 124), (5, 5)), "run demo"))
     shown = capture.get()
-    assert "round_robin, 2 of 2 nodes ready" in shown
+    assert "run demo: policy round_robin, 2 of 2 nodes ready" in shown
     assert "…" not in shown
     rows = [line.split() for line in shown.splitlines() if "cuda:0" in line]
     assert rows == [

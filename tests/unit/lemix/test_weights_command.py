@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from lemix.weights_command import run_export, run_list, versions_table
+from lemix.weights_command import list_folder, run_export, versions_table
 from services.trainer.checkpoints.files import CheckpointFiles
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
@@ -45,13 +45,13 @@ def save(runs_dir: Path, model: Path, version: int, node: int = 0) -> Path:
     ).folder
 
 
-async def test_a_runs_folder_is_listed_when_nothing_runs(tmp_path: Path) -> None:
+def test_a_runs_folder_is_listed_when_nothing_runs(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path / "model")
     for node, version in ((0, 4), (0, 8), (1, 6)):
         save(tmp_path, tmp_path / "model", version, node)
 
     shown = console()
-    await run_list(None, tmp_path, None, shown)
+    list_folder(tmp_path / "default" / "checkpoints", shown)
 
     rows = [line.split() for line in printed(shown).splitlines() if line.strip()[:1].isdigit()]
     assert [(row[0], row[1], row[-1]) for row in rows] == [
@@ -70,7 +70,7 @@ def test_what_is_served_and_lost_is_shown() -> None:
         DurableVersion(**common, version=6, held_out_loss=0.5, may_serve=False, num_ahead=None),
     )
     shown = console()
-    shown.print(versions_table(rows))
+    shown.print(versions_table(rows, "run demo"))
 
     ends = [line.split(" b ")[1].split() for line in printed(shown).splitlines() if " b " in line]
     assert ends == [["0.2500", "yes,", "and", "2", "batches", "more"], ["yes"], [], ["0.5000", "may", "not"]]
@@ -83,7 +83,7 @@ def test_an_exported_version_has_the_same_logprobs_and_nothing_of_training(
     model = save_tiny_model(family, tmp_path / "model")
     save(tmp_path, tmp_path / "model", 4)
 
-    run_export(4, tmp_path / "out", None, tmp_path, None, console())
+    run_export(4, tmp_path / "out", None, tmp_path / "default" / "checkpoints", console())
 
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model-00001-of-00001.safetensors"} | {
@@ -102,9 +102,9 @@ def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
     mine.write_text("mine")
 
     with pytest.raises(ConfigurationError, match="out is there already, and not an empty folder"):
-        run_export(4, tmp_path / "out", None, tmp_path, None, console())
+        run_export(4, tmp_path / "out", None, tmp_path / "default" / "checkpoints", console())
     mine.unlink()
-    run_export(4, tmp_path / "out", None, tmp_path, None, console())
+    run_export(4, tmp_path / "out", None, tmp_path / "default" / "checkpoints", console())
 
     assert (tmp_path / "out" / "config.json").exists()
 
@@ -117,10 +117,10 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(tmp_path: Path
     with pytest.raises(
         ConfigurationError, match=r"no durable version 5 in .*: 8 \(node 0\), 4 \(node 0\), 8"
     ):
-        run_export(5, tmp_path / "out", None, tmp_path, None, console())
+        run_export(5, tmp_path / "out", None, tmp_path / "default" / "checkpoints", console())
     with pytest.raises(ConfigurationError, match="nodes 0, 1 each have a version 8: choose one with --node"):
-        run_export(8, tmp_path / "out", None, tmp_path, None, console())
-    run_export(8, tmp_path / "out", 1, tmp_path, None, console())
+        run_export(8, tmp_path / "out", None, tmp_path / "default" / "checkpoints", console())
+    run_export(8, tmp_path / "out", 1, tmp_path / "default" / "checkpoints", console())
 
 
 def test_a_damaged_version_is_not_exported(tmp_path: Path) -> None:
@@ -129,5 +129,5 @@ def test_a_damaged_version_is_not_exported(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
 
     with pytest.raises(ConfigurationError, match=r"is damaged: model\.safetensors\.index\.json is not what"):
-        run_export(4, tmp_path / "out", None, tmp_path, None, console())
+        run_export(4, tmp_path / "out", None, tmp_path / "default" / "checkpoints", console())
     assert not (tmp_path / "out").exists()
