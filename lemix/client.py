@@ -79,19 +79,14 @@ class ApiClient:
 
     async def complete(self, prompt: str | list[int], *, max_tokens: int, **parameters: Any) -> Completion:
         """Stream one completion and time its tokens. Raises ApiError."""
-        body = {
-            "model": self._model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **parameters,
-        }
-        sent_s = time.monotonic()
-        stream = _Stream(sent_s)
-        async for event in self._events(body):
-            stream.take(event, time.monotonic())
-        return stream.completion()
+        body = {"prompt": prompt, "max_tokens": max_tokens, **parameters}
+        return await self._stream("/v1/completions", body)
+
+    async def chat(self, message: str, *, max_tokens: int, **parameters: Any) -> Completion:
+        """Stream the answer to one message of a user and time its tokens. Raises ApiError."""
+        messages = [{"role": "user", "content": message}]
+        body = {"messages": messages, "max_completion_tokens": max_tokens, **parameters}
+        return await self._stream("/v1/chat/completions", body)
 
     async def score(self, text: str) -> Score:
         """The likelihood of `text` under the weights being served. Raises ApiError."""
@@ -111,9 +106,16 @@ class ApiClient:
         known = [lp for lp in response.json()["choices"][0]["logprobs"]["token_logprobs"] if lp is not None]
         return Score(nll_sum=-sum(known), num_tokens=len(known))
 
-    async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _stream(self, path: str, parameters: dict[str, Any]) -> Completion:
+        body = {"model": self._model, "stream": True, "stream_options": {"include_usage": True}, **parameters}
+        stream = _Stream(time.monotonic())
+        async for event in self._events(path, body):
+            stream.take(event, time.monotonic())
+        return stream.completion()
+
+    async def _events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         try:
-            async with self._http.stream("POST", "/v1/completions", json=body) as response:
+            async with self._http.stream("POST", path, json=body) as response:
                 if response.status_code != 200:
                     await response.aread()
                     raise ApiError(_refusal(response))
@@ -154,6 +156,12 @@ def _versions(fingerprint: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _text_of(choice: dict[str, Any]) -> str:
+    """The new text of one choice, in an event of a completion or of a chat."""
+    text: str | None = choice["delta"].get("content") if "delta" in choice else choice["text"]
+    return text or ""
+
+
 class _Stream:
     """Collects the events of one streamed completion."""
 
@@ -171,9 +179,9 @@ class _Stream:
         self._usage = event.get("usage") or self._usage
         self._fingerprint = event.get("system_fingerprint") or self._fingerprint
         for choice in event.get("choices", ()):
-            if choice["text"]:
+            if text := _text_of(choice):
                 self._arrivals_s.append(now_s)
-                self._texts.append(choice["text"])
+                self._texts.append(text)
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
 
     def completion(self) -> Completion:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from lemix.publishing import BatchLine, read_batches
+from shared.chat_template import ChatTemplate
 from shared.errors import ConfigurationError
 from shared.model_files import TOKENIZER_FILES, resolve
 from shared.text import TextTokenizer
@@ -25,6 +26,8 @@ class DemoData:
     """Tokens of all the batches' texts."""
     held_out: Sequence[str]
     """The same kind of text, in no batch."""
+    has_chat: bool
+    """Whether the model has a chat template."""
 
     @classmethod
     def load(cls, *, num_batches: int, run_id: str, model: str) -> Self:
@@ -32,7 +35,8 @@ class DemoData:
         seen an earlier demo takes them. Raises ConfigurationError when there are too
         few, or the tokenizer of `model` cannot be read.
         """
-        tokenizer = TextTokenizer.load(resolve(model, TOKENIZER_FILES))
+        folder = resolve(model, TOKENIZER_FILES)
+        tokenizer = TextTokenizer.load(folder)
         batches = read_batches(DATA / "bulletins_train.jsonl")
         if num_batches > len(batches):
             raise ConfigurationError(f"{num_batches} training batches are wanted, {len(batches)} are bundled")
@@ -42,6 +46,7 @@ class DemoData:
             batches=[_renamed(batch, run_id) for batch in batches],
             num_batch_tokens=sum(len(tokenizer.encode(text)) for batch in batches for text in _texts(batch)),
             held_out=_lines(DATA / "bulletins_heldout.txt"),
+            has_chat=ChatTemplate.load(folder) is not None,
         )
 
 

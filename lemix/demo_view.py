@@ -56,7 +56,11 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
     requests, training, loss = summary.requests, summary.training, summary.served_loss
     version = summary.weights_version
     return [
-        ("requests", f"{requests.sent} sent, {requests.completed} completed, {requests.failed} failed"),
+        (
+            "requests",
+            f"{requests.sent} sent ({requests.chat} by chat), {requests.completed} completed, "
+            f"{requests.failed} failed",
+        ),
         ("time to first token", _milliseconds(summary.ttft_s)),
         ("time between tokens", _milliseconds(summary.tbt_s)),
         ("completion tokens", f"{summary.completion_tokens_per_s:.1f} /s"),

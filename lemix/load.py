@@ -17,12 +17,15 @@ class PlannedRequest:
     """Seconds after the load begins."""
     prompt: str
     max_tokens: int
+    is_chat: bool = False
+    """Ask by chat, with the prompt as the user's message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one request: a completion, or the reason why not."""
 
+    request: PlannedRequest
     completion: Completion | None
     error: str
     """Empty for a completion."""
@@ -46,11 +49,20 @@ def plan_requests(
     rate_per_s: float,
     duration_s: float,
     max_tokens: tuple[int, int],
+    chat_share: float,
     rng: random.Random,
 ) -> list[PlannedRequest]:
-    """Poisson arrivals of random prompts, each asking for a number of tokens within `max_tokens`."""
+    """Poisson arrivals of random prompts, each asking for a number of tokens within `max_tokens`.
+
+    A random share of them, `chat_share` on average, asks by chat.
+    """
     return [
-        PlannedRequest(at_s=at_s, prompt=rng.choice(prompts), max_tokens=rng.randint(*max_tokens))
+        PlannedRequest(
+            at_s=at_s,
+            prompt=rng.choice(prompts),
+            max_tokens=rng.randint(*max_tokens),
+            is_chat=rng.random() < chat_share,
+        )
         for at_s in poisson_arrivals_s(rate_per_s, duration_s, rng)
     ]
 
@@ -64,7 +76,7 @@ async def run_requests(
     async def run(request: PlannedRequest) -> Outcome:
         await asyncio.sleep(began_s + request.at_s - clock.now_s())
         completion, error = await _complete(api, request)
-        outcome = Outcome(completion, error, clock.now_s())
+        outcome = Outcome(request, completion, error, clock.now_s())
         on_outcome(outcome)
         return outcome
 
@@ -74,7 +86,8 @@ async def run_requests(
 
 
 async def _complete(api: ApiClient, request: PlannedRequest) -> tuple[Completion | None, str]:
+    ask = api.chat if request.is_chat else api.complete
     try:
-        return await api.complete(request.prompt, max_tokens=request.max_tokens), ""
+        return await ask(request.prompt, max_tokens=request.max_tokens), ""
     except ApiError as error:
         return None, str(error)

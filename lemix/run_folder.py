@@ -18,6 +18,7 @@ OWN_ENTRIES = (
     "fine_tuning",
     "spans.jsonl",
     "summary.json",
+    "demo.png",
     CLUSTER_FILE,
 )
 """What a run writes into its folder."""

@@ -14,6 +14,8 @@ class _Part(BaseModel):
 
 class Requests(_Part):
     sent: int
+    chat: int
+    """Of those sent, how many asked by chat."""
     completed: int
     failed: int
 
@@ -98,7 +100,12 @@ def summarise(
     done = [outcome.completion for outcome in outcomes if outcome.completion is not None]
     versions = [version for completion in done for version in completion.weights_versions]
     return Summary(
-        requests=Requests(sent=len(outcomes), completed=len(done), failed=len(outcomes) - len(done)),
+        requests=Requests(
+            sent=len(outcomes),
+            chat=sum(outcome.request.is_chat for outcome in outcomes),
+            completed=len(done),
+            failed=len(outcomes) - len(done),
+        ),
         ttft_s=percentiles([completion.ttft_s for completion in done]),
         tbt_s=percentiles([gap_s for completion in done for gap_s in completion.tbt_s]),
         completion_tokens_per_s=sum(completion.completion_tokens for completion in done) / load_s,

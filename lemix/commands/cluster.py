@@ -97,7 +97,7 @@ def demo(
 
 def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches: int) -> int:
     """Run it and print its table; returns the exit status."""
-    from lemix.demo import DemoOptions, run_demo
+    from lemix.demo import PICTURE_FILE, SUMMARY_FILE, DemoOptions, run_demo
     from lemix.demo_data import DemoData
     from lemix.demo_view import DemoView, summary_table
     from lemix.running import run_command
@@ -115,7 +115,8 @@ def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches
     if summary is None:
         return INTERRUPTED
     print_table(console, summary_table(summary))
-    say(console, f"written to {cluster.run_dir / 'summary.json'}")
+    for what, name in (("numbers", SUMMARY_FILE), ("picture", PICTURE_FILE)):
+        say(console, f"{what}: {cluster.run_dir / name}")
     for fault in summary.faults():
         say_error(fault)
     return 1 if summary.faults() else 0

@@ -52,6 +52,25 @@ async def test_a_stream_becomes_a_completion_with_a_time_for_each_token() -> Non
     assert requests[0]["temperature"] == 0 and requests[0]["max_tokens"] == 3 and requests[0]["model"] == "m"
 
 
+async def test_a_chat_is_timed_as_a_completion_is() -> None:
+    requests: list[dict[str, Any]] = []
+    deltas: list[dict[str, object]] = [
+        {"role": "assistant", "content": ""},
+        {"content": "a"},
+        {"content": "b"},
+        {},
+    ]
+    chunks = [
+        {"system_fingerprint": "weights-3-5", "choices": [{"delta": delta, "finish_reason": finish}]}
+        for delta, finish in zip(deltas, (None, None, None, "stop"), strict=True)
+    ]
+    async with api(200, events(*chunks, USAGE), requests) as client:
+        answer = await client.chat("hello", max_tokens=3)
+    assert (answer.text, answer.finish_reason, len(answer.tbt_s)) == ("ab", "stop", 1)
+    assert requests[0]["messages"] == [{"role": "user", "content": "hello"}]
+    assert requests[0]["max_completion_tokens"] == 3
+
+
 @pytest.mark.parametrize(
     ("status", "body", "error"),
     [

@@ -35,13 +35,26 @@ def test_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:
 def test_the_same_seed_plans_the_same_load() -> None:
     def plan(seed: int) -> list[PlannedRequest]:
         return plan_requests(
-            ["a", "b", "c"], rate_per_s=2, duration_s=30, max_tokens=(16, 48), rng=random.Random(seed)
+            ["a", "b", "c"],
+            rate_per_s=2,
+            duration_s=30,
+            max_tokens=(16, 48),
+            chat_share=0.5,
+            rng=random.Random(seed),
         )
 
     assert plan(3) == plan(3)
     assert plan(3) != plan(4)
     assert {request.prompt for request in plan(3)} == {"a", "b", "c"}
     assert all(16 <= request.max_tokens <= 48 for request in plan(3))
+    assert {request.is_chat for request in plan(3)} == {False, True}
+
+
+def test_the_share_of_chat_is_that_of_the_plan() -> None:
+    plan = plan_requests(
+        ["a"], rate_per_s=10, duration_s=1000, max_tokens=(1, 1), chat_share=0.2, rng=random.Random(0)
+    )
+    assert statistics.mean(request.is_chat for request in plan) == pytest.approx(0.2, abs=0.02)
 
 
 class FakeApi:
@@ -50,6 +63,10 @@ class FakeApi:
     def __init__(self) -> None:
         self.prompts: list[str] = []
         self.gate = asyncio.Event()
+
+    async def chat(self, message: str, *, max_tokens: int, **_: Any) -> Completion:
+        self.prompts.append(f"chat: {message}")
+        return DONE
 
     async def complete(self, prompt: str, *, max_tokens: int, **_: Any) -> Completion:
         self.prompts.append(prompt)
@@ -75,4 +92,12 @@ async def test_requests_go_out_at_their_times_whatever_became_of_the_earlier_one
     assert api.prompts == ["wait", "bad", "last"]
     assert [outcome.error for outcome in outcomes] == ["", "refused", ""]
     assert [outcome.completion for outcome in outcomes] == [DONE, None, DONE]
+    assert [outcome.request for outcome in outcomes] == plan
     assert sorted(seen) == ["", "", "refused"]
+
+
+async def test_a_planned_chat_asks_by_chat() -> None:
+    api = FakeApi()
+    plan = [PlannedRequest(at_s=0.0, prompt="hi", max_tokens=1, is_chat=True)]
+    await run_requests(api, plan, clock=SystemClock(), on_outcome=lambda outcome: None)
+    assert api.prompts == ["chat: hi"]

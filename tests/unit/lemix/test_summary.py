@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from lemix.client import Completion
-from lemix.load import Outcome
+from lemix.load import Outcome, PlannedRequest
 from lemix.summary import ServedLoss, Summary, Training, percentile, summarise
 
 TRAINING = Training(batches_published=4, batches_applied=4, optimizer_steps=4, tokens_per_s=100.0)
@@ -17,6 +17,10 @@ COMPLETION = Completion(
     tbt_s=(0.01, 0.03),
     weights_versions=(1, 2),
 )
+
+
+ASKED = PlannedRequest(at_s=0.0, prompt="p", max_tokens=3)
+CHATTED = replace(ASKED, is_chat=True)
 
 
 def summary_of(
@@ -45,12 +49,12 @@ def test_a_percentile_of_nothing_is_unknown() -> None:
 
 def test_the_summary_has_the_keys_that_were_promised() -> None:
     outcomes = [
-        Outcome(COMPLETION, "", 1.0),
-        Outcome(replace(COMPLETION, ttft_s=0.3, weights_versions=(5, 7)), "", 2.0),
-        Outcome(None, "HTTP 503: full", 2.0),
+        Outcome(ASKED, COMPLETION, "", 1.0),
+        Outcome(ASKED, replace(COMPLETION, ttft_s=0.3, weights_versions=(5, 7)), "", 2.0),
+        Outcome(CHATTED, None, "HTTP 503: full", 2.0),
     ]
     assert json.loads(summary_of(outcomes).model_dump_json()) == {
-        "requests": {"sent": 3, "completed": 2, "failed": 1},
+        "requests": {"sent": 3, "chat": 1, "completed": 2, "failed": 1},
         "ttft_s": {"p50": 0.1, "p99": 0.3},
         "tbt_s": {"p50": 0.01, "p99": 0.03},
         "completion_tokens_per_s": 3.0,
@@ -67,12 +71,12 @@ def test_the_summary_has_the_keys_that_were_promised() -> None:
 
 
 def test_a_good_run_has_no_fault() -> None:
-    assert summary_of([Outcome(COMPLETION, "", 1.0)]).faults() == []
+    assert summary_of([Outcome(ASKED, COMPLETION, "", 1.0)]).faults() == []
 
 
 def test_each_broken_promise_is_a_fault() -> None:
     training = TRAINING.model_copy(update={"batches_applied": 3})
-    faults = summary_of([Outcome(None, "HTTP 503: full", 1.0)], training, (2.0, 2.0)).faults()
+    faults = summary_of([Outcome(ASKED, None, "HTTP 503: full", 1.0)], training, (2.0, 2.0)).faults()
     assert faults == [
         "1 of 1 requests failed",
         "3 of 4 training batches were applied",
