@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from lemix.publishing import BatchLine, read_batches
-from shared.chat_template import ChatTemplate
+from shared.chat_template_files import load_chat_template
+from shared.clock import Clock
 from shared.errors import ConfigurationError
 from shared.model_files import TOKENIZER_FILES, resolve
 from shared.text import TextTokenizer
@@ -30,7 +31,7 @@ class DemoData:
     """Whether the model has a chat template."""
 
     @classmethod
-    def load(cls, *, num_batches: int, run_id: str, model: str) -> Self:
+    def load(cls, *, num_batches: int, run_id: str, model: str, clock: Clock) -> Self:
         """Read the bundled files; `run_id` makes the batches' ids new, so that a server that has
         seen an earlier demo takes them. Raises ConfigurationError when there are too
         few, or the tokenizer of `model` cannot be read.
@@ -46,7 +47,7 @@ class DemoData:
             batches=[_renamed(batch, run_id) for batch in batches],
             num_batch_tokens=sum(len(tokenizer.encode(text)) for batch in batches for text in _texts(batch)),
             held_out=_lines(DATA / "bulletins_heldout.txt"),
-            has_chat=ChatTemplate.load(folder) is not None,
+            has_chat=load_chat_template(folder, clock) is not None,
         )
 
 

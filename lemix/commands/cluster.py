@@ -109,6 +109,7 @@ def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches
         num_batches=num_batches,
         run_id=f"demo-{secrets.token_hex(4)}",
         model=cluster.model or read_settings(LemixSettings).model,
+        clock=SystemClock(),
     )
     with DemoView(console) as view:
         summary = run_command(run_demo(cluster, options, data, view, SystemClock()))
