@@ -5,6 +5,7 @@ import pytest
 from lemix.demo_data import DemoData
 from lemix.publishing import BatchLine, publish_batches, read_batches
 from services.trainer.data import read_body
+from shared.clock import SystemClock
 from shared.errors import BusError, InvalidBatchError, MessageTooLargeError
 from shared.settings import EMBEDDED_MODEL
 from shared.subjects import BATCHES
@@ -75,12 +76,12 @@ async def test_a_batch_that_the_bus_does_not_take_is_named(tmp_path: Path) -> No
 
 
 def test_the_bundled_batches_are_ones_the_trainer_takes_under_new_ids() -> None:
-    data = DemoData.load(num_batches=160, run_id="demo-1", model=EMBEDDED_MODEL)
+    data = DemoData.load(num_batches=160, run_id="demo-1", model=EMBEDDED_MODEL, clock=SystemClock())
     bodies = [read_body(batch.body) for batch in data.batches]
     assert [body.id for body in bodies] == [batch.batch_id for batch in data.batches]
     assert all(batch.batch_id.startswith("demo-1-") for batch in data.batches)
     assert len({batch.batch_id for batch in data.batches}) == 160
     assert data.num_batch_tokens > 160 * 100
     trained = "".join(batch.body.decode() for batch in data.batches)
-    assert data.prompts and data.held_out
+    assert data.prompts and data.held_out and data.has_chat
     assert not any(line in trained for line in data.held_out)
