@@ -1,5 +1,6 @@
 """Between text and tokens, with the tokenizer of the model. Never loads torch."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -10,6 +11,9 @@ from shared.errors import ConfigurationError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What bytes that are no whole character decode to."""
+
+_TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
+"""Some models declare them as special tokens, which decoding leaves out."""
 
 _NUM_CONTEXT_TOKENS = 8
 """Enough of the prompt to decode the first new token as the continuation that it is."""
@@ -29,7 +33,7 @@ class TextTokenizer:
         """Read `folder`/tokenizer.json. Raises ConfigurationError when that cannot be done."""
         path = folder / "tokenizer.json"
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(_showing_tool_calls(Tokenizer.from_file(str(path))))
         except Exception as error:  # the library raises bare Exception
             raise ConfigurationError(f"cannot read {path}: {error}") from error
 
@@ -68,6 +72,17 @@ class TextTokenizer:
     def stream(self, context: Sequence[int] = ()) -> "TextStream":
         """Decode tokens as they come, as the continuation of `context` (the prompt's tokens)."""
         return TextStream(self, list(context[-_NUM_CONTEXT_TOKENS:]))
+
+
+def _showing_tool_calls(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, whose texts show the tags of tool calls."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    if not any(token.special and token.content in _TOOL_CALL_TAGS for token in added):
+        return tokenizer
+    description = json.loads(tokenizer.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in _TOOL_CALL_TAGS
+    return Tokenizer.from_str(json.dumps(description))
 
 
 class TextStream:

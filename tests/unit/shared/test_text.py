@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from shared.errors import ConfigurationError
 from shared.settings import EMBEDDED_MODEL
@@ -85,3 +85,17 @@ def test_different_tokens_are_spelled_differently() -> None:
 def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"tokenizer\.json"):
         TextTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_of_tool_calls_are_shown_even_if_they_are_special_tokens(special: bool, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(Path(EMBEDDED_MODEL) / "tokenizer.json"))
+    tags = [AddedToken(tag, normalized=False, special=special) for tag in ("<tool_call>", "</tool_call>")]
+    tokenizer.add_tokens([*tags, AddedToken("<|python_tag|>", normalized=False, special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = TextTokenizer.load(tmp_path)
+
+    ids = loaded.encode("<|python_tag|><tool_call>{}</tool_call>")
+
+    assert ids == tokenizer.encode("<|python_tag|><tool_call>{}</tool_call>").ids
+    assert loaded.decode(ids) == "".join(streamed(loaded, ids)) == "<tool_call>{}</tool_call>"
