@@ -5,6 +5,7 @@ import asyncio
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
 from services.gateway.http.app import build_app
+from services.gateway.http.request_log import show_request_ids
 from services.gateway.http.server import allow_many_connections, listen, serve, server_config
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
@@ -53,6 +54,7 @@ async def run(world: World, settings: GatewaySettings) -> None:
         telemetry=world.telemetry,
         on_first_tokens=fine_tuning.first_tokens,
     )
+    show_request_ids()
     allow_many_connections()
     listener = listen(settings.host, settings.port)
     await asyncio.to_thread(fine_tuning.load)

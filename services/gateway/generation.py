@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind
 
 from services.gateway.cluster_client import Arrival, SequenceSpec
 from services.gateway.context import GatewayContext
-from services.gateway.http.errors import ApiError, ClientGoneError, as_api_error
+from services.gateway.http.errors import ClientGoneError, as_api_error
 from services.gateway.record import Record
 from services.gateway.text.detokenise import Detokeniser, Piece
 from services.gateway.text.tokenise import TokenisedPrompt
@@ -60,34 +60,24 @@ class Usage(NamedTuple):
 
 
 class Generations:
-    """Begins generations, and counts those that run."""
+    """Begins generations, and counts the requests that are refused before."""
 
     def __init__(self, context: GatewayContext) -> None:
         self._context = context
-        self._num_running = 0
 
     @contextmanager
     def admitted(self, *, traceparent: str = "") -> "Iterator[Callable[[GenerationRequest], Generation]]":
         """For the block in which a request is read: what begins it, as the block's last act.
 
         The caller ends the generation with `Generation.close`. An error in the block refuses the
-        request. Raises ApiError (429) when too many run.
+        request.
         """
         context, arrived_s = self._context, self._context.clock.now_s()
-        self._num_running += 1
         try:
-            if self._num_running > context.settings.max_concurrent_requests:
-                raise ApiError(429, "too many requests at once", code="rate_limit_exceeded")
-            yield partial(
-                Generation, context, arrived_s=arrived_s, traceparent=traceparent, on_close=self._leave
-            )
+            yield partial(Generation, context, arrived_s=arrived_s, traceparent=traceparent)
         except BaseException:
-            self._leave()
             context.metrics.requests.labels("refused").inc()
             raise
-
-    def _leave(self) -> None:
-        self._num_running -= 1
 
 
 class Generation:
@@ -100,12 +90,10 @@ class Generation:
         *,
         arrived_s: float,
         traceparent: str,
-        on_close: Callable[[], None],
     ) -> None:
         self.versions: Versions | None = None
         """None before any token."""
         self._clock = context.clock
-        self._on_close = on_close
         self._error: LemixError | None = None
         self._closed = False
         self._num_prompt_tokens = sum(len(prompt.ids) for prompt in request.prompts)
@@ -184,7 +172,6 @@ class Generation:
             return
         self._closed = True
         self._session.close()
-        self._on_close()
         error = None if self.finished else self._error or ClientGoneError("nobody waited for the answer")
         self._record.end(at_s=self._clock.now_s(), num_prompt_tokens=self._num_prompt_tokens, error=error)
 

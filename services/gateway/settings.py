@@ -1,8 +1,21 @@
 """The gateway's settings."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import NoDecode
 
 from shared.settings import LemixSettings
+
+
+def _as_prefix(path: str) -> str:
+    """A path that begins with a slash and does not end with one; or nothing."""
+    inner = path.strip("/")
+    return f"/{inner}" if inner else ""
+
+
+def _split(value: object) -> object:
+    return tuple(filter(None, value.replace(" ", "").split(","))) if isinstance(value, str) else value
 
 
 class GatewaySettings(LemixSettings):
@@ -11,6 +24,10 @@ class GatewaySettings(LemixSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free one."""
+    root_path: Annotated[str, AfterValidator(_as_prefix)] = ""
+    """Under which a proxy serves this gateway (`/llm`), whether it passes the prefix on or not."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Origins whose pages may use the API from a browser (`https://chat.example`), separated by commas."""
     request_timeout_s: float = Field(default=300.0, gt=0)
     """A request older than this ends with an error (504)."""
     keep_alive_s: int = Field(default=620, gt=0)
@@ -24,6 +41,9 @@ class GatewaySettings(LemixSettings):
     health_timeout_s: float = Field(default=5.0, gt=0)
     """`/health` reports a failure when no token came within this time."""
     max_body_bytes: int = Field(default=1 << 20, gt=0)
+    """As it comes, and when it is decoded."""
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """A body that is not here after this time is given up (408)."""
     max_choices: int = Field(default=32, gt=0)
     """Prompts times `n` of one request."""
     max_stop_length: int = Field(default=256, gt=0)

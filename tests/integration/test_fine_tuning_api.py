@@ -173,8 +173,9 @@ async def test_an_upload_that_is_no_file_for_fine_tuning_is_refused_by_name() ->
         )
         assert "expires_after" in (await refusal(expiring))["param"]
         http = here.world.http
-        for body in ({"data": {"purpose": "fine-tune"}}, {"json": {}}, {"files": {"file": b"{}"}}):
-            assert (await http.post("/v1/files", **body)).status_code == 400
+        for body in ({"data": {"purpose": "fine-tune"}}, {"json": {}}):
+            assert (await http.post("/v1/files", **body)).status_code == 415
+        assert (await http.post("/v1/files", files={"file": b"{}"})).status_code == 400
         text = {"data": {"purpose": "fine-tune", "file": "{}"}, "files": {"other": b""}}
         assert (await http.post("/v1/files", **text)).status_code == 400
         torn = await http.post(

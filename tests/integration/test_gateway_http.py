@@ -29,6 +29,7 @@ from tests.support.gateway import (
 )
 
 URL = "/v1/completions"
+JSON = {"content-type": "application/json"}
 TEXT = "Well, naïve 😀 world! The end."
 EOS = CARD.eos_token_ids[0]
 
@@ -299,7 +300,7 @@ async def test_bad_request_is_refused_and_the_next_is_served(
 
 async def test_malformed_json_is_refused() -> None:
     async with gateway_world() as world:
-        response = await world.http.post(URL, content=b'{"model": ')
+        response = await world.http.post(URL, content=b'{"model": ', headers=JSON)
     assert response.status_code == 400
     assert "JSON" in error_of(response)["message"]
 

@@ -167,7 +167,7 @@ async def gateway_world(
     broker: MemoryBroker | None = None,
     run_dir: Path | None = None,
     ids: IdSource | None = None,
-    **settings: float,
+    **settings: float | str,
 ) -> AsyncIterator[World]:
     """A running gateway; the block fails when it takes longer than DEADLINE_S.
 

@@ -1,16 +1,18 @@
 """The HTTP routes, in OpenAI's words."""
 
-from collections.abc import Mapping
-
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from services.gateway.context import GatewayContext
 from services.gateway.generation import Generations
 from services.gateway.health import HealthProbe
-from services.gateway.http.bodies import json_response
-from services.gateway.http.errors import ApiError, ClientGoneError
+from services.gateway.http.bodies import error_response, json_response
+from services.gateway.http.body_reader import BodyReader
+from services.gateway.http.errors import ApiError
+from services.gateway.http.paths import LenientPaths
+from services.gateway.http.request_log import RequestLog
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.openai.completions.route import add_completions
 from services.gateway.openai.files import add_files
@@ -18,14 +20,12 @@ from services.gateway.openai.jobs import add_jobs
 from services.gateway.openai.models import add_models
 from shared.errors import LemixError
 
-_CLIENT_GONE = 499
-"""nginx's status for a client that left; only logs ever see it."""
-
 
 def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     """The application that serves `context.card` through `context.cluster`, and has it trained."""
-    app = FastAPI(title="LeMix")
-    _add_error_handlers(app)
+    app = FastAPI(title="LeMix", redirect_slashes=False)
+    app.add_exception_handler(HTTPException, _unknown_route)
+    _add_middlewares(app, context)
     add_completions(app, context, Generations(context))
     add_models(app, context)
     _add_operations(app, context)
@@ -57,25 +57,25 @@ def _add_operations(app: FastAPI, context: GatewayContext) -> None:
         return Response(context.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def refuse(_: Request, error: ApiError) -> Response:
-        return _refusal(error)
-
-    @app.exception_handler(ClientGoneError)
-    async def leave(_: Request, error: ClientGoneError) -> Response:
-        return Response(status_code=_CLIENT_GONE)
-
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        what = {404: "unknown URL", 405: "method not allowed"}.get(error.status_code, error.detail)
-        message = f"{what}: {request.method} {request.url.path}"
-        return _refusal(ApiError(error.status_code, message), error.headers)
-
-    @app.exception_handler(Exception)
-    async def fail(_: Request, error: Exception) -> Response:
-        return _refusal(ApiError(500, "the gateway failed; its log says why"))
+def _add_middlewares(app: FastAPI, context: GatewayContext) -> None:
+    """From the inside to the outside."""
+    settings = context.settings
+    app.add_middleware(BodyReader, settings=settings, metrics=context.metrics)
+    app.add_middleware(LenientPaths, prefix=settings.root_path)
+    app.add_middleware(RequestLog, ids=context.ids, telemetry=context.telemetry)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
 
 
-def _refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    return json_response(error.body(), status=error.status, headers=error.headers | dict(headers or {}))
+def _unknown_route(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals (404, 405), in OpenAI's words."""
+    assert isinstance(error, HTTPException)
+    what = {404: "unknown URL", 405: "method not allowed"}.get(error.status_code, error.detail)
+    message = f"{what}: {request.method} {request.url.path}"
+    return error_response(ApiError(error.status_code, message), error.headers)

@@ -4,9 +4,25 @@ from collections.abc import AsyncGenerator, Mapping
 
 from fastapi import Request, Response
 from pydantic_core import to_json
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from services.gateway.http.errors import ApiError, ClientGoneError
+
+
+def is_upload(headers: Headers) -> bool:
+    """Whether the body is a form with files."""
+    return _media_type(headers) == "multipart/form-data"
+
+
+def is_json(headers: Headers) -> bool:
+    """Whether the body says that it is JSON; a page of another site cannot send one without being asked."""
+    media_type = _media_type(headers)
+    return media_type == "application/json" or media_type.endswith("+json")
+
+
+def _media_type(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def bounded_stream(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
@@ -28,9 +44,11 @@ async def bounded_stream(request: Request, max_bytes: int) -> AsyncGenerator[byt
         raise ClientGoneError("the client closed its connection") from error
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises what `bounded_stream` raises."""
-    return b"".join([part async for part in bounded_stream(request, max_bytes)])
+async def read_body(request: Request) -> bytes:
+    """The JSON that `BodyReader` has read. Raises ApiError (415) for an upload."""
+    if is_upload(request.headers):
+        raise ApiError(415, "expected a body of type application/json")
+    return await request.body()
 
 
 def json_response(
@@ -38,3 +56,8 @@ def json_response(
 ) -> Response:
     """An answer in JSON."""
     return Response(to_json(content), status, headers, media_type="application/json")
+
+
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer that is an error."""
+    return json_response(error.body(), status=error.status, headers=error.headers | dict(headers or {}))

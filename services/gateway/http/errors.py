@@ -17,8 +17,16 @@ class ApiError(LemixError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers of the answer: when to try again, where that helps."""
-        return {"retry-after": "1"} if self.status in (429, 503) else {}
+        """HTTP headers of the answer: when to try again, what to send instead, whether to go on at all."""
+        match self.status:
+            case 429 | 503:
+                return {"retry-after": "1"}
+            case 415:
+                return {"accept-encoding": "gzip, zstd"}
+            case 408:  # the rest of the body may never come
+                return {"connection": "close"}
+            case _:
+                return {}
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The answer's JSON."""

@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from services.gateway.http.bodies import bounded_stream, json_response
+from services.gateway.http.bodies import bounded_stream, is_upload, json_response
 from services.gateway.http.errors import ApiError
 from services.gateway.jobs.files import PURPOSE
 from services.gateway.jobs.fine_tuning import FineTuning
@@ -76,8 +76,8 @@ async def _read_form(request: Request, settings: GatewaySettings) -> FormData:
 
     Raises ApiError when it is no multipart body, too large, or too slow.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(400, "expected a body of type multipart/form-data")
+    if not is_upload(request.headers):
+        raise ApiError(415, "expected a body of type multipart/form-data")
     stream = bounded_stream(request, settings.max_file_bytes + FORM_BYTES)
     parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=MAX_FIELDS)
     try:

@@ -25,7 +25,7 @@ def _add_jobs(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) 
 
     @app.post("/v1/fine_tuning/jobs", openapi_extra={"requestBody": {"content": schema}})
     async def create_job(request: Request) -> Response:
-        asked = parse_job_request(await read_body(request, settings.max_body_bytes))
+        asked = parse_job_request(await read_body(request))
         return json_response(await fine_tuning.create(asked))
 
     @app.get("/v1/fine_tuning/jobs/{job_id}")

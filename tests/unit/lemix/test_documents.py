@@ -49,7 +49,7 @@ def _default(setting: str) -> str:
     if any(field.is_required() for field in fields):
         return "required"
     (default,) = {field.default for field in fields}
-    if default in ("", None):
+    if default in ("", None, ()):
         return "none"
     if default == EMBEDDED_MODEL:
         return "the embedded model"

@@ -20,7 +20,7 @@ def add_completions(app: FastAPI, context: GatewayContext, generations: Generati
 
     @app.post("/v1/completions", openapi_extra={"requestBody": {"content": schema}})
     async def complete(request: Request) -> Response:
-        body = await read_body(request, context.settings.max_body_bytes)
+        body = await read_body(request)
         return await _complete(request, body, context, generations)
 
 
