@@ -1,63 +1,131 @@
-"""Training batches from a JSON-lines file to the durable subject."""
+"""A file of training batches, or of examples to be cut into batches, to the durable subject."""
 
+import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.bus.base import Bus
+from pydantic_core import from_json
+
+from services.trainer.data import check_id, read_body
+from shared.bus.base import Bus, Stored
 from shared.errors import BusError, InvalidBatchError
+from shared.examples import numbered_lines, read_example
 from shared.subjects import BATCHES
+
+STANDARD_INPUT = Path("-")
+DEFAULT_BATCH_SIZE = 8
+"""Examples of a batch, where a file holds examples."""
+HEADERS_BYTES = 512
+"""More than the headers of a batch's message take."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """One training batch as it stands in its file."""
+    """One training batch of a file."""
 
     number: int
-    """Of the line, from 1."""
+    """Of its line, or of its first example's, from 1."""
     batch_id: str
     """Empty when the batch names none."""
     body: bytes
 
 
-def read_batches(path: Path) -> list[BatchLine]:
-    """Every batch of the file; empty lines are skipped.
+def read_batches(file: Path, batch_size: int | None = None) -> list[BatchLine]:
+    """The batches in `file`, as `batches_in` finds them; `-` is standard input.
 
-    Raises InvalidBatchError, naming the first line that is not a JSON object; whether an object
-    is a usable batch is for the trainer to judge.
+    Raises InvalidBatchError, naming the file and the first line that is wrong.
     """
+    name = "standard input" if file == STANDARD_INPUT else str(file)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidBatchError(f"cannot read {path}: {error}") from error
-    found = [_batch_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not found:
-        raise InvalidBatchError(f"{path} holds no training batch")
-    return found
+        content = sys.stdin.buffer.read() if file == STANDARD_INPUT else file.read_bytes()
+    except OSError as error:
+        raise InvalidBatchError(f"cannot read {name}: {error}") from error
+    try:
+        return batches_in(content, batch_size)
+    except InvalidBatchError as error:
+        raise InvalidBatchError(f"{name}: {error}") from error
 
 
-def _batch_line(path: Path, number: int, line: str) -> BatchLine:
+def batches_in(content: bytes, batch_size: int | None) -> list[BatchLine]:
+    """One batch a line; or one example a line, cut into batches of `batch_size` in the order of the file.
+
+    Raises InvalidBatchError, naming the first line that is wrong, or that is of another kind than the first.
+    """
+    lines = list(numbered_lines(content))
+    if not lines:
+        raise InvalidBatchError("there is no training batch and no example in it")
+    holds_batches = _is_batch(*lines[0])
+    if holds_batches and batch_size is not None:
+        raise InvalidBatchError(f"--batch-size {batch_size} is for examples, and this holds whole batches")
+    for number, line in lines:
+        if _is_batch(number, line) != holds_batches:
+            kinds = ("a batch", "an example") if holds_batches else ("an example", "a batch")
+            raise InvalidBatchError(
+                f"line {lines[0][0]} is {kinds[0]} and line {number} {kinds[1]}: publish them as two files"
+            )
+    if holds_batches:
+        return [_read_batch(number, line) for number, line in lines]
+    for number, line in lines:
+        _check_example(number, line)
+    return list(_cut(lines, batch_size or DEFAULT_BATCH_SIZE))
+
+
+def _is_batch(number: int, line: bytes) -> bool:
     try:
-        batch = json.loads(line)
+        content = from_json(line)
     except ValueError as error:
-        raise InvalidBatchError(f"{path}, line {number}: not JSON: {error}") from error
-    if not isinstance(batch, dict):
-        raise InvalidBatchError(
-            f"{path}, line {number}: a batch is a JSON object, not {type(batch).__name__}"
-        )
-    batch_id = batch.get("id", "")
-    if not isinstance(batch_id, str):
-        raise InvalidBatchError(f"{path}, line {number}: id must be a string, not {batch_id!r}")
-    return BatchLine(number=number, batch_id=batch_id, body=line.encode())
+        raise InvalidBatchError(f"line {number}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidBatchError(f"line {number}: a JSON object is wanted, not {type(content).__name__}")
+    return "examples" in content
 
 
-async def publish_batches(bus: Bus, batches: Sequence[BatchLine]) -> AsyncIterator[int]:
-    """Store one batch after the other; yields the stream sequence of each.
+def _read_batch(number: int, line: bytes) -> BatchLine:
+    try:
+        batch_id = read_body(line).id or ""
+        check_id(batch_id)
+    except InvalidBatchError as error:
+        raise InvalidBatchError(f"line {number}: {error}") from error
+    return BatchLine(number=number, batch_id=batch_id, body=line)
 
-    A batch with an id is stored once, however often it is published. Raises InvalidBatchError
-    naming the line that the bus did not take.
+
+def _check_example(number: int, line: bytes) -> None:
+    try:
+        read_example(line)
+    except InvalidBatchError as error:
+        raise InvalidBatchError(f"line {number}: {error}") from error
+
+
+def _cut(lines: Sequence[tuple[int, bytes]], batch_size: int) -> Iterator[BatchLine]:
+    """Ids are made of the content, so that a file that is published again is not trained again; what a file
+    itself repeats is trained as often as it stands there.
     """
+    num_seen: Counter[bytes] = Counter()
+    for start in range(0, len(lines), batch_size):
+        examples = b",".join(line for _, line in lines[start : start + batch_size])
+        num_seen[examples] += 1
+        batch_id = hashlib.sha256(b"%d %b" % (num_seen[examples], examples)).hexdigest()[:32]
+        body = b'{"id":%b,"examples":[%b]}' % (json.dumps(batch_id).encode(), examples)
+        yield BatchLine(number=lines[start][0], batch_id=batch_id, body=body)
+
+
+async def publish_batches(bus: Bus, batches: Sequence[BatchLine]) -> AsyncIterator[Stored]:
+    """Store one batch after the other; yields where each is.
+
+    A batch with an id is stored once, however often it is published. Raises InvalidBatchError naming the line
+    that the bus did not take; when one is too large, nothing is published.
+    """
+    limit = bus.max_message_bytes - HEADERS_BYTES
+    for batch in batches:
+        if len(batch.body) > limit:
+            raise InvalidBatchError(
+                f"line {batch.number}: its batch has {len(batch.body)} bytes, at most {limit} can be sent: "
+                "make it smaller (--batch-size)"
+            )
     for batch in batches:
         try:
             yield await bus.publish_durable(BATCHES, batch.body, message_id=batch.batch_id)

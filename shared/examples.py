@@ -1,5 +1,7 @@
-"""Training examples as people write them: four forms, read strictly."""
+"""Training examples as people write them: four forms, read strictly; in files, one a line."""
 
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
@@ -77,6 +79,13 @@ Example = Annotated[
 ]
 
 _EXAMPLE: TypeAdapter[Example] = TypeAdapter(Example)
+
+
+def numbered_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers from 1, and without a byte-order mark."""
+    for number, line in enumerate(content.removeprefix(BOM_UTF8).split(b"\n"), start=1):
+        if stripped := line.strip():
+            yield number, stripped
 
 
 def read_example(line: bytes) -> Example:

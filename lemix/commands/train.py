@@ -9,22 +9,33 @@ import typer
 from lemix.commands.options import NatsUrl, RunName, RunsDir
 from lemix.printing import Output
 from lemix.run_choice import find_running
+from shared.examples import MAX_EXAMPLES
 
 app = typer.Typer(help="Training batches.", no_args_is_help=True)
 
 
 @app.command()
 def publish(
-    file: Annotated[Path, typer.Argument(help="One training batch a line, as JSON.")],
+    file: Annotated[
+        Path, typer.Argument(help="One batch or one example a line, as JSON; - is standard input.")
+    ],
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_EXAMPLES, help="Examples a batch, of a file of examples.", show_default="8"
+        ),
+    ] = None,
     nats_url: NatsUrl = None,
     runs_dir: RunsDir = Path("runs"),
     name: RunName = None,
 ) -> None:
-    """Publish training batches durably; a batch with an id that was published before is not stored again."""
+    """Publish training batches durably; one whose id was published before is not trained again."""
     from lemix.publish_command import run_publish
+    from lemix.publishing import read_batches
     from lemix.running import run_command
 
-    run_command(run_publish(file, find_running(nats_url, runs_dir, name), Output()))
+    batches = read_batches(file, batch_size)
+    run_command(run_publish(batches, find_running(nats_url, runs_dir, name), Output()))
 
 
 @app.command()

@@ -1,9 +1,11 @@
 """The body of a training batch as publishers send it: JSON or MessagePack, one shape."""
 
+from codecs import BOM_UTF8
 from typing import Any
 
 import msgpack
 from pydantic import Field, ValidationError
+from pydantic_core import from_json
 
 from shared.errors import InvalidBatchError
 from shared.examples import (
@@ -15,6 +17,8 @@ from shared.examples import (
 )
 
 MAX_ID_CHARACTERS = 256
+OWN_ID_PREFIX = "seq-"
+"""Of ids that batches without one are given."""
 
 
 class BatchBody(Strict):
@@ -29,14 +33,36 @@ class BatchBody(Strict):
     """The trainer's learning rate times this is the batch's."""
 
 
+def check_id(batch_id: str) -> None:
+    """Raises InvalidBatchError for an id that no publisher may give."""
+    if batch_id.startswith(OWN_ID_PREFIX):
+        raise InvalidBatchError(f"id: ids that begin with {OWN_ID_PREFIX!r} are kept for batches without one")
+
+
 def read_body(body: bytes) -> BatchBody:
     """Read a body in either format. Raises InvalidBatchError with the first fault."""
+    body = body.removeprefix(BOM_UTF8)
     try:
-        if body.lstrip(b" \t\r\n")[:1] == b"{":
+        if _is_json_object(body):
             return BatchBody.model_validate_json(body)
         return BatchBody.model_validate(_unpack_map(body))
     except ValidationError as error:
         raise InvalidBatchError(_described(error)) from error
+
+
+def id_in(body: bytes) -> str:
+    """The id of a batch that is wrong elsewhere; empty where none can be read."""
+    body = body.removeprefix(BOM_UTF8)
+    try:
+        content = from_json(body) if _is_json_object(body) else _unpack_map(body)
+    except (ValueError, InvalidBatchError):
+        return ""
+    batch_id = content.get("id")
+    return batch_id if isinstance(batch_id, str) and len(batch_id) <= MAX_ID_CHARACTERS else ""
+
+
+def _is_json_object(body: bytes) -> bool:
+    return body.lstrip(b" \t\r\n")[:1] == b"{"
 
 
 def _unpack_map(body: bytes) -> dict[str, Any]:

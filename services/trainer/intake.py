@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from services.trainer.data import MAX_ID_CHARACTERS, BatchBody, read_body
+from services.trainer.data import MAX_ID_CHARACTERS, OWN_ID_PREFIX, BatchBody, check_id, id_in, read_body
 from services.trainer.microbatches import TrainingBatch, join, split
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
@@ -16,7 +16,6 @@ from shared.messages.training import RejectedBatch
 from shared.model_files import name_of, read_card
 
 ID_HEADER = "Nats-Msg-Id"
-OWN_ID_PREFIX = "seq-"
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +55,10 @@ class Intake:
         try:
             body = read_body(message.body)
             batch_id = body.id or batch_id
-            _check_id(batch_id)
+            check_id(batch_id)
             return self._cut(batch_id or id_of(message.sequence), message, body)
         except InvalidBatchError as error:
+            batch_id = id_in(message.body) or batch_id
             reason = str(error)
         except Exception as error:  # a tokenizer or template may raise anything, and would again
             log.exception("batch %s (%d) cannot be prepared", batch_id, message.sequence)
@@ -91,8 +91,3 @@ class Intake:
             body=message.body,
             learning_rate_multiplier=body.learning_rate_multiplier,
         )
-
-
-def _check_id(batch_id: str) -> None:
-    if batch_id.startswith(OWN_ID_PREFIX):
-        raise InvalidBatchError(f"id: ids that begin with {OWN_ID_PREFIX!r} are kept for batches without one")

@@ -62,6 +62,16 @@ class StreamState:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """What a durable stream answers to a message."""
+
+    sequence: int
+    """Of the message in its stream."""
+    is_repeat: bool
+    """A message of the same id was there already, at that sequence: nothing was stored now."""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamMessage:
     """A message of a durable stream."""
 
@@ -145,8 +155,8 @@ class Bus(Protocol):
 
     async def publish_durable(
         self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
-    ) -> int:
-        """Store a message and return its stream sequence; a repeated `message_id` is stored once.
+    ) -> Stored:
+        """Store a message; a repeated `message_id` is stored once.
 
         Raises MessageTooLargeError, or BusError when no stream takes it or the stream is full.
         """

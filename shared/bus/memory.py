@@ -17,6 +17,7 @@ from shared.bus.base import (
     TRACE_HEADER,
     Handler,
     Responder,
+    Stored,
     StreamMessage,
     StreamReader,
     StreamSpec,
@@ -240,7 +241,7 @@ class MemoryBus:
 
     async def publish_durable(
         self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
-    ) -> int:
+    ) -> Stored:
         self._check_open()
         sent = ({TRACE_HEADER: self._traceparent} if self._traceparent else {}) | (headers or {})
         self.check_size(subject, stored_size_bytes(body, sent))
@@ -403,10 +404,10 @@ class _Stream:
         self._sequence_by_id: dict[str, int] = {}
         self._size_bytes = 0
 
-    def append(self, body: bytes, message_id: str, headers: dict[str, str]) -> int:
-        """Store and return the sequence. Raises BusError when the stream is full."""
+    def append(self, body: bytes, message_id: str, headers: dict[str, str]) -> Stored:
+        """Raises BusError when the stream is full."""
         if message_id in self._sequence_by_id:
-            return self._sequence_by_id[message_id]
+            return Stored(sequence=self._sequence_by_id[message_id], is_repeat=True)
         if self.spec.discard_old and len(body) <= self.spec.max_bytes:
             while not self._has_room(body):
                 self._remove_first()
@@ -418,7 +419,7 @@ class _Stream:
         if message_id:
             self._sequence_by_id[message_id] = self.last_sequence
         self.wake()
-        return self.last_sequence
+        return Stored(sequence=self.last_sequence, is_repeat=False)
 
     def purge(self, up_to_sequence: int) -> None:
         while self.messages and self.num_removed < up_to_sequence:

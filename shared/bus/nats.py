@@ -33,6 +33,7 @@ from shared.bus.base import (
     TRACE_HEADER,
     Handler,
     Responder,
+    Stored,
     StreamMessage,
     StreamReader,
     StreamSpec,
@@ -241,12 +242,12 @@ class NatsBus:
 
     async def publish_durable(
         self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
-    ) -> int:
+    ) -> Stored:
         sent = self._headers("") | (headers or {}) | ({Header.MSG_ID.value: message_id} if message_id else {})
         self.check_size(subject, stored_size_bytes(body, sent))
         with _translated(subject):
             stored = await self._jetstream.publish(subject, body, headers=sent)
-        return stored.seq
+        return Stored(sequence=stored.seq, is_repeat=bool(stored.duplicate))
 
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         with _translated(stream):

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from shared.bus.base import Bus, Handler, Incoming, StreamSpec, StreamState
+from shared.bus.base import Bus, Handler, Incoming, Stored, StreamSpec, StreamState
 from shared.errors import (
     BusError,
     BusTimeoutError,
@@ -287,7 +287,7 @@ async def test_durable_messages_are_read_in_order_from_a_position(connect: Conne
     writer, trainer = await connect(), await connect()
     await writer.ensure_stream(STREAM)
     for i in range(1, 6):
-        assert await writer.publish_durable("test.stored", b"%d" % i) == i
+        assert (await writer.publish_durable("test.stored", b"%d" % i)).sequence == i
     reader = await trainer.read_stream("TEST", reader="trainer", after_sequence=2)
     messages = await taken(reader, 2)
     assert [(m.sequence, m.body) for m in messages] == [(3, b"3"), (4, b"4")]
@@ -332,12 +332,12 @@ async def test_headers_of_durable_messages_travel(connect: Connect, process_trac
     assert two.headers["traceparent"] == process_trace
 
 
-async def test_a_repeated_message_id_is_stored_once(connect: Connect) -> None:
+async def test_a_repeated_message_id_is_stored_once_and_told(connect: Connect) -> None:
     bus = await connect()
     await bus.ensure_stream(STREAM)
-    assert await bus.publish_durable("test.stored", b"1", message_id="a") == 1
-    assert await bus.publish_durable("test.stored", b"1", message_id="a") == 1
-    assert await bus.publish_durable("test.stored", b"2", message_id="b") == 2
+    assert await bus.publish_durable("test.stored", b"1", message_id="a") == Stored(1, is_repeat=False)
+    assert await bus.publish_durable("test.stored", b"x", message_id="a") == Stored(1, is_repeat=True)
+    assert await bus.publish_durable("test.stored", b"2", message_id="b") == Stored(2, is_repeat=False)
 
 
 async def test_a_full_stream_refuses(connect: Connect) -> None:
@@ -354,7 +354,7 @@ async def test_a_stream_that_exists_is_left_as_it_is(connect: Connect) -> None:
     await bus.publish_durable("test.stored", b"1")
     await bus.ensure_stream(STREAM)
     await bus.ensure_stream(StreamSpec(STREAM.name, STREAM.subjects, max_bytes=1 << 20))
-    assert await bus.publish_durable("test.stored", b"2") == 2
+    assert (await bus.publish_durable("test.stored", b"2")).sequence == 2
 
 
 async def test_a_stream_tells_who_it_is_and_from_where_to_where_it_goes(connect: Connect) -> None:
@@ -381,7 +381,7 @@ async def test_purged_messages_make_room_and_the_others_stay_as_they_are(connect
     assert [message.sequence for message in await taken(reader, 1)] == [1]
     await bus.purge_stream("TEST", 2)
     await bus.purge_stream("TEST", 1)
-    assert await bus.publish_durable("test.stored", bytes(2000)) == 4
+    assert (await bus.publish_durable("test.stored", bytes(2000))).sequence == 4
     later = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
     assert [(m.sequence, len(m.body)) for m in await taken(later, 2)] == [(3, 500), (4, 2000)]
     with pytest.raises(BusError, match="NOWHERE"):
@@ -392,7 +392,7 @@ async def test_a_stream_may_give_up_its_oldest_messages_for_new_ones(connect: Co
     bus = await connect()
     await bus.ensure_stream(StreamSpec("TEST", ("test.stored",), max_bytes=4096, discard_old=True))
     for sequence in (1, 2, 3):
-        assert await bus.publish_durable("test.stored", bytes(1500)) == sequence
+        assert (await bus.publish_durable("test.stored", bytes(1500))).sequence == sequence
     reader = await bus.read_stream("TEST", reader="r", after_sequence=0)
     assert (await taken(reader, 1))[0].sequence > 1
 

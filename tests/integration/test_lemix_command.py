@@ -40,12 +40,11 @@ class Ended:
     errors: str
 
 
-async def lemix(*arguments: str) -> Ended:
-    process = await asyncio.create_subprocess_exec(
-        *LEMIX, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+async def lemix(*arguments: str, standard_input: bytes = b"") -> Ended:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*LEMIX, *arguments, stdin=pipe, stdout=pipe, stderr=pipe)
     async with asyncio.timeout(COMMAND_DEADLINE_S):
-        output, errors = await process.communicate()
+        output, errors = await process.communicate(standard_input)
     return Ended(status=process.returncode, output=output.decode(), errors=errors.decode())
 
 
@@ -118,13 +117,19 @@ async def test_status_and_publish_find_the_running_cluster(tmp_path: Path) -> No
     async with lemix_up(tmp_path) as running:
         published = await lemix("train", "publish", str(file), "--runs-dir", str(tmp_path))
         assert (published.status, published.errors) == (0, "")
-        assert "2 batches accepted; stream sequence 2" in published.output
+        assert published.output == "run default: 2 batches stored, as 1 and 2\n"
         again = await lemix("train", "publish", str(file), "--runs-dir", str(tmp_path))
-        assert "2 batches accepted; stream sequence 3" in again.output
+        stored, repeated = again.output.splitlines()
+        assert stored == "run default: 1 batch stored, as 3"
+        assert repeated.startswith("run default: 1 batch already stored, as 1: ")
+        examples = b'{"text": "Rain later."}\r\n{"prompt": "Wind? ", "completion": "West."}\r\n'
+        from_pipe = ("train", "publish", "-", "--batch-size", "1", "--name", "default")
+        piped = await lemix(*from_pipe, "--runs-dir", str(tmp_path), standard_input=examples)
+        assert piped.output == "run default: 2 batches stored, as 4 and 5\n", piped.errors
         async with asyncio.timeout(COMMAND_DEADLINE_S):
-            while "v3" not in (status := await lemix("status", "--runs-dir", str(tmp_path))).output:
+            while "v5" not in (status := await lemix("status", "--runs-dir", str(tmp_path))).output:
                 assert (status.status, status.errors) == (0, "")
-        assert "policy lemix, 1 of 1 nodes ready" in status.output
+        assert "run default: policy lemix, 1 of 1 nodes ready" in status.output
         assert "0/2" in status.output and "1/2" in status.output
         await running.interrupt()
 
@@ -168,7 +173,7 @@ async def test_an_error_is_one_clear_line(tmp_path: Path, arguments: tuple[str, 
 
 async def test_a_line_that_is_not_json_is_named_and_nothing_published(tmp_path: Path) -> None:
     file = tmp_path / "batches.jsonl"
-    file.write_text('{"examples": []}\nnot json\n')
+    file.write_text('{"examples": [{"text": "a"}]}\nnot json\n')
     ended = await lemix("train", "publish", str(file), "--nats-url", "nats://127.0.0.1:9")
     assert ended.status == 1
     assert "line 2: not JSON" in ended.errors

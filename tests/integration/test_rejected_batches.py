@@ -9,6 +9,7 @@ import pytest
 
 from lemix.rejected_command import content_of
 from services.trainer.streams import TRAIN_STREAM
+from shared.bus.base import Stored
 from shared.bus.memory import MemoryBus
 from shared.errors import ConfigurationError
 from shared.subjects import REJECTED
@@ -41,12 +42,12 @@ async def test_what_was_published_is_kept_though_the_trainer_dies_around_its_sto
 ) -> None:
     store, deaths = MemoryBus.publish_durable, iter([True])
 
-    async def dying(bus: MemoryBus, subject: str, body: bytes, **more: Any) -> int:
+    async def dying(bus: MemoryBus, subject: str, body: bytes, **more: Any) -> Stored | None:
         dies = subject == REJECTED and next(deaths, False)
-        sequence = await store(bus, subject, body, **more) if is_stored or not dies else 0
+        stored = await store(bus, subject, body, **more) if is_stored or not dies else None
         if dies:
             raise Killed
-        return sequence
+        return stored
 
     monkeypatch.setattr(MemoryBus, "publish_durable", dying)
     sequence = await cluster.publish("nan", body)

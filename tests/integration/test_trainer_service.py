@@ -21,7 +21,7 @@ from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
 from shared import checkpoints
-from shared.bus.base import TRACE_HEADER, Handler, Incoming, StreamMessage, StreamReader, Subscription
+from shared.bus.base import TRACE_HEADER, Handler, Incoming, Stored, StreamMessage, StreamReader, Subscription
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.errors import BusError, ConfigurationError, RefusedError
 from shared.messages.inference import Placed, TaskEnded
@@ -184,7 +184,7 @@ class Cluster:
 
     async def publish(self, batch_id: str, body: bytes | None = None, **headers: str) -> int:
         packed = body or json.dumps({"id": batch_id, "examples": EXAMPLES}).encode()
-        sequence = await self.bus.publish_durable(BATCHES, packed, headers=headers)
+        sequence = (await self.bus.publish_durable(BATCHES, packed, headers=headers)).sequence
         self._id_by_sequence[sequence] = batch_id
         return sequence
 
@@ -369,7 +369,7 @@ async def test_a_batch_is_done_with_only_when_its_rejection_is_stored(
     stored, refusals = MemoryBus.publish_durable, iter([True, True])
     watermarks = []
 
-    async def publish(bus: MemoryBus, subject: str, body: bytes, **more: Any) -> int:
+    async def publish(bus: MemoryBus, subject: str, body: bytes, **more: Any) -> Stored:
         if subject == REJECTED:
             await cluster.until_durable(1)
             (checkpoint,) = checkpoints.checkpoints(cluster.folder / "checkpoints", 0)

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from services.gateway.http.errors import ApiError
-from services.gateway.jobs.training_file import numbered_lines
 from services.gateway.openai.answers import Json
 from shared.clock import Clock, IdSource
 from shared.disk import on_disk, replace_file, sync
 from shared.errors import ConfigurationError
+from shared.examples import numbered_lines
 
 PURPOSE = "fine-tune"
 """The only one there is."""

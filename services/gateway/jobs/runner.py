@@ -192,7 +192,7 @@ class JobRunner:
             self._book.happen(job_id, ToPublish(step, num_tokens))
             batch_id = job.batch_id(step)
             try:
-                sequence = await self._bus.publish_durable(BATCHES, body, message_id=batch_id)
+                stored = await self._bus.publish_durable(BATCHES, body, message_id=batch_id)
             except MessageTooLargeError as error:
                 self._happen(job_id, Failed(JobError(code="batch_too_large", message=str(error))))
                 return
@@ -200,7 +200,7 @@ class JobRunner:
                 log.warning("batch %s is not stored yet: %s", batch_id, error)
                 return
             self._quiet_since_s.setdefault(job_id, self._clock.now_s())
-            self._happen(job_id, Published(step, sequence))
+            self._happen(job_id, Published(step, stored.sequence))
 
     async def _ask_after_silence(self, job_id: str) -> None:
         """Ask the trainer for the batches of which nothing was heard for a while, and for durable ones: a

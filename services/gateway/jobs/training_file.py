@@ -4,14 +4,14 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from services.gateway.jobs.job import Job, JobError
 from shared.encoding import ExampleEncoder
 from shared.errors import InvalidBatchError, LemixError
-from shared.examples import read_example
+from shared.examples import numbered_lines, read_example
 
 MAX_FAULTS_SHOWN = 10
 MAX_FAULT_CHARACTERS = 300
@@ -77,13 +77,6 @@ def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     places = list(range(num_examples))
     random.Random(f"{seed}-{epoch}").shuffle(places)
     return tuple(places)
-
-
-def numbered_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1."""
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if stripped := line.strip():
-            yield number, stripped
 
 
 def read_training_file(

@@ -1,14 +1,33 @@
+"""What `lemix train publish` makes of a file, and what it says of what it has published."""
+
+import io
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lemix.demo_data import DemoData
-from lemix.publishing import BatchLine, publish_batches, read_batches
+from lemix.publish_command import outcome
+from lemix.publishing import BatchLine, batches_in, publish_batches, read_batches
 from services.trainer.data import read_body
+from shared.bus.base import Stored
 from shared.clock import SystemClock
 from shared.errors import BusError, InvalidBatchError, MessageTooLargeError
 from shared.settings import EMBEDDED_MODEL
 from shared.subjects import BATCHES
+
+BATCH = b'{"id": "a", "examples": [{"text": "one"}]}'
+EXAMPLES = [
+    {"text": "Sea calm."},
+    {"prompt": "2+2=", "completion": "4"},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    {"token_ids": [1, 2, 3]},
+]
+
+
+def lines_of(*objects: object) -> bytes:
+    return b"".join(json.dumps(each).encode() + b"\n" for each in objects)
 
 
 def write(tmp_path: Path, content: bytes) -> Path:
@@ -17,29 +36,83 @@ def write(tmp_path: Path, content: bytes) -> Path:
     return path
 
 
-def test_lines_are_read_as_they_stand_and_empty_ones_skipped(tmp_path: Path) -> None:
-    path = write(tmp_path, '{"id": "a", "x":  1}\n\n{"text": "é\u2028 "}\r\n'.encode())
+def test_batches_are_taken_as_they_stand_and_empty_lines_skipped(tmp_path: Path) -> None:
+    first = b'{"id": "a", "examples":  [{"text": "one"}]}'
+    third = '{"examples": [{"text": "é\u2028 "}]}'.encode()
+    path = write(tmp_path, first + b"\n\n" + third + b"\r\n")
     assert read_batches(path) == [
-        BatchLine(number=1, batch_id="a", body=b'{"id": "a", "x":  1}'),
-        BatchLine(number=3, batch_id="", body='{"text": "é\u2028 "}'.encode()),
+        BatchLine(number=1, batch_id="a", body=first),
+        BatchLine(number=3, batch_id="", body=third),
     ]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_a_byte_order_mark_and_windows_line_ends_are_skipped(mark: bytes, line_end: bytes) -> None:
+    content = mark + line_end.join([BATCH, BATCH.replace(b'"a"', b'"b"')]) + line_end
+    assert [read_body(batch.body).id for batch in batches_in(content, None)] == ["a", "b"]
+    of_examples = mark + lines_of(*EXAMPLES).replace(b"\n", line_end)
+    (batch,) = batches_in(of_examples, None)
+    assert len(read_body(batch.body).examples) == len(EXAMPLES)
+
+
+def test_standard_input_is_a_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(BATCH)))
+    assert read_batches(Path("-")) == [BatchLine(number=1, batch_id="a", body=BATCH)]
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"oops")))
+    with pytest.raises(InvalidBatchError, match="standard input: line 1: not JSON"):
+        read_batches(Path("-"))
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 10), (4, [4, 4, 2]), (None, [8, 2]), (99, [10])])
+def test_a_file_of_examples_is_cut_into_batches_that_the_trainer_takes(
+    batch_size: int | None, sizes: list[int]
+) -> None:
+    examples = [EXAMPLES[number % 4] for number in range(10)]
+    batches = batches_in(lines_of(*examples), batch_size)
+    bodies = [json.loads(batch.body) for batch in batches]
+    assert [len(read_body(batch.body).examples) for batch in batches] == sizes
+    assert [example for body in bodies for example in body["examples"]] == examples
+    assert [body["id"] for body in bodies] == [batch.batch_id for batch in batches]
+    assert batches[-1].number == 1 + sum(sizes[:-1])
+
+
+def test_ids_of_cut_batches_follow_from_their_content() -> None:
+    """A file that is published again has the ids that it had; what it says twice is trained twice."""
+    content = lines_of(*({"text": text} for text in ("a", "b", "a", "b", "c")))
+    ids = [batch.batch_id for batch in batches_in(content, 2)]
+    assert ids == [batch.batch_id for batch in batches_in(content, 2)]
+    assert len(set(ids)) == 3
+    changed = [batch.batch_id for batch in batches_in(content.replace(b'"c"', b'"d"'), 2)]
+    assert [one == other for one, other in zip(ids, changed, strict=True)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b'{"id": "a"}\n{oops\n', "line 2: not JSON"),
-        (b"[1]\n", "line 1: a batch is a JSON object, not list"),
-        (b'{"id": 7}\n', "line 1: id must be a string, not 7"),
-        (b"\n \n", "holds no training batch"),
-        (b"\xff\xfe", "cannot read"),
+        (BATCH + b"\n{oops\n", "line 2: not JSON"),
+        (b"[1]\n", "line 1: a JSON object is wanted, not list"),
+        (b'{"id": 7, "examples": [{"text": "a"}]}\n', "line 1: id: Input should be a valid string"),
+        (b'{"id": "seq-1", "examples": [{"text": "a"}]}\n', "line 1: id: ids that begin with 'seq-'"),
+        (BATCH + b'\n\n{"examples": []}\n', "line 3: examples: List should have at least 1 item"),
+        (BATCH + b'\n{"examples": [{"txt": "a"}]}', r"line 2: examples\.0: has none of the keys"),
+        (b'{"text": "a"}\n{"txt": "b"}', "line 2: has none of the keys"),
+        (b'{"text": "a"}\n{"prompt": "b"}', "line 2: completion: Field required"),
+        (b'{"text": "a"}\n{"text": "b", "id": "x"}', "line 2: id: Extra inputs"),
+        (BATCH + b'\n{"text": "a"}', "line 1 is a batch and line 2 an example"),
+        (b'{"text": "a"}\n\n' + BATCH, "line 1 is an example and line 3 a batch"),
+        (b"\n \n", "there is no training batch and no example"),
+        (b"\xff\xfe", "line 1: not JSON"),
     ],
 )
-def test_a_file_that_is_not_json_lines_is_refused_naming_the_line(
-    tmp_path: Path, content: bytes, fault: str
-) -> None:
-    with pytest.raises(InvalidBatchError, match=fault):
+def test_a_wrong_line_is_refused_by_number_and_reason(tmp_path: Path, content: bytes, fault: str) -> None:
+    with pytest.raises(InvalidBatchError, match=rf"batches\.jsonl: {fault}"):
         read_batches(write(tmp_path, content))
+
+
+def test_a_batch_size_for_whole_batches_is_refused() -> None:
+    with pytest.raises(InvalidBatchError, match="--batch-size 4 is for examples"):
+        batches_in(BATCH, 4)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -48,31 +121,69 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 class FakeBus:
-    """Takes batches until `error` is due."""
+    """Takes batches until `error` is due; holds an id that it has seen."""
 
-    def __init__(self, error: BusError | None = None) -> None:
+    def __init__(self, error: BusError | None = None, max_message_bytes: int = 1 << 20) -> None:
         self.error = error
+        self.max_message_bytes = max_message_bytes
         self.taken: list[tuple[str, bytes, str]] = []
 
-    async def publish_durable(self, subject: str, body: bytes, *, message_id: str = "") -> int:
+    async def publish_durable(self, subject: str, body: bytes, *, message_id: str = "") -> Stored:
         if self.error is not None and self.taken:
             raise self.error
+        ids = [seen for _, _, seen in self.taken]
+        if message_id in ids:
+            return Stored(ids.index(message_id) + 1, is_repeat=True)
         self.taken.append((subject, body, message_id))
-        return len(self.taken)
+        return Stored(len(self.taken), is_repeat=False)
 
 
-async def test_each_batch_is_published_with_its_id(tmp_path: Path) -> None:
+async def test_each_batch_is_published_with_its_id() -> None:
     bus = FakeBus()
-    batches = read_batches(write(tmp_path, b'{"id": "a"}\n{"x": 1}'))
-    assert [sequence async for sequence in publish_batches(bus, batches)] == [1, 2]
-    assert bus.taken == [(BATCHES, b'{"id": "a"}', "a"), (BATCHES, b'{"x": 1}', "")]
+    nameless = b'{"examples": [{"text": "b"}]}'
+    batches = batches_in(BATCH + b"\n" + nameless, None)
+    stored = [each async for each in publish_batches(bus, batches)]
+    assert stored == [Stored(1, is_repeat=False), Stored(2, is_repeat=False)]
+    assert bus.taken == [(BATCHES, BATCH, "a"), (BATCHES, nameless, "")]
 
 
-async def test_a_batch_that_the_bus_does_not_take_is_named(tmp_path: Path) -> None:
+async def test_a_batch_that_the_bus_does_not_take_is_named() -> None:
     bus = FakeBus(MessageTooLargeError("too large"))
-    batches = read_batches(write(tmp_path, b'{"id": "a"}\n\n{"id": "b"}'))
+    batches = batches_in(BATCH + b"\n\n" + BATCH.replace(b'"a"', b'"b"'), None)
     with pytest.raises(InvalidBatchError, match="line 3 was not accepted: too large"):
-        [sequence async for sequence in publish_batches(bus, batches)]
+        [each async for each in publish_batches(bus, batches)]
+
+
+async def test_a_batch_that_is_too_large_is_named_before_anything_is_published() -> None:
+    bus = FakeBus(max_message_bytes=1000)
+    batches = batches_in(lines_of({"text": "a"}, {"text": "b" * 1000}), 1)
+    with pytest.raises(InvalidBatchError, match=r"line 2: its batch has 1\d+ bytes, at most 488 can be sent"):
+        [each async for each in publish_batches(bus, batches)]
+    assert bus.taken == []
+
+
+def stored(*places: int, is_repeat: bool = False) -> list[Stored]:
+    return [Stored(place, is_repeat=is_repeat) for place in places]
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        (stored(7), ["1 batch stored, as 7"]),
+        (stored(1, 2), ["2 batches stored, as 1 and 2"]),
+        (stored(*range(1, 8)), ["7 batches stored, as 1, 2, 3, 4, 5 and 2 more"]),
+    ],
+)
+def test_what_is_stored_is_told_with_its_places(what: list[Stored], told: list[str]) -> None:
+    assert outcome(what) == told
+
+
+def test_what_was_stored_before_is_told_and_what_to_do() -> None:
+    new, old = outcome(stored(1, 2, is_repeat=True) + stored(3))
+    assert new == "1 batch stored, as 3"
+    assert old.startswith("2 batches already stored, as 1 and 2: an id is not taken again for two minutes")
+    assert old.endswith("publish what you have changed under another id")
+    assert len(outcome(stored(1, is_repeat=True))) == 1
 
 
 def test_the_bundled_batches_are_ones_the_trainer_takes_under_new_ids() -> None:

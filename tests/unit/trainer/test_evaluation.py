@@ -75,7 +75,7 @@ def test_held_out_examples_are_read_line_by_line(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         ("\n", "has no examples"),
-        ('{"token_ids": [1, 2]}\n{"token_ids": 3}', "line 2: Input should be a valid array"),
+        ('{"token_ids": [1, 2]}\n{"token_ids": 3}', "line 2: token_ids: Input should be a valid array"),
         ('{"words": 3}', "line 1: has none of the keys"),
         ("no json", "line 1: Invalid JSON"),
         ('{"token_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9]}', "line 1: .*8"),
