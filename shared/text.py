@@ -1,6 +1,7 @@
 """Between text and tokens, with the tokenizer of the model. Never loads torch."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -19,6 +20,26 @@ _NUM_CONTEXT_TOKENS = 8
 """Enough of the prompt to decode the first new token as the continuation that it is."""
 
 
+def _byte_level_alphabet() -> dict[str, int]:
+    """The letters that byte-level vocabularies write for bytes: printable ones for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_level_alphabet()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _bytes_of(name: str) -> bytes:
+    """The bytes of a token that is no whole text, from its name in the vocabulary."""
+    if byte := _BYTE_TOKEN.fullmatch(name):
+        return bytes.fromhex(byte[1])
+    if all(letter in _BYTE_OF_LETTER for letter in name):
+        return bytes(_BYTE_OF_LETTER[letter] for letter in name)
+    return name.encode()
+
+
 class TextTokenizer:
     """A `tokenizers.Tokenizer` as the services use it."""
 
@@ -26,7 +47,7 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._token_texts: dict[int, str] = {}
+        self._tokens: dict[int, tuple[str, bytes]] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -53,21 +74,32 @@ class TextTokenizer:
         return text
 
     def token_text(self, token: int) -> str:
-        """One token as people see it: its text, or the vocabulary's own spelling when it has none.
+        """One token as people see it.
 
-        Special tokens and pieces of a character have no text of their own.
+        A special token is spelled as in the vocabulary, a piece of a character as `bytes:\\xf0\\x9f`.
         """
-        text = self._token_texts.get(token)
-        if text is None:
-            text = self._token_texts[token] = self._spell(token)
-        return text
+        return self._token(token)[0]
 
-    def _spell(self, token: int) -> str:
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text, in UTF-8; of a special token, its name."""
+        return self._token(token)[1]
+
+    def _token(self, token: int) -> tuple[str, bytes]:
+        known = self._tokens.get(token)
+        if known is None:
+            known = self._tokens[token] = self._spell(token)
+        return known
+
+    def _spell(self, token: int) -> tuple[str, bytes]:
         # Behind itself a token shows the space it begins with, which decoders drop from a text's start.
         text = self.decode([token, token]).removeprefix(self.decode([token]))
         if text and _UNFINISHED not in text:
-            return text
-        return self._tokenizer.id_to_token(token) or f"<{token}>"
+            return text, text.encode()
+        name = self._tokenizer.id_to_token(token) or f"<{token}>"
+        if not text:
+            return name, name.encode()
+        raw = _bytes_of(name)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
 
     def stream(self, context: Sequence[int] = ()) -> "TextStream":
         """Decode tokens as they come, as the continuation of `context` (the prompt's tokens)."""

@@ -282,8 +282,8 @@ async def test_failure_before_the_first_token_has_a_status_even_for_a_stream() -
         ({"prompt": [1] * 2000}, 400, "prompt", "context_length_exceeded"),
         ({"prompt": [CARD.vocab_size]}, 400, "prompt", "invalid_value"),
         ({"max_tokens": "many"}, 400, "max_tokens", "invalid_value"),
-        ({"logit_bias": {"1": 1}}, 400, "logit_bias", "unsupported_parameter"),
-        ({"top_k": 1}, 400, "top_k", "unsupported_parameter"),
+        ({"suffix": "end"}, 400, "suffix", "invalid_value"),
+        ({"temprature": 1}, 400, "temprature", "unsupported_parameter"),
     ],
 )
 async def test_bad_request_is_refused_and_the_next_is_served(
@@ -298,9 +298,22 @@ async def test_bad_request_is_refused_and_the_next_is_served(
     assert served_next.status_code == 200
 
 
-async def test_malformed_json_is_refused() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "a", "metadata": {"a": -Infinity}}',
+        b'{"prompt":' + b"[" * 100_000 + b"}",
+    ],
+)
+async def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     async with gateway_world() as world:
-        response = await world.http.post(URL, content=b'{"model": ', headers=JSON)
+        response = await world.http.post(URL, content=body, headers=JSON)
     assert response.status_code == 400
     assert "JSON" in error_of(response)["message"]
 
@@ -469,6 +482,7 @@ async def test_models_are_listed() -> None:
         shown = (await world.http.get(f"/v1/models/{MODEL}")).json()
     assert listed == {"object": "list", "data": [shown]}
     assert (shown["id"], shown["object"]) == (MODEL, "model")
+    assert shown["max_model_len"] == CARD.context_length
 
 
 async def test_health_sends_one_token_through_a_node() -> None:

@@ -1,6 +1,7 @@
 """The HTTP routes, in OpenAI's words."""
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -18,19 +19,22 @@ from services.gateway.openai.completions.route import add_completions
 from services.gateway.openai.files import add_files
 from services.gateway.openai.jobs import add_jobs
 from services.gateway.openai.models import add_models
+from services.gateway.openai.schema import JsonRoute, refusal
 from shared.errors import LemixError
 
 
 def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     """The application that serves `context.card` through `context.cluster`, and has it trained."""
     app = FastAPI(title="LeMix", redirect_slashes=False)
+    app.router.route_class = JsonRoute
     app.add_exception_handler(HTTPException, _unknown_route)
+    _add_refusals(app, context)
     _add_middlewares(app, context)
     add_completions(app, context, Generations(context))
     add_models(app, context)
     _add_operations(app, context)
     add_files(app, fine_tuning, context.settings)
-    add_jobs(app, fine_tuning, context.settings)
+    add_jobs(app, fine_tuning)
     return app
 
 
@@ -71,6 +75,15 @@ def _add_middlewares(app: FastAPI, context: GatewayContext) -> None:
             allow_headers=["*"],
             expose_headers=["*"],
         )
+
+
+def _add_refusals(app: FastAPI, context: GatewayContext) -> None:
+    """FastAPI's refusals of what a request says, in OpenAI's words."""
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> Response:
+        context.metrics.requests.labels("refused").inc()
+        return error_response(refusal(error))
 
 
 def _unknown_route(request: Request, error: Exception) -> Response:

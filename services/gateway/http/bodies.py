@@ -44,13 +44,6 @@ async def bounded_stream(request: Request, max_bytes: int) -> AsyncGenerator[byt
         raise ClientGoneError("the client closed its connection") from error
 
 
-async def read_body(request: Request) -> bytes:
-    """The JSON that `BodyReader` has read. Raises ApiError (415) for an upload."""
-    if is_upload(request.headers):
-        raise ApiError(415, "expected a body of type application/json")
-    return await request.body()
-
-
 def json_response(
     content: object, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:

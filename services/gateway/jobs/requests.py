@@ -1,13 +1,11 @@
 """What a request for a fine-tuning job may say, in OpenAI's shape."""
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationError
+from pydantic import BeforeValidator, Field, StringConstraints
 
-from services.gateway.http.errors import ApiError
 from services.gateway.jobs.job import Hyperparameters
-from services.gateway.openai.schema import Strict, read_object, refusal, without_neutral
+from services.gateway.openai.schema import RequestModel, Whole, invalid
 from shared.examples import MAX_EXAMPLES, MAX_LEARNING_RATE_MULTIPLIER
 
 MAX_EPOCHS = 50
@@ -16,28 +14,28 @@ DEFAULT_EPOCHS = 3
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE_MULTIPLIER = 1.0
 
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "validation_file": (None,),
-    "suffix": (None,),
-    "integrations": (None, []),
-}
-"""Parameters of OpenAI's that are not supported, with the values at which they change nothing."""
+Auto = Literal["auto"]
+Epochs = Annotated[Whole, Field(ge=1, le=MAX_EPOCHS)]
+BatchSize = Annotated[Whole, Field(ge=1, le=MAX_EXAMPLES)]
+Multiplier = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE_MULTIPLIER)]
 
 
 def _auto_is_none(value: object) -> object:
     return None if value == "auto" else value
 
 
-class HyperparametersAsked(Strict):
+class HyperparametersAsked(RequestModel):
     """None: `auto`, which is LeMix's default."""
 
-    n_epochs: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(default=None, ge=1, le=MAX_EPOCHS)
-    batch_size: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
-        default=None, ge=1, le=MAX_EXAMPLES
-    )
-    learning_rate_multiplier: Annotated[float | None, BeforeValidator(_auto_is_none)] = Field(
-        default=None, gt=0, le=MAX_LEARNING_RATE_MULTIPLIER
-    )
+    n_epochs: Annotated[
+        Epochs | None, BeforeValidator(_auto_is_none, json_schema_input_type=Epochs | Auto)
+    ] = None
+    batch_size: Annotated[
+        BatchSize | None, BeforeValidator(_auto_is_none, json_schema_input_type=BatchSize | Auto)
+    ] = None
+    learning_rate_multiplier: Annotated[
+        Multiplier | None, BeforeValidator(_auto_is_none, json_schema_input_type=Multiplier | Auto)
+    ] = None
 
     def chosen(self) -> Hyperparameters:
         """With LeMix's choice for what was left to it."""
@@ -48,13 +46,13 @@ class HyperparametersAsked(Strict):
         )
 
 
-class SupervisedAsked(Strict):
+class SupervisedAsked(RequestModel):
     """How a supervised job trains."""
 
     hyperparameters: HyperparametersAsked | None = None
 
 
-class MethodAsked(Strict):
+class MethodAsked(RequestModel):
     """The newer place of hyperparameters."""
 
     type: Literal["supervised"]
@@ -65,15 +63,20 @@ MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
-class JobRequest(Strict):
+class JobRequest(RequestModel):
     """The body of POST /v1/fine_tuning/jobs."""
 
     model: str
     training_file: str
     hyperparameters: HyperparametersAsked | None = None
     method: MethodAsked | None = None
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Whole | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
+
+    # OpenAI's, accepted only where they change nothing.
+    validation_file: None = None
+    suffix: None = None
+    integrations: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
 
     @property
     def chosen_hyperparameters(self) -> Hyperparameters:
@@ -82,15 +85,7 @@ class JobRequest(Strict):
         asked = self.hyperparameters or (supervised.hyperparameters if supervised else None)
         return (asked or HyperparametersAsked()).chosen()
 
-
-def parse_job_request(body: bytes) -> JobRequest:
-    """Raises ApiError (400) naming the first parameter that is wrong, unknown or not supported."""
-    content = without_neutral(read_object(body), JobRequest.model_fields, _NEUTRAL)
-    try:
-        request = JobRequest.model_validate(content)
-    except ValidationError as error:
-        raise refusal(error) from error
-    if request.hyperparameters is not None and request.method is not None:
-        message = "'hyperparameters' and 'method' cannot both be given"
-        raise ApiError(400, message, param="hyperparameters", code="invalid_value")
-    return request
+    def check_method(self) -> None:
+        """Raises ApiError when the hyperparameters are given in both places."""
+        if self.hyperparameters is not None and self.method is not None:
+            raise invalid("hyperparameters", "'method' is given too")

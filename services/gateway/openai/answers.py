@@ -1,19 +1,43 @@
 """What the answers of all routes that generate have in common."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import BaseModel
 from pydantic_core import to_json
 
 from services.gateway.generation import Usage, Versions
+from services.gateway.http.errors import ApiError
 
 Json = dict[str, object]
 
-DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+class UsageAnswer(BaseModel):
+    """OpenAI's count of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    """What every answer begins with."""
+
+    id: str
+    object: str
+    created: int
+    """Seconds since the Unix epoch."""
+    model: str
+    system_fingerprint: str | None
+    """The weights that made the first and the last token: `weights-3-5`."""
+    usage: UsageAnswer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heading:
-    """What stands at the top of the answer and of every event."""
+    """What stands at the top of an answer and of every event."""
 
     answer_id: str
     kind: str
@@ -38,8 +62,8 @@ def fingerprint(versions: Versions | None) -> str | None:
     return None if versions is None else f"weights-{versions.first}-{versions.last}"
 
 
-def usage_fields(usage: Usage) -> Json:
-    """OpenAI's count of tokens."""
+def usage_of(usage: Usage) -> Json:
+    """The fields of UsageAnswer."""
     return {
         "prompt_tokens": usage.num_prompt_tokens,
         "completion_tokens": usage.num_generated_tokens,
@@ -47,6 +71,47 @@ def usage_fields(usage: Usage) -> Json:
     }
 
 
+class ChunkEncoder:
+    """Makes the events of one stream of chunks; what all of them share is encoded once."""
+
+    def __init__(self, heading: Heading, *, include_usage: bool) -> None:
+        self._heading = heading
+        self._include_usage = include_usage
+        self._end = '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
+        self._versions: Versions | None = None
+        self._head = self._encode_head(None)
+
+    def opening(self) -> bytes:
+        """Nothing comes before the first piece."""
+        return b""
+
+    def chunk(self, index: int, choice: str, versions: Versions | None) -> bytes:
+        """The event of one choice, whose JSON fields behind its index are `choice`."""
+        if versions != self._versions:
+            self._versions, self._head = versions, self._encode_head(versions)
+        return f"{self._head}{index},{choice}{self._end}".encode()
+
+    def ending(self, versions: Versions | None, usage: Usage) -> bytes:
+        """What follows the last chunk of a complete answer."""
+        if not self._include_usage:
+            return _DONE
+        return event(self._heading.fields(versions) | {"choices": [], "usage": usage_of(usage)}) + _DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """The event that ends a stream whose answer stays incomplete."""
+        return event(error.body())
+
+    def _encode_head(self, versions: Versions | None) -> str:
+        fields = to_json(self._heading.fields(versions)).decode()
+        return f'data: {fields[:-1]},"choices":[{{"index":'
+
+
 def event(content: object) -> bytes:
     """A server-sent event of a JSON value."""
     return b"data: " + to_json(content) + b"\n\n"
+
+
+def documented(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """How the OpenAPI document describes an answer that is whole, or a stream of events."""
+    events = {"schema": {"type": "string", "description": "server-sent events, when `stream` is true"}}
+    return {200: {"model": model, "content": {"text/event-stream": events}}}

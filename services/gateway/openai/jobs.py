@@ -4,28 +4,25 @@ from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
 
-from services.gateway.http.bodies import json_response, read_body
+from services.gateway.http.bodies import json_response
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.jobs.job import Job, matches
 from services.gateway.jobs.paging import check_query, read_page
-from services.gateway.jobs.requests import JobRequest, parse_job_request
-from services.gateway.settings import GatewaySettings
+from services.gateway.jobs.requests import JobRequest
 
 MAX_LISTED = 100
 
 
-def add_jobs(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) -> None:
+def add_jobs(app: FastAPI, fine_tuning: FineTuning) -> None:
     """Serve the creation, the cancelling and the lists of jobs."""
-    _add_jobs(app, fine_tuning, settings)
+    _add_jobs(app, fine_tuning)
     _add_lists(app, fine_tuning)
 
 
-def _add_jobs(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) -> None:
-    schema = {"application/json": {"schema": JobRequest.model_json_schema()}}
-
-    @app.post("/v1/fine_tuning/jobs", openapi_extra={"requestBody": {"content": schema}})
-    async def create_job(request: Request) -> Response:
-        asked = parse_job_request(await read_body(request))
+def _add_jobs(app: FastAPI, fine_tuning: FineTuning) -> None:
+    @app.post("/v1/fine_tuning/jobs")
+    async def create_job(asked: JobRequest) -> Response:
+        asked.check_method()
         return json_response(await fine_tuning.create(asked))
 
     @app.get("/v1/fine_tuning/jobs/{job_id}")

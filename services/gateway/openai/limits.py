@@ -1,7 +1,5 @@
 """What every route that generates checks of a request before its prompts are read."""
 
-from collections.abc import Sequence
-
 from services.gateway.http.errors import ApiError
 from services.gateway.settings import GatewaySettings
 from shared.model_files import ModelCard
@@ -19,10 +17,3 @@ def check_choices(num_prompts: int, n: int, settings: GatewaySettings) -> None:
     if num_choices > settings.max_choices:
         message = f"{num_choices} choices (prompts times n), at most {settings.max_choices} are allowed"
         raise ApiError(400, message, param="n" if n > 1 else "prompt", code="invalid_value")
-
-
-def check_stops(stops: Sequence[str], settings: GatewaySettings) -> None:
-    """Raises ApiError when a stop string is longer than is allowed."""
-    if any(len(stop) > settings.max_stop_length for stop in stops):
-        message = f"parameter 'stop': at most {settings.max_stop_length} characters are allowed"
-        raise ApiError(400, message, param="stop", code="invalid_value")

@@ -1,26 +1,43 @@
 """The routes of models: the one that is served."""
 
-from fastapi import FastAPI, Response
+from typing import Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel
 
 from services.gateway.context import GatewayContext
-from services.gateway.http.bodies import json_response
 from services.gateway.openai.limits import check_model
+
+
+class Model(BaseModel):
+    """What is told of a model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """When the gateway started: seconds since the Unix epoch."""
+    owned_by: str = "lemix"
+    max_model_len: int
+    """Tokens that a prompt and its answer may have together."""
+
+
+class ModelList(BaseModel):
+    """All models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
 
 
 def add_models(app: FastAPI, context: GatewayContext) -> None:
     """Serve the list of models, and the model."""
-    model = {
-        "id": context.card.name,
-        "object": "model",
-        "created": int(context.clock.wall_s()),
-        "owned_by": "lemix",
-    }
+    card = context.card
+    model = Model(id=card.name, created=int(context.clock.wall_s()), max_model_len=card.context_length)
 
     @app.get("/v1/models")
-    async def list_models() -> Response:
-        return json_response({"object": "list", "data": [model]})
+    async def list_models() -> ModelList:
+        return ModelList(data=[model])
 
     @app.get("/v1/models/{name:path}")
-    async def show_model(name: str) -> Response:
-        check_model(name, context.card)
-        return json_response(model)
+    async def show_model(name: str) -> Model:
+        check_model(name, card)
+        return model

@@ -1,61 +1,111 @@
 """How the bodies of OpenAI's API are read, and how a mistake in one is told."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from json import JSONDecodeError
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import from_json
 
+from services.gateway.http.bodies import is_upload
 from services.gateway.http.errors import ApiError
 
-
-class Strict(BaseModel):
-    """No coercion and no unknown parameters."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+_NULL = {"type": "null"}
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """A request's body as it stands. Raises ApiError (400) when it is no JSON object."""
-    try:
-        content = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    return content
+def _allow_null(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Say in a model's JSON schema that null stands for a parameter that is not given."""
+    required, properties = schema.get("required", ()), schema.get("properties", {})
+    for name, described in properties.items():
+        if name not in required and described.get("type") != "null":
+            default = {"default": described.pop("default")} if "default" in described else {}
+            properties[name] = {"anyOf": [described, _NULL], **default}
 
 
-def without_neutral(
-    content: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, tuple[object, ...]]
-) -> dict[str, Any]:
-    """Drop what changes nothing: nulls of known parameters, and those of `neutral` at rest.
+class RequestModel(BaseModel):
+    """A part of a request: no coercion and no unknown parameters; null is the same as not given."""
 
-    Raises ApiError (400) naming one of `neutral` that is not at rest.
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_allow_null
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, content: object) -> object:
+        if not isinstance(content, dict):
+            return content
+        return {name: value for name, value in content.items() if value is not None or cls._requires(name)}
+
+    @classmethod
+    def _requires(cls, name: str) -> bool:
+        """Also whatever is unknown: it is told as such."""
+        return name not in cls.model_fields or cls.model_fields[name].is_required()
+
+
+def _as_whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_as_whole)]
+"""A whole number, also when it is written as `16.0`."""
+
+
+class JsonRoute(APIRoute):
+    """A route whose body, if it has one, is JSON without NaN and infinities.
+
+    Raises ApiError (415) for an upload.
     """
-    kept = {}
-    for name, value in content.items():
-        if name in neutral:
-            if isinstance(value, bool) or value not in neutral[name]:
-                raise unsupported(name)
-        elif value is not None or name not in known:
-            kept[name] = value
-    return kept
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            if self.body_field is not None and is_upload(request.headers):
+                raise ApiError(415, "expected a body of type application/json")
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return handle_json
 
 
-def unsupported(name: str) -> ApiError:
-    """What to raise for a parameter that is not supported."""
-    return ApiError(400, f"parameter {name!r} is not supported", param=name, code="unsupported_parameter")
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        """Raises JSONDecodeError, which FastAPI expects."""
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise JSONDecodeError(str(error), "", 0) from error
 
 
-def refusal(error: ValidationError) -> ApiError:
-    """What to raise for a body that breaks its model: the first fault, and the parameter's name."""
-    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
+def refusal(error: RequestValidationError) -> ApiError:
+    """What a client is told of a request that breaks its model: the first fault, and the parameter's name."""
+    fault: Mapping[str, Any] = error.errors()[0]
+    kind, param = fault["type"], _param(fault["loc"])
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {fault['ctx']['error']}")
+    if not param:
+        return ApiError(400, "the body must be a JSON object")
+    if kind == "extra_forbidden":
         return unsupported(param)
-    if fault["type"] == "missing":
+    if kind == "missing":
         return ApiError(
             400, f"parameter {param!r} is required", param=param, code="missing_required_parameter"
         )
-    return ApiError(400, f"parameter {param!r}: {fault['msg']}", param=param, code="invalid_value")
+    return invalid(param, fault["msg"])
+
+
+def _param(place: Sequence[str | int]) -> str:
+    """`body`, 'messages', 0, 'content' is `messages.0.content`."""
+    return ".".join(str(part) for part in place[1:] if part != "[key]")
+
+
+def unsupported(param: str) -> ApiError:
+    """What to raise for a parameter that is not supported."""
+    return ApiError(400, f"parameter {param!r} is not supported", param=param, code="unsupported_parameter")
+
+
+def invalid(param: str, reason: str) -> ApiError:
+    """What to raise for a parameter with a wrong value."""
+    return ApiError(400, f"parameter {param!r}: {reason}", param=param, code="invalid_value")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 from services.gateway.text.stops import split_at_stop
 from shared.errors import RefusedError
@@ -11,14 +12,17 @@ from shared.text import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """What `logprobs` says of one token."""
+    """What is known of one token when log-probabilities are asked for."""
 
-    token: str
+    token: int
     logprob: float | None
     """None for the first token of a prompt: nothing predicts it."""
-    top: dict[str, float] | None
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens there, with their log-probabilities."""
     text_offset: int
     """Characters of the choice's text before this token."""
+    ends_text: bool = False
+    """The model ended the text with it: it is not shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,6 @@ class Detokeniser:
         echo: str | None = None,
     ) -> None:
         """`echo` is the prompt's text, to be shown before the completion (None: not shown)."""
-        self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._stops = stops
         self._with_logprobs = with_logprobs
@@ -78,7 +81,7 @@ class Detokeniser:
     def _take(self, produced: TokenLogprob, finish: FinishReason | None) -> str:
         self.num_tokens += 1
         if self._with_logprobs:
-            self._entries.append(_entry(self._tokenizer, produced, self._decoded_length))
+            self._entries.append(_entry(produced, self._decoded_length, ends_text=finish == "stop"))
         return "" if finish == "stop" else self._stream.push(produced.token)
 
     def _check_complete(self, finish: FinishReason) -> None:
@@ -115,15 +118,14 @@ class _PromptScores:
     """The entries of a prompt's tokens, in order, as the chunks of the prompt are run."""
 
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
         self._stream = tokenizer.stream()
         self._offset = 0
-        first = TokenEntry(tokenizer.token_text(prompt[0]), None, None, self._advance(prompt[0]))
+        first = TokenEntry(prompt[0], None, (), self._advance(prompt[0]))
         self._unsent: tuple[TokenEntry, ...] = (first,)
         self.num_left = len(prompt) - 1
 
     def take(self, scored: tuple[TokenLogprob, ...]) -> tuple[TokenEntry, ...]:
-        entries = tuple(_entry(self._tokenizer, item, self._advance(item.token)) for item in scored)
+        entries = tuple(_entry(item, self._advance(item.token)) for item in scored)
         entries, self._unsent = self._unsent + entries, ()
         self.num_left -= len(scored)
         return entries
@@ -139,13 +141,14 @@ def _lost() -> RefusedError:
     return RefusedError("a part of the answer was lost on its way", code=502)
 
 
-def _entry(tokenizer: TextTokenizer, produced: TokenLogprob, text_offset: int) -> TokenEntry:
-    top = {tokenizer.token_text(token): _in_json(logprob) for token, logprob in produced.top}
-    text, logprob = tokenizer.token_text(produced.token), _in_json(produced.logprob or 0.0)
-    top.setdefault(text, logprob)
-    return TokenEntry(text, logprob, top, text_offset)
+def _entry(scored: TokenLogprob, text_offset: int, *, ends_text: bool = False) -> TokenEntry:
+    top = tuple((token, _in_json(logprob)) for token, logprob in scored.top)
+    logprob = 0.0 if scored.logprob is None else _in_json(scored.logprob)
+    return TokenEntry(scored.token, logprob, top, text_offset, ends_text)
 
 
 def _in_json(logprob: float) -> float:
-    """JSON has no infinity; for what cannot happen OpenAI says -9999."""
+    """JSON has no infinity; for what cannot happen OpenAI says -9999. Raises RefusedError for NaN."""
+    if isnan(logprob):
+        raise RefusedError("the model gave a log-probability that is no number", code=500)
     return max(logprob, -9999.0)

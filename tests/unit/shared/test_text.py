@@ -73,8 +73,18 @@ def test_bytes_that_undo_an_earlier_character_do_not_raise() -> None:
 
 def test_token_text_is_what_the_token_adds() -> None:
     tokenizer = sentencepiece_like()
-    assert [tokenizer.token_text(token) for token in (1, 3, 5 + 0xC3)] == [" Hello", "s", "<0xC3>"]
+    assert [tokenizer.token_text(token) for token in (1, 3, 5 + 0xC3)] == [" Hello", "s", r"bytes:\xc3"]
     assert BYTE_LEVEL.token_text(0) == "<|endoftext|>"
+
+
+def test_bytes_of_tokens_add_up_to_the_text() -> None:
+    text = "naïve 😀 龘 ok"
+    ids = BYTE_LEVEL.encode(text)
+    assert b"".join(BYTE_LEVEL.token_bytes(token) for token in ids).decode() == text
+    texts = [BYTE_LEVEL.token_text(token) for token in BYTE_LEVEL.encode("😀")]
+    assert "".join(texts) == r"bytes:\xf0bytes:\x9fbytes:\x98bytes:\x80"
+    assert sentencepiece_like().token_bytes(5 + 0xC3) == b"\xc3"
+    assert BYTE_LEVEL.token_bytes(0) == b"<|endoftext|>"
 
 
 def test_different_tokens_are_spelled_differently() -> None:

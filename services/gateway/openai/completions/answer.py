@@ -1,76 +1,94 @@
 """The answer to a completion request: one JSON body, or server-sent events."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
+from typing import Literal
 
+from pydantic import BaseModel
 from pydantic_core import to_json
 
-from services.gateway.generation import Usage, Versions
-from services.gateway.http.errors import ApiError
-from services.gateway.openai.answers import DONE, Heading, Json, event, usage_fields
+from services.gateway.generation import Versions
+from services.gateway.openai.answers import Answer, ChunkEncoder, Heading, Json
 from services.gateway.text.detokenise import Piece, TokenEntry
+from shared.messages.inference import FinishReason
+from shared.text import TextTokenizer
 
 
-def choice(index: int, pieces: Sequence[Piece], *, with_logprobs: bool) -> Json:
-    """One whole choice, put together from its pieces."""
+class CompletionLogprobs(BaseModel):
+    """Four parallel lists, with one item for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Characters of the choice's own text before the token."""
+
+
+class CompletionChoice(BaseModel):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(Answer):
+    """The answer of POST /v1/completions."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+def choice_of(index: int, pieces: Sequence[Piece], tokenizer: TextTokenizer, *, with_logprobs: bool) -> Json:
+    """The fields of a CompletionChoice, put together from its pieces."""
     entries = [entry for piece in pieces for entry in piece.entries]
     return {
         "index": index,
         "text": "".join(piece.text for piece in pieces),
-        "logprobs": logprobs(entries) if with_logprobs else None,
+        "logprobs": logprobs_of(entries, tokenizer) if with_logprobs else None,
         "finish_reason": pieces[-1].finish,
     }
 
 
-def logprobs(entries: Sequence[TokenEntry]) -> Json:
-    """OpenAI's four parallel lists; offsets count the characters of the choice's own text."""
+def logprobs_of(entries: Sequence[TokenEntry], tokenizer: TextTokenizer) -> Json:
+    """The fields of CompletionLogprobs."""
     return {
-        "tokens": [entry.token for entry in entries],
+        "tokens": [tokenizer.token_text(entry.token) for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [entry.top for entry in entries],
+        "top_logprobs": [_top_of(entry, tokenizer) for entry in entries],
         "text_offset": [entry.text_offset for entry in entries],
     }
 
 
-class CompletionEvents:
-    """Makes the events of one stream; what all of them share is encoded once."""
+def _top_of(entry: TokenEntry, tokenizer: TextTokenizer) -> Mapping[str, float] | None:
+    """The likeliest tokens and the chosen one; of tokens with the same text, the likelier."""
+    if entry.logprob is None:
+        return None
+    top: dict[str, float] = {}
+    for token, logprob in (*entry.top, (entry.token, entry.logprob)):
+        text = tokenizer.token_text(token)
+        top[text] = max(logprob, top.get(text, logprob))
+    return top
 
-    def __init__(self, heading: Heading, *, include_usage: bool, with_logprobs: bool) -> None:
-        self._heading = heading
+
+class CompletionEvents(ChunkEncoder):
+    """Makes the events of one stream."""
+
+    def __init__(
+        self, heading: Heading, tokenizer: TextTokenizer, *, include_usage: bool, with_logprobs: bool
+    ) -> None:
+        super().__init__(heading, include_usage=include_usage)
+        self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
-        self._include_usage = include_usage
-        self._end = ',"usage":null}\n\n' if include_usage else "}\n\n"
-        self._versions: Versions | None = None
-        self._head = self._encode_head(None)
-
-    def opening(self) -> bytes:
-        """Nothing comes before the first piece."""
-        return b""
 
     def piece(self, index: int, piece: Piece, versions: Versions | None) -> bytes:
         """The event of one piece; no bytes when it has nothing to show."""
         if not (piece.text or piece.entries or piece.finish):
             return b""
-        if versions != self._versions:
-            self._versions, self._head = versions, self._encode_head(versions)
-        scores = to_json(logprobs(piece.entries)).decode() if self._with_logprobs else "null"
+        scores = "null"
+        if self._with_logprobs:
+            scores = to_json(logprobs_of(piece.entries, self._tokenizer)).decode()
         finish = f'"{piece.finish}"' if piece.finish else "null"
-        return (
-            f'{self._head}{index},"text":{quoted(piece.text)},"logprobs":{scores},'
-            f'"finish_reason":{finish}}}]{self._end}'
-        ).encode()
-
-    def ending(self, versions: Versions | None, usage: Usage) -> bytes:
-        """What follows the last piece of a complete answer."""
-        if not self._include_usage:
-            return DONE
-        fields = self._heading.fields(versions) | {"choices": [], "usage": usage_fields(usage)}
-        return event(fields) + DONE
-
-    def failure(self, error: ApiError) -> bytes:
-        """The event that ends a stream whose answer stays incomplete."""
-        return event(error.body())
-
-    def _encode_head(self, versions: Versions | None) -> str:
-        fields = to_json(self._heading.fields(versions)).decode()
-        return f'data: {fields[:-1]},"choices":[{{"index":'
+        choice = f'"text":{quoted(piece.text)},"logprobs":{scores},"finish_reason":{finish}'
+        return self.chunk(index, choice, versions)

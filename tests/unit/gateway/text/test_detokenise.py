@@ -1,5 +1,7 @@
 """Held-back text, echo and log-probabilities of one sequence."""
 
+from math import inf, nan
+
 import pytest
 
 from services.gateway.text.detokenise import Detokeniser, Piece, TokenEntry
@@ -76,8 +78,12 @@ def test_entries_follow_the_text_and_end_with_it() -> None:
         shown += piece.text
         entries += piece.entries
         assert all(entry.text_offset < len(shown) for entry in entries)
-    assert "".join(entry.token for entry in entries) == shown == "The end is"
-    assert [shown[entry.text_offset :].startswith(entry.token) for entry in entries] == [True] * len(entries)
+    texts = [TOKENIZER.token_text(entry.token) for entry in entries]
+    assert "".join(texts) == shown == "The end is"
+    offsets = [entry.text_offset for entry in entries]
+    assert [shown[offset:].startswith(text) for offset, text in zip(offsets, texts, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_echo_with_scores_begins_with_an_unscored_token() -> None:
@@ -89,16 +95,33 @@ def test_echo_with_scores_begins_with_an_unscored_token() -> None:
     entries = first.entries + last.entries
     assert first.text + last.text == "Once upon a time"
     assert [entry.logprob for entry in entries] == [None] + [-2.0] * len(scores)
-    assert (entries[0].top, entries[0].text_offset) == (None, 0)
-    assert "".join(entry.token for entry in entries) == "Once upon a time"
+    assert (entries[0].top, entries[0].text_offset) == ((), 0)
+    assert [entry.token for entry in entries] == prompt
 
 
-def test_chosen_token_is_always_among_the_top() -> None:
+def scored(logprob: float, top: tuple[tuple[int, float], ...] = ()) -> SequenceResult:
+    return SequenceResult(task_id="t", token=TokenLogprob(token=7, logprob=logprob, top=top), finish="length")
+
+
+def test_infinities_have_a_number_in_json() -> None:
     sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=1, with_logprobs=True)
-    token = TOKENIZER.encode("x")[0]
-    produced = TokenLogprob(token=token, logprob=float("-inf"))
-    piece = sequence.apply(SequenceResult(task_id="t", token=produced, finish="length"))
-    assert piece.entries[0].top == {"x": -9999.0}
+    [entry] = sequence.apply(scored(-inf, ((5, -1.0), (6, -inf)))).entries
+    assert (entry.logprob, entry.top) == (-9999.0, ((5, -1.0), (6, -9999.0)))
+
+
+@pytest.mark.parametrize("result", [scored(nan), scored(-1.0, ((5, nan),))])
+def test_a_log_probability_that_is_no_number_is_an_error(result: SequenceResult) -> None:
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=1, with_logprobs=True)
+    with pytest.raises(RefusedError, match="no number") as caught:
+        sequence.apply(result)
+    assert caught.value.code == 500
+
+
+def test_the_token_that_ends_a_text_is_known_as_such() -> None:
+    tokens = [*TOKENIZER.encode("so"), EOS]
+    sequence = Detokeniser(TOKENIZER, [EOS], max_tokens=9, with_logprobs=True)
+    entries = [entry for piece in play(sequence, tokens, "stop") for entry in piece.entries]
+    assert [entry.ends_text for entry in entries] == [False] * (len(tokens) - 1) + [True]
 
 
 @pytest.mark.parametrize("lost", [0, 2, 3])
