@@ -41,21 +41,21 @@ OVERHEADS = (
 )
 MOST = 0.10
 ABOUT = f"""\
-llama2-13b@a100 on {NODES} nodes of two stages, training rate {TRAINING_RATE}, {NUM_TASKS} tasks, five seeds:
-the real services over NATS as processes of one machine ({os.cpu_count()} cores; nice
-{os.getpriority(os.PRIO_PROCESS, 0)}), on stages that hold their device for as long as the profile says. And
-the same workloads from the same seeds in the simulation, twice:
+llama2-13b@a100 on {NODES} nodes of two stages, training rate {TRAINING_RATE}, {NUM_TASKS} tasks, five seeds.
+The real services run over NATS as processes of one machine ({os.cpu_count()} cores; nice
+{os.getpriority(os.PRIO_PROCESS, 0)}), on stages that hold their device for as long as the profile says.
+The same workloads from the same seeds run in the simulation, twice:
 
 - **simulated**: with the hop and the hand-over that were measured in that very run on the cluster. The hop
-  is the mean time from the end of an iteration on one stage to its start on the next, if that is idle: a
-  message, and what services do before and behind it. The hand-over is the mean time from the end of an op on
-  an idle device to the moment when its service knows. Both come from what stages tell the scheduler of their
-  ops: nothing is fitted to response times.
+  is the mean time from the end of an iteration on one stage to its start on the next, if that stage is idle:
+  a message, and the work of the services before and after it. The hand-over is the mean time from the end of
+  an op on an idle device to the moment when its service knows. Both come from the stages' reports to the
+  scheduler: nothing is fitted to response times.
 - **fixed hop**: as in every other study, {1000 * HOP_S:g} ms a message and nothing else.
 
-A difference is that of the simulation's median over the seeds to the cluster's. The cluster's scheduler
-believes in a hop of {1000 * HOP_S:g} ms in its forecasts, the simulated one in the simulation's. This study
-alone depends on the machine, and on what else it does."""
+A difference compares the simulation's median over the seeds with the cluster's. The cluster's scheduler
+assumes a hop of {1000 * HOP_S:g} ms in its forecasts, the simulated one the simulation's. Only this study
+depends on the machine, and on its other work."""
 
 
 def live(*, quick: bool) -> Study:

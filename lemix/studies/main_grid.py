@@ -220,21 +220,21 @@ def paper_rows(schedule: str, rows: Sequence[Row]) -> list[Row]:
 
 
 ABOUT_MAIN = f"""\
-Rates from 4 to 32 requests per second as in the paper, and 128 beyond it; training rates from 0.1 to 0.9;
-334 tasks (GPT trains on batches of three sequences; a request is one, where the paper's are three); each
-training batch is released when its predecessor has passed stage 0. All policies run on stages that let
-inference overtake training (`slo_first`); `round_robin (fifo)` is Mix-RR on stages as in the paper; that,
+Rates are 4 to 32 requests per second as in the paper, and 128 beyond it; training rates are 0.1 to 0.9.
+There are 334 tasks. GPT trains on batches of three sequences; a request is one, where the paper's are three.
+Each training batch is released when its predecessor has passed stage 0. All policies run on stages that let
+inference overtake training (`slo_first`). `round_robin (fifo)` is Mix-RR on stages as in the paper. It,
 `lemix_released`, `random` and the dynamic split run at every other point only.
-`{AS_IN_THE_PAPER.label}` is Separate as in the paper; it also gets other splits, so that LeMix is held
-against the best of them. Of the paper's A-PP grid only headlines are known: up to
+`{AS_IN_THE_PAPER.label}` is Separate as in the paper; it also gets other splits, so that LeMix is
+compared with the best of them. Only headlines of the paper's A-PP grid are known: up to
 {paper.HEADLINE_THROUGHPUT} times Separate's throughput and {paper.HEADLINE_SLO} times its SLO attainment."""
 ABOUT_SYNCHRONOUS = """\
-A flush after each training batch, four nodes of GPT, two of Llama, as in the paper, of which this makes the
-two sweeps: of rates at training rate 0.5, and of training rates at 16 requests per second.
-`paper: ...` rows are read from its figures (±1 %), which do not say what each sweep kept fixed; its
-devices and its software took other times than ours: the order can be compared, the level hardly."""
+There is a flush after each training batch, on four nodes of GPT or two of Llama, as in the paper. These are
+the paper's two sweeps: of rates at training rate 0.5, and of training rates at 16 requests per second.
+`paper: ...` rows are read from its figures (±1 %), which do not say what each sweep kept fixed. Its devices
+and its software took other times than ours: the order can be compared, the level hardly."""
 ABOUT_DATA_PARALLEL = """\
-GPT on eight nodes of one stage each, synchronous, the two sweeps as in the paper, whose replicas are
+GPT runs on eight nodes of one stage each, synchronously, in the paper's two sweeps. The paper's replicas are
 never averaged; nor are ours here. `paper: ...` rows are read from its figures (±1 %); their order can be
 compared with ours, their level hardly."""
 

@@ -58,10 +58,12 @@ ABLATED = (
 )
 ABOUT_ABLATION = f"""\
 {TIGHT_PROFILE} on four nodes, training rate {TRAINING_RATE}, without one part of LeMix at a time; five
-seeds, {THRASHING} one. The first three are the paper's: no_prior_profile learns its costs from what runs,
-no_prioritization serves stages in order of arrival (fifo), no_memory_check places whatever comes, so that
-stages run out of memory and nodes are restored. The paper says of no_prioritization:
-{paper.ABLATION["no_prioritization"]}; of no_memory_check: {paper.ABLATION["no_memory_check"]}."""
+seeds, {THRASHING} one. The first three are the paper's. no_prior_profile learns its costs from what runs.
+no_prioritization serves stages in order of arrival (fifo). no_memory_check places whatever comes, so that
+stages run out of memory and nodes are restored. The paper's results:
+
+- no_prioritization: {paper.ABLATION["no_prioritization"]};
+- no_memory_check: {paper.ABLATION["no_memory_check"]}."""
 
 SENSITIVITY_RATES = (10, 20, 30)
 SENSITIVITY_SEEDS = 1
