@@ -1,4 +1,4 @@
-"""What delayed gradients cost: held-out loss after the same tokens, by schedule, stashing and optimizer."""
+"""The price of delayed gradients: held-out loss after the same tokens, by schedule, stashing, optimizer."""
 
 import json
 import statistics

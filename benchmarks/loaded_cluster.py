@@ -77,7 +77,7 @@ class LoadedCluster:
                 group.create_task(self._ask_until(training, counts=counts))
 
     def result(self) -> dict[str, Any]:
-        """What the clients saw."""
+        """The clients' measurements."""
         percentiles = statistics.quantiles(self.tbt_s, n=100)
         return {
             "requests": self.num_requests,
@@ -136,13 +136,13 @@ async def measure_in_turns(clusters: dict[str, LoadedCluster], num_rounds: int) 
 
 
 def added_at_p99(results: dict[str, Any], name: str, *, to: str) -> float:
-    """What `name` adds to the 99th percentile of the time between tokens, in median ones of `to`."""
+    """Time that `name` adds to the 99th percentile between tokens, in medians of `to`."""
     plain = results[to]
     return float((results[name]["tbt_p99_s"] - plain["tbt_p99_s"]) / plain["tbt_p50_s"])
 
 
 def examples(number: int) -> list[dict[str, Any]]:
-    """Of batch `number`: random tokens."""
+    """The examples of batch `number`: random tokens."""
     rng = random.Random(number)
     return [
         {"token_ids": [rng.randrange(NUM_TOKENS) for _ in range(EXAMPLE_LENGTH)]} for _ in range(NUM_EXAMPLES)

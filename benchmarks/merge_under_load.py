@@ -1,4 +1,4 @@
-"""What merges cost the requests that run: time between tokens, under training.
+"""The price of merges for running requests: time between tokens, under training.
 
 Three clusters of two nodes serve and train the embedded model, in turns, with the same load: nodes that stay
 `apart`, and nodes whose weights become one every four batches of each (`average`) or at every step

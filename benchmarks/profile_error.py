@@ -49,7 +49,7 @@ def held_out_batches(rng: random.Random) -> list[tuple[int, ...]]:
 
 
 def predicted_s(costs: Costs, op: MeasuredOp) -> float:
-    """What `costs` say of an op."""
+    """The time of an op as `costs` predict it."""
     if op.kind == "step":
         return costs.step_s(op.stage)
     price = {"iteration": costs.iteration_s, "forward": costs.forward_s, "backward": costs.backward_s}

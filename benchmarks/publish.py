@@ -1,4 +1,4 @@
-"""What publishing a new weights version costs the requests that run: time between tokens, under training.
+"""The price of publishing weights versions for running requests: time between tokens, under training.
 
 Three clusters of one node serve and train the embedded model, in turns, with the same load: `withheld` serves
 its first version for ever (a guard whose evaluation never comes), `pinned` publishes every version, and

@@ -22,13 +22,13 @@ from shared.schedule import ScheduleName
 
 STAGES = 4
 TOKENS = 512
-"""Of a microbatch."""
+"""Tokens in a microbatch."""
 FORWARD_S, BACKWARD_S, STEP_S = 0.02, 0.04, 0.02
 """About those of a quarter of a 7B model on one big GPU."""
 HOP_S = 0.0005
 SCHEDULES: tuple[ScheduleName, ...] = ("async", "1f1b", "gpipe")
 EXTRA_IN_FLIGHT = (0, 2)
-"""Of `async`: what hides messages and steps, at the cost of memory."""
+"""Microbatches beyond one per stage under `async`: they hide messages and steps, and take memory."""
 MICROBATCHES = (4, 16)
 NUM_BATCHES = 24
 MEASURED = slice(6, 18)

@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(slots=True)
 class VirtualStage:
-    """What one stage worker has: weights, microbatches in flight, and work that waits for it."""
+    """The state of one stage worker: weights, microbatches in flight, and work that waits for it."""
 
     stage: Stage
     weights: StageWeights
@@ -63,7 +63,7 @@ class VirtualPipeline:
         self._order = count()
         self._now = 0
         self._ends: list[tuple[int, int, int, Callable[[], None]]] = []
-        """Of the work that runs: when, order, stage, work."""
+        """The ends of running work: when, order, stage, work."""
         self.version = 0
         self.delays = [0] * len(stages)
         """By stage, the largest number of steps between the weights of a forward and those that its

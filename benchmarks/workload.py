@@ -1,4 +1,4 @@
-"""What both sides of a comparison are given."""
+"""The workload of both sides of a comparison."""
 
 import random
 

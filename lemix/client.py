@@ -36,7 +36,7 @@ class Completion:
     tbt_s: tuple[float, ...]
     """Between each token and the next."""
     weights_versions: tuple[int, int]
-    """Of the first and of the last token."""
+    """The versions of the first and of the last token."""
 
 
 @dataclass(frozen=True, slots=True)

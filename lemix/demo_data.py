@@ -18,11 +18,11 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoData:
-    """What a demo sends, and what it measures with."""
+    """The texts that a demo sends, and those that it measures with."""
 
     prompts: Sequence[str]
     batches: Sequence[BatchLine]
-    """Of a kind of text that the embedded model has not seen."""
+    """A kind of text that the embedded model has not seen."""
     num_batch_tokens: int
     """Tokens of all the batches' texts."""
     held_out: Sequence[str]

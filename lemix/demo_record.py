@@ -1,4 +1,4 @@
-"""What happens during a demo, for the picture at its end. Times count from the beginning of the load."""
+"""The events of a demo, for the picture at its end. Times count from the beginning of the load."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""What a person sees while a demo runs, and the table at its end."""
+"""The view of a person while a demo runs, and the table at its end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

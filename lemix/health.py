@@ -15,7 +15,7 @@ class HealthProbe:
     def __init__(self, api_url: str) -> None:
         self._api_url = api_url
         self.last_answer = "no answer"
-        """What was wrong when it was asked last."""
+        """The fault that was found when it was asked last."""
 
     async def wait(self) -> None:
         """Return at the first 200; the caller sets the deadline."""

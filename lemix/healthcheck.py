@@ -1,4 +1,4 @@
-"""What containers ask of themselves: `python -m lemix.healthcheck scheduler | stage | trainer MONITOR`.
+"""Health checks of containers: `python -m lemix.healthcheck scheduler | stage | trainer MONITOR`.
 
 Each check sees the service from outside, over the bus; exit status 0 means well. The gateway needs
 none: its `/health` is asked over HTTP.

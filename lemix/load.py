@@ -23,7 +23,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request: a completion, or the reason why not."""
+    """The result of one request: a completion, or the reason why there is none."""
 
     request: PlannedRequest
     completion: Completion | None

@@ -32,7 +32,7 @@ async def run_publish(batches: Sequence[BatchLine], target: Target, console: Con
 
 
 def outcome(stored: Sequence[Stored]) -> list[str]:
-    """What is to be told of batches that were published."""
+    """Lines that tell a person of the batches that were published."""
     new = [each.sequence for each in stored if not each.is_repeat]
     repeated = [each.sequence for each in stored if each.is_repeat]
     lines = [f"{_batches(new)} stored, as {_listed(new)}"] if new else []

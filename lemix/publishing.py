@@ -28,7 +28,7 @@ class BatchLine:
     """One training batch of a file."""
 
     number: int
-    """Of its line, or of its first example's, from 1."""
+    """The number of its line, or of its first example's line, from 1."""
     batch_id: str
     """Empty when the batch names none."""
     body: bytes

@@ -25,7 +25,7 @@ async def run_rejected(target: Target, console: Console) -> None:
 
 
 async def fetch_rejected(target: Target, sequence: int) -> bytes:
-    """What was published at `sequence` of the training stream, byte for byte.
+    """Fetch the batch as it was published at `sequence` of the training stream, byte for byte.
 
     Raises ConfigurationError when it is not there, or BusError.
     """
@@ -51,7 +51,9 @@ async def rejections(bus: Bus) -> AsyncIterator[RejectedBatch]:
 
 
 async def content_of(bus: Bus, sequence: int) -> bytes:
-    """Of the batch that was last rejected there. Raises ConfigurationError when it is not kept, BusError."""
+    """Fetch the content of the batch that was last rejected there.
+
+    Raises ConfigurationError when it is not kept, or BusError."""
     found = [each async for each in rejections(bus) if each.sequence == sequence]
     if not found:
         raise ConfigurationError(f"no batch at sequence {sequence} is known to be rejected")

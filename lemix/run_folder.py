@@ -21,11 +21,11 @@ OWN_ENTRIES = (
     "demo.png",
     CLUSTER_FILE,
 )
-"""What a run writes into its folder."""
+"""The entries that a run writes into its folder."""
 
 
 class ClusterFile(BaseModel):
-    """What other commands must know of a running cluster."""
+    """The facts that other commands need about a running cluster."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def run_command(main: Coroutine[Any, Any, T]) -> T | None:
-    """What `main` returns; None when SIGINT or SIGTERM ended it first.
+    """Run `main` and return its result; None when SIGINT or SIGTERM ended it first.
 
     Raises the first LemixError out of the groups it may be in; other errors as they are.
     """

@@ -36,7 +36,7 @@ async def run_status(target: Target, console: Console) -> None:
 
 
 async def print_training(bus: Bus, console: Console) -> None:
-    """What the trainer says of weights; a line for each node that has stopped, or for a lost trainer."""
+    """Print the trainer's report on weights; a line for each stopped node, or for a lost trainer."""
     try:
         weights = await fetch_weights(bus)
     except BusError as error:
@@ -48,7 +48,7 @@ async def print_training(bus: Bus, console: Console) -> None:
 
 
 def training_faults(weights: WeightsStatus) -> list[str]:
-    """What a person should know of training: a line for each node that has stopped."""
+    """Faults of training that a person should know: a line for each node that has stopped."""
     return [
         f"node {node.node} trains no more: {node.halt_reason}; restart the trainer or roll back"
         for node in weights.nodes

@@ -1,4 +1,4 @@
-"""What a demo run amounts to: the numbers of runs/demo/summary.json. Pure."""
+"""The summary of a demo run: the numbers of runs/demo/summary.json. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class _Part(BaseModel):
 class Requests(_Part):
     sent: int
     chat: int
-    """Of those sent, how many asked by chat."""
+    """The number of requests sent by chat, among all that were sent."""
     completed: int
     failed: int
 
@@ -63,7 +63,7 @@ class Summary(_Part):
     wall_s: float
 
     def faults(self) -> list[str]:
-        """What did not go as promised; empty when all did."""
+        """List everything that broke a promise; empty when nothing did."""
         found = []
         if self.requests.failed:
             found.append(f"{self.requests.failed} of {self.requests.sent} requests failed")

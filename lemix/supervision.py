@@ -80,7 +80,7 @@ class ServiceProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the newest process; None before the first start."""
+        """The id of the newest process; None before the first start."""
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
@@ -135,7 +135,7 @@ async def stop_all(processes: list[ServiceProcess], *, grace_s: float) -> list[s
 
 
 def _die_with(launcher_pid: int) -> Callable[[], None] | None:
-    """What a child runs before its command: the kernel kills it when the launcher dies (Linux only).
+    """The call that a child makes first: the kernel then kills it when the launcher dies (Linux only).
 
     SIGKILL, because a launcher that is gone can no longer follow up on a child that ignores SIGTERM.
     """

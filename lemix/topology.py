@@ -11,7 +11,7 @@ from shared.profiles.profile import profile_named
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
-    """What a person chooses about a local run."""
+    """A person's choices for a local run."""
 
     name: str = "default"
     """The run's files lie under `runs_dir`/`name`."""
@@ -29,7 +29,7 @@ class ClusterOptions:
     """The scheduler's policy; None: LEMIX_POLICY, or the scheduler's own choice."""
     host: str = "127.0.0.1"
     port: int = 0
-    """Of the API; 0: any free one."""
+    """The API's port; 0: any free one."""
     nats_url: str | None = None
     """A running NATS server to use; None: start one."""
     start_timeout_s: float = 60.0

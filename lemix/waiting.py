@@ -75,7 +75,7 @@ class AppliedBatches:
 
     @property
     def num_batches(self) -> int:
-        """Of all that were heard of."""
+        """The number of batches that were heard of."""
         return len(self._steps)
 
     @property

@@ -23,7 +23,7 @@ from shared.profiles.records import ProfilePoint, StageProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileOptions:
-    """What a person chooses about a profile."""
+    """A person's choices for a profile."""
 
     model: str
     """A folder or a hub name."""
@@ -96,7 +96,7 @@ async def _turn(pipeline: ProfiledPipeline, grid: Grid, *, order: int) -> list[M
 def profile_of(
     measured: Sequence[MeasuredOp], folder: Path, card: ModelCard, options: ProfileOptions
 ) -> Profile:
-    """What was measured of the model in `folder`, as a profile."""
+    """Put the measurements of the model in `folder` together as a profile."""
     stages = []
     for layers in model_partition(read_config(folder), options.stages):
         own = [op for op in measured if op.stage == layers.stage]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 MAX_ROWS = 2048
-"""Of one op: as many as a microbatch may have by default."""
+"""Rows of one op: as many as a microbatch may have by default."""
 
 BLOCK_SLACK = 64
 """Tokens that a sequence's last block may leave unused at most."""
@@ -27,7 +27,7 @@ class IterationShape:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is measured, each for some repeats."""
+    """The points that are measured, each for some repeats."""
 
     iterations: tuple[IterationShape, ...]
     microbatches: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ class Grid:
 
 
 def grid_for(context_length: int, *, is_quick: bool) -> Grid:
-    """What fits a context; a quick grid is for trying the command."""
+    """The points that fit a context; a quick grid is for trying the command."""
     lengths = (1, 8, 64) if is_quick else (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
     batch_sizes = (4,) if is_quick else (2, 4, 8, 16, 32)
     contexts = (32,) if is_quick else (16, 128, 512)

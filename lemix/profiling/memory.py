@@ -1,4 +1,4 @@
-"""What a stage needs of its device's memory: counted from its tensors, activations measured on CUDA."""
+"""The memory that a stage needs on its device: counted from its tensors, activations measured on CUDA."""
 
 import os
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ TRAINING_TENSORS = 3
 def stage_memory(
     folder: Path, layers: LayerRange, device: str, measured: Iterable[MeasuredOp]
 ) -> StageMemory:
-    """Of the stage with these `layers`, from ops that were measured on it."""
+    """Count the memory of the stage with these `layers`; `measured` are ops of that stage."""
     stage = load_stage(folder, layers)
     weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stage.named_tensors().values())
     return StageMemory(

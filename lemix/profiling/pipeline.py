@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class MeasuredOp:
-    """What one op took."""
+    """One op with the time that it took."""
 
     stage: int
     kind: OpKind

@@ -35,7 +35,7 @@ from shared.subjects import STATUS
 from shared.telemetry import NoTelemetry
 
 HOP_S = 0.0005
-"""What a message takes from service to service."""
+"""The time that a message takes from service to service."""
 READY_DEADLINE_S = 60.0
 LOOK_EVERY_S = 0.25
 STATUS_TIMEOUT_S = 5.0
@@ -50,7 +50,7 @@ what is left at the end, set `checkpoint_idle_s`."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationOptions:
-    """What is simulated."""
+    """The cluster to simulate."""
 
     nodes: int
     stages: int | None = None
@@ -74,7 +74,7 @@ class SimulationOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What the stages of every node run on, and the model that they run."""
+    """The devices under the stages of every node, and the model that they run."""
 
     times: tuple[StageTimes, ...]
     """By stage."""
@@ -82,7 +82,7 @@ class Devices:
     context_length: int
     kv_tokens: int
     profile: Profile | None = None
-    """What the scheduler is told of them, and their memory. None: it has to learn, and memory is endless."""
+    """The scheduler's profile of them, and their memory. None: it learns, and memory is endless."""
 
 
 def devices_of(options: SimulationOptions) -> Devices:

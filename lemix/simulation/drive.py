@@ -27,7 +27,7 @@ M = TypeVar("M", bound=Message)
 
 STATUS_TIMEOUT_S = 5.0
 SETTLE_S = 0.2
-"""What stages have done last is told within this."""
+"""Stages report their last work within this time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

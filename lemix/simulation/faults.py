@@ -1,4 +1,4 @@
-"""What can happen to a message on its way, drawn from a seed."""
+"""Faults that a message can meet on its way, drawn from a seed."""
 
 import random
 from collections.abc import Sequence

@@ -98,7 +98,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return done
 
     def _run_once(self) -> None:
-        """What `run_forever` repeats until it is told to stop: all that happens at one time."""
+        """Do everything that happens at one time; `run_forever` repeats this until it is told to stop."""
         due = self._due
         if not due:
             self._pass_time()

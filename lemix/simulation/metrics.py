@@ -1,4 +1,4 @@
-"""What a run amounts to. Pure; docs/metrics.md defines each number."""
+"""The metrics of a run. Pure; docs/metrics.md defines each number."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +161,7 @@ class DeviceUse:
         return _ratio(spans_s - busy_s, spans_s)
 
     def idle_share(self, num_nodes: int, stages: Sequence[int]) -> float | None:
-        """Of all nodes' devices for these stages, unused nodes included, over the whole run."""
+        """Idle share of these stages' devices on all nodes, unused nodes included, over the whole run."""
         busy_s = sum(span.busy_s for (_, stage), span in self.by_device.items() if stage in stages)
         available_s = self.span.length_s * num_nodes * len(stages)
         return _ratio(available_s - busy_s, available_s)

@@ -1,4 +1,4 @@
-"""What happened in one run, as it could be seen on the bus; the same for simulated and real clusters.
+"""The record of one run, as seen on the bus; the same for simulated and real clusters.
 
 All times are seconds after the run began.
 """

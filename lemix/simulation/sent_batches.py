@@ -89,7 +89,7 @@ class SentBatches:
         self._changed.set()
 
     def records(self) -> tuple[BatchRecord, ...]:
-        """Of all that were published."""
+        """One record for each batch that was published."""
         return tuple(sent.record() for sent in self._sent.values())
 
     def _stepped(self, sent: _Sent, node: int, stage: int) -> None:

@@ -11,7 +11,7 @@ from shared.errors import LemixError
 from shared.messages.inference import Sampling
 
 TOKEN = 1
-"""What prompts and examples are made of: only their lengths matter."""
+"""The token that prompts and examples consist of: only their lengths matter."""
 
 
 async def send_requests(

@@ -81,7 +81,7 @@ def _row(where: str, line: Sequence[str], places: Sequence[int]) -> TraceRow:
 
 
 def _seconds(timestamp: str) -> float:
-    """Of a time, since anything. Raises ValueError."""
+    """Seconds of a timestamp, from any fixed moment. Raises ValueError."""
     try:
         seconds = float(timestamp)
     except ValueError:

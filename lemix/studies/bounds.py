@@ -1,4 +1,4 @@
-"""What no policy can exceed on given devices and a given workload. Pure.
+"""Bounds that no policy can exceed on given devices and a given workload. Pure.
 
 Every bound is of a problem that is easier than the real one: what makes it easier is said with it. So a
 bound may be out of reach, but what is above it is impossible.
@@ -11,12 +11,12 @@ from itertools import pairwise
 from shared.profiles.times import NO_WORK, StageTimes, Work, work_of_rows
 
 LARGE_BATCH = 1_000
-"""Of so many equal prompts in one iteration, each has the share that it costs at least."""
+"""With so many equal prompts in one iteration, each has the share that it costs at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipelines:
-    """What the tasks run on."""
+    """The pipelines that the tasks run on."""
 
     nodes: int
     times: Sequence[StageTimes]
@@ -36,7 +36,9 @@ class Request:
 
 
 def ttft_s(pipelines: Pipelines, num_tokens: int) -> float:
-    """Of a prompt that has a node to itself from its arrival on, without the ways from and to the gateway.
+    """Least time to first token for a prompt that has a node to itself from its arrival on.
+
+    The ways from and to the gateway are left out.
 
     A prompt of several iterations: stage 0 takes at least as long as for all rows at once; behind it only
     the last iteration is counted, with one row.
@@ -49,7 +51,7 @@ def ttft_s(pipelines: Pipelines, num_tokens: int) -> float:
 
 
 def response_s(pipelines: Pipelines, request: Request) -> float:
-    """Of its longest prompt; the others may be elsewhere."""
+    """Least response time of a request: that of its longest prompt; the others may be elsewhere."""
     return ttft_s(pipelines, max(request.lengths))
 
 
@@ -87,12 +89,12 @@ def _shares(pipelines: Pipelines, requests: Sequence[Request], stage: int) -> li
 
 
 def request_s(times: StageTimes, request: Request) -> float:
-    """What a request costs a stage at least."""
+    """Least time that a request takes on a stage."""
     return sum(inference_share_s(times, num_tokens) for num_tokens in request.lengths)
 
 
 def inference_share_s(times: StageTimes, num_tokens: int) -> float:
-    """What a prompt costs a stage at least: its share of an iteration with very many of its kind."""
+    """Least time that a prompt takes on a stage: its share of an iteration with very many like it."""
     one = work_of_rows(0, num_tokens)
     many = Work(*(LARGE_BATCH * part for part in (one.num_tokens, one.num_pairs, one.num_sequences)))
     return times.iteration_s(many) / LARGE_BATCH
@@ -152,7 +154,7 @@ def _ends(jobs: Sequence[Job]) -> list[float]:
 
 
 def training_s(times: StageTimes, lengths: Sequence[int]) -> float:
-    """What a batch of one microbatch costs a stage: forward, backward and step."""
+    """Time that a batch of one microbatch takes on a stage: forward, backward and step."""
     work = _work_of(lengths)
     return times.forward_s(work) + times.backward_s(work) + times.step_s()
 

@@ -20,7 +20,7 @@ DOCUMENTS = Path("docs/studies")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyOptions:
-    """What a person chooses about a study."""
+    """A person's choices for a study."""
 
     name: str
     quick: bool = False

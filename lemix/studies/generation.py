@@ -23,7 +23,7 @@ MAX_LENGTH = 128
 """Tokens of a sequence, generated ones included."""
 MAX_TOKENS = (10, 64)
 KV_TOKENS = 1_000
-"""Of a node's cache."""
+"""Room in a node's cache."""
 MEASURES = (TTFT, TBT, SLO_ATTAINMENT, TASKS_PER_NODE_S, TRAINING_TOKENS)
 ABOUT = f"""\
 gpt2-large on four nodes, synchronous, training rate {TRAINING_RATE}, requests of one sequence of at most

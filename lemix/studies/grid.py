@@ -1,4 +1,4 @@
-"""What a study is: the runs to make, and how to tell what came of them."""
+"""A study: the runs to make, and how to report their results."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +20,11 @@ class Cell:
     """One run."""
 
     labels: Labels
-    """What tables call it; equal for the seeds of one setting."""
+    """The setting's names in tables; equal for the seeds of one setting."""
     cluster: SimulationOptions
     workload: WorkloadOptions
     extra: Mapping[str, Label] = field(default_factory=dict)
-    """What else decides the result."""
+    """Other options that decide the result."""
 
     @property
     def policy(self) -> str:
@@ -51,7 +51,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a study says."""
+    """The report of a study."""
 
     sections: Sequence[Section] = ()
     verdicts: Sequence[Verdict] = ()
@@ -70,7 +70,7 @@ class Study:
     name: str
     title: str
     about: str
-    """What varies, what stays, and what the paper did; Markdown."""
+    """The varied and the fixed options, and the paper's experiment; Markdown."""
     cells: Sequence[Cell]
     report: Callable[[Sequence[Row]], Report]
     run: RunCell

@@ -148,7 +148,7 @@ def side_by_side(rows: Sequence[Row], worlds: Iterable[str]) -> list[Row]:
 
 
 def difference(row: Row, measure: Measure, world: str) -> float | None:
-    """Of a simulation's median to the cluster's, as a share of the cluster's; None: one is not known."""
+    """Difference of a simulation's median to the cluster's, as a share of it; None: one is not known."""
     measured, predicted = row.median(measure.metric), row.median(world + measure.metric)
     return None if not measured or predicted is None else predicted / measured - 1
 

@@ -49,7 +49,7 @@ BEYOND = (128,)
 """Requests per second above the paper's grid: where LeMix should say where it ends."""
 COARSE_RATES = (4, 16, 32, *BEYOND)
 COARSE_TRAINING_RATES = (0.1, 0.5, 0.9)
-"""Of the points where policies that rival nobody are run too."""
+"""Training rates at which policies that rival nobody are run too."""
 MIDDLE_RATE = 16
 MIDDLE_TRAINING_RATE = 0.5
 """The paper does not say what its sweeps keep fixed; these are the middles of its grid."""
@@ -155,7 +155,7 @@ def _verdicts(ran: Sequence[Row]) -> list[Verdict]:
 
 
 def _possible(rows: Sequence[Row]) -> Iterable[Section]:
-    """What the bounds say of the paper's headline."""
+    """Compare the bounds with the paper's headline."""
     at = points(rows)
     lines = [
         [family, *("" if most is None else number(most) for most in ratios)]

@@ -27,7 +27,7 @@ class Measure:
     title: str
     form: Format = number
     scale: float = 1.0
-    """Of figures."""
+    """Factor for figures."""
 
 
 SLO_ATTAINMENT = Measure(SLO, "SLO attainment (%)", percent, 100)

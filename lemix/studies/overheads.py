@@ -1,4 +1,4 @@
-"""What services add to what devices take: measured from what the stages of a working cluster tell.
+"""The overheads of services over their devices' times, from the reports of a working cluster's stages.
 
 The simulation has both as options, so that it need not guess them, and nothing is fitted to its result.
 """
@@ -52,7 +52,9 @@ class OverheadProbe:
             self._note((progress.node, progress.stage), ended, now_s - ended.ago_s)
 
     def overheads(self) -> Overheads:
-        """Of the run so far. Raises StudyFailedError when no stage was ever idle before an op."""
+        """The overheads of the run so far.
+
+        Raises StudyFailedError when no stage was ever idle before an op."""
         if not self._hops_s or not self._handovers_s:
             raise StudyFailedError("hop and hand-over are unknown: no iteration has met idle stages")
         return Overheads(statistics.fmean(self._hops_s), statistics.fmean(self._handovers_s))

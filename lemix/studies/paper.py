@@ -79,7 +79,7 @@ ABLATION = {
     "no_prioritization": "SLO attainment falls from 95 % to below 30 % at 100 rps, and to 0 % at 150",
     "no_memory_check": "SLO attainment falls from 95 % to 55 %, throughput from 8 to 6 tasks/s",
 }
-"""What the paper says of Llama-70B without each part."""
+"""The paper's statements on Llama-70B without each part."""
 
 Key = tuple[str, str, str]
 """Schedule (S-PP or DP), policy, model."""

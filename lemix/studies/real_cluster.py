@@ -38,13 +38,13 @@ REQUEST_TIMEOUT_S = 20.0
 TRAINING_TIMEOUT_S = 60.0
 """After the last request's end: a study's batches take a tenth of it."""
 RUN_TIMEOUT_S = 180.0
-"""Of the whole: whatever else a run may hang on."""
+"""Limit for the whole run, whatever it may hang on."""
 
 T = TypeVar("T")
 
 
 async def run_cluster(options: SimulationOptions, workload: WorkloadOptions) -> tuple[RunRecord, Overheads]:
-    """What happened on a cluster of this machine, and what its services added to what its devices took.
+    """Run the workload on a cluster of this machine; return its record and its services' overheads.
 
     Raises ClusterFailedError when the cluster does not start or ends, StudyFailedError when not all was
     served and trained in time.
@@ -112,7 +112,7 @@ def what_is_missing(record: RunRecord, num_batches: int) -> str:
 
 
 def how_it_stands(status: ClusterStatus) -> str:
-    """What each node still has."""
+    """Describe the work that each node still has."""
     return "; ".join(
         f"node {node.node} {'is' if node.ready else 'is not'} ready, has {node.inference_tasks} requests,"
         f" {node.training_tasks} batches, {[stage.queued for stage in node.stages]} items queued by stage"

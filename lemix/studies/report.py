@@ -1,4 +1,4 @@
-"""What a study leaves: NAME.md, NAME.json and its figures."""
+"""The files of a study: NAME.md, NAME.json and its figures."""
 
 import json
 from collections.abc import Iterable, Sequence

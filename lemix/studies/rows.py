@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 Label = str | int | float
 Labels = Mapping[str, Label]
-"""What tables call a setting: class, rate, training_rate, policy, ..."""
+"""A setting as tables name it: class, rate, training_rate, policy, ..."""
 Metrics = Mapping[str, float | None]
 """None: there was nothing to measure."""
 

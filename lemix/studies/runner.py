@@ -17,7 +17,7 @@ from lemix.studies.rows import Labels, Metrics
 from shared.errors import LemixError
 
 RUN_DEADLINE_S = 900
-"""Of real time; a run that takes longer has failed."""
+"""Real time; a run that takes longer has failed."""
 FAILURES_SHOWN = 10
 
 
@@ -27,7 +27,7 @@ class StudyFailedError(LemixError):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of one run."""
+    """The result of one run."""
 
     cell: Cell
     metrics: Metrics
@@ -128,7 +128,7 @@ def process_pool(study: Study, workers: int | None) -> ProcessPoolExecutor:
 
 
 def _run_all(study: Study, cells: Iterable[Cell], pool: Executor) -> Iterator[Ended | str]:
-    """What became of each run, as they end; a failure is told in words."""
+    """Yield the result of each run, as they end; a failure is told in words."""
     submitted = {pool.submit(run_within, study.run, cell): cell for cell in cells}
     try:
         # Each run ends by itself within RUN_DEADLINE_S.

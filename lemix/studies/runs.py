@@ -69,7 +69,7 @@ def bound_metrics(cell: Cell) -> Metrics:
 
 
 def _gate(cell: Cell, pipelines: Pipelines) -> Callable[[Sequence[int]], float]:
-    """What the release of the next batch waits for."""
+    """The condition for the release of the next batch."""
     if cell.workload.release != "closed":
         return lambda lengths: 0.0
     return partial(

@@ -1,4 +1,4 @@
-"""What studies have in common: model classes, who competes, sizes, and the cell that comes of a choice of
+"""Common parts of studies: model classes, contenders, sizes, and the cell that a choice of them gives.
 these.
 """
 
@@ -93,7 +93,7 @@ ESSENTIAL = (RIVALS[0], RIVALS[1], AS_IN_THE_PAPER)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What comes in."""
+    """The load on the cluster."""
 
     rate_per_s: float
     training_rate: float

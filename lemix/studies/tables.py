@@ -107,7 +107,7 @@ def _cost_of(policy: str, finding: Finding, rows: Sequence[Row]) -> str:
 
 
 def bound_of(finding: Finding, bounds: Sequence[Row]) -> str:
-    """What no policy exceeds, what none does that also serves every request in time, and whether these
+    """The bound for all policies, the bound with every request in time, and whether these
     permit what was needed.
     """
     value = bound_value(finding.labels, finding.metric, bounds)
@@ -121,12 +121,12 @@ def bound_of(finding: Finding, bounds: Sequence[Row]) -> str:
 
 
 def _permits(bound: float, finding: Finding) -> bool:
-    """Of a missed point: what was not reached was too low, or too high."""
+    """Whether a bound permits a missed point: its number was too low, or too high."""
     is_too_low = finding.reached < finding.needed
     return bound >= finding.needed if is_too_low else bound <= finding.needed
 
 
 def bound_value(labels: Labels, metric: str, bounds: Sequence[Row]) -> float | None:
-    """What no policy can exceed at a point; None when no bound is known."""
+    """The number that no policy can exceed at a point; None when no bound is known."""
     found = [row for row in bounds if row.matches(labels)]
     return found[0].median(metric) if found else None

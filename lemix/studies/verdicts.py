@@ -47,7 +47,7 @@ class Finding:
     against: str
     """The policy that `needed` comes from."""
     metric: str
-    """What both numbers are; a bound is looked up by it."""
+    """The metric of both numbers; a bound is looked up by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def undominated(points: Iterable[Point], *, slo_margin: float = 0.0, training_ma
 
 
 def all_applied(points: Iterable[Point]) -> Verdict:
-    """Of every policy, in every run."""
+    """Check every policy in every run."""
     findings = [
         Finding(point.labels, spread.low, 1.0, spread.low >= 1.0, policy, APPLIED)
         for point in points
