@@ -15,7 +15,7 @@ from shared.schedule import Feeding
 
 
 def serving(settings: SchedulerSettings) -> ServiceMain:
-    """What the process does. Raises ConfigurationError when a setting names what is not there."""
+    """The process's work. Raises ConfigurationError when a setting names something that does not exist."""
     profile = profile_named(settings.profile, settings.num_stages) if settings.profile else None
     room = TrainingRoom.of(profile) if profile else None
     policy = policy_named(settings.policy, random.SystemRandom().random, room)

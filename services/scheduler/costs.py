@@ -19,8 +19,8 @@ QUADRATIC_LENGTHS = (0.5, 2.0)
 that are far from those must not count. Its formula is that wrong elsewhere."""
 
 CORRECTION_WEIGHT = 0.2
-"""Of the newest observation. On a shared processor 0.2 and 0.3 forecast best of 0.02 to 0.3: what slows one
-op down slows the next ones down too."""
+"""Weight of the newest observation. On a shared processor 0.2 and 0.3 forecast best of 0.02 to 0.3, because
+other work that slows one op down slows the next ones down too."""
 CORRECTION_LIMITS = (0.5, 2.0)
 """Times what was expected: an op that was interrupted for seconds says little about the next one."""
 LEARNED_SAMPLES = 512

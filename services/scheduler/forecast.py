@@ -23,7 +23,7 @@ from services.scheduler.node.prediction import Prediction
 from shared.profiles.times import Work, work_of_rows
 
 BACKWARD_SHARE = 2 / 3
-"""Of the last stage's op, which does a microbatch's forward and backward: a backward costs two forwards."""
+"""Share of the backward in the last stage's op, which does both passes: a backward costs two forwards."""
 
 
 class Interval(NamedTuple):
@@ -65,7 +65,7 @@ class Alone:
     idle_s: float = 0.0
 
     def durations_with(self, others: Work) -> list[float]:
-        """Of an iteration with other rows too, by stage: they cost all stages what they cost the first."""
+        """Durations by stage, with other rows in the iteration too; these cost every stage the same time."""
         durations_s = [end_s - start_s for start_s, end_s in self.forward]
         if others.num_tokens == 0:
             return durations_s

@@ -23,7 +23,7 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Of the population; 0 without values."""
+        """Standard deviation of the population; 0 without values."""
         return math.sqrt(self._squares / self.count) if self.count else 0.0
 
 

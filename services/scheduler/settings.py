@@ -17,9 +17,9 @@ class SchedulerSettings(LemixSettings):
     num_stages: int | None = Field(default=None, ge=1)
     """Stages of each node, where the profile is for any number of them; None: the profile's default."""
     costs: str = "affine"
-    """What predicts how long stages take (see `costs.COSTS`)."""
+    """The model that predicts how long stages take (see `costs.COSTS`)."""
     hop_s: float = Field(default=0.0005, ge=0)
-    """What a message takes from one service to another."""
+    """The time that a message takes from one service to another."""
     slo_factor: float = Field(default=DEFAULT_SLO_FACTOR, gt=0)
     """The objective for the time to first token, in forward times of a lone prompt of mean length."""
     max_iteration_tokens: int = Field(default=MAX_ITERATION_TOKENS, ge=1)

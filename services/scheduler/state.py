@@ -1,4 +1,4 @@
-"""What the scheduler knows of nodes and tasks; pure, and changed by `apply` alone."""
+"""The scheduler's knowledge of nodes and tasks; pure, and changed by `apply` alone."""
 
 import heapq
 from bisect import bisect_left, insort
@@ -43,7 +43,7 @@ class PlacedTask:
     arrived_s: float = 0.0
     """When it first asked for a node."""
     forecast: Forecast | None = None
-    """What its policy expects of it there."""
+    """The policy's forecast of the task on that node."""
     offload: bool = False
     """Training: with its saved activations in host memory."""
 
@@ -108,7 +108,7 @@ class _Node:
     kv_capacity: int = 0
     """Tokens that its KV cache holds."""
     kv_tokens: int = 0
-    """What the living inference tasks may need in the KV cache, prompts and completions together."""
+    """Most tokens that the living inference tasks may need in the KV cache, completions included."""
     stages: dict[int, Heartbeat] = field(default_factory=dict)
     """The newest heartbeat of each living stage."""
     tasks: dict[str, PlacedTask] = field(default_factory=dict)
@@ -148,9 +148,9 @@ class ClusterState:
         self.inference_lengths = RunningMoments()
         """Prompts of all inference tasks that have arrived, in tokens."""
         self.forward_error = MeanError()
-        """Of what the cost model says of iterations and training forwards, before it learns from them."""
+        """Error of the cost model for iterations and training forwards, before it learns from them."""
         self.response_error = MeanError()
-        """Of the forecast at placement: from a request's arrival to its first token."""
+        """Error of the forecast at placement: from a request's arrival to its first token."""
         self._feeding = feeding
         self._arrived_s: dict[str, float] = {}
         """When tasks that have no node yet first asked for one, the oldest first."""
@@ -221,11 +221,11 @@ class ClusterState:
         return self._arrived_s.get(task_id)
 
     def timeline(self, node: int) -> NodeTimeline:
-        """What is known of the node's work and future."""
+        """The node's known work and its future."""
         return self._nodes[node].timeline
 
     def kv_tokens(self, node: int) -> int:
-        """What the node's KV cache holds, empty or not."""
+        """Tokens that fit the node's whole KV cache, empty or not."""
         return self._nodes[node].kv_capacity
 
     def kv_tokens_free(self, node: int) -> int:
@@ -381,7 +381,7 @@ class ClusterState:
 
 
 def _kv_tokens(task: PlacedTask, node: _Node) -> int:
-    """What the task may need at most: the last token is never fed back, and blocks are given whole."""
+    """Most tokens that the task may need: the last token is never fed back, and blocks are given whole."""
     if task.kind == "training" or 0 not in node.stages:
         return 0
     tokens = task.shape.prompt_tokens + max(task.shape.max_tokens - 1, 0)

@@ -18,7 +18,7 @@ class TaskShape:
     prompt_tokens: int = 0
     max_tokens: int = 0
     microbatches: tuple[Work, ...] = ()
-    """Of a training task."""
+    """The microbatches of a training task."""
 
     @property
     def num_tokens(self) -> int:
@@ -30,7 +30,7 @@ NO_SHAPE = TaskShape()
 
 
 def shape_of(task: InferenceTask | TrainingTask) -> TaskShape:
-    """What the scheduler must know of a task's size."""
+    """The size of a task, as the scheduler needs it."""
     if isinstance(task, InferenceTask):
         return TaskShape(prompt_tokens=len(task.prompt), max_tokens=task.sampling.max_tokens)
     lengths = task.microbatch_lengths or tuple((tokens,) for tokens in task.microbatch_tokens)

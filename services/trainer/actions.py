@@ -87,7 +87,7 @@ class ActionRunner:
         self.outbox = Outbox(bus)
         self.progress = Progress(self.outbox, book, newest.folder_of)
         self.look: Callable[[], None] = lambda: None
-        """What to do after a node has decided something: whoever decides for several nodes looks at them."""
+        """Called after a node has decided something: whoever decides for several nodes looks at them."""
         self.evaluator = Evaluator(held_out, name=name, bus=bus, clock=clock, outbox=self.outbox)
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""

@@ -154,5 +154,5 @@ class BatchBook:
         return self.pending.pop(batch_id)
 
     def skip(self, sequence: int) -> None:
-        """What was held or dropped is done with."""
+        """Finish a batch that was held or dropped."""
         self.ledger = self.ledger.skip(sequence)

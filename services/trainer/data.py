@@ -18,7 +18,7 @@ from shared.examples import (
 
 MAX_ID_CHARACTERS = 256
 OWN_ID_PREFIX = "seq-"
-"""Of ids that batches without one are given."""
+"""Prefix of the ids that batches without one are given."""
 
 
 class BatchBody(Strict):

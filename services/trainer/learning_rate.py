@@ -19,7 +19,7 @@ class LearningRate:
     final: float = 0.0
 
     def at(self, number: int) -> float:
-        """Of the batch that has `number` others before it in the run."""
+        """The rate of the batch that has `number` others before it in the run."""
         if number < self.warmup_batches:
             return self.peak * (number + 1) / self.warmup_batches
         if self.decay == "constant":

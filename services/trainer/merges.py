@@ -61,7 +61,7 @@ class Merges:
         self._not_before_s = -inf
 
     def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
-        """What to do now; look again until nothing is."""
+        """The next things to do; look again until there are none."""
         if are_going_back(nodes):
             return self._begin_anew()
         if self._round is None:

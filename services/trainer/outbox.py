@@ -1,4 +1,4 @@
-"""What is to be published, in order: those who decide need not wait for the bus."""
+"""Messages to publish, in order: those who decide need not wait for the bus."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

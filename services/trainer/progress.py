@@ -24,7 +24,7 @@ MAX_REJECTIONS = 1024
 
 
 class Progress:
-    """What is told can be lost; what is answered is what the ledger says."""
+    """Tells of batches: events can be lost, answers come from the ledger."""
 
     def __init__(self, outbox: Outbox, book: BatchBook, folder_of: Callable[[int], Path | None]) -> None:
         """`folder_of`: the newest durable checkpoint of a node."""

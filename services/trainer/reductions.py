@@ -33,7 +33,7 @@ class _Round:
 
     members: tuple[int, ...]
     version: int
-    """Of the weights after it: each batch counts."""
+    """The version of the weights after it: each batch counts."""
     rate_of: tuple[str, ...]
     """The batches of all, whose gradients and learning rates have the same share in the means."""
     phase: Literal["reducing", "stepping"] = "reducing"
@@ -51,7 +51,7 @@ class Reductions:
         self._idle_since_s: float | None = None
 
     def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
-        """What to do now; look again until nothing is."""
+        """The next things to do; look again until there are none."""
         if are_going_back(nodes):
             self._round = self._idle_since_s = None
             return []

@@ -1,4 +1,4 @@
-"""What is decided for several nodes together, and the state of a node that such decisions look at."""
+"""Decisions for several nodes together, and the state of a node that they look at."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Member:
     epoch: int
     num_stages: int
     share: float
-    """Of the mean."""
+    """The node's share of the mean."""
     batch_id: str = ""
     """Whose gradients it brings; empty: none, or weights."""
     is_kept: bool = False
@@ -55,7 +55,7 @@ class Joins:
 
 @dataclass(frozen=True, slots=True)
 class NodeActions:
-    """What a node has decided when it was told."""
+    """The actions that a node has decided on after an event."""
 
     node: int
     actions: tuple[Action, ...]
@@ -75,7 +75,7 @@ def open_nodes(nodes: Nodes) -> list[NodeTraining]:
 
 
 def durable_version(nodes: Nodes) -> int:
-    """Of the newest checkpoint of any node: what each goes back to."""
+    """The version of the newest checkpoint of any node: each goes back to it."""
     return max((node.durable_version for node in nodes.values()), default=0)
 
 

@@ -41,9 +41,9 @@ class OpenBatch:
 
     batch_id: str
     squared_norms: Mapping[int, float] = field(default_factory=dict)
-    """Of the gradients of each stage that has them all."""
+    """The squared norm of the gradients of each stage that has them all."""
     version: int | None = None
-    """Of the weights after its step, once that is ordered; of the present ones when it is skipped."""
+    """The version of the weights after its step, once that is ordered; the present one when it is skipped."""
     is_skipped: bool = False
     stepped: frozenset[int] = frozenset()
     """Stages that have done as ordered."""
@@ -54,13 +54,13 @@ class OpenBatch:
 
     @property
     def squared_norm(self) -> float:
-        """Of the gradients of all stages, as far as they are known."""
+        """The squared norm of the gradients of all stages, as far as they are known."""
         return sum(self.squared_norms.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What is on its way through one node, and what waits for it."""
+    """The microbatches that are under way through one node, and the batches that wait for it."""
 
     num_stages: int
     extra_in_flight: int = 0
@@ -68,7 +68,7 @@ class Pipeline:
     queue: tuple[Shape, ...] = ()
     """Batches not wholly fed."""
     next_index: int = 0
-    """Of the first one in `queue`."""
+    """The index of the first one in `queue`."""
     at_stage_0: Slot | None = None
     """Fed, and not yet through stage 0's forward."""
     in_flight: tuple[Slot, ...] = ()
@@ -98,7 +98,7 @@ class Pipeline:
 
     @property
     def ordered_version(self) -> int | None:
-        """Of the weights after all steps that are ordered and not done; None without any."""
+        """The version of the weights after all steps that are ordered and not done; None without any."""
         versions = [batch.version for batch in self.open_batches if batch.version is not None]
         return versions[-1] if versions else None
 

@@ -18,7 +18,7 @@ MAX_RECENT_IDS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What one node's weights contain."""
+    """The batches in one node's weights."""
 
     durable_version: int = 0
     """Optimizer steps in the newest durable checkpoint."""
@@ -53,7 +53,7 @@ class Ledger:
     skipped: frozenset[int] = frozenset()
     """Sequences above the watermark that no weights will contain."""
     discarded_ids: Mapping[str, None] = field(default_factory=dict)
-    """Of batches that a rollback has taken out of the weights, oldest first: a set that keeps its order."""
+    """Batches that a rollback has taken out of the weights, oldest first: a set that keeps its order."""
     lineages: Mapping[int, Lineage] = field(default_factory=dict)
     """By node."""
 
@@ -65,7 +65,7 @@ class Ledger:
         watermark: int,
         discarded_ids: Iterable[str] = (),
     ) -> Self:
-        """What durable checkpoints say; `watermark` is the highest of theirs, and thus true for all."""
+        """Build the ledger from durable checkpoints; `watermark`, the highest of theirs, holds for all."""
         done = frozenset(skipped).union(*(lineage.sequences for lineage in lineages.values()))
         while watermark + 1 in done:
             watermark += 1

@@ -76,7 +76,9 @@ class WeightsRequests:
         return RolledBack(nodes=tuple(numbers), num_discarded=num_discarded)
 
     def _find(self, nodes: Sequence[int], version: int) -> Checkpoint:
-        """Of any node, where they share their weights. Raises RefusedError, naming the versions there are."""
+        """The checkpoint of `version`, from any node where they share their weights.
+
+        Raises RefusedError, naming the versions there are."""
         holders = checkpoints.nodes(self._root) if self._shares_weights else nodes
         found = [each for node in holders for each in checkpoints.checkpoints(self._root, node)]
         for checkpoint in found:

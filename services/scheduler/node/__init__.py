@@ -1,4 +1,4 @@
-"""What the scheduler knows of one node, and the future that follows from it.
+"""The scheduler's knowledge of one node, and the future that follows from it.
 
 timeline        what has happened there and what is placed there; asked by policies, told by events
   lineup          the iterations: on their way, and to be formed from what waits

@@ -1,4 +1,4 @@
-"""What a node will do with all work it knows of, if nothing more comes: list scheduling, op by op. Pure.
+"""The node's future with all known work, if nothing more comes: list scheduling, op by op. Pure.
 
 Rules, as stage workers and trainer follow them: a stage does one op at a time, to its end; inference goes
 first, then backwards, then training forwards (discipline `slo_first`; its patience with training, half a
@@ -68,7 +68,7 @@ class _Course:
         self._num_in_flight = 0
         """Microbatches fed, and not through stage 0's backward."""
         self._backwards_left: dict[str, int] = {}
-        """Of each batch, on stage 0: the last stage to do them."""
+        """For each batch on stage 0, the backwards that the last stage still has to do."""
         self._steps_left: dict[str, int] = {}
         self._num_applied = 0
         self._begin_running()

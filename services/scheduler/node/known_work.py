@@ -1,4 +1,4 @@
-"""What a node has before it, as far as the scheduler knows: the words that predictions are made of. Pure."""
+"""The work that a node has before it, as far as the scheduler knows: the terms of predictions. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Batch:
 
 
 def durations_of(work: Work, costs: Costs, num_stages: int) -> list[float]:
-    """Of an iteration, by stage."""
+    """Durations of an iteration, by stage."""
     return [costs.iteration_s(stage, work) for stage in range(num_stages)]
 
 
@@ -68,18 +68,18 @@ def batch_of(batch_id: str, microbatches: Sequence[Work], costs: Costs, num_stag
 
 
 class Op(NamedTuple):
-    """What a stage does without interruption."""
+    """A piece of work that a stage does without interruption."""
 
     kind: int
     flow: Iteration | Batch | None
-    """What it is a part of; None: of nothing that lives."""
+    """The iteration or batch that it is a part of; None when that has ended."""
     microbatch: int
     """Its place in the batch; 0 otherwise."""
     duration_s: float
 
 
 class Running(NamedTuple):
-    """What a stage does now."""
+    """The op that a stage does now."""
 
     op: Op
     start_s: float
@@ -109,4 +109,4 @@ class KnownWork:
     """By stage: what decoding sequences take between two training ops; empty: none decode."""
     decode_until_s: float = 0.0
     joins: Work = NO_WORK
-    """What a newcomer's iteration carries besides, when it has to wait for a slot: its share of decodes."""
+    """Rows that a newcomer's iteration also carries when it has to wait for a slot: its share of decodes."""

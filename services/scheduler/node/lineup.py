@@ -55,7 +55,7 @@ class Lineup:
         self._in_flight: dict[int, Iteration] = {}
         """By number: seen on a stage, and not done by the last."""
         self._formed: list[_Formed] = []
-        """What stage 0 has or will have in its queue, in order."""
+        """Iterations that stage 0 has or will have in its queue, in order."""
         self._last_done = -1
         """The newest iteration that the last stage has done."""
 
@@ -220,7 +220,7 @@ class Lineup:
         return -(-len(self.decoding) // self._num_stages)
 
     def _due_decodes(self) -> Work:
-        """What the next iteration takes of the decoding sequences: its share of those that are in none."""
+        """The decoding sequences of the next iteration: its share of those that are in none."""
         num_busy = sum(each.num_decodes for each in self._in_flight.values())
         num_busy += sum(formed.carried.num_sequences for formed in self._formed)
         return self._decodes(min(self._num_per_iteration, len(self.decoding) - num_busy))

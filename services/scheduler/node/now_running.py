@@ -1,4 +1,4 @@
-"""What the stages of a node do at this moment, as far as they have told. Pure."""
+"""The present work of a node's stages, as far as they have reported it. Pure."""
 
 from services.scheduler.node.known_work import ITERATION, STEP, Batch, Iteration, Running
 

@@ -1,4 +1,4 @@
-"""What is known of one node: its work so far, as its stages tell of it, and by that its future. Pure.
+"""One node's work so far, from its stages' reports, and its future that follows from it. Pure.
 
 Messages of different stages overtake each other, tell things late, or get lost: what is seen on a later
 stage has happened on the earlier ones, and nothing that is over comes back.
@@ -46,13 +46,13 @@ class NodeTimeline:
         self.last_active_s: float | None = None
         """When something happened here last: an assignment, or an op's start or end."""
         self.lengths = RunningMoments()
-        """Of all tasks assigned here, in tokens."""
+        """Lengths of all tasks assigned here, in tokens."""
         self._costs = costs
         self._flushes = feeding.flushes(num_stages)
         self._tasks: dict[str, Assigned] = {}
         """Living, in the order of their assignment."""
         self._batches: dict[str, Batch] = {}
-        """Of those the ones that train."""
+        """The training batches among them."""
         self._running = NowRunning(num_stages)
         self._lineup = Lineup(num_stages, costs, self._running)
         self._untold: dict[str, Assigned] = {}
@@ -186,7 +186,7 @@ class NodeTimeline:
         return task.first_token_s is not None and task.task_id not in self._lineup.decoding
 
     def _begun(self, stage: int, op: StageOp, start_s: float) -> Running | None:
-        """What the stage runs; None when it belongs to nothing that lives."""
+        """The op that the stage runs; None when its task has ended."""
         if op.kind == "iteration":
             iteration = self._lineup.comes(stage, op)
             if iteration is None:

@@ -1,4 +1,4 @@
-"""What a placement policy is, and what it may decide."""
+"""The interface of placement policies, and the decisions that they may make."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Place:
 
     node: int
     forecast: Forecast | None = None
-    """What the policy expects of it there; None when it does not forecast."""
+    """The forecast of the task on that node; None when the policy makes none."""
     offload: bool = False
     """Training only: keep its saved activations in host memory, for want of room on the devices."""
 
@@ -65,5 +65,5 @@ def ready_nodes(state: ClusterState, limit: int | None) -> Sequence[int]:
 
 
 def no_node(state: ClusterState) -> Refuse:
-    """What every policy says when no node can take a task."""
+    """The answer of every policy when no node can take a task."""
     return Refuse(503, f"no node is ready ({state.num_nodes} known)")

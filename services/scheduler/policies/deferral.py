@@ -7,7 +7,7 @@ from typing import NamedTuple
 from services.scheduler.forecast import Forecast
 
 MIN_RATE_PER_S = 0.05
-"""Of requests: where hardly any comes, no batch waits for one."""
+"""Least rate of requests: where hardly any comes, no batch waits for one."""
 
 Response = Callable[[int, float], float]
 """(node, time) -> response time of an expected request that would come to the node then."""
@@ -24,10 +24,10 @@ class OpTimes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchOps:
-    """What a batch does on each stage."""
+    """The ops of a batch on each stage."""
 
     stages: tuple[OpTimes, ...]
-    """Of its largest microbatch."""
+    """The times of its largest microbatch."""
     num_microbatches: int
 
 

@@ -41,7 +41,7 @@ from shared.messages.inference import InferenceTask
 from shared.messages.training import TrainingTask
 
 ASK_AGAIN = 0.1
-"""Of an objective: after it a task that waits asks again, if nothing is known to change before."""
+"""Share of an objective: after it a waiting task asks again, if nothing is known to change before."""
 
 ANSWER_HOPS = 2
 """From the gateway to the scheduler, and from the last stage to the gateway."""
@@ -179,7 +179,7 @@ def _prospect_of_batch(candidate: Candidate, alone: Alone, now_s: float) -> Pros
 
 
 def _objective_s(state: ClusterState) -> float:
-    """What the objective leaves from the scheduler's decision to the end of the last stage's forward.
+    """The part of the objective between the scheduler's decision and the end of the last stage's forward.
 
     On nodes of one stage: without the hops that no forecast has, which are as long as an op there may be.
     """

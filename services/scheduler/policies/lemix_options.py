@@ -1,4 +1,4 @@
-"""What `lemix` can be told: weights and bounds of its parts, and which parts are switched off."""
+"""Options of `lemix`: weights and bounds of its parts, and which parts are switched off."""
 
 from typing import Annotated, Literal
 
@@ -26,9 +26,9 @@ class LemixOptions(Options):
     epsilon: float = Field(default=0.2, gt=0)
     """Weights of the paper's score: lambda1, lambda2 and tau. `beta` also weighs ours."""
     idleness: float = Field(default=0.1, ge=0)
-    """What an objective's length of idle device time in front of a task weighs (`corrected`)."""
+    """Weight of an objective's length of idle device time before a task (`corrected`)."""
     exposure: float = Field(default=1.0, ge=0)
-    """What the training that a request may meet unforeseen weighs against its response time."""
+    """Weight of the training that a request may meet unforeseen, against its response time."""
     comfort: float = Field(default=0.6, ge=0, le=1)
     """A request may take any node where it uses up to this share of the time that it has to spare."""
     opening: float = Field(default=0.95, ge=0, le=1)

@@ -17,7 +17,7 @@ from shared.profiles.times import Work, work_of_rows
 
 
 class ReleasedOptions(Options):
-    """What `lemix_released` can be told."""
+    """Options of `lemix_released`."""
 
     alpha: float = Field(default=0.15, gt=0)
     beta: float = Field(default=0.05, ge=0)
@@ -60,7 +60,7 @@ class LemixReleased:
 
 
 def trace_of(timeline: NodeTimeline, costs: Costs) -> NodeTrace:
-    """What the formula asks of a node."""
+    """The facts about a node that the formula needs."""
     last = timeline.last_assigned
     return NodeTrace(
         num_stages=timeline.num_stages,

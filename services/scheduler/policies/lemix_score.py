@@ -10,7 +10,7 @@ from services.scheduler.policies.lemix_options import LemixOptions
 from services.scheduler.policies.released_score import gaussian_density
 
 INACTIVE = 1.0
-"""What opening a node costs: more than all else together, so that it happens only where no other will do."""
+"""The cost of opening a node: more than all else together, so that it is the last resort."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Prospect:
     duration_s: float
     """From now to the first token, or to the end of the training task's last backward."""
     exposure_s: float = 0.0
-    """What training there may add to a request unforeseen: one op on each stage after the first."""
+    """Time that unforeseen training there may add to a request: one op on each stage after the first."""
 
     @property
     def node(self) -> int:
@@ -31,7 +31,7 @@ class Prospect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What the prospects are judged by."""
+    """The limits and units for judging the prospects."""
 
     length: int
     """Tokens of the task."""
@@ -40,7 +40,7 @@ class Question:
     opening_s: float
     """While an active node's duration is within it, no node is opened."""
     unit_s: float
-    """What durations are compared with: the objective, or the fastest node's duration."""
+    """The unit of durations: the objective, or the fastest node's duration."""
     slo_s: float
     now_s: float
 

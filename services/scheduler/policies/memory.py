@@ -1,4 +1,4 @@
-"""What fits on a node: keys and values of a request, activations of a batch."""
+"""The room on a node: for keys and values of a request, and for activations of a batch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class TrainingRoom:
 
 
 def kv_tokens_of(task: InferenceTask) -> int:
-    """What the request takes at most; the token produced last is never fed back."""
+    """Most tokens of the request in the KV cache; the token produced last is never fed back."""
     return len(task.prompt) + max(task.sampling.max_tokens - 1, 0)
 
 

@@ -6,7 +6,7 @@ from shared.errors import ConfigurationError
 
 
 class Options(BaseModel):
-    """What every policy can be told."""
+    """Options that every policy takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

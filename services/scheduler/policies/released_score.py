@@ -24,23 +24,23 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeTrace:
-    """What the formula knows of a node."""
+    """The facts about a node that the formula uses."""
 
     num_stages: int
     last_release_s: float | None = None
-    """Of the task assigned last; None: there was none."""
+    """Release of the task assigned last; None: there was none."""
     last_forward_end_s: Sequence[float] = ()
-    """Of the task assigned last, by stage."""
+    """End of the forward of the task assigned last, by stage."""
     training: Sequence[Trained] = ()
     """In the order of their assignment."""
     length_mean: float = 0.0
     length_std: float = 0.0
-    """Of the assigned tasks' lengths (population); 0 when there is none."""
+    """Standard deviation of the assigned tasks' lengths (population); 0 when there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Of the terms: the paper's lambda1, lambda2 and tau, with the values of its scripts."""
+    """Weights of the terms: the paper's lambda1, lambda2 and tau, with the values of its scripts."""
 
     alpha: float = 0.15
     beta: float = 0.05

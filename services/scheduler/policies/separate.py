@@ -15,7 +15,7 @@ BUSY_PER_S = 15.0
 
 
 class SeparateOptions(Options):
-    """What `separate` can be told."""
+    """Options of `separate`."""
 
     split: Literal["dynamic"] | Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the nodes that train; `dynamic`: follows the rate of requests."""

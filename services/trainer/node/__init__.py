@@ -1,4 +1,4 @@
-"""What the trainer decides for one node. Pure: events in, actions out.
+"""The trainer's decisions for one node. Pure: events in, actions out.
 
 training        the node's life: closed, restoring, open; what to feed and when to step
   members         its stages, and which of them live

@@ -1,4 +1,4 @@
-"""What a node decides: what is to be done about it, in order."""
+"""The decisions of a node, as actions to carry out in order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Step:
 
     batch_id: str
     version: int
-    """Of the weights afterwards."""
+    """The version of the weights afterwards."""
     gradient_scale: float = 1.0
     is_skipped: bool = False
     rate_of: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from shared.messages.weights import ServingRule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishingRules:
-    """What holds for every node."""
+    """The rules for every node."""
 
     serving: ServingRule = "newest"
     max_kept: int = 2
@@ -72,7 +72,7 @@ class Publishing:
         self.losses: dict[int, float] = {}
         """On the held-out examples, of kept versions that were evaluated."""
         self._lowest_loss = inf
-        """Of all that have served, back to a rollback: small rises must not add up."""
+        """The lowest loss of all that have served, back to a rollback: small rises must not add up."""
         self._restored_rise = 1.0
         """See `rise`: of the restored version, when it was let serve."""
         self.num_withheld = 0

@@ -17,7 +17,7 @@ class Save:
     answered: bool = False
     """Every stage was asked and has agreed or refused: the steps beyond `version` may come."""
     shards: Mapping[int, ShardSaved] = field(default_factory=dict)
-    """What stages have written, by stage."""
+    """The shards that stages have written, by stage."""
     failures: Mapping[int, str] = field(default_factory=dict)
     """Why stages have not, by stage."""
     writing: bool = False

@@ -30,7 +30,7 @@ class NodeSaves:
 
     @property
     def version(self) -> int | None:
-        """What is being saved."""
+        """The version that is being saved."""
         return None if self._save is None else self._save.version
 
     @property

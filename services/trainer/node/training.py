@@ -45,13 +45,13 @@ STALLED_AFTER_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What holds for every node."""
+    """The rules for every node."""
 
     schedule: Schedule
     checkpoint_every: int
     checkpoint_idle_s: float
     extra_in_flight: int = 0
-    """Of microbatches, without a flush: see `Pipeline`."""
+    """Microbatches beyond one per stage, without a flush: see `Pipeline`."""
     shares_weights: bool = False
     """Nodes are merged: when to save and when to restore is decided for all of them together."""
     shares_steps: bool = False
@@ -121,12 +121,12 @@ class NodeTraining:
 
     @property
     def durable_version(self) -> int:
-        """Of the checkpoint that the node goes back to."""
+        """The version of the checkpoint that the node goes back to."""
         return self._saves.durable_version
 
     @property
     def served_version(self) -> int | None:
-        """What answers requests; None while the trainer does not know it."""
+        """The version that answers requests; None while the trainer does not know it."""
         if self.phase != "open":
             return None
         published = self.publishing.published
@@ -275,7 +275,7 @@ class NodeTraining:
         return self._advance(now_s)
 
     def evaluated(self, epoch: int, version: int, loss: float | None) -> list[Action]:
-        """What `Evaluate` has asked for; None: the loss could not be found."""
+        """Take the result of `Evaluate`; None: the loss could not be found."""
         return list(self.publishing.evaluated(version, loss)) if epoch == self.epoch else []
 
     def save_answered(
@@ -470,7 +470,7 @@ class NodeTraining:
 
     @property
     def _present_version(self) -> int:
-        """Of the weights when all that is ordered is done."""
+        """The version of the weights when all ordered steps are done."""
         ordered = self._pipeline.ordered_version
         return self.version if ordered is None else ordered
 
