@@ -42,14 +42,14 @@ log = logging.getLogger(__name__)
 
 
 class Manifest(Message):
-    """What a checkpoint is, and which training batches its weights contain."""
+    """Describes a checkpoint, and which training batches its weights contain."""
 
     node: int
     version: int
     """Optimizer steps that the weights contain."""
     num_stages: int
     model: str
-    """What was trained: the setting as it was given."""
+    """The model that was trained: the setting as it was given."""
     stream: str = ""
     """Identity of the training stream that the sequences are of; empty: not known."""
     merge: str = "none"
@@ -73,17 +73,17 @@ class Manifest(Message):
     may_serve: bool = True
     """False: made under a guard that has not let it serve: it was withheld, or not evaluated (yet)."""
     adapter: AdapterKind = ""
-    """What the folder holds: the whole model, or an adapter to `model`."""
+    """The kind of weights in the folder: the whole model, or an adapter to `model`."""
     settings: dict[str, str] = Field(default_factory=dict)
     """Those that the weights depend on, of trainer and stages, by their names."""
     sha256_by_file: dict[str, str]
-    """Of every file but the manifest; older manifests name only those that stages have written."""
+    """Digests of every file but the manifest; older manifests name only those that stages have written."""
     created_wall_s: float
     """Unix time."""
 
     @property
     def digest(self) -> str:
-        """Of all files but the manifest, which changes: that of other weights is another one."""
+        """The digest of all files but the manifest, which changes; other weights have another one."""
         return hashlib.sha256(repr(sorted(self.sha256_by_file.items())).encode()).hexdigest()
 
 
@@ -96,7 +96,7 @@ class Checkpoint:
 
 
 def as_saved(checkpoint: Checkpoint | None) -> SavedWeights:
-    """What there is to load; None: the model as it was before training."""
+    """The weights to load; None: the model as it was before training."""
     if checkpoint is None:
         return SavedWeights(version=0, checkpoint="")
     manifest = checkpoint.manifest
@@ -185,7 +185,7 @@ def _described(manifest: Manifest, served: int | None) -> DurableVersion:
 
 
 def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
-    """What `node` goes on from: its newest checkpoint, each file checked against the manifest.
+    """The checkpoint that `node` goes on from: its newest, each file checked against the manifest.
 
     Raises ConfigurationError when it is of another model, or damaged.
     """

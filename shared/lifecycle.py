@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What a service is given of the world it runs in."""
+    """The bus, the clock and the rest of the world that a service is given."""
 
     bus: Bus
     clock: Clock

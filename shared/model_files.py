@@ -24,7 +24,7 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What must be known of a model in order to ask it something."""
+    """The facts about a model that are needed to ask it something."""
 
     name: str
     model_type: str
@@ -54,7 +54,7 @@ def resolve(model: str, patterns: tuple[str, ...]) -> Path:
 
 
 def name_of(model: str) -> str:
-    """What clients call `model`: a folder's own name, or the hub name."""
+    """The name of `model` for clients: a folder's own name, or the hub name."""
     folder = Path(model)
     return folder.resolve().name if folder.is_dir() else model
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from shared.errors import ConfigurationError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What bytes that are no whole character decode to."""
+"""The decoding of bytes that are no whole character."""
 
 _TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
 """Some models declare them as special tokens, which decoding leaves out."""
@@ -81,7 +81,7 @@ class TextTokenizer:
         return self._token(token)[0]
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token adds to a text, in UTF-8; of a special token, its name."""
+        """The bytes that one token adds to a text, in UTF-8; for a special token, its name."""
         return self._token(token)[1]
 
     def _token(self, token: int) -> tuple[str, bytes]:

@@ -54,19 +54,19 @@ class StreamState:
     """A durable stream as it was found."""
 
     identity: str
-    """Of this stream alone: one that is made anew under the same name has another."""
+    """The identity of this stream alone: one that is made anew under the same name has another."""
     first_sequence: int
-    """Of the oldest message that is there; where there is none, of the next to come."""
+    """The oldest message that is there; where there is none, the next to come."""
     last_sequence: int
-    """Of the newest message that was ever stored; 0 before the first."""
+    """The newest message that was ever stored; 0 before the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a durable stream answers to a message."""
+    """The answer of a durable stream to a message."""
 
     sequence: int
-    """Of the message in its stream."""
+    """The place of the message in its stream."""
     is_repeat: bool
     """A message of the same id was there already, at that sequence: nothing was stored now."""
 
@@ -93,7 +93,7 @@ class StreamReader(Protocol):
 
 
 class Bus(Protocol):
-    """What carries messages. NATS and the memory bus hold the same contract (tests/contract).
+    """Carries messages. NATS and the memory bus hold the same contract (tests/contract).
 
     Handlers of one subscription run one after the other, in the order of arrival; a handler that
     raises fails the bus (`failure`), which ends the service: nothing is swallowed. A message that

@@ -1,4 +1,4 @@
-"""What every bus does with a message that has arrived: read it, call its handler, guard the call."""
+"""The handling of an arrived message on every bus: read it, call its handler, guard the call."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def stored_size_bytes(body: bytes, headers: dict[str, str]) -> int:
-    """What a durable message with these headers weighs against the size limit."""
+    """The size of a durable message with these headers, as it counts against the limit."""
     return len(body) + sum(len(key) + len(value) + len(": \r\n") for key, value in headers.items())
 
 

@@ -33,7 +33,7 @@ M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
 
 MAX_MESSAGE_BYTES = (1 << 20) - HEADERS_BYTES
-"""What a NATS server carries unless configured otherwise."""
+"""The largest message of a NATS server, unless configured otherwise."""
 
 _stream_numbers = itertools.count(1)
 """No two streams of this process are the same one."""
@@ -48,7 +48,7 @@ Observer = Callable[[str, Message, float], None]
 
 
 class MemoryBroker:
-    """What all services of one simulated world are connected to."""
+    """Connects all services of one simulated world."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _Transit:
 
     def __init__(self) -> None:
         self._due: dict[float, list[Callable[[], None]]] = {}
-        """What arrives at each time, in order; the loop has one timer for each."""
+        """The deliveries at each time, in order; the loop has one timer for each."""
         self._last_s: defaultdict[Route, float] = defaultdict(float)
         """When the newest message of each route arrives."""
 
@@ -327,7 +327,7 @@ class _Inbox:
         self._task: asyncio.Task[None] | None = None
         """Begins with the first message."""
         self._idle: asyncio.Future[None] | None = None
-        """What the task waits for when there is no message."""
+        """The task waits for this when there is no message."""
         self._is_over = False
 
     def put(self, delivery: _MemoryDelivery) -> None:

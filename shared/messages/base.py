@@ -1,4 +1,4 @@
-"""What every message is: a frozen model that travels as a MessagePack map."""
+"""The base of every message: a frozen model that travels as a MessagePack map."""
 
 from typing import Self
 

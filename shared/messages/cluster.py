@@ -27,7 +27,7 @@ class Heartbeat(Message):
     checkpoint_digest: str = ""
     """As in `SavedWeights`."""
     epoch: int
-    """Of the trainer's last restore on this stage; 0 before any."""
+    """The epoch of the trainer's last restore on this stage; 0 before any."""
     running: int
     """Sequences in the KV cache (stage 0)."""
     waiting: int
@@ -49,7 +49,7 @@ class StageStopped(Message):
 
 
 LinkPurpose = Literal["activations", "tied"]
-"""What goes over a link: rows of activations and their gradients, or the gradient of a tied embedding."""
+"""The tensors on a link: rows of activations and their gradients, or the gradient of a tied embedding."""
 
 
 class LinkOffer(Message):
@@ -82,7 +82,7 @@ class Rendezvous(Message):
     address: str
     """`host:port` of a key-value store."""
     settings: dict[str, str]
-    """What the first member trains, by setting: the others must train the same, or their mean is none."""
+    """The first member's training settings: the others must train the same, or there is no mean."""
 
 
 class StatusRequest(Message):
@@ -113,9 +113,9 @@ class ClusterStatus(Message):
     policy: str
     nodes: tuple[NodeStatus, ...]
     forward_error: ForecastError = ForecastError()
-    """Of the cost model, for each iteration and training forward on a stage."""
+    """Error of the cost model, for each iteration and training forward on a stage."""
     response_error: ForecastError = ForecastError()
-    """Of the forecast at placement, for each request from its arrival to its first token."""
+    """Error of the forecast at placement, for each request from its arrival to its first token."""
     slo_s: float = 0.0
     """The scheduler's objective: from a request's arrival to its first token."""
 

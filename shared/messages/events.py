@@ -1,4 +1,4 @@
-"""What stages do and when: the scheduler's forecast is corrected by it, and its error measured."""
+"""The ops of stages and their times: they correct the scheduler's forecast, and measure its error."""
 
 from typing import Literal
 
@@ -43,7 +43,7 @@ class OpStarted(Message):
 
 
 class StageProgress(Message):
-    """What a stage has done since its last message, and what it does now. stage -> scheduler."""
+    """The ops that a stage has done since its last message, and those it does now. stage -> scheduler."""
 
     node: int
     stage: int

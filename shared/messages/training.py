@@ -23,7 +23,7 @@ class TrainingTask(Message):
 
 
 class Microbatch(Message):
-    """What every stage must know of a microbatch."""
+    """The facts that every stage needs about a microbatch."""
 
     epoch: int = Field(ge=0)
     """The trainer's fencing number; stages ignore lower ones than the last they saw."""
@@ -83,15 +83,15 @@ class TiedGradient(Message):
 
 
 class StepOrder(Message):
-    """What becomes of a batch whose gradients every stage has. trainer -> each stage, the same to all."""
+    """Step on a batch whose gradients every stage has, or skip it. trainer -> each stage, the same to all."""
 
     epoch: int
     batch_id: str
     version: int
-    """Of the weights after the step."""
+    """The version of the weights after the step."""
     learning_rate: float = Field(ge=0, allow_inf_nan=False)
     gradient_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """What the gradients are multiplied with: clips their norm over all stages."""
+    """Factor for the gradients: clips their norm over all stages."""
     skip: bool = False
     """Drop the gradients and change nothing: some stage's are not finite. `version` is the present one."""
     keep: bool = False
@@ -148,7 +148,7 @@ class TrainingFailed(Message):
 
 
 AdapterKind = Literal["", "lora"]
-"""What trained weights are: all of the model's (""), or an adapter beside those it was published with."""
+"""The kind of trained weights: the whole model's (""), or an adapter beside the published ones."""
 
 
 class ShardSaved(Message):
@@ -161,7 +161,7 @@ class ShardSaved(Message):
     """Weights only, in Hugging Face names, or an adapter's in those of peft."""
     size_bytes: int
     adapter: AdapterKind = ""
-    """What the weights are."""
+    """The kind of these weights."""
     settings: dict[str, str] = Field(default_factory=dict)
     """Those of the stage that the weights depend on."""
 
@@ -198,7 +198,7 @@ StageEvent = Annotated[
 
 
 class StageReport(Message):
-    """What happened on a stage in training. stage -> trainer."""
+    """An event of training on a stage. stage -> trainer."""
 
     node: int
     stage: int
@@ -218,7 +218,7 @@ class RejectedBatch(Message):
     """Where the batch stands in the training stream."""
     reason: str
     body: str = ""
-    """What was published, in `body_form`."""
+    """The batch as it was published, in `body_form`."""
     body_form: BodyForm = "left_out"
 
     @classmethod
@@ -233,7 +233,7 @@ class RejectedBatch(Message):
 
     @property
     def published(self) -> bytes | None:
-        """What was published, byte for byte; None when it is left out."""
+        """The batch as it was published, byte for byte; None when it is left out."""
         match self.body_form:
             case "text":
                 return self.body.encode()
@@ -269,7 +269,7 @@ class BatchApplied(Message):
     batch_id: str
     node: int
     version: int
-    """Of the node's weights, with the batch in them."""
+    """The version of the node's weights, with the batch in them."""
     loss: float
     """Mean over the batch's labels, before its step, in nats."""
     num_tokens: int
@@ -300,7 +300,7 @@ BatchEvent = Annotated[
 
 
 class BatchProgress(Message):
-    """What became of a training batch. trainer -> whoever listens; may be lost, so ask after a silence."""
+    """An event of a training batch. trainer -> whoever listens; may be lost, so ask after a silence."""
 
     event: BatchEvent
 

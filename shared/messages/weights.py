@@ -20,7 +20,7 @@ class SavedWeights(Message):
     checkpoint: str
     """Folder of a checkpoint; empty: the model as it was loaded first."""
     digest: str = ""
-    """Of the checkpoint: after a rollback, version and folder come again with other weights."""
+    """The digest of the checkpoint: after a rollback, version and folder come again with other weights."""
 
 
 class RestoreWeights(Message):
@@ -30,8 +30,8 @@ class RestoreWeights(Message):
     weights: SavedWeights
     serving: ServingRule = "newest"
     served: SavedWeights | None = None
-    """What serves in their stead, because a guard has not let these serve: stages keep it under its number,
-    or still do. None: these weights do.
+    """The weights to serve instead, because a guard has not approved these; stages keep them under their
+    number. None: these weights serve.
     """
 
     @property
@@ -55,16 +55,16 @@ class MergeMember(Message):
 
     node: int
     epoch: int
-    """Of its weights. Where all members' are those of the last time, they know each other already."""
+    """The epoch of its weights. When no member's epoch has changed, they know each other already."""
     share: float = Field(ge=0, le=1)
-    """Of the mean; those of all members sum to 1."""
+    """Its share of the mean; the shares of all members sum to 1."""
 
 
 class MergeGroup(Message):
     """The same stage of several nodes, which compute a mean together."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    """Of this merge alone."""
+    """A name for this merge alone."""
     members: tuple[MergeMember, ...] = Field(min_length=1)
     """In the order in which they are summed."""
 
@@ -84,7 +84,7 @@ class MergeWeights(Message):
 
     epoch: int
     version: int
-    """Of the merged weights: the batches that they contain."""
+    """The version of the merged weights: the number of batches that they contain."""
     keep: bool = False
     """Hold on to the version until it is released, to serve it."""
     group: MergeGroup
@@ -177,9 +177,9 @@ class NodeWeights(Message):
     """The newest."""
     durable_version: int
     published: int | None
-    """What serves; None: the newest."""
+    """The version that serves; None: the newest."""
     held_out_loss: float | None
-    """Of what serves: mean per learnt token, in nats; None: no guard, or not known yet."""
+    """The loss of the served version, mean per learnt token, in nats; None: no guard, or not known yet."""
     num_withheld: int
     """Versions that the guard has not let serve."""
     last_withheld: int | None

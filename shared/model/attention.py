@@ -23,7 +23,7 @@ LAYER_ATTRIBUTE: Final = "lemix_layer"
 """Set by the loader on each attention module: its layer's number within the stage, from 0."""
 
 _HARMLESS_EXTRAS = frozenset({"position_ids", "use_cache", "cache_position", "position_embeddings"})
-"""What models pass through to attention functions that changes nothing in what attention is."""
+"""Arguments that models pass to attention functions and that change nothing in attention."""
 
 
 class AttentionContext(Protocol):

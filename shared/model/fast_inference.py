@@ -243,7 +243,7 @@ class _FusedAttention:
 
 
 def _sliding_window(module: Any) -> int | None:
-    """What the module's own forward hands to attention as its window."""
+    """The window that the module's own forward hands to attention."""
     if type(module).__name__ == "MistralAttention":
         window: int | None = getattr(module.config, "sliding_window", None)
     else:

@@ -33,7 +33,7 @@ ALL_LINEAR: Final = "all-linear"
 """As a target: each linear module of the layers; never the embedding or the head."""
 
 _FILE_PREFIX: Final = "base_model.model."
-"""What peft's files put before a module's name in the whole model."""
+"""The prefix of a module's name in peft's files, before its name in the whole model."""
 _PEFT_NAME: Final = "default"
 """peft can keep several adapters in a model; this is the name of the only one here."""
 
@@ -93,7 +93,7 @@ def add_adapter(stage: Stage, settings: LoraSettings) -> None:
 
 
 def initial_adapter(stage: Stage) -> dict[str, Tensor]:
-    """What an adapter begins with, by name: A random, the same for any number of stages, and B zero."""
+    """The first values of an adapter, by name: A random, the same for any number of stages, and B zero."""
     return {name: _initial(name, stage.parameter(name)) for name in stage.adapter_names}
 
 
@@ -128,7 +128,7 @@ def merged_state_dict(stage: Stage) -> dict[str, Tensor]:
 
 
 def adapter_config(stage: Stage, base_model: str) -> "LoraConfig":
-    """What peft keeps beside an adapter's weights; `base_model` is a folder or a hub name."""
+    """The config that peft keeps beside an adapter's weights; `base_model` is a folder or a hub name."""
     config = copy.copy(_peft_config(stage))
     config.target_modules = _target_names(stage)
     config.base_model_name_or_path = base_model

@@ -1,4 +1,4 @@
-"""What `lemix profile` would measure on a stage that obeys its roofline exactly."""
+"""The profile that `lemix profile` would measure on a stage that obeys its roofline exactly."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from shared.profiles.roofline import TRAINED_BYTES, USABLE_MEMORY, WEIGHT_BYTES,
 from shared.profiles.times import Work, work_of_rows
 
 STEPS_PER_DOUBLING = 8
-"""Of the numbers of tokens: a kink of the roofline between two of them is off by 2 % at most."""
+"""Points per doubling of the tokens: a kink of the roofline between two is off by 2 % at most."""
 DECODING_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 DECODING_CONTEXTS = (1, 128, 512)
 """Positions that each sequence of a decoding iteration attends to; the whole context too."""

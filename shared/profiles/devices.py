@@ -1,4 +1,4 @@
-"""What known devices can do at most, from their makers' data sheets."""
+"""The limits of known devices, from their makers' data sheets."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class DeviceLimits:
     flops_per_s: float
     """Dense 16-bit matrix products that are summed in 32 bits."""
     bytes_per_s: float
-    """Of the device's own memory."""
+    """Bandwidth of the device's own memory."""
     memory_bytes: float
     host_bytes_per_s: int
     """Attained from and to the host's memory, in one direction."""

@@ -37,7 +37,7 @@ class Profile(Message):
 
     @property
     def kv_tokens(self) -> int:
-        """Of which a node can keep keys and values, on its fullest stage."""
+        """Tokens whose keys and values fit a node, on its fullest stage."""
         return min(stage.memory.kv_tokens for stage in self.stages)
 
     def model_forward_s(self, num_tokens: int) -> float:
@@ -73,7 +73,7 @@ def profile_named(name: str, num_stages: int | None) -> Profile:
 
 @lru_cache(maxsize=128)
 def stage_times(name: str, stage: int, num_stages: int) -> StageTimes:
-    """What an emulated device obeys: a roofline exactly, or the fit of what was measured.
+    """The times that an emulated device keeps: a roofline exactly, or the fit of measured points.
 
     A file's last stage has its backward in `forward_s`, and none in `backward_s`; a roofline has both apart.
 

@@ -1,4 +1,4 @@
-"""What is known of one stage: measured points of its ops, and what it needs of its device's memory."""
+"""One stage in a profile: measured points of its ops, and the memory that it needs on its device."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,16 +27,16 @@ class ProfilePoint(Message):
 
 
 class StageMemory(Message):
-    """What a stage needs of its device, and what the device has."""
+    """The memory that a stage needs on its device, and the memory of the device."""
 
     weights_bytes: int
     training_bytes: int
     """Gradients and the optimizer's state."""
     kv_bytes_per_token: int
     activation_bytes_per_token: int
-    """Of a training forward, until its backward."""
+    """Bytes of a training forward, until its backward."""
     capacity_bytes: int
-    """What a stage may use in all."""
+    """Bytes that a stage may use in all."""
     host_bytes_per_s: int = Field(default=PCIE_4_BYTES_PER_S, gt=0)
     """From and to the host's memory."""
 
@@ -54,12 +54,12 @@ class StageMemory(Message):
         return max(0, self._half_bytes // self.activation_bytes_per_token)
 
     def offload_s(self, num_tokens: int) -> float:
-        """What so many rows' activations take to the host, or back."""
+        """Seconds that the activations of so many rows take to the host, or back."""
         return num_tokens * self.activation_bytes_per_token / self.host_bytes_per_s
 
     @property
     def load_s(self) -> float:
-        """What the weights take from the host."""
+        """Seconds that the weights take from the host."""
         return self.weights_bytes / self.host_bytes_per_s
 
     @property

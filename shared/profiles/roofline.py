@@ -12,10 +12,10 @@ from shared.profiles.models import ModelShape
 from shared.profiles.times import Work
 
 ATTAINED_FLOPS = 0.5
-"""Of the peak. Large models train at 42 % to 56 % of it (Korthikanti et al. 2022, "Reducing Activation
+"""Share of the peak. Large models train at 42 % to 56 % of it (Korthikanti et al. 2022, "Reducing Activation
 Recomputation in Large Transformer Models", table 5)."""
 ATTAINED_BANDWIDTH = 0.8
-"""Of the peak: about what copying kernels reach (Deakin et al. 2018, "BabelStream")."""
+"""Share of the peak: about what copying kernels reach (Deakin et al. 2018, "BabelStream")."""
 LAUNCH_S = 5e-6
 """A kernel's launch from an eager framework: 3 to 10 microseconds (Zhang et al. 2020, "A Study of Single and
 Multi-device Synchronization Methods in Nvidia GPUs"; Fernandez et al. 2023, "The Framework Tax")."""
@@ -41,7 +41,7 @@ LOGIT_BYTES = 6
 BACKWARD_FLOPS = 2
 """Times the forward's: one product for the inputs' gradient, one for the weights'."""
 USABLE_MEMORY = 0.9
-"""Of the device: the rest is the framework's context and fragments (vLLM's default share too)."""
+"""Share of the device: the rest is the framework's context and fragments (vLLM's default share too)."""
 
 
 @dataclass(frozen=True, slots=True)

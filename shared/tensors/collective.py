@@ -97,7 +97,9 @@ class CollectiveGroup:
         self._backend = None
 
     def _agreed_share(self, length: int, weight: float) -> float:
-        """Of all weights. Compares lengths: gloo ends the process when more comes than it expects."""
+        """This member's share of all weights.
+
+        Compares lengths: gloo ends the process when more comes than it expects."""
         own = torch.tensor([weight, length], dtype=torch.float64, device=self._mean_device)
         ours = own.repeat(len(self._members), 1)
         theirs = torch.empty_like(ours)
@@ -159,7 +161,7 @@ class CollectiveGroup:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Of a GPU its own, the same in all processes; else `cpu`."""
+    """The name of a GPU's hardware, the same in all processes; else `cpu`."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
 
 

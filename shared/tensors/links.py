@@ -21,7 +21,7 @@ class OutgoingLink:
         self._is_shared = False
 
     def offer(self, stage: int, instance: str, purpose: LinkPurpose = "activations") -> LinkOffer:
-        """What the consumer must know to open the arena."""
+        """The facts that the consumer needs to open the arena."""
         arena = self._arena
         return LinkOffer(
             stage=stage,

@@ -39,7 +39,7 @@ def host_store(host: str, *, timeout_s: float) -> TCPStore:
 
 
 def store_address(store: TCPStore) -> str:
-    """What `join_store` wants: `host:port`."""
+    """The address that `join_store` takes: `host:port`."""
     return f"{store.host}:{store.port}"
 
 
@@ -53,7 +53,7 @@ def join_store(address: str, *, timeout_s: float) -> TCPStore:
 
 
 def meet(store: Store, member: int, members: Sequence[int], *, tells: str, timeout_s: float) -> list[str]:
-    """What each of `members` tells of itself, when all have come, in their order.
+    """Exchange texts: the one that each of `members` tells of itself, when all have come, in their order.
 
     Raises PeerLostError naming those who have not come in `timeout_s`.
     """
