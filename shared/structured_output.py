@@ -7,7 +7,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from shared.errors import UnsupportedSchemaError
 
 MAX_SCHEMA_CHARACTERS = 65_536
-"""Of a schema's JSON text; one of this size takes about half a second to compile."""
+"""Longest JSON text of a schema; one of this size takes about half a second to compile."""
 
 JSON_OBJECT_SCHEMA = '{"type":"object"}'
 """Any JSON object."""

@@ -1,4 +1,4 @@
-"""What stages say of themselves, for tests that play them."""
+"""Heartbeats of stages, for tests that play them."""
 
 from shared.messages.cluster import Heartbeat
 
@@ -12,7 +12,7 @@ def heartbeat(
     ready: bool = True,
     whole: bool = True,
 ) -> Heartbeat:
-    """Of an idle stage."""
+    """The heartbeat of an idle stage."""
     return Heartbeat(
         node=node,
         stage=stage,

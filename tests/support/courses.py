@@ -65,7 +65,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Past:
-    """What has come to a node, with what its stages have done in between."""
+    """The tasks that have come to a node, and the work of its stages in between."""
 
     at_s: float = 0.0
     first: Load = field(default_factory=Load)
@@ -101,7 +101,7 @@ class Node:
 
     @property
     def told_s(self) -> float:
-        """What has happened by then is known."""
+        """Everything that has happened by then is known."""
         return self.now_s - self._hop_s
 
     def place(self, load: Load) -> None:

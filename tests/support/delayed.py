@@ -89,7 +89,7 @@ class Reference(Plain):
         self._history = [self.weights()]
 
     def _weights_of(self, versions: Sequence[int]) -> dict[str, Tensor]:
-        """Of each stage's version; a tied one's second place is on the last stage, of its own age."""
+        """The weights of each stage's version; a tied one is also on the last stage, of its own age."""
 
         def old(name: str, stage: int) -> Tensor:
             return self._history[versions[stage]][name_in_stages(name)].clone().requires_grad_()

@@ -18,14 +18,14 @@ NEVER = 10**6
 
 @dataclass(slots=True)
 class Trained:
-    """What the stages told of a run."""
+    """The stages' reports of a run."""
 
     losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By batch."""
     versions: dict[tuple[int, str, int], int] = field(default_factory=dict)
     """(stage, batch, microbatch) -> weights version of its forward."""
     squared_norms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of each batch's gradients, over all stages."""
+    """The squared norm of each batch's gradients, over all stages."""
     applied: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 

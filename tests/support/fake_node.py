@@ -55,7 +55,7 @@ class Meeting:
         self._met = asyncio.Condition()
 
     async def union(self, group: MergeGroup, stage: int, node: int, contents: list[str]) -> list[str]:
-        """What all members bring, in their order; what several bring counts once."""
+        """The contents that all members bring, in their order; repeated ones count once."""
         brought = self._contents[group.name, stage]
         async with self._met:
             brought[node] = list(contents)

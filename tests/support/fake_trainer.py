@@ -36,7 +36,7 @@ class FakeTrainer:
     poison: str = ""
     """A batch whose id ends so is rejected."""
     is_mute: bool = False
-    """What it tells is lost; it still answers."""
+    """Its events are lost; it still answers."""
     defers: bool = False
     num_read: int = 0
     num_repeated: int = 0
@@ -63,7 +63,7 @@ class FakeTrainer:
         await self.tell(self._durable(new))
 
     async def roll_back(self) -> None:
-        """What was durable is in no weights any more."""
+        """Roll back: durable batches are in no weights any more."""
         self.rejected += self.durable
         gone, self.durable = self.durable, []
         self.applied = [batch_id for batch_id in self.applied if batch_id not in gone]

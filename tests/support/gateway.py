@@ -79,7 +79,7 @@ class FakeCluster:
 
     bus: Bus
     script: Script | None = None
-    """What the node answers; None: nothing until the test says so."""
+    """The node's answers; None: nothing until the test says so."""
     submitted: asyncio.Queue[InferenceTask] = field(default_factory=asyncio.Queue)
     cancelled: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     traceparents: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class FakeCluster:
     """Tokens of each task that `say` has produced."""
     slo_s: float = 0.0
     version: int = VERSION
-    """Of the weights that the node says it has."""
+    """The version of the weights that the node says it has."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is clear, placements are not answered."""
 
@@ -149,7 +149,7 @@ def _heartbeat(stage: int) -> Heartbeat:
 
 @dataclass
 class World:
-    """What a test of the gateway holds in its hands."""
+    """The objects that a test of the gateway works with."""
 
     cluster: FakeCluster
     gateway: ClusterClient

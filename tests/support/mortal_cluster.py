@@ -47,12 +47,12 @@ DEADLINE_S = 300.0
 """Virtual."""
 LOOK_EVERY_S = 0.1
 RESTART_S = 0.3
-"""What a launcher needs to start a dead process again."""
+"""The time that a launcher needs to start a dead process again."""
 HOP_S = (0.0001, 0.002)
 """Shortest and longest time of a message on its way."""
 ASK_AGAIN_S = 5.0
 HOLD_S = 0.5
-"""Of one batch in four, in the scheduler."""
+"""The time that the scheduler holds one batch in four."""
 
 
 def victims(num_nodes: int, num_stages: int = 2) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ class MortalCluster:
     model: Path
     run_dir: Path
     seed: int
-    """Of the times that messages take."""
+    """The seed of the times that messages take."""
     trainer_settings: dict[str, Any]
     stage_settings: dict[str, Any]
     kills: Sequence[Kill] = ()
@@ -97,7 +97,7 @@ class MortalCluster:
     orders: dict[str, StepOrder] = field(default_factory=dict)
     """The last step that was ordered on each batch: the one that is in the weights at the end."""
     states: list[State] = field(default_factory=list)
-    """Of each node at the end, where all stages hold every batch."""
+    """The state of each node at the end, where all stages hold every batch."""
     num_messages: int = 0
     num_killed: int = 0
     _num_counted: int = 0
@@ -162,7 +162,7 @@ class MortalCluster:
         return [body for body, _ in self._broker.streams["LEMIX_REJECTED"].messages]
 
     def durable(self) -> list[Checkpoint]:
-        """Of all nodes, oldest first."""
+        """The checkpoints of all nodes, oldest first."""
         root = self.run_dir / "checkpoints"
         found = (each for node in range(self.num_nodes) for each in checkpoints.checkpoints(root, node))
         return sorted(found, key=lambda checkpoint: checkpoint.manifest.version)
@@ -193,7 +193,7 @@ class MortalCluster:
                 await asyncio.sleep(LOOK_EVERY_S)
 
     async def _state_of(self, node: int) -> State:
-        """What all stages of the node hold; what two of them hold is the same."""
+        """The weights that all stages of the node hold; those that two of them hold are the same."""
         state: State = {}
         for stage in range(self.num_stages):
             snapshot = await self._executors[f"stage {node}.{stage}"].snapshot()

@@ -54,7 +54,7 @@ DEADLINE_S = 60.0
 
 
 class Answer:
-    """What came back for one request."""
+    """The answer to one request."""
 
     def __init__(self, task: InferenceTask) -> None:
         self.task = task
@@ -94,15 +94,15 @@ class Node:
         self.orders_steps = True
         """Have stages step as soon as all have a batch's gradients; else that is told in `reports`."""
         self.served: VersionsServed | None = None
-        """What stage 0 told last of the versions that it serves."""
+        """Stage 0's last report of the versions that it serves."""
         self.keeps = False
         """Have stages keep every version that they step to, or hold after a merge."""
         self.learning_rate = LEARNING_RATE
         self.version = 0
-        """Of the weights after the last step that was ordered."""
+        """The version of the weights after the last step that was ordered."""
         self._epoch = 0
         self._squared_norms: dict[str, dict[int, float]] = defaultdict(dict)
-        """Of each batch whose step is not ordered, by stage."""
+        """The squared norms of each batch whose step is not ordered, by stage."""
         self._beaten = asyncio.Condition()
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
@@ -364,7 +364,7 @@ class Workers:
         self._group = group
         self._settings = settings
         self.settings_of: dict[int, dict[str, Any]] = {}
-        """What the next worker of a stage has of its own."""
+        """Settings of the next worker of a stage alone."""
         self._ids = IdSource(random.Random(node))
         self._tasks: dict[int, asyncio.Task[None]] = {}
 

@@ -41,7 +41,7 @@ class Pair:
         await asyncio.gather(*(node.merge(members, version, outer) for node in self.nodes))
 
     async def states(self, name: str = "state") -> list[State]:
-        """Of both, as `state` has it."""
+        """The states of both, as `state` has them."""
         return [await self.state(node, f"{name}-{node.number}") for node in self.nodes]
 
     async def state(self, node: Node, name: str) -> State:
@@ -73,7 +73,7 @@ async def state_of(node: Node, folder: Path, name: str) -> State:
 
 
 def group(name: str, *shares: float, epochs: Sequence[int] = (1, 2)) -> MergeGroup:
-    """Of the first nodes, each with its share."""
+    """A group of the first nodes, each with its share."""
     members = (MergeMember(node=node, epoch=epochs[node], share=share) for node, share in enumerate(shares))
     return MergeGroup(name=name, members=tuple(members))
 

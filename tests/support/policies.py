@@ -92,7 +92,7 @@ def kind_of(task: Task) -> TaskKind:
 def ask(
     state: ClusterState, policy: Policy, task: Task, now_s: float, *, arrived_s: float | None = None
 ) -> Decision:
-    """What the policy says of a task that is here since `arrived_s` (default: now)."""
+    """The policy's decision on a task that is here since `arrived_s` (default: now)."""
     return policy.choose(state, Arrival(task, now_s if arrived_s is None else arrived_s), now_s)
 
 

@@ -1,4 +1,4 @@
-"""What transformers itself answers."""
+"""The answers of transformers itself."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a node's stages save, written as the trainer has it written, and the whole models that are in it."""
+"""The checkpoints of a node's stages, written as the trainer has them written, and the models in them."""
 
 import shutil
 from pathlib import Path
@@ -42,13 +42,13 @@ def tensors_in(checkpoint: Path, files: str = "*.safetensors") -> dict[str, Tens
 
 
 def weights_in(checkpoint: Path) -> dict[str, Tensor]:
-    """What has been trained, by its names in stages."""
+    """The trained tensors, by their names in stages."""
     found = tensors_in(checkpoint, "*model*.safetensors")
     return {name_in_stages(name): tensor for name, tensor in found.items()}
 
 
 def name_in_stages(name: str) -> str:
-    """Of a tensor that peft has another name for, in its files or in a model."""
+    """The name in stages of a tensor that peft names otherwise, in its files or in a model."""
     return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 

@@ -119,7 +119,7 @@ class Training:
 
 
 def digest(policy: str, seed: int) -> str:
-    """Of every message of a run with load, faults and a crash: when, where to, and its bytes."""
+    """The digest of every message of a run with load, faults and a crash: when, where to, and its bytes."""
     told = hashlib.sha256()
 
     def observe(subject: str, message: Message, now_s: float) -> None:

@@ -22,7 +22,7 @@ ADAMW: dict[str, float] = {
 
 LORA: dict[str, Any] = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 12}
 BFLOAT16: dict[str, Any] = {"dtype": "bfloat16"}
-"""What stages may be told beside `ADAMW`."""
+"""Settings that stages may have beside `ADAMW`."""
 
 Example = list[int]
 Batch = list[list[Example]]

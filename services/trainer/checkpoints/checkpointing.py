@@ -138,8 +138,9 @@ class Checkpointing:
         )
 
     async def _serving(self, node: int, version: int) -> tuple[SavedWeights | None, float]:
-        """What a guard has let serve, None if that is the version that the node goes on from; and how many
-        times the lowest loss the loss of what serves is.
+        """The checkpoint that a guard has approved, None if the node goes on from it; and its loss.
+
+        The loss is given in multiples of the lowest loss.
         """
         if not self._settings.held_out:
             return None, 1.0

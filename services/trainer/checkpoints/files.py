@@ -37,10 +37,10 @@ MODEL_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""What `from_pretrained` reads beside the weights; copied where the model has it."""
+"""Files that `from_pretrained` reads beside the weights; copied where the model has them."""
 
 TRAINED_DTYPE = "float32"
-"""What stages hold and save, whatever the model was published in."""
+"""The dtype that stages hold and save, whatever the model was published in."""
 
 _TEMPORARY = ".saving-"
 _START = "start.json"
@@ -57,7 +57,7 @@ class _Start(Message):
 
     @classmethod
     def at(cls, stream: StreamState, train_from: TrainFrom) -> Self:
-        """Of a run that begins now."""
+        """The start of a run that begins now."""
         after = stream.last_sequence if train_from == "next" else stream.first_sequence - 1
         return cls(stream=stream.identity, train_from=train_from, after_sequence=after)
 

@@ -1,4 +1,4 @@
-"""What checkpoints say, and what a run goes on from when it has some. Pure."""
+"""The content of checkpoints' manifests, and the checkpoint that a run goes on from. Pure."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from shared.messages.weights import SavedWeights
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a version has shown on the held-out examples."""
+    """A version's result on the held-out examples."""
 
     version: int
     loss: float
@@ -22,8 +22,10 @@ class Verdict:
     """How many times the lowest loss of all that have served its own is."""
 
     def noted_in(self, manifest: Manifest) -> Manifest:
-        """What the version's manifest says then. What was let serve once may serve for good; of nodes that
-        share their weights each has its own lowest loss, and the lowest of all counts.
+        """The version's manifest with this verdict.
+
+        A version that was approved once may serve for good. Nodes that share their weights have a lowest loss
+        each, and the lowest of all counts.
         """
         noted = {
             "held_out_loss": self.loss,
@@ -34,15 +36,16 @@ class Verdict:
 
 
 def served_instead(serving: Checkpoint | None, version: int) -> SavedWeights | None:
-    """What serves where stages go on from `version`; None: that itself. `serving`: what may, None: only
-    the model as it was before training.
+    """The weights to serve where stages go on from `version`; None: that version itself.
+
+    `serving`: the approved checkpoint; None: only the model as it was before training is approved.
     """
     served = checkpoints.as_saved(serving)
     return None if served.version == version else served
 
 
 def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
-    """What nodes that share their weights go on from.
+    """The checkpoint that nodes go on from when they share their weights.
 
     Raises ConfigurationError when they did not share them: what only one of them has learnt would be lost.
     """
@@ -57,7 +60,7 @@ def only_newest(found: Mapping[int, Checkpoint]) -> dict[int, Checkpoint]:
 
 
 def all_apart(found: dict[int, Checkpoint]) -> dict[int, Checkpoint]:
-    """What nodes that train apart go on from: each from its own.
+    """The checkpoints that nodes go on from when they train apart: each from its own.
 
     Raises ConfigurationError when they have shared their weights: one has the checkpoints of all.
     """
@@ -72,7 +75,7 @@ def all_apart(found: dict[int, Checkpoint]) -> dict[int, Checkpoint]:
 
 
 def ledger_of(found: Iterable[Checkpoint], *, begun_after: int = 0) -> Ledger:
-    """What the nodes' newest checkpoints say about batches; a run without any begins after `begun_after`."""
+    """The ledger in the nodes' newest checkpoints; a run without any begins after `begun_after`."""
     manifests = [checkpoint.manifest for checkpoint in found]
     return Ledger.restore(
         {manifest.node: lineage_of(manifest) for manifest in manifests},
@@ -83,7 +86,7 @@ def ledger_of(found: Iterable[Checkpoint], *, begun_after: int = 0) -> Ledger:
 
 
 def lineage_of(manifest: Manifest) -> Lineage:
-    """What a checkpoint's weights contain."""
+    """The batches in a checkpoint's weights."""
     return Lineage(
         durable_version=manifest.version,
         sequences=frozenset(manifest.sequences),
@@ -104,7 +107,7 @@ def manifest_of(
     may_serve: bool = True,
     wall_s: float,
 ) -> Manifest:
-    """What a checkpoint of the node at `version` will say, files apart."""
+    """The manifest of a checkpoint of the node at `version`, without its files."""
     durable = ledger.make_durable(node, version)
     lineage = durable.lineage(node)
     return Manifest(
@@ -127,7 +130,7 @@ def manifest_of(
 
 
 def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
-    """What the checkpoint of `manifest` will say once nodes have gone back to it, and `ledger` with them.
+    """The manifest of that checkpoint once nodes have gone back to it, and `ledger` with them.
 
     `merge`: the trainer's setting now, which says whether all nodes have. The version may serve, and later
     ones are compared with it: who asks for it knows what it is.
