@@ -23,7 +23,7 @@ from shared import subjects
 from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
 from shared.messages.cluster import LinkOffer
-from shared.messages.inference import IterationForward, Sampling, SequenceChunk
+from shared.messages.inference import IterationForward, SequenceChunk
 from shared.tensors.links import IncomingLinks, OutgoingLink
 
 ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32
@@ -34,11 +34,9 @@ DEVICE = torch.device("cpu")
 def chunk(number: int, num_tokens: int) -> SequenceChunk:
     return SequenceChunk(
         task_id=f"task-{number}",
-        gateway="gateway",
         start=128,
         num_tokens=num_tokens,
         blocks=tuple(range(12)),
-        sampling=Sampling(max_tokens=64),
         produces=True,
     )
 

@@ -37,7 +37,15 @@ class PeerLostError(CarrierError):
     """Another member of a collective group is gone, silent for too long, or never came."""
 
 
-class VersionGoneError(LemixError):
+class IterationLostError(LemixError):
+    """A stage cannot run an iteration; only the sequences in it are lost."""
+
+
+class UnknownSequenceError(IterationLostError):
+    """A stage is to go on with a sequence whose beginning never came to it."""
+
+
+class VersionGoneError(IterationLostError):
     """A stage no longer holds the weights version that it is asked to run."""
 
 

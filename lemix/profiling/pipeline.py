@@ -17,7 +17,7 @@ from services.stage_worker.sizes import work_of_iteration, work_of_microbatch
 from shared.clock import Clock
 from shared.messages.cluster import LinkPurpose
 from shared.messages.events import OpKind
-from shared.messages.inference import Sampling, SequenceChunk
+from shared.messages.inference import Sampling, SequenceChunk, SequenceStart
 from shared.messages.training import Microbatch, StepOrder
 from shared.profiles.times import NO_WORK, Work
 from shared.tensors.ref import TensorRef
@@ -68,7 +68,10 @@ class ProfiledPipeline:
         work, measured = work_of_iteration(chunks), list[MeasuredOp]()
         rows: Rows = _tokens(shape.num_tokens)
         for stage, executor in enumerate(self._executors):
-            output, op = await self._measured(stage, "iteration", work, executor.iteration(chunks, rows))
+            is_last = executor is self._executors[-1]
+            states = [executor.begin(start) for chunk in chunks if is_last and (start := chunk.begins)]
+            iteration = executor.iteration(chunks, rows, states=states)
+            output, op = await self._measured(stage, "iteration", work, iteration)
             measured.append(op)
             rows = output.hidden or ()
         return measured
@@ -137,11 +140,10 @@ class ProfiledPipeline:
             chunks.append(
                 SequenceChunk(
                     task_id=str(number),
-                    gateway="profile",
+                    begins=SequenceStart(gateway="profile", sampling=Sampling(max_tokens=MAX_ROWS)),
                     start=start,
                     num_tokens=num_tokens,
                     blocks=tuple(range(first_free, first_free + num_blocks)),
-                    sampling=Sampling(max_tokens=MAX_ROWS),
                     produces=True,
                 )
             )

@@ -45,11 +45,15 @@ class Admission:
         self._line.append(sequence)
 
     def check_words(self, task: InferenceTask) -> None:
-        """Raises RefusedError when the model cannot read the prompt."""
+        """Raises RefusedError when the model does not know the task's tokens, or cannot read so many."""
         if not task.prompt:
             raise RefusedError("the prompt is empty", code=400)
         if min(task.prompt) < 0 or max(task.prompt) >= self._vocab_size:
             raise RefusedError(f"the model's tokens are 0 to {self._vocab_size - 1}", code=400)
+        for token, _ in task.sampling.logit_bias:
+            if not 0 <= token < self._vocab_size:
+                reason = f"logit_bias: {token} is none of the model's tokens, 0 to {self._vocab_size - 1}"
+                raise RefusedError(reason, code=400)
         wanted, limit = len(task.prompt) + task.sampling.max_tokens, self._context_length
         if limit is not None and wanted > limit:
             raise RefusedError(

@@ -7,7 +7,10 @@ with S iterations in flight and each taking its share of the decodes, all S stag
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shared.messages.inference import InferenceTask, SequenceChunk
+from shared.messages.inference import InferenceTask, Sampling, SequenceChunk, SequenceStart
+
+MAX_STARTING_BYTES = 256 * 1024
+"""What the sequences that begin in one iteration tell of themselves: far less than a message carries."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +24,8 @@ class Sequence:
     num_cached: int = 0
     """Rows of the sequence whose keys and values are in the cache, or on their way there."""
     generated: list[int] = field(default_factory=list)
+    has_begun: bool = False
+    """The last stage knows it."""
     version: int | None = None
     """Weights version that it runs with to its end; None: the one that is published."""
     in_flight: bool = False
@@ -43,14 +48,24 @@ def form_iteration(
     share = max(1, -(-num_decoding // num_in_flight))
     decodes = [sequence for sequence in ready if sequence.is_decoding][: min(share, token_budget)]
     rows = [(sequence, 1) for sequence in decodes]
-    budget = token_budget - len(rows)
+    budget, starting_bytes = token_budget - len(rows), 0
     for sequence in ready:
         if sequence.is_decoding or budget <= 0:
             continue
+        size = 0 if sequence.has_begun else _size_bytes(sequence.task.sampling)
+        if starting_bytes and starting_bytes + size > MAX_STARTING_BYTES:
+            continue
+        starting_bytes += size
         num_tokens = min(len(sequence.task.prompt) - sequence.num_cached, budget)
         rows.append((sequence, num_tokens))
         budget -= num_tokens
     return rows
+
+
+def _size_bytes(sampling: Sampling) -> int:
+    """About what the variable part of it takes in a message."""
+    schema = sampling.json_schema or ""
+    return len(schema.encode()) + 16 * len(sampling.logit_bias) + 8 * len(sampling.stop_token_ids)
 
 
 def form_scoring(sequences: Iterable[Sequence], *, token_budget: int) -> list[tuple[Sequence, int]]:
@@ -69,18 +84,19 @@ def chunk_of(sequence: Sequence, num_tokens: int, *, block_size: int) -> Sequenc
     """The next `num_tokens` rows of a sequence, as every stage needs them."""
     task, start = sequence.task, sequence.num_cached
     end = start + num_tokens
-    wants_targets = task.prompt_logprobs and not sequence.is_decoding
+    is_prompt = not sequence.is_decoding
+    start_of = SequenceStart(gateway=task.gateway, sampling=task.sampling)
     return SequenceChunk(
         task_id=task.task_id,
-        gateway=task.gateway,
+        begins=None if sequence.has_begun else start_of,
         start=start,
         num_tokens=num_tokens,
         blocks=sequence.blocks[: -(-end // block_size)],
-        sampling=task.sampling,
         produces=end >= len(task.prompt),
         index=len(sequence.generated),
-        targets=task.prompt[start + 1 : end + 1] if wants_targets else (),
-        traceparent="" if sequence.is_decoding else sequence.traceparent,
+        targets=task.prompt[start + 1 : end + 1] if is_prompt and task.prompt_logprobs else (),
+        tokens=task.prompt[start:end] if is_prompt and task.sampling.reads_prompt else (),
+        traceparent=sequence.traceparent if is_prompt else "",
     )
 
 

@@ -24,6 +24,8 @@ class Iteration:
     """Weights version of all its sequences; None: each stage's newest."""
     deferrable: bool = False
     """All other work may overtake it."""
+    left: tuple[str, ...] = ()
+    """Tasks that the last stage can forget."""
 
 
 class Head:
@@ -60,6 +62,8 @@ class Head:
         self._deferrable: dict[str, Sequence] = {}
         """In the order of arrival; those in flight are in one iteration."""
         self._in_flight: dict[int, Iteration] = {}
+        self._left: dict[str, None] = {}
+        """Tasks removed before their end that the last stage still has to forget, in order."""
         self._next_number = 0
 
     @property
@@ -133,7 +137,10 @@ class Head:
         block_size = self.allocator.block_size
         chunks = tuple(chunk_of(sequence, count, block_size=block_size) for sequence, count in rows)
         tokens = tuple(chain.from_iterable(tokens_of(sequence, count) for sequence, count in rows))
-        iteration = Iteration(number, chunks, tokens, version, deferrable)
+        for sequence, _ in rows:
+            sequence.has_begun = True
+        iteration = Iteration(number, chunks, tokens, version, deferrable, tuple(self._left))
+        self._left.clear()
         self._in_flight[number] = iteration
         return iteration
 
@@ -150,19 +157,28 @@ class Head:
             if sequence is None:
                 continue
             sequence.in_flight = False
-            if sampled.finished or sampled.token is None:
+            if sampled.finished:
                 self.allocator.release(sequence.blocks)
                 completed.append(sequence)
+                continue
+            if sampled.token is None:  # not yet: its newest row comes again
+                sequence.num_cached -= 1
             else:
                 sequence.generated.append(sampled.token)
-                self._running[sampled.task_id] = sequence
+            self._running[sampled.task_id] = sequence
         return completed
 
     def lose_iteration(self, number: int) -> list[InferenceTask]:
         """An iteration was dropped on its way: remove and return the tasks that were in it."""
         iteration = self._in_flight.pop(number, None)
+        if iteration is None:
+            return []
+        self._left.update(dict.fromkeys(iteration.left))
+        return self.lose(chunk.task_id for chunk in iteration.chunks)
+
+    def lose(self, task_ids: Iterable[str]) -> list[InferenceTask]:
+        """Remove and return those of the tasks that are here."""
         everyone = {sequence.task.task_id: sequence.task for sequence in self._everyone()}
-        task_ids = () if iteration is None else (chunk.task_id for chunk in iteration.chunks)
         return self._remove_all(everyone[task_id] for task_id in task_ids if task_id in everyone)
 
     def remove(self, task_id: str) -> bool:
@@ -173,6 +189,8 @@ class Head:
         if sequence is None:
             return self.admission.remove(task_id)
         self.allocator.release(sequence.blocks)
+        if sequence.has_begun:
+            self._left[task_id] = None
         return True
 
     def expired(self, now_s: float) -> list[InferenceTask]:
@@ -194,6 +212,8 @@ class Head:
 
     def reset(self) -> list[InferenceTask]:
         """The pipeline broke: remove and return everything, with nothing in flight any more."""
+        for iteration in self._in_flight.values():
+            self._left.update(dict.fromkeys(iteration.left))
         self._in_flight.clear()
         return self._remove_all(each.task for each in self._everyone())
 

@@ -156,6 +156,8 @@ class StageWorker:
     async def _meet(self, stage: int, *, is_restart: bool) -> None:
         if is_restart:
             await self._serving.reset(f"stage {stage} of the node was restarted")
+            if stage == 0:  # which knows of no sequence that began before
+                self._serving.sequences.clear()
         await self._publish_heartbeat()  # so that the newcomer need not wait for the next one
 
     def _start_linking(self, beat: Heartbeat) -> None:

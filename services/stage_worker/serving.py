@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -13,9 +13,10 @@ from services.stage_worker.head import Head, Iteration
 from services.stage_worker.parts import Parts
 from services.stage_worker.progress import iteration_op
 from services.stage_worker.queue import WorkKind
+from services.stage_worker.sampling.sequences import SequenceState, SequenceTable
 from shared import subjects
 from shared.bus.base import Incoming
-from shared.errors import CarrierError, LemixError, RefusedError, VersionGoneError
+from shared.errors import CarrierError, IterationLostError, LemixError, RefusedError, UnknownSequenceError
 from shared.messages.inference import (
     CancelTask,
     InferenceTask,
@@ -64,6 +65,8 @@ class Serving:
         """Of the last restore."""
         self._told: VersionsServed | None = None
         """What the trainer was told last (stage 0)."""
+        self.sequences = SequenceTable(parts.executor.begin)
+        """What runs, as the last stage must know it."""
         self.head = Head(
             num_blocks=settings.kv_blocks,
             block_size=settings.kv_block_size,
@@ -148,7 +151,7 @@ class Serving:
         if not done.lost:
             await self._finish_iteration(done)
         elif done.iteration in self._started_s:  # else the pipeline was reset since
-            if done.version_gone:
+            if done.pipeline_stands:
                 await self._lose(done.iteration, done.lost)
             else:
                 await self.reset(done.lost)
@@ -157,13 +160,17 @@ class Serving:
     async def _finish_iteration(self, done: IterationDone) -> None:
         self._started_s.pop(done.iteration, None)
         completed = self.head.finish_iteration(done)
+        failures = {failure.task_id: failure for failure in done.failed}
+        failed = self.head.lose(failures)
         self.pump()
         for sequence in completed:
             await self._end(sequence.task.task_id, "completed")
+        for task in failed:
+            await self._fail(task, failures[task.task_id].code, failures[task.task_id].reason)
         await self._tell_versions()
 
     async def _lose(self, iteration: int, reason: str) -> None:
-        """A stage was restored while the iteration came: its weights version is gone."""
+        """A stage could not run the iteration: its weights version is gone, or a sequence is not known."""
         self._started_s.pop(iteration, None)
         for task in self.head.lose_iteration(iteration):
             await self._fail(task, 503, reason)
@@ -199,7 +206,7 @@ class Serving:
         except CarrierError as error:
             log.warning("iteration %d lost: %s", iteration.number, error)
             await self.reset(f"the next stage cannot be reached: {error}")
-        except VersionGoneError as error:
+        except IterationLostError as error:
             log.warning("iteration %d lost: %s", iteration.number, error)
             await self._lose(iteration.number, str(error))
             self.pump()
@@ -222,35 +229,50 @@ class Serving:
     async def _on_iteration(self, incoming: Incoming[IterationForward]) -> None:
         forward = incoming.message
         iteration = Iteration(
-            forward.iteration, forward.chunks, version=forward.version, deferrable=forward.deferrable
+            forward.iteration,
+            forward.chunks,
+            version=forward.version,
+            deferrable=forward.deferrable,
+            left=forward.left,
         )
         self._queue.put(_kind_of(iteration), partial(self._run_received, iteration, forward.hidden))
 
     async def _run_received(self, iteration: Iteration, hidden: TensorRef) -> None:
         try:
             await self._run(iteration, hidden)
-        except (CarrierError, VersionGoneError) as error:
+        except (CarrierError, IterationLostError) as error:
             log.warning("iteration %d lost: %s", iteration.number, error)
             lost = IterationDone(
                 iteration=iteration.number,
                 lost=f"an iteration was lost at stage {self._settings.stage}: {error}",
-                version_gone=isinstance(error, VersionGoneError),
+                pipeline_stands=isinstance(error, IterationLostError),
             )
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), lost)
 
     async def _run(self, iteration: Iteration, rows: Rows) -> None:
-        chunks = iteration.chunks
+        chunks, states = iteration.chunks, await self._states(iteration, rows)
         op = None if iteration.deferrable else iteration_op(iteration.number, chunks)
         with ExitStack() as spans:
             for chunk in chunks:
                 if chunk.traceparent:
                     spans.callback(self._prefill_span(chunk).end)
             with self._progress.doing(op):
-                output = await self._executor.iteration(chunks, rows, iteration.version)
+                output = await self._executor.iteration(chunks, rows, iteration.version, states)
         if self._is_last:
-            await self._tell_results(iteration, output)
+            await self._tell_results(iteration, output, states)
         else:
             await self._pass_on(iteration, output)
+
+    async def _states(self, iteration: Iteration, rows: Rows) -> tuple[SequenceState, ...]:
+        """Of each chunk's sequence, at the last stage. Raises UnknownSequenceError."""
+        if not self._is_last:
+            return ()
+        try:
+            return self.sequences.enter(iteration.chunks, iteration.left)
+        except UnknownSequenceError:
+            if isinstance(rows, TensorRef):
+                await self._executor.discard(rows)
+            raise
 
     def _prefill_span(self, chunk: SequenceChunk) -> Span:
         attributes = {
@@ -265,6 +287,7 @@ class Serving:
         forward = IterationForward(
             iteration=iteration.number,
             chunks=iteration.chunks,
+            left=iteration.left,
             hidden=output.hidden,
             version=iteration.version,
             deferrable=iteration.deferrable,
@@ -272,24 +295,30 @@ class Serving:
         following = subjects.ITERATION.at(node=self._settings.node, stage=self._settings.stage + 1)
         await self._bus.publish(following, forward, traceparent=iteration.chunks[0].traceparent)
 
-    async def _tell_results(self, iteration: Iteration, output: IterationOutput) -> None:
+    async def _tell_results(
+        self, iteration: Iteration, output: IterationOutput, states: tuple[SequenceState, ...]
+    ) -> None:
         produced = {chunk.task_id for chunk in iteration.chunks if chunk.produces}
         tokens = tuple(_sampled(result) for result in output.results if result.task_id in produced)
-        done = IterationDone(iteration=iteration.number, tokens=tokens)
+        self.sequences.drop(sampled.task_id for sampled in tokens if sampled.finished)
+        done = IterationDone(iteration=iteration.number, tokens=tokens, failed=output.failed)
         version = self._newest_version if iteration.version is None else iteration.version
         if self._settings.stage == 0:
             await self._finish_iteration(done)
         else:
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), done)
-        await self._tell_gateways(iteration.chunks, output.results, version)
+        gateways = {
+            chunk.task_id: state.gateway for chunk, state in zip(iteration.chunks, states, strict=True)
+        }
+        await self._tell_gateways(gateways, output.results, version)
 
     async def _tell_gateways(
-        self, chunks: tuple[SequenceChunk, ...], results: tuple[SequenceResult, ...], version: int
+        self, gateways: Mapping[str, str], results: tuple[SequenceResult, ...], version: int
     ) -> None:
-        gateway_of = {chunk.task_id: chunk.gateway for chunk in chunks}
         by_gateway: dict[str, list[SequenceResult]] = defaultdict(list)
         for result in results:
-            by_gateway[gateway_of[result.task_id]].append(result)
+            if result.prompt or result.token is not None or result.finish is not None:
+                by_gateway[gateways[result.task_id]].append(result)
         for gateway, share in by_gateway.items():
             produced = TokensProduced(node=self._settings.node, weights_version=version, results=tuple(share))
             await self._bus.publish(subjects.TOKENS.at(gateway=gateway), produced)

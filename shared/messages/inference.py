@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Sampling(Message):
-    """How tokens of one sequence are drawn; travels with every chunk so that stages keep no state."""
+    """How tokens of one sequence are drawn."""
 
     max_tokens: int = Field(ge=0)
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -37,6 +37,16 @@ class Sampling(Message):
     """No stop token is drawn before so many tokens were."""
     num_logprobs: int | None = Field(default=None, ge=0, le=20)
     """None: no log-probabilities; k: the chosen token's and the k likeliest."""
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a draw depends on the tokens drawn before."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a draw depends on the prompt's tokens."""
+        return self.repetition_penalty != 1
 
 
 class InferenceTask(Message):
@@ -76,23 +86,32 @@ class CancelTask(Message):
     task_id: str
 
 
+class SequenceStart(Message):
+    """What the last stage must know of a sequence, and keeps until it ends or leaves."""
+
+    gateway: str = Field(pattern=r"^[\w-]+$")
+    sampling: Sampling
+
+
 class SequenceChunk(Message):
     """The rows of one sequence in one iteration: a piece of its prompt, or its newest token."""
 
     task_id: str
-    gateway: str = Field(pattern=r"^[\w-]+$")
+    begins: SequenceStart | None = None
+    """In the sequence's first chunk only."""
     start: int = Field(ge=0)
     """Position of the first row in the sequence."""
     num_tokens: int = Field(ge=1)
     blocks: tuple[int, ...]
     """KV-cache blocks of the sequence, in order, up to the chunk's last row at least."""
-    sampling: Sampling
     produces: bool
     """The chunk's last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
     index: int = Field(default=0, ge=0)
     """How many tokens the sequence has produced before this one."""
     targets: tuple[int, ...] = ()
     """Prompt tokens that follow the chunk's rows, when their log-probabilities are wanted."""
+    tokens: tuple[int, ...] = ()
+    """Prompt tokens of the chunk's rows, when draws depend on them (`Sampling.reads_prompt`)."""
     traceparent: str = ""
 
 
@@ -101,6 +120,8 @@ class IterationForward(Message):
 
     iteration: int
     chunks: tuple[SequenceChunk, ...]
+    left: tuple[str, ...] = ()
+    """Tasks that were removed before their end since the last iteration: the last stage forgets them."""
     hidden: TensorRef
     """[rows, hidden_size]."""
     version: int | None = None
@@ -144,18 +165,8 @@ class SampledToken(Message):
 
     task_id: str
     token: int | None
+    """None: none was asked for (finished), or it could not be drawn yet: the same row must come again."""
     finished: bool
-
-
-class IterationDone(Message):
-    """An iteration has left the last stage, or was lost on its way there. later stages -> stage 0."""
-
-    iteration: int
-    tokens: tuple[SampledToken, ...] = ()
-    lost: str = ""
-    """Why a stage had to drop it on the way; empty: it came through."""
-    version_gone: bool = False
-    """It was dropped because a stage no longer holds its weights version; the pipeline stands."""
 
 
 class TaskFailed(Message):
@@ -164,6 +175,19 @@ class TaskFailed(Message):
     task_id: str
     code: int
     reason: str
+
+
+class IterationDone(Message):
+    """An iteration has left the last stage, or was lost on its way there. later stages -> stage 0."""
+
+    iteration: int
+    tokens: tuple[SampledToken, ...] = ()
+    failed: tuple[TaskFailed, ...] = ()
+    """Tasks that cannot go on, for a reason of their own."""
+    lost: str = ""
+    """Why a stage had to drop it on the way; empty: it came through."""
+    pipeline_stands: bool = False
+    """It was dropped for a reason of its own: no other is lost with it."""
 
 
 class TaskEnded(Message):

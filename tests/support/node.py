@@ -135,6 +135,11 @@ class Node:
         self.workers.start(stage)
         await self.heard(lambda: self.heartbeats[stage].instance != gone)
 
+    @property
+    def num_remembered(self) -> int:
+        """Sequences that the last stage still knows."""
+        return len(self.workers.workers[self.num_stages - 1]._serving.sequences)
+
     async def cancel(self, answer: Answer) -> None:
         await self.bus.publish(subjects.CANCEL.at(node=self.number), CancelTask(task_id=answer.task.task_id))
 
@@ -361,6 +366,7 @@ class Workers:
         self.node = node
         self.broker = broker
         self.buses: dict[int, MemoryBus] = {}
+        self.workers: dict[int, StageWorker] = {}
         self._group = group
         self._settings = settings
         self.settings_of: dict[int, dict[str, Any]] = {}
@@ -381,7 +387,7 @@ class Workers:
         )
         instance = self._ids.new("stage")
         bus = self.buses[stage] = self.broker.connect()
-        worker = StageWorker(
+        worker = self.workers[stage] = StageWorker(
             settings=settings,
             instance=instance,
             bus=bus,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from services.stage_worker.sampling.sequences import SequenceState
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.messages.inference import SequenceChunk, SequenceResult
+from shared.messages.inference import SequenceChunk, SequenceResult, SequenceStart, TaskFailed
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
 from shared.tensors.ref import TensorRef
@@ -26,10 +27,14 @@ Rows = Sequence[int] | TensorRef
 
 @dataclass(frozen=True, slots=True)
 class IterationOutput:
-    """What an iteration gives: activations, or at the last stage the results of its sequences."""
+    """What an iteration gives: activations, or at the last stage the results of its sequences.
+
+    failed: sequences that cannot go on; they have no result.
+    """
 
     hidden: TensorRef | None
     results: tuple[SequenceResult, ...] = ()
+    failed: tuple[TaskFailed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +91,21 @@ class Executor(Protocol[Snapshot, Copied]):
         """Prepare to take tensors from a peer."""
         ...
 
+    def begin(self, start: SequenceStart) -> SequenceState:
+        """The state of a sequence that begins (at the last stage)."""
+        ...
+
     async def iteration(
-        self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None = None
+        self,
+        chunks: Sequence[SequenceChunk],
+        rows: Rows,
+        version: int | None = None,
+        states: Sequence[SequenceState] = (),
     ) -> IterationOutput:
         """Run sequences with a kept weights version, or the newest (None).
 
-        Raises VersionGoneError when the stage does not have it; the tensor in `rows` is used up.
+        `states`: of each chunk's sequence, at the last stage. Raises VersionGoneError when the stage does
+        not have the version; the tensor in `rows` is used up.
         """
         ...
 

@@ -14,12 +14,20 @@ from services.stage_worker.executor.base import (
     Rows,
     ShardFiles,
 )
+from services.stage_worker.sampling.sequences import SequenceState
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.sizes import work_of_iteration, work_of_microbatch
 from shared.clock import Clock
 from shared.errors import LemixError, VersionGoneError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.messages.inference import SequenceChunk, SequenceResult, TokenLogprob
+from shared.messages.inference import (
+    FinishReason,
+    Sampling,
+    SequenceChunk,
+    SequenceResult,
+    SequenceStart,
+    TokenLogprob,
+)
 from shared.messages.training import Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
 from shared.profiles.records import StageMemory
@@ -40,8 +48,8 @@ class EmulatedExecutor:
     Activations of microbatches in flight take room, as `memory` says, unless they are offloaded or computed
     again (activation checkpointing), which takes time instead.
 
-    Tokens follow from their positions alone, and none ends its sequence before max_tokens. Losses shrink
-    with the number of steps, for want of anything to compute them from.
+    Tokens follow from their positions alone, whatever a request asks of its text, and none ends its sequence
+    before max_tokens. Losses shrink with the number of steps, for want of anything to compute them from.
     """
 
     def __init__(
@@ -98,8 +106,15 @@ class EmulatedExecutor:
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         return LinkAnswer(accepted=True)
 
+    def begin(self, start: SequenceStart) -> SequenceState:
+        return SequenceState(start.gateway, start.sampling)
+
     async def iteration(
-        self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None = None
+        self,
+        chunks: Sequence[SequenceChunk],
+        rows: Rows,
+        version: int | None = None,
+        states: Sequence[SequenceState] = (),
     ) -> IterationOutput:
         """Raises VersionGoneError when the stage does not have that version."""
         if version is not None and version not in (self._version, *self._kept):
@@ -107,8 +122,12 @@ class EmulatedExecutor:
         await self._hold(self._times.iteration_s(work_of_iteration(chunks)))
         if not self._is_last:
             return IterationOutput(NO_TENSOR)
-        told = (self._result(chunk) for chunk in chunks if chunk.targets or chunk.produces)
-        return IterationOutput(None, tuple(told))
+        told = tuple(
+            self._result(chunk, state.sampling)
+            for chunk, state in zip(chunks, states, strict=True)
+            if chunk.targets or chunk.produces
+        )
+        return IterationOutput(None, told)
 
     async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         """Raises MemoryError when what the backward will need does not fit."""
@@ -237,28 +256,29 @@ class EmulatedExecutor:
             return 0.0
         return self._memory.offload_s(sum(microbatch.lengths))
 
-    def _result(self, chunk: SequenceChunk) -> SequenceResult:
-        token = finish = None
-        if chunk.produces and chunk.sampling.max_tokens > 0:
-            token = self._told(self._next_token(chunk), chunk)
-        if chunk.produces and chunk.index + 1 >= chunk.sampling.max_tokens:
+    def _result(self, chunk: SequenceChunk, sampling: Sampling) -> SequenceResult:
+        token: TokenLogprob | None = None
+        finish: FinishReason | None = None
+        if chunk.produces and sampling.max_tokens > 0:
+            token = self._told(self._next_token(chunk, sampling), sampling)
+        if chunk.produces and chunk.index + 1 >= sampling.max_tokens:
             finish = "length"
         return SequenceResult(
             task_id=chunk.task_id,
-            prompt=tuple(self._told(target, chunk) for target in chunk.targets),
+            prompt=tuple(self._told(target, sampling) for target in chunk.targets),
             token=token,
             index=chunk.index,
             finish=finish,
         )
 
-    def _next_token(self, chunk: SequenceChunk) -> int:
+    def _next_token(self, chunk: SequenceChunk, sampling: Sampling) -> int:
         position = chunk.start + chunk.num_tokens
         tokens = (at % self._vocab_size for at in range(position, position + self._vocab_size))
-        return next(token for token in tokens if token not in chunk.sampling.stop_token_ids)
+        return next(token for token in tokens if token not in sampling.stop_token_ids)
 
-    def _told(self, token: int, chunk: SequenceChunk) -> TokenLogprob:
+    def _told(self, token: int, sampling: Sampling) -> TokenLogprob:
         """Every token is as likely as any other."""
-        num_top = chunk.sampling.num_logprobs
+        num_top = sampling.num_logprobs
         if num_top is None:
             return TokenLogprob(token=token)
         logprob = -math.log(self._vocab_size)

@@ -1,11 +1,53 @@
 """What the last stage makes of an iteration's logits: which rows it needs, and each sequence's result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.stage_worker import sampling
-from shared.messages.inference import SequenceChunk, SequenceResult, TokenLogprob
+from services.stage_worker.sampling.draw import draw, finish_reason
+from services.stage_worker.sampling.logprobs import logprobs
+from services.stage_worker.sampling.sequences import SequenceState
+from shared.messages.inference import (
+    FinishReason,
+    SequenceChunk,
+    SequenceResult,
+    TaskFailed,
+    TokenLogprob,
+)
+
+NOT_FINITE = "the model's logits are not finite"
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A chunk with its places among the rows of logits."""
+
+    chunk: SequenceChunk
+    state: SequenceState
+    scored: range
+    """Rows that predict its targets."""
+    drawing: int | None
+    """The row that draws its token."""
+
+    @property
+    def places(self) -> Sequence[int]:
+        return self.scored if self.drawing is None else (*self.scored, self.drawing)
+
+    def result(self, told: Mapping[int, TokenLogprob]) -> SequenceResult:
+        token = None if self.drawing is None else told.get(self.drawing)
+        return SequenceResult(
+            task_id=self.chunk.task_id,
+            prompt=tuple(told[place] for place in self.scored),
+            token=token,
+            index=self.chunk.index,
+            finish=self._finish(token),
+        )
+
+    def _finish(self, token: TokenLogprob | None) -> FinishReason | None:
+        if token is not None:
+            return finish_reason(token.token, self.chunk.index, self.state.sampling)
+        return "length" if self.chunk.produces and self.drawing is None else None
 
 
 class LogitPlan:
@@ -14,89 +56,71 @@ class LogitPlan:
     Shape letters: R rows of logits, V vocabulary.
     """
 
-    def __init__(self, chunks: Sequence[SequenceChunk]) -> None:
-        self._chunks = chunks
+    def __init__(self, chunks: Sequence[SequenceChunk], states: Sequence[SequenceState]) -> None:
         self.rows: list[int] = []
         """Rows of the iteration whose logits are needed, in the order of the chunks."""
-        self._scored: list[slice] = []
-        """Per chunk, the places in `rows` that predict its targets."""
-        self._drawing: list[int | None] = []
-        """Per chunk, the place in `rows` that draws its token."""
+        self._pieces: list[_Piece] = []
         first = 0
-        for chunk in chunks:
-            self._add(chunk, first)
+        for chunk, state in zip(chunks, states, strict=True):
+            self._add(chunk, state, first)
             first += chunk.num_tokens
 
-    def _add(self, chunk: SequenceChunk, first: int) -> None:
+    def _add(self, chunk: SequenceChunk, state: SequenceState, first: int) -> None:
         start = len(self.rows)
         self.rows.extend(range(first, first + len(chunk.targets)))
-        self._scored.append(slice(start, len(self.rows)))
-        draws = chunk.produces and chunk.sampling.max_tokens > 0
-        self._drawing.append(len(self.rows) if draws else None)
+        scored = range(start, len(self.rows))
+        draws = chunk.produces and state.sampling.max_tokens > 0
+        self._pieces.append(_Piece(chunk, state, scored, len(self.rows) if draws else None))
         if draws:
             self.rows.append(first + chunk.num_tokens - 1)
 
-    def results(self, logits_RV: Tensor) -> tuple[SequenceResult, ...]:
-        """A result for each chunk that has something to tell: scored prompt tokens, a new token, its end."""
-        tokens = self._tokens(logits_RV)
-        told = self._with_logprobs(logits_RV, tokens)
-        results = []
-        for chunk, scored, place in zip(self._chunks, self._scored, self._drawing, strict=True):
-            if scored.start < scored.stop or chunk.produces:
-                results.append(_result(chunk, tuple(told[scored]), None if place is None else told[place]))
-        return tuple(results)
+    def results(self, logits_RV: Tensor) -> tuple[tuple[SequenceResult, ...], tuple[TaskFailed, ...]]:
+        """A result for each chunk that has something to tell: scored prompt tokens, a new token, its end.
 
-    def _tokens(self, logits_RV: Tensor) -> list[int]:
-        """The token of each row: the known target, or a draw."""
-        tokens = [-1] * len(self.rows)
-        for chunk, scored in zip(self._chunks, self._scored, strict=True):
-            tokens[scored] = chunk.targets
-        drawing = [
-            (chunk, place)
-            for chunk, place in zip(self._chunks, self._drawing, strict=True)
-            if place is not None
-        ]
-        if drawing:
-            places = [place for _, place in drawing]
-            rows = logits_RV if len(places) == len(self.rows) else logits_RV[places]
-            drawn = sampling.draw(
-                rows, [chunk.sampling for chunk, _ in drawing], [chunk.index for chunk, _ in drawing]
-            )
-            for place, token in zip(places, drawn, strict=True):
-                tokens[place] = token
-        return tokens
-
-    def _with_logprobs(self, logits_RV: Tensor, tokens: list[int]) -> list[TokenLogprob]:
-        wanted = [
-            place
-            for chunk, scored, drawing in zip(self._chunks, self._scored, self._drawing, strict=True)
-            if chunk.sampling.num_logprobs is not None
-            for place in (*range(scored.start, scored.stop), *([] if drawing is None else [drawing]))
-        ]
-        told = [TokenLogprob(token=token) for token in tokens]
-        if wanted:
-            counts = self._num_top()
-            scored = sampling.logprobs(
-                logits_RV[wanted], [tokens[place] for place in wanted], [counts[place] for place in wanted]
-            )
-            for place, logprob in zip(wanted, scored, strict=True):
-                told[place] = logprob
-        return told
-
-    def _num_top(self) -> list[int]:
-        counts = []
-        for chunk, scored, drawing in zip(self._chunks, self._scored, self._drawing, strict=True):
-            num_rows = scored.stop - scored.start + (drawing is not None)
-            counts.extend([chunk.sampling.num_logprobs or 0] * num_rows)
-        return counts
+        Sequences whose logits are not finite fail instead.
+        """
+        is_sick_R = ~logits_RV.amax(dim=-1).isfinite()
+        sick = set(is_sick_R.nonzero().flatten().tolist())
+        pieces = [piece for piece in self._pieces if sick.isdisjoint(piece.places)]
+        tokens = {
+            place: token
+            for piece in pieces
+            for place, token in zip(piece.scored, piece.chunk.targets, strict=True)
+        }
+        tokens |= _draw(logits_RV, [piece for piece in pieces if piece.drawing is not None])
+        told = _with_logprobs(logits_RV, pieces, tokens)
+        results = tuple(piece.result(told) for piece in pieces if piece.scored or piece.chunk.produces)
+        failed = (piece.chunk.task_id for piece in self._pieces if not sick.isdisjoint(piece.places))
+        return results, tuple(TaskFailed(task_id=one, code=500, reason=NOT_FINITE) for one in failed)
 
 
-def _result(
-    chunk: SequenceChunk, prompt: tuple[TokenLogprob, ...], token: TokenLogprob | None
-) -> SequenceResult:
-    finish = None
-    if chunk.produces:
-        finish = (
-            "length" if token is None else sampling.finish_reason(token.token, chunk.index, chunk.sampling)
-        )
-    return SequenceResult(task_id=chunk.task_id, prompt=prompt, token=token, index=chunk.index, finish=finish)
+def _draw(logits_RV: Tensor, pieces: Sequence[_Piece]) -> dict[int, int]:
+    """The new token of each piece, by its place."""
+    places = [piece.drawing for piece in pieces if piece.drawing is not None]
+    if not places:
+        return {}
+    rows_RV = logits_RV if len(places) == len(logits_RV) else logits_RV[places]
+    states = [piece.state for piece in pieces]
+    tokens = draw(rows_RV, states, [piece.chunk.index for piece in pieces])
+    for state, token in zip(states, tokens, strict=True):
+        state.drew(token)
+    return dict(zip(places, tokens, strict=True))
+
+
+def _with_logprobs(
+    logits_RV: Tensor, pieces: Sequence[_Piece], tokens: Mapping[int, int]
+) -> dict[int, TokenLogprob]:
+    """The same tokens with what each piece wants to be told of them, by their places."""
+    told = {place: TokenLogprob(token=token) for place, token in tokens.items()}
+    num_top = {
+        place: piece.state.sampling.num_logprobs
+        for piece in pieces
+        if piece.state.sampling.num_logprobs is not None
+        for place in piece.places
+        if place in tokens
+    }
+    if num_top:
+        wanted = list(num_top)
+        scored = logprobs(logits_RV[wanted], [tokens[place] for place in wanted], list(num_top.values()))
+        told |= zip(wanted, scored, strict=True)
+    return told

@@ -29,13 +29,14 @@ from services.stage_worker.executor.replica import Copied, Replica
 from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
 from services.stage_worker.optimizers import OptimizerSettings
 from services.stage_worker.outer import without_outer
+from services.stage_worker.sampling.sequences import SequenceState
 from services.stage_worker.settings import OF_TRAINING, StageWorkerSettings
 from services.stage_worker.weights import StageWeights
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
 from shared.errors import CarrierError, LemixError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.messages.inference import SequenceChunk
+from shared.messages.inference import SequenceChunk, SequenceStart
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep
 from shared.model.attention import AttentionContext, PackedSegments
@@ -118,10 +119,17 @@ class TorchExecutor:
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         return await self._run(self._incoming.accept, offer)
 
+    def begin(self, start: SequenceStart) -> SequenceState:
+        return SequenceState(start.gateway, start.sampling)
+
     async def iteration(
-        self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None = None
+        self,
+        chunks: Sequence[SequenceChunk],
+        rows: Rows,
+        version: int | None = None,
+        states: Sequence[SequenceState] = (),
     ) -> IterationOutput:
-        return await self._run(self._iteration, chunks, rows, version)
+        return await self._run(self._iteration, chunks, rows, version, states)
 
     async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         return await self._run(self._forward, microbatch, rows)
@@ -354,12 +362,18 @@ class TorchExecutor:
             if not has_room or min(chunk.blocks) < 0 or max(chunk.blocks) >= num_blocks:
                 raise CarrierError(f"{chunk.task_id} has no room in the KV cache of this stage")
 
-    def _iteration(self, chunks: Sequence[SequenceChunk], rows: Rows, version: int | None) -> IterationOutput:
+    def _iteration(
+        self,
+        chunks: Sequence[SequenceChunk],
+        rows: Rows,
+        version: int | None,
+        states: Sequence[SequenceState],
+    ) -> IterationOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(chunk.num_tokens for chunk in chunks))
         attention = self._attention(chunks)
         positions = [row for chunk in chunks for row in range(chunk.start, chunk.start + chunk.num_tokens)]
         layers = loaded.stage.layers
-        plan = LogitPlan(chunks) if layers.is_last else None
+        plan = LogitPlan(chunks, states) if layers.is_last else None
         self._served = version
         with torch.no_grad(), loaded.weights.serving(version):
             outputs = loaded.stage.forward(
@@ -370,7 +384,7 @@ class TorchExecutor:
             )
         if plan is None:
             return IterationOutput(self._outgoing[layers.stage + 1, "activations"].put(outputs))
-        return IterationOutput(None, plan.results(outputs))
+        return IterationOutput(None, *plan.results(outputs))
 
     def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(microbatch.lengths))

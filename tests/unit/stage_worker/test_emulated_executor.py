@@ -9,7 +9,7 @@ from services.stage_worker.executor.base import Executor
 from services.stage_worker.executor.emulated import NO_TENSOR, EmulatedExecutor
 from services.stage_worker.settings import StageWorkerSettings
 from shared.errors import LemixError, VersionGoneError
-from shared.messages.inference import Sampling, SequenceChunk
+from shared.messages.inference import Sampling, SequenceChunk, SequenceResult, SequenceStart
 from shared.messages.training import Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, MergeMember
 from shared.profiles.records import StageMemory
@@ -79,14 +79,19 @@ def executor(
 def chunk(task_id: str, *, start: int, num_tokens: int, index: int = 0, **sampling: object) -> SequenceChunk:
     return SequenceChunk(
         task_id=task_id,
-        gateway="g",
+        begins=SequenceStart(gateway="g", sampling=Sampling.model_validate({"max_tokens": 2, **sampling})),
         start=start,
         num_tokens=num_tokens,
         blocks=(0,),
-        sampling=Sampling.model_validate({"max_tokens": 2, **sampling}),
         produces=True,
         index=index,
     )
+
+
+async def results(it: EmulatedExecutor, *chunks: SequenceChunk) -> tuple[SequenceResult, ...]:
+    """Of an iteration at the last stage."""
+    states = [it.begin(start) for each in chunks if (start := each.begins)]
+    return (await it.iteration(chunks, NO_TENSOR, states=states)).results
 
 
 def microbatch(index: int = 0) -> Microbatch:
@@ -129,26 +134,25 @@ async def test_the_last_stage_gives_tokens_until_max_tokens() -> None:
     scored = chunk("b", start=0, num_tokens=2).model_copy(update={"produces": False, "targets": (7, 8)})
     silent = scored.model_copy(update={"task_id": "c", "targets": ()})
     chunks = [chunk("a", start=0, num_tokens=3), scored, silent]
-    first, prompt = (await it.iteration(chunks, NO_TENSOR)).results
+    first, prompt = await results(it, *chunks)
     assert (first.task_id, first.index, first.finish) == ("a", 0, None)
     assert first.token is not None and 0 <= first.token.token < VOCAB_SIZE
     assert [each.token for each in prompt.prompt] == [7, 8]
     assert prompt.token is None and prompt.finish is None
-    (last,) = (await it.iteration([chunk("a", start=3, num_tokens=1, index=1)], NO_TENSOR)).results
+    (last,) = await results(it, chunk("a", start=3, num_tokens=1, index=1))
     assert (last.index, last.finish) == (1, "length")
 
 
 async def test_a_request_for_no_token_gets_none() -> None:
-    chunks = [chunk("a", start=0, num_tokens=3, max_tokens=0)]
-    (result,) = (await executor(Clock(), 1).iteration(chunks, NO_TENSOR)).results
+    (result,) = await results(executor(Clock(), 1), chunk("a", start=0, num_tokens=3, max_tokens=0))
     assert result.token is None
     assert result.finish == "length"
 
 
 async def test_no_token_stops_a_sequence_and_logprobs_are_those_of_chance() -> None:
     stops = tuple(range(VOCAB_SIZE - 1))
-    chunks = [chunk("a", start=0, num_tokens=3, stop_token_ids=stops, num_logprobs=2)]
-    (result,) = (await executor(Clock(), 1).iteration(chunks, NO_TENSOR)).results
+    wanting = chunk("a", start=0, num_tokens=3, stop_token_ids=stops, num_logprobs=2)
+    (result,) = await results(executor(Clock(), 1), wanting)
     assert result.token is not None
     assert result.token.token == VOCAB_SIZE - 1
     assert result.token.logprob == pytest.approx(math.log(1 / VOCAB_SIZE))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.stage_worker.head import Head, Iteration
-from shared.errors import RefusedError
+from services.stage_worker.sampling.sequences import SequenceState, SequenceTable
+from shared.errors import RefusedError, UnknownSequenceError
 from shared.messages.inference import IterationDone, SampledToken
 from tests.unit.stage_worker.support import task
 
@@ -113,6 +114,44 @@ def test_a_sequence_without_a_token_is_complete() -> None:
     (completed,) = head.finish_iteration(IterationDone(iteration=first.number, tokens=(sampled,)))
     assert completed.task.task_id == "a"
     assert head.allocator.num_free == 8
+
+
+def test_a_token_that_cannot_be_drawn_yet_is_asked_for_again_with_the_same_row() -> None:
+    head = new_head()
+    submit(head, "a", prompt_length=3)
+    first = start(head)
+    not_yet = SampledToken(task_id="a", token=None, finished=False)
+    assert head.finish_iteration(IterationDone(iteration=first.number, tokens=(not_yet,))) == []
+    again = start(head)
+    (chunk,) = again.chunks
+    assert (again.tokens, chunk.start, chunk.produces, chunk.index) == ((2,), 2, True, 0)
+    assert chunk.begins is None
+    head.finish_iteration(done(again, token=7))
+    assert start(head).tokens == (7,)
+
+
+def test_the_last_stage_is_told_once_of_sequences_that_left_after_they_began() -> None:
+    head = new_head(token_budget=4)
+    submit(head, "a", "b", "c", prompt_length=4)
+    first = start(head)
+    assert first.chunks[0].begins is not None
+    head.remove("a")
+    head.remove("c")
+    assert [start(head).left, first.left] == [("a",), ()]
+
+
+def test_who_left_is_told_again_when_the_iteration_that_said_so_is_lost() -> None:
+    head = new_head(token_budget=4)
+    submit(head, "a", "b", "c", prompt_length=4)
+    start(head)
+    head.remove("a")
+    second = start(head)
+    assert second.left == ("a",)
+    head.lose_iteration(second.number)
+    assert start(head).left == ("a", "b")
+    head.reset()
+    submit(head, "d")
+    assert start(head).left == ("a", "b", "c")
 
 
 def test_a_cancel_in_mid_flight_frees_the_blocks_and_the_late_token_is_ignored() -> None:
@@ -368,6 +407,10 @@ class FakePipeline:
     head: Head
     cache: dict[int, int] = field(default_factory=dict)
     in_flight: deque[Iteration] = field(default_factory=deque)
+    table: SequenceTable = field(
+        default_factory=lambda: SequenceTable(lambda start: SequenceState(start.gateway, start.sampling))
+    )
+    """The last stage's."""
     answers: dict[str, list[int]] = field(default_factory=dict)
     completed: set[str] = field(default_factory=set)
 
@@ -375,26 +418,42 @@ class FakePipeline:
         while (iteration := self.head.next_iteration()) is not None:
             self.in_flight.append(iteration)
 
-    def finish(self) -> None:
+    def finish(self, *, puts_off: bool = False) -> set[str]:
+        """`puts_off`: no token can be drawn yet. Returns the tasks that are lost, as `lose` does."""
         if not self.in_flight:
-            return
+            return set()
+        try:
+            states = self.table.enter(self.in_flight[0].chunks, self.in_flight[0].left)
+        except UnknownSequenceError:
+            return self.lose()
         iteration, first, sampled = self.in_flight.popleft(), 0, []
-        for chunk in iteration.chunks:
+        for chunk, state in zip(iteration.chunks, states, strict=True):
             tokens = iteration.tokens[first : first + chunk.num_tokens]
             first += chunk.num_tokens
             for place, token in enumerate(tokens, start=chunk.start):
                 self.cache[self._slot(chunk.blocks, place)] = token
-            if chunk.produces:
+            if chunk.produces and puts_off:
+                sampled.append(SampledToken(task_id=chunk.task_id, token=None, finished=False))
+            elif chunk.produces:
                 text = [
                     self.cache[self._slot(chunk.blocks, at)] for at in range(chunk.start + chunk.num_tokens)
                 ]
-                token, is_last = token_after(text), chunk.index + 1 == chunk.sampling.max_tokens
+                token, is_last = token_after(text), chunk.index + 1 == state.sampling.max_tokens
                 self.answers.setdefault(chunk.task_id, []).append(token)
                 sampled.append(SampledToken(task_id=chunk.task_id, token=token, finished=is_last))
+        self.table.drop(one.task_id for one in sampled if one.finished)
         completed = self.head.finish_iteration(
             IterationDone(iteration=iteration.number, tokens=tuple(sampled))
         )
         self.completed |= {one.task.task_id for one in completed}
+        return set()
+
+    def lose(self) -> set[str]:
+        """The oldest iteration does not reach the last stage; returns the tasks that are lost with it."""
+        if not self.in_flight:
+            return set()
+        lost = self.head.lose_iteration(self.in_flight.popleft().number)
+        return {task.task_id for task in lost}
 
     def _slot(self, blocks: tuple[int, ...], place: int) -> int:
         return blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
@@ -419,15 +478,18 @@ Submit = st.tuples(st.just("submit"), st.integers(1, 12), st.integers(1, 6))
 Cancel = st.tuples(st.just("cancel"), st.integers(0, 9), st.just(0))
 Start = st.just(("start", 0, 0))
 Finish = st.just(("finish", 0, 0))
+PutOff = st.just(("put off", 0, 0))
+Lose = st.just(("lose", 0, 0))
+Reset = st.just(("reset", 0, 0))
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    commands=st.lists(st.one_of(Submit, Cancel, Start, Finish), max_size=40),
+    commands=st.lists(st.one_of(Submit, Cancel, Start, Finish, PutOff, Lose, Reset), max_size=40),
     num_in_flight=st.integers(1, 3),
     token_budget=st.integers(1, 7),
 )
-def test_any_interleaving_keeps_blocks_apart_and_answers_whole(
+def test_any_interleaving_keeps_blocks_apart_answers_whole_and_leaves_nothing_behind(
     commands: list[tuple[str, int, int]], num_in_flight: int, token_budget: int
 ) -> None:
     head = new_head(num_in_flight=num_in_flight, token_budget=token_budget, num_blocks=6)
@@ -446,11 +508,18 @@ def test_any_interleaving_keeps_blocks_apart_and_answers_whole(
             case "start":
                 pipeline.start_all()
             case "finish":
-                pipeline.finish()
+                cancelled |= pipeline.finish()
+            case "put off":
+                cancelled |= pipeline.finish(puts_off=True)
+            case "lose":
+                cancelled |= pipeline.lose()
+            case "reset":
+                pipeline.in_flight.clear()
+                cancelled |= {one.task_id for one in head.reset()}
         assert_every_block_has_one_owner(head)
     pipeline.start_all()
     while pipeline.in_flight:
-        pipeline.finish()
+        cancelled |= pipeline.finish()
         pipeline.start_all()
         assert_every_block_has_one_owner(head)
     assert head.allocator.num_free == head.allocator.num_blocks
@@ -458,3 +527,7 @@ def test_any_interleaving_keeps_blocks_apart_and_answers_whole(
     assert pipeline.completed == wanted.keys() - cancelled
     for task_id in pipeline.completed:
         assert pipeline.answers[task_id] == wanted[task_id]
+    submit(head, "last", prompt_length=1, max_tokens=1)
+    pipeline.start_all()
+    pipeline.finish()
+    assert len(pipeline.table) == 0, "the last stage still knows sequences that are gone"

@@ -12,7 +12,7 @@ from services.stage_worker.progress import PROGRESS_EVERY_S, Progress, iteration
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
 from shared.messages.events import StageOp, StageProgress
-from shared.messages.inference import Sampling, SequenceChunk
+from shared.messages.inference import SequenceChunk
 from shared.messages.training import Microbatch
 from shared.subjects import PROGRESS
 
@@ -20,11 +20,9 @@ from shared.subjects import PROGRESS
 def chunk(task_id: str, start: int, num_tokens: int, *, produces: bool, index: int = 0) -> SequenceChunk:
     return SequenceChunk(
         task_id=task_id,
-        gateway="g",
         start=start,
         num_tokens=num_tokens,
         blocks=(),
-        sampling=Sampling(max_tokens=4),
         produces=produces,
         index=index,
     )

@@ -1,16 +1,31 @@
-"""Draws and log-probabilities from logits."""
+"""Draws from logits."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from services.stage_worker.sampling import draw, finish_reason, logprobs, uniform
+from services.stage_worker.sampling import draw as drawing
+from services.stage_worker.sampling.draw import finish_reason, uniform
+from services.stage_worker.sampling.sequences import SequenceState
 from shared.messages.inference import Sampling
 
 PROBABILITIES = (0.4, 0.05, 0.25, 0.1, 0.2)
 NUM_DRAWS = 4000
+
+
+def draw(logits_RV: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> list[int]:
+    """A token for each row, of sequences that have drawn nothing yet."""
+    return drawing.draw(logits_RV, [SequenceState("g", one) for one in samplings], indices)
 
 
 def logits_of(probabilities: tuple[float, ...]) -> Tensor:
@@ -95,21 +110,86 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert set(drawn(logits, seed=1)) == {0, 2}
 
 
+@pytest.mark.parametrize(("top_k", "kept"), [(1, {0}), (2, {0, 2}), (4, {0, 2, 4, 3}), (99, {0, 1, 2, 3, 4})])
+def test_top_k_keeps_so_many(top_k: int, kept: set[int]) -> None:
+    assert set(drawn(logits_of(PROBABILITIES), seed=4, top_k=top_k)) == kept
+
+
+@pytest.mark.parametrize(
+    ("min_p", "kept"), [(0.1, {0, 1, 2, 3, 4}), (0.2, {0, 2, 3, 4}), (0.6, {0, 2}), (0.7, {0}), (1.0, {0})]
+)
+def test_min_p_is_a_share_of_the_likeliest(min_p: float, kept: set[int]) -> None:
+    assert set(drawn(logits_of(PROBABILITIES), seed=5, min_p=min_p)) == kept
+
+
+def as_transformers_warps(logits_RV: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities after the library's own processors, in its order."""
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    for warper in warpers:
+        logits_RV = warper(None, logits_RV)
+    return logits_RV.softmax(-1)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0.6},
+    {"top_k": 7},
+    {"top_p": 0.8},
+    {"min_p": 0.05},
+    {"temperature": 1.7, "top_k": 20, "top_p": 0.9},
+    {"temperature": 0.4, "top_k": 30, "min_p": 0.02},
+    {"temperature": 1.3, "top_p": 0.7, "min_p": 0.1},
+    {"temperature": 2.0, "top_k": 40, "top_p": 0.95, "min_p": 0.03},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_may_be_drawn_and_how_often_is_what_transformers_has(options: dict[str, Any]) -> None:
+    logits, sampling = random_logits(5), Sampling(max_tokens=1, **options)
+    weights_RV = drawing._probabilities(logits, [sampling] * 5)
+    expected = as_transformers_warps(logits, sampling)
+    assert torch.equal(weights_RV > 0, expected > 0)
+    assert torch.allclose(weights_RV / weights_RV.sum(-1, keepdim=True), expected, atol=1e-6)
+
+
+def test_a_uniform_takes_the_token_in_whose_share_of_the_vocabulary_it_lies() -> None:
+    weights = torch.tensor([[2.0, 0.0, 1.0, 5.0, 0.0]])
+    places = [(0.0, 0), (0.249, 0), (0.25, 2), (0.374, 2), (0.375, 3), (1 - 2**-53, 3)]
+    for uniform_, token in places:
+        assert drawing._choose(weights, [uniform_]).item() == token
+
+
 def test_a_draw_does_not_depend_on_its_company() -> None:
-    logits = random_logits(6)
-    samplings = [
-        Sampling(max_tokens=9, temperature=temperature, top_p=top_p, seed=seed)
-        for seed, (temperature, top_p) in enumerate(
-            [(1.0, 1.0), (0.0, 1.0), (0.7, 0.5), (2.0, 0.9), (1.0, 0.1), (1.3, 1.0)]
+    """Rows of all kinds of options together, alone, and in any order."""
+    kinds: list[dict[str, Any]] = [
+        *OPTIONS,
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logit_bias": ((3, 9.0),)},
+        {"frequency_penalty": 1.5, "presence_penalty": -1.0, "repetition_penalty": 1.8},
+        {"min_tokens": 6, "stop_token_ids": (1, 4)},
+        {"top_p": 0.6, "min_p": 0.1, "top_k": 9, "repetition_penalty": 0.7, "logit_bias": ((7, 2.0),)},
+    ]
+    logits = random_logits(len(kinds))
+    states = [
+        SequenceState(
+            "g", Sampling(max_tokens=9, seed=seed, **kind), prompt={3, 8}, generated=Counter([2, 2, 5])
         )
+        for seed, kind in enumerate(kinds)
     ]
-    indices = [0, 5, 2, 8, 1, 1]
+    indices = [3 + row % 4 for row in range(len(kinds))]
     alone = [
-        draw(logits[row : row + 1], [samplings[row]], [indices[row]])[0] for row in range(len(samplings))
+        drawing.draw(logits[row : row + 1], [states[row]], [indices[row]])[0] for row in range(len(kinds))
     ]
-    assert draw(logits, samplings, indices) == alone
-    backwards = draw(logits.flip(0), samplings[::-1], indices[::-1])
-    assert backwards == alone[::-1]
+    assert drawing.draw(logits, states, indices) == alone
+    for order in (list(reversed(range(len(kinds)))), [5, 2, 11, 9], [12, 0]):
+        told = drawing.draw(logits[order], [states[row] for row in order], [indices[row] for row in order])
+        assert told == [alone[row] for row in order]
 
 
 def test_uniforms_fill_the_unit_interval_evenly() -> None:
@@ -117,18 +197,6 @@ def test_uniforms_fill_the_unit_interval_evenly() -> None:
     assert all(0 <= number < 1 for number in numbers)
     assert chi_square([int(number * 20) for number in numbers], [1 / 20] * 20) < 43.9  # 1 in 1000
     assert len(set(numbers)) == NUM_DRAWS
-
-
-def test_logprobs_are_the_models_own() -> None:
-    logits, tokens = random_logits(3), [4, 0, 49]
-    expected = torch.log_softmax(logits, dim=-1)
-    told = logprobs(logits, tokens, [2, 0, 5])
-    assert [one.token for one in told] == tokens
-    for row, one in enumerate(told):
-        assert one.logprob == expected[row, tokens[row]].item()
-    assert [len(one.top) for one in told] == [2, 0, 5]
-    values, ids = expected[2].topk(5)
-    assert told[2].top == tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(
