@@ -14,7 +14,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 ifeq ($(HAS_GPU),)
 	$(PIP_INSTALL) 'torch==2.13.0+cpu' || $(PIP_INSTALL) 'torch>=2.11,<2.14'
 endif
-	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev,clients]'
+	$(PIP_INSTALL) --no-deps lm-eval
 	touch $@
 
 demo: $(VENV)/installed
