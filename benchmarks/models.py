@@ -15,7 +15,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 INTERMEDIATE = {"small": 688, "big": 2752, "huge": 5504}
 DTYPES = {"small": "float32", "big": "float32", "huge": "bfloat16"}
-"""In which both sides compute."""
+"""The dtypes in which both sides compute."""
 
 
 def models_for(device: str) -> tuple[str, ...]:

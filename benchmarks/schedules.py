@@ -53,7 +53,7 @@ class EqualTimes:
 
 
 async def main(work: Path) -> dict[str, Any]:
-    """In a thread: this one's event loop is a real one."""
+    """Measure in a thread, because this thread's event loop is a real one."""
     return await asyncio.to_thread(_measure_all)
 
 
@@ -133,7 +133,7 @@ async def _run(schedule: ScheduleName, microbatches: int, extra_in_flight: int) 
 
 
 def _measured_span_s(record: RunRecord) -> tuple[float, float]:
-    """From the end of the batch before the first measured one to the end of the last."""
+    """Start and end of the measured batches: from the end of the batch before the first to the last end."""
     ends_s = sorted(batch.applied_s for batch in record.batches if batch.applied_s is not None)
     return ends_s[MEASURED.start - 1], ends_s[MEASURED.stop - 1]
 

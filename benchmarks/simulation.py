@@ -56,7 +56,7 @@ class CountingTimes:
 
 
 async def main(work: Path) -> dict[str, Any]:
-    """In a thread: this one's event loop is a real one."""
+    """Measure in a thread, because this thread's event loop is a real one."""
     return await asyncio.to_thread(_measure_all)
 
 

@@ -33,7 +33,7 @@ from shared.clock import Clock, SystemClock
 from shared.errors import LemixError
 
 STOP_GRACE_S = 3.0
-"""With NATS's own second after it, all is over within 5 s."""
+"""Services get this long; with NATS's own second after it, everything ends within 5 s."""
 
 
 def _ignore(event: str) -> None:

@@ -68,7 +68,7 @@ class AppliedBatches:
 
     @classmethod
     async def following(cls, bus: Bus) -> Self:
-        """From now on; what was applied before is asked for when it is waited for."""
+        """Follow from now on; earlier batches are asked for when they are waited for."""
         applied = cls(bus)
         await bus.subscribe(TRAIN_PROGRESS.at(), applied._on_progress)
         return applied

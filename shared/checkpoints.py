@@ -33,7 +33,7 @@ MANIFEST_NAME = "lemix.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 TRAINING_ONLY = "optimizer-"
-"""How the names of files begin that only training needs."""
+"""Prefix of the files that only training needs."""
 
 _NODE = re.compile(r"node-(\d+)")
 _STEP = re.compile(r"step-\d{8,}")

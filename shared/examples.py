@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapt
 from shared.errors import InvalidBatchError
 
 MAX_EXAMPLES = 4096
-"""In one batch."""
+"""Most examples in one batch."""
 MAX_LEARNING_RATE_MULTIPLIER = 1e6
 """Keeps every learning rate finite that a multiplier gives."""
 

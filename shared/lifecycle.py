@@ -42,7 +42,7 @@ class _Stopped(Exception):
 
 
 def load_settings(kind: type[S]) -> S:
-    """From the environment; wrong ones end the process with one clear line and exit status 1."""
+    """Read settings from the environment; wrong ones end the process with one clear line and status 1."""
     try:
         return read_settings(kind)
     except ConfigurationError as error:

@@ -51,7 +51,7 @@ S = TypeVar("S", bound=LemixSettings)
 
 
 def read_settings(kind: type[S]) -> S:
-    """From the environment. Raises ConfigurationError, naming each variable that is wrong."""
+    """Read settings from the environment. Raises ConfigurationError, naming each variable that is wrong."""
     try:
         return kind()
     except ValidationError as error:

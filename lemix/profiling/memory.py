@@ -44,7 +44,7 @@ def _kv_bytes_per_token(stage: Stage) -> int:
 
 
 def _peak_per_token(measured: Iterable[MeasuredOp]) -> int | None:
-    """On CUDA: of the largest microbatch's forward, whose constant parts count least."""
+    """Peak memory per token of the largest microbatch's forward (CUDA); its constant parts count least."""
     peaks = [
         (op.work.num_tokens, op.peak_bytes)
         for op in measured

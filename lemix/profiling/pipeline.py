@@ -34,7 +34,7 @@ class MeasuredOp:
     work: Work
     elapsed_s: float
     peak_bytes: int | None
-    """By which the device's allocated memory rose meanwhile; None: not on CUDA."""
+    """Rise of the device's allocated memory meanwhile; None: not on CUDA."""
 
 
 class ProfiledPipeline:

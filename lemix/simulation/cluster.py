@@ -63,7 +63,7 @@ class SimulationOptions:
     seed: int = 0
     hop_s: float = HOP_S
     handover_s: float = 0.0
-    """From the moment when a device is done with an op to the one when its service knows."""
+    """Seconds from the end of an op on a device until its service knows."""
     slo_factor: float = 5.0
     faults: Faults = NO_FAULTS
     stage_settings: Mapping[str, Any] = field(default_factory=dict)

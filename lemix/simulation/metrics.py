@@ -116,7 +116,7 @@ def _ratio(amount: float, total: float) -> float | None:
 
 @dataclass(slots=True)
 class Span:
-    """From the first start of some ops to their last end, and how much of it they filled."""
+    """The time from the first start of some ops to their last end, and how much of it they filled."""
 
     start_s: float = float("inf")
     end_s: float = float("-inf")

@@ -22,7 +22,7 @@ class Pipelines:
     times: Sequence[StageTimes]
     """By stage."""
     hop_s: float
-    """From one stage to the next."""
+    """Seconds from one stage to the next."""
     max_iteration_tokens: int
 
 

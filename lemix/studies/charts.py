@@ -99,7 +99,7 @@ def draw(chart: Chart, path: Path) -> None:
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """As PNG of few colours: a fourth of the size."""
+    """Save as a PNG of few colours, which is a fourth of the size."""
     from PIL import Image
 
     buffer = BytesIO()

@@ -143,7 +143,7 @@ def _within_the_paper(rows: Sequence[Row]) -> list[Row]:
 
 
 def _verdicts(ran: Sequence[Row]) -> list[Verdict]:
-    """On the paper's grid; then, apart, beyond it."""
+    """Verdicts on the paper's grid, then those beyond it."""
     beyond = [
         replace(verdict, criterion=f"at {rate} requests per second: {verdict.criterion}")
         for rate in BEYOND

@@ -24,11 +24,12 @@ class Overheads(NamedTuple):
     """Means over a run, in seconds."""
 
     hop_s: float
-    """From the end of an iteration on one stage to its start on the next, idle one: a message, and what
-    services do before and behind it.
+    """Seconds from the end of an iteration on one stage to its start on the next, idle one.
+
+    This is a message, and the work of the services before and after it.
     """
     handover_s: float
-    """From the moment when a device is done to the one when its service knows."""
+    """Seconds from the moment when a device is done until its service knows."""
 
 
 class OverheadProbe:

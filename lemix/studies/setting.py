@@ -53,7 +53,7 @@ class Contender:
 
     label: str
     policy: str = ""
-    """As the scheduler reads it; `{split}` stands for the paper's share of nodes. Empty: as the label."""
+    """The policy as the scheduler reads it; `{split}` is the paper's share of nodes. Empty: the label."""
     discipline: str = "slo_first"
 
     def policy_at(self, training_rate: float, nodes: int) -> str:

@@ -37,7 +37,7 @@ class Costs(Protocol):
     num_stages: int | None
     """None: no profile says. Whoever learns it from the nodes sets it; until then no stage is the last."""
     hop_s: float
-    """From the end of an op on one stage until the next stage can start on its output."""
+    """Seconds from the end of an op on one stage until the next stage can start on its output."""
     max_iteration_tokens: int
     """Rows that stages put into one iteration."""
 

@@ -1,4 +1,4 @@
-"""Carries out what nodes decide: sends messages, keeps the book, and has others do what takes time."""
+"""Carries out the nodes' decisions: sends messages, keeps the book, and starts what takes time."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 class ActionRunner:
-    """Everything that changes state happens at once; what takes time runs in `tasks`, and reports back."""
+    """Changes state at once; whatever takes time runs in `tasks`, and reports back."""
 
     def __init__(
         self,
@@ -174,12 +174,12 @@ class ActionRunner:
         self.look()
 
     def run_all(self, decided: Iterable[tuple[NodeTraining, Sequence[Action]]]) -> None:
-        """Carry out what several nodes have decided: whoever looks at them meanwhile finds that all have."""
+        """Carry out the decisions of several nodes; all are decided before the first is carried out."""
         for node, actions in decided:
             self.run(node, actions)
 
     def acknowledge(self, acks: Iterable[Ack]) -> None:
-        """Tell the stream what is done with for good, and whoever waits for room."""
+        """Acknowledge the finished messages to the stream, and wake whoever waits for room."""
         self.changed.set()
         self._tasks.create_task(_acknowledge(list(acks)))
 
@@ -223,7 +223,7 @@ class ActionRunner:
             self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending[0].traceparent)
 
     def _rate_of(self, batch: TrainingBatch) -> float:
-        """Whatever has become of the batches before it: so it is the same after a restart."""
+        """The batch's learning rate. It ignores earlier batches' fates, so it is the same after a restart."""
         num_before = batch.sequence - self._begun_after - 1
         return self._learning_rate.at(num_before) * batch.learning_rate_multiplier
 
@@ -239,7 +239,7 @@ class ActionRunner:
             self._verdicts.add(node.node, Verdict(version, loss, may_serve=may_serve, rise=rise))
 
     def _skipped(self, skipped: Skipped) -> None:
-        """The batch is put aside: applied, it would have left nothing of the weights."""
+        """Put the skipped batch aside: applied, it would have ruined the weights."""
         self.end([self._book.pending[skipped.batch_id]])
         self._drop(skipped.batch_id, f"its gradients are not finite (loss {skipped.loss:g})")
 
@@ -283,7 +283,7 @@ class ActionRunner:
         self._book.wait(unfinished)
 
     def _at_fault(self, closed: Closed) -> str | None:
-        """A batch that finds no memory may yet be offloaded; one that was cannot be helped."""
+        """The batch to blame, or None: one that finds no memory may yet be offloaded."""
         pending = self._book.pending.get(closed.unfit) if closed.unfit else None
         if pending is None or pending.offload:
             return closed.failed or closed.unfit

@@ -1,4 +1,4 @@
-"""The batches that the trainer answers for: accepted from the stream, and in no durable checkpoint yet."""
+"""The trainer's batches: accepted from the stream, and in no durable checkpoint yet."""
 
 import bisect
 from collections.abc import Awaitable, Callable, Collection, Iterable
@@ -24,7 +24,7 @@ class Pending:
     def __init__(self, batch: TrainingBatch, telemetry: Telemetry, *, parent: str, ack: Ack) -> None:
         self.batch = batch
         self.acks = [ack]
-        """To call when the batch is done with: its own, and those of later messages that repeat its id."""
+        """Acknowledgements to call when the batch is finished: its own, and those of repeated messages."""
         self.offload = False
         """Where it is placed now, for want of memory: stages keep what they save of it on the host."""
         self.num_failures = 0
@@ -32,7 +32,7 @@ class Pending:
         self.num_unfit = 0
         """Lives of nodes that ended because it found no memory."""
         self.applied: BatchApplied | None = None
-        """How it was, while a node's weights contain it."""
+        """The event of its step, while a node's weights contain it."""
         self._telemetry = telemetry
         self._parent = parent
         self.span = self._new_span()
@@ -43,11 +43,11 @@ class Pending:
 
     @property
     def must_offload(self) -> bool:
-        """Whether trying without has failed often enough, whatever the scheduler says."""
+        """Whether it has failed without offloading often enough, whatever the scheduler says."""
         return self.num_unfit >= MAX_UNFIT
 
     def begin_again(self) -> None:
-        """It was applied, and must be once more: that is another span of its trace."""
+        """Note that an applied batch must be applied again; that is another span of its trace."""
         self.applied = None
         if not self.span.is_recording():
             self.span = self._new_span()
@@ -83,13 +83,13 @@ class BatchBook:
         self.wait([batch.batch_id])
 
     def wait(self, batch_ids: Iterable[str]) -> None:
-        """Have these pending batches, which no node holds, wait for one."""
+        """Queue these pending batches again; no node holds them."""
         for batch_id in batch_ids:
             self.pending[batch_id].begin_again()
             bisect.insort(self._waiting, self.pending[batch_id].batch, key=attrgetter("sequence"))
 
     def take(self) -> Pending:
-        """The first batch that waits; it waits no more."""
+        """Take the first waiting batch out of the queue."""
         return self.pending[self._waiting.pop(0).batch_id]
 
     def has_waiting_before(self, sequence: int) -> bool:
@@ -97,7 +97,7 @@ class BatchBook:
         return bool(self._waiting) and self._waiting[0].sequence < sequence
 
     def repeat(self, sequence: int, batch_id: str, ack: Ack) -> list[Ack]:
-        """A message repeats a known batch; returns what to acknowledge now."""
+        """Note a message that repeats a known batch; returns the messages to acknowledge now."""
         self.ledger = self.ledger.skip(sequence)
         if batch_id not in self.pending:
             return [ack]
@@ -105,26 +105,26 @@ class BatchBook:
         return []
 
     def apply(self, node: int, batch_id: str) -> Pending:
-        """The node's weights contain the batch."""
+        """Note that the node's weights contain the batch."""
         self.ledger = self.ledger.apply(node, batch_id)
         return self.pending[batch_id]
 
     def roll_back(self, node: int) -> tuple[str, ...]:
-        """The node is back at its durable checkpoint; returns the batches that it thereby lost."""
+        """Note that the node is back at its durable checkpoint; returns the batches that it lost."""
         lost = self.ledger.only_applied_by(node)
         self.ledger = self.ledger.roll_back(node)
         return lost
 
     def share(self, nodes: Iterable[int]) -> None:
-        """These nodes' weights are merged."""
+        """Note that these nodes' weights are merged."""
         self.ledger = self.ledger.share(nodes)
 
     def join(self, node: int) -> None:
-        """The node holds the newest durable weights of any."""
+        """Note that the node holds the newest durable weights of any node."""
         self.ledger = self.ledger.join(node)
 
     def go_back(self, nodes: Collection[int], target: Lineage) -> list[Ack]:
-        """These nodes are at an older durable checkpoint, for good; returns what to acknowledge."""
+        """Note that these nodes went back for good; returns the messages to acknowledge."""
         discarded = self.ledger.applied_by(nodes)
         self.ledger = self.ledger.go_back(nodes, target)
         return [ack for batch_id in discarded for ack in self.pending.pop(batch_id).acks]
@@ -135,22 +135,22 @@ class BatchBook:
         return lineage.applied[: version - lineage.durable_version]
 
     def make_durable(self, node: int, version: int) -> list[Ack]:
-        """A durable checkpoint of the node contains `version` steps; returns what to acknowledge."""
+        """Note a durable checkpoint of the node with `version` steps; returns the messages to acknowledge."""
         before = self.ledger.pending
         self.ledger = self.ledger.make_durable(node, version)
         saved = [batch_id for batch_id in before if batch_id not in self.ledger.pending]
         return [ack for batch_id in saved for ack in self.pending.pop(batch_id).acks]
 
     def pass_over(self, sequence: int) -> None:
-        """A message that was done with before."""
+        """Pass over a message that was finished before."""
         self.ledger = self.ledger.pass_over(sequence)
 
     def hold(self, sequence: int) -> None:
-        """A message that is no batch; not done with before `skip`."""
+        """Hold a message that is not a batch; it is not finished before `skip`."""
         self.ledger = self.ledger.accept(sequence, id_of(sequence))
 
     def drop(self, batch_id: str) -> Pending:
-        """A pending batch that neither waits nor is held by a node never runs again; `skip` comes later."""
+        """Drop a pending batch that neither waits nor is on a node; it never runs again. `skip` follows."""
         return self.pending.pop(batch_id)
 
     def skip(self, sequence: int) -> None:

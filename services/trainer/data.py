@@ -34,7 +34,7 @@ class BatchBody(Strict):
 
 
 def check_id(batch_id: str) -> None:
-    """Raises InvalidBatchError for an id that no publisher may give."""
+    """Check an id. Raises InvalidBatchError for one that no publisher may give."""
     if batch_id.startswith(OWN_ID_PREFIX):
         raise InvalidBatchError(f"id: ids that begin with {OWN_ID_PREFIX!r} are kept for batches without one")
 
@@ -66,7 +66,7 @@ def _is_json_object(body: bytes) -> bool:
 
 
 def _unpack_map(body: bytes) -> dict[str, Any]:
-    """A MessagePack map begins with a byte that no JSON text begins with."""
+    """Unpack a MessagePack map; it begins with a byte that no JSON text begins with."""
     if not body or not (0x80 <= body[0] <= 0x8F or body[0] in (0xDE, 0xDF)):
         raise InvalidBatchError("the body is neither a JSON object nor a MessagePack map")
     try:
@@ -79,6 +79,6 @@ def _unpack_map(body: bytes) -> dict[str, Any]:
 
 
 def _described(error: ValidationError) -> str:
-    """The kind of an example follows `examples` and its number."""
+    """Describe a fault. The kind of an example follows `examples` and its number."""
     fault = first_fault(error, kind_at=2)
     return fault if error.errors()[0]["loc"] else f"the body: {fault}"

@@ -22,7 +22,7 @@ class Evaluation:
 
     @property
     def asked(self) -> Iterable[str]:
-        """Tasks that are out."""
+        """Tasks that are under way."""
         return self._asked
 
     @property
@@ -33,13 +33,13 @@ class Evaluation:
         return self._negative_log_likelihood / self._num_labels
 
     def next(self) -> dict[str, tuple[int, ...]]:
-        """Prompts to have scored now, by task."""
+        """The next prompts to score, by task."""
         task_ids = [self._unasked.pop() for _ in range(min(len(self._unasked), MAX_ASKED - len(self._asked)))]
         self._asked.update(task_ids)
         return {task_id: self._examples[task_id].tokens for task_id in task_ids}
 
     def scored(self, result: SequenceResult) -> bool:
-        """A task came back; False when it is none of those that are out, or not whole: see `failed`."""
+        """Take the result of a task; False when it is not under way, or is not whole: see `failed`."""
         example = self._examples.get(result.task_id)
         if example is None or result.task_id not in self._asked:
             return False
@@ -54,7 +54,7 @@ class Evaluation:
         return True
 
     def failed(self, task_id: str) -> None:
-        """A task that is out will not come back: it is asked again."""
+        """Note that a task under way will not come back: it is asked again."""
         if task_id in self._asked:
             self._asked.remove(task_id)
             self._unasked.append(task_id)

@@ -1,4 +1,4 @@
-"""Has nodes score the held-out examples: deferrable tasks straight to stage 0, their results back to here."""
+"""Has nodes score the held-out examples: deferrable tasks go straight to stage 0, results come back here."""
 
 import asyncio
 import itertools
@@ -34,7 +34,7 @@ class _Running:
 
 
 class Evaluator:
-    """One evaluation for each node at most; a new one takes the place of the one before."""
+    """Runs at most one evaluation for each node; a new one replaces the one before."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Evaluator:
         await self._bus.subscribe(FAILED.at(gateway=self._name), self._on_failed)
 
     async def run(self) -> None:
-        """Ask again for what has failed, and give up what is too late, for ever."""
+        """Ask again for what has failed, and give up what is too late; runs until cancelled."""
         while True:
             await asyncio.sleep(RETRY_S)
             for node, running in list(self._running.items()):

@@ -1,4 +1,4 @@
-"""From a message of the training stream to a batch that can be fed, or to the reason why not."""
+"""Turns a message of the training stream into a batch that can be fed, or into the reason why not."""
 
 import logging
 from dataclasses import dataclass

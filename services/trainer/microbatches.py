@@ -27,7 +27,7 @@ class TrainingBatch:
     """Where it stands in the training stream."""
     microbatches: tuple[Rows, ...]
     body: bytes
-    """As it was published: for whoever looks at it, should it be rejected."""
+    """The batch as it was published, should it be rejected."""
     learning_rate_multiplier: float = 1.0
 
     @property

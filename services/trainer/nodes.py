@@ -1,4 +1,4 @@
-"""Listens to the stages of all nodes and hands what they say to their node's state."""
+"""Listens to the stages of all nodes and hands their messages to the state of their node."""
 
 import asyncio
 import itertools
@@ -87,7 +87,7 @@ class Nodes:
         return -(-(num_stages + self._settings.extra_in_flight) // self._settings.microbatches)
 
     async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
-        """A stage is alive.
+        """Take in a sign of life of a stage.
 
         Raises ConfigurationError when it obeys a later trainer, or has no place in this run.
         """
@@ -101,13 +101,13 @@ class Nodes:
         self._actions.run(node, node.heartbeat(beat, self._clock.now_s()))
 
     async def on_report(self, incoming: Incoming[StageReport]) -> None:
-        """Something happened on a stage."""
+        """Take in an event on a stage."""
         report = incoming.message
         if node := self.by_number.get(report.node):
             self._actions.run(node, node.report(report, self._clock.now_s()))
 
     async def on_status(self, incoming: Incoming[WeightsRequest]) -> WeightsStatus:
-        """Somebody asks what the nodes' weights are."""
+        """Answer a question about the nodes' weights."""
         return WeightsStatus(nodes=tuple(_weights_of(node) for _, node in sorted(self.by_number.items())))
 
     def place(self, number: int, shape: Shape) -> bool:

@@ -13,7 +13,7 @@ M = TypeVar("M", bound=Message)
 
 
 class Outbox:
-    """Bounded by what produces it: a microbatch per node in flight, and one message per batch that ends."""
+    """Messages in order. Bounded by their sources: a microbatch per node in flight, one per ended batch."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus

@@ -1,4 +1,4 @@
-"""Tells publishers what becomes of their batches, and answers those who have missed it."""
+"""Tells publishers the fate of their batches, and answers those who have missed it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -34,24 +34,24 @@ class Progress:
         self._rejections: dict[str, BatchRejected] = {}
 
     def tell(self, event: BatchEvent, *, traceparent: str = "") -> None:
-        """Something has become of a batch."""
+        """Publish an event of a batch."""
         if isinstance(event, BatchRejected):
             self._remember(event)
         self._outbox.post(TRAIN_PROGRESS.at(), BatchProgress(event=event), traceparent)
 
     def tell_durable(self, batch_ids: Sequence[str], node: int, version: int) -> None:
-        """The node's newest checkpoint contains these batches."""
+        """Report that the node's newest checkpoint contains these batches."""
         for start in range(0, len(batch_ids), MAX_BATCHES_OF_MESSAGE):
             some = tuple(batch_ids[start : start + MAX_BATCHES_OF_MESSAGE])
             self.tell(self._durable(some, node, version))
 
     def tell_discarded(self, batch_ids: Iterable[str]) -> None:
-        """A rollback has taken these batches out of the weights."""
+        """Report that a rollback has taken these batches out of the weights."""
         for batch_id in batch_ids:
             self.tell(BatchRejected(batch_id=batch_id, reason=DISCARDED))
 
     async def answer(self, incoming: Incoming[BatchesAsked]) -> BatchesNow:
-        """How these batches stand."""
+        """Answer how these batches stand."""
         ledger, pending = self._book.ledger, self._book.pending
         durable: defaultdict[int, list[str]] = defaultdict(list)
         events: list[BatchEvent] = []

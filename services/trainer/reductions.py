@@ -29,7 +29,7 @@ from services.trainer.replicas import (
 
 @dataclass(slots=True)
 class _Round:
-    """One step on its way."""
+    """One step that is under way."""
 
     members: tuple[int, ...]
     version: int
@@ -80,7 +80,7 @@ class Reductions:
         return []
 
     def _order_steps(self, now: _Round, members: list[NodeTraining], now_s: float) -> list[Decision]:
-        """All alike: the norms that nodes find for the same gradients may differ in the last bit."""
+        """Order all nodes alike: their norms for the same gradients may differ in the last bit."""
         assert members[0].complete is not None
         squared_norm, may_save = members[0].complete.squared_norm, members[0].may_save(now_s)
         return [
@@ -99,7 +99,7 @@ class Reductions:
             node.adopt(version)
 
     def _let_join(self, members: list[NodeTraining], nodes: Nodes, now_s: float) -> list[Decision]:
-        """The others wait with nothing under way until the newcomers hold what they hold."""
+        """Let newcomers join; the others wait with nothing under way until those hold the same weights."""
         for node in members:
             node.hold()
         if not all(node.is_quiet for node in members):
@@ -124,7 +124,7 @@ class Reductions:
         return []
 
     def _begin_if_ready(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
-        """When each has gradients or nothing to compute them from, and somebody has."""
+        """Begin when each node has gradients or nothing to compute them from, and at least one has some."""
         for node in members:
             if node.complete is not None and not isfinite(node.complete.squared_norm):
                 return [told(node, node.skip(now_s))]

@@ -1,4 +1,4 @@
-"""Batches that are not used: their publishers are told why, and what they published is kept."""
+"""Rejected batches: their publishers hear the reason, and the batches are kept as published."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Rejections:
-    """Each takes until the bus has stored it, in `tasks`; only then is the message of its batch done with."""
+    """Stores rejections in `tasks`. Only when the bus has stored one is the message of its batch finished."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Rejections:
         self._tasks = tasks
 
     def add(self, rejected: RejectedBatch, acks: Iterable[Ack]) -> None:
-        """Store it, then tell whoever follows the batch, and acknowledge; the book holds it until then."""
+        """Store the rejection, report it, and acknowledge the batch; the book holds it until then."""
         rejected = rejected.model_copy(update={"reason": rejected.reason[:MAX_REASON_CHARACTERS]})
         log.warning("batch %s (%d) is rejected: %s", rejected.batch_id, rejected.sequence, rejected.reason)
         self._tasks.create_task(self._publish(rejected, list(acks)))
@@ -57,7 +57,7 @@ class Rejections:
         return True
 
     async def _store(self, rejected: RejectedBatch) -> None:
-        """With what was published, if that fits beside the reason."""
+        """Store the rejection with the batch as published, if that fits beside the reason."""
         body = rejected.model_dump_json().encode()
         try:
             await self._bus.publish_durable(REJECTED, body, message_id=f"rejected-{rejected.sequence}")

@@ -41,7 +41,7 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """These nodes' weights are now the same, and contain what any of them contained."""
+    """The weights of these nodes are now the same, and contain all batches of each of them."""
 
     nodes: tuple[int, ...]
 
@@ -70,7 +70,7 @@ def told(node: NodeTraining, actions: Iterable[Action]) -> NodeActions:
 
 
 def open_nodes(nodes: Nodes) -> list[NodeTraining]:
-    """Those that hold weights and train, lowest first."""
+    """Nodes that hold weights and train, lowest first."""
     return [nodes[number] for number in sorted(nodes) if nodes[number].phase == "open"]
 
 
@@ -80,7 +80,7 @@ def durable_version(nodes: Nodes) -> int:
 
 
 def admit(nodes: Nodes) -> list[Decision]:
-    """Let those that wait to join hold the newest checkpoint. None does before it is known which that is."""
+    """Let waiting nodes take the newest checkpoint, but not before it is known which one that is."""
     if any(node.is_closing for node in nodes.values()):
         return []
     version = durable_version(nodes)
@@ -93,10 +93,10 @@ def admit(nodes: Nodes) -> list[Decision]:
 
 
 def are_going_back(nodes: Nodes) -> bool:
-    """Whether a rollback is under way. It takes all nodes from whatever they do together."""
+    """Whether a rollback is under way. It takes all nodes out of whatever they do together."""
     return any(node.is_rolling_back for node in nodes.values())
 
 
 def give_up(members: Iterable[NodeTraining], reason: str) -> list[Decision]:
-    """All go back to the newest checkpoint: some may already be where others never came to."""
+    """Take all nodes back to the newest checkpoint: some may be where others never came to."""
     return [told(node, node.fail(reason)) for node in members]

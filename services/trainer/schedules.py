@@ -14,7 +14,7 @@ from shared.schedule import ScheduleName
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """As much of a batch as a schedule must know."""
+    """The part of a batch that a schedule must know."""
 
     batch_id: str
     count: int
@@ -110,11 +110,11 @@ class Pipeline:
 
     @property
     def not_begun(self) -> tuple[str, ...]:
-        """Batches of which nothing is fed, in order."""
+        """Batches that have not begun to enter, in order."""
         return tuple(shape.batch_id for shape in self.queue if self.open_batch(shape.batch_id) is None)
 
     def without(self, batch_ids: Container[str]) -> Self:
-        """These batches, of which nothing is fed, are not to enter."""
+        """Remove these batches, which have not begun to enter."""
         return replace(self, queue=tuple(shape for shape in self.queue if shape.batch_id not in batch_ids))
 
     def feed(self) -> Self:
@@ -150,7 +150,7 @@ class Pipeline:
         return self._with(replace(batch, squared_norms={**batch.squared_norms, stage: squared_norm}))
 
     def join(self, batch_id: str) -> Self:
-        """The mean over several nodes will take the place of the complete batch's gradients, or of none."""
+        """Note that the mean over several nodes replaces the complete batch's gradients, or stands alone."""
         batch = self.open_batch(batch_id)
         if batch is not None:
             return self._with(replace(batch, squared_norms={}, is_joint=True))
@@ -158,13 +158,13 @@ class Pipeline:
         return replace(self, open_batches=(*self.open_batches, placeholder))
 
     def order(self, batch_id: str, version: int, *, is_skipped: bool = False) -> Self:
-        """The complete batch's step is ordered."""
+        """Note that the complete batch's step is ordered."""
         batch = self.open_batch(batch_id)
         assert batch is not None
         return self._with(replace(batch, version=version, is_skipped=is_skipped))
 
     def step_done(self, stage: int, batch_id: str) -> Self:
-        """Batches for which all stages have done as ordered leave: compare `batch_ids` before and after."""
+        """Remove batches that all stages have stepped for: compare `batch_ids` before and after."""
         batch = self.open_batch(batch_id)
         if batch is None:
             return self

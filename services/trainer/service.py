@@ -160,7 +160,7 @@ class Trainer:
                 await subscription.unsubscribe()
 
     async def _listen(self, actions: ActionRunner, nodes: Nodes) -> list[Subscription]:
-        """To stages, and to whoever asks."""
+        """Listen to stages, and to requests from anyone."""
         requests = WeightsRequests(
             root=self._files.root,
             nodes=nodes,

@@ -91,12 +91,12 @@ class TrainerSettings(LemixSettings):
 
     @property
     def merging(self) -> MergeName:
-        """`dp` is the mean of gradients over nodes of one stage."""
+        """The way weights become one; `dp` is the mean of gradients over nodes of one stage."""
         return "allreduce" if self.schedule == "dp" else self.merge
 
     @property
     def shares_weights(self) -> bool:
-        """Whether all nodes have the same, after each merge at least."""
+        """Whether all nodes have the same weights, after each merge at least."""
         return self.merging != "none"
 
     @property

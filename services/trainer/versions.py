@@ -107,11 +107,11 @@ class Ledger:
         )
 
     def pass_over(self, sequence: int) -> Self:
-        """A sequence that is done was read."""
+        """Note that a finished sequence was read."""
         return replace(self, read_up_to=max(self.read_up_to, sequence))._pruned()
 
     def skip(self, sequence: int) -> Self:
-        """Never apply what stands at `sequence`: it is refused, or repeats another batch."""
+        """Never apply the message at `sequence`: it is refused, or repeats another batch."""
         pending = {batch_id: other for batch_id, other in self.pending.items() if other != sequence}
         read_up_to = max(self.read_up_to, sequence)
         return replace(
@@ -119,13 +119,13 @@ class Ledger:
         )._pruned()
 
     def apply(self, node: int, batch_id: str) -> Self:
-        """The node's weights now contain the batch."""
+        """Note that the node's weights now contain the batch."""
         assert batch_id in self.pending
         lineage = self.lineage(node)
         return self._with(node, replace(lineage, applied=(*lineage.applied, batch_id)))
 
     def roll_back(self, node: int) -> Self:
-        """The node goes back to its durable checkpoint; what only it had applied since is merely pending."""
+        """Note that the node goes back to its durable checkpoint; batches only it had applied are pending."""
         return self._with(node, replace(self.lineage(node), applied=()))
 
     def only_applied_by(self, node: int) -> tuple[str, ...]:
@@ -136,19 +136,19 @@ class Ledger:
         return tuple(each for each in self.lineage(node).applied if each not in others)
 
     def share(self, nodes: Iterable[int]) -> Self:
-        """The weights of these nodes, which descend from one checkpoint, are merged into one."""
+        """Note that the weights of these nodes, which descend from one checkpoint, are merged into one."""
         members = list(nodes)
         applied = self.applied_by(members)
         shared = {node: replace(self.lineage(node), applied=applied) for node in members}
         return replace(self, lineages={**self.lineages, **shared})
 
     def join(self, node: int) -> Self:
-        """The node holds the newest durable checkpoint of any node."""
+        """Note that the node holds the newest durable checkpoint of any node."""
         newest = max(self.lineages.values(), key=attrgetter("durable_version"), default=Lineage())
         return self._with(node, replace(newest, applied=()))
 
     def make_durable(self, node: int, version: int) -> Self:
-        """A durable checkpoint of the node contains its first `version` steps.
+        """Note that a durable checkpoint of the node contains its first `version` steps.
 
         It is one of every node whose weights consist of the same steps.
         """
@@ -182,9 +182,9 @@ class Ledger:
         return tuple(dict.fromkeys(each for node in nodes for each in self.lineage(node).applied))
 
     def go_back(self, nodes: Collection[int], target: Lineage) -> Self:
-        """These nodes, one or all that share their weights, go back to an older durable checkpoint, for good.
+        """Take these nodes (one, or all that share their weights) back to an older checkpoint, for good.
 
-        What any of them had applied since is discarded: done with, and in no weights.
+        Batches that any of them had applied since are discarded: finished, and in no weights.
         """
         lineages = [self.lineage(node) for node in nodes]
         sequences = frozenset[int]().union(*(lineage.sequences for lineage in lineages))

@@ -16,7 +16,7 @@ from shared.messages.weights import DurableVersions, DurableVersionsRequest, Rol
 
 
 class WeightsRequests:
-    """Requests run side by side; a node that goes back is taken from when its checkpoint is looked for."""
+    """Answers requests side by side. A node that goes back is busy from the search for its checkpoint on."""
 
     def __init__(self, *, root: Path, nodes: Nodes, rollbacks: Rollbacks, shares_weights: bool) -> None:
         """`root`: the folder of all checkpoints. `shares_weights`: the nodes do."""
@@ -33,8 +33,10 @@ class WeightsRequests:
         return DurableVersions(versions=tuple(versions))
 
     async def roll_back(self, incoming: Incoming[RollBackWeights]) -> RolledBack:
-        """Raises RefusedError when a node is not there, has no such version, is going back already, or is to
-        go back without those that share its weights.
+        """Roll back.
+
+        Raises RefusedError when a node is not there, has no such version, is going back already, or would go
+        back without those that share its weights.
         """
         asked, known = incoming.message, self._nodes.by_number
         if self._shares_weights and asked.node is not None:

@@ -427,7 +427,7 @@ class _Stream:
 
     @property
     def num_removed(self) -> int:
-        """How many are gone: all up to this sequence."""
+        """The number of removed messages: all up to this sequence."""
         return self.last_sequence - len(self.messages)
 
     def _has_room(self, body: bytes) -> bool:

@@ -29,7 +29,7 @@ class OpEnded(Message):
 
     op: StageOp
     elapsed_s: float
-    """From its start on the device to its end; waiting in line is not in it."""
+    """Seconds from its start on the device to its end, without waiting in line."""
     ago_s: float
     """Between its end and the sending of this message."""
 

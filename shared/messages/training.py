@@ -243,7 +243,7 @@ class RejectedBatch(Message):
                 return None
 
     def without_body(self) -> Self:
-        """With nothing but what became of it."""
+        """The same rejection without the published batch."""
         return self.model_copy(update={"body": "", "body_form": "left_out"})
 
 

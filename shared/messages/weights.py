@@ -66,7 +66,7 @@ class MergeGroup(Message):
     name: str = Field(pattern=r"^[\w.-]+$")
     """A name for this merge alone."""
     members: tuple[MergeMember, ...] = Field(min_length=1)
-    """In the order in which they are summed."""
+    """The members, in the order in which they are summed."""
 
 
 class OuterStep(Message):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ALL_LINEAR: Final = "all-linear"
-"""As a target: each linear module of the layers; never the embedding or the head."""
+"""A target that stands for each linear module of the layers, but not the embedding or the head."""
 
 _FILE_PREFIX: Final = "base_model.model."
 """The prefix of a module's name in peft's files, before its name in the whole model."""
@@ -189,7 +189,7 @@ def _find_targets(stage: Stage, targets: tuple[str, ...]) -> dict[str, nn.Module
 
 
 def _initial(name: str, like: Tensor) -> Tensor:
-    """As peft begins, but for the random numbers, which depend on nothing but the name."""
+    """The first values as in peft, except for the random numbers, which depend only on the name."""
     tensor = torch.zeros(like.shape, dtype=like.dtype)
     if name.endswith(".lora_A.weight"):
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)

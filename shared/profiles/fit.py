@@ -18,7 +18,7 @@ class Curve:
     """A piecewise linear function of whole numbers, as a table that goes on straight after its end."""
 
     values: tuple[float, ...]
-    """At 0, 1, 2, ..."""
+    """Values at 0, 1, 2, ..."""
     slope: float
     """After the last one."""
 

@@ -38,7 +38,7 @@ class StageMemory(Message):
     capacity_bytes: int
     """Bytes that a stage may use in all."""
     host_bytes_per_s: int = Field(default=PCIE_4_BYTES_PER_S, gt=0)
-    """From and to the host's memory."""
+    """Bandwidth from and to the host's memory."""
 
     @property
     def kv_tokens(self) -> int:

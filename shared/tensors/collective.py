@@ -149,7 +149,7 @@ class CollectiveGroup:
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """On a GPU: after what the compute thread has begun, but not in the way of what it does next."""
+        """Use an own stream on a GPU: after the compute thread's earlier work, beside its later work."""
         if self._device.type != "cuda":
             yield
             return

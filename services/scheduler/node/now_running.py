@@ -4,7 +4,7 @@ from services.scheduler.node.known_work import ITERATION, STEP, Batch, Iteration
 
 
 class NowRunning:
-    """At most one op on each stage."""
+    """Knows the op that runs on each stage; there is at most one."""
 
     def __init__(self, num_stages: int) -> None:
         self.by_stage: list[Running | None] = [None] * num_stages

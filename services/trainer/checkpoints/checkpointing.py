@@ -1,4 +1,4 @@
-"""Has the stages of nodes load checkpoints and write them, and makes durable what they have written."""
+"""Has the stages load checkpoints and write them, and makes the written ones durable."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointing:
-    """Each method takes its time, and then tells the node what has come of it."""
+    """Loads and saves. Each method takes its time, and then reports the result to the node."""
 
     def __init__(
         self,

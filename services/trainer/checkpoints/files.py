@@ -114,14 +114,14 @@ class CheckpointFiles:
         return begins.after_sequence
 
     def temporary(self, node: int, version: int, epoch: int) -> Path:
-        """Where the stages write their shards of `version` in this life of the node."""
+        """The folder into which the stages write their shards of `version`, in this life of the node."""
         name = f"{_TEMPORARY}{checkpoints.checkpoint_name(version)}-{epoch}"
         return checkpoints.node_folder(self._root, node) / name
 
     def begin(self, folder: Path) -> None:
-        """Make the temporary folder, and remove those of the node's attempts that came to nothing.
+        """Make the temporary folder, and remove those of the node's failed attempts.
 
-        Only now, because until the node was restored a stage may still have been writing there.
+        Not earlier, because until the node was restored a stage may still have been writing there.
         """
         for old in folder.parent.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -158,8 +158,9 @@ class CheckpointFiles:
         return checkpoints.serving(chain.from_iterable(found))
 
     def note_verdict(self, node: int, verdict: Verdict) -> None:
-        """Write it in the manifests of that version's checkpoints, of the node and of all that share its
-        weights, where there are any.
+        """Write the verdict into the manifests of that version's checkpoints.
+
+        These are the node's, and those of all nodes that share its weights.
         """
         name = checkpoints.checkpoint_name(verdict.version)
         for folder in (checkpoints.node_folder(self._root, other) / name for other in self._nodes_like(node)):
@@ -178,7 +179,7 @@ class CheckpointFiles:
             shutil.rmtree(old.folder)
 
     def oldest_watermark(self) -> int:
-        """Up to this stream sequence, no node needs a batch again, whichever checkpoint it goes back to."""
+        """The sequence up to which no node needs a batch again, whichever checkpoint it goes back to."""
         kept = (
             each
             for node in checkpoints.nodes(self._root)
@@ -190,7 +191,7 @@ class CheckpointFiles:
         return checkpoints.nodes_like(self._root, node, merge=self.merge)
 
     def _as_model(self, folder: Path, shards: Sequence[ShardSaved]) -> None:
-        """Add what makes the shards one model."""
+        """Add the files that make the shards one model."""
         file_by_tensor = {name: file for shard in shards for name, file in shard.file_by_tensor.items()}
         sync(write_index(folder, file_by_tensor, sum(shard.size_bytes for shard in shards)))
         config = json.loads((self._model_folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -205,7 +206,10 @@ class CheckpointFiles:
 
 
 def _adapter_of(shards: Iterable[ShardSaved]) -> AdapterKind:
-    """Raises ConfigurationError when the stages did not train the same kind of weights."""
+    """The kind of adapter of the shards.
+
+    Raises ConfigurationError when the stages did not train the same kind of weights.
+    """
     kinds = {shard.adapter for shard in shards}
     if len(kinds) != 1:
         raise ConfigurationError("the stages of one node have different LEMIX_ADAPTER")
@@ -213,7 +217,7 @@ def _adapter_of(shards: Iterable[ShardSaved]) -> AdapterKind:
 
 
 def _as_adapter(folder: Path, shards: Iterable[ShardSaved], digests: dict[str, str]) -> dict[str, str]:
-    """Make the shards one adapter; returns the digests of what is there then."""
+    """Make the shards one adapter; returns the digests of the files that are there then."""
     names = sorted({name for shard in shards for name in shard.file_by_tensor.values()})
     others = {name: digest for name, digest in digests.items() if name not in names}
     return others | {checkpoints.ADAPTER_NAME: join_adapter(folder, names)}

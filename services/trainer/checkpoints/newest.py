@@ -7,7 +7,7 @@ from shared.checkpoints import Checkpoint
 
 
 class NewestCheckpoints:
-    """The newest durable one of each node that has any."""
+    """The newest durable checkpoint of each node that has any."""
 
     def __init__(self, by_node: dict[int, Checkpoint], *, shares_weights: bool) -> None:
         """`shares_weights`: the newest of any node is that of all."""
@@ -24,11 +24,11 @@ class NewestCheckpoints:
         return newest.folder if newest else None
 
     def add(self, checkpoint: Checkpoint) -> None:
-        """Its node has just made it."""
+        """Note a checkpoint that its node has just made."""
         self._by_node[checkpoint.manifest.node] = checkpoint
 
     def go_back(self, nodes: Collection[int], target: Checkpoint) -> None:
-        """Newer ones of these nodes are gone."""
+        """Note that newer checkpoints of these nodes are gone."""
         for node in nodes:
             self._by_node.pop(node, None)
         self.add(target)

@@ -36,7 +36,7 @@ def intend(root: Path, manifest: Manifest) -> None:
 
 
 def complete(root: Path, node: int) -> None:
-    """Do what was intended for the node and is not done, if anything was.
+    """Complete the node's intended rollback, if there is one.
 
     Raises ConfigurationError when the intention cannot be read, or the disk refuses.
     """
@@ -62,13 +62,13 @@ def _complete(root: Path, manifest: Manifest, intent: Path) -> None:
 
 
 def complete_all(root: Path) -> None:
-    """Complete what an earlier trainer has intended. Raises as `complete`."""
+    """Complete the rollbacks that an earlier trainer intended. Raises as `complete`."""
     for node in checkpoints.nodes(root):
         complete(root, node)
 
 
 def _free_name(folder: Path) -> Path:
-    """Version numbers come again after a rollback, and so may these names."""
+    """A name that is free: version numbers come again after a rollback, and so may these names."""
     name = folder.with_name(f"{ASIDE}{folder.name}")
     others = (name.with_name(f"{name.name}-{number}") for number in itertools.count(2))
     return next(free for free in itertools.chain([name], others) if not free.exists())

@@ -31,7 +31,7 @@ class _Rollback:
         self.num_discarded: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def answer(self, num_discarded: int, failure: str) -> None:
-        """Tell whoever still waits for it."""
+        """Answer whoever still waits for it."""
         if self.num_discarded.done():
             return
         if failure:
@@ -41,7 +41,7 @@ class _Rollback:
 
 
 class Rollbacks:
-    """A node takes part in one at a time: whoever orders them sees to that."""
+    """Runs rollbacks. A node takes part in one at a time; the caller of `order` ensures it."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Rollbacks:
         self._acknowledge = acknowledge
         self._tasks = tasks
         self._ordered: dict[int, _Rollback] = {}
-        """By node that is not closed yet."""
+        """Rollbacks by node that is not closed yet."""
 
     async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
         """Have one node, or all that share their weights, go back to `target`; returns how many batches are
@@ -78,7 +78,7 @@ class Rollbacks:
         return await rollback.num_discarded
 
     def note_closed(self, node: int) -> None:
-        """The node trains no more, and nothing of it is being saved."""
+        """Note that the node has stopped training, and that nothing of it is being saved."""
         rollback = self._ordered.pop(node)
         rollback.unclosed.remove(node)
         if not rollback.unclosed:
@@ -104,7 +104,7 @@ class Rollbacks:
         rollback.answer(num_discarded, failure)
 
     def _go_back(self, numbers: Collection[int], target: Checkpoint) -> None:
-        """On the disk these nodes have gone back."""
+        """Note that these nodes have gone back on the disk."""
         self._newest.go_back(numbers, target)
         before = self._book.ledger.discarded_ids
         self._acknowledge(self._book.go_back(numbers, lineage_of(target.manifest)))

@@ -1,4 +1,4 @@
-"""Which versions a guard has judged on the held-out examples, and how; and which it is about to judge."""
+"""The guard's verdicts on versions, and the versions that it is about to judge."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Verdicts:
-    """The last one of each node, until the node goes back."""
+    """The last verdict on each node, until the node goes back."""
 
     def __init__(
         self,
@@ -32,23 +32,23 @@ class Verdicts:
 
     @property
     def undecided(self) -> set[int]:
-        """Versions that may serve, or may yet, and whose manifests do not say so, maybe."""
+        """Versions that may serve, or may later, and whose manifests perhaps do not say so yet."""
         let_serve = {verdict.version for verdict in self._last.values() if verdict.may_serve}
         return self._evaluator.versions | let_serve
 
     def add(self, node: int, verdict: Verdict) -> None:
-        """Remember it, and write it down if its version has a checkpoint."""
+        """Remember the verdict, and write it down if its version has a checkpoint."""
         self._last[node] = verdict
         self._tasks.create_task(self._write(node, verdict))
 
     async def write(self, node: int) -> None:
-        """Write down what is known of the node's new checkpoint: its verdict may have come before."""
+        """Write down the verdict on the node's new checkpoint, which may have come before it."""
         for number, verdict in list(self._last.items()):
             if self._shares_weights or number == node:
                 await self._write(number, verdict)
 
     def forget(self, node: int) -> None:
-        """The node goes back: the numbers of its newer versions come again, and mean other weights."""
+        """Forget a node that goes back: the numbers of its newer versions come again with other weights."""
         self._evaluator.drop(node)
         self._last.pop(node, None)
 

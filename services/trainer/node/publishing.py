@@ -70,17 +70,17 @@ class Publishing:
         self.published: int | None = None
         """None: the newest weights serve."""
         self.losses: dict[int, float] = {}
-        """On the held-out examples, of kept versions that were evaluated."""
+        """Losses on the held-out examples, for kept versions that were evaluated."""
         self._lowest_loss = inf
         """The lowest loss of all that have served, back to a rollback: small rises must not add up."""
         self._restored_rise = 1.0
         """See `rise`: of the restored version, when it was let serve."""
         self.num_withheld = 0
-        """In the trainer's life so far."""
+        """Versions withheld in the trainer's life so far."""
         self.last_withheld: Withheld | None = None
         self._rules = rules
         self._kept: set[int] = set()
-        """By the stages, or soon: their step is ordered."""
+        """Versions that the stages keep, or soon will: their step is ordered."""
         self._evaluating: int | None = None
         """The version that is evaluated now, or as soon as its step is done."""
         self._next_due = 0
