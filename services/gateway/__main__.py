@@ -46,6 +46,7 @@ async def run(world: World, settings: GatewaySettings) -> None:
     context = GatewayContext(
         cluster=cluster,
         tokenizer=tokenizer,
+        chat_template=encoder.chat_template,
         card=encoder.card,
         settings=settings,
         clock=world.clock,

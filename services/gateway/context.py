@@ -7,6 +7,7 @@ from services.gateway.cluster_client import ClusterClient
 from services.gateway.metrics import Metrics
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings
+from shared.chat_template import ChatTemplate
 from shared.clock import Clock, IdSource
 from shared.model_files import ModelCard
 from shared.telemetry import Telemetry
@@ -19,6 +20,8 @@ class GatewayContext:
 
     cluster: ClusterClient
     tokenizer: TextTokenizer
+    chat_template: ChatTemplate | None
+    """None: the model has none."""
     card: ModelCard
     settings: GatewaySettings
     clock: Clock

@@ -22,6 +22,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus, Incoming
 from shared.bus.memory import MemoryBroker
+from shared.chat_template import ChatTemplate
 from shared.clock import IdSource, SystemClock
 from shared.encoding import ExampleEncoder
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
@@ -39,6 +40,7 @@ from shared.settings import EMBEDDED_MODEL
 from shared.subjects import CANCEL, FAILED, STATUS, SUBMIT, TOKENS
 from shared.telemetry import Telemetry
 from shared.text import TextTokenizer
+from tests.support.chat_templates import CHATML
 
 NODE = 3
 VERSION = 7
@@ -167,6 +169,7 @@ async def gateway_world(
     broker: MemoryBroker | None = None,
     run_dir: Path | None = None,
     ids: IdSource | None = None,
+    template: str | None = CHATML,
     **settings: float | str,
 ) -> AsyncIterator[World]:
     """A running gateway; the block fails when it takes longer than DEADLINE_S.
@@ -185,7 +188,7 @@ async def gateway_world(
         )
         fine_tuning = FineTuning(chosen, bus=bus, clock=SystemClock(), ids=ids, encoder=encoder)
         fine_tuning.load()
-        context = _context(bus, telemetry, chosen, ids, fine_tuning)
+        context = _context(bus, telemetry, chosen, ids, fine_tuning, template)
         app = build_app(context, fine_tuning)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
@@ -201,7 +204,12 @@ async def gateway_world(
 
 
 def _context(
-    bus: Bus, telemetry: Telemetry, settings: GatewaySettings, ids: IdSource, fine_tuning: FineTuning
+    bus: Bus,
+    telemetry: Telemetry,
+    settings: GatewaySettings,
+    ids: IdSource,
+    fine_tuning: FineTuning,
+    template: str | None,
 ) -> GatewayContext:
     clock = SystemClock()
     cluster = ClusterClient(
@@ -210,6 +218,7 @@ def _context(
     return GatewayContext(
         cluster=cluster,
         tokenizer=TOKENIZER,
+        chat_template=ChatTemplate({"default": template}, {}, clock) if template else None,
         card=CARD,
         settings=settings,
         clock=clock,

@@ -15,6 +15,7 @@ from services.gateway.http.errors import ApiError
 from services.gateway.http.paths import LenientPaths
 from services.gateway.http.request_log import RequestLog
 from services.gateway.jobs.fine_tuning import FineTuning
+from services.gateway.openai.chat.route import add_chat
 from services.gateway.openai.completions.route import add_completions
 from services.gateway.openai.files import add_files
 from services.gateway.openai.jobs import add_jobs
@@ -30,7 +31,9 @@ def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     app.add_exception_handler(HTTPException, _unknown_route)
     _add_refusals(app, context)
     _add_middlewares(app, context)
-    add_completions(app, context, Generations(context))
+    generations = Generations(context)
+    add_completions(app, context, generations)
+    add_chat(app, context, generations)
     add_models(app, context)
     _add_operations(app, context)
     add_files(app, fine_tuning, context.settings)

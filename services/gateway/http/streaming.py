@@ -30,7 +30,7 @@ _PING = b": ping\n\n"
 class EventEncoder(Protocol):
     """Writes the events of one route's streams; where there is nothing to tell, no bytes."""
 
-    def opening(self) -> bytes:
+    def opening(self, versions: Versions | None) -> bytes:
         """Before the first piece."""
         ...
 
@@ -133,7 +133,8 @@ class _EventStream(Response):
 
     async def _send_events(self, send: Send) -> bytes:
         """Send all but the last event, which is returned."""
-        generation, body = self._generation, self._events.opening() + self._encode(self._first)
+        generation = self._generation
+        body = self._events.opening(generation.versions) + self._encode(self._first)
         try:
             while True:
                 if body:

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from services.gateway.context import GatewayContext
 from services.gateway.generation import Usage, Versions
 from services.gateway.http.errors import ApiError
 
@@ -57,6 +58,16 @@ class Heading:
         }
 
 
+def new_heading(context: GatewayContext, prefix: str, kind: str) -> Heading:
+    """The heading of an answer that begins now; its id begins with `prefix`."""
+    return Heading(
+        answer_id=context.ids.new(prefix),
+        kind=kind,
+        created_s=int(context.clock.wall_s()),
+        model=context.card.name,
+    )
+
+
 def fingerprint(versions: Versions | None) -> str | None:
     """The weights that made the answer's first and last token; None when nothing was computed."""
     return None if versions is None else f"weights-{versions.first}-{versions.last}"
@@ -81,7 +92,7 @@ class ChunkEncoder:
         self._versions: Versions | None = None
         self._head = self._encode_head(None)
 
-    def opening(self) -> bytes:
+    def opening(self, versions: Versions | None) -> bytes:
         """Nothing comes before the first piece."""
         return b""
 

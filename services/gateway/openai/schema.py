@@ -97,8 +97,8 @@ def refusal(error: RequestValidationError) -> ApiError:
 
 
 def _param(place: Sequence[str | int]) -> str:
-    """`body`, 'messages', 0, 'content' is `messages.0.content`."""
-    return ".".join(str(part) for part in place[1:] if part != "[key]")
+    """`messages.0.content` for body, messages, 0, [user], content: no client wrote what is in brackets."""
+    return ".".join(str(part) for part in place[1:] if not str(part).startswith("["))
 
 
 def unsupported(param: str) -> ApiError:

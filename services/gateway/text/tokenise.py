@@ -1,7 +1,7 @@
 """Turns prompts into tokens, and checks them against the served model."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.gateway.http.errors import ApiError
@@ -39,12 +39,24 @@ async def tokenise(
     return tuple(tokenised)
 
 
+async def tokenise_rendered(
+    text: str, max_tokens: int, tokenizer: TextTokenizer, card: ModelCard
+) -> TokenisedPrompt:
+    """A conversation that the chat template has rendered: it has all special tokens that it needs.
+
+    Raises ApiError when it leaves no room for `max_tokens` more.
+    """
+    ids = await _encode_text(text, tokenizer.encode_part) or _empty_prompt(card)
+    _check_length(len(ids), max_tokens, card, param="messages")
+    return TokenisedPrompt(tuple(ids), text)
+
+
 async def _encode(prompt: Prompt, tokenizer: TextTokenizer) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    if len(prompt) < _LONG_TEXT:
-        return tokenizer.encode(prompt)
-    return await asyncio.to_thread(tokenizer.encode, prompt)
+    return prompt if isinstance(prompt, list) else await _encode_text(prompt, tokenizer.encode)
+
+
+async def _encode_text(text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
 
 
 def _empty_prompt(card: ModelCard) -> list[int]:
@@ -63,13 +75,13 @@ def _check_ids(ids: list[int], card: ModelCard) -> None:
         raise ApiError(400, message, param="prompt", code="invalid_value")
 
 
-def _check_length(num_tokens: int, max_tokens: int, card: ModelCard) -> None:
+def _check_length(num_tokens: int, max_tokens: int, card: ModelCard, *, param: str = "prompt") -> None:
     if num_tokens + max_tokens > card.context_length:
         raise ApiError(
             400,
             f"This model's maximum context length is {card.context_length} tokens, however you requested "
             f"{num_tokens + max_tokens} tokens ({num_tokens} in your prompt; {max_tokens} for the "
             "completion). Please reduce your prompt or max_tokens.",
-            param="prompt",
+            param=param,
             code="context_length_exceeded",
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.gateway.jobs.requests import HyperparametersAsked, JobRequest
+from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.completions.request import CompletionRequest
 from services.gateway.settings import GatewaySettings
 from services.scheduler.settings import SchedulerSettings
@@ -63,7 +64,8 @@ def _default(setting: str) -> str:
 
 
 def test_every_parameter_of_the_api_is_in_its_document() -> None:
-    fields = [*CompletionRequest.model_fields, *JobRequest.model_fields, *HyperparametersAsked.model_fields]
+    chat, completion = ChatRequest.model_fields, CompletionRequest.model_fields
+    fields = [*chat, *completion, *JobRequest.model_fields, *HyperparametersAsked.model_fields]
     assert [name for name in fields if f"`{name}" not in _page("api")] == []
 
 

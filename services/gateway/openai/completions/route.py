@@ -6,7 +6,7 @@ from services.gateway.context import GatewayContext
 from services.gateway.generation import GenerationRequest, Generations
 from services.gateway.http.bodies import json_response
 from services.gateway.http.streaming import stream, version_header, whole
-from services.gateway.openai.answers import Heading, documented, usage_of
+from services.gateway.openai.answers import documented, new_heading, usage_of
 from services.gateway.openai.completions.answer import Completion, CompletionEvents, choice_of
 from services.gateway.openai.completions.request import CompletionRequest
 from services.gateway.openai.limits import check_choices, check_model
@@ -19,12 +19,7 @@ def add_completions(app: FastAPI, context: GatewayContext, generations: Generati
 
     @app.post("/v1/completions", responses=documented(Completion))
     async def complete(http: Request, asked: CompletionRequest) -> Response:
-        heading = Heading(
-            answer_id=context.ids.new("cmpl"),
-            kind="text_completion",
-            created_s=int(context.clock.wall_s()),
-            model=context.card.name,
-        )
+        heading = new_heading(context, "cmpl", "text_completion")
         with generations.admitted(traceparent=http.headers.get("traceparent", "")) as begin:
             generation = begin(await generation_request(asked, heading.answer_id, context))
         with_logprobs = asked.logprobs is not None

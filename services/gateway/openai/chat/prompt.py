@@ -1,0 +1,85 @@
+"""From a chat request to what the model is asked."""
+
+import asyncio
+
+from services.gateway.context import GatewayContext
+from services.gateway.generation import GenerationRequest
+from services.gateway.http.errors import ApiError
+from services.gateway.openai.chat.messages import for_template
+from services.gateway.openai.chat.request import ChatRequest
+from services.gateway.openai.chat.tools import call_schema, check_tools
+from services.gateway.openai.limits import check_choices, check_model
+from services.gateway.openai.parameters import check_parameters, sampling_of
+from services.gateway.openai.schema import invalid
+from services.gateway.text.tokenise import tokenise_rendered
+from shared.chat_template import ChatTemplate
+from shared.errors import ChatTemplateError, UnsupportedSchemaError
+from shared.structured_output import check_schema
+
+MAX_TOKENS_BY_DEFAULT = 4096
+"""A model that does not end its answer is stopped here, or where its context ends."""
+
+
+async def generation_request(
+    asked: ChatRequest, answer_id: str, context: GatewayContext
+) -> GenerationRequest:
+    """What a chat request asks of the model. Raises ApiError when it cannot be had."""
+    check_model(asked.model, context.card)
+    check_choices(1, asked.n, context.settings)
+    check_parameters(asked, context.card, context.settings)
+    check_tools(asked.tools, asked.tool_choice)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise invalid("top_logprobs", "only with 'logprobs'")
+    wanted = asked.token_limit
+    prompt = await tokenise_rendered(
+        _render(asked, context.chat_template), wanted or 1, context.tokenizer, context.card
+    )
+    room = context.card.context_length - len(prompt.ids)
+    return GenerationRequest(
+        answer_id=answer_id,
+        prompts=(prompt,),
+        sampling=sampling_of(
+            asked,
+            max_tokens=wanted or min(room, MAX_TOKENS_BY_DEFAULT),
+            num_logprobs=asked.num_logprobs,
+            seed=context.ids.seed() if asked.seed is None else asked.seed,
+            card=context.card,
+            json_schema=await _schema_of(asked),
+        ),
+        num_choices=asked.n,
+        stops=tuple(asked.stop),
+    )
+
+
+def _render(asked: ChatRequest, template: ChatTemplate | None) -> str:
+    if template is None:
+        message = "the model has no chat template; LEMIX_CHAT_TEMPLATE=FILE gives it one"
+        raise ApiError(400, message, param="messages", code="no_chat_template")
+    tools = [tool.model_dump(exclude_unset=True) for tool in asked.tools]
+    try:
+        return template.render(
+            [for_template(message) for message in asked.messages],
+            tools=tools if asked.may_call_tools else None,
+            add_generation_prompt=True,
+        )
+    except ChatTemplateError as error:
+        raise invalid("messages", str(error)) from error
+
+
+async def _schema_of(asked: ChatRequest) -> str | None:
+    """The JSON Schema that the text is held to, or None. Raises ApiError when that cannot be done."""
+    text, param = asked.response_format.schema_text, "response_format"
+    if text is not None and asked.may_call_tools:
+        raise invalid(param, "JSON and calls of 'tools' exclude each other")
+    if text is None and asked.may_call_tools:
+        text, param = call_schema(asked.tools, asked.tool_choice), "tools"
+    if text is None:
+        return None
+    for name in ("ignore_eos", "min_tokens", "stop_token_ids"):
+        if getattr(asked, name):
+            raise invalid(name, "the text has to end where its JSON ends")
+    try:
+        await asyncio.to_thread(check_schema, text)
+    except UnsupportedSchemaError as error:
+        raise invalid(param, str(error)) from error
+    return text

@@ -1,0 +1,52 @@
+"""The route POST /v1/chat/completions."""
+
+from fastapi import FastAPI, Request, Response
+
+from services.gateway.context import GatewayContext
+from services.gateway.generation import Generations
+from services.gateway.http.bodies import json_response
+from services.gateway.http.streaming import stream, version_header, whole
+from services.gateway.openai.answers import documented, new_heading, usage_of
+from services.gateway.openai.chat.answer import ChatCompletion, ChatEvents, ChoiceReader, choice_of
+from services.gateway.openai.chat.prompt import generation_request
+from services.gateway.openai.chat.request import ChatRequest
+from services.gateway.openai.tool_calls import ToolCallParser
+
+
+def add_chat(app: FastAPI, context: GatewayContext, generations: Generations) -> None:
+    """Serve answers to conversations."""
+
+    @app.post("/v1/chat/completions", responses=documented(ChatCompletion))
+    async def chat(http: Request, asked: ChatRequest) -> Response:
+        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+        heading = new_heading(context, "chatcmpl", kind)
+        with generations.admitted(traceparent=http.headers.get("traceparent", "")) as begin:
+            generation = begin(await generation_request(asked, heading.answer_id, context))
+        readers = [_reader(asked, context) for _ in range(asked.n)]
+        if asked.stream:
+            events = ChatEvents(
+                heading,
+                readers,
+                context.tokenizer,
+                include_usage=asked.stream_options.include_usage,
+                with_logprobs=asked.logprobs,
+            )
+            return await stream(http, context, generation, events)
+        choices = [
+            choice_of(index, pieces, reader, context.tokenizer, with_logprobs=asked.logprobs)
+            for index, (pieces, reader) in enumerate(
+                zip(await whole(http, context, generation), readers, strict=True)
+            )
+        ]
+        answer = {"choices": choices, "usage": usage_of(generation.usage)}
+        return json_response(
+            ChatCompletion.model_validate(heading.fields(generation.versions) | answer).model_dump(
+                exclude_unset=True
+            ),
+            headers=version_header(generation),
+        )
+
+
+def _reader(asked: ChatRequest, context: GatewayContext) -> ChoiceReader:
+    parser = ToolCallParser(lambda: context.ids.new("call")) if asked.may_call_tools else None
+    return ChoiceReader(parser, parallel_calls=asked.parallel_tool_calls)
