@@ -1,4 +1,4 @@
-"""How long the stages will take for what the scheduler may give them. Pure: observed times come in."""
+"""The predicted times of ops on stages. Pure: observed times come in."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -44,17 +44,17 @@ class Costs(Protocol):
     def iteration_s(self, stage: int, work: Work) -> float: ...
 
     def forward_s(self, stage: int, work: Work) -> float:
-        """A training forward; the last stage's includes its backward."""
+        """Seconds of a training forward; the last stage's includes its backward."""
         ...
 
     def backward_s(self, stage: int, work: Work) -> float:
-        """0 on the last stage."""
+        """Seconds of a training backward; 0 on the last stage."""
         ...
 
     def step_s(self, stage: int) -> float: ...
 
     def observe(self, stage: int, kind: OpKind, work: Work, elapsed_s: float) -> None:
-        """An op took `elapsed_s` on the device."""
+        """Note that an op took `elapsed_s` on the device."""
         ...
 
 
@@ -110,10 +110,10 @@ class QuadraticCosts:
 
 
 class AffineCosts:
-    """Curves fitted to a profile, each multiplied by how much longer the last such ops took than it says.
+    """Curves fitted to a profile. Each is corrected by how much longer recent ops took than it predicts.
 
     One curve for each stage and kind of op (`shared.profiles.fit`). Without a profile the curves are fitted
-    to what is observed first, and corrected from then on.
+    to the first observations, and corrected from then on.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class AffineCosts:
 
 
 class _CorrectedCurve:
-    """Learns its shape from samples, where it has been given a list for them; else only its height."""
+    """Learns its shape from samples, where it has a list for them; else only its height."""
 
     __slots__ = ("_fitted", "_ratio", "_samples")
 
@@ -188,12 +188,12 @@ def _constant(seconds: float) -> FittedTimes:
 
 
 def _squared_tokens(work: Work) -> float:
-    """B * L^2 where all sequences have the mean length."""
+    """B * L^2, where all sequences have the mean length."""
     return work.num_tokens**2 / work.num_sequences
 
 
 def _mean_eta_s(profile: Profile, kind: OpKind) -> float | None:
-    """None: the profile has no such op on whole sequences."""
+    """The mean eta; None: the profile has no such op on whole sequences."""
     ratios = [
         point.elapsed_s / _squared_tokens(point.work)
         for stage in profile.stages

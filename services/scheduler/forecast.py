@@ -1,8 +1,8 @@
-"""When a task would run on each stage of a node, given all that is placed there. Pure; changes nothing.
+"""When a task would run on each stage of a node, given all placed tasks. Pure; changes nothing.
 
-A decision looks at many nodes. What is the same for all of them, the task's course on a node with nothing
-else to do, is made once (`inference_alone`, `training_alone`) by the same simulation that predicts nodes;
-for each node it is then pushed back, stage after stage, by what is in its way there.
+A decision looks at many nodes. The task's path over a node with nothing else to do is the same for all of
+them. It is made once (`inference_alone`, `training_alone`), by the same simulation that predicts nodes. For
+each node it is then delayed, stage after stage, by the ops in its way there.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The predicted course of one task over the stages of a node.
+    """The predicted times of one task on the stages of a node.
 
     A training batch of several microbatches: from the first one's start to the last one's end.
     """
@@ -49,7 +49,7 @@ class Forecast:
 
     @property
     def end_s(self) -> float:
-        """When the last stage's forward ends: the first token."""
+        """The end of the last stage's forward: the first token."""
         return self.forward[-1].end_s
 
 
@@ -73,12 +73,12 @@ class Alone:
         return [ratio * duration_s for duration_s in durations_s]
 
     def at(self, now_s: float) -> Forecast:
-        """Its forecast on such a node."""
+        """Its forecast when it comes at that time."""
         return Forecast(_shifted(self.forward, now_s), _shifted(self.backward, now_s), self.idle_s)
 
 
 def inference_alone(costs: Costs, num_prompt_tokens: int) -> Alone:
-    """A prompt goes in as few iterations as hold it; the scheduler's message takes a hop."""
+    """Forecast a request alone: as few iterations as hold its prompt. The scheduler's message takes a hop."""
     num_stages = _num_stages(costs)
     most = costs.max_iteration_tokens
     pieces = [
@@ -99,7 +99,7 @@ def inference_alone(costs: Costs, num_prompt_tokens: int) -> Alone:
 
 
 def training_alone(costs: Costs, microbatches: Sequence[Work]) -> Alone:
-    """The scheduler's answer to the trainer and its microbatch to stage 0 take a hop each."""
+    """Forecast a batch alone: the scheduler's answer and the microbatch to stage 0 take a hop each."""
     num_stages = _num_stages(costs)
     known = KnownWork(
         num_stages=num_stages,
@@ -126,7 +126,7 @@ def training_alone(costs: Costs, microbatches: Sequence[Work]) -> Alone:
 
 
 def forecast_inference(prediction: Prediction, alone: Alone, now_s: float) -> Forecast:
-    """An iteration waits for the op in progress where it comes, and for inference ahead of it.
+    """Forecast a request: it waits for the op in progress where it comes, and for inference ahead of it.
 
     It does not wait for training that waits itself (`slo_first`).
     """
@@ -146,7 +146,7 @@ def forecast_inference(prediction: Prediction, alone: Alone, now_s: float) -> Fo
 
 
 def _forecast_without_slot(prediction: Prediction, alone: Alone, now_s: float) -> Forecast:
-    """One iteration per stage is on its way: the next one takes all that wait, and its share of decodes."""
+    """Forecast without a free slot: the next iteration takes all that wait, and its share of decodes."""
     hop_s, known = alone.costs.hop_s, prediction.known
     joined = known.formed[-1] if prediction.last_entry_s > now_s + hop_s else None
     most = alone.costs.max_iteration_tokens
@@ -167,7 +167,7 @@ def _forecast_without_slot(prediction: Prediction, alone: Alone, now_s: float) -
 
 
 def forecast_training(prediction: Prediction, alone: Alone, now_s: float) -> Forecast:
-    """A training op runs when its stage has nothing else to do, after what the trainer feeds before it."""
+    """Forecast a batch: an op runs when its stage has nothing else to do, after earlier batches."""
     if prediction.is_idle and prediction.feed_s <= now_s:
         return alone.at(now_s)
     last = len(alone.forward) - 1

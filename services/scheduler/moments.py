@@ -1,4 +1,4 @@
-"""Running statistics of what the scheduler sees: constant time and room each."""
+"""Running statistics for the scheduler, each in constant time and memory."""
 
 import math
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ArrivalRate:
     _first_s: float | None = None
 
     def add(self, now_s: float) -> None:
-        """One has arrived."""
+        """Note an arrival."""
         if self._first_s is None:
             self._first_s = now_s
         self._weight = self._weight_at(now_s) + 1.0
@@ -61,7 +61,7 @@ class MeanError:
     total: float = 0.0
 
     def add(self, predicted: float, actual: float) -> None:
-        """`actual` that is not positive says nothing, and is left out."""
+        """Add a prediction; one whose `actual` is not positive says nothing, and is left out."""
         if actual > 0:
             self.count += 1
             self.total += abs(predicted - actual) / actual

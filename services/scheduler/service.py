@@ -1,4 +1,4 @@
-"""The edge of the scheduler: messages in, decision, messages out."""
+"""The edge of the scheduler: messages in, decisions, messages out."""
 
 import asyncio
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ QUEUE = "scheduler"
 
 
 class Scheduler:
-    """Places every task on a node, and tells gateways of tasks that died with theirs.
+    """Places every task on a node, and tells gateways of tasks that died with their node.
 
     Requests run concurrently: nothing may wait between a policy's look at the state and the
     TaskAssigned that follows from it.
@@ -90,7 +90,7 @@ class Scheduler:
         self._state = ClusterState(costs=costs, slo_s=slo_s, slo_factor=slo_factor, feeding=feeding)
 
     async def run(self) -> None:
-        """Serve for ever."""
+        """Serve until cancelled."""
         await self._bus.subscribe(HEARTBEAT.at(), self._on_heartbeat)
         await self._bus.subscribe(STOPPED.at(), self._on_stopped)
         await self._bus.subscribe(ENDED.at(), self._on_ended)

@@ -66,7 +66,7 @@ class TimePassed:
 
 @dataclass(frozen=True, slots=True)
 class TaskArrived:
-    """A task asks for a node; one that waits, or whose asker was told to ask again, may come repeatedly."""
+    """A task asks for a node. It may come again when it waits, or when its asker was told to ask again."""
 
     task_id: str
     kind: TaskKind
@@ -168,7 +168,7 @@ class ClusterState:
         """A heap; it may still name tasks that have ended."""
 
     def apply(self, event: Event) -> list[LostTask]:
-        """Take the event in; the tasks that it cost. The only way this object changes."""
+        """Take in the event; returns the tasks that it cost. The only way this object changes."""
         match event:
             case HeartbeatSeen(heartbeat, now_s):
                 return self._heartbeat(heartbeat, now_s)
@@ -209,11 +209,11 @@ class ClusterState:
         return len(self._nodes)
 
     def num_tasks(self, node: int) -> int:
-        """Tasks that occupy the node."""
+        """The number of tasks on the node."""
         return len(self._nodes[node].tasks)
 
     def placed(self, task_id: str) -> PlacedTask | None:
-        """Where the task is, if it is anywhere."""
+        """The task's place, if it has one."""
         return self._tasks.get(task_id)
 
     def arrived_s(self, task_id: str) -> float | None:
@@ -229,12 +229,12 @@ class ClusterState:
         return self._nodes[node].kv_capacity
 
     def kv_tokens_free(self, node: int) -> int:
-        """Room in the node's KV cache when every task that is placed there has grown to its full length."""
+        """Room in the node's KV cache once every task placed there has grown to its full length."""
         state = self._nodes[node]
         return state.kv_capacity - state.kv_tokens
 
     def status(self) -> tuple[NodeStatus, ...]:
-        """All known nodes, ascending."""
+        """The status of all known nodes, ascending."""
         return tuple(self._status(node) for node in sorted(self._nodes))
 
     def _status(self, node_id: int) -> NodeStatus:
@@ -297,7 +297,7 @@ class ClusterState:
         return lost
 
     def _lose_tasks(self, node: int, reason: str) -> list[LostTask]:
-        """A training task leaves without a word: the trainer watches the nodes itself."""
+        """End the node's tasks. Training tasks need no message: the trainer watches the nodes itself."""
         tasks = list(self._nodes[node].tasks.values())
         for task in tasks:
             self._end(task.task_id)

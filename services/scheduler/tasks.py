@@ -1,4 +1,4 @@
-"""Tasks as the scheduler sees them: how large they are, and how they fare on their node. Pure."""
+"""Tasks as the scheduler sees them: their sizes, and their progress on their node. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,13 +42,13 @@ def _work_of_examples(lengths: Sequence[int]) -> Work:
 
 
 def work_of_op(op: StageOp) -> Work:
-    """The size of an op that a stage tells of."""
+    """The size of an op in a stage's report."""
     return Work(op.num_tokens, op.num_pairs, op.num_sequences)
 
 
 @dataclass(slots=True, eq=False)
 class Assigned:
-    """A task on its node. `forward` and `backward`, by stage: as forecast, then as they happened.
+    """A task on its node. `forward` and `backward` hold forecast times by stage, then the real ones.
 
     Empty intervals when it was placed without a forecast.
     """

@@ -1,4 +1,4 @@
-"""Whether stages do what was predicted: then the prediction still holds, and need not be made anew. Pure."""
+"""Whether stages do what was predicted: then the prediction still holds, and need not be made again. Pure."""
 
 from services.scheduler.node.known_work import BACKWARD, FORWARD, ITERATION, STEP, Iteration, Op
 from services.scheduler.node.prediction import Prediction
@@ -19,7 +19,7 @@ class Agreement:
         """By stage: predicted ops that have ended."""
 
     def holds(self, progress: StageProgress, sent_s: float) -> bool:
-        """Take in what a stage tells; False when it does other things than predicted, or at other times.
+        """Take in a stage's report; False when it differs from the prediction, in ops or in times.
 
         Times are compared with the predicted ones themselves, so that small deviations do not add up.
         """

@@ -29,7 +29,7 @@ _END, _WAKE = 8, 9
 
 
 def predict(known: KnownWork, now_s: float) -> Prediction:
-    """The course of everything known from `now_s` on."""
+    """Predict the ops of everything known, from `now_s` on."""
     return _Course(known, now_s).prediction()
 
 
@@ -220,7 +220,7 @@ class _Course:
             self._slot_s = min(self._slot_s, free_s)
 
     def _pass(self, batch: Batch, index: int, num_passes: int, at_s: float) -> None:
-        """Bring a microbatch to where its next pass runs."""
+        """Send a microbatch to the stage of its next pass."""
         last = self._last
         if num_passes <= last:
             self._arrive(at_s, num_passes, Op(FORWARD, batch, index, batch.forward_s[index][num_passes]))
@@ -256,7 +256,7 @@ class _Course:
             self._feed(at_s + 2 * self._hop_s)
 
     def _feed(self, at_s: float) -> None:
-        """The next microbatch enters, if it may. `at_s`: the trainer has heard, and its message is here."""
+        """Let the next microbatch enter, if it may. `at_s`: the trainer has heard; its message is here."""
         known = self._known
         if self._is_at_stage_0 or self._num_in_flight >= known.max_in_flight:
             return

@@ -14,7 +14,7 @@ ITERATION, STEP, BACKWARD, FORWARD = range(4)
 
 @dataclass(slots=True, eq=False)
 class Iteration:
-    """Rows on their way through the stages, or about to be."""
+    """Rows that are under way through the stages, or will be."""
 
     work: Work
     durations_s: Sequence[float]

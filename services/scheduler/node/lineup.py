@@ -1,7 +1,7 @@
-"""The iterations of a node: those on their way, and those that stage 0 will form from what waits. Pure.
+"""The iterations of a node: those in flight, and those that stage 0 will form from the waiting rows. Pure.
 
-Stage 0 forms an iteration as soon as it has something to put in and fewer than one per stage are on their
-way. It tells only of what it runs; what lies in its queue is followed here by its own rules.
+Stage 0 forms an iteration as soon as it has rows for it and fewer than one per stage are in flight. It
+reports only the iterations that it runs; its queue is followed here by its own rules.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Lineup:
         return [formed.iteration for formed in self._formed]
 
     def add(self, task: Assigned, ready_s: float) -> None:
-        """A prompt comes to stage 0: into iterations of its own while there are slots for them."""
+        """Add a prompt at stage 0, in iterations of its own while there are slots for them."""
         self._num_requests += 1
         start = 0
         while start < task.shape.prompt_tokens:
@@ -83,7 +83,7 @@ class Lineup:
             start += num_tokens
 
     def remove(self, task_id: str) -> None:
-        """A request is over. Without any, what is still in flight was lost, or is nobody's."""
+        """Remove an ended request. Without any, the iterations still in flight were lost, or are nobody's."""
         self._num_requests -= 1
         self.decoding.pop(task_id, None)
         self._take_out((task_id,))
@@ -95,13 +95,13 @@ class Lineup:
             self._formed.clear()
 
     def clear(self) -> None:
-        """The node begins anew, and with it the numbers of its iterations."""
+        """Start again with the node, and with the numbers of its iterations."""
         self._in_flight.clear()
         self._formed.clear()
         self._last_done = -1
 
     def comes(self, stage: int, op: StageOp) -> Iteration | None:
-        """The iteration that has come to the stage; None when it is past it already, or nobody's."""
+        """The iteration that has come to the stage; None when it has passed it already, or is nobody's."""
         for number in [number for number in self._in_flight if number < op.index]:
             if self._in_flight[number].stage <= stage:
                 self._running.orphan(self._in_flight.pop(number))  # none overtakes another: it was lost
@@ -116,7 +116,7 @@ class Lineup:
         return iteration if iteration.stage == stage else None
 
     def leaves(self, op: StageOp, tasks: list[Assigned], end_s: float) -> list[Assigned]:
-        """The last stage has done an iteration; returns those of the `tasks` whose first token is now out."""
+        """Remove an iteration that the last stage has done; returns the `tasks` whose first token is out."""
         if self._in_flight.pop(op.index, None) is not None:  # else it is of an earlier life of stage 0
             self._last_done = max(self._last_done, op.index)
         self._take_turns(op.num_sequences - len(op.task_ids))
@@ -140,7 +140,7 @@ class Lineup:
         return max(0, self._num_stages - len(self._in_flight) + is_one_leaving)
 
     def _with_room(self, ready_s: float) -> _Formed:
-        """Where a prompt's next rows go."""
+        """The iteration for a prompt's next rows."""
         num_slots, formed = self._num_slots(ready_s), self._formed
         if formed and len(formed) > num_slots and formed[-1].num_tokens < self._costs.max_iteration_tokens:
             return formed[-1]
@@ -149,7 +149,7 @@ class Lineup:
         return formed[-1]
 
     def _give_slot(self, ready_s: float) -> None:
-        """The next iteration that waits for a slot has one, with the decodes that are due; or they alone."""
+        """Give a slot to the next iteration that waits for one, with the due decodes; or to these alone."""
         place = min(self._num_slots(ready_s) - 1, len(self._formed))
         if place < 0:
             return
@@ -162,7 +162,7 @@ class Lineup:
             self._measure(self._formed[place])
 
     def _begun(self, op: StageOp) -> Iteration:
-        """Stage 0 has begun an iteration: what is in it waits no more."""
+        """Note that stage 0 has begun an iteration: its rows wait no more."""
         num_rows = self._take_out(op.task_ids)
         if not op.task_ids and op.num_tokens == op.num_sequences:
             self._take_out_decodes()
@@ -176,7 +176,7 @@ class Lineup:
         return Iteration(work, durations_of(work, self._costs, self._num_stages), op.task_ids, num_others)
 
     def _take_out(self, task_ids: tuple[str, ...]) -> int:
-        """These tasks wait in no iteration any more; returns how many rows they had there."""
+        """Take these tasks out of the waiting iterations; returns how many rows they had there."""
         before = sum(formed.num_tokens for formed in self._formed)
         for formed in list(self._formed) if task_ids else ():
             kept = [part for part in formed.parts if part.task.task_id not in task_ids]
@@ -185,13 +185,13 @@ class Lineup:
         return before - sum(formed.num_tokens for formed in self._formed)
 
     def _take_out_decodes(self) -> None:
-        """An iteration of decodes alone waits no more."""
+        """Take out an iteration of decodes alone."""
         alone = next((formed for formed in self._formed if not formed.parts), None)
         if alone is not None:
             self._formed.remove(alone)
 
     def _take_out_piece(self, num_tokens: int) -> None:
-        """The first prompt in line has gone on by so many rows."""
+        """Note that the first prompt in line has gone on by so many rows."""
         formed = next((formed for formed in self._formed if formed.parts), None)
         if formed is not None:
             (task, start, num_rows), *others = formed.parts
@@ -226,21 +226,21 @@ class Lineup:
         return self._decodes(min(self._num_per_iteration, len(self.decoding) - num_busy))
 
     def _decodes(self, count: int) -> Work:
-        """So many decoding sequences of mean length."""
+        """Rows of so many decoding sequences of mean length."""
         if count <= 0 or not self.decoding:
             return NO_WORK
         num_rows = sum(task.shape.prompt_tokens + task.num_generated for task in self.decoding.values())
         return Work(count, count * num_rows // len(self.decoding), count)
 
     def _take_turns(self, count: int) -> None:
-        """So many decoding sequences, the longest unserved ones, have one more token."""
+        """Add one token to so many decoding sequences, the longest unserved ones."""
         for task_id in list(islice(self.decoding, count)):
             task = self.decoding.pop(task_id)
             task.num_generated += 1
             self.decoding[task_id] = task
 
     def _drop_decodes(self) -> None:
-        """Fewer sequences decode than the iterations that were to come had counted on."""
+        """Take out decodes: fewer sequences decode than the coming iterations had counted on."""
         left = len(self.decoding) - sum(each.num_decodes for each in self._in_flight.values())
         for formed in list(self._formed):
             count = max(0, min(left, formed.carried.num_sequences))

@@ -10,22 +10,22 @@ class NowRunning:
         self.by_stage: list[Running | None] = [None] * num_stages
 
     def clear(self) -> None:
-        """Nothing runs."""
+        """Forget all running ops."""
         self.by_stage = [None] * len(self.by_stage)
 
     def passed(self, flow: Iteration | Batch, microbatch: int = 0) -> None:
-        """It has come further than the stage that was said to run it."""
+        """Note that a task has come further than the stage that was said to run it."""
         for stage, running in self._of(flow):
             if running.op.kind != STEP and running.op.microbatch == microbatch:
                 self.by_stage[stage] = None
 
     def orphan(self, flow: Iteration | Batch) -> None:
-        """Nothing follows from what runs of it; the stage is busy all the same."""
+        """Note that nothing follows from a task's running ops; the stage is busy all the same."""
         for stage, running in self._of(flow):
             self.by_stage[stage] = Running(running.op._replace(flow=None), running.start_s)
 
     def leaves_by(self, at_s: float) -> bool:
-        """Whether the last stage should have done its iteration by then."""
+        """Whether the last stage should have finished its iteration by then."""
         last = self.by_stage[-1]
         if last is None or last.op.kind != ITERATION or last.op.flow is None:
             return False

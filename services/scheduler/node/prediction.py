@@ -1,4 +1,4 @@
-"""A node's future as predicted, and what one asks it: when could something new run there. Pure."""
+"""A node's predicted future, and questions about it: when could something new run there. Pure."""
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Prediction:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing at all is known."""
+        """Whether nothing at all is known."""
         return not any(self.ops) and not self.known.decode_gap_s
 
     def turn_of_iteration(self, stage: int, at_s: float, before_s: float) -> float:
@@ -48,7 +48,7 @@ class Prediction:
         return max(turn_s, self.inference_ends_s[stage])
 
     def _is_overtaken(self, stage: int, place: int, before_s: float) -> bool:
-        """A training forward that ran on the stage before after the iteration is behind it here, too."""
+        """Whether a training forward, ahead of the iteration on the stage before, is behind it here."""
         op = self.ops[stage][place]
         if op.kind != FORWARD or stage == 0 or not isinstance(op.flow, Batch):
             return False
@@ -56,7 +56,7 @@ class Prediction:
         return self.starts_s[stage][place] - self.known.hop_s - duration_s >= before_s
 
     def first_idle(self, stage: int, at_s: float) -> float:
-        """When the stage first has nothing to do, from `at_s` on."""
+        """The first time from `at_s` on when the stage has nothing to do."""
         starts_s, ends_s = self.starts_s[stage], self.ends_s[stage]
         place = bisect_right(starts_s, at_s) - 1
         if place < 0 or ends_s[place] <= at_s:

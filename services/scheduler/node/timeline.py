@@ -1,7 +1,7 @@
-"""One node's work so far, from its stages' reports, and its future that follows from it. Pure.
+"""One node's work so far, from its stages' reports, and the future that follows from it. Pure.
 
-Messages of different stages overtake each other, tell things late, or get lost: what is seen on a later
-stage has happened on the earlier ones, and nothing that is over comes back.
+Messages of different stages overtake each other, come late, or get lost. So an event on a later stage
+implies those on the earlier ones, and nothing that has ended comes back.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ from shared.schedule import BY_DEFAULT, Feeding
 
 
 class NodeTimeline:
-    """Changed by the cluster's state alone; policies read."""
+    """The work of one node. Only the cluster's state changes it; policies read it."""
 
     def __init__(self, num_stages: int, costs: Costs, *, feeding: Feeding = BY_DEFAULT) -> None:
         self.num_stages = num_stages
@@ -84,7 +84,7 @@ class NodeTimeline:
 
     @property
     def exposure_s(self) -> float:
-        """The longest training forward of each stage after the first, summed: what a request may yet meet."""
+        """Training that a request may yet meet: the longest forward of each stage after the first, summed."""
         forwards_s = [forward_s for batch in self._batches.values() for forward_s in batch.forward_s]
         return sum(
             max((each[stage] for each in forwards_s), default=0.0) for stage in range(1, self.num_stages)
@@ -96,7 +96,7 @@ class NodeTimeline:
 
     @property
     def prediction(self) -> Prediction:
-        """The future as of the last event here that was not foreseen; made when it is first asked for."""
+        """The future as of the last unforeseen event here; made when it is first asked for."""
         if self._prediction is None:
             at_s = self.last_active_s or 0.0
             self._prediction = predict(self._known_work(at_s), at_s)
@@ -115,7 +115,7 @@ class NodeTimeline:
         arrived_s: float,
         now_s: float,
     ) -> None:
-        """A task comes to this node."""
+        """Assign a task to this node."""
         task = Assigned(
             task_id,
             kind,
@@ -138,7 +138,7 @@ class NodeTimeline:
             task.expected_s = self.prediction.first_tokens_s.get(task_id)
 
     def end(self, task_id: str) -> None:
-        """A living task of this node is over, one way or another."""
+        """End a living task of this node, one way or another."""
         task = self._tasks.pop(task_id)
         if not (self._tasks and self._is_done(task)):
             self._prediction = None
@@ -150,14 +150,14 @@ class NodeTimeline:
                 self._untold[task_id] = task
 
     def clear(self) -> None:
-        """All stages begin anew; the tasks have been ended."""
+        """Start again with all stages; the tasks have been ended."""
         self._running.clear()
         self._lineup.clear()
         self._untold.clear()
         self._prediction = None
 
     def progressed(self, progress: StageProgress, now_s: float) -> list[Assigned]:
-        """A stage tells what it has done and does; returns the tasks whose first token is now out.
+        """Take in a stage's report; returns the tasks whose first token is now out.
 
         `now_s`: the receiver's; the message has travelled for a hop.
         """
@@ -180,7 +180,7 @@ class NodeTimeline:
         return through
 
     def _is_done(self, task: Assigned) -> bool:
-        """Whether its end is no news."""
+        """Whether its end is known already."""
         if task.kind == "training":
             return len(self._batches[task.task_id].stepped) == self.num_stages
         return task.first_token_s is not None and task.task_id not in self._lineup.decoding
@@ -215,7 +215,7 @@ class NodeTimeline:
         return self._lineup.leaves(op, tasks, end_s) + self._told_late(op, end_s)
 
     def _told_late(self, op: StageOp, end_s: float) -> list[Assigned]:
-        """Requests that were over before the stage told of it: the rule on a node of one stage."""
+        """Requests that ended before the stage reported them: the rule on a node of one stage."""
         late = [task for task_id in op.task_ids if (task := self._untold.pop(task_id, None))]
         for task in late:
             task.first_token_s = end_s
@@ -246,7 +246,7 @@ class NodeTimeline:
         return stage if is_forward else 2 * (self.num_stages - 1) - stage
 
     def _reach(self, batch: Batch, microbatch: int, num_passes: int, at_s: float) -> None:
-        """A microbatch has so many passes behind it."""
+        """Note that a microbatch has done so many passes."""
         if batch.passes[microbatch] < num_passes:
             batch.passes[microbatch], batch.ready_s[microbatch] = num_passes, at_s
             self._running.passed(batch, microbatch)
@@ -274,7 +274,7 @@ class NodeTimeline:
 
 
 def _overwrite(intervals: list[Interval], stage: int, microbatch: int, count: int, actual: Interval) -> None:
-    """A microbatch's part of a batch's interval has happened: the first one's start, the last one's end."""
+    """Put the real start (first microbatch) or end (last microbatch) into the batch's interval."""
     if not intervals:
         return
     before = intervals[stage]

@@ -22,7 +22,7 @@ Rng = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A policy: what it can be told, and how it is made."""
+    """A policy: its options, and how it is made."""
 
     options: type[Options]
     make: Callable[[Any, Rng, TrainingRoom | None], Policy]

@@ -1,4 +1,4 @@
-"""The nodes worth a forecast: a few of any number, found by what is cheap to know."""
+"""The nodes worth a forecast: a few of any number, found by cheap facts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Candidate:
 def shortlist(state: ClusterState, nodes: Sequence[int], *, now_s: float, linger_s: float) -> list[Candidate]:
     """The least loaded busy nodes, and the idle nodes that worked last; ascending, at least one.
 
-    Idle nodes differ in nothing else, so two stand for all: one for the task, one for what comes after it.
+    Idle nodes differ in nothing else, so two stand for all: one for the task, one for the tasks after it.
     Where all are idle, the one that worked last goes on; else it stays active for `linger_s`.
     """
     busy = [node for node in nodes if state.num_tasks(node)]

@@ -14,7 +14,7 @@ Response = Callable[[int, float], float]
 
 
 class OpTimes(NamedTuple):
-    """How long each uninterruptible op of a microbatch holds one stage."""
+    """Seconds for which each uninterruptible op of a microbatch holds one stage."""
 
     forward_s: float
     """On the last stage with its backward."""
@@ -60,7 +60,7 @@ def late_share(node: int, forecast: Forecast, ops: BatchOps, expected: Expected)
 
 
 def safe_again_s(now_s: float, expected: Expected) -> float:
-    """When the first node would answer in time again: as time passes, what blocks it comes to its end."""
+    """The time when the first node would answer in time again, as ops in the way end."""
     return now_s + min(expected.response(node, now_s) for node in expected.nodes) - expected.slo_s
 
 

@@ -48,12 +48,12 @@ ANSWER_HOPS = 2
 
 
 class Lemix:
-    """Keeps nothing between two decisions: all that it knows is in the cluster's state."""
+    """The policy `lemix`. It keeps nothing between two decisions: everything is in the cluster's state."""
 
     name = "lemix"
 
     def __init__(self, options: LemixOptions, room: TrainingRoom | None) -> None:
-        """`room`: for activations; None: not known, and not minded."""
+        """`room`: for activations; None: not known, and not checked."""
         self._options = options
         self._room = room if options.has("memory") else None
         self.uses_profile = options.has("profile")
@@ -97,7 +97,7 @@ class Lemix:
     def _without_memory(
         self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float
     ) -> Decision:
-        """No node has room for the request's keys and values now."""
+        """Decide on a request when no node has room for its keys and values now."""
         wanted, capacity = kv_tokens_of(task), max(map(state.kv_tokens, nodes))
         if wanted > capacity:
             return Refuse(
@@ -189,7 +189,7 @@ def _objective_s(state: ClusterState) -> float:
 
 
 def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> Expected:
-    """Requests like those that came."""
+    """Expected requests, like those that came."""
     timelines = {candidate.node: candidate.timeline for candidate in found}
     length = max(1, round(state.inference_lengths.mean))
     alone = inference_alone(state.costs, length)

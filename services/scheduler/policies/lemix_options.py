@@ -11,7 +11,7 @@ Part = Literal["idleness", "consistency", "consolidation", "deferral", "memory",
 
 
 def _parts(text: object) -> object:
-    """`a+b` as it is written in a policy's text."""
+    """Read `a+b`, as a policy's text has it."""
     return frozenset(text.split("+")) if isinstance(text, str) else text
 
 

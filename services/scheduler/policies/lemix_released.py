@@ -82,12 +82,12 @@ def forward_s(costs: Costs, num_stages: int, works: Sequence[Work]) -> float:
 
 
 def backward_s(costs: Costs, num_stages: int, works: Sequence[Work]) -> float:
-    """eta_b * b * L^2, likewise; 0 for no work."""
+    """eta_b * b * L^2, in the same way; 0 for no work."""
     return fmean(sum(_backward_s(costs, stage, work) for work in works) for stage in range(num_stages))
 
 
 def _backward_s(costs: Costs, stage: int, work: Work) -> float:
-    """The last stage's is in its forward."""
+    """Backward times; the last stage's is in its forward."""
     return costs.backward_s(stage, work) or costs.forward_s(stage, work) - costs.iteration_s(stage, work)
 
 

@@ -15,7 +15,7 @@ INACTIVE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """A task on a node, as forecast."""
+    """A task on a node, with its forecast."""
 
     candidate: Candidate
     forecast: Forecast
@@ -80,7 +80,7 @@ def cost(prospect: Prospect, question: Question, options: LemixOptions) -> float
 
 
 def likeness(length: int, mean: float, std: float) -> float:
-    """1 for the mean length of a node's tasks, less for others: the density over its greatest value."""
+    """The density over its greatest value: 1 for the mean length of a node's tasks, less for others."""
     return math.exp(-(((length - mean) / std) ** 2) / 2) if std > 0 else 0.0
 
 

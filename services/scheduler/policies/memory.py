@@ -18,7 +18,10 @@ class TrainingRoom:
 
     @classmethod
     def of(cls, profile: Profile) -> Self:
-        """On the fullest stage. Half of what weights and training leave: the KV cache has the other half."""
+        """The room on the fullest stage.
+
+        It is half of the memory that weights and training leave: the KV cache has the other half.
+        """
         return cls(min(stage.memory.activation_tokens for stage in profile.stages))
 
 
@@ -28,5 +31,5 @@ def kv_tokens_of(task: InferenceTask) -> int:
 
 
 def activation_tokens(microbatch_tokens: Iterable[int], max_in_flight: int) -> int:
-    """Rows held at most, whatever else waits: those of the largest microbatches that can be in flight."""
+    """Most rows held at once: those of the largest microbatches that can be in flight."""
     return sum(nlargest(max_in_flight, microbatch_tokens))

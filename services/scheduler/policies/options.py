@@ -25,7 +25,7 @@ def split_name(text: str) -> tuple[str, dict[str, str]]:
 
 
 def parse_options(name: str, kind: type[Options], written: dict[str, str]) -> Options:
-    """Raises ConfigurationError, naming option and choices, when an option is unknown or its value wrong."""
+    """Read the options. Raises ConfigurationError, naming the choices, when one is unknown or wrong."""
     if unknown := sorted(written.keys() - kind.model_fields.keys()):
         choices = ", ".join(sorted(kind.model_fields))
         raise ConfigurationError(f"policy {name!r} has no option {unknown[0]!r}; choose from: {choices}")

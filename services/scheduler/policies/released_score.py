@@ -102,13 +102,13 @@ def released_forecast(trace: NodeTrace, *, release_s: float, forward_s: float, b
 
 
 def _backward(start_s: float, num_stages: int, backward_s: float) -> tuple[Interval, ...]:
-    """From the last stage to the first without a pause; by stage."""
+    """Backwards from the last stage to the first without a pause; by stage."""
     starts_s = [start_s + index * backward_s for index in range(num_stages)]
     return tuple(Interval(start, start + backward_s) for start in reversed(starts_s))
 
 
 def gaussian_density(value: float, mean: float, std: float) -> float:
-    """0 when `std` is 0."""
+    """The normal density; 0 when `std` is 0."""
     if std == 0:
         return 0.0
     return math.exp(-(((value - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi))
