@@ -15,6 +15,7 @@ from benchmarks import (
     hop,
     merge,
     merge_under_load,
+    messages,
     profile_error,
     publish,
     report,
@@ -28,6 +29,7 @@ ON_A_DEVICE = {"decode": decode.main, "training": training.main}
 BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     **ON_A_DEVICE,
     "hop": hop.main,
+    "messages": messages.main,
     "publish": publish.main,
     "startup": startup.main,
     "deciding": deciding.main,

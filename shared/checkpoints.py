@@ -24,8 +24,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from shared.disk import replace_file
+from shared.documents import Document
 from shared.errors import ConfigurationError
-from shared.messages.base import Message
 from shared.messages.training import AdapterKind
 from shared.messages.weights import DurableVersion, SavedWeights
 
@@ -41,7 +41,7 @@ _STEP = re.compile(r"step-\d{8,}")
 log = logging.getLogger(__name__)
 
 
-class Manifest(Message):
+class Manifest(Document):
     """Describes a checkpoint, and which training batches its weights contain."""
 
     node: int

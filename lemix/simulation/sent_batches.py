@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import msgpack
+import msgspec
 
 from lemix.simulation.record import BatchRecord
 from lemix.simulation.sent_requests import TOKEN
@@ -121,5 +121,4 @@ class SentBatches:
 
 def _body(batch_id: str, lengths: Sequence[int]) -> bytes:
     examples = [{"token_ids": [TOKEN] * length} for length in lengths]
-    body: bytes = msgpack.packb({"id": batch_id, "examples": examples})
-    return body
+    return msgspec.msgpack.encode({"id": batch_id, "examples": examples})

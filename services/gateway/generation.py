@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from msgspec import structs
 from opentelemetry.trace import SpanKind
 
 from services.gateway.cluster_client import Arrival, SequenceSpec
@@ -201,8 +202,7 @@ def specs_of(request: GenerationRequest) -> list[SequenceSpec]:
     sampling = request.sampling
     with_scores = request.echo and sampling.num_logprobs is not None
     choices = [
-        sampling.model_copy(update={"seed": (sampling.seed + k) % _NUM_SEEDS})
-        for k in range(request.num_choices)
+        structs.replace(sampling, seed=(sampling.seed + k) % _NUM_SEEDS) for k in range(request.num_choices)
     ]
     return [
         SequenceSpec(prompt=prompt.ids, sampling=choice, prompt_logprobs=with_scores)

@@ -3,7 +3,7 @@
 from codecs import BOM_UTF8
 from typing import Any
 
-import msgpack
+import msgspec
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
@@ -70,12 +70,9 @@ def _unpack_map(body: bytes) -> dict[str, Any]:
     if not body or not (0x80 <= body[0] <= 0x8F or body[0] in (0xDE, 0xDF)):
         raise InvalidBatchError("the body is neither a JSON object nor a MessagePack map")
     try:
-        content: dict[str, Any] = msgpack.unpackb(body)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise InvalidBatchError(
-            f"the body is not MessagePack: {str(error) or type(error).__name__}"
-        ) from error
-    return content
+        return msgspec.msgpack.decode(body, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidBatchError(f"the body is not MessagePack: {error}") from error
 
 
 def _described(error: ValidationError) -> str:

@@ -1,10 +1,11 @@
 """Messages by which processes find and describe each other."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from msgspec import Meta
 
 from shared.messages.base import Message
+from shared.messages.bounds import FileStem, PositiveInt
 
 
 class Heartbeat(Message):
@@ -13,7 +14,7 @@ class Heartbeat(Message):
     node: int
     stage: int
     num_stages: int
-    instance: str = Field(pattern=r"^[\w.-]+$")
+    instance: FileStem
     """Changes with every start of the process. Part of file names."""
     model: str
     device: str
@@ -36,7 +37,7 @@ class Heartbeat(Message):
     """Work items in the stage's local queue."""
     kv_blocks_used: int
     kv_blocks_total: int
-    kv_block_size: int = Field(default=1, ge=1)
+    kv_block_size: PositiveInt = 1
     """Tokens of a block."""
 
 
@@ -61,8 +62,8 @@ class LinkOffer(Message):
     carrier: str
     place: str
     """Path of the arena's file (`shm`)."""
-    slot_bytes: int = Field(gt=0, le=1 << 36)
-    num_slots: int = Field(gt=0, le=256)
+    slot_bytes: Annotated[int, Meta(gt=0, le=1 << 36)]
+    num_slots: Annotated[int, Meta(gt=0, le=256)]
 
 
 class LinkAnswer(Message):

@@ -1,10 +1,20 @@
 """Messages of a request's life: submitted, placed, run in iterations, answered."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from msgspec import Meta
 
 from shared.messages.base import Message
+from shared.messages.bounds import (
+    Count,
+    FiniteFloat,
+    GatewayId,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Share,
+)
 from shared.tensors.ref import TensorRef
 
 FinishReason = Literal["stop", "length"]
@@ -13,19 +23,19 @@ FinishReason = Literal["stop", "length"]
 class Sampling(Message):
     """How tokens of one sequence are drawn."""
 
-    max_tokens: int = Field(ge=0)
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    max_tokens: Count
+    temperature: NonNegativeFloat = 1.0
     """0 means greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    top_p: PositiveShare = 1.0
+    top_k: Count = 0
     """Draw from so many of the likeliest tokens; 0: from all."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    min_p: Share = 0.0
     """Draw from tokens with at least this share of the likeliest token's probability."""
-    frequency_penalty: float = Field(default=0.0, allow_inf_nan=False)
+    frequency_penalty: FiniteFloat = 0.0
     """Taken off a token's logit for each time it was generated."""
-    presence_penalty: float = Field(default=0.0, allow_inf_nan=False)
+    presence_penalty: FiniteFloat = 0.0
     """Taken off the logit of each token that was generated."""
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: PositiveFloat = 1.0
     """Divides the positive logits of tokens in the prompt or generated, multiplies the negative ones."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Added to the logits of these tokens."""
@@ -33,9 +43,9 @@ class Sampling(Message):
     """The text must be JSON of this schema (JSON text); None: any text."""
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
-    min_tokens: int = Field(default=0, ge=0)
+    min_tokens: Count = 0
     """No stop token is drawn before so many tokens were."""
-    num_logprobs: int | None = Field(default=None, ge=0, le=20)
+    num_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     """None: no log-probabilities; k: the chosen token's and the k likeliest."""
 
     @property
@@ -53,14 +63,14 @@ class InferenceTask(Message):
     """One sequence to complete. gateway -> scheduler -> stage 0 of the chosen node."""
 
     task_id: str
-    gateway: str = Field(pattern=r"^[\w-]+$")
+    gateway: GatewayId
     """Id of the gateway that waits for the tokens."""
     prompt: tuple[int, ...]
     """Stage 0 refuses what the model has no words for."""
     sampling: Sampling
     prompt_logprobs: bool = False
     """Also return the log-probability of every prompt token but the first."""
-    timeout_s: float = Field(gt=0, allow_inf_nan=False)
+    timeout_s: PositiveFloat
     """The task fails with a clear error when it is older than this."""
     deferrable: bool = False
     """It runs only where nothing else would, in iterations of its own."""
@@ -89,7 +99,7 @@ class CancelTask(Message):
 class SequenceStart(Message):
     """What the last stage must know of a sequence, and keeps until it ends or leaves."""
 
-    gateway: str = Field(pattern=r"^[\w-]+$")
+    gateway: GatewayId
     sampling: Sampling
 
 
@@ -99,14 +109,14 @@ class SequenceChunk(Message):
     task_id: str
     begins: SequenceStart | None = None
     """In the sequence's first chunk only."""
-    start: int = Field(ge=0)
+    start: Count
     """Position of the first row in the sequence."""
-    num_tokens: int = Field(ge=1)
+    num_tokens: PositiveInt
     blocks: tuple[int, ...]
     """KV-cache blocks of the sequence, in order, up to the chunk's last row at least."""
     produces: bool
     """The chunk's last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
-    index: int = Field(default=0, ge=0)
+    index: Count = 0
     """How many tokens the sequence has produced before this one."""
     targets: tuple[int, ...] = ()
     """Prompt tokens that follow the chunk's rows, when their log-probabilities are wanted."""

@@ -3,13 +3,16 @@
 from base64 import b64decode, b64encode
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from msgspec import Meta, field
 
-from shared.messages.base import Message
+from shared.documents import Document
+from shared.messages.base import Event, Message
+from shared.messages.bounds import Count, NonNegativeFloat, PositiveFloat, PositiveInt
 from shared.tensors.ref import TensorRef
 
 MAX_BATCHES_OF_MESSAGE = 64
 """Ids of batches in one message: keeps it below 1 MiB, however long they are."""
+BatchIds = Annotated[tuple[str, ...], Meta(max_length=MAX_BATCHES_OF_MESSAGE)]
 
 
 class TrainingTask(Message):
@@ -25,19 +28,19 @@ class TrainingTask(Message):
 class Microbatch(Message):
     """The facts that every stage needs about a microbatch."""
 
-    epoch: int = Field(ge=0)
+    epoch: Count
     """The trainer's fencing number; stages ignore lower ones than the last they saw."""
     batch_id: str
-    index: int = Field(ge=0)
+    index: Count
     count: int
     """Microbatches in the batch; a stage's gradients are complete after the last one's backward."""
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], Meta(min_length=1)]
     """Tokens of each example; their sum is the number of rows T."""
     label_rows: tuple[int, ...]
     """Rows in 0..T-1 whose next token counts in the loss."""
     labels: tuple[int, ...]
     """The next token of each of `label_rows`."""
-    loss_weight: float = Field(ge=0, allow_inf_nan=False)
+    loss_weight: NonNegativeFloat
     """1 / (labels in the whole batch): the loss is the batch's mean over labels."""
     backward_after_all: bool = False
     """The last stage runs no backward of the batch before all its forwards (GPipe)."""
@@ -45,13 +48,11 @@ class Microbatch(Message):
     """Keep what the forward saves for its backward in host memory, for want of room on the device."""
     traceparent: str = ""
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
+    def __post_init__(self) -> None:
         if self.index >= self.count:
             raise ValueError(f"microbatch {self.index} of {self.count}")
         if len(self.labels) != len(self.label_rows):
             raise ValueError(f"{len(self.labels)} labels for {len(self.label_rows)} rows")
-        return self
 
 
 class MicrobatchForward(Message):
@@ -89,8 +90,8 @@ class StepOrder(Message):
     batch_id: str
     version: int
     """The version of the weights after the step."""
-    learning_rate: float = Field(ge=0, allow_inf_nan=False)
-    gradient_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    learning_rate: NonNegativeFloat
+    gradient_scale: PositiveFloat = 1.0
     """Factor for the gradients: clips their norm over all stages."""
     skip: bool = False
     """Drop the gradients and change nothing: some stage's are not finite. `version` is the present one."""
@@ -98,47 +99,42 @@ class StepOrder(Message):
     """Hold on to `version` for serving, until `ReleaseVersion`."""
 
 
-class ForwardDone(Message):
+class ForwardDone(Event, tag="forward"):
     """A stage has run a microbatch forward with the weights of `version`."""
 
-    kind: Literal["forward"] = "forward"
     batch_id: str
     index: int
     version: int
 
 
-class BackwardDone(Message):
+class BackwardDone(Event, tag="backward"):
     """A stage has run a microbatch backward; the last stage also knows its loss."""
 
-    kind: Literal["backward"] = "backward"
     batch_id: str
     index: int
     loss: float | None = None
     """Share of the microbatch in the batch's mean loss per label, in nats."""
 
 
-class GradientsReady(Message):
+class GradientsReady(Event, tag="gradients"):
     """A stage has the whole batch's gradients, and waits for the order to step."""
 
-    kind: Literal["gradients"] = "gradients"
     batch_id: str
     squared_norm: float
     """Sum of the squares of this stage's gradients, a tied embedding's on the first stage only; not finite
     when one of them is not."""
 
 
-class StepDone(Message):
+class StepDone(Event, tag="step"):
     """A stage has stepped as ordered, or skipped; its weights are now of `version`."""
 
-    kind: Literal["step"] = "step"
     batch_id: str
     version: int
 
 
-class TrainingFailed(Message):
+class TrainingFailed(Event, tag="failed"):
     """A forward, backward or step raised; the node must be restored."""
 
-    kind: Literal["failed"] = "failed"
     batch_id: str
     reason: str
     is_batch_at_fault: bool = True
@@ -151,10 +147,9 @@ AdapterKind = Literal["", "lora"]
 """The kind of trained weights: the whole model's (""), or an adapter beside the published ones."""
 
 
-class ShardSaved(Message):
+class ShardSaved(Event, tag="saved"):
     """A stage has written and synced its share of a checkpoint."""
 
-    kind: Literal["saved"] = "saved"
     version: int
     sha256_by_file: dict[str, str]
     file_by_tensor: dict[str, str]
@@ -162,29 +157,27 @@ class ShardSaved(Message):
     size_bytes: int
     adapter: AdapterKind = ""
     """The kind of these weights."""
-    settings: dict[str, str] = Field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
     """Those of the stage that the weights depend on."""
 
 
-class SaveFailed(Message):
+class SaveFailed(Event, tag="save_failed"):
     """A stage could not write its share of a checkpoint that it had agreed to write (the disk refused)."""
 
-    kind: Literal["save_failed"] = "save_failed"
     version: int
     reason: str
 
 
-class VersionsServed(Message):
+class VersionsServed(Event, tag="served"):
     """Stage 0 serves other versions than before; also told again once in a while."""
 
-    kind: Literal["served"] = "served"
     published: int
     """The one that new requests get."""
     in_use: tuple[int, ...]
     """Those that requests run with, oldest first."""
 
 
-StageEvent = Annotated[
+StageEvent = (
     ForwardDone
     | BackwardDone
     | GradientsReady
@@ -192,9 +185,8 @@ StageEvent = Annotated[
     | TrainingFailed
     | ShardSaved
     | SaveFailed
-    | VersionsServed,
-    Field(discriminator="kind"),
-]
+    | VersionsServed
+)
 
 
 class StageReport(Message):
@@ -210,7 +202,7 @@ BodyForm = Literal["text", "base64", "left_out"]
 """`base64`: what is no text (MessagePack); `left_out`: what would be too large for the message."""
 
 
-class RejectedBatch(Message):
+class RejectedBatch(Document):
     """A training batch that cannot be used, and why. trainer -> lemix.train.rejected (as JSON)."""
 
     batch_id: str
@@ -247,25 +239,22 @@ class RejectedBatch(Message):
         return self.model_copy(update={"body": "", "body_form": "left_out"})
 
 
-class BatchPlaced(Message):
+class BatchPlaced(Event, tag="placed"):
     """A node has taken the batch; it computes on it from now until the batch is applied or placed anew."""
 
-    kind: Literal["placed"] = "placed"
     batch_id: str
     node: int
 
 
-class BatchDeferred(Message):
+class BatchDeferred(Event, tag="deferred"):
     """The scheduler made the batch wait, because requests would else be late: a preemption."""
 
-    kind: Literal["deferred"] = "deferred"
     batch_id: str
 
 
-class BatchApplied(Message):
+class BatchApplied(Event, tag="applied"):
     """A node's weights contain the batch. A node that loses its weights takes that back: it comes again."""
 
-    kind: Literal["applied"] = "applied"
     batch_id: str
     node: int
     version: int
@@ -275,28 +264,24 @@ class BatchApplied(Message):
     num_tokens: int
 
 
-class BatchDurable(Message):
+class BatchDurable(Event, tag="durable"):
     """A durable checkpoint contains the batches: this is final, unless somebody rolls it back."""
 
-    kind: Literal["durable"] = "durable"
-    batch_ids: tuple[str, ...] = Field(max_length=MAX_BATCHES_OF_MESSAGE)
+    batch_ids: BatchIds
     node: int
     version: int
     checkpoint: str
     """Its folder."""
 
 
-class BatchRejected(Message):
+class BatchRejected(Event, tag="rejected"):
     """The batch will not be applied: this is final."""
 
-    kind: Literal["rejected"] = "rejected"
     batch_id: str
     reason: str
 
 
-BatchEvent = Annotated[
-    BatchPlaced | BatchDeferred | BatchApplied | BatchDurable | BatchRejected, Field(discriminator="kind")
-]
+BatchEvent = BatchPlaced | BatchDeferred | BatchApplied | BatchDurable | BatchRejected
 
 
 class BatchProgress(Message):
@@ -308,7 +293,7 @@ class BatchProgress(Message):
 class BatchesAsked(Message):
     """Ask the trainer how these batches stand."""
 
-    batch_ids: tuple[str, ...] = Field(max_length=MAX_BATCHES_OF_MESSAGE)
+    batch_ids: BatchIds
 
 
 class BatchesNow(Message):

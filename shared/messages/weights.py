@@ -1,10 +1,11 @@
 """Messages about weights: stages restore, save, serve, merge them, people ask which there are and go back."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from msgspec import Meta
 
 from shared.messages.base import Message
+from shared.messages.bounds import FileStem, PositiveFloat, Share
 
 ServingRule = Literal["newest", "published", "pinned"]
 """Which weights serve. `newest`: each stage's own, from one iteration to the next. `published`: the version
@@ -56,24 +57,24 @@ class MergeMember(Message):
     node: int
     epoch: int
     """The epoch of its weights. When no member's epoch has changed, they know each other already."""
-    share: float = Field(ge=0, le=1)
+    share: Share
     """Its share of the mean; the shares of all members sum to 1."""
 
 
 class MergeGroup(Message):
     """The same stage of several nodes, which compute a mean together."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: FileStem
     """A name for this merge alone."""
-    members: tuple[MergeMember, ...] = Field(min_length=1)
+    members: Annotated[tuple[MergeMember, ...], Meta(min_length=1)]
     """The members, in the order in which they are summed."""
 
 
 class OuterStep(Message):
     """The outer optimizer of DiLoCo (arXiv 2311.08105): Nesterov's momentum on what the mean has moved."""
 
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    momentum: float = Field(ge=0, lt=1)
+    learning_rate: PositiveFloat
+    momentum: Annotated[float, Meta(ge=0, lt=1)]
 
 
 class MergeWeights(Message):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from shared.documents import Document
 from shared.errors import ConfigurationError
-from shared.messages.base import Message
 from shared.profiles.computed import computed_stage
 from shared.profiles.devices import DEVICES, DeviceLimits, device_limits
 from shared.profiles.fit import FittedTimes
@@ -23,7 +23,7 @@ REFERENCE_TOKENS = 150
 """A task of the paper's workload: HH-RLHF's prompts have 95 tokens in the mean, their answers some 55."""
 
 
-class Profile(Message):
+class Profile(Document):
     """All stages of one model on one kind of device."""
 
     model: str

@@ -5,14 +5,14 @@ from functools import lru_cache
 
 from pydantic import Field
 
-from shared.messages.base import Message
+from shared.documents import Document
 from shared.messages.events import OpKind
 from shared.profiles.devices import PCIE_4_BYTES_PER_S
 from shared.profiles.fit import FittedTimes, fitted_times
 from shared.profiles.times import Work
 
 
-class ProfilePoint(Message):
+class ProfilePoint(Document):
     """How long one op took. The last stage's `forward` includes its backward, as the op does."""
 
     kind: OpKind
@@ -26,7 +26,7 @@ class ProfilePoint(Message):
         return Work(self.num_tokens, self.num_pairs, self.num_sequences)
 
 
-class StageMemory(Message):
+class StageMemory(Document):
     """The memory that a stage needs on its device, and the memory of the device."""
 
     weights_bytes: int
@@ -67,7 +67,7 @@ class StageMemory(Message):
         return (self.capacity_bytes - self.weights_bytes - self.training_bytes) // 2
 
 
-class StageProfile(Message):
+class StageProfile(Document):
     """One stage of the pipeline."""
 
     points: tuple[ProfilePoint, ...]

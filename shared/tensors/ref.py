@@ -2,9 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field
-
 from shared.messages.base import Message
+from shared.messages.bounds import Count
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
 INLINE_LIMIT_BYTES = 32 * 1024
@@ -18,11 +17,11 @@ class TensorRef(Message):
     shape: tuple[int, ...]
     dtype: DtypeName
     """The torch name without its prefix: `float32`, `bfloat16`, `int64`."""
-    size_bytes: int = Field(ge=0)
+    size_bytes: Count
     place: str = ""
     """The arena that holds it (`shm`)."""
-    slot: int = Field(default=0, ge=0)
-    generation: int = Field(default=0, ge=0)
+    slot: Count = 0
+    generation: Count = 0
     """How often the slot was written; a reader of an older one must not take the newer."""
     data: bytes = b""
     """The bytes themselves (`inline` only)."""

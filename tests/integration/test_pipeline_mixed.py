@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from services.stage_worker import training
 from shared import subjects
@@ -185,10 +186,8 @@ class Garbage(Message):
         return b"\xc1 no message"
 
 
-class BadTask(InferenceTask):
-    """A request without the bound of its time."""
-
-    timeout_s: float
+class OthersTask(InferenceTask):
+    """A request of another process: the memory bus packs and unpacks what is not of its own type."""
 
 
 def subjects_of(stage: int) -> tuple[list[str], list[str]]:
@@ -230,9 +229,8 @@ async def test_a_senseless_request_fails_clearly(
 async def test_what_no_request_can_be_is_dropped_and_counted(folder: Path, tmp_path: Path) -> None:
     async with running_node(folder, 2, tmp_path) as node:
         answer = await node.complete(PROMPT, max_tokens=2)
-        fields = answer.task.model_dump() | {"timeout_s": -1.0}
-        bad = BadTask(**fields)
-        await node.bus.publish(Subject(subjects.ASSIGN.at(node=0).name, BadTask), bad)
+        bad = OthersTask(**structs.asdict(answer.task) | {"timeout_s": -1.0})
+        await node.bus.publish(Subject(subjects.ASSIGN.at(node=0).name, OthersTask), bad)
         assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"
         assert node.workers.buses[0].num_malformed == 1
 
@@ -263,8 +261,8 @@ async def test_senseless_activations_cost_an_iteration_and_no_more(
         await node.bus.subscribe(place, on_iteration)
         expected = await node.complete(PROMPT, max_tokens=2)
         last = seen[-1]
-        hidden = last.hidden.model_copy(update={"generation": last.hidden.generation, **change})
-        await node.bus.publish(place, last.model_copy(update={"hidden": hidden, "iteration": 10**6}))
+        hidden = structs.replace(last.hidden, generation=last.hidden.generation, **change)
+        await node.bus.publish(place, structs.replace(last, hidden=hidden, iteration=10**6))
         assert (await node.complete(PROMPT, max_tokens=2)).token_ids == expected.token_ids
 
 
@@ -337,7 +335,7 @@ async def test_restores_in_mid_flight_leave_nothing_behind(tmp_path: Path) -> No
 
 def with_bad_token(batch: Batch) -> list[MicrobatchForward]:
     first, *others = messages("bad", batch)
-    return [first.model_copy(update={"tokens": (VOCAB_SIZE, *first.tokens[1:])}), *others]
+    return [structs.replace(first, tokens=(VOCAB_SIZE, *first.tokens[1:])), *others]
 
 
 async def test_a_batch_that_raises_fails_alone(folder: Path, tmp_path: Path) -> None:

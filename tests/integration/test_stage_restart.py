@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 from shared import checkpoints, subjects
 from shared.bus.base import Incoming
@@ -175,7 +176,7 @@ async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(
                 "iteration": incoming.message.iteration + 1,
                 "hidden": inline.put(torch.zeros(99, 32)),
             }
-            await node.bus.publish(place, incoming.message.model_copy(update=changes))
+            await node.bus.publish(place, structs.replace(incoming.message, **changes))
 
         await node.bus.subscribe(place, spoil)
         answer = await node.start(PROMPT, max_tokens=3000)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
+from msgspec import structs
+
 from services.trainer.node.actions import Action, Applied, Feed, Restore, Skipped, Step
 from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.schedules import SCHEDULES, Schedule, Shape, double_buffered
@@ -111,5 +113,5 @@ class Driver:
 
 def _changed(forward: MicrobatchForward, loss_weight: float | None, **changes: bool) -> MicrobatchForward:
     weight = forward.microbatch.loss_weight if loss_weight is None else loss_weight
-    microbatch = forward.microbatch.model_copy(update={"loss_weight": weight, **changes})
-    return forward.model_copy(update={"microbatch": microbatch})
+    microbatch = structs.replace(forward.microbatch, loss_weight=weight, **changes)
+    return structs.replace(forward, microbatch=microbatch)

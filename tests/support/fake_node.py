@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
 
+from msgspec import structs
+
 from shared.bus.base import Bus, Incoming
 from shared.errors import RefusedError
 from shared.messages.base import Done
@@ -103,7 +105,7 @@ class FakeNode:
         """All stages are alive and ready."""
         for number, stage in enumerate(self.stages):
             beat = heartbeat(self.node, number, num_stages=len(self.stages), instance=stage.instance)
-            await self._bus.publish(HEARTBEAT.at(), beat.model_copy(update={"epoch": stage.epoch}))
+            await self._bus.publish(HEARTBEAT.at(), structs.replace(beat, epoch=stage.epoch))
 
     def restart(self, stage: int) -> None:
         """The process dies and comes back with nothing of what it had learnt."""

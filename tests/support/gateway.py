@@ -8,9 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
+import msgspec
 from fastapi import FastAPI
+from msgspec import structs
 from opentelemetry.sdk.trace.export import SpanExporter
 
 from services.gateway.cluster_client import ClusterClient
@@ -136,9 +139,8 @@ class FakeCluster:
 
 
 def _heartbeat(stage: int) -> Heartbeat:
-    fields = {name: 0 for name, field in Heartbeat.model_fields.items() if field.annotation is int}
-    texts = {name: "x" for name, field in Heartbeat.model_fields.items() if field.annotation is str}
-    flags = {name: True for name, field in Heartbeat.model_fields.items() if field.annotation is bool}
+    values: dict[object, Any] = {int: 0, bool: True, str: "x"}
+    filled = {field.name: values.get(field.type, "x") for field in structs.fields(Heartbeat)}
     known = {
         "node": NODE,
         "stage": stage,
@@ -146,7 +148,7 @@ def _heartbeat(stage: int) -> Heartbeat:
         "kv_blocks_used": 11,
         "kv_block_size": 16,
     }
-    return Heartbeat.model_validate(fields | texts | flags | known)
+    return msgspec.convert(filled | known, Heartbeat)
 
 
 @dataclass

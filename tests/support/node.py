@@ -9,6 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from services.stage_worker.executor.torch import TorchExecutor
 from services.stage_worker.service import StageWorker
 from services.stage_worker.settings import StageWorkerSettings
@@ -161,7 +163,8 @@ class Node:
             sampling=Sampling(**{"temperature": 0.0, **sampling}),
             prompt_logprobs=prompt_logprobs,
             timeout_s=timeout_s,
-        ).model_copy(update=changes or {})
+        )
+        task = structs.replace(task, **(changes or {}))
         answer = self._answers[task_id] = Answer(task)
         await self.bus.publish(subjects.ASSIGN.at(node=self.number), task)
         return answer
@@ -291,7 +294,8 @@ class Node:
             version=self.version,
             learning_rate=self.learning_rate,
             keep=self.keeps,
-        ).model_copy(update=changes)
+        )
+        order = structs.replace(order, **changes)
         for stage in range(self.num_stages):
             await self.bus.publish(subjects.STEP.at(node=self.number, stage=stage), order)
 

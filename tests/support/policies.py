@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from services.scheduler.costs import Costs
 from services.scheduler.policies.base import Arrival, Decision, Place, Policy, Task
 from services.scheduler.state import (
@@ -64,7 +66,7 @@ def cluster(
     for node in (*nodes, *unready):
         for stage in range(num_stages):
             beat = heartbeat(node, stage, num_stages=num_stages, ready=node in nodes)
-            beat = beat.model_copy(update={"kv_blocks_total": kv_blocks, "kv_block_size": 16})
+            beat = structs.replace(beat, kv_blocks_total=kv_blocks, kv_block_size=16)
             state.apply(HeartbeatSeen(beat, 0.0))
     return state
 

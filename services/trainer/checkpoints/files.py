@@ -19,8 +19,8 @@ from shared import checkpoints
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
 from shared.disk import make_folder, replace_file, sync
+from shared.documents import Document
 from shared.errors import ConfigurationError
-from shared.messages.base import Message
 from shared.messages.training import AdapterKind, ShardSaved
 from shared.model.index import write_index
 
@@ -46,7 +46,7 @@ _TEMPORARY = ".saving-"
 _START = "start.json"
 
 
-class _Start(Message):
+class _Start(Document):
     """Where a run began."""
 
     stream: str

@@ -1,6 +1,7 @@
 """Which sequences a generation runs."""
 
 import pytest
+from msgspec import structs
 
 from services.gateway.generation import GenerationRequest, detokenisers_of, specs_of
 from services.gateway.text.tokenise import TokenisedPrompt
@@ -24,7 +25,7 @@ def test_choices_of_a_prompt_differ_in_their_seed_only() -> None:
         ((3,), 5),
         ((3,), 6),
     ]
-    assert {spec.sampling.model_copy(update={"seed": 0}) for spec in specs} == {Sampling(max_tokens=8)}
+    assert {structs.replace(spec.sampling, seed=0) for spec in specs} == {Sampling(max_tokens=8)}
     assert len(detokenisers_of(request, TOKENIZER)) == 4
 
 

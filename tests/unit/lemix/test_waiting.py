@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from msgspec import structs
 
 from lemix.simulation.loop import run_virtual
 from lemix.waiting import AppliedBatches, ProgressError, wait_nodes_ready
@@ -28,7 +29,7 @@ def test_nodes_are_waited_for_until_the_trainer_has_restored_them() -> None:
     epochs = iter([0, 0, 7])
 
     async def status(incoming: Incoming[StatusRequest]) -> ClusterStatus:
-        stage = heartbeat(0).model_copy(update={"epoch": next(epochs)})
+        stage = structs.replace(heartbeat(0), epoch=next(epochs))
         node = NodeStatus(node=0, ready=True, inference_tasks=0, training_tasks=0, stages=(stage,))
         return ClusterStatus(policy="p", nodes=(node,))
 

@@ -1,6 +1,7 @@
 """Each policy chooses among ready nodes, changes nothing, and follows its own rule."""
 
 import pytest
+from msgspec import structs
 
 from services.scheduler.policies import POLICIES, policy_named
 from services.scheduler.policies.base import Decision, Place, Refuse
@@ -48,7 +49,7 @@ def test_round_robin_takes_turns() -> None:
 def test_round_robin_goes_on_after_a_node_that_went_away() -> None:
     state = cluster(1, 2, 3)
     place(state, "round_robin", 2)
-    state.apply(HeartbeatSeen(state.status()[1].stages[0].model_copy(update={"ready": False}), 0.0))
+    state.apply(HeartbeatSeen(structs.replace(state.status()[1].stages[0], ready=False), 0.0))
     assert choose(state, "round_robin") == Place(3)
 
 

@@ -1,6 +1,7 @@
 """Nodes come, go silent, restart and leave; tasks are placed, end, and are lost with their node."""
 
 import pytest
+from msgspec import structs
 
 from services.scheduler.forecast import Forecast, Interval
 from services.scheduler.state import (
@@ -196,7 +197,7 @@ def test_only_so_many_askers_are_remembered() -> None:
 
 def test_the_cache_has_room_for_what_placed_tasks_may_grow_to() -> None:
     state = ClusterState(costs=LinearCosts(None))
-    beat = heartbeat(0).model_copy(update={"kv_blocks_total": 10, "kv_block_size": 16})
+    beat = structs.replace(heartbeat(0), kv_blocks_total=10, kv_block_size=16)
     state.apply(HeartbeatSeen(beat, 0.0))
     state.apply(TaskAssigned(placed("r", 20, max_tokens=13), 0.0))  # 32 rows: the last token has none
     state.apply(TaskAssigned(placed("s", 1), 0.0))  # one row takes a whole block
@@ -209,10 +210,10 @@ def test_the_cache_is_empty_after_stage_0_is_lost() -> None:
     state = ClusterState(costs=LinearCosts(None))
     room = {"kv_blocks_total": 10, "kv_block_size": 16, "num_stages": 2}
     for stage in (0, 1):
-        state.apply(HeartbeatSeen(heartbeat(0, stage).model_copy(update=room), 0.0))
+        state.apply(HeartbeatSeen(structs.replace(heartbeat(0, stage), **room), 0.0))
     state.apply(TaskAssigned(placed("r", 20), 0.0))
     state.apply(StageLeft(StageStopped(node=0, stage=0, instance=heartbeat(0).instance)))
-    state.apply(HeartbeatSeen(heartbeat(0, instance="b").model_copy(update=room), 1.0))
+    state.apply(HeartbeatSeen(structs.replace(heartbeat(0, instance="b"), **room), 1.0))
     assert state.kv_tokens_free(0) == 160
 
 
@@ -246,7 +247,7 @@ def test_errors_of_costs_and_of_forecasts_are_measured() -> None:
 def test_progress_of_unknown_nodes_and_stages_changes_nothing() -> None:
     state = with_nodes(0)
     state.apply(StageProgressed(iterated("r", tokens=1, elapsed_s=0.1, stage=5), 0.2))
-    state.apply(StageProgressed(iterated("r", tokens=1, elapsed_s=0.1).model_copy(update={"node": 9}), 0.2))
+    state.apply(StageProgressed(structs.replace(iterated("r", tokens=1, elapsed_s=0.1), node=9), 0.2))
     assert state.forward_error.count == 0
     assert state.timeline(0).prediction.is_idle
 

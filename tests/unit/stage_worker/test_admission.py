@@ -1,6 +1,7 @@
 """Blocks of the KV cache, and who gets them when."""
 
 import pytest
+from msgspec import structs
 
 from services.stage_worker.admission import Admission
 from services.stage_worker.batcher import Sequence
@@ -89,7 +90,7 @@ def test_an_empty_prompt_is_refused_with_400() -> None:
 @pytest.mark.parametrize("token", [-1, 100])
 def test_a_token_that_the_model_does_not_know_is_refused_with_400(token: int) -> None:
     strange = sequence()
-    strange.task = strange.task.model_copy(update={"prompt": (1, token)})
+    strange.task = structs.replace(strange.task, prompt=(1, token))
     with pytest.raises(RefusedError, match="tokens are 0 to 99") as refusal:
         admission_of(BlockAllocator(4, 4), max_waiting=8).offer(strange)
     assert refusal.value.code == 400

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from lemix.simulation.loop import VirtualClock, run_virtual
 from services.stage_worker.executor.base import Executor
@@ -79,7 +80,7 @@ def executor(
 def chunk(task_id: str, *, start: int, num_tokens: int, index: int = 0, **sampling: object) -> SequenceChunk:
     return SequenceChunk(
         task_id=task_id,
-        begins=SequenceStart(gateway="g", sampling=Sampling.model_validate({"max_tokens": 2, **sampling})),
+        begins=SequenceStart(gateway="g", sampling=Sampling(**{"max_tokens": 2, **sampling})),
         start=start,
         num_tokens=num_tokens,
         blocks=(0,),
@@ -131,8 +132,8 @@ async def test_an_iteration_takes_the_time_of_all_its_rows_and_pairs() -> None:
 
 async def test_the_last_stage_gives_tokens_until_max_tokens() -> None:
     it = executor(Clock(), 1)
-    scored = chunk("b", start=0, num_tokens=2).model_copy(update={"produces": False, "targets": (7, 8)})
-    silent = scored.model_copy(update={"task_id": "c", "targets": ()})
+    scored = structs.replace(chunk("b", start=0, num_tokens=2), produces=False, targets=(7, 8))
+    silent = structs.replace(scored, task_id="c", targets=())
     chunks = [chunk("a", start=0, num_tokens=3), scored, silent]
     first, prompt = await results(it, *chunks)
     assert (first.task_id, first.index, first.finish) == ("a", 0, None)
@@ -233,7 +234,7 @@ async def test_the_last_stage_needs_room_for_one_microbatch_at_a_time() -> None:
 async def test_what_is_offloaded_takes_time_and_no_room() -> None:
     clock = Clock()
     first, last = executor(clock, 0, memory=MEMORY), executor(clock, 1, memory=MEMORY)
-    offloaded = microbatch().model_copy(update={"offload": True})
+    offloaded = structs.replace(microbatch(), offload=True)
     await first.forward(offloaded, (1,))
     assert clock.s == 5.0 + 10.0
     await first.forward(microbatch(1), (1,))

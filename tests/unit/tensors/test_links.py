@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from shared.errors import CarrierError, StaleTensorError
 from shared.messages.cluster import LinkAnswer
@@ -53,7 +54,7 @@ def test_stages_of_one_host_share_memory_and_leave_no_file(tmp_path: Path) -> No
 
 def test_a_consumer_that_cannot_open_the_arena_gets_tensors_inline(tmp_path: Path) -> None:
     outgoing, incoming = link(tmp_path), IncomingLinks(CPU)
-    offer = outgoing.offer(0, "instance").model_copy(update={"place": str(tmp_path / "elsewhere")})
+    offer = structs.replace(outgoing.offer(0, "instance"), place=str(tmp_path / "elsewhere"))
     answer = incoming.accept(offer)
     assert not answer.accepted
     assert "elsewhere" in answer.reason
@@ -102,7 +103,7 @@ def test_discarding_frees_a_slot_and_never_fails(tmp_path: Path) -> None:
     for _ in range(2):
         incoming.discard(ref)
     incoming.discard(inline.put(torch.tensor([1])))
-    incoming.discard(ref.model_copy(update={"place": "nowhere"}))
+    incoming.discard(structs.replace(ref, place="nowhere"))
     assert incoming.take(outgoing.put(torch.tensor([2]))).item() == 2
 
 
@@ -115,7 +116,7 @@ def test_a_reference_that_contradicts_itself_is_told(change: dict[str, Any], tmp
     meet(outgoing, incoming)
     sent = torch.arange(5)
     for ref in (outgoing.put(sent), inline.put(sent)):
-        bad = ref.model_copy(update=change)
+        bad = structs.replace(ref, **change)
         if bad.carrier == "inline" and "slot" in change:
             continue
         with pytest.raises(CarrierError):
@@ -126,4 +127,4 @@ def test_a_reference_that_contradicts_itself_is_told(change: dict[str, Any], tmp
 
 def test_an_inline_tensor_must_have_all_its_bytes() -> None:
     with pytest.raises(CarrierError, match="0 bytes came of 40"):
-        inline.take(inline.put(torch.arange(5)).model_copy(update={"data": b""}))
+        inline.take(structs.replace(inline.put(torch.arange(5)), data=b""))

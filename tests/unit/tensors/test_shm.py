@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from shared.errors import CarrierError, StaleTensorError
@@ -111,7 +112,7 @@ def test_a_handle_from_the_future_is_stale(tmp_path: Path) -> None:
     writer, reader = connected(tmp_path)
     ref = writer.put(torch.tensor([1]))
     with pytest.raises(StaleTensorError):
-        reader.take(ref.model_copy(update={"generation": 5}), CPU)
+        reader.take(structs.replace(ref, generation=5), CPU)
 
 
 def test_a_tensor_is_taken_once(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from services.gateway.jobs.job import (
     Cancelled,
@@ -184,7 +185,7 @@ def test_a_job_that_has_ended_stays_as_it_is_when_its_steps_are_taken_out() -> N
 
 def test_the_newest_durable_step_of_each_node_is_remembered() -> None:
     job = published(running_job(), 1, 2, 3)
-    elsewhere = durable(job, 3).model_copy(update={"node": 1})
+    elsewhere = structs.replace(durable(job, 3), node=1)
     assert following(job, durable(job, 2), durable(job, 1), elsewhere)[-1].job.newest_durable == {0: 2, 1: 3}
 
 

@@ -3,6 +3,7 @@
 from math import inf, nan
 
 import pytest
+from msgspec import structs
 
 from services.gateway.text.detokenise import Detokeniser, Piece, TokenEntry
 from shared.errors import RefusedError
@@ -16,7 +17,7 @@ def results(tokens: list[int], last: FinishReason) -> list[SequenceResult]:
     """The tokens as a stage tells of them."""
     produced = [TokenLogprob(token=token, logprob=-0.5, top=((token, -0.5), (EOS, -3.0))) for token in tokens]
     told = [SequenceResult(task_id="t", token=token, index=index) for index, token in enumerate(produced)]
-    return [*told[:-1], told[-1].model_copy(update={"finish": last})]
+    return [*told[:-1], structs.replace(told[-1], finish=last)]
 
 
 def feed(sequence: Detokeniser, told: list[SequenceResult]) -> list[Piece]:
@@ -151,7 +152,7 @@ def test_scores_that_come_twice_are_an_error() -> None:
     scored = SequenceResult(task_id="t", prompt=(TokenLogprob(token=2),))
     sequence.apply(scored)
     with pytest.raises(RefusedError, match="lost"):
-        sequence.apply(scored.model_copy(update={"finish": "length"}))
+        sequence.apply(structs.replace(scored, finish="length"))
 
 
 def test_lost_scores_are_an_error() -> None:

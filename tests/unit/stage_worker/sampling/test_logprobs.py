@@ -3,6 +3,7 @@
 import json
 
 import torch
+from msgspec import structs
 
 from services.stage_worker.sampling.logprobs import LEAST_LOGPROB, logprobs
 
@@ -30,4 +31,4 @@ def test_more_than_the_vocabulary_are_not_told() -> None:
 def test_what_is_impossible_can_be_said_in_json() -> None:
     (one,) = logprobs(torch.tensor([[0.0, -torch.inf]]), [1], [2])
     assert (one.logprob, one.top[1]) == (LEAST_LOGPROB, (1, LEAST_LOGPROB))
-    json.dumps(one.model_dump(), allow_nan=False)
+    json.dumps(structs.asdict(one), allow_nan=False)
