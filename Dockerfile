@@ -30,4 +30,5 @@ RUN pip install --no-deps -e . \
 USER lemix
 ENV PYTHONUNBUFFERED=1
 EXPOSE 8000
+# Refuses to start without keys (lemix keys create), which the folder runs keeps: mount a volume there.
 CMD ["lemix", "up", "--host", "0.0.0.0"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lemix.commands import cluster, lab, train, weights
+from lemix.commands import cluster, keys, lab, train, weights
 from lemix.printing import Output, ReaderGoneError, say, say_error
 from shared.errors import LemixError
 
@@ -19,6 +19,7 @@ for command in (cluster.up, cluster.demo, lab.simulate, lab.study, lab.profile, 
     app.command()(command)
 app.add_typer(train.app, name="train")
 app.add_typer(weights.app, name="weights")
+app.add_typer(keys.app, name="keys")
 
 
 def _show_version(wanted: bool) -> None:

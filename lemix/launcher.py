@@ -17,7 +17,7 @@ from typing import NoReturn, Self
 from lemix.arenas import ArenaFolder, default_base, remove_abandoned
 from lemix.health import HealthProbe
 from lemix.nats_server import NatsServer
-from lemix.ports import claim_port
+from lemix.ports import api_url_of, claim_port
 from lemix.run_folder import ClusterFile, RunFolder
 from lemix.status import require_unused
 from lemix.supervision import (
@@ -29,8 +29,12 @@ from lemix.supervision import (
     stop_all,
 )
 from lemix.topology import ClusterOptions, CommandOf, ServiceSpec, module_command, service_specs
+from services.gateway.access.exposure import check_exposure
+from services.gateway.access.key_file import read_keys
+from services.gateway.settings import KEYS_FILE, GatewaySettings
 from shared.clock import Clock, SystemClock
 from shared.errors import LemixError
+from shared.settings import read_settings
 
 STOP_GRACE_S = 3.0
 """Services get this long; with NATS's own second after it, everything ends within 5 s."""
@@ -63,6 +67,8 @@ class LocalCluster:
         self._error: ClusterFailedError | None = None
         self.nats_url = options.nats_url or ""
         self.api_url = ""
+        self.has_keys = False
+        """Whether clients need a key."""
 
     @property
     def run_dir(self) -> Path:
@@ -89,6 +95,7 @@ class LocalCluster:
         a service dies or nothing answers within the options' `start_timeout_s`.
         """
         self._options.validate()
+        self.has_keys = _check_access(self._options)
         try:
             await self._start_processes()
             await self._until_healthy()
@@ -113,7 +120,7 @@ class LocalCluster:
         self._run.claim()
         self._undo.callback(self._run.release)
         port = claim_port(self._options.host, self._options.port)
-        self.api_url = f"http://{self._options.host}:{port}"
+        self.api_url = api_url_of(self._options.host, port)
         remove_abandoned(default_base())
         arenas = ArenaFolder.create(default_base())
         self._undo.callback(arenas.remove)
@@ -199,6 +206,14 @@ class LocalCluster:
                 nats_url=self.nats_url, api_url=self.api_url, launcher_pid=os.getpid(), pids=self.pids
             )
         )
+
+
+def _check_access(options: ClusterOptions) -> bool:
+    """Whether there are keys. Raises ConfigurationError when others could reach the API without one."""
+    keys_file = read_settings(GatewaySettings).keys_file or options.run_dir / KEYS_FILE
+    has_keys = read_keys(keys_file) is not None
+    check_exposure(options.host, has_keys=has_keys, insecure=options.insecure)
+    return has_keys
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

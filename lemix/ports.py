@@ -1,8 +1,17 @@
-"""Finding a port for the API."""
+"""Finding a port for the API, and its address as this machine reaches it."""
 
 import socket
 
+from shared.addresses import authority
 from shared.errors import ConfigurationError
+
+_LOOPBACKS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where an address that stands for all of a machine's is reached from the machine itself."""
+
+
+def api_url_of(host: str, port: int) -> str:
+    """The API's URL, for programs of this machine."""
+    return f"http://{authority(_LOOPBACKS.get(host, host), port)}"
 
 
 def claim_port(host: str, port: int) -> int:
@@ -10,13 +19,13 @@ def claim_port(host: str, port: int) -> int:
 
     Raises ConfigurationError when `port` is taken or the host is not this machine's.
     """
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigurationError(
-                f"cannot listen on {host}:{port}: {error.strerror}; try another --port"
+                f"cannot listen on {authority(host, port)}: {error.strerror}; try another --port"
             ) from error
         free: int = probe.getsockname()[1]
         return free

@@ -30,6 +30,10 @@ class ClusterOptions:
     host: str = "127.0.0.1"
     port: int = 0
     """The API's port; 0: any free one."""
+    root_path: str = ""
+    """The API's path prefix behind a proxy."""
+    insecure: bool = False
+    """The API may listen where others reach it, although there are no keys."""
     nats_url: str | None = None
     """A running NATS server to use; None: start one."""
     start_timeout_s: float = 60.0
@@ -93,7 +97,7 @@ def service_specs(
 
     specs = [
         spec("scheduler", "scheduler", _scheduler_settings(options)),
-        spec("gateway", "gateway", {"LEMIX_HOST": options.host, "LEMIX_PORT": str(port)}),
+        spec("gateway", "gateway", _gateway_settings(options, port)),
         spec("trainer", "trainer", {}),
     ]
     for node in range(options.nodes):
@@ -114,6 +118,12 @@ def _common_settings(options: ClusterOptions, nats_url: str) -> dict[str, str]:
     if options.model is not None:
         settings["LEMIX_MODEL"] = options.model
     return settings
+
+
+def _gateway_settings(options: ClusterOptions, port: int) -> dict[str, str]:
+    chosen = {"LEMIX_ROOT_PATH": options.root_path, "LEMIX_INSECURE": "yes" if options.insecure else ""}
+    set_ones = {name: value for name, value in chosen.items() if value}
+    return {"LEMIX_HOST": options.host, "LEMIX_PORT": str(port), **set_ones}
 
 
 def _scheduler_settings(options: ClusterOptions) -> dict[str, str]:

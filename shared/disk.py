@@ -30,13 +30,16 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
-def replace_file(path: Path, content: str) -> None:
+def replace_file(path: Path, content: str, *, mode: int = 0o666) -> None:
     """Have `path` hold `content`, all of it or what it held before, and have the disk hold its name.
 
+    `mode` says who may read and write it, less what the process's umask takes away.
     Raises OSError when the disk refuses; only when it refuses the name may the new content be there.
     """
     new = path.with_suffix(".new")
     try:
+        new.unlink(missing_ok=True)
+        new.touch(mode=mode)
         new.write_text(content, encoding="utf-8")
         sync(new)
         new.replace(path)

@@ -41,6 +41,22 @@ def up(
     name: Annotated[str, typer.Option(help="Files of the run go under runs/NAME.")] = "default",
     runs_dir: RunsDir = Path("runs"),
     nats_url: NatsUrl = None,
+    root_path: Annotated[
+        str,
+        typer.Option(
+            help="Path prefix under which a proxy serves the API.",
+            envvar="LEMIX_ROOT_PATH",
+            show_default="none",
+        ),
+    ] = "",
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Listen where others reach it, although nobody needs a key.",
+            envvar="LEMIX_INSECURE",
+        ),
+    ] = False,
     start_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds until something must answer; a download counts.")
     ] = 60.0,
@@ -61,6 +77,8 @@ def up(
         policy=policy,
         host=host,
         port=port,
+        root_path=root_path,
+        insecure=insecure,
         nats_url=nats_url,
         start_timeout_s=start_timeout,
     )

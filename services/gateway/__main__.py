@@ -1,7 +1,10 @@
 """Run the gateway: python -m services.gateway"""
 
 import asyncio
+import logging
 
+from services.gateway.access.exposure import check_exposure, is_loopback
+from services.gateway.access.key_file import read_keys
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
 from services.gateway.http.app import build_app
@@ -15,6 +18,8 @@ from shared.encoding import ExampleEncoder
 from shared.lifecycle import World, load_settings, run_service
 from shared.model_files import CONFIG_FILES, TOKENIZER_FILES, name_of, read_card, resolve
 from shared.text import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 
 def load_model(settings: GatewaySettings, clock: Clock) -> tuple[TextTokenizer, ExampleEncoder]:
@@ -32,8 +37,17 @@ def load_model(settings: GatewaySettings, clock: Clock) -> tuple[TextTokenizer, 
     return encoder.tokenizer or TextTokenizer.load(folder), encoder
 
 
+def check_access(settings: GatewaySettings) -> None:
+    """Raises ConfigurationError when others could reach the gateway without a key."""
+    has_keys = read_keys(settings.keys_path) is not None
+    check_exposure(settings.host, has_keys=has_keys, insecure=settings.insecure)
+    if not has_keys and not is_loopback(settings.host):
+        log.warning("INSECURE: whoever reaches %s may use and train the model", settings.host)
+
+
 async def run(world: World, settings: GatewaySettings) -> None:
     """Serve HTTP until cancelled."""
+    check_access(settings)
     tokenizer, encoder = await asyncio.to_thread(load_model, settings, world.clock)
     cluster = ClusterClient(
         bus=world.bus,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from msgspec import structs
 from opentelemetry.trace import SpanKind
 
+from services.gateway.access.meter import Meter
 from services.gateway.cluster_client import Arrival, SequenceSpec
 from services.gateway.context import GatewayContext
 from services.gateway.http.errors import ClientGoneError, as_api_error
@@ -28,6 +29,15 @@ REFUSALS_WITHIN_S = 1.0
 """A node that cannot take a sequence says so at once: after this time it has taken it."""
 
 _NUM_SEEDS = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """On whose behalf a generation runs."""
+
+    traceparent: str = ""
+    meter: Meter | None = None
+    """Of the key that asked; None: there are no keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +77,7 @@ class Generations:
         self._context = context
 
     @contextmanager
-    def admitted(self, *, traceparent: str = "") -> "Iterator[Callable[[GenerationRequest], Generation]]":
+    def admitted(self, caller: Caller) -> "Iterator[Callable[[GenerationRequest], Generation]]":
         """For the block in which a request is read: what begins it, as the block's last act.
 
         The caller ends the generation with `Generation.close`. An error in the block refuses the
@@ -75,7 +85,7 @@ class Generations:
         """
         context, arrived_s = self._context, self._context.clock.now_s()
         try:
-            yield partial(Generation, context, arrived_s=arrived_s, traceparent=traceparent)
+            yield partial(Generation, context, arrived_s=arrived_s, caller=caller)
         except BaseException:
             context.metrics.requests.labels("refused").inc()
             raise
@@ -90,19 +100,23 @@ class Generation:
         request: GenerationRequest,
         *,
         arrived_s: float,
-        traceparent: str,
+        caller: Caller,
     ) -> None:
+        """Raises ApiError (429) when the caller's key has no tokens left."""
         self.versions: Versions | None = None
         """None before any token."""
         self._clock = context.clock
         self._error: LemixError | None = None
         self._closed = False
         self._num_prompt_tokens = sum(len(prompt.ids) for prompt in request.prompts)
+        self._meter = caller.meter
+        if self._meter is not None:
+            self._meter.count_prompt(self._num_prompt_tokens)
         self._sequences = detokenisers_of(request, context.tokenizer)
         self._num_open = len(self._sequences)
         span = context.telemetry.span(
             "gateway.completion",
-            traceparent=traceparent,
+            traceparent=caller.traceparent,
             kind=SpanKind.SERVER,
             attributes={
                 "gen_ai.request.max_tokens": request.sampling.max_tokens,
@@ -173,6 +187,8 @@ class Generation:
             return
         self._closed = True
         self._session.close()
+        if self._meter is not None:
+            self._meter.count_completion(self._record.num_tokens)
         error = None if self.finished else self._error or ClientGoneError("nobody waited for the answer")
         self._record.end(at_s=self._clock.now_s(), num_prompt_tokens=self._num_prompt_tokens, error=error)
 

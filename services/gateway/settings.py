@@ -1,11 +1,15 @@
 """The gateway's settings."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 from shared.settings import LemixSettings
+
+KEYS_FILE = "keys.json"
+"""In the run's folder, unless a setting says otherwise."""
 
 
 def _as_prefix(path: str) -> str:
@@ -28,6 +32,15 @@ class GatewaySettings(LemixSettings):
     """Under which a proxy serves this gateway (`/llm`), whether it passes the prefix on or not."""
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     """Origins whose pages may use the API from a browser (`https://chat.example`), separated by commas."""
+    keys_file: Path | None = None
+    """Where the API keys are; None: `keys.json` in the run's folder."""
+    insecure: bool = False
+    """Listen where others reach it although there are no keys."""
+    trusted_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Without keys: names by which the gateway may be called, separated by commas, beside this machine's own.
+
+    None: no others, or any when it is insecure.
+    """
     request_timeout_s: float = Field(default=300.0, gt=0)
     """A request older than this ends with an error (504)."""
     keep_alive_s: int = Field(default=620, gt=0)
@@ -66,3 +79,7 @@ class GatewaySettings(LemixSettings):
     """Batches of a job that are published and not yet applied."""
     ask_after_s: float = Field(default=10.0, gt=0)
     """A job that has heard nothing of its batches for so long asks the trainer."""
+
+    @property
+    def keys_path(self) -> Path:
+        return self.keys_file or self.run_dir / KEYS_FILE

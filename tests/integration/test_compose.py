@@ -53,6 +53,12 @@ def test_it_runs_the_same_processes_with_the_same_settings_as_the_launcher() -> 
             assert composed[spec.name]["environment"].get(name) == spec.environment.get(name)
 
 
+def test_every_port_is_published_for_this_machine_only() -> None:
+    for name, service in load()["services"].items():
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), name
+
+
 def test_the_stages_of_a_node_and_only_they_share_their_memory() -> None:
     def memory(name: str) -> str:
         stage = own_services(load())[name]

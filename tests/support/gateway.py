@@ -23,6 +23,7 @@ from services.gateway.http.server import listen, serve, server_config
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
+from shared.addresses import authority
 from shared.bus.base import Bus, Incoming
 from shared.bus.memory import MemoryBroker
 from shared.chat_template import ChatTemplate
@@ -197,7 +198,7 @@ async def gateway_world(
             asyncio.timeout(DEADLINE_S),
             context.cluster.running(),
             fine_tuning.running(),
-            httpx.AsyncClient(transport=transport, base_url="http://gateway") as http,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
         ):
             yield World(cluster, context.cluster, app, http, chosen)
         await bus.close()
@@ -232,12 +233,12 @@ def _context(
 
 
 @asynccontextmanager
-async def served(world: World) -> AsyncIterator[str]:
+async def served(world: World, host: str = "127.0.0.1") -> AsyncIterator[str]:
     """The world's app behind a real socket; yields its address."""
-    listener = listen("127.0.0.1", 0)
+    listener = listen(host, 0)
     port = listener.getsockname()[1]
     async with asyncio.TaskGroup() as group:
         config = server_config(world.app, world.settings)
         server = group.create_task(serve(config, listener, before_end=world.gateway.end_sessions))
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{authority(host, port)}"
         server.cancel()

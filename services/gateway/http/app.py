@@ -6,9 +6,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from services.gateway.access.key_file import KeyRing
 from services.gateway.context import GatewayContext
 from services.gateway.generation import Generations
 from services.gateway.health import HealthProbe
+from services.gateway.http.auth import Gate
 from services.gateway.http.bodies import error_response, json_response
 from services.gateway.http.body_reader import BodyReader
 from services.gateway.http.errors import ApiError
@@ -26,7 +28,7 @@ from shared.errors import LemixError
 
 def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     """The application that serves `context.card` through `context.cluster`, and has it trained."""
-    app = FastAPI(title="LeMix", redirect_slashes=False)
+    app = FastAPI(title="LeMix", redirect_slashes=False, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
     app.router.route_class = JsonRoute
     app.add_exception_handler(HTTPException, _unknown_route)
     _add_refusals(app, context)
@@ -68,6 +70,9 @@ def _add_middlewares(app: FastAPI, context: GatewayContext) -> None:
     """From the inside to the outside."""
     settings = context.settings
     app.add_middleware(BodyReader, settings=settings, metrics=context.metrics)
+    app.add_middleware(
+        Gate, settings=settings, ring=KeyRing(settings.keys_path, context.clock), clock=context.clock
+    )
     app.add_middleware(LenientPaths, prefix=settings.root_path)
     app.add_middleware(RequestLog, ids=context.ids, telemetry=context.telemetry)
     if settings.cors_origins:

@@ -1,32 +1,36 @@
 """What a client is told when its request cannot be answered."""
 
+from collections.abc import Mapping
+
 from shared.errors import LemixError, MessageTooLargeError, NoResponderError, RefusedError
+
+_USUAL_HEADERS: Mapping[int, dict[str, str]] = {
+    408: {"connection": "close"},  # the rest of the body may never come
+    415: {"accept-encoding": "gzip, zstd"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+}
 
 
 class ApiError(LemixError):
     """An answer that is an error, as OpenAI's API words it."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """HTTP headers of the answer: when to try again, what to send instead, whether to go on at all."""
-        match self.status:
-            case 429 | 503:
-                return {"retry-after": "1"}
-            case 415:
-                return {"accept-encoding": "gzip, zstd"}
-            case 408:  # the rest of the body may never come
-                return {"connection": "close"}
-            case _:
-                return {}
+        self.headers = _USUAL_HEADERS.get(status, {}) | dict(headers or {})
+        """HTTP headers of the answer."""
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The answer's JSON."""

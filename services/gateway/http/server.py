@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from services.gateway.settings import GatewaySettings
+from shared.addresses import authority
 from shared.errors import ConfigurationError
 
 _GRACE_S = 1
@@ -34,12 +35,16 @@ def allow_many_connections() -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigurationError naming the address when it cannot be had."""
+    """A listening socket; that of `::` listens on IPv4 too.
+
+    Raises ConfigurationError naming the address when it cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    is_dual = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_dual)
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise ConfigurationError(f"cannot listen on {authority(host, port)}: {error.strerror}") from error
 
 
 def server_config(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Config:

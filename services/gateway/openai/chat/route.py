@@ -4,6 +4,7 @@ from fastapi import FastAPI, Request, Response
 
 from services.gateway.context import GatewayContext
 from services.gateway.generation import Generations
+from services.gateway.http.auth import caller_of
 from services.gateway.http.bodies import json_response
 from services.gateway.http.streaming import stream, version_header, whole
 from services.gateway.openai.answers import documented, new_heading, usage_of
@@ -20,7 +21,7 @@ def add_chat(app: FastAPI, context: GatewayContext, generations: Generations) ->
     async def chat(http: Request, asked: ChatRequest) -> Response:
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         heading = new_heading(context, "chatcmpl", kind)
-        with generations.admitted(traceparent=http.headers.get("traceparent", "")) as begin:
+        with generations.admitted(caller_of(http)) as begin:
             generation = begin(await generation_request(asked, heading.answer_id, context))
         readers = [_reader(asked, context) for _ in range(asked.n)]
         if asked.stream:

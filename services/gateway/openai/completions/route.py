@@ -4,6 +4,7 @@ from fastapi import FastAPI, Request, Response
 
 from services.gateway.context import GatewayContext
 from services.gateway.generation import GenerationRequest, Generations
+from services.gateway.http.auth import caller_of
 from services.gateway.http.bodies import json_response
 from services.gateway.http.streaming import stream, version_header, whole
 from services.gateway.openai.answers import documented, new_heading, usage_of
@@ -20,7 +21,7 @@ def add_completions(app: FastAPI, context: GatewayContext, generations: Generati
     @app.post("/v1/completions", responses=documented(Completion))
     async def complete(http: Request, asked: CompletionRequest) -> Response:
         heading = new_heading(context, "cmpl", "text_completion")
-        with generations.admitted(traceparent=http.headers.get("traceparent", "")) as begin:
+        with generations.admitted(caller_of(http)) as begin:
             generation = begin(await generation_request(asked, heading.answer_id, context))
         with_logprobs = asked.logprobs is not None
         if asked.stream:

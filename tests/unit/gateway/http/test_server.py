@@ -34,3 +34,12 @@ async def test_many_requests_share_one_connection() -> None:
                 connections.add(response.extensions["network_stream"].get_extra_info("client_addr"))
                 await response.aread()
     assert len(connections) == 1
+
+
+@pytest.mark.parametrize(("host", "asked"), [("::1", "[::1]"), ("::", "[::1]"), ("::", "127.0.0.1")])
+async def test_ipv6_addresses_are_served(host: str, asked: str) -> None:
+    async with gateway_world() as world, served(world, host) as address:
+        port = address.rpartition(":")[2]
+        async with httpx.AsyncClient() as http:
+            response = await http.get(f"http://{asked}:{port}/v1/models")
+    assert response.status_code == 200

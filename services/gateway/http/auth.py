@@ -1,0 +1,97 @@
+"""Lets a request in when its key may do what its path needs; without keys, when this machine sent it."""
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.gateway.access.exposure import is_known_host, is_loopback, is_own_origin
+from services.gateway.access.key_file import KeyRing, Keys
+from services.gateway.access.keys import Key, find_key, scope_of
+from services.gateway.access.keys import Scope as KeyScope
+from services.gateway.access.meter import Meter
+from services.gateway.generation import Caller
+from services.gateway.http.errors import ApiError
+from services.gateway.settings import GatewaySettings
+from shared.clock import Clock
+
+
+class Gate:
+    """A middleware. It answers with what the key has left of its limits, and tells routes its meter."""
+
+    def __init__(self, app: ASGIApp, *, settings: GatewaySettings, ring: KeyRing, clock: Clock) -> None:
+        self._app = app
+        self._settings = settings
+        self._ring = ring
+        self._clock = clock
+        self._meters: dict[str, Meter] = {}
+        """By the ids of keys."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (needed := scope_of(scope["path"])) is None:
+            await self._app(scope, receive, send)
+            return
+        headers, keys = Headers(scope=scope), self._ring.keys()
+        if keys is None:
+            self._check_neighbour(headers)
+            await self._app(scope, receive, send)
+            return
+        meter = self._meter(_key_for(needed, headers, keys))
+        meter.count_request()
+        scope.setdefault("state", {})["meter"] = meter
+        await self._app(scope, receive, _with_limits(send, meter))
+
+    def _check_neighbour(self, headers: Headers) -> None:
+        """Without keys. Raises ApiError for a request that a page of another site may have sent."""
+        settings = self._settings
+        host, origin = headers.get("host", ""), headers.get("origin", "")
+        if not (settings.insecure or is_loopback(settings.host)):  # the file of keys has gone since the start
+            raise _unauthorised("there are no keys: nobody has access")
+        any_host = settings.insecure and not settings.trusted_hosts
+        if host and not (any_host or is_known_host(host, settings.trusted_hosts)):
+            message = f"without keys, requests for {host!r} are not answered (LEMIX_TRUSTED_HOSTS)"
+            raise ApiError(403, message, code="host_not_allowed")
+        if origin and not is_own_origin(origin, host, settings.cors_origins):
+            message = f"pages of {origin!r} may not use this API (LEMIX_CORS_ORIGINS names those that may)"
+            raise ApiError(403, message, code="origin_not_allowed")
+
+    def _meter(self, key: Key) -> Meter:
+        if key.id not in self._meters:
+            self._meters[key.id] = Meter(key, self._clock)
+        return self._meters[key.id]
+
+
+def caller_of(request: Request) -> Caller:
+    """On whose behalf a request is answered."""
+    meter = request.scope.get("state", {}).get("meter")
+    return Caller(traceparent=request.headers.get("traceparent", ""), meter=meter)
+
+
+def _key_for(needed: KeyScope, headers: Headers, keys: Keys) -> Key:
+    """Raises ApiError: 401 without a key that is known, 403 for one that may not do this."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise _unauthorised("an API key is needed: send 'Authorization: Bearer KEY'")
+    key = find_key(keys, token.strip())
+    if key is None:
+        raise _unauthorised("the API key is not known", challenge='Bearer error="invalid_token"')
+    if not key.allows(needed):
+        raise ApiError(
+            403,
+            f"this API key lacks the scope {needed!r}",
+            code="insufficient_permissions",
+            headers={"www-authenticate": f'Bearer error="insufficient_scope", scope="{needed}"'},
+        )
+    return key
+
+
+def _unauthorised(message: str, challenge: str = "Bearer") -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": challenge})
+
+
+def _with_limits(send: Send, meter: Meter) -> Send:
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(meter.headers())
+        await send(message)
+
+    return send_with_limits
