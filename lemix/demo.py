@@ -46,7 +46,7 @@ class DemoOptions:
     requests_per_s: float = 2.0
     max_tokens: tuple[int, int] = (16, 48)
     """Each request asks for a number of tokens drawn from this range."""
-    chat_share: float = 0.0
+    chat_share: float = 0.5
     """Share of the requests that ask by chat, where the model has a chat template."""
     seed: int = 0
     """Draws the arrival times, the prompts, the routes and the numbers of tokens."""

@@ -148,6 +148,8 @@ async def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, ma
     assert b"LeMix demo" in output
     summary = Summary.model_validate_json((tmp_path / "demo" / "summary.json").read_text())
     assert summary.faults() == []
+    assert 0 < summary.requests.chat < summary.requests.sent
+    assert (tmp_path / "demo" / "demo.png").is_file()
     assert summary.training.batches_applied == 6
     assert summary.served_loss.after < summary.served_loss.before - 0.5
     assert summary.weights_version.last is not None and 0 < summary.weights_version.last <= 6
