@@ -1,5 +1,6 @@
 """Tiny random models of the proven families, saved as their publishers would."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from shared.model_files import read_card
+from shared.settings import EMBEDDED_MODEL
 
 VOCAB_SIZE = 96
 NUM_LAYERS = 5  # does not divide by 2, 3 or 4
@@ -54,6 +58,15 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
         GPTNeoXConfig(**{key: value for key, value in _LLAMA_SHAPE.items() if key != "num_key_value_heads"}),
     ),
 }
+
+
+def save_tiny_text_model(folder: Path) -> None:
+    """A random Llama that has the embedded model's tokenizer, and so can write text."""
+    card = read_card(Path(EMBEDDED_MODEL), "embedded")
+    shape = {**_LLAMA_SHAPE, "num_hidden_layers": 2, "eos_token_id": list(card.eos_token_ids)}
+    torch.manual_seed(7)
+    LlamaForCausalLM(LlamaConfig(**shape | {"vocab_size": card.vocab_size})).save_pretrained(folder)
+    shutil.copy(Path(EMBEDDED_MODEL) / "tokenizer.json", folder)
 
 
 def save_tiny_model(family: str, folder: Path) -> Any:

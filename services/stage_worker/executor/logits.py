@@ -1,11 +1,11 @@
 """What the last stage makes of an iteration's logits: which rows it needs, and each sequence's result."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from services.stage_worker.sampling.draw import draw, finish_reason
+from services.stage_worker.sampling.draw import draw
 from services.stage_worker.sampling.logprobs import logprobs
 from services.stage_worker.sampling.sequences import SequenceState
 from shared.messages.inference import (
@@ -19,7 +19,7 @@ from shared.messages.inference import (
 NOT_FINITE = "the model's logits are not finite"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
     """A chunk with its places among the rows of logits."""
 
@@ -46,7 +46,7 @@ class _Piece:
 
     def _finish(self, token: TokenLogprob | None) -> FinishReason | None:
         if token is not None:
-            return finish_reason(token.token, self.chunk.index, self.state.sampling)
+            return self.state.finish_reason(token.token, self.chunk.index)
         return "length" if self.chunk.produces and self.drawing is None else None
 
 
@@ -77,21 +77,42 @@ class LogitPlan:
     def results(self, logits_RV: Tensor) -> tuple[tuple[SequenceResult, ...], tuple[TaskFailed, ...]]:
         """A result for each chunk that has something to tell: scored prompt tokens, a new token, its end.
 
-        Sequences whose logits are not finite fail instead.
+        Sequences that cannot go on fail instead. One whose grammar is not ready has no token yet.
         """
-        is_sick_R = ~logits_RV.amax(dim=-1).isfinite()
-        sick = set(is_sick_R.nonzero().flatten().tolist())
-        pieces = [piece for piece in self._pieces if sick.isdisjoint(piece.places)]
-        tokens = {
-            place: token
-            for piece in pieces
-            for place, token in zip(piece.scored, piece.chunk.targets, strict=True)
+        sick = set((~logits_RV.amax(dim=-1).isfinite()).nonzero().flatten().tolist())
+        drawing = {piece.drawing for piece in self._pieces if piece.state.is_ready()} - {None}
+        failures = {
+            piece.chunk.task_id: failure
+            for piece in self._pieces
+            if (failure := _failure(piece, sick, draws=piece.drawing in drawing))
         }
-        tokens |= _draw(logits_RV, [piece for piece in pieces if piece.drawing is not None])
+        pieces = [piece for piece in self._pieces if piece.chunk.task_id not in failures]
+        tokens = _targets(pieces) | _draw(logits_RV, [piece for piece in pieces if piece.drawing in drawing])
         told = _with_logprobs(logits_RV, pieces, tokens)
-        results = tuple(piece.result(told) for piece in pieces if piece.scored or piece.chunk.produces)
-        failed = (piece.chunk.task_id for piece in self._pieces if not sick.isdisjoint(piece.places))
-        return results, tuple(TaskFailed(task_id=one, code=500, reason=NOT_FINITE) for one in failed)
+        results = [piece.result(told) for piece in pieces if piece.scored or piece.chunk.produces]
+        states = {piece.chunk.task_id: piece.state for piece in pieces}
+        for result in results:
+            if result.token is not None and result.finish is None:
+                states[result.task_id].drew(result.token.token)
+        return tuple(results), tuple(failures.values())
+
+
+def _failure(piece: _Piece, sick: Set[int], *, draws: bool) -> TaskFailed | None:
+    """Why the sequence cannot go on. `sick`: rows whose logits are not finite."""
+    task_id = piece.chunk.task_id
+    if not sick.isdisjoint(piece.places):
+        return TaskFailed(task_id=task_id, code=500, reason=NOT_FINITE)
+    reason = piece.state.grammar.failure if draws and piece.state.grammar else None
+    return TaskFailed(task_id=task_id, code=400, reason=reason) if reason else None
+
+
+def _targets(pieces: Sequence[_Piece]) -> dict[int, int]:
+    """The prompt token that each scored row predicts, by its place."""
+    return {
+        place: token
+        for piece in pieces
+        for place, token in zip(piece.scored, piece.chunk.targets, strict=True)
+    }
 
 
 def _draw(logits_RV: Tensor, pieces: Sequence[_Piece]) -> dict[int, int]:
@@ -102,8 +123,6 @@ def _draw(logits_RV: Tensor, pieces: Sequence[_Piece]) -> dict[int, int]:
     rows_RV = logits_RV if len(places) == len(logits_RV) else logits_RV[places]
     states = [piece.state for piece in pieces]
     tokens = draw(rows_RV, states, [piece.chunk.index for piece in pieces])
-    for state, token in zip(states, tokens, strict=True):
-        state.drew(token)
     return dict(zip(places, tokens, strict=True))
 
 

@@ -29,6 +29,7 @@ from services.stage_worker.executor.replica import Copied, Replica
 from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
 from services.stage_worker.optimizers import OptimizerSettings
 from services.stage_worker.outer import without_outer
+from services.stage_worker.sampling.grammar import GrammarCompiler, Vocabulary
 from services.stage_worker.sampling.sequences import SequenceState
 from services.stage_worker.settings import OF_TRAINING, StageWorkerSettings
 from services.stage_worker.weights import StageWeights
@@ -103,6 +104,7 @@ class TorchExecutor:
         self._peers_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="peers")
         self._incoming = IncomingLinks(self._device)
         self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
+        self._grammars = GrammarCompiler(self._vocabulary)
         self._model: _Loaded | None = None
         self._served: int | None = None
         """The weights version of the last iteration, when it was a kept one."""
@@ -120,7 +122,9 @@ class TorchExecutor:
         return await self._run(self._incoming.accept, offer)
 
     def begin(self, start: SequenceStart) -> SequenceState:
-        return SequenceState(start.gateway, start.sampling)
+        schema = start.sampling.json_schema
+        grammar = None if schema is None else self._grammars.begin(schema)
+        return SequenceState(start.gateway, start.sampling, grammar)
 
     async def iteration(
         self,
@@ -190,11 +194,15 @@ class TorchExecutor:
         for link in self._outgoing.values():
             link.close()
         self._peers.close()
+        self._grammars.close()
         for thread in (self._thread, self._peers_thread):
             thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
+
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self._settings.model, self._loaded.stage.vocab_size)
 
     @property
     def _loaded(self) -> _Loaded:

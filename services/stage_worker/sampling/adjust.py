@@ -6,19 +6,26 @@ is forbidden. Shape letters: R rows, V vocabulary.
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from services.stage_worker.sampling.grammar import Forbidden
 from services.stage_worker.sampling.sequences import SequenceState
-from shared.messages.inference import Sampling
 
 Entry = tuple[int, float]
 """A token and a number for it."""
 
 
-def is_adjusted(sampling: Sampling, index: int) -> bool:
+def is_adjusted(state: SequenceState, index: int) -> bool:
     """Whether the logits of token `index` of a sequence are changed at all."""
-    return bool(sampling.logit_bias) or sampling.has_penalties or _is_too_early(sampling, index)
+    sampling = state.sampling
+    return bool(
+        sampling.logit_bias
+        or sampling.has_penalties
+        or state.grammar is not None
+        or (index < sampling.min_tokens and sampling.stop_token_ids)
+    )
 
 
 def adjust_(logits_RV: Tensor, states: Sequence[SequenceState], indices: Sequence[int]) -> None:
@@ -28,6 +35,15 @@ def adjust_(logits_RV: Tensor, states: Sequence[SequenceState], indices: Sequenc
     _apply(logits_RV, [_penalties(state) for state in states], torch.sub)
     early = [_too_early(*one, logits_RV.shape[1]) for one in zip(states, indices, strict=True)]
     _apply(logits_RV, early, torch.add)
+    _hold_to_grammars_(logits_RV, states)
+
+
+def _hold_to_grammars_(logits_RV: Tensor, states: Sequence[SequenceState]) -> None:
+    forbidden = {row: state.grammar.forbidden for row, state in enumerate(states) if state.grammar}
+    if forbidden:
+        rows = list(forbidden)
+        is_forbidden_RV = torch.from_numpy(np.stack(list(forbidden.values()))).to(logits_RV.device)
+        logits_RV[rows] = logits_RV[rows].masked_fill(is_forbidden_RV, -torch.inf)
 
 
 def _apply(
@@ -70,11 +86,16 @@ def _penalties(state: SequenceState) -> Iterable[Entry]:
 
 
 def _too_early(state: SequenceState, index: int, vocab_size: int) -> Iterable[Entry]:
-    if not _is_too_early(state.sampling, index):
+    """Tokens that must not end the sequence yet, unless the grammar allows no others."""
+    if index >= state.sampling.min_tokens:
         return ()
-    return ((token, -torch.inf) for token in state.sampling.stop_token_ids if token < vocab_size)
+    ends = [token for token in state.stop_token_ids if token < vocab_size]
+    if state.grammar is not None and _must_end(state.grammar.forbidden, ends):
+        return ()
+    return ((token, -torch.inf) for token in ends)
 
 
-def _is_too_early(sampling: Sampling, index: int) -> bool:
-    """Whether token `index` must not end the sequence."""
-    return index < sampling.min_tokens and bool(sampling.stop_token_ids)
+def _must_end(forbidden: Forbidden, ends: Sequence[int]) -> bool:
+    forbidden = forbidden.copy()
+    forbidden[ends] = True
+    return bool(forbidden.all())

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from services.stage_worker.sampling.adjust import adjust_, is_adjusted
 from services.stage_worker.sampling.sequences import SequenceState
-from shared.messages.inference import FinishReason, Sampling
+from shared.messages.inference import Sampling
 
 
 def draw(logits_RV: Tensor, states: Sequence[SequenceState], indices: Sequence[int]) -> list[int]:
     """One token for each row; `indices` says how many tokens each sequence has produced before."""
     samplings = [state.sampling for state in states]
-    adjusted = [row for row, one in enumerate(samplings) if is_adjusted(one, indices[row])]
+    adjusted = [row for row, one in enumerate(states) if is_adjusted(one, indices[row])]
     if not adjusted:
         return _draw(logits_RV, samplings, indices)
     changed_RV = logits_RV[adjusted].float()
@@ -110,10 +110,3 @@ def uniform(seed: int, index: int) -> float:
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
     return ((state ^ (state >> 31)) >> 11) / (1 << 53)
-
-
-def finish_reason(token: int, index: int, sampling: Sampling) -> FinishReason | None:
-    """Whether the token, the sequence's number `index`, ends it."""
-    if token in sampling.stop_token_ids:
-        return "stop"
-    return "length" if index + 1 >= sampling.max_tokens else None

@@ -129,4 +129,4 @@ def test_a_stop_token_that_the_model_does_not_have_forbids_nothing() -> None:
 def test_only_rows_that_are_changed_are_looked_at(
     options: dict[str, Any], index: int, expected: bool
 ) -> None:
-    assert is_adjusted(Sampling(max_tokens=9, **options), index) is expected
+    assert is_adjusted(SequenceState("g", Sampling(max_tokens=9, **options)), index) is expected

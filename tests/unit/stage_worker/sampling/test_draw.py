@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from services.stage_worker.sampling import draw as drawing
-from services.stage_worker.sampling.draw import finish_reason, uniform
+from services.stage_worker.sampling.draw import uniform
 from services.stage_worker.sampling.sequences import SequenceState
 from shared.messages.inference import Sampling
 
@@ -197,10 +197,3 @@ def test_uniforms_fill_the_unit_interval_evenly() -> None:
     assert all(0 <= number < 1 for number in numbers)
     assert chi_square([int(number * 20) for number in numbers], [1 / 20] * 20) < 43.9  # 1 in 1000
     assert len(set(numbers)) == NUM_DRAWS
-
-
-@pytest.mark.parametrize(
-    ("token", "index", "expected"), [(7, 0, "stop"), (7, 2, "stop"), (1, 2, "length"), (1, 1, None)]
-)
-def test_a_stop_token_or_the_last_one_ends_the_answer(token: int, index: int, expected: str | None) -> None:
-    assert finish_reason(token, index, Sampling(max_tokens=3, stop_token_ids=(7, 8))) == expected
