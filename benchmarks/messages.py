@@ -1,4 +1,4 @@
-"""What packing and unpacking a message costs: those that come once per token, iteration or microbatch."""
+"""The price of packing and unpacking messages that come once per token, iteration or microbatch."""
 
 import time
 from collections.abc import Callable

@@ -179,7 +179,7 @@ def _compile(source: str) -> Template:
 
 
 def _raise_exception(reason: str) -> NoReturn:
-    """What templates call to refuse a conversation."""
+    """Templates call this to refuse a conversation."""
     raise TemplateError(reason)
 
 

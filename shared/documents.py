@@ -1,4 +1,4 @@
-"""What a document is: JSON that is kept on a disk, or read by people and other programs."""
+"""The base of documents: JSON that is kept on a disk, or read by people and other programs."""
 
 from pydantic import BaseModel, ConfigDict
 

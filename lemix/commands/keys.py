@@ -73,7 +73,7 @@ def revoke(
 
 
 def _keys_file(run: str | None, runs_dir: Path | None) -> Path:
-    """Of the run that is named; else what a gateway with this environment would read."""
+    """The keys of the named run; else those that a gateway with this environment would read."""
     from services.gateway.settings import KEYS_FILE, GatewaySettings
     from shared.settings import read_settings
 

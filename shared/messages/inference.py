@@ -97,7 +97,7 @@ class CancelTask(Message):
 
 
 class SequenceStart(Message):
-    """What the last stage must know of a sequence, and keeps until it ends or leaves."""
+    """The facts about a sequence that the last stage needs, and keeps until it ends or leaves."""
 
     gateway: GatewayId
     sampling: Sampling
@@ -150,7 +150,7 @@ class TokenLogprob(Message):
 
 
 class SequenceResult(Message):
-    """What one iteration produced for one sequence."""
+    """The tokens that one iteration produced for one sequence."""
 
     task_id: str
     prompt: tuple[TokenLogprob, ...] = ()
