@@ -16,7 +16,7 @@ from typing import NoReturn, Self
 
 from lemix.arenas import ArenaFolder, default_base, remove_abandoned
 from lemix.health import HealthProbe
-from lemix.nats_server import NatsServer
+from lemix.nats_server import LOOPBACK, NatsServer
 from lemix.ports import api_url_of, claim_port
 from lemix.run_folder import ClusterFile, RunFolder
 from lemix.status import require_unused
@@ -139,9 +139,13 @@ class LocalCluster:
         await self._start_services(specs)
 
     async def _start_nats(self) -> None:
-        server = NatsServer(self._run.nats_store)
+        port = self._options.nats_port or self._run.nats_port
+        if port is not None:
+            claim_port(LOOPBACK, port, option="--nats-port")
+        server = NatsServer(self._run.nats_store, port=port)
         self._undo.push_async_callback(server.stop)
         await server.start()
+        self._run.keep_nats_port(server.port)
         self.nats_url = server.url
         self._watch(server)
 
@@ -153,7 +157,8 @@ class LocalCluster:
             self._watch(service)
 
     async def _stop_services(self) -> None:
-        for name in await stop_all(self._services, grace_s=STOP_GRACE_S):
+        killed = await stop_all(self._services, grace_s=STOP_GRACE_S)
+        for name in killed if self._ready else ():  # a start that failed has its own reason
             self._on_event(f"{name} did not stop within {STOP_GRACE_S:.0f} s and was killed")
 
     def _watch(self, process: Supervised) -> None:

@@ -16,6 +16,7 @@ from typing import Self
 
 from shared.errors import BusError, ConfigurationError
 
+LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 1.0
 POLL_S = 0.01
@@ -49,10 +50,15 @@ class NatsServer:
         await self.stop()
 
     @property
+    def port(self) -> int:
+        """Where it listens; only after `start`."""
+        assert self._port is not None
+        return self._port
+
+    @property
     def url(self) -> str:
         """Where clients connect; only after `start`."""
-        assert self._port is not None
-        return f"nats://127.0.0.1:{self._port}"
+        return f"nats://{LOOPBACK}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -104,7 +110,7 @@ class NatsServer:
         self._store.mkdir(parents=True, exist_ok=True)
         for left_by_a_killed_server in self._store.glob("*.ports"):
             left_by_a_killed_server.unlink()
-        listen = ["--addr", "127.0.0.1", "--port", str(self._port or -1)]
+        listen = ["--addr", LOOPBACK, "--port", str(self._port or -1)]
         storage = ["--jetstream", "--store_dir", str(self._store), "--ports_file_dir", str(self._store)]
         with self.log.open("ab") as output:
             return subprocess.Popen(

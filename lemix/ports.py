@@ -14,8 +14,8 @@ def api_url_of(host: str, port: int) -> str:
     return f"http://{authority(_LOOPBACKS.get(host, host), port)}"
 
 
-def claim_port(host: str, port: int) -> int:
-    """`port` when it can be listened on, or a free one for 0.
+def claim_port(host: str, port: int, *, option: str = "--port") -> int:
+    """`port` when it can be listened on, or a free one for 0; `option` is how a person chooses it.
 
     Raises ConfigurationError when `port` is taken or the host is not this machine's.
     """
@@ -25,7 +25,7 @@ def claim_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigurationError(
-                f"cannot listen on {authority(host, port)}: {error.strerror}; try another --port"
+                f"cannot listen on {authority(host, port)}: {error.strerror}; try another {option}"
             ) from error
         free: int = probe.getsockname()[1]
         return free

@@ -10,9 +10,11 @@ from lemix.folder_lock import FolderLock
 from shared.errors import ConfigurationError
 
 CLUSTER_FILE = "cluster.json"
+NATS_PORT_FILE = "nats_port"
 OWN_ENTRIES = (
     "logs",
     "nats",
+    NATS_PORT_FILE,
     "checkpoints",
     "files",
     "fine_tuning",
@@ -50,6 +52,24 @@ class RunFolder:
     @property
     def nats_store(self) -> Path:
         return self.path / "nats"
+
+    @property
+    def nats_port(self) -> int | None:
+        """Where the run's own NATS server listened before; None before the first time.
+
+        Raises ConfigurationError when the file does not say it.
+        """
+        file = self.path / NATS_PORT_FILE
+        try:
+            return int(file.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"cannot read a port from {file}: {error}; remove it") from error
+
+    def keep_nats_port(self, port: int) -> None:
+        """Whoever publishes to this run finds its server there again after a restart."""
+        (self.path / NATS_PORT_FILE).write_text(f"{port}\n")
 
     def claim(self) -> None:
         """Make the folder and hold it. Raises ConfigurationError when another launcher does."""

@@ -36,6 +36,8 @@ class ClusterOptions:
     """The API may listen where others reach it, although there are no keys."""
     nats_url: str | None = None
     """A running NATS server to use; None: start one."""
+    nats_port: int | None = None
+    """Of the server that is started; None: the run's port, which is any free one the first time."""
     start_timeout_s: float = 60.0
     """When nothing answers after this, the start has failed."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
@@ -53,6 +55,10 @@ class ClusterOptions:
             raise ConfigurationError("at least one device is needed, for example cpu or cuda:0")
         if not 0 <= self.port <= 65535:
             raise ConfigurationError(f"port={self.port} is not a port number")
+        if self.nats_port is not None and self.nats_url:
+            raise ConfigurationError(
+                f"nats_port={self.nats_port} is for a server of the run's own, and {self.nats_url} is given"
+            )
         if not self.name or Path(self.name).name != self.name:
             raise ConfigurationError(f"name={self.name!r} must be one plain folder name")
         if self.emulate is not None:

@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
 )
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
+_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
@@ -44,6 +45,8 @@ def resolve(model: str, patterns: tuple[str, ...]) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
+    if folder.is_absolute() or model.startswith(("./", "../")):
+        raise ConfigurationError(f"model {model!r}: there is no such folder")
     try:
         return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -77,6 +80,15 @@ def read_card(folder: Path, name: str) -> ModelCard:
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
     )
+
+
+def num_layers(folder: Path) -> int | None:
+    """Layers of the model in `folder`; None where its config says it under no name that is known here.
+
+    Raises ConfigurationError when config.json is missing or no JSON object.
+    """
+    config = _read_object(folder / "config.json")
+    return next((value for key in _LAYERS_KEYS if isinstance(value := config.get(key), int)), None)
 
 
 def _read_object(path: Path) -> dict[str, object]:

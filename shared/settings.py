@@ -1,6 +1,6 @@
 """Settings that every service shares, read from LEMIX_* environment variables."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -50,10 +50,16 @@ class LemixSettings(BaseSettings):
 S = TypeVar("S", bound=LemixSettings)
 
 
-def read_settings(kind: type[S]) -> S:
-    """Read settings from the environment. Raises ConfigurationError, naming each variable that is wrong."""
+def read_settings(kind: type[S], environment: Mapping[str, str] | None = None) -> S:
+    """Read settings from `environment` (None: this process's own).
+
+    Raises ConfigurationError, naming each variable that is wrong.
+    """
+    keys = {name: f"LEMIX_{name.upper()}" for name in kind.model_fields}
+    told = environment or {}
+    given: dict[str, Any] = {name: told[key] for name, key in keys.items() if key in told}
     try:
-        return kind()
+        return kind(**given)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
         raise ConfigurationError("; ".join(map(_describe, faults))) from error

@@ -1,5 +1,6 @@
 """`lemix up`, `demo` and `status`: a whole cluster on this machine."""
 
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -57,11 +58,21 @@ def up(
             envvar="LEMIX_INSECURE",
         ),
     ] = False,
+    nats_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Of the run's own NATS server, which keeps it.",
+            show_default="a free one, chosen once",
+        ),
+    ] = None,
     start_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds until something must answer; a download counts.")
     ] = 60.0,
 ) -> None:
     """Start everything on this machine, and keep it running until Ctrl-C."""
+    from lemix.preflight import check_start
     from lemix.running import run_command
     from lemix.topology import ClusterOptions
     from lemix.up import run_up
@@ -80,8 +91,10 @@ def up(
         root_path=root_path,
         insecure=insecure,
         nats_url=nats_url,
+        nats_port=nats_port,
         start_timeout_s=start_timeout,
     )
+    check_start(options, os.environ)
     run_command(run_up(options, Output(), SystemClock()))
 
 
@@ -118,9 +131,11 @@ def _demo(cluster: "ClusterOptions", *, seconds: float, rate: float, num_batches
     from lemix.demo import PICTURE_FILE, SUMMARY_FILE, DemoOptions, run_demo
     from lemix.demo_data import DemoData
     from lemix.demo_view import DemoView, summary_table
+    from lemix.preflight import check_start
     from lemix.running import run_command
     from shared.settings import LemixSettings, read_settings
 
+    check_start(cluster, os.environ)
     console = Output()
     options = DemoOptions(seconds=seconds, requests_per_s=rate)
     data = DemoData.load(

@@ -16,6 +16,7 @@ from lemix.arenas import default_base
 from lemix.bus import open_bus
 from lemix.launcher import LocalCluster
 from lemix.nats_server import NatsServer
+from lemix.ports import claim_port
 from lemix.run_folder import running_clusters
 from lemix.supervision import ClusterFailedError
 from lemix.topology import ClusterOptions
@@ -41,13 +42,16 @@ class Harness:
         self.mark = f"LEMIX_TEST_MARK={folder}"
         self.events: list[str] = []
 
-    def cluster(self, *, start_timeout_s: float = 60.0, **environment: str) -> LocalCluster:
+    def cluster(
+        self, *, start_timeout_s: float = 60.0, nats_port: int | None = None, **environment: str
+    ) -> LocalCluster:
         options = ClusterOptions(
             name="run",
             runs_dir=self.folder,
             nodes=1,
             stages=2,
             start_timeout_s=start_timeout_s,
+            nats_port=nats_port,
             extra_env=environment,
         )
         return LocalCluster(options, on_event=self.events.append, command_of=fake_command)
@@ -106,6 +110,15 @@ async def test_a_start_that_is_never_well_ends_at_its_deadline(harness: Harness)
         await harness.cluster(start_timeout_s=0.5, FAKE_SICK="1").start()
 
 
+async def test_a_failed_start_tells_its_reason_and_not_who_had_to_be_killed(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "STOP_GRACE_S", 0.0)
+    with pytest.raises(ClusterFailedError, match="trainer ended with status 3 while starting"):
+        await harness.cluster(FAKE_DIES="trainer", FAKE_SICK="1", FAKE_STUBBORN="stage_worker").start()
+    assert harness.events == []
+
+
 async def test_a_cancelled_start_leaves_nothing_behind(harness: Harness) -> None:
     start = asyncio.create_task(harness.cluster(FAKE_SICK="1").start())
     await until(lambda: len(marked_with(harness.mark)) == 6)
@@ -143,6 +156,32 @@ async def test_nats_is_started_again_on_its_port(harness: Harness) -> None:
                     await asyncio.sleep(0.02)
         writer.close()
         await writer.wait_closed()
+
+
+async def test_nats_has_its_port_again_in_the_next_run_of_that_name(harness: Harness) -> None:
+    async with harness.cluster() as cluster:
+        first = cluster.nats_url
+    async with harness.cluster() as cluster:
+        assert cluster.nats_url == first
+    taken = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", _port_of(first))
+    with pytest.raises(
+        ConfigurationError, match=f"{first.removeprefix('nats://')}: .*try another --nats-port"
+    ):
+        await harness.cluster().start()
+    taken.close()
+    await taken.wait_closed()
+
+
+async def test_nats_listens_on_the_port_that_is_asked_for_and_keeps_it(harness: Harness) -> None:
+    port = claim_port("127.0.0.1", 0)
+    async with harness.cluster(nats_port=port) as cluster:
+        assert _port_of(cluster.nats_url) == port
+    async with harness.cluster() as cluster:
+        assert _port_of(cluster.nats_url) == port
+
+
+def _port_of(nats_url: str) -> int:
+    return int(nats_url.rpartition(":")[2])
 
 
 async def test_a_service_that_keeps_dying_ends_the_cluster(harness: Harness) -> None:

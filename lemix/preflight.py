@@ -1,0 +1,48 @@
+"""What is wrong with a run and can be known before anything is started."""
+
+from collections.abc import Mapping
+
+from lemix.arenas import default_base
+from lemix.devices import check_devices
+from lemix.topology import ClusterOptions, service_specs
+from services.gateway.settings import GatewaySettings
+from services.scheduler.__main__ import serving
+from services.scheduler.settings import SchedulerSettings
+from services.stage_worker.settings import StageWorkerSettings
+from services.trainer.settings import TrainerSettings
+from shared.model.partition import partition
+from shared.model_files import CONFIG_FILES, name_of, num_layers, read_card, resolve
+from shared.settings import read_settings
+
+
+def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
+    """Read the settings as each service will, and look for the model and the devices.
+
+    Blocks: a model of the hub has its config fetched. Raises ConfigurationError or UnsupportedModelError,
+    naming the value that is wrong.
+    """
+    options.validate()
+    specs = service_specs(
+        options,
+        nats_url=options.nats_url or "",
+        port=options.port,
+        shm_dir=default_base(),
+        inherited=inherited,
+    )
+    told = {spec.name: spec.environment for spec in specs}
+    serving(read_settings(SchedulerSettings, told.pop("scheduler")))
+    read_settings(GatewaySettings, told.pop("gateway"))
+    read_settings(TrainerSettings, told.pop("trainer"))
+    stages = [read_settings(StageWorkerSettings, environment) for environment in told.values()]
+    if options.emulate is None:
+        check_devices(stage.device for stage in stages)
+    _check_model(stages[0].model, None if options.emulate else options.stages)
+
+
+def _check_model(model: str, num_stages: int | None) -> None:
+    """None: of an emulated model, which is cut as its profile says."""
+    folder = resolve(model, CONFIG_FILES)
+    read_card(folder, name_of(model))
+    layers = num_layers(folder)
+    if num_stages is not None and layers is not None:
+        partition(layers, num_stages)
