@@ -13,7 +13,7 @@ from services.gateway.health import HealthProbe
 from services.gateway.http.auth import Gate
 from services.gateway.http.bodies import error_response, json_response
 from services.gateway.http.body_reader import BodyReader
-from services.gateway.http.errors import ApiError
+from services.gateway.http.errors import ApiError, ErrorAnswer
 from services.gateway.http.paths import LenientPaths
 from services.gateway.http.request_log import RequestLog
 from services.gateway.jobs.fine_tuning import FineTuning
@@ -25,10 +25,21 @@ from services.gateway.openai.models import add_models
 from services.gateway.openai.schema import JsonRoute, refusal
 from shared.errors import LemixError
 
+_ERRORS: dict[int | str, dict[str, object]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request is refused; the error says why."},
+    "5XX": {"model": ErrorAnswer, "description": "The request failed; the error says why."},
+}
+
 
 def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     """The application that serves `context.card` through `context.cluster`, and has it trained."""
-    app = FastAPI(title="LeMix", redirect_slashes=False, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
+    app = FastAPI(
+        title="LeMix",
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        responses=_ERRORS,
+    )
     app.router.route_class = JsonRoute
     app.add_exception_handler(HTTPException, _unknown_route)
     _add_refusals(app, context)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from pydantic import BaseModel
+
 from shared.errors import LemixError, MessageTooLargeError, NoResponderError, RefusedError
 
 _USUAL_HEADERS: Mapping[int, dict[str, str]] = {
@@ -38,6 +40,22 @@ class ApiError(LemixError):
         if self.status == 429:
             kind = "rate_limit_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None
+    """The parameter that is wrong."""
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail
 
 
 class ClientGoneError(LemixError):

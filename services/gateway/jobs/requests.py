@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from services.gateway.jobs.job import Hyperparameters
-from services.gateway.openai.schema import RequestModel, Whole, invalid
+from services.gateway.openai.schema import AS_WHOLE, RequestModel, invalid
 from shared.examples import MAX_EXAMPLES, MAX_LEARNING_RATE_MULTIPLIER
 
 MAX_EPOCHS = 50
@@ -15,8 +15,9 @@ DEFAULT_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE_MULTIPLIER = 1.0
 
 Auto = Literal["auto"]
-Epochs = Annotated[Whole, Field(ge=1, le=MAX_EPOCHS)]
-BatchSize = Annotated[Whole, Field(ge=1, le=MAX_EXAMPLES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), AS_WHOLE]
+Epochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS), AS_WHOLE]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_EXAMPLES), AS_WHOLE]
 Multiplier = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE_MULTIPLIER)]
 
 
@@ -70,7 +71,7 @@ class JobRequest(RequestModel):
     training_file: str
     hyperparameters: HyperparametersAsked | None = None
     method: MethodAsked | None = None
-    seed: Whole | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed | None = None
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
 
     # OpenAI's, accepted only where they change nothing.

@@ -41,7 +41,7 @@ class NeutralParameters(RequestModel):
     logits_processors: Empty = Field(default_factory=list)
     truncate_prompt_tokens: None = None
     prompt_logprobs: None = None
-    priority: Annotated[Whole, Field(ge=0, le=0)] = 0
+    priority: Whole = Field(default=0, ge=0, le=0)
     return_token_ids: Literal[False] = False
     return_tokens_as_token_ids: Literal[False] = False
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from services.gateway.openai.schema import RequestModel, Whole, invalid
+from services.gateway.openai.schema import AS_WHOLE, RequestModel, Whole, invalid
 from services.gateway.settings import GatewaySettings
 from shared.messages.inference import Sampling
 from shared.model_files import ModelCard
@@ -22,6 +22,8 @@ def _as_stops(value: object) -> object:
 
 StopList = Annotated[list[str], Field(max_length=MAX_STOPS)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+TokenLimit = Annotated[int, Field(ge=0), AS_WHOLE]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), AS_WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -39,8 +41,8 @@ class GenerationParameters(RequestModel):
 
     model: str
     n: Whole = Field(default=1, ge=1)
-    max_tokens: Whole | None = Field(default=None, ge=0)
-    max_completion_tokens: Whole | None = Field(default=None, ge=0)
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
     stop: Annotated[StopList, BeforeValidator(_as_stops, json_schema_input_type=str | StopList)] = Field(
         default_factory=list
     )
@@ -54,8 +56,12 @@ class GenerationParameters(RequestModel):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, max_length=MAX_BIASED_TOKENS)
-    seed: Whole | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    logit_bias: dict[TokenId, Bias] = Field(
+        default_factory=dict,
+        max_length=MAX_BIASED_TOKENS,
+        json_schema_extra={"additionalProperties": False},
+    )
+    seed: Seed | None = None
     ignore_eos: bool = False
     min_tokens: Whole = Field(default=0, ge=0)
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(

@@ -18,11 +18,16 @@ _NULL = {"type": "null"}
 
 def _allow_null(schema: dict[str, Any], model: type[BaseModel]) -> None:
     """Say in a model's JSON schema that null stands for a parameter that is not given."""
-    required, properties = schema.get("required", ()), schema.get("properties", {})
+    properties = schema.get("properties", {})
     for name, described in properties.items():
-        if name not in required and described.get("type") != "null":
-            default = {"default": described.pop("default")} if "default" in described else {}
-            properties[name] = {"anyOf": [described, _NULL], **default}
+        if name in schema.get("required", ()) or _is_null_allowed(described):
+            continue
+        default = {"default": described.pop("default")} if "default" in described else {}
+        properties[name] = {"anyOf": [described, _NULL], **default}
+
+
+def _is_null_allowed(described: Mapping[str, Any]) -> bool:
+    return described.get("type") == "null" or _NULL in described.get("anyOf", ())
 
 
 class RequestModel(BaseModel):
@@ -49,7 +54,8 @@ def _as_whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_as_whole)]
+AS_WHOLE = BeforeValidator(_as_whole)
+Whole = Annotated[int, AS_WHOLE]
 """A whole number, also when it is written as `16.0`."""
 
 

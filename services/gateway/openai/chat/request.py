@@ -17,10 +17,11 @@ from services.gateway.openai.chat.tools import (
 )
 from services.gateway.openai.neutral import NeutralChatParameters
 from services.gateway.openai.parameters import GenerationParameters
-from services.gateway.openai.schema import RequestModel, Whole
+from services.gateway.openai.schema import AS_WHOLE, RequestModel
 from shared.structured_output import JSON_OBJECT_SCHEMA
 
-MAX_TOP_LOGPROBS = 20
+AnswerLimit = Annotated[int, Field(ge=1), AS_WHOLE]
+TopLogprobs = Annotated[int, Field(ge=0, le=20), AS_WHOLE]
 
 
 class JsonSchema(RequestModel):
@@ -62,15 +63,15 @@ class ChatRequest(GenerationParameters, NeutralChatParameters):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: Whole | None = Field(default=None, ge=1)
-    max_completion_tokens: Whole | None = Field(default=None, ge=1)
+    max_tokens: AnswerLimit | None = None
+    max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False
-    top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: TopLogprobs | None = None
     response_format: ResponseFormat = ResponseFormat(type="text")
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Annotated[
         ToolChoice, BeforeValidator(as_tool_choice, json_schema_input_type=ToolMode | NamedTool)
-    ] = ToolChoice("auto")
+    ] = Field(default_factory=lambda: ToolChoice("auto"))
     parallel_tool_calls: bool = True
 
     @property

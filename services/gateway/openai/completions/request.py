@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from services.gateway.openai.neutral import NeutralCompletionParameters
 from services.gateway.openai.parameters import GenerationParameters
-from services.gateway.openai.schema import Whole, invalid
+from services.gateway.openai.schema import AS_WHOLE, invalid
 from services.gateway.text.tokenise import Prompt
 
 DEFAULT_MAX_TOKENS = 16
@@ -40,7 +40,8 @@ Several = Field(min_length=1)
 Prompts = (
     str | Annotated[list[str], Several] | Annotated[list[int], Several] | Annotated[list[list[int]], Several]
 )
-Logprobs = Annotated[Whole, Field(ge=0, le=5)]
+BestOf = Annotated[int, Field(ge=1), AS_WHOLE]
+Logprobs = Annotated[int, Field(ge=0, le=5), AS_WHOLE]
 
 
 class CompletionRequest(GenerationParameters, NeutralCompletionParameters):
@@ -49,7 +50,7 @@ class CompletionRequest(GenerationParameters, NeutralCompletionParameters):
     prompt: Annotated[list[Prompt], BeforeValidator(_as_prompts, json_schema_input_type=Prompts)]
     logprobs: Annotated[Logprobs | None, BeforeValidator(_false_is_none)] = None
     echo: bool = False
-    best_of: Annotated[Whole, Field(ge=1)] | None = None
+    best_of: BestOf | None = None
     """As many as `n`: all choices that are drawn are given."""
 
     @property
