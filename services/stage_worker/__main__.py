@@ -14,7 +14,7 @@ SWITCH_INTERVAL_S = 0.0005
 
 
 def main() -> None:
-    """Settings from the environment, torch or an emulation of its device as the executor."""
+    """Run a stage worker with settings from the environment; torch or an emulation is its executor."""
     settings = load_settings(StageWorkerSettings)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 

@@ -1,4 +1,4 @@
-"""What enters the KV cache, and when: a task waits, or is refused with a reason; nothing is dropped."""
+"""Admission to the KV cache: a task enters, waits, or is refused with a reason; nothing is dropped."""
 
 from collections import deque
 

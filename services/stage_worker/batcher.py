@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from shared.messages.inference import InferenceTask, Sampling, SequenceChunk, SequenceStart
 
 MAX_STARTING_BYTES = 256 * 1024
-"""What the sequences that begin in one iteration tell of themselves: far less than a message carries."""
+"""Most bytes of the sequences that begin in one iteration: far less than a message carries."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def form_iteration(
 
 
 def _size_bytes(sampling: Sampling) -> int:
-    """About what the variable part of it takes in a message."""
+    """About the bytes that its variable part takes in a message."""
     schema = sampling.json_schema or ""
     return len(schema.encode()) + 16 * len(sampling.logit_bias) + 8 * len(sampling.stop_token_ids)
 

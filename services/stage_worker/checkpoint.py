@@ -1,5 +1,6 @@
-"""Files of one stage's share of a checkpoint: weights in Hugging Face names, and what only training needs:
-the optimizer's state, and the random generators' (a model may have dropout).
+"""Files of one stage's share of a checkpoint: weights in Hugging Face names, and files for training only.
+
+The latter hold the optimizer's state, and the random generators' (a model may have dropout).
 
 With an adapter, its weights in peft's names take the place of the model's, and the first stage adds the
 file that describes it.
@@ -36,7 +37,7 @@ class Snapshot:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     lora: "LoraConfig | None" = None
-    """Of the adapter, where the weights are one."""
+    """The adapter's config, where the weights are an adapter."""
 
 
 def take_snapshot(
@@ -96,7 +97,7 @@ def read_optimizer_state(folder: Path, parameters: Collection[str]) -> dict[str,
 
 
 def random_state(device: torch.device) -> Tensors:
-    """Of the generators that a stage on `device` draws from, as `random.<generator>`."""
+    """The state of the generators that a stage on `device` draws from, as `random.<generator>`."""
     state = {f"{_RANDOM}cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state[f"{_RANDOM}cuda"] = torch.cuda.get_rng_state(device)
@@ -104,7 +105,7 @@ def random_state(device: torch.device) -> Tensors:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Have the generators go on from there; those that `state` does not name stay as they are."""
+    """Let the generators go on from there; those that `state` does not name stay as they are."""
     if (of_cpu := state.get(f"{_RANDOM}cpu")) is not None:
         torch.set_rng_state(of_cpu)
     if device.type == "cuda" and (of_cuda := state.get(f"{_RANDOM}cuda")) is not None:
@@ -112,7 +113,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def read_random_state(folder: Path, layers: LayerRange) -> Tensors:
-    """What this stage has saved; {} when the checkpoint is of another number of stages."""
+    """The generators' state that this stage saved; {} when the checkpoint is of another number of stages."""
     path = folder / f"optimizer-{_part(layers)}"
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Stage 0 leads its node: admits requests, forms iterations, follows every sequence to its end."""
+"""Leads a node (at stage 0): admits requests, forms iterations, follows every sequence to its end."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class Iteration:
 
 
 class Head:
-    """The state of a node's serving. Pure: told of every event, asked for the next iteration.
+    """The state of a node's serving. Pure: takes in every event, gives the next iteration.
 
-    A removed sequence's blocks are free at once: each stage runs iterations in order, so rows still in
-    flight are written before the rows of whoever gets the blocks next. Deferrable tasks have no blocks: whole
-    prompts are scored at once, in iterations that all others may overtake.
+    A removed sequence's blocks are free at once. Each stage runs iterations in order, so rows still in flight
+    are written before the rows of the sequence that gets the blocks next. Deferrable tasks have no blocks:
+    whole prompts are scored at once, in iterations that all others may overtake.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Head:
         return tuple(sorted(version for version in wanted if version is not None))
 
     def submit(self, task: InferenceTask, *, deadline_s: float, traceparent: str) -> None:
-        """A request arrives. Raises RefusedError when it cannot be taken."""
+        """Take in a request. Raises RefusedError when it cannot be taken."""
         sequence = Sequence(
             task=task, deadline_s=deadline_s, traceparent=traceparent, version=task.weights_version
         )
@@ -101,7 +101,7 @@ class Head:
             raise RefusedError(f"{self._max_waiting} deferrable tasks are already waiting", code=429)
 
     def next_iteration(self) -> Iteration | None:
-        """The next iteration to start now, if there is room in the pipeline and something to do."""
+        """The next iteration to start now, if there is room in the pipeline and work for it."""
         admitted = self.admission.admit()
         self.versions.begin(admitted)
         self._running.update((sequence.task.task_id, sequence) for sequence in admitted)
@@ -145,9 +145,9 @@ class Head:
         return iteration
 
     def finish_iteration(self, done: IterationDone) -> list[Sequence]:
-        """An iteration has left the last stage; returns the sequences that it completed.
+        """Take in an iteration that has left the last stage; returns the sequences that it completed.
 
-        Tells of iterations and sequences that are no longer known are ignored.
+        Iterations and sequences that are no longer known are ignored.
         """
         if self._in_flight.pop(done.iteration, None) is None:
             return []
@@ -169,7 +169,7 @@ class Head:
         return completed
 
     def lose_iteration(self, number: int) -> list[InferenceTask]:
-        """An iteration was dropped on its way: remove and return the tasks that were in it."""
+        """Take in that an iteration was lost: remove and return the tasks that were in it."""
         iteration = self._in_flight.pop(number, None)
         if iteration is None:
             return []
@@ -177,7 +177,7 @@ class Head:
         return self.lose(chunk.task_id for chunk in iteration.chunks)
 
     def lose(self, task_ids: Iterable[str]) -> list[InferenceTask]:
-        """Remove and return those of the tasks that are here."""
+        """Remove and return the tasks among these that are here."""
         everyone = {sequence.task.task_id: sequence.task for sequence in self._everyone()}
         return self._remove_all(everyone[task_id] for task_id in task_ids if task_id in everyone)
 
@@ -194,13 +194,13 @@ class Head:
         return True
 
     def expired(self, now_s: float) -> list[InferenceTask]:
-        """Remove and return what is past its deadline."""
+        """Remove and return the tasks that are past their deadline."""
         return self._remove_all(each.task for each in self._everyone() if each.deadline_s <= now_s)
 
     def restored(self, version: int, rule: ServingRule, *, is_same: bool = True) -> list[InferenceTask]:
-        """The stages serve only these weights: remove and return what wants others.
+        """Note that the stages serve only these weights: remove and return the tasks that want others.
 
-        `is_same`: what had that number until now, if anything had, was the same.
+        `is_same`: the weights that had that number until now, if any, were the same.
         """
         goes_on = (None, version) if is_same else (None,)
         lost = self._remove_all(each.task for each in self._everyone() if each.version not in goes_on)
@@ -211,7 +211,7 @@ class Head:
         return lost
 
     def reset(self) -> list[InferenceTask]:
-        """The pipeline broke: remove and return everything, with nothing in flight any more."""
+        """Remove and return everything after the pipeline broke; nothing is in flight any more."""
         for iteration in self._in_flight.values():
             self._left.update(dict.fromkeys(iteration.left))
         self._in_flight.clear()

@@ -172,7 +172,7 @@ class PagedAttention:
         return output_TND.unsqueeze(0)
 
     def _context(self, layer: int, number: int, key_value_TXD: Tensor) -> Tensor:
-        """What a chunk of many tokens sees, [X, tokens, D]: its own rows when fresh, else the cache's."""
+        """A chunk's whole context, [X, tokens, D]: its own rows when fresh, else those of the cache."""
         if number not in self._chunk_blocks:
             return key_value_TXD[self._rows[number]].transpose(0, 1)
         return self._cache.gather(layer, self._chunk_blocks[number])[:, : self._chunks[number].end]

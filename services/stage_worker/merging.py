@@ -1,6 +1,6 @@
-"""A stage's part in what nodes do together: the mean of their weights, and of their gradients.
+"""A stage's part in joint work of nodes: the mean of their weights, and of their gradients.
 
-trainer --MERGE, REDUCE--> copy --> mean with the same stage of other nodes --> hold the mean
+    trainer --MERGE, REDUCE--> copy --> mean with the same stage of other nodes --> hold the mean
 
 Only holding the mean, and the copy of gradients, are ops of their own; other ops go on during the rest.
 """
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Merging:
-    """Obeys the trainer, whose epoch fences as it does in training."""
+    """Obeys the trainer; its epoch fences as in training."""
 
     def __init__(self, parts: Parts, training: Training, *, group: asyncio.TaskGroup) -> None:
         self._settings = parts.settings
@@ -75,7 +75,7 @@ class Merging:
         await self._training.merged(order.version, keep=order.keep)
 
     async def _in_turn(self, epoch: int, work: Callable[[], Awaitable[None]]) -> None:
-        """Have it done between two other ops, unless its asker has gone by then.
+        """Do this between two other ops, unless its asker has gone by then.
 
         Raises RefusedError when a restore has begun.
         """
@@ -101,7 +101,7 @@ class Merging:
         await done
 
     async def _rendezvous(self, group: MergeGroup) -> str:
-        """Where the members meet.
+        """The address where the members meet.
 
         Raises PeerLostError when the first one does not say, CarrierError when it trains something else.
         """
@@ -118,7 +118,7 @@ class Merging:
         return answer.address
 
     def _check_alike(self, node: int, settings: Mapping[str, str]) -> None:
-        """Sizes alone do not tell: adapters of other modules, or of another alpha, may have the same."""
+        """Check that members train the same: adapters of other modules or alphas may have equal sizes."""
         own = self._settings
         differences = [
             f"LEMIX_{name.upper()}={settings[name]} on node {node} and {value} on node {own.node}"
@@ -156,5 +156,5 @@ class Merging:
 
 
 def _name(order: ReduceGradients) -> str:
-    """What the step will be called on this node."""
+    """The name of the step on this node."""
     return order.batch_id or order.group.name

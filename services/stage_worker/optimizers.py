@@ -13,7 +13,7 @@ from services.stage_worker.settings import OptimizerName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """What every optimizer here has; the learning rate comes with each step."""
+    """Settings that every optimizer here has; the learning rate comes with each step."""
 
     name: OptimizerName = "adamw"
     beta1: float | None = None
@@ -30,7 +30,7 @@ def build_optimizer(settings: OptimizerSettings, parameters: Iterable[Parameter]
 
 
 def first_state(settings: OptimizerSettings, parameter: Parameter) -> dict[str, Tensor]:
-    """What the optimizer remembers of `parameter` when its first gradient was zero."""
+    """The optimizer's state for `parameter` when its first gradient was zero."""
     stand_in = Parameter(torch.zeros_like(parameter))
     stand_in.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer(settings, [stand_in])

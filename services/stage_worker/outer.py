@@ -1,4 +1,4 @@
-"""The outer optimizer of DiLoCo (arXiv 2311.08105): a step towards the mean of what nodes have learnt apart.
+"""The outer optimizer of DiLoCo (arXiv 2311.08105): a step towards the mean of the nodes' weights.
 
 Every node has the same weights after a merge, the same momentum and the same mean, and makes the same step.
 """
@@ -17,24 +17,24 @@ MOMENTUM = "outer_momentum"
 
 @dataclass(frozen=True, slots=True)
 class OuterState:
-    """What the next outer step needs, by parameter."""
+    """The tensors that the next outer step needs, by parameter."""
 
     weights: dict[str, Tensor]
     """As they were after the last merge."""
     momentum: dict[str, Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """What a checkpoint of a merge must hold beside its weights."""
+        """The tensors that a checkpoint of a merge must hold beside its weights."""
         return {f"{MOMENTUM}.{name}": value for name, value in self.momentum.items()}
 
 
 def without_outer(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An optimizer's state in a checkpoint, without what is of the outer one."""
+    """An optimizer's state in a checkpoint, without that of the outer one."""
     return {key: value for key, value in saved.items() if key.partition(".")[0] != MOMENTUM}
 
 
 def outer_state(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> OuterState:
-    """From copies of the weights after a merge; `saved` is as its checkpoint has it, or without any."""
+    """Build the state from copies of the weights after a merge; `saved` is its checkpoint's, or empty."""
     return OuterState(
         {name: weight.detach().clone() for name, weight in weights.items()},
         {

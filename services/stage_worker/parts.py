@@ -1,4 +1,4 @@
-"""What both halves of a stage worker, serving and training, are made from."""
+"""The objects that both halves of a stage worker, serving and training, share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from shared.telemetry import Telemetry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The worker's own things, handed to its halves."""
+    """The worker's own objects, handed to its halves."""
 
     settings: StageWorkerSettings
     bus: Bus

@@ -1,4 +1,4 @@
-"""Tells the scheduler what this stage does and when."""
+"""Reports this stage's ops and their times to the scheduler."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ PROGRESS_EVERY_S = 0.001
 
 
 class Progress:
-    """Notes the start and end of every op; one task (`run`) tells of them.
+    """Notes the start and end of every op; one task (`run`) reports them.
 
-    The executor does one op at a time, but the next one may be handed to it before: that one starts when
+    The executor does one op at a time, but the next one may be handed to it before. Such an op starts when
     the one before it ends.
     """
 
@@ -40,9 +40,9 @@ class Progress:
 
     @contextmanager
     def doing(self, op: StageOp | None) -> Iterator[None]:
-        """Around the executor's call that does `op`. One that raises is not told of, nor is None.
+        """Note the op around the executor's call. An op that raises is not reported, nor is None.
 
-        None: what nobody shall count on, as it goes where nothing else would.
+        None: work that nobody shall count on, as it goes where nothing else would.
         """
         handed = (op, self._clock.now_s())
         self._handed.append(handed)
@@ -58,7 +58,7 @@ class Progress:
             self._happened.set()
 
     async def run(self) -> None:
-        """Tell what happened at once, but not more often than PROGRESS_EVERY_S, for ever."""
+        """Report events at once, but not more often than every PROGRESS_EVERY_S; runs until cancelled."""
         free_to_tell_s = self._clock.now_s()
         while True:
             await self._happened.wait()

@@ -1,4 +1,4 @@
-"""Which work a stage does next. A discipline is a pure function with a name."""
+"""Chooses a stage's next work. A discipline is a pure function with a name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class WorkKind(IntEnum):
-    """In the order in which `slo_first` prefers them."""
+    """Kinds of work, in the order in which `slo_first` prefers them."""
 
     CONTROL = 0
     """Restoring or saving weights."""
@@ -20,7 +20,7 @@ class WorkKind(IntEnum):
 
 
 class Waiting(Protocol):
-    """What a discipline sees of an item of work."""
+    """The view that a discipline has of an item of work."""
 
     @property
     def kind(self) -> WorkKind: ...

@@ -34,7 +34,7 @@ class ServedVersions:
             sequence.version = self.of(sequence)
 
     def of(self, sequence: Sequence) -> int | None:
-        """What the sequence runs with; None: each stage's newest weights."""
+        """The version that the sequence runs with; None: each stage's newest weights."""
         return self.published if sequence.version is None else sequence.version
 
     def of_next_iteration(self, ready: Many[Sequence], number: int) -> int | None:

@@ -35,7 +35,7 @@ class StageWorkerSettings(LemixSettings):
     emulate: str = ""
     """A profile, as `llama2-7b@a100` or a file: take its time and compute nothing. Empty: compute."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights, activations and KV cache; what is learned is kept in float32 (docs/training.md)."""
+    """The dtype of weights, activations and KV cache; learning happens in float32 (docs/training.md)."""
     num_threads: int = Field(default=1, ge=1)
     """Compute threads on the CPU; one per worker, unless a worker has cores of its own."""
     shm_dir: Path = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(gettempdir())
@@ -59,7 +59,7 @@ class StageWorkerSettings(LemixSettings):
     """Work items in the local queue; more mean that a peer does not keep to the protocol."""
 
     adapter: Literal["none", "lora"] = "none"
-    """What trains: all weights, or a LoRA adapter beside them. The same for all stages of a run."""
+    """The weights that train: all, or a LoRA adapter beside them. The same for all stages of a run."""
     lora_rank: int = Field(default=8, ge=1)
     lora_alpha: int = Field(default=16, ge=1)
     """The adapter's share is multiplied by alpha / rank."""
@@ -87,7 +87,7 @@ class StageWorkerSettings(LemixSettings):
 
     @property
     def alike_in_merges(self) -> dict[str, str]:
-        """What must be the same on all nodes that are merged: it says which tensors they average."""
+        """Settings that must be the same on all merged nodes: they decide which tensors are averaged."""
         of_adapter = ("lora_rank", "lora_alpha", "lora_targets") if self.adapter == "lora" else ()
         return self.told(("optimizer", "adapter", *of_adapter))
 

@@ -79,18 +79,18 @@ class Training:
         self.epoch = 0
         """The fence: set as soon as a restore is asked for."""
         self.restored_epoch = 0
-        """Of the last restore that is done."""
+        """The epoch of the last restore that is done."""
         self.origin = facts.weights
-        """What was loaded last: the weights are these, or descend from them."""
+        """The weights that were loaded last: the present ones are these, or descend from them."""
         self.version = facts.weights.version
         self._is_untouched = True
         """No microbatch has run since the weights were loaded: restoring the same ones is a no-op."""
         self._in_flight: dict[tuple[str, int], Microbatch] = {}
         self._num_backward: dict[str, int] = {}
         self._losses: dict[tuple[str, int], float] = {}
-        """Of microbatches between their forward and their backward (last stage)."""
+        """Losses of microbatches between their forward and their backward (last stage)."""
         self._held: dict[str, list[Microbatch]] = {}
-        """Of batches whose backwards wait until all forwards are done (last stage)."""
+        """Microbatches of batches whose backwards wait until all forwards are done (last stage)."""
         self._awaiting_tied: dict[str, Microbatch] = {}
         self._tied: dict[str, TensorRef] = {}
         self._awaiting_order: dict[str, str] = {}
@@ -98,7 +98,7 @@ class Training:
         self._kept: dict[int, SavedWeights | None] = {}
         """Versions that the executor keeps for serving: what each was loaded as; None: steps have made it."""
         self._saves: dict[int, SaveWeights] = {}
-        """What the trainer wants written, by the version to write."""
+        """The checkpoints that the trainer wants written, by the version to write."""
         tell_version(self.version)
 
     async def subscribe(self) -> None:
@@ -141,7 +141,7 @@ class Training:
         self._queue.put(kind, partial(self._guarded if is_current else self._ignore, item))
 
     async def _ignore(self, item: Item) -> None:
-        """Of another epoch. Its tensor lies in a peer's arena, whose slots must come free again."""
+        """Drop an item of another epoch; its tensor's slot in a peer's arena must come free again."""
         log.info("%s of epoch %d ignored in epoch %d", item.batch_id, item.epoch, self.epoch)
         if item.tensor is not None:
             await self._executor.discard(item.tensor)

@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 
 class WeightsVersion:
-    """What the microbatches that were sent forward under one version share."""
+    """The leaves that all microbatches share that were sent forward under one version."""
 
     def __init__(self, number: int, newest: Mapping[str, Parameter]) -> None:
         self.number = number
@@ -75,7 +75,7 @@ class StageWeights:
         self._gathered: Tensors = {}
         """Gradients of the batch whose backwards run now."""
         self._gradients: dict[str, Tensors] = {}
-        """Of batches whose backwards are all done, until their step."""
+        """Gradients of batches whose backwards are all done, until their step."""
         self._optimizer_settings = optimizer
         self._optimizer = build_optimizer(optimizer, self._masters.values())
 
@@ -140,7 +140,7 @@ class StageWeights:
         return total
 
     def gradients(self, batch_id: str) -> Tensors:
-        """Of a finished batch; a view, not a copy. KeyError when it is not waiting for its step."""
+        """The gradients of a finished batch; a view, not a copy. KeyError when no step waits for them."""
         return self._gradients[batch_id]
 
     def replace_gradients(self, batch_id: str, gradients: Tensors) -> None:

@@ -31,7 +31,7 @@ class WorkQueue:
         self._items: list[Work] = []
         self._num_started = 0
         self._idle: deque[asyncio.Future[None]] = deque()
-        """Of workers that found nothing to do."""
+        """Workers that found nothing to do."""
 
     def __len__(self) -> int:
         return len(self._items)

@@ -190,7 +190,7 @@ class EmulatedExecutor:
     async def average(
         self, copied: None, group: MergeGroup, rendezvous: str, outer: OuterStep | None = None
     ) -> None:
-        """Takes as long as the weights need to the host; the device goes on meanwhile."""
+        """Average in the time that the weights need to the host; the device goes on meanwhile."""
         if self._memory is not None:
             await asyncio.sleep(self._memory.load_s)
 
@@ -224,7 +224,7 @@ class EmulatedExecutor:
         pass
 
     async def _hold(self, duration_s: float) -> None:
-        """Occupy the device, after what occupies it already."""
+        """Occupy the device after its earlier ops."""
         self._free_at_s = max(self._clock.now_s(), self._free_at_s) + duration_s
         await self._hold_until(self._free_at_s)
 
@@ -245,13 +245,13 @@ class EmulatedExecutor:
         return self._times.backward_s(work_of_microbatch(microbatch)) + self._offload_s(microbatch)
 
     def _again_s(self, microbatch: Microbatch) -> float:
-        """Of the forward that a backward repeats."""
+        """Seconds of the forward that a backward repeats."""
         if not self._settings.activation_checkpointing:
             return 0.0
         return self._times.forward_s(work_of_microbatch(microbatch))
 
     def _offload_s(self, microbatch: Microbatch) -> float:
-        """To the host in the forward, and from it in the backward."""
+        """Seconds to the host in the forward, and back in the backward."""
         if self._memory is None or not microbatch.offload:
             return 0.0
         return self._memory.offload_s(sum(microbatch.lengths))

@@ -1,4 +1,4 @@
-"""What the last stage makes of an iteration's logits: which rows it needs, and each sequence's result."""
+"""From an iteration's logits to results: the rows that the last stage needs, and each sequence's result."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass

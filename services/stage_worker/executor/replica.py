@@ -1,4 +1,4 @@
-"""What a stage averages with the same stage of other nodes: copies of it, and what becomes of their mean."""
+"""A stage's tensors in a mean with the same stage of other nodes: the copies, and the use of their mean."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from shared.tensors.flat import FlatTensors
 
 @dataclass(slots=True)
 class Copied:
-    """What a stage brings to a mean, and afterwards the mean."""
+    """A stage's tensors for a mean, and afterwards the mean."""
 
     tensors: FlatTensors
     devices: dict[str, torch.device] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Replica:
         self._gradients = None  # a mean that others have left may still be writing there
 
     def named_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the weights and their optimizer's state."""
+        """Tensors that a checkpoint must hold beside the weights and their optimizer's state."""
         return self._outer.named() if self._outer else {}
 
     def copy_state(self) -> Copied:

@@ -74,7 +74,7 @@ def _optimizer_state(folder: Path, stage: Stage) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What exists once the model is loaded."""
+    """The objects that exist once the model is loaded."""
 
     stage: Stage
     cache: PagedKVCache
@@ -258,7 +258,7 @@ class TorchExecutor:
         )
 
     def _serving_checkpoint(self) -> Checkpoint | None:
-        """What this stage serves until the trainer restores it: what it most likely will serve then, too."""
+        """The checkpoint to serve until the trainer restores this stage: most likely served then, too."""
         settings, root = self._settings, self._settings.checkpoint_dir
         of_nodes = checkpoints.nodes_like(root, settings.node, merge=settings.merge)
         return checkpoints.newest_serving(root, of_nodes, model=settings.model)
@@ -444,7 +444,7 @@ class TorchExecutor:
         self._note_new_weights()
 
     def _note_new_weights(self) -> None:
-        """What is packed goes stale, unless it is the base of an adapter, or a kept version."""
+        """Note that packed weights are stale, unless they are the base of an adapter, or a kept version."""
         if not self._adapter_kind and self._served is None:
             self._loaded.packed.invalidate()
 

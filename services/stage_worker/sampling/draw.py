@@ -31,7 +31,7 @@ def draw(logits_RV: Tensor, states: Sequence[SequenceState], indices: Sequence[i
 def _draw_some(
     logits_RV: Tensor, samplings: Sequence[Sampling], indices: Sequence[int], rows: Sequence[int]
 ) -> list[int]:
-    """`logits_RV`: of these `rows` only."""
+    """Draw for these `rows` only, whose logits are `logits_RV`."""
     return _draw(logits_RV, [samplings[row] for row in rows], [indices[row] for row in rows])
 
 
@@ -47,7 +47,10 @@ def _draw(logits_RV: Tensor, samplings: Sequence[Sampling], indices: Sequence[in
 
 
 def _probabilities(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Of the tokens that may be drawn, up to a factor for each row; temperature, then top-k, top-p, min-p."""
+    """Probabilities of the tokens that may be drawn, up to a factor for each row.
+
+    Divides by the temperature, then drops tokens by top-k, top-p and min-p.
+    """
     # Differences to the likeliest token, and no divisor of 0: the coldest temperature gives no infinities.
     logits_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
     temperatures = _column([sampling.temperature for sampling in samplings], logits_RV)
@@ -62,7 +65,7 @@ def _probabilities(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 def _cut(
     values_RV: Tensor, limits: Sequence[float], no_limit: float, drop: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Put `drop(values, limits)` in the place of the rows that have a limit, and cost the others nothing."""
+    """Put `drop(values, limits)` in the place of the rows that have a limit; the others cost nothing."""
     rows = [row for row, limit in enumerate(limits) if limit != no_limit]
     if rows:
         part_RV = values_RV[rows]

@@ -1,4 +1,4 @@
-"""What the last stage knows of the sequences that run, from the first chunk of each to its end."""
+"""The last stage's knowledge of the running sequences, from the first chunk of each to its end."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +39,7 @@ class SequenceState:
         return "length" if index + 1 >= self.sampling.max_tokens else None
 
     def drew(self, token: int) -> None:
-        """The sequence goes on with this token."""
+        """Go on with this token."""
         if self.sampling.has_penalties:
             self.generated[token] += 1
         if self.grammar is not None:
@@ -57,7 +57,7 @@ class SequenceTable:
         return len(self._states)
 
     def enter(self, chunks: Sequence[SequenceChunk], left: Iterable[str]) -> tuple[SequenceState, ...]:
-        """An iteration comes: forget the sequences that have left, and return the state of each chunk's.
+        """Take in an iteration: forget the sequences that have left, and return the state of each chunk's.
 
         Raises UnknownSequenceError when the first chunk of a sequence never came here.
         """
