@@ -99,13 +99,18 @@ def _row(node: NodeStatus, stage: Heartbeat) -> tuple[str, ...]:
         f"{stage.stage}/{stage.num_stages}",
         stage.device,
         "yes" if stage.ready else "no",
-        f"v{stage.weights_version}",
+        _version(stage),
         str(node.training_tasks) if is_head else "",
         str(stage.running) if is_head else "",
         str(stage.waiting) if is_head else "",
         str(stage.queued),
         f"{stage.kv_blocks_used}/{stage.kv_blocks_total}",
     )
+
+
+def _version(stage: Heartbeat) -> str:
+    sick = "" if stage.sick_version is None else f" (v{stage.sick_version} sick)"
+    return f"v{stage.weights_version}{sick}"
 
 
 def weights_table(status: WeightsStatus) -> Table:

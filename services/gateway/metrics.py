@@ -7,6 +7,7 @@ from shared.messages.cluster import ClusterStatus, Heartbeat
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _STAGE_GAUGES = {
     "weights_version": "Optimizer steps that the stage's weights contain",
+    "sick_version": "Last weights version whose logits were not finite (last stage)",
     "running": "Sequences in the KV cache (stage 0)",
     "waiting": "Sequences not yet admitted (stage 0)",
     "queued": "Work items in the stage's local queue",
@@ -55,7 +56,8 @@ class Metrics:
 
     def _show_stage(self, stage: Heartbeat) -> None:
         for field, gauge in self._stages.items():
-            gauge.labels(stage.node, stage.stage).set(getattr(stage, field))
+            if (value := getattr(stage, field)) is not None:
+                gauge.labels(stage.node, stage.stage).set(value)
 
     def _latency(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_LATENCY_BUCKETS, registry=self._registry)

@@ -251,6 +251,7 @@ class StageWorker:
             ready=self._is_ready(),
             whole=self._told_whole,
             weights_version=training.version,
+            sick_version=self._serving.sick_version,
             checkpoint=training.origin.checkpoint,
             checkpoint_digest=training.origin.digest,
             epoch=training.restored_epoch,

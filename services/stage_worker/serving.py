@@ -60,6 +60,8 @@ class Serving:
         """When each iteration in flight was started (stage 0)."""
         self._cancelled: deque[str] = deque(maxlen=MAX_EARLY_CANCELS)
         """Tasks that were not here when they were cancelled: they may still come (stage 0)."""
+        self.sick_version: int | None = None
+        """The last weights version whose logits were not finite (last stage)."""
         self._newest_version = 0
         self._epoch = 0
         """Of the last restore."""
@@ -303,6 +305,7 @@ class Serving:
         self.sequences.drop(sampled.task_id for sampled in tokens if sampled.finished)
         done = IterationDone(iteration=iteration.number, tokens=tokens, failed=output.failed)
         version = self._newest_version if iteration.version is None else iteration.version
+        self._note_failures(output.failed, version)
         if self._settings.stage == 0:
             await self._finish_iteration(done)
         else:
@@ -311,6 +314,12 @@ class Serving:
             chunk.task_id: state.gateway for chunk, state in zip(iteration.chunks, states, strict=True)
         }
         await self._tell_gateways(gateways, output.results, version)
+
+    def _note_failures(self, failed: tuple[TaskFailed, ...], version: int) -> None:
+        sick = [failure for failure in failed if failure.code == 500]
+        if sick and version != self.sick_version:
+            self.sick_version = version
+            log.error("weights version %d is sick: %s (%s)", version, sick[0].reason, sick[0].task_id)
 
     async def _tell_gateways(
         self, gateways: Mapping[str, str], results: tuple[SequenceResult, ...], version: int

@@ -5,6 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import nan
 
 from services.trainer.evaluation import Evaluation
 from services.trainer.outbox import Outbox
@@ -20,7 +21,7 @@ RETRY_S = 1.0
 """Until a task that has failed is sent again: a node that has lost a stage needs its time."""
 
 Outcome = Callable[[float | None], None]
-"""Is told the mean loss per learnt token; None: it could not be found."""
+"""Is told the mean loss per learnt token, which may be no number; None: it could not be found."""
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,10 @@ class Evaluator:
                 running.evaluation.failed(failed.task_id)
                 if failed.code == 400:
                     self._give_up(node, failed.reason)
+                elif failed.code == 500:  # its logits are not finite, and will not be
+                    log.error("node %d: version %d: %s", node, running.version, failed.reason)
+                    self.drop(node)
+                    running.tell(nan)
 
     def _give_up(self, node: int, reason: str) -> None:
         running = self._running[node]

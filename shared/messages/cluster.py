@@ -23,6 +23,8 @@ class Heartbeat(Message):
     whole: bool = False
     """Stage 0 only: all stages are ready and hold weights of one lineage, so that requests may come."""
     weights_version: int
+    sick_version: int | None = None
+    """The last weights version whose logits were not finite; None: there was none (last stage)."""
     checkpoint: str
     """The checkpoint that the weights descend from; empty: the model as published."""
     checkpoint_digest: str = ""

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.models import VOCAB_SIZE, save_tiny_model
 from tests.support.node import Node, running_node
+from tests.support.reference import greedy_reference
 
 MAX_TOKENS = 10
 ENDLESS: dict[str, Any] = {"max_tokens": 3000}
@@ -189,3 +190,34 @@ async def test_the_last_stage_forgets_all_when_a_stage_is_restarted(
         await node.ready()
         await node.complete(prompt(3), max_tokens=2)
         assert node.num_remembered == 0
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+async def test_logits_that_are_no_numbers_fail_one_request_and_mark_the_version(
+    num_stages: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One token's embedding is NaN: whoever says it fails, the others go on."""
+    model, poison = save_tiny_model("llama", tmp_path / "model"), 40
+    expected = greedy_reference(model, prompt(3), 12)[0]
+    assert poison not in prompt(3) + expected
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poison] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    async with running_node(tmp_path / "model", num_stages, tmp_path) as node:
+        asked = (
+            node.complete(prompt(3), max_tokens=12),
+            node.complete([5, poison, 6], max_tokens=12, num_logprobs=3, prompt_logprobs=True),
+            node.complete([poison], max_tokens=0, num_logprobs=0, prompt_logprobs=True),
+            node.complete([5], max_tokens=9, temperature=1.0, logit_bias=((poison, 1000.0),)),
+        )
+        good, *sick = await asyncio.gather(*asked)
+        after = await node.complete(prompt(3), max_tokens=12)
+        assert node.num_remembered == 0
+        await node.heard(lambda: node.heartbeats[num_stages - 1].sick_version == 0)
+    assert good.token_ids == after.token_ids == expected
+    assert [one.failure and (one.failure.code, one.failure.reason) for one in sick] == [
+        (500, "the model's logits are not finite"),
+        None,
+        (500, "the model's logits are not finite"),
+    ]
+    assert caplog.text.count("weights version 0 is sick") == 1

@@ -29,7 +29,8 @@ Rows = Sequence[int] | TensorRef
 class IterationOutput:
     """What an iteration gives: activations, or at the last stage the results of its sequences.
 
-    failed: sequences that cannot go on; they have no result.
+    failed: sequences that cannot go on; they have no result. Code 500: the weights are sick, their logits are
+    not finite.
     """
 
     hidden: TensorRef | None

@@ -8,7 +8,7 @@ from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import NODE_WEIGHTS
 
 
-def heartbeat(node: int, stage: int, version: int) -> Heartbeat:
+def heartbeat(node: int, stage: int, version: int, sick_version: int | None = None) -> Heartbeat:
     return Heartbeat(
         node=node,
         stage=stage,
@@ -18,6 +18,7 @@ def heartbeat(node: int, stage: int, version: int) -> Heartbeat:
         device="cuda:0",
         ready=True,
         weights_version=version,
+        sick_version=sick_version,
         checkpoint="",
         epoch=1,
         running=12,
@@ -41,6 +42,15 @@ def status(*versions: tuple[int, int]) -> ClusterStatus:
         for node, pair in enumerate(versions)
     )
     return ClusterStatus(policy="round_robin", nodes=nodes)
+
+
+def test_a_version_whose_logits_are_not_finite_is_marked() -> None:
+    stages = (heartbeat(0, 0, 7), heartbeat(0, 1, 7, sick_version=6))
+    node = NodeStatus(node=0, ready=True, inference_tasks=0, training_tasks=0, stages=stages)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(status_table(ClusterStatus(policy="lemix", nodes=(node,)), "run demo"))
+    assert capture.get().count("v7 (v6 sick)") == 1
 
 
 def test_the_table_shows_every_stage_whole_within_80_columns() -> None:
