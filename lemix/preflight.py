@@ -1,4 +1,4 @@
-"""What is wrong with a run and can be known before anything is started."""
+"""Checks a run for faults that can be known before anything is started."""
 
 from collections.abc import Mapping
 
