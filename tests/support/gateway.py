@@ -173,9 +173,12 @@ async def gateway_world(
     run_dir: Path | None = None,
     ids: IdSource | None = None,
     template: str | None = CHATML,
+    model: Path | None = None,
     **settings: float | str,
 ) -> AsyncIterator[World]:
     """A running gateway; the block fails when it takes longer than DEADLINE_S.
+
+    `model` is a folder (None: the embedded model, with `template` for its chat template).
 
     Two that are given the same broker and run folder, one after the other, are a gateway and its restart.
     """
@@ -186,12 +189,10 @@ async def gateway_world(
     with TemporaryDirectory() as folder:
         chosen = GatewaySettings.model_validate({"run_dir": run_dir or folder, **settings})
         ids = ids or IdSource(random.Random(0))
-        encoder = ExampleEncoder.load(
-            CARD, Path(EMBEDDED_MODEL), SystemClock(), max_tokens=CARD.context_length
-        )
+        encoder = _encoder_of(model) if model else _embedded_encoder(template)
         fine_tuning = FineTuning(chosen, bus=bus, clock=SystemClock(), ids=ids, encoder=encoder)
         fine_tuning.load()
-        context = _context(bus, telemetry, chosen, ids, fine_tuning, template)
+        context = _context(bus, telemetry, chosen, ids, fine_tuning, encoder)
         app = build_app(context, fine_tuning)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
@@ -206,23 +207,38 @@ async def gateway_world(
         telemetry.close()
 
 
+def _encoder_of(model: Path) -> ExampleEncoder:
+    card = read_card(model, MODEL)
+    return ExampleEncoder.load(card, model, SystemClock(), max_tokens=card.context_length)
+
+
+def _embedded_encoder(template: str | None) -> ExampleEncoder:
+    return ExampleEncoder(
+        card=CARD,
+        max_tokens=CARD.context_length,
+        tokenizer=TOKENIZER,
+        chat_template=ChatTemplate({"default": template}, {}, SystemClock()) if template else None,
+    )
+
+
 def _context(
     bus: Bus,
     telemetry: Telemetry,
     settings: GatewaySettings,
     ids: IdSource,
     fine_tuning: FineTuning,
-    template: str | None,
+    encoder: ExampleEncoder,
 ) -> GatewayContext:
     clock = SystemClock()
+    assert encoder.tokenizer is not None
     cluster = ClusterClient(
         bus=bus, clock=clock, ids=ids, telemetry=telemetry, request_timeout_s=settings.request_timeout_s
     )
     return GatewayContext(
         cluster=cluster,
-        tokenizer=TOKENIZER,
-        chat_template=ChatTemplate({"default": template}, {}, clock) if template else None,
-        card=CARD,
+        tokenizer=encoder.tokenizer,
+        chat_template=encoder.chat_template,
+        card=encoder.card,
         settings=settings,
         clock=clock,
         ids=ids,
