@@ -22,6 +22,7 @@ from services.gateway.openai.completions.route import add_completions
 from services.gateway.openai.files import add_files
 from services.gateway.openai.jobs import add_jobs
 from services.gateway.openai.models import add_models
+from services.gateway.openai.responses.route import add_responses
 from services.gateway.openai.schema import JsonRoute, refusal
 from shared.errors import LemixError
 
@@ -47,6 +48,7 @@ def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     generations = Generations(context)
     add_completions(app, context, generations)
     add_chat(app, context, generations)
+    add_responses(app, context, generations)
     add_models(app, context)
     _add_operations(app, context)
     add_files(app, fine_tuning, context.settings)

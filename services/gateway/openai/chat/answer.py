@@ -8,8 +8,10 @@ from pydantic_core import to_json
 
 from services.gateway.generation import Versions
 from services.gateway.openai.answers import Answer, ChunkEncoder, Heading, Json
+from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.tool_calls import Delta, TextDelta, ToolCallDelta, ToolCallParser
 from services.gateway.text.detokenise import Piece, TokenEntry
+from shared.clock import IdSource
 from shared.text import TextTokenizer
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -103,6 +105,12 @@ class ChoiceReader:
         return self._parallel_calls or isinstance(delta, TextDelta) or delta.index == 0
 
 
+def reader_of(asked: ChatRequest, ids: IdSource) -> ChoiceReader:
+    """What reads one choice of the answer to a request."""
+    parser = ToolCallParser(lambda: ids.new("call")) if asked.may_call_tools else None
+    return ChoiceReader(parser, parallel_calls=asked.parallel_tool_calls)
+
+
 def choice_of(
     index: int,
     pieces: Sequence[Piece],
@@ -141,11 +149,13 @@ def _call_of(call: ToolCallDelta) -> Json:
 
 
 def logprobs_of(entries: Sequence[TokenEntry], tokenizer: TextTokenizer) -> Json:
-    """The fields of ChatLogprobs; the token that ends a text is not part of it."""
-    return {
-        "content": [_scored(entry, tokenizer) for entry in entries if not entry.ends_text],
-        "refusal": None,
-    }
+    """The fields of ChatLogprobs."""
+    return {"content": scored_tokens(entries, tokenizer), "refusal": None}
+
+
+def scored_tokens(entries: Sequence[TokenEntry], tokenizer: TextTokenizer) -> list[Json]:
+    """The fields of each ScoredToken; the token that ends a text is not part of it."""
+    return [_scored(entry, tokenizer) for entry in entries if not entry.ends_text]
 
 
 def _scored(entry: TokenEntry, tokenizer: TextTokenizer) -> Json:

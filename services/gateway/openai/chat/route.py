@@ -8,10 +8,9 @@ from services.gateway.http.auth import caller_of
 from services.gateway.http.bodies import json_response
 from services.gateway.http.streaming import stream, version_header, whole
 from services.gateway.openai.answers import documented, new_heading, usage_of
-from services.gateway.openai.chat.answer import ChatCompletion, ChatEvents, ChoiceReader, choice_of
+from services.gateway.openai.chat.answer import ChatCompletion, ChatEvents, choice_of, reader_of
 from services.gateway.openai.chat.prompt import generation_request
 from services.gateway.openai.chat.request import ChatRequest
-from services.gateway.openai.tool_calls import ToolCallParser
 
 
 def add_chat(app: FastAPI, context: GatewayContext, generations: Generations) -> None:
@@ -23,7 +22,7 @@ def add_chat(app: FastAPI, context: GatewayContext, generations: Generations) ->
         heading = new_heading(context, "chatcmpl", kind)
         with generations.admitted(caller_of(http)) as begin:
             generation = begin(await generation_request(asked, heading.answer_id, context))
-        readers = [_reader(asked, context) for _ in range(asked.n)]
+        readers = [reader_of(asked, context.ids) for _ in range(asked.n)]
         if asked.stream:
             events = ChatEvents(
                 heading,
@@ -46,8 +45,3 @@ def add_chat(app: FastAPI, context: GatewayContext, generations: Generations) ->
             ),
             headers=version_header(generation),
         )
-
-
-def _reader(asked: ChatRequest, context: GatewayContext) -> ChoiceReader:
-    parser = ToolCallParser(lambda: context.ids.new("call")) if asked.may_call_tools else None
-    return ChoiceReader(parser, parallel_calls=asked.parallel_tool_calls)

@@ -9,6 +9,7 @@ from services.gateway.http.errors import ApiError
 from services.gateway.jobs.requests import JobRequest
 from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.completions.request import CompletionRequest
+from services.gateway.openai.responses.request import ResponseRequest
 from services.gateway.openai.schema import RequestModel
 from tests.support.requests import read
 
@@ -16,6 +17,7 @@ HELLO: dict[str, Any] = {"role": "user", "content": "hello"}
 LEAST: dict[type[RequestModel], dict[str, Any]] = {
     ChatRequest: {"model": "m", "messages": [HELLO]},
     CompletionRequest: {"model": "m", "prompt": "x"},
+    ResponseRequest: {"model": "m", "input": "x"},
     JobRequest: {"model": "m", "training_file": "f"},
 }
 
@@ -52,6 +54,21 @@ def test_null_is_the_same_as_not_given(model: type[RequestModel]) -> None:
         (ChatRequest, {"messages": [HELLO | {"content": [{"type": "text", "text": "x"}]}]}, True),
         (ChatRequest, {"messages": [HELLO | {"content": [{"type": "image_url"}]}]}, False),
         (ChatRequest, {"messages": [{"role": "king", "content": "x"}]}, False),
+        (ResponseRequest, {"input": [HELLO]}, True),
+        (ResponseRequest, {"input": [HELLO | {"content": [{"type": "input_text", "text": "x"}]}]}, True),
+        (ResponseRequest, {"input": [{"type": "item_reference", "id": "x"}]}, False),
+        (ResponseRequest, {"input": []}, False),
+        (ResponseRequest, {"max_output_tokens": 16.0}, True),
+        (ResponseRequest, {"max_output_tokens": 0}, False),
+        (ResponseRequest, {"top_logprobs": 21}, False),
+        (ResponseRequest, {"tools": [{"type": "function", "name": "f"}]}, True),
+        (ResponseRequest, {"tools": [{"type": "web_search"}]}, False),
+        (ResponseRequest, {"tool_choice": {"type": "function", "name": "f"}}, True),
+        (ResponseRequest, {"tool_choice": "maybe"}, False),
+        (ResponseRequest, {"text": {"format": {"type": "json_schema", "name": "f", "schema": {}}}}, True),
+        (ResponseRequest, {"text": {"format": {"type": "json_schema"}}}, False),
+        (ResponseRequest, {"previous_response_id": "x"}, False),
+        (ResponseRequest, {"store": True}, False),
         (JobRequest, {"hyperparameters": {"n_epochs": "auto"}}, True),
         (JobRequest, {"hyperparameters": {"n_epochs": 51}}, False),
     ],
