@@ -111,6 +111,7 @@ class Demo:
         applied = await AppliedBatches.following(self._bus)
         began_s = self._clock.now_s()
         before = await self._served_loss("before")
+        self.record.losses.append(LossPoint(0.0, await self._probed_loss()))
         self._loaded_s = self._clock.now_s()
         applied_s = await self._serve_and_train(applied)
         after = await self._served_loss("after")
@@ -139,21 +140,23 @@ class Demo:
                 work.create_task(self._publish())
                 training = work.create_task(self._until_applied(applied))
             probe.cancel()
-        await self._probe_loss()
+        await self._add_to_curve()
         return training.result()
 
     async def _follow_loss(self) -> None:
         """Add to the loss curve until cancelled."""
         while True:
-            await self._probe_loss()
             await asyncio.sleep(PROBE_EVERY_S)
+            await self._add_to_curve()
 
-    async def _probe_loss(self) -> None:
-        """Add one point to the loss curve, at the middle of the time that measuring it took."""
+    async def _add_to_curve(self) -> None:
+        """Add one point, at the middle of the time that measuring it took."""
         began_s = self._since_load_s()
-        lines = self._data.held_out[:PROBED_LINES]
-        loss = await served_loss(self._api, lines, nodes=self._num_nodes)
+        loss = await self._probed_loss()
         self.record.losses.append(LossPoint((began_s + self._since_load_s()) / 2, loss))
+
+    async def _probed_loss(self) -> float:
+        return await served_loss(self._api, self._data.held_out[:PROBED_LINES], nodes=self._num_nodes)
 
     async def _serve(self) -> None:
         plan = plan_requests(
