@@ -40,7 +40,7 @@ class SequenceSpec:
 
 
 class Arrival(NamedTuple):
-    """What an iteration produced for one sequence of a session."""
+    """The tokens that an iteration produced for one sequence of a session."""
 
     place: int
     """Which sequence of the session."""

@@ -37,7 +37,7 @@ class Caller:
 
     traceparent: str = ""
     meter: Meter | None = None
-    """Of the key that asked; None: there are no keys."""
+    """The meter of the key that asked; None: there are no keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class GenerationRequest:
     sampling: Sampling
     """How the first choice of a prompt is drawn; the k-th after it draws with `seed` + k."""
     num_choices: int = 1
-    """Of each prompt."""
+    """Choices for each prompt."""
     stops: tuple[str, ...] = ()
     echo: bool = False
     """Show the prompt before the text, with its log-probabilities if there are any."""
@@ -193,7 +193,7 @@ class Generation:
         self._record.end(at_s=self._clock.now_s(), num_prompt_tokens=self._num_prompt_tokens, error=error)
 
     def _take(self, arrival: Arrival) -> tuple[int, Piece] | None:
-        """What an arrival adds; None for a repeated one, or after a stop string has ended its sequence."""
+        """The piece that an arrival adds; None for a repeated one, or after its sequence has ended."""
         index = arrival.place
         sequence = self._sequences[index]
         if sequence.finished or sequence.repeats(arrival.result):
@@ -228,7 +228,7 @@ def specs_of(request: GenerationRequest) -> list[SequenceSpec]:
 
 
 def detokenisers_of(request: GenerationRequest, tokenizer: TextTokenizer) -> list[Detokeniser]:
-    """What makes text of the same sequences, in the same order."""
+    """One detokeniser for each of the sequences, in the same order."""
     return [
         Detokeniser(
             tokenizer,

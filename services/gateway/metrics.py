@@ -1,4 +1,4 @@
-"""What Prometheus is told: the gateway's own requests, and the cluster at the moment of the scrape."""
+"""Metrics for Prometheus: the gateway's own requests, and the cluster at the moment of the scrape."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 

@@ -1,4 +1,4 @@
-"""What is kept of a completion once it is over: its metrics and its span. Lengths, never text."""
+"""The record of a completion that is over: its metrics and its span. Lengths, never text."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -82,7 +82,7 @@ class StageWorker:
         self._refused: set[str] = set()
         """Instances whose refusal was logged."""
         self._told_whole = False
-        """What the last heartbeat said (stage 0)."""
+        """Whether the last heartbeat said that the node is whole (stage 0)."""
 
     async def run(self) -> None:
         """Load the model, then serve and train until cancelled."""

@@ -64,11 +64,11 @@ class Serving:
         """The last weights version whose logits were not finite (last stage)."""
         self._newest_version = 0
         self._epoch = 0
-        """Of the last restore."""
+        """The epoch of the last restore."""
         self._told: VersionsServed | None = None
-        """What the trainer was told last (stage 0)."""
+        """The versions that the trainer heard of last (stage 0)."""
         self.sequences = SequenceTable(parts.executor.begin)
-        """What runs, as the last stage must know it."""
+        """The running sequences, as the last stage must know them."""
         self.head = Head(
             num_blocks=settings.kv_blocks,
             block_size=settings.kv_block_size,
@@ -266,7 +266,7 @@ class Serving:
             await self._pass_on(iteration, output)
 
     async def _states(self, iteration: Iteration, rows: Rows) -> tuple[SequenceState, ...]:
-        """Of each chunk's sequence, at the last stage. Raises UnknownSequenceError."""
+        """The state of each chunk's sequence, at the last stage. Raises UnknownSequenceError."""
         if not self._is_last:
             return ()
         try:

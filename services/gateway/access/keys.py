@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Scope = Literal["infer", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 SECRET_BYTES = 32
-"""What a secret is drawn from."""
+"""Random bytes of a secret."""
 
 _PREFIX = "sk-lemix-"
 
@@ -29,7 +29,7 @@ _ROUTES: Mapping[Scope, tuple[str, ...]] = {
 
 
 class Key(BaseModel):
-    """What is kept of a key: all but the key itself."""
+    """The record of a key: everything but the key itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class Key(BaseModel):
     """Seconds since the Unix epoch."""
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
-    """Of prompts and completions together. None: no limit."""
+    """Tokens of prompts and completions together. None: no limit."""
 
     def allows(self, scope: Scope) -> bool:
         """Whether the key may do what needs `scope`; an admin may do everything."""
@@ -50,7 +50,7 @@ class Key(BaseModel):
 
 
 def scope_of(path: str) -> Scope | None:
-    """What a key must have for a path; None: no key is needed. A path that is not named needs `admin`."""
+    """The scope that a path needs; None: no key is needed. A path that is not named needs `admin`."""
     if _is_under(path, _OPEN):
         return None
     return next((scope for scope, routes in _ROUTES.items() if _is_under(path, routes)), "admin")
@@ -66,7 +66,7 @@ def token_of(key_id: str, secret: str) -> str:
 
 
 def digest_of(token: str) -> str:
-    """What is kept of a token.
+    """The digest of a token, which is kept instead of it.
 
     A fast hash is right here. Slow ones protect passwords, which can be guessed; a secret of 256 random
     bits cannot, and a slow hash of whatever a stranger sends would keep the gateway busy.

@@ -1,4 +1,4 @@
-"""What one key has used, against its limits."""
+"""The use of one key, against its limits."""
 
 from math import ceil
 
@@ -33,7 +33,7 @@ class Meter:
             self._buckets["tokens"] = self._now("tokens").without(num_tokens)
 
     def headers(self) -> dict[str, str]:
-        """What is left, as OpenAI tells it."""
+        """The headers that tell what is left, as OpenAI's do."""
         told = {}
         for unit in self._buckets:
             bucket = self._now(unit)

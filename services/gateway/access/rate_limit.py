@@ -6,7 +6,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """What is left of a limit; below zero when more was used than there was."""
+    """The rest of a limit; below zero when more was used than there was."""
 
     per_minute: int
     """Also what it holds at most."""

@@ -39,7 +39,7 @@ class BodyReader:
             self._num_running -= 1
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
-        """What the route receives from. Raises ApiError, ClientGoneError."""
+        """The callable that the route receives from. Raises ApiError, ClientGoneError."""
         try:
             if self._num_running > self._settings.max_concurrent_requests:
                 raise ApiError(429, "too many requests at once", code="rate_limit_exceeded")

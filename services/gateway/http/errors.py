@@ -1,4 +1,4 @@
-"""What a client is told when its request cannot be answered."""
+"""The answer to a request that cannot be answered."""
 
 from collections.abc import Mapping
 
@@ -43,7 +43,7 @@ class ApiError(LemixError):
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong, in OpenAI's words."""
+    """The fault, in OpenAI's words."""
 
     message: str
     type: str

@@ -1,4 +1,4 @@
-"""What is known of each request: its id, its span, its line in the log, and how it failed.
+"""The log of each request: its id, its span, its line in the log, and how it failed.
 
 The id goes with the answer (`X-Request-Id`), with every line that is logged meanwhile, and with the span.
 """

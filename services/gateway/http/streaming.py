@@ -16,7 +16,7 @@ from services.gateway.text.detokenise import Piece
 Pieces = list[tuple[int, Piece]]
 
 VERSION_HEADER = "lemix-weights-version"
-"""Of the first and the last token, as `3-5`; of a stream, which cannot know its end, of the first."""
+"""The versions of the first and the last token, as `3-5`; a stream only knows the first one."""
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,7 +35,7 @@ class EventEncoder(Protocol):
         ...
 
     def piece(self, index: int, piece: Piece, versions: Versions | None) -> bytes:
-        """What one sequence adds."""
+        """The event that one sequence adds."""
         ...
 
     def ending(self, versions: Versions | None, usage: Usage) -> bytes:

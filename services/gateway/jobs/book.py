@@ -33,7 +33,7 @@ class JobBook:
         self._unsaved: dict[str, _Unsaved] = {}
         self._saving = asyncio.Lock()
         self.next_number = 1
-        """Of the next job."""
+        """The number of the next job."""
 
     def load(self) -> None:
         """Go on from what the disk holds; blocks. Raises ConfigurationError."""

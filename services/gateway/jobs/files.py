@@ -25,7 +25,7 @@ MAX_NAME_CHARACTERS = 255
 
 
 class UploadedFile(BaseModel):
-    """What is known of a file; its id, never its name, says where it lies."""
+    """The facts about a file; its id, never its name, says where it lies."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -146,7 +146,7 @@ class FileStore:
             raise
 
     def _check(self, content: BinaryIO) -> None:
-        """What only a job can know (whether a line can be learnt from) is left to it."""
+        """Check a file. Whether a line can be learnt from is left to the job."""
         content.seek(0)
         num_lines = sum(1 for _ in content)
         if num_lines > self._limits.max_file_lines:

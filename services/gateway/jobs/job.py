@@ -34,7 +34,7 @@ class _Frozen(BaseModel):
 
 
 class Hyperparameters(_Frozen):
-    """What a job trains with; nothing is left to be chosen."""
+    """The values that a job trains with; nothing is left to be chosen."""
 
     n_epochs: int
     batch_size: int
@@ -63,7 +63,7 @@ class Step(_Frozen):
 
 
 class Note(_Frozen):
-    """What the job's log of events says of a moment."""
+    """An entry of the job's log of events."""
 
     level: Level
     message: str
@@ -77,7 +77,7 @@ class SavedSteps(_Frozen):
     """The highest of them."""
     version: int
     train_loss: float | None
-    """Of the newest step whose loss is known."""
+    """The loss of the newest step whose loss is known."""
 
 
 class Job(_Frozen):
@@ -106,7 +106,7 @@ class Job(_Frozen):
     """The highest durable step of each node that has one: what a rollback there takes out first."""
     durable_tokens: int = 0
     train_loss: float | None = None
-    """Of the newest step."""
+    """The loss of the newest step."""
     first_version: int | None = None
     last_version: int | None = None
     preemptions: int = 0
@@ -155,7 +155,7 @@ class Job(_Frozen):
         return {node for node in placed if node is not None}
 
     def batch_id(self, step: int) -> str:
-        """What the step's batch is called: the same at every publication, so that it is applied once."""
+        """The id of the step's batch: the same at every publication, so that it is applied once."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         return f"{self.id}-e{epoch + 1}-b{place + 1:05}"
 
@@ -257,7 +257,7 @@ def due(job: Job, window: int) -> int | None:
 
 
 def after(job: Job, happening: Happening, now_s: int) -> Outcome:
-    """What becomes of the job; what does not concern it, or comes again, changes nothing."""
+    """The job after an event; events that do not concern it, or come again, change nothing."""
     match happening:
         case Validated() | Failed() | Started() | Cancelled():
             return Outcome(job) if job.has_ended else _moved_on(job, happening, now_s)
@@ -355,7 +355,7 @@ def _rejected(job: Job, rejected: BatchRejected, now_s: int) -> Outcome:
 
 
 def _without_unknown(job: Job, number: int | None, read_up_to: int) -> Job:
-    """What the trainer has passed by is published again; who no longer wants it lets it go."""
+    """Publish batches again that the trainer has passed by; drop those that are no longer wanted."""
     if number not in job.open or job.open[number].sequence > read_up_to:
         return job
     if job.has_ended:

@@ -44,12 +44,12 @@ def _lemix(job: Job) -> Json:
 
 
 def event_id(job: Job, number: int) -> str:
-    """Of the job's event `number`, from 0."""
+    """The id of the job's event `number`, from 0."""
     return f"ftevent-{_suffix(job)}-{number}"
 
 
 def checkpoint_id(job: Job, number: int) -> str:
-    """Of the job's checkpoint `number`, from 0."""
+    """The id of the job's checkpoint `number`, from 0."""
     return f"ftckpt-{_suffix(job)}-{number}"
 
 

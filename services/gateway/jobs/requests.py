@@ -1,4 +1,4 @@
-"""What a request for a fine-tuning job may say, in OpenAI's shape."""
+"""The parameters of a request for a fine-tuning job, in OpenAI's shape."""
 
 from typing import Annotated, Any, Literal
 

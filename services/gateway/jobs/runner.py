@@ -74,7 +74,7 @@ class JobRunner:
         self._book = book
         self._encoder = encoder
         self._contents: dict[str, TrainingFile] = {}
-        """Of the jobs that run, and of none else."""
+        """The files of the jobs that run, and of no others."""
         self._reading: asyncio.Task[None] | None = None
         self._stopping = False
         self._quiet_since_s: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What must outlive the gateway: records that are replaced as a whole, and lists that grow. All block."""
+"""Files that outlive the gateway: records that are replaced as a whole, and lists that grow. All block."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class JobStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._saved: dict[Path, _Saved] = {}
-        """Of each list, what counts; what stands behind it was written by a save that failed."""
+        """The valid part of each list; lines behind it were written by a save that failed."""
 
     def load(self) -> list[Job]:
         """All jobs, oldest first. Raises ConfigurationError when one cannot be read."""

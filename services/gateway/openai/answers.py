@@ -1,4 +1,4 @@
-"""What the answers of all routes that generate have in common."""
+"""Common parts of the answers of all routes that generate."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ class UsageAnswer(BaseModel):
 
 
 class Answer(BaseModel):
-    """What every answer begins with."""
+    """The fields that every answer begins with."""
 
     id: str
     object: str
@@ -38,7 +38,7 @@ class Answer(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heading:
-    """What stands at the top of an answer and of every event."""
+    """The fields at the top of an answer and of every event."""
 
     answer_id: str
     kind: str
@@ -103,7 +103,7 @@ class ChunkEncoder:
         return f"{self._head}{index},{choice}{self._end}".encode()
 
     def ending(self, versions: Versions | None, usage: Usage) -> bytes:
-        """What follows the last chunk of a complete answer."""
+        """The events after the last chunk of a complete answer."""
         if not self._include_usage:
             return _DONE
         return event(self._heading.fields(versions) | {"choices": [], "usage": usage_of(usage)}) + _DONE

@@ -16,7 +16,7 @@ from services.gateway.openai.schema import unsupported
 from services.gateway.settings import GatewaySettings
 
 FORM_BYTES = 1 << 16
-"""Of a multipart body, beside the file."""
+"""Bytes of a multipart body beside the file."""
 MAX_FIELDS = 8
 MAX_FILES_LISTED = 10_000
 

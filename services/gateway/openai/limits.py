@@ -1,4 +1,4 @@
-"""What every route that generates checks of a request before its prompts are read."""
+"""The checks of every route that generates, before the prompts of a request are read."""
 
 from services.gateway.http.errors import ApiError
 from services.gateway.settings import GatewaySettings

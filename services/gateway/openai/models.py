@@ -10,7 +10,7 @@ from services.gateway.openai.limits import check_model
 
 
 class Model(BaseModel):
-    """What is told of a model."""
+    """A model, as clients see it."""
 
     id: str
     object: Literal["model"] = "model"

@@ -37,7 +37,7 @@ class StreamOptions(RequestModel):
 
 
 class GenerationParameters(RequestModel):
-    """What every request may say of the text to generate."""
+    """The parameters of generated text that every request may have."""
 
     model: str
     n: Whole = Field(default=1, ge=1)

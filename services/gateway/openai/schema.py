@@ -86,7 +86,7 @@ class _JsonRequest(Request):
 
 
 def refusal(error: RequestValidationError) -> ApiError:
-    """What a client is told of a request that breaks its model: the first fault, and the parameter's name."""
+    """The answer to a request that breaks its model: the first fault, and the parameter's name."""
     fault: Mapping[str, Any] = error.errors()[0]
     kind, param = fault["type"], _param(fault["loc"])
     if kind == "json_invalid":
@@ -108,10 +108,10 @@ def _param(place: Sequence[str | int]) -> str:
 
 
 def unsupported(param: str) -> ApiError:
-    """What to raise for a parameter that is not supported."""
+    """The error to raise for a parameter that is not supported."""
     return ApiError(400, f"parameter {param!r} is not supported", param=param, code="unsupported_parameter")
 
 
 def invalid(param: str, reason: str) -> ApiError:
-    """What to raise for a parameter with a wrong value."""
+    """The error to raise for a parameter with a wrong value."""
     return ApiError(400, f"parameter {param!r}: {reason}", param=param, code="invalid_value")

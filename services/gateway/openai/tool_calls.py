@@ -65,12 +65,12 @@ class ToolCallParser:
         self._found: list[Delta] = []
         self._num_calls = 0
         self._tag = PYTHON_TAG
-        """What stands before the next object, if anything."""
+        """The text before the next object, if any."""
         self._object = _ObjectScanner(0)
         self._step = self._find_object
 
     def push(self, text: str) -> list[Delta]:
-        """What is sure now that `text` has come."""
+        """The deltas that are sure now that `text` has come."""
         self._held += text
         while self._held and self._step():
             pass
@@ -78,7 +78,7 @@ class ToolCallParser:
         return found
 
     def finish(self) -> list[Delta]:
-        """What is left when the answer ends: it is no call."""
+        """The rest when the answer ends: it is not a call."""
         rest = self._held
         if self._step == self._skip_separator:
             rest = rest.strip().removeprefix(self._separator)

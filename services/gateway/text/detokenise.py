@@ -12,7 +12,7 @@ from shared.text import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """What is known of one token when log-probabilities are asked for."""
+    """One token, as log-probabilities show it."""
 
     token: int
     logprob: float | None
@@ -27,7 +27,7 @@ class TokenEntry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What may be shown to the client now."""
+    """The text that may be shown to the client now."""
 
     text: str
     entries: tuple[TokenEntry, ...]

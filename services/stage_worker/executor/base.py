@@ -1,4 +1,4 @@
-"""What a stage worker asks of whatever computes: torch on a device, or an emulation of one.
+"""The interface to whatever computes for a stage worker: torch on a device, or an emulation of one.
 
 One call at a time; tensors stay on the executor's side and are named by their references.
 """
@@ -19,15 +19,15 @@ Snapshot = TypeVar("Snapshot")
 """A copy of a stage's tensors, opaque to the worker."""
 
 Copied = TypeVar("Copied")
-"""What a stage brings to a mean with other nodes, and then the mean; opaque to the worker."""
+"""A stage's tensors for a mean with other nodes, and then the mean; opaque to the worker."""
 
 Rows = Sequence[int] | TensorRef
-"""What enters a stage: token ids at stage 0, activations [rows, hidden_size] after it."""
+"""The input of a stage: token ids at stage 0, activations [rows, hidden_size] after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class IterationOutput:
-    """What an iteration gives: activations, or at the last stage the results of its sequences.
+    """The output of an iteration: activations, or at the last stage the results of its sequences.
 
     failed: sequences that cannot go on; they have no result. Code 500: the weights are sick, their logits are
     not finite.
@@ -40,7 +40,7 @@ class IterationOutput:
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """What a microbatch's forward gives.
+    """The output of a microbatch's forward.
 
     hidden: activations for the next stage. loss: of the last stage, which goes backward at once unless the
     microbatch says `backward_after_all`. gradient: of that backward (None when S = 1).
@@ -54,7 +54,7 @@ class ForwardOutput:
 
 @dataclass(frozen=True, slots=True)
 class ShardFiles:
-    """What a stage wrote of a checkpoint."""
+    """The files that a stage wrote for a checkpoint."""
 
     sha256_by_file: dict[str, str]
     file_by_tensor: dict[str, str]
@@ -64,7 +64,7 @@ class ShardFiles:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the worker must know of the stage it runs."""
+    """The facts that the worker needs about the stage it runs."""
 
     is_tied_across_stages: bool
     weights: SavedWeights

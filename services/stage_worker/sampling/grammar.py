@@ -32,7 +32,7 @@ class Vocabulary:
     tokens: LLTokenizer
     end_tokens: tuple[int, ...]
     size: int
-    """Of the model's logits; the tokenizer may know more tokens, or fewer."""
+    """Size of the model's logits; the tokenizer may know more tokens, or fewer."""
 
     @classmethod
     def load(cls, model: str, size: int) -> Self:

@@ -34,7 +34,7 @@ class ToolCalled(BaseModel):
 
 
 class AssistantAnswer(BaseModel):
-    """What the model says."""
+    """The model's message."""
 
     role: Literal["assistant"]
     content: str | None
@@ -90,7 +90,7 @@ class ChoiceReader:
         self._has_called = False
 
     def read(self, piece: Piece) -> tuple[list[Delta], ChatFinishReason | None]:
-        """What a piece adds, and why the choice ends if it does."""
+        """The deltas that a piece adds, and why the choice ends if it does."""
         deltas = [delta for delta in self._divide(piece) if self._wants(delta)]
         self._has_called = self._has_called or any(isinstance(delta, ToolCallDelta) for delta in deltas)
         return deltas, "tool_calls" if piece.finish == "stop" and self._has_called else piece.finish
@@ -106,7 +106,7 @@ class ChoiceReader:
 
 
 def reader_of(asked: ChatRequest, ids: IdSource) -> ChoiceReader:
-    """What reads one choice of the answer to a request."""
+    """The reader of one choice of the answer to a request."""
     parser = ToolCallParser(lambda: ids.new("call")) if asked.may_call_tools else None
     return ChoiceReader(parser, parallel_calls=asked.parallel_tool_calls)
 

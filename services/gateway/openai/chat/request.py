@@ -1,4 +1,4 @@
-"""What a request to POST /v1/chat/completions may say."""
+"""The parameters of POST /v1/chat/completions."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -35,7 +35,7 @@ class JsonSchema(RequestModel):
 
 
 class ResponseFormat(RequestModel):
-    """What the answer's text must be."""
+    """The form that the answer's text must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

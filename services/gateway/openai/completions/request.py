@@ -1,4 +1,4 @@
-"""What a request to POST /v1/completions may say."""
+"""The parameters of POST /v1/completions."""
 
 from typing import Annotated
 

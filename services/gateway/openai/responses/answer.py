@@ -28,7 +28,7 @@ class OutputText(BaseModel):
 
 
 class OutputMessage(BaseModel):
-    """What the model says."""
+    """The model's message."""
 
     type: Literal["message"] = "message"
     id: str
@@ -144,7 +144,7 @@ class ResponseEvents:
         self._message: OutputMessage | None = None
         """The message that is being written; it is the last item."""
         self._entries: list[TokenEntry] = []
-        """Of tokens whose text is not written yet."""
+        """Tokens whose text is not written yet."""
         self._is_cut = False
 
     def opening(self, versions: Versions | None) -> bytes:
@@ -234,7 +234,7 @@ class ResponseEvents:
         self._tell_of_item(kind, content_index=0, **fields)
 
     def _tell_of_item(self, kind: str, **fields: object) -> None:
-        """Of the last item."""
+        """Write an event about the last item."""
         place = len(self.response.output) - 1
         self._tell(kind, item_id=self.response.output[place].id, output_index=place, **fields)
 

@@ -30,7 +30,7 @@ Text = Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_ty
 
 
 class MessageItem(RequestModel):
-    """What somebody says."""
+    """A message in the conversation."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -52,7 +52,7 @@ class FunctionCallItem(RequestModel):
 
 
 class FunctionCallOutputItem(RequestModel):
-    """What a call gave."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: str

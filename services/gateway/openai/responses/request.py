@@ -1,4 +1,4 @@
-"""What a request to POST /v1/responses may say."""
+"""The parameters of POST /v1/responses."""
 
 from typing import Annotated, Literal
 
@@ -108,7 +108,7 @@ TextFormat = Annotated[
 
 
 class TextOptions(RequestModel):
-    """What the text is to be like."""
+    """The form of the text."""
 
     format: TextFormat = PlainFormat()
     verbosity: Literal["medium"] = "medium"
@@ -167,7 +167,7 @@ class ResponseRequest(NeutralParameters):
         return "message.output_text.logprobs" in self.include
 
     def for_chat(self) -> ChatRequest:
-        """What asks the same of the model in a chat."""
+        """The chat request that asks the same of the model."""
         choice = self.tool_choice
         fields = {
             "model": self.model,
