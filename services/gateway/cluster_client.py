@@ -73,7 +73,7 @@ class Session:
 
     @property
     def nodes(self) -> tuple[int | None, ...]:
-        """Where each sequence went; None: nowhere yet."""
+        """The node of each sequence; None: none yet."""
         return tuple(self._nodes.get(task_id) for task_id in self._task_ids)
 
     async def next(self) -> list[Arrival]:
@@ -101,7 +101,7 @@ class Session:
         self._admitted.set()
 
     def stop(self, place: int) -> None:
-        """Enough of this sequence: free its work."""
+        """End this sequence: free its work."""
         self._stop(self._task_ids[place])
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class Session:
             self._client.forget(task_id, self._nodes.get(task_id))
 
     def add(self, result: SequenceResult, weights_version: int, at_s: float, node: int) -> None:
-        """Called by the gateway: a result has arrived."""
+        """Take in a result that has arrived (called by the gateway)."""
         task_id = result.task_id
         self._arrivals.append(Arrival(self._places[task_id], result, weights_version, at_s, node))
         self._changed.set()
@@ -126,12 +126,12 @@ class Session:
             self._end(task_id)
 
     def refused(self, task_id: str, error: LemixError) -> None:
-        """Called by the gateway: no answer will come for a task."""
+        """Note that no answer will come for a task (called by the gateway)."""
         self._end(task_id, self._nodes.get(task_id))
         self.fail(error)
 
     def placed(self, task_id: str, node: int) -> bool:
-        """Called by the gateway: the task went to `node`. False when nobody wants it any more."""
+        """Note that the task went to `node` (called by the gateway). False when nobody wants it any more."""
         self._nodes[task_id] = node
         if len(self._nodes) == len(self._task_ids):
             self._admitted.set()
@@ -142,7 +142,7 @@ class Session:
         self._client.forget(task_id, node)
 
     def fail_after(self, timeout_s: float) -> None:
-        """Called by the gateway: end with an error when the session is still open then."""
+        """End with an error if the session is still open then (called by the gateway)."""
         error = RefusedError(f"the request was not finished within {timeout_s:g} s", code=504)
         self._timer = asyncio.get_running_loop().call_later(timeout_s, self.fail, error)
 
@@ -181,7 +181,7 @@ class ClusterClient:
         return self._group.create_task(work)
 
     def submit(self, specs: Sequence[SequenceSpec], *, traceparent: str = "") -> Session:
-        """Send sequences to the scheduler; whatever becomes of them is told by the session."""
+        """Send sequences to the scheduler; the session reports everything that becomes of them."""
         tasks = [self._task(spec) for spec in specs]
         session = Session(self, [task.task_id for task in tasks])
         session.fail_after(self._timeout_s)
@@ -193,7 +193,7 @@ class ClusterClient:
         return session
 
     async def cluster_status(self) -> ClusterStatus:
-        """Ask the scheduler how things stand. Raises what `Bus.request` raises."""
+        """Ask the scheduler for the cluster's status. Raises what `Bus.request` raises."""
         return await self._bus.request(
             STATUS.at(), StatusRequest(), timeout_s=STATUS_TIMEOUT_S, traceparent=self._telemetry.traceparent
         )
@@ -207,7 +207,7 @@ class ClusterClient:
             placing.cancel()
 
     def forget(self, task_id: str, node: int | None) -> None:
-        """Called by a session: expect nothing more of a task; it may still run on `node` if one is given."""
+        """Expect nothing more of a task (called by a session); it may still run on `node` if one is given."""
         del self._sessions[task_id]
         if node is not None:
             self.spawn(self._cancel(task_id, node))

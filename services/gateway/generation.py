@@ -33,7 +33,7 @@ _NUM_SEEDS = 2**63
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """On whose behalf a generation runs."""
+    """The client on whose behalf a generation runs."""
 
     traceparent: str = ""
     meter: Meter | None = None
@@ -134,12 +134,12 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Every sequence is complete."""
+        """Whether every sequence is complete."""
         return self._num_open == 0
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """The tokens so far."""
         return Usage(self._num_prompt_tokens, self._record.num_tokens)
 
     async def first(self) -> list[tuple[int, Piece]]:

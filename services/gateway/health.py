@@ -23,7 +23,7 @@ class Health:
 
 
 class HealthProbe:
-    """Runs one probe at a time; its outcome counts for a second."""
+    """Runs one probe at a time; its outcome holds for a second."""
 
     def __init__(self, cluster: ClusterClient, clock: Clock, *, token: int, timeout_s: float) -> None:
         """`token` is the prompt."""
@@ -57,7 +57,7 @@ class HealthProbe:
         self._asking = None
 
     async def _one_token(self) -> int:
-        """The weights version that the token was made with."""
+        """Generate one token; returns the weights version that made it."""
         session = self._cluster.submit([self._spec])
         try:
             while True:

@@ -18,7 +18,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, *, has_keys: bool, insecure: bool) -> None:
-    """Raises ConfigurationError for an address that others reach, when anyone could use it."""
+    """Refuse an address that others reach, when anyone could use it. Raises ConfigurationError."""
     if not (has_keys or insecure or is_loopback(host)):
         raise ConfigurationError(
             f"without keys, {host!r} would let anyone who reaches it use and train the model: make a key "

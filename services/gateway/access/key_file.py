@@ -58,7 +58,7 @@ def remove_key(path: Path, key_id: str) -> Key:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[dict[str, Key]]:
-    """The keys, to be changed in the block; one at a time, and written when it ends without an error."""
+    """Lend the keys to be changed in the block, one at a time; write them when it ends without an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
@@ -72,7 +72,7 @@ def _changing(path: Path) -> Iterator[dict[str, Key]]:
 
 
 class KeyRing:
-    """The keys as their file has them, at most half a second ago."""
+    """The keys in their file, as of at most half a second ago."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
         """Raises ConfigurationError when the file cannot be read."""
@@ -91,7 +91,7 @@ class KeyRing:
         return self._keys
 
     def _look(self) -> None:
-        """The file is small, and read only when it has changed: no work for another thread."""
+        """Read the file when it has changed. It is small, so this needs no other thread."""
         signature = self._signature()
         if signature == self._seen:
             return
@@ -102,7 +102,7 @@ class KeyRing:
             log.error("the keys stay as they were: %s", error)
 
     def _signature(self) -> tuple[int, int, int] | None:
-        """Differs whenever another file was put in this one's place."""
+        """A value that differs whenever another file was put in this one's place."""
         try:
             stat = self._path.stat()
         except OSError:

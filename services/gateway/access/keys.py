@@ -61,7 +61,7 @@ def _is_under(path: str, routes: tuple[str, ...]) -> bool:
 
 
 def token_of(key_id: str, secret: str) -> str:
-    """The key as its owner sends it."""
+    """The token of a key, as its owner sends it."""
     return f"{_PREFIX}{key_id}-{secret}"
 
 

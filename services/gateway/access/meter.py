@@ -9,7 +9,7 @@ from shared.clock import Clock
 
 
 class Meter:
-    """Counts the requests and the tokens of one key; of a limit that the key does not have, nothing."""
+    """Counts the requests and the tokens of one key, as far as it has limits for them."""
 
     def __init__(self, key: Key, clock: Clock) -> None:
         self._clock = clock
@@ -20,15 +20,15 @@ class Meter:
         }
 
     def count_request(self) -> None:
-        """A request has come. Raises ApiError (429) when it is one too many."""
+        """Count a request. Raises ApiError (429) when it is one too many."""
         self._take("requests", 1)
 
     def count_prompt(self, num_tokens: int) -> None:
-        """A request begins to be answered. Raises ApiError (429) while its prompt is too much."""
+        """Count a prompt as its request begins. Raises ApiError (429) while it is too much."""
         self._take("tokens", num_tokens)
 
     def count_completion(self, num_tokens: int) -> None:
-        """An answer has ended. It is not known before how long it will be: later requests wait for it."""
+        """Count a completion at its end. Its length is not known before, so later requests wait for it."""
         if "tokens" in self._buckets:
             self._buckets["tokens"] = self._now("tokens").without(num_tokens)
 

@@ -16,7 +16,7 @@ class Bucket:
 
     @classmethod
     def full(cls, per_minute: int, now_s: float) -> Self:
-        """A bucket that nothing was taken from."""
+        """A full bucket."""
         return cls(per_minute=per_minute, left=per_minute, at_s=now_s)
 
     def at(self, now_s: float) -> Self:
@@ -25,15 +25,15 @@ class Bucket:
         return replace(self, left=min(self.per_minute, self.left + gained), at_s=now_s)
 
     def without(self, amount: float) -> Self:
-        """After `amount` was taken."""
+        """The bucket after `amount` was taken."""
         return replace(self, left=self.left - amount)
 
     def wait_s(self, amount: float) -> float:
-        """How long until `amount` is there; the whole bucket is enough for any amount."""
+        """Seconds until `amount` is there; the whole bucket is enough for any amount."""
         missing = min(amount, self.per_minute) - self.left
         return max(0.0, missing * 60 / self.per_minute)
 
     @property
     def reset_s(self) -> float:
-        """How long until it is full again."""
+        """Seconds until it is full again."""
         return self.wait_s(self.per_minute)

@@ -24,7 +24,7 @@ class _Unsaved:
 
 
 class JobBook:
-    """Everything changes in memory at once; `save` has the disk hold it."""
+    """The jobs in memory, where everything changes at once; `save` writes them to the disk."""
 
     def __init__(self, store: JobStore, clock: Clock) -> None:
         self._store = store
@@ -36,12 +36,12 @@ class JobBook:
         """The number of the next job."""
 
     def load(self) -> None:
-        """Go on from what the disk holds; blocks. Raises ConfigurationError."""
+        """Go on from the jobs on the disk; blocks. Raises ConfigurationError."""
         self._jobs = {job.id: job for job in self._store.load()}
         self.next_number = max((job.number for job in self._jobs.values()), default=0) + 1
 
     def __iter__(self) -> Iterator[Job]:
-        """Oldest first."""
+        """The jobs, oldest first."""
         return iter(list(self._jobs.values()))
 
     def __contains__(self, job_id: object) -> bool:
@@ -51,17 +51,17 @@ class JobBook:
         return self._jobs[job_id]
 
     def add(self, job: Job) -> Job:
-        """A new job."""
+        """Add a new job."""
         self.next_number = job.number + 1
         return self._take(job_state.created(job))
 
     def happen(self, job_id: str, happening: Happening) -> Job:
-        """Something happens to a job; returns it as it is then."""
+        """Apply an event to a job; returns the job after it."""
         outcome = job_state.after(self._jobs[job_id], happening, int(self._clock.wall_s()))
         return self._jobs[job_id] if outcome.job is self._jobs[job_id] else self._take(outcome)
 
     async def save(self) -> None:
-        """Have the disk hold all that has happened so far. Raises OSError; what is unsaved stays so."""
+        """Write all changes so far. Raises OSError; unsaved changes stay so."""
         async with self._saving:
             for job_id in list(self._unsaved):
                 unsaved = self._unsaved.pop(job_id)

@@ -168,7 +168,7 @@ def job_of(batch_id: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """Every line of the training file can be learnt from."""
+    """The training file was checked: every line can be learnt from."""
 
     num_examples: int
 
@@ -182,17 +182,17 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """It is the job's turn."""
+    """The job begins: it is its turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Somebody does not want it any more."""
+    """Somebody cancelled the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToPublish:
-    """The step is about to be published: what becomes of its batch counts from now on."""
+    """The step is about to be published: events of its batch count from now on."""
 
     step: int
     num_tokens: int
@@ -227,7 +227,7 @@ Happening = (
 
 
 class Outcome(NamedTuple):
-    """The job as it is now, and what is to be noted in its log and its list of checkpoints."""
+    """The job after an event, with new entries for its log and its list of checkpoints."""
 
     job: Job
     notes: tuple[Note, ...] = ()
@@ -387,7 +387,7 @@ def _with(job: Job, **changes: object) -> Job:
 
 
 def counted(outcome: Outcome) -> Job:
-    """The job, with what is noted of it counted."""
+    """The job with its new entries counted."""
     job, notes, saved = outcome
     return _with(
         job, num_events=job.num_events + len(notes), num_checkpoints=job.num_checkpoints + len(saved)
@@ -395,7 +395,7 @@ def counted(outcome: Outcome) -> Job:
 
 
 def estimated_finish(job: Job, now_s: float) -> int | None:
-    """When the job will have run if it goes on as so far; None while nothing can be said."""
+    """When the job will have finished if it goes on as so far; None while nothing can be said."""
     if job.status != "running" or job.started_at is None or not job.num_applied:
         return None
     seconds_per_step = max(0.0, now_s - job.started_at) / job.num_applied
@@ -403,7 +403,7 @@ def estimated_finish(job: Job, now_s: float) -> int | None:
 
 
 def matches(job: Job, metadata: Mapping[str, str] | None) -> bool:
-    """Whether the job has all of these; None asks for jobs without any."""
+    """Whether the job has all of this metadata; None asks for jobs without any."""
     if metadata is None:
         return not job.metadata
     return metadata.items() <= (job.metadata or {}).items()

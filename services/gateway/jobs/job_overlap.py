@@ -11,13 +11,13 @@ class JobOverlap:
         self._left_s: dict[tuple[str, int], float] = {}
 
     def see(self, job_id: str, nodes: Set[int], now_s: float) -> None:
-        """The job's batches are on these nodes now."""
+        """Note that the job's batches are on these nodes now."""
         for node in self._here.get(job_id, frozenset()) - nodes:
             self._left_s[job_id, node] = now_s
         self._here[job_id] = nodes
 
     def forget(self, job_id: str) -> None:
-        """The job will be on no node again."""
+        """Note that the job will be on no node again."""
         self._here.pop(job_id, None)
         self._left_s = {key: left_s for key, left_s in self._left_s.items() if key[0] != job_id}
 

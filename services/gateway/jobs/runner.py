@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 class JobRunner:
-    """One loop, which looks at every job whenever something has happened."""
+    """Looks at every job whenever something has happened, in one loop."""
 
     def __init__(
         self,
@@ -101,11 +101,11 @@ class JobRunner:
             await progress.unsubscribe()
 
     def stop(self) -> None:
-        """Nothing is waited for any more: a file that is being read is left."""
+        """Stop waiting; a file that is being read is left."""
         self._stopping = True
 
     def first_tokens(self, answered: FirstTokens) -> None:
-        """A request has its first tokens: those jobs whose batches were in its way count it."""
+        """Note that a request has its first tokens: jobs whose batches were in its way count it."""
         if self._objective_s <= 0:
             return
         is_late = answered.at_s - answered.arrived_s > self._objective_s
@@ -113,7 +113,7 @@ class JobRunner:
             self._book.happen(job_id, RequestAnswered(is_late))
 
     def forget(self, job_id: str) -> None:
-        """The job is gone."""
+        """Forget a removed job."""
         self._contents.pop(job_id, None)
         self._quiet_since_s.pop(job_id, None)
         self._overlap.forget(job_id)
@@ -128,7 +128,7 @@ class JobRunner:
         await self._save()
 
     def _take_turns(self) -> None:
-        """Start the oldest jobs that wait, and keep the contents of those that run alone."""
+        """Start the oldest waiting jobs, and keep the contents of running ones alone."""
         num_running = sum(job.status == "running" for job in self._book)
         waiting = (job for job in self._book if job.status == "queued")
         for _ in range(self._settings.max_running_jobs - num_running):
@@ -141,7 +141,7 @@ class JobRunner:
         }
 
     def _read_next(self, tasks: asyncio.TaskGroup) -> None:
-        """Read one file at a time: that of the first job that cannot go on without."""
+        """Read one file at a time: that of the first job that cannot go on without it."""
         if self._reading is not None and not self._reading.done():
             return
         needs = (job for job in self._book if self._needs_content(job))
@@ -167,7 +167,7 @@ class JobRunner:
         self.changed.set()
 
     def _read_content(self, job: Job) -> TrainingFile:
-        """Blocks. Raises InvalidFileError."""
+        """Read a file; blocks. Raises InvalidFileError."""
         try:
             content = self._files.path(job.training_file).read_bytes()
         except (OSError, ApiError) as error:
@@ -182,7 +182,7 @@ class JobRunner:
         return not self._stopping and job_id in self._book and not self._book[job_id].has_ended
 
     async def _publish(self, job_id: str) -> None:
-        """Publish what is due; a bus that refuses is tried again when the runner looks next."""
+        """Publish the due batches; if the bus refuses, the runner tries again at its next look."""
         while (content := self._contents.get(job_id)) is not None:
             job = self._book[job_id]
             step = due(job, self._settings.max_batches_ahead)

@@ -73,7 +73,7 @@ def examples_of(job: Job, step: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The same whenever it is asked for: after a restart, a step has the same examples."""
+    """The order of an epoch. It is the same after a restart, so that a step has the same examples."""
     places = list(range(num_examples))
     random.Random(f"{seed}-{epoch}").shuffle(places)
     return tuple(places)

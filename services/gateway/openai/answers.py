@@ -93,7 +93,7 @@ class ChunkEncoder:
         self._head = self._encode_head(None)
 
     def opening(self, versions: Versions | None) -> bytes:
-        """Nothing comes before the first piece."""
+        """No event comes before the first piece."""
         return b""
 
     def chunk(self, index: int, choice: str, versions: Versions | None) -> bytes:

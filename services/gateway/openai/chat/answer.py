@@ -191,7 +191,7 @@ class ChatEvents(ChunkEncoder):
         self._with_logprobs = with_logprobs
 
     def opening(self, versions: Versions | None) -> bytes:
-        """Who speaks, for each choice."""
+        """The events that say who speaks, for each choice."""
         role: Json = {"role": "assistant", "content": "", "refusal": None}
         return b"".join(self._delta(index, role, versions) for index in range(len(self._readers)))
 
