@@ -71,8 +71,10 @@ class ExampleEncoder:
             case TokenIds(token_ids=tokens):
                 return _all_but_first(tokens)
             case PlainText(text=text):
+                self._check_size(len(text))
                 return _all_but_first(self._ended(self._text_tokenizer.encode(text)))
             case PromptCompletion(prompt=prompt, completion=completion):
+                self._check_size(len(prompt) + len(completion))
                 tokenizer = self._text_tokenizer
                 answer = self._ended(tokenizer.encode_part(completion))
                 return _joined([(tokenizer.encode(prompt), False), (answer, True)])
@@ -86,8 +88,17 @@ class ExampleEncoder:
             segments = self.chat_template.segments(conversation.messages)
         except ChatTemplateError as error:
             raise InvalidBatchError(str(error)) from error
+        self._check_size(sum(len(part.text) for part in segments))
         # The template writes the special tokens, so the tokenizer must not put its own around each piece.
         return _joined([(self._text_tokenizer.encode_part(part.text), part.learnt) for part in segments])
+
+    def _check_size(self, num_characters: int) -> None:
+        """Refuse before it costs time what has too many tokens in any case."""
+        longest = self._text_tokenizer.max_characters_per_token
+        if longest is not None and num_characters > self.max_tokens * longest:
+            raise InvalidBatchError(
+                f"has {num_characters} characters, more than {self.max_tokens} tokens of at most {longest}"
+            )
 
     @property
     def _text_tokenizer(self) -> TextTokenizer:

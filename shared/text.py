@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram
 
 from shared.errors import ConfigurationError
 
@@ -15,6 +17,9 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 _TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
 """Some models declare them as special tokens, which decoding leaves out."""
+
+_LONG_TOKENS = 256
+"""Tokens from which decoding them takes longer than handing it to a batch."""
 
 _NUM_CONTEXT_TOKENS = 8
 """Enough of the prompt to decode the first new token as the continuation that it is."""
@@ -60,17 +65,32 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, with the special tokens that this tokenizer itself puts around a text."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        return self._encode(text, add_special_tokens=True)
 
     def encode_part(self, text: str) -> list[int]:
         """Tokens of a text that goes on another: without special tokens around it."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # A batch releases the interpreter's lock, which a single text holds: seconds for a long one.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+    @cached_property
+    def max_characters_per_token(self) -> int | None:
+        """Characters of the vocabulary's longest token; None: one token can stand for any text."""
+        if not isinstance(self._tokenizer.model, (BPE, Unigram)):
+            return None  # one token for each unknown word, however long
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`, by default without special tokens. A long one releases the interpreter's lock."""
+        text: str
+        if len(ids) > _LONG_TOKENS:
+            (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_text(self, token: int) -> str:

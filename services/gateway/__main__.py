@@ -13,6 +13,7 @@ from services.gateway.http.server import allow_many_connections, listen, serve, 
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
+from services.gateway.text.threads import TextThreads
 from shared.clock import Clock
 from shared.encoding import ExampleEncoder
 from shared.lifecycle import World, load_settings, run_service
@@ -60,6 +61,7 @@ async def run(world: World, settings: GatewaySettings) -> None:
     context = GatewayContext(
         cluster=cluster,
         tokenizer=tokenizer,
+        text_threads=TextThreads(settings.max_concurrent_requests),
         chat_template=encoder.chat_template,
         card=encoder.card,
         settings=settings,

@@ -7,6 +7,7 @@ from services.gateway.cluster_client import ClusterClient
 from services.gateway.metrics import Metrics
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings
+from services.gateway.text.threads import TextThreads
 from shared.chat_template import ChatTemplate
 from shared.clock import Clock, IdSource
 from shared.model_files import ModelCard
@@ -20,6 +21,7 @@ class GatewayContext:
 
     cluster: ClusterClient
     tokenizer: TextTokenizer
+    text_threads: TextThreads
     chat_template: ChatTemplate | None
     """None: the model has none."""
     card: ModelCard

@@ -23,6 +23,7 @@ from services.gateway.http.server import listen, serve, server_config
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
+from services.gateway.text.threads import TextThreads
 from shared.addresses import authority
 from shared.bus.base import Bus, Incoming
 from shared.bus.memory import MemoryBroker
@@ -174,6 +175,7 @@ async def gateway_world(
     ids: IdSource | None = None,
     template: str | None = CHATML,
     model: Path | None = None,
+    tokenizer: TextTokenizer = TOKENIZER,
     **settings: float | str,
 ) -> AsyncIterator[World]:
     """A running gateway; the block fails when it takes longer than DEADLINE_S.
@@ -189,7 +191,7 @@ async def gateway_world(
     with TemporaryDirectory() as folder:
         chosen = GatewaySettings.model_validate({"run_dir": run_dir or folder, **settings})
         ids = ids or IdSource(random.Random(0))
-        encoder = _encoder_of(model) if model else _embedded_encoder(template)
+        encoder = _encoder_of(model) if model else _embedded_encoder(template, tokenizer)
         fine_tuning = FineTuning(chosen, bus=bus, clock=SystemClock(), ids=ids, encoder=encoder)
         fine_tuning.load()
         context = _context(bus, telemetry, chosen, ids, fine_tuning, encoder)
@@ -212,11 +214,11 @@ def _encoder_of(model: Path) -> ExampleEncoder:
     return ExampleEncoder.load(card, model, SystemClock(), max_tokens=card.context_length)
 
 
-def _embedded_encoder(template: str | None) -> ExampleEncoder:
+def _embedded_encoder(template: str | None, tokenizer: TextTokenizer) -> ExampleEncoder:
     return ExampleEncoder(
         card=CARD,
         max_tokens=CARD.context_length,
-        tokenizer=TOKENIZER,
+        tokenizer=tokenizer,
         chat_template=ChatTemplate({"default": template}, {}, SystemClock()) if template else None,
     )
 
@@ -237,6 +239,7 @@ def _context(
     return GatewayContext(
         cluster=cluster,
         tokenizer=encoder.tokenizer,
+        text_threads=TextThreads(settings.max_concurrent_requests),
         chat_template=encoder.chat_template,
         card=encoder.card,
         settings=settings,

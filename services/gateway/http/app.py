@@ -24,6 +24,7 @@ from services.gateway.openai.jobs import add_jobs
 from services.gateway.openai.models import add_models
 from services.gateway.openai.responses.route import add_responses
 from services.gateway.openai.schema import JsonRoute, refusal
+from services.gateway.openai.tokens import add_tokens
 from shared.errors import LemixError
 
 _ERRORS: dict[int | str, dict[str, object]] = {
@@ -50,6 +51,7 @@ def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     add_chat(app, context, generations)
     add_responses(app, context, generations)
     add_models(app, context)
+    add_tokens(app, context)
     _add_operations(app, context)
     add_files(app, fine_tuning, context.settings)
     add_jobs(app, fine_tuning)

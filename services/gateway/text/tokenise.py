@@ -1,17 +1,13 @@
 """Turns prompts into tokens, and checks them against the served model."""
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.gateway.context import GatewayContext
 from services.gateway.http.errors import ApiError
 from shared.model_files import ModelCard
-from shared.text import TextTokenizer
 
 Prompt = str | list[int]
-
-_LONG_TEXT = 20_000
-"""Characters from which tokenising goes to a thread: the event loop has tokens to stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,40 +19,38 @@ class TokenisedPrompt:
 
 
 async def tokenise(
-    prompts: Sequence[Prompt], max_tokens: int, tokenizer: TextTokenizer, card: ModelCard
+    prompts: Sequence[Prompt], max_tokens: int, context: GatewayContext
 ) -> tuple[TokenisedPrompt, ...]:
     """The prompts as tokens, each with room for `max_tokens` more.
 
     Raises ApiError when one cannot be completed by this model.
     """
-    tokenised = []
-    for prompt in prompts:
-        ids = await _encode(prompt, tokenizer) or _empty_prompt(card)
+    tokenizer, card = context.tokenizer, context.card
+
+    def read(prompt: Prompt) -> TokenisedPrompt:
+        ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt)
+        ids = ids or _empty_prompt(card)
         _check_ids(ids, card)
         _check_length(len(ids), max_tokens, card)
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        tokenised.append(TokenisedPrompt(tuple(ids), text))
-    return tuple(tokenised)
+        return TokenisedPrompt(tuple(ids), prompt if isinstance(prompt, str) else tokenizer.decode(ids))
+
+    for prompt in prompts:
+        _check_size(prompt, max_tokens, context)
+    return await context.text_threads.run(
+        sum(map(len, prompts)), lambda: tuple(read(prompt) for prompt in prompts)
+    )
 
 
-async def tokenise_rendered(
-    text: str, max_tokens: int, tokenizer: TextTokenizer, card: ModelCard
-) -> TokenisedPrompt:
+async def tokenise_rendered(text: str, max_tokens: int, context: GatewayContext) -> TokenisedPrompt:
     """A conversation that the chat template has rendered: it has all special tokens that it needs.
 
     Raises ApiError when it leaves no room for `max_tokens` more.
     """
-    ids = await _encode_text(text, tokenizer.encode_part) or _empty_prompt(card)
-    _check_length(len(ids), max_tokens, card, param="messages")
+    _check_size(text, max_tokens, context, param="messages")
+    ids = await context.text_threads.run(len(text), lambda: context.tokenizer.encode_part(text))
+    ids = ids or _empty_prompt(context.card)
+    _check_length(len(ids), max_tokens, context.card, param="messages")
     return TokenisedPrompt(tuple(ids), text)
-
-
-async def _encode(prompt: Prompt, tokenizer: TextTokenizer) -> list[int]:
-    return prompt if isinstance(prompt, list) else await _encode_text(prompt, tokenizer.encode)
-
-
-async def _encode_text(text: str, encode: Callable[[str], list[int]]) -> list[int]:
-    return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
 
 
 def _empty_prompt(card: ModelCard) -> list[int]:
@@ -73,6 +67,24 @@ def _check_ids(ids: list[int], card: ModelCard) -> None:
     if wrong is not None:
         message = f"token id {wrong} is out of range: the vocabulary has {card.vocab_size} tokens"
         raise ApiError(400, message, param="prompt", code="invalid_value")
+
+
+def _check_size(prompt: Prompt, max_tokens: int, context: GatewayContext, *, param: str = "prompt") -> None:
+    """Refuse before it costs time what would be too long in any case."""
+    card = context.card
+    if isinstance(prompt, list):
+        _check_length(len(prompt), max_tokens, card, param=param)
+        return
+    longest = context.tokenizer.max_characters_per_token
+    if longest is not None and len(prompt) > (card.context_length - max_tokens) * longest:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {card.context_length} tokens, however your prompt has "
+            f"{len(prompt)} characters, more than {longest} for each token beside the {max_tokens} of the "
+            "completion. Please reduce your prompt or max_tokens.",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def _check_length(num_tokens: int, max_tokens: int, card: ModelCard, *, param: str = "prompt") -> None:

@@ -1,8 +1,10 @@
 """Examples as tokens: which of them count in the loss, and what cannot be learnt from."""
 
+from dataclasses import replace
+
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
@@ -133,3 +135,26 @@ def test_a_template_may_refuse_a_conversation_and_cannot_reach_the_machine() -> 
     for template in ("{{ raise_exception('roles must alternate') }}", "{{ messages.__class__.__mro__ }}"):
         with pytest.raises(InvalidBatchError, match="the chat template refuses the messages"):
             encoder(template).encode(chat(("assistant", "a")))
+
+
+class Untouched(TextTokenizer):
+    """Must not be asked."""
+
+    def encode(self, text: str) -> list[int]:
+        raise AssertionError("it was too long to begin with")
+
+    encode_part = encode
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        PlainText(text="a " * 5_000_000),
+        PromptCompletion(prompt="a", completion="a " * 5_000_000),
+        Conversation(messages=[ChatMessage(role="assistant", content="a " * 5_000_000)]),
+    ],
+)
+def test_what_is_too_long_in_any_case_is_refused_untokenised(example) -> None:
+    words = Untouched(Tokenizer(BPE({"a": 0, " ": 1, "a ": 2}, [("a", " ")])))
+    with pytest.raises(InvalidBatchError, match=r"has 1\d+ characters, more than \d+ tokens of at most 2"):
+        replace(encoder(), tokenizer=words).encode(example)

@@ -109,3 +109,19 @@ def test_tags_of_tool_calls_are_shown_even_if_they_are_special_tokens(special: b
 
     assert ids == tokenizer.encode("<|python_tag|><tool_call>{}</tool_call>").ids
     assert loaded.decode(ids) == "".join(streamed(loaded, ids)) == "<tool_call>{}</tool_call>"
+
+
+def test_no_token_of_a_vocabulary_has_more_characters_than_it_says() -> None:
+    longest = BYTE_LEVEL.max_characters_per_token
+    assert longest == max(len(BYTE_LEVEL.decode([token])) for token in range(1, 4096))
+
+
+def test_one_token_for_any_unknown_word_has_no_bound() -> None:
+    tokenizer = TextTokenizer(Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    assert tokenizer.max_characters_per_token is None
+
+
+def test_a_long_list_of_tokens_has_the_text_of_its_parts() -> None:
+    ids = BYTE_LEVEL.encode("It was near the sea. ") * 100
+    assert len(ids) > 256
+    assert BYTE_LEVEL.decode(ids) == "".join(BYTE_LEVEL.decode([token]) for token in ids)

@@ -1,13 +1,14 @@
 """From a chat request to what the model is asked."""
 
 import asyncio
+from collections.abc import Sequence
 
 from services.gateway.context import GatewayContext
 from services.gateway.generation import GenerationRequest
 from services.gateway.http.errors import ApiError
-from services.gateway.openai.chat.messages import for_template
+from services.gateway.openai.chat.messages import Message, for_template
 from services.gateway.openai.chat.request import ChatRequest
-from services.gateway.openai.chat.tools import call_schema, check_tools
+from services.gateway.openai.chat.tools import Tool, call_schema, check_tools
 from services.gateway.openai.limits import check_choices, check_model
 from services.gateway.openai.parameters import check_parameters, sampling_of
 from services.gateway.openai.schema import invalid
@@ -31,9 +32,8 @@ async def generation_request(
     if asked.top_logprobs is not None and not asked.logprobs:
         raise invalid("top_logprobs", "only with 'logprobs'")
     wanted = asked.token_limit
-    prompt = await tokenise_rendered(
-        _render(asked, context.chat_template), wanted or 1, context.tokenizer, context.card
-    )
+    text = render(asked.messages, asked.tools if asked.may_call_tools else [], context.chat_template)
+    prompt = await tokenise_rendered(text, wanted or 1, context)
     room = context.card.context_length - len(prompt.ids)
     return GenerationRequest(
         answer_id=answer_id,
@@ -51,16 +51,22 @@ async def generation_request(
     )
 
 
-def _render(asked: ChatRequest, template: ChatTemplate | None) -> str:
+def render(
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    template: ChatTemplate | None,
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """A conversation as the model reads it. Raises ApiError when the template cannot say it."""
     if template is None:
         message = "the model has no chat template; LEMIX_CHAT_TEMPLATE=FILE gives it one"
         raise ApiError(400, message, param="messages", code="no_chat_template")
-    tools = [tool.model_dump(exclude_unset=True) for tool in asked.tools]
     try:
         return template.render(
-            [for_template(message) for message in asked.messages],
-            tools=tools if asked.may_call_tools else None,
-            add_generation_prompt=True,
+            [for_template(message) for message in messages],
+            tools=[tool.model_dump(exclude_unset=True) for tool in tools] or None,
+            add_generation_prompt=add_generation_prompt,
         )
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from error

@@ -60,7 +60,7 @@ async def generation_request(
     )
     return GenerationRequest(
         answer_id=answer_id,
-        prompts=await tokenise(asked.prompt, asked.num_tokens, context.tokenizer, context.card),
+        prompts=await tokenise(asked.prompt, asked.num_tokens, context),
         sampling=sampling,
         num_choices=asked.n,
         stops=tuple(asked.stop),

@@ -13,6 +13,7 @@ from services.gateway.http.errors import ApiError
 from services.gateway.openai.chat.prompt import generation_request
 from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.settings import GatewaySettings
+from services.gateway.text.threads import TextThreads
 from shared.chat_template import ChatTemplate
 from shared.clock import IdSource, SystemClock
 from shared.structured_output import JSON_OBJECT_SCHEMA
@@ -34,7 +35,12 @@ def generation(source: str | None = CHATML, **fields: Any) -> GenerationRequest:
     template = ChatTemplate({"default": source}, {}, SystemClock()) if source else None
     ids, settings = IdSource(random.Random(0)), GatewaySettings()
     context = SimpleNamespace(
-        card=CARD, tokenizer=TOKENIZER, settings=settings, ids=ids, chat_template=template
+        card=CARD,
+        tokenizer=TOKENIZER,
+        text_threads=TextThreads(1),
+        settings=settings,
+        ids=ids,
+        chat_template=template,
     )
     return asyncio.run(generation_request(read(**fields), "chatcmpl-1", context))
 

@@ -12,6 +12,7 @@ from services.gateway.http.errors import ApiError
 from services.gateway.openai.completions.request import CompletionRequest
 from services.gateway.openai.completions.route import generation_request
 from services.gateway.settings import GatewaySettings
+from services.gateway.text.threads import TextThreads
 from services.gateway.text.tokenise import TokenisedPrompt
 from shared.clock import IdSource
 from shared.model_files import ModelCard
@@ -27,7 +28,9 @@ def read(**fields: Any) -> CompletionRequest:
 
 def generation(request: CompletionRequest, card: ModelCard = CARD) -> GenerationRequest:
     ids = IdSource(random.Random(0))
-    context = SimpleNamespace(card=card, tokenizer=TOKENIZER, settings=SETTINGS, ids=ids)
+    context = SimpleNamespace(
+        card=card, tokenizer=TOKENIZER, text_threads=TextThreads(1), settings=SETTINGS, ids=ids
+    )
     return asyncio.run(generation_request(request, "cmpl-1", context))
 
 
