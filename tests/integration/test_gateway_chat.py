@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from math import nan
 from typing import Any, TypeVar
 
 import openai
@@ -11,6 +12,7 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 from pydantic import BaseModel
 
+from shared.messages.inference import InferenceTask, SequenceResult, TokenLogprob
 from tests.support.gateway import (
     CARD,
     MODEL,
@@ -236,3 +238,19 @@ async def test_a_failure_in_a_stream_reaches_the_client() -> None:
         with pytest.raises(openai.APIError, match="the node was lost"):
             async for _ in stream:
                 pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_log_probability_that_is_no_number_is_an_error_of_the_server(stream: bool) -> None:
+    def sick(task: InferenceTask) -> list[SequenceResult]:
+        token = TokenLogprob(token=5, logprob=nan, top=((5, nan),))
+        return [SequenceResult(task_id=task.task_id, token=token)]
+
+    async with gateway_world(sick) as world:
+        for url, fields in (
+            ("/v1/chat/completions", ASK | {"logprobs": True}),
+            ("/v1/completions", {"model": MODEL, "prompt": "x", "logprobs": 1}),
+        ):
+            response = await world.http.post(url, json=fields | {"stream": stream})
+            assert response.status_code == 500
+            assert "no number" in response.json()["error"]["message"]

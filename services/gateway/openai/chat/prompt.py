@@ -17,8 +17,11 @@ from shared.chat_template import ChatTemplate
 from shared.errors import ChatTemplateError, UnsupportedSchemaError
 from shared.structured_output import check_schema
 
-MAX_TOKENS_BY_DEFAULT = 4096
-"""A model that does not end its answer is stopped here, or where its context ends."""
+MAX_TOKENS_BY_DEFAULT = 1024
+"""Of an answer whose request names no limit, if its context has room for so many.
+
+The scheduler keeps room for all of them in the KV cache (16,384 tokens of a node by default).
+"""
 
 
 async def generation_request(
