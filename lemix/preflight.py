@@ -10,6 +10,8 @@ from services.scheduler.__main__ import serving
 from services.scheduler.settings import SchedulerSettings
 from services.stage_worker.settings import StageWorkerSettings
 from services.trainer.settings import TrainerSettings
+from shared.chat_template_files import load_chat_template
+from shared.clock import SystemClock
 from shared.model.partition import partition
 from shared.model_files import CONFIG_FILES, name_of, num_layers, read_card, resolve
 from shared.settings import read_settings
@@ -31,12 +33,13 @@ def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
     )
     told = {spec.name: spec.environment for spec in specs}
     serving(read_settings(SchedulerSettings, told.pop("scheduler")))
-    read_settings(GatewaySettings, told.pop("gateway"))
+    gateway = read_settings(GatewaySettings, told.pop("gateway"))
     read_settings(TrainerSettings, told.pop("trainer"))
     stages = [read_settings(StageWorkerSettings, environment) for environment in told.values()]
     if options.emulate is None:
         check_devices(stage.device for stage in stages)
     _check_model(stages[0].model, None if options.emulate else options.stages)
+    load_chat_template(resolve(gateway.model, CONFIG_FILES), SystemClock(), chosen=gateway.chat_template)
 
 
 def _check_model(model: str, num_stages: int | None) -> None:

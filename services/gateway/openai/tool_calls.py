@@ -50,12 +50,6 @@ class ToolCallDelta:
 Delta = TextDelta | ToolCallDelta
 
 
-def find_tool_calls(text: str, new_id: Callable[[], str]) -> list[Delta]:
-    """The calls in a whole answer, and the text around them, in order."""
-    parser = ToolCallParser(new_id)
-    return parser.push(text) + parser.finish()
-
-
 class ToolCallParser:
     """Divides an answer into calls and text, however it is cut into pieces; holds back what may be a call."""
 

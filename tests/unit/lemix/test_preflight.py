@@ -44,6 +44,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({}, {"LEMIX_COSTS": "nope"}, "nope"),
         ({}, {"LEMIX_MAX_BODY_BYTES": "many"}, "LEMIX_MAX_BODY_BYTES: .*'many'"),
         ({}, {"LEMIX_LEARNING_RATE": "fast"}, "LEMIX_LEARNING_RATE: .*'fast'"),
+        ({}, {"LEMIX_CHAT_TEMPLATE": "/nope.jinja"}, "LEMIX_CHAT_TEMPLATE: cannot read /nope.jinja"),
         ({}, {"LEMIX_KV_TOKENS": "0"}, "LEMIX_KV_TOKENS: .*'0'"),
     ],
 )

@@ -13,7 +13,6 @@ from services.gateway.openai.tool_calls import (
     TextDelta,
     ToolCallDelta,
     ToolCallParser,
-    find_tool_calls,
 )
 
 CALL = '{"name": "weather", "arguments": {"city": "Zürich"}}'
@@ -204,11 +203,4 @@ def contents(deltas: Sequence[Delta]) -> list[object]:
     return [
         delta.text if isinstance(delta, TextDelta) else (delta.name, json.loads(delta.arguments))
         for delta in deltas
-    ]
-
-
-def test_a_whole_answer_can_be_read_at_once() -> None:
-    assert find_tool_calls(f"Yes.\n<tool_call>{CALL}</tool_call>", lambda: "call_1") == [
-        TextDelta("Yes."),
-        weather(),
     ]

@@ -7,7 +7,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from services.gateway.openai.chat.tools import Function, Tool, ToolChoice, call_schema
-from services.gateway.openai.tool_calls import ToolCallDelta, find_tool_calls
+from services.gateway.openai.tool_calls import ToolCallDelta, ToolCallParser
 from shared.structured_output import check_schema
 
 TREE: dict[str, Any] = {
@@ -61,6 +61,6 @@ def test_what_need_not_be_called_has_no_schema(mode: Any) -> None:
 
 
 def test_what_is_written_by_the_schema_is_read_as_a_call() -> None:
-    [call] = find_tool_calls(json.dumps(PLANT), lambda: "call-1")
+    [call] = ToolCallParser(lambda: "call-1").push(json.dumps(PLANT))
     assert isinstance(call, ToolCallDelta)
     assert (call.name, json.loads(call.arguments)) == ("plant", PLANT["arguments"])
