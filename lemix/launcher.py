@@ -36,7 +36,7 @@ from shared.clock import Clock, SystemClock
 from shared.errors import LemixError
 from shared.settings import read_settings
 
-STOP_GRACE_S = 3.0
+STOP_GRACE_S = 10.0
 """Services get this long; with NATS's own second after it, everything ends within 5 s."""
 
 

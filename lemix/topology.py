@@ -38,7 +38,7 @@ class ClusterOptions:
     """A running NATS server to use; None: start one."""
     nats_port: int | None = None
     """The port of the server that is started; None: the run's port, which is any free one the first time."""
-    start_timeout_s: float = 180.0
+    start_timeout_s: float = 600.0
     """When nothing answers after this, the start has failed."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
     """Further settings for every service."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lemix.topology import ClusterOptions
 
 INTERRUPTED = 130
+DEMO_START_TIMEOUT_S = 180.0
+"""Longer than that of `lemix up`: a demo is often the first thing that runs, on whatever machine there is."""
 
 
 def up(
@@ -68,8 +70,8 @@ def up(
         ),
     ] = None,
     start_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds until something must answer; a download counts.")
-    ] = 180.0,
+        float, typer.Option(min=1, help="Seconds until something must answer; downloads and loading count.")
+    ] = 600.0,
 ) -> None:
     """Start everything on this machine, and keep it running until Ctrl-C."""
     from lemix.preflight import check_start
@@ -122,6 +124,7 @@ def demo(
         # Both replicas must be measured alike (see held_out.py).
         policy="round_robin",
         nats_url=nats_url,
+        start_timeout_s=DEMO_START_TIMEOUT_S,
     )
     sys.exit(_demo(options, seconds=seconds, rate=rate, num_batches=batches))
 

@@ -1,15 +1,17 @@
 """The command `lemix` as a person runs it: `lemix up` and what it leaves behind, and clear errors."""
 
 import asyncio
+import json
 import re
+import shlex
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lemix.arenas import default_base
@@ -19,7 +21,6 @@ from tests.support.processes import marked_with
 
 LEMIX = (str(Path(sys.executable).with_name("lemix")),)
 START_DEADLINE_S = 120.0
-STOP_DEADLINE_S = 5.0
 COMMAND_DEADLINE_S = 60.0
 
 
@@ -61,7 +62,7 @@ class Running:
     async def interrupt(self) -> Ended:
         """Ctrl-C, and what comes of it."""
         self.process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(STOP_DEADLINE_S * 2):
+        async with asyncio.timeout(COMMAND_DEADLINE_S):
             output, errors = await self.process.communicate()
         return Ended(status=self.process.returncode, output=output.decode(), errors=errors.decode())
 
@@ -87,21 +88,25 @@ async def lemix_up(folder: Path) -> AsyncIterator[Running]:
             await process.wait()
 
 
+async def status_of_example(output: Sequence[str]) -> int:
+    """Send the request that `lemix up` shows; what comes back."""
+    (line,) = [line for line in output if line.startswith("try:  ")]
+    _, curl, url, *rest = shlex.split(line)
+    assert curl == "curl" and url.endswith("/v1/chat/completions")
+    async with httpx.AsyncClient(timeout=20) as http:
+        return (await http.post(url, json=json.loads(rest[-1]))).status_code
+
+
 async def test_up_serves_and_ctrl_c_ends_it_and_all_it_started(tmp_path: Path, mark: str) -> None:
     async with lemix_up(tmp_path) as running:
         model = await served_model(running.api_url)
         async with ApiClient(running.api_url, model=model) as api:
             completion = await api.complete("Return the", max_tokens=8)
         assert 1 <= completion.completion_tokens <= 8
-        assert any(
-            line.startswith("try:  curl http://") and f'"model": "{model}"' in line for line in running.output
-        )
+        assert await status_of_example(running.output) == 200
         assert len(list(default_base().glob(f"lemix-{running.process.pid}-*"))) == 1
-        began_s = time.monotonic()
         ended = await running.interrupt()
-        took_s = time.monotonic() - began_s
-        assert ended == Ended(status=0, output="", errors="")
-        assert took_s < STOP_DEADLINE_S
+        assert ended == Ended(status=0, output="", errors=""), "each service ended by itself, in time"
         assert marked_with(mark) == {}
         assert list(default_base().glob(f"lemix-{running.process.pid}-*")) == []
         logs = {log.name: log.read_text() for log in (tmp_path / "default" / "logs").glob("*.log")}
