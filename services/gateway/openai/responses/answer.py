@@ -8,7 +8,7 @@ from pydantic_core import to_json
 
 from services.gateway.generation import Usage, Versions
 from services.gateway.http.errors import ApiError
-from services.gateway.openai.answers import Json
+from services.gateway.openai.answers import Json, fingerprint
 from services.gateway.openai.chat.answer import ChoiceReader
 from services.gateway.openai.responses.items import Status
 from services.gateway.openai.tool_calls import TextDelta, ToolCallDelta
@@ -98,6 +98,8 @@ class ResponseObject(BaseModel):
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     model: str
+    system_fingerprint: str | None = None
+    """The weights that made the first and the last token: `weights-3-5`; None while there are none."""
     output: list[OutputItem] = Field(default_factory=list)
     usage: ResponseUsage | None = None
 
@@ -174,6 +176,7 @@ class ResponseEvents:
             self._begin_message()
         self._end_message(status)
         response.status = status
+        response.system_fingerprint = fingerprint(versions)
         response.incomplete_details = IncompleteDetails() if self._is_cut else None
         response.usage = ResponseUsage(
             input_tokens=usage.num_prompt_tokens,

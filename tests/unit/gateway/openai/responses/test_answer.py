@@ -8,7 +8,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from services.gateway.generation import Usage
+from services.gateway.generation import Usage, Versions
 from services.gateway.http.errors import ApiError
 from services.gateway.openai.chat.answer import ChoiceReader
 from services.gateway.openai.responses.answer import ResponseEvents, ResponseObject
@@ -63,7 +63,7 @@ def run(events: ResponseEvents, *texts: str, finish: str = "stop") -> list[dict[
     body = events.opening(None)
     for text in texts:
         body += events.piece(0, Piece(text, (), None), None)
-    body += events.piece(0, Piece("", (), finish), None) + events.ending(None, Usage(3, 4))
+    body += events.piece(0, Piece("", (), finish), None) + events.ending(Versions(3, 5), Usage(3, 4))
     return told(body)
 
 
@@ -85,6 +85,7 @@ def test_a_text_is_told_in_openais_order() -> None:
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     response = Response.model_validate(events[-1]["response"])
     assert (response.output_text, response.status) == ("Hello", "completed")
+    assert events[-1]["response"]["system_fingerprint"] == "weights-3-5"
     usage = response.usage
     assert usage is not None
     assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (3, 4, 7)
