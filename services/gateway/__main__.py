@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def load_model(settings: GatewaySettings, clock: Clock) -> tuple[TextTokenizer, ExampleEncoder]:
-    """What the gateway knows of the model. Raises ConfigurationError or UnsupportedModelError."""
+    """Load the gateway's knowledge of the model. Raises ConfigurationError or UnsupportedModelError."""
     folder = resolve(settings.model, CONFIG_FILES + TOKENIZER_FILES)
     card = read_card(folder, name_of(settings.model))
     encoder = ExampleEncoder.load(

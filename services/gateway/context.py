@@ -1,4 +1,4 @@
-"""What the gateway's routes share, put together once at start."""
+"""The objects that the gateway's routes share, put together once at start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from shared.text import TextTokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayContext:
-    """What every route of the gateway is given to work with."""
+    """The objects that every route of the gateway works with."""
 
     cluster: ClusterClient
     tokenizer: TextTokenizer

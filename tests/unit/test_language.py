@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-ROOMS = ("services/scheduler", "services/trainer", "shared", "lemix", "benchmarks", "tests/support")
+ROOMS = ("services", "shared", "lemix", "benchmarks", "tests/support")
 CODE = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
 MAX_SENTENCE_WORDS = 40
 MAX_README_WORDS = 1000

@@ -77,7 +77,7 @@ def add_tokens(app: FastAPI, context: GatewayContext) -> None:
 
 
 def _text(asked: TokenizeRequest, context: GatewayContext) -> tuple[str, bool]:
-    """What to tokenise, and whether with special tokens around it."""
+    """The text to tokenise, and whether it gets special tokens around it."""
     if asked.prompt is not None:
         return asked.prompt, asked.add_special_tokens is not False
     text = render(

@@ -54,7 +54,7 @@ async def tokenise_rendered(text: str, max_tokens: int, context: GatewayContext)
 
 
 def _empty_prompt(card: ModelCard) -> list[int]:
-    """What stands for a prompt without tokens: the token with which texts begin (or end)."""
+    """The stand-in for a prompt without tokens: the token with which texts begin (or end)."""
     if card.bos_token_id is not None:
         return [card.bos_token_id]
     if card.eos_token_ids:

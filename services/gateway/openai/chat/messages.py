@@ -48,7 +48,7 @@ class SystemMessage(RequestModel):
 
 
 class UserMessage(RequestModel):
-    """What a person says."""
+    """A person's message."""
 
     role: Literal["user"]
     content: Content
@@ -72,7 +72,7 @@ class ToolCall(RequestModel):
 
 
 class AssistantMessage(RequestModel):
-    """What the assistant has said, or the tools it has called."""
+    """A message of the assistant, or the tools it has called."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -96,7 +96,7 @@ class AssistantMessage(RequestModel):
 
 
 class ToolMessage(RequestModel):
-    """What a tool has answered."""
+    """The answer of a tool."""
 
     role: Literal["tool"]
     content: Content

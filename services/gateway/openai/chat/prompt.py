@@ -18,7 +18,7 @@ from shared.errors import ChatTemplateError, UnsupportedSchemaError
 from shared.structured_output import check_schema
 
 MAX_TOKENS_BY_DEFAULT = 1024
-"""Of an answer whose request names no limit, if its context has room for so many.
+"""Most tokens of an answer whose request names no limit, if its context has room for so many.
 
 The scheduler keeps room for all of them in the KV cache (16,384 tokens of a node by default).
 """
@@ -27,7 +27,7 @@ The scheduler keeps room for all of them in the KV cache (16,384 tokens of a nod
 async def generation_request(
     asked: ChatRequest, answer_id: str, context: GatewayContext
 ) -> GenerationRequest:
-    """What a chat request asks of the model. Raises ApiError when it cannot be had."""
+    """From a chat request to a generation. Raises ApiError when it cannot be honoured."""
     check_model(asked.model, context.card)
     check_choices(1, asked.n, context.settings)
     check_parameters(asked, context.card, context.settings)

@@ -46,7 +46,7 @@ def add_completions(app: FastAPI, context: GatewayContext, generations: Generati
 async def generation_request(
     asked: CompletionRequest, answer_id: str, context: GatewayContext
 ) -> GenerationRequest:
-    """What a completion request asks of the model. Raises ApiError when it cannot be had."""
+    """From a completion request to a generation. Raises ApiError when it cannot be honoured."""
     check_model(asked.model, context.card)
     check_choices(len(asked.prompt), asked.n, context.settings)
     check_parameters(asked, context.card, context.settings)
