@@ -8,7 +8,7 @@ from shared.bus.nats import NatsBus
 
 @asynccontextmanager
 async def open_bus(nats_url: str) -> AsyncIterator[NatsBus]:
-    """Raises BusError when no server answers."""
+    """Connect to NATS for a while. Raises BusError when no server answers."""
     bus = await NatsBus.connect(nats_url, name="lemix")
     try:
         yield bus

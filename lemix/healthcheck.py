@@ -72,7 +72,7 @@ async def _is_reading(monitor: httpx.AsyncClient) -> bool:
 
 
 async def check(arguments: list[str]) -> None:
-    """Raises LemixError when the service is not well, or unknown."""
+    """Check the service. Raises LemixError when it is not well, or unknown."""
     match arguments:
         case ["scheduler"]:
             await check_scheduler(read_settings(LemixSettings).nats_url)

@@ -48,7 +48,7 @@ class ClusterOptions:
         return (self.runs_dir / self.name).absolute()
 
     def validate(self) -> None:
-        """Raises ConfigurationError, naming the option and its value."""
+        """Check the options. Raises ConfigurationError, naming the option and its value."""
         if self.nodes < 1 or self.stages < 1:
             raise ConfigurationError(f"nodes={self.nodes} and stages={self.stages} must both be at least 1")
         if not self.devices:

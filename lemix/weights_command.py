@@ -88,7 +88,7 @@ async def _ask(target: Target, subject: RequestSubject[M, R], message: M, timeou
 
 
 def _find(root: Path, version: int, node: int | None) -> Checkpoint:
-    """Raises ConfigurationError when there is none, or one on several nodes of which none is named."""
+    """Find the checkpoint. Raises ConfigurationError without one, or with several and no `node`."""
     every = [each for number in checkpoints.nodes(root) for each in checkpoints.checkpoints(root, number)]
     found = [
         each for each in every if each.manifest.version == version and node in (None, each.manifest.node)

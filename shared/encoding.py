@@ -61,7 +61,7 @@ class ExampleEncoder:
         )
 
     def encode(self, example: Example) -> LabelledTokens:
-        """Raises InvalidBatchError when the example cannot be learnt from."""
+        """The example as tokens. Raises InvalidBatchError when it cannot be learnt from."""
         encoded = self._encode(example)
         self._check(encoded)
         return encoded

@@ -22,7 +22,7 @@ STUDIES: Mapping[str, Callable[..., Study]] = {
 
 
 def study_named(name: str, *, quick: bool) -> Study:
-    """Raises ConfigurationError, naming the choices, when there is no such study."""
+    """The study of that name. Raises ConfigurationError, naming the choices, when there is none."""
     if name not in STUDIES:
         raise ConfigurationError(f"study {name!r} is unknown; choose one of: {', '.join(STUDIES)}")
     return STUDIES[name](quick=quick)

@@ -139,7 +139,7 @@ def _run_all(study: Study, cells: Iterable[Cell], pool: Executor) -> Iterator[En
 
 
 def _outcome(cell: Cell, future: "Future[tuple[Metrics, float]]") -> Ended | str:
-    """Raises BrokenExecutor when the pool is of no more use."""
+    """The result of a run. Raises BrokenExecutor when the pool can no longer be used."""
     error = future.exception()
     if isinstance(error, BrokenExecutor):
         raise error

@@ -89,7 +89,7 @@ class Head:
             self.admission.offer(sequence)
 
     def _check_deferrable(self, task: InferenceTask) -> None:
-        """Raises RefusedError."""
+        """Check a deferrable task. Raises RefusedError."""
         self.admission.check_words(task)
         if task.sampling.max_tokens > 0:
             raise RefusedError("a deferrable task scores its prompt: max_tokens must be 0", code=400)

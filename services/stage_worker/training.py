@@ -408,7 +408,7 @@ class Training:
             raise RefusedError(f"{folder} is not in this run's folder of checkpoints {allowed}", code=403)
 
     def check_epoch_is(self, epoch: int) -> None:
-        """Raises RefusedError when it is not the present one."""
+        """Check the epoch. Raises RefusedError when it is not the present one."""
         if epoch != self.epoch:
             raise RefusedError(f"epoch {epoch} is not {self.epoch}, which this stage follows", code=409)
 

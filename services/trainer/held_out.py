@@ -8,7 +8,7 @@ from shared.examples import numbered_lines, read_example
 
 
 def read_held_out(path: Path, encoder: ExampleEncoder) -> list[LabelledTokens]:
-    """Raises ConfigurationError, naming the line that is wrong."""
+    """Read the held-out examples. Raises ConfigurationError, naming the line that is wrong."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -35,7 +35,10 @@ class Intake:
 
     @classmethod
     def load(cls, settings: TrainerSettings, model_folder: Path, clock: Clock) -> Self:
-        """Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used."""
+        """Build the intake for a model.
+
+        Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used.
+        """
         card = read_card(model_folder, name_of(settings.model))
         return cls(
             encoder=ExampleEncoder.load(

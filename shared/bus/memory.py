@@ -111,7 +111,7 @@ class MemoryBroker:
             del self._interests[inbox.subject]
 
     def stream_of(self, subject: str) -> "_Stream":
-        """Raises BusError when no stream takes the subject."""
+        """The stream that takes the subject. Raises BusError when none does."""
         for stream in self.streams.values():
             if subject in stream.spec.subjects:
                 return stream
@@ -405,7 +405,7 @@ class _Stream:
         self._size_bytes = 0
 
     def append(self, body: bytes, message_id: str, headers: dict[str, str]) -> Stored:
-        """Raises BusError when the stream is full."""
+        """Store a message. Raises BusError when the stream is full."""
         if message_id in self._sequence_by_id:
             return Stored(sequence=self._sequence_by_id[message_id], is_repeat=True)
         if self.spec.discard_old and len(body) <= self.spec.max_bytes:

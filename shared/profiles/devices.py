@@ -41,7 +41,7 @@ DEVICES = {
 
 
 def device_limits(name: str) -> DeviceLimits:
-    """Raises ConfigurationError, naming the choices."""
+    """The limits of a known device. Raises ConfigurationError, naming the choices."""
     if name not in DEVICES:
         raise ConfigurationError(f"device {name!r} has no analytic profile; choices: {', '.join(DEVICES)}")
     return DEVICES[name]

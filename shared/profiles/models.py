@@ -85,7 +85,7 @@ MODELS = {
 
 
 def model_shape(name: str) -> ModelShape:
-    """Raises ConfigurationError, naming the choices."""
+    """The shape of a known model. Raises ConfigurationError, naming the choices."""
     if name not in MODELS:
         raise ConfigurationError(f"model {name!r} has no analytic profile; choices: {', '.join(MODELS)}")
     return MODELS[name]

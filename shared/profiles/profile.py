@@ -128,7 +128,7 @@ def _measured(name: str, num_stages: int | None) -> Profile:
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises ConfigurationError, naming the file and its first fault."""
+    """Read a profile. Raises ConfigurationError, naming the file and its first fault."""
     try:
         profile = Profile.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -67,7 +67,7 @@ def caller_of(request: Request) -> Caller:
 
 
 def _key_for(needed: KeyScope, headers: Headers, keys: Keys) -> Key:
-    """Raises ApiError: 401 without a key that is known, 403 for one that may not do this."""
+    """The key of a request. Raises ApiError: 401 without a known key, 403 for one of another scope."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise _unauthorised("an API key is needed: send 'Authorization: Bearer KEY'")

@@ -82,7 +82,7 @@ class FileStore:
         return list(self._files.values())
 
     def find(self, file_id: str) -> UploadedFile:
-        """Raises ApiError (404)."""
+        """The file of that id. Raises ApiError (404)."""
         if file_id not in self._files:
             raise ApiError(404, f"no such file: {file_id!r}", param="id", code="file_not_found")
         return self._files[file_id]
@@ -124,7 +124,7 @@ class FileStore:
         return file
 
     async def delete(self, file_id: str) -> None:
-        """Raises ApiError when there is none, or when the disk refuses."""
+        """Delete a file. Raises ApiError when there is none, or when the disk refuses."""
         path, file = self.path(file_id), self._files.pop(file_id)
         try:
             await on_disk(partial(_remove, path))

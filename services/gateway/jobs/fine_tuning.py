@@ -142,7 +142,7 @@ class FineTuning:
         return await self._list_lines(job_id, CHECKPOINTS, ids, page)
 
     async def delete_file(self, file_id: str) -> Json:
-        """Raises ApiError when there is none, or when a job still needs it."""
+        """Delete a file. Raises ApiError when there is none, or when a job still needs it."""
         self.files.find(file_id)
         needs = next((job for job in self._book if job.training_file == file_id and not job.has_ended), None)
         if needs is not None:

@@ -17,7 +17,7 @@ class Page:
 
 
 def read_page(query: Mapping[str, str], *, default_limit: int, max_limit: int) -> Page:
-    """Raises ApiError (400) when `limit` is no number from 1 to `max_limit`."""
+    """The page that a query asks for. Raises ApiError (400) when `limit` is not from 1 to `max_limit`."""
     text = query.get("limit", str(default_limit))
     limit = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
     if not 1 <= limit <= max_limit:
