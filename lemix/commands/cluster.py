@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lemix.topology import ClusterOptions
 
 INTERRUPTED = 130
-DEMO_START_TIMEOUT_S = 180.0
-"""Longer than that of `lemix up`: a demo is often the first thing that runs, on whatever machine there is."""
 
 
 def up(
@@ -124,7 +122,6 @@ def demo(
         # Both replicas must be measured alike (see held_out.py).
         policy="round_robin",
         nats_url=nats_url,
-        start_timeout_s=DEMO_START_TIMEOUT_S,
     )
     sys.exit(_demo(options, seconds=seconds, rate=rate, num_batches=batches))
 
