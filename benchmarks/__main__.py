@@ -24,11 +24,13 @@ from benchmarks import (
     startup,
     training,
 )
+from benchmarks.gateway import measure as gateway
 
 ON_A_DEVICE = {"decode": decode.main, "training": training.main}
 BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     **ON_A_DEVICE,
     "hop": hop.main,
+    "gateway": gateway.main,
     "messages": messages.main,
     "publish": publish.main,
     "startup": startup.main,

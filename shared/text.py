@@ -53,6 +53,7 @@ class TextTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._tokens: dict[int, tuple[str, bytes]] = {}
+        self._alone: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -91,6 +92,13 @@ class TextTokenizer:
             (text,) = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         else:
             text = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def decode_alone(self, token: int) -> str:
+        """The text of `token` with nothing before it; decoded once."""
+        text = self._alone.get(token)
+        if text is None:
+            text = self._alone[token] = self.decode([token])
         return text
 
     def token_text(self, token: int) -> str:
@@ -147,6 +155,7 @@ class TextStream:
 
     def __init__(self, tokenizer: TextTokenizer, context: list[int]) -> None:
         self._decode = tokenizer.decode
+        self._decode_alone = tokenizer.decode_alone
         self._window = context
         self._num_given = len(context)
         self._given = self._decode(context).rstrip(_UNFINISHED) if context else ""
@@ -160,7 +169,7 @@ class TextStream:
         new = text[len(self._given) :]
         self._window = self._window[self._num_given :]
         self._num_given = len(self._window)
-        self._given = self._decode(self._window)
+        self._given = self._decode_alone(token) if self._num_given == 1 else self._decode(self._window)
         return new
 
     def flush(self) -> str:

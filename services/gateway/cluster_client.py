@@ -77,7 +77,7 @@ class Session:
         return tuple(self._nodes.get(task_id) for task_id in self._task_ids)
 
     async def next(self) -> list[Arrival]:
-        """Wait for results, and take all that are here.
+        """Wait for results, and take all that are here; none after `wake`.
 
         Raises the error that ended the session: RefusedError (504 when it was too old), or what
         `Bus.request` raises, or what `fail` was called with.
@@ -89,6 +89,10 @@ class Session:
         if self._error is not None and not arrivals:
             raise self._error
         return arrivals
+
+    def wake(self) -> None:
+        """Let `next` return."""
+        self._changed.set()
 
     async def admitted(self) -> None:
         """Return when every sequence has a node, or when the session has failed (`next` says why)."""

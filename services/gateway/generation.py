@@ -155,7 +155,7 @@ class Generation:
             return []
 
     async def next(self) -> list[tuple[int, Piece]]:
-        """Wait for what can be shown next: pieces, each with the index of its sequence.
+        """Wait for what can be shown next: pieces, each with the index of its sequence; none after `wake`.
 
         Raises ApiError when no complete answer will come, ClientGoneError after `fail` said so.
         """
@@ -176,6 +176,10 @@ class Generation:
             for index, piece in await self.next():
                 pieces[index].append(piece)
         return pieces
+
+    def wake(self) -> None:
+        """Let `next` return."""
+        self._session.wake()
 
     def fail(self, error: LemixError) -> None:
         """End with `error`."""

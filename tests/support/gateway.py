@@ -142,7 +142,9 @@ class FakeCluster:
 
 def _heartbeat(stage: int) -> Heartbeat:
     values: dict[object, Any] = {int: 0, bool: True, str: "x"}
-    filled = {field.name: values.get(field.type, "x") for field in structs.fields(Heartbeat)}
+    filled = {
+        field.name: values.get(field.type, "x") for field in structs.fields(Heartbeat) if field.required
+    }
     known = {
         "node": NODE,
         "stage": stage,

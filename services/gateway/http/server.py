@@ -54,6 +54,7 @@ def server_config(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="off",
+        http="httptools",
         ws="none",
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_GRACE_S,

@@ -1,6 +1,7 @@
 """A generation as an HTTP response, whole or as server-sent events, watched for a client that goes away."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.requests import Request
@@ -88,6 +89,38 @@ async def _watch(receive: Receive, generation: Generation) -> None:
     generation.fail(ClientGoneError("the client closed its connection"))
 
 
+class _Silence:
+    """Wakes a stream that has sent nothing for `limit_s`.
+
+    One timer for the stream, which looks again later when something was sent: one for each token would cost
+    as much as the token's text.
+    """
+
+    def __init__(self, limit_s: float, wake: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limit_s = limit_s
+        self._wake = wake
+        self.broken()
+        self._timer = self._loop.call_at(self._ends_s, self._look)
+
+    def broken(self) -> None:
+        """Something was sent."""
+        self._ends_s = self._loop.time() + self._limit_s
+
+    @property
+    def is_too_long(self) -> bool:
+        return self._loop.time() >= self._ends_s
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        if self.is_too_long:
+            self._wake()
+        again_s = self._loop.time() + self._limit_s if self.is_too_long else self._ends_s
+        self._timer = self._loop.call_at(again_s, self._look)
+
+
 class _EventStream(Response):
     """Sends the pieces of a generation as they come, and closes it."""
 
@@ -134,25 +167,22 @@ class _EventStream(Response):
     async def _send_events(self, send: Send) -> bytes:
         """Send all but the last event, which is returned."""
         generation = self._generation
+        silence = _Silence(self._ping_every_s, generation.wake)
         body = self._events.opening(generation.versions) + self._encode(self._first)
         try:
             while True:
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
+                    silence.broken()
                 if generation.finished:
                     return self._events.ending(generation.versions, generation.usage)
-                body = self._encode(await self._next(send))
+                body = self._encode(await generation.next())
+                if not body and silence.is_too_long:
+                    body = _PING
         except ApiError as error:
             return self._events.failure(error)
-
-    async def _next(self, send: Send) -> Pieces:
-        """The next pieces; sends a comment whenever they let the client wait for long."""
-        while True:
-            try:
-                async with asyncio.timeout(self._ping_every_s):
-                    return await self._generation.next()
-            except TimeoutError:
-                await send({"type": "http.response.body", "body": _PING, "more_body": True})
+        finally:
+            silence.end()
 
     def _encode(self, pieces: Pieces) -> bytes:
         versions = self._generation.versions

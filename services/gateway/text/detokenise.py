@@ -64,7 +64,8 @@ class Detokeniser:
 
     def repeats(self, result: SequenceResult) -> bool:
         """Whether this is the newest token once more."""
-        return result.token is not None and result == self._newest
+        is_old = result.index < self.num_tokens  # asked first, as it costs nothing
+        return is_old and result.token is not None and result == self._newest
 
     def apply(self, result: SequenceResult) -> Piece:
         """Take in what an iteration produced. Raises RefusedError when a part of the answer is missing."""

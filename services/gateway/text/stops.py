@@ -9,6 +9,8 @@ def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
     Stopped: the shown part ends before the earliest stop string. Otherwise the held part is the
     longest end of `text` that may be the beginning of a stop string.
     """
+    if not stops:
+        return text, "", False
     found = [place for place in (text.find(stop) for stop in stops) if place >= 0]
     if found:
         return text[: min(found)], "", True
