@@ -147,7 +147,7 @@ async def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, ma
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(START_DEADLINE_S * 2):
+    async with asyncio.timeout(START_DEADLINE_S * 4):
         output, errors = await process.communicate()
     assert (process.returncode, errors) == (0, b""), output.decode()
     assert b"LeMix demo" in output
