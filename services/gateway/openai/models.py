@@ -6,7 +6,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from services.gateway.context import GatewayContext
-from services.gateway.openai.limits import check_model
+from services.gateway.http.errors import ApiError
+from shared.model_files import ModelCard
 
 
 class Model(BaseModel):
@@ -41,3 +42,9 @@ def add_models(app: FastAPI, context: GatewayContext) -> None:
     async def show_model(name: str) -> Model:
         check_model(name, card)
         return model
+
+
+def check_model(name: str, card: ModelCard) -> None:
+    """Raises ApiError (404) when another model is asked for than the one that is served."""
+    if name != card.name:
+        raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")

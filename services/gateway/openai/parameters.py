@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
+from services.gateway.context import GatewayContext
+from services.gateway.openai.models import check_model
 from services.gateway.openai.schema import AS_WHOLE, RequestModel, Whole, invalid
-from services.gateway.settings import GatewaySettings
 from shared.messages.inference import Sampling
-from shared.model_files import ModelCard
 
 MAX_STOPS = 16
 MAX_BIASED_TOKENS = 300
@@ -77,47 +77,52 @@ class GenerationParameters(RequestModel):
         return limits.pop() if limits else None
 
 
-def check_parameters(asked: GenerationParameters, card: ModelCard, settings: GatewaySettings) -> None:
+def check_parameters(asked: GenerationParameters, context: GatewayContext, *, num_prompts: int = 1) -> None:
     """Raises ApiError when the served model or the settings do not allow what is asked for."""
+    card, settings = context.card, context.settings
+    check_model(asked.model, card)
+    num_choices = num_prompts * asked.n
+    if num_choices > settings.max_choices:
+        reason = f"{num_choices} choices (prompts times n), at most {settings.max_choices} are allowed"
+        raise invalid("n" if asked.n > 1 else "prompt", reason)
     if any(len(stop) > settings.max_stop_length for stop in asked.stop):
         raise invalid("stop", f"at most {settings.max_stop_length} characters are allowed")
-    named = {
-        "logit_bias": [int(token) for token in asked.logit_bias],
-        "stop_token_ids": asked.stop_token_ids,
-    }
-    for name, tokens in named.items():
-        if wrong := [token for token in tokens if token >= card.vocab_size]:
-            raise invalid(name, f"token id {wrong[0]}: the vocabulary has {card.vocab_size} tokens")
+    for name, tokens in (
+        ("logit_bias", map(int, asked.logit_bias)),
+        ("stop_token_ids", asked.stop_token_ids),
+    ):
+        wrong = next((token for token in tokens if token >= card.vocab_size), None)
+        if wrong is not None:
+            raise invalid(name, f"token id {wrong}: the vocabulary has {card.vocab_size} tokens")
 
 
 def sampling_of(
     asked: GenerationParameters,
+    context: GatewayContext,
     *,
     max_tokens: int,
     num_logprobs: int | None,
-    seed: int,
-    card: ModelCard,
     json_schema: str | None = None,
 ) -> Sampling:
-    """How to draw the tokens of each sequence; `seed` is that of the first choice.
+    """How to draw the tokens of the first choice.
 
     Raises ApiError when fewer tokens are allowed than are wanted at least.
     """
     if asked.min_tokens > max_tokens:
         raise invalid("min_tokens", f"at most {max_tokens} tokens are allowed")
-    end_tokens = () if asked.ignore_eos else card.eos_token_ids
+    end_tokens = () if asked.ignore_eos else context.card.eos_token_ids
     return Sampling(
         max_tokens=max_tokens,
         temperature=asked.temperature,
         top_p=asked.top_p,
-        top_k=min(max(asked.top_k, 0), card.vocab_size),
+        top_k=min(max(asked.top_k, 0), context.card.vocab_size),
         min_p=asked.min_p,
         frequency_penalty=asked.frequency_penalty,
         presence_penalty=asked.presence_penalty,
         repetition_penalty=asked.repetition_penalty,
         logit_bias=tuple((int(token), bias) for token, bias in asked.logit_bias.items()),
         json_schema=json_schema,
-        seed=seed,
+        seed=context.ids.seed() if asked.seed is None else asked.seed,
         stop_token_ids=tuple(dict.fromkeys((*end_tokens, *asked.stop_token_ids))),
         min_tokens=asked.min_tokens,
         num_logprobs=num_logprobs,

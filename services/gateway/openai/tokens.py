@@ -8,7 +8,7 @@ from services.gateway.context import GatewayContext
 from services.gateway.openai.chat.messages import Message
 from services.gateway.openai.chat.prompt import render
 from services.gateway.openai.chat.tools import MAX_TOOLS, Tool
-from services.gateway.openai.limits import check_model
+from services.gateway.openai.models import check_model
 from services.gateway.openai.schema import RequestModel, invalid
 
 

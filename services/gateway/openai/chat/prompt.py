@@ -9,7 +9,6 @@ from services.gateway.http.errors import ApiError
 from services.gateway.openai.chat.messages import Message, for_template
 from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.chat.tools import Tool, call_schema, check_tools
-from services.gateway.openai.limits import check_choices, check_model
 from services.gateway.openai.parameters import check_parameters, sampling_of
 from services.gateway.openai.schema import invalid
 from services.gateway.text.tokenise import tokenise_rendered
@@ -28,9 +27,7 @@ async def generation_request(
     asked: ChatRequest, answer_id: str, context: GatewayContext
 ) -> GenerationRequest:
     """From a chat request to a generation. Raises ApiError when it cannot be honoured."""
-    check_model(asked.model, context.card)
-    check_choices(1, asked.n, context.settings)
-    check_parameters(asked, context.card, context.settings)
+    check_parameters(asked, context)
     check_tools(asked.tools, asked.tool_choice)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise invalid("top_logprobs", "only with 'logprobs'")
@@ -43,10 +40,9 @@ async def generation_request(
         prompts=(prompt,),
         sampling=sampling_of(
             asked,
+            context,
             max_tokens=wanted or min(room, MAX_TOKENS_BY_DEFAULT),
             num_logprobs=asked.num_logprobs,
-            seed=context.ids.seed() if asked.seed is None else asked.seed,
-            card=context.card,
             json_schema=await _schema_of(asked),
         ),
         num_choices=asked.n,

@@ -69,13 +69,15 @@ def as_tool_choice(value: object) -> ToolChoice:
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
-    """Raises ApiError when the choice names no tool, or a tool wants what only a forced call can have."""
+    """Raises ApiError when the choice names no tool, or a tool cannot be told apart or held to its schema."""
     names = [tool.function.name for tool in tools]
     if choice.mode == "required" and not names:
         raise invalid("tool_choice", "there are no 'tools' to call")
     if choice.name is not None and choice.name not in names:
         raise invalid("tool_choice", f"'tools' has no function {choice.name!r}")
     for place, tool in enumerate(tools):
+        if tool.function.name in names[:place]:
+            raise invalid(f"tools.{place}.function.name", "an earlier function has this name")
         if choice.mode == "auto" and tool.function.strict:
             raise invalid(
                 f"tools.{place}.function.strict",

@@ -10,7 +10,6 @@ from services.gateway.http.streaming import stream, version_header, whole
 from services.gateway.openai.answers import documented, new_heading, usage_of
 from services.gateway.openai.completions.answer import Completion, CompletionEvents, choice_of
 from services.gateway.openai.completions.request import CompletionRequest
-from services.gateway.openai.limits import check_choices, check_model
 from services.gateway.openai.parameters import check_parameters, sampling_of
 from services.gateway.text.tokenise import tokenise
 
@@ -47,17 +46,9 @@ async def generation_request(
     asked: CompletionRequest, answer_id: str, context: GatewayContext
 ) -> GenerationRequest:
     """From a completion request to a generation. Raises ApiError when it cannot be honoured."""
-    check_model(asked.model, context.card)
-    check_choices(len(asked.prompt), asked.n, context.settings)
-    check_parameters(asked, context.card, context.settings)
+    check_parameters(asked, context, num_prompts=len(asked.prompt))
     asked.check_best_of()
-    sampling = sampling_of(
-        asked,
-        max_tokens=asked.num_tokens,
-        num_logprobs=asked.logprobs,
-        seed=context.ids.seed() if asked.seed is None else asked.seed,
-        card=context.card,
-    )
+    sampling = sampling_of(asked, context, max_tokens=asked.num_tokens, num_logprobs=asked.logprobs)
     return GenerationRequest(
         answer_id=answer_id,
         prompts=await tokenise(asked.prompt, asked.num_tokens, context),

@@ -89,6 +89,7 @@ def prompt_of(**fields: Any) -> str:
             {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
             "tools.0.function.strict",
         ),
+        ({"tools": [TOOL, TOOL]}, "tools.1.function.name"),
         ({"tool_choice": "maybe"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice"),
