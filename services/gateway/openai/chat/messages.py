@@ -55,12 +55,17 @@ class UserMessage(RequestModel):
     name: str | None = None
 
 
+ClientsOwn = Annotated[Any, Field(exclude=True)]
+"""What clients add to an answer when they put it together or parse it, and send back with it."""
+
+
 class FunctionCall(RequestModel):
     """A function, and the arguments to call it with."""
 
     name: str
     arguments: str
     """JSON."""
+    parsed_arguments: ClientsOwn = None
 
 
 class ToolCall(RequestModel):
@@ -69,6 +74,7 @@ class ToolCall(RequestModel):
     id: str
     type: Literal["function"]
     function: FunctionCall
+    index: ClientsOwn = None
 
 
 class AssistantMessage(RequestModel):
@@ -87,6 +93,7 @@ class AssistantMessage(RequestModel):
     audio: None = None
     function_call: None = None
     annotations: Empty = Field(default_factory=list)
+    parsed: ClientsOwn = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "AssistantMessage":

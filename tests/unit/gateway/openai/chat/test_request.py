@@ -186,6 +186,16 @@ def test_calls_and_answers_of_tools_reach_the_template() -> None:
     assert text[end:] == "null"
 
 
+def test_what_clients_add_to_an_answer_is_not_shown_to_the_template() -> None:
+    """The official client adds it when it puts a stream together or parses an answer."""
+    function = {"name": "f", "arguments": "{}"}
+    call = {"id": "c1", "type": "function", "function": function}
+    answer = {"role": "assistant", "content": "one", "tool_calls": [call]}
+    parsed = {"index": 0, "function": function | {"parsed_arguments": {"a": 1}}}
+    added = answer | {"parsed": {"b": 2}, "tool_calls": [call | parsed]}
+    assert prompt_of(source=SHOW, messages=[added]) == prompt_of(source=SHOW, messages=[answer])
+
+
 def test_tools_reach_the_template_as_they_are() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x": None}}}
     text = prompt_of(source=SHOW, tools=[tool])
