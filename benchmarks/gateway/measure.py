@@ -65,7 +65,7 @@ async def one_round(
 
 
 def figures(folder: Path, said: dict[str, float]) -> dict[str, float]:
-    """What a round says: delays in milliseconds, processor time in microseconds."""
+    """The figures of a round: delays in milliseconds, processor time in microseconds."""
     published, received = np.load(folder / PUBLISHED), np.load(folder / RECEIVED)
     delays_ms = (received - published) * 1e3
     assert delays_ms.min() > 0, "every token came, and none before it was published"

@@ -1,4 +1,4 @@
-"""What the processes of this benchmark agree on: how many streams, how fast, and which tokens."""
+"""The load that the processes of this benchmark agree on: how many streams, how fast, and which tokens."""
 
 import json
 import re
@@ -10,9 +10,9 @@ from shared.text import TextTokenizer
 
 NUM_STREAMS = 1000
 TOKENS_PER_S = 5000
-"""Of all streams together."""
+"""The rate of all streams together."""
 NUM_TOKENS = 50
-"""Of each stream."""
+"""The tokens of each stream."""
 SEQUENCES_PER_ITERATION = 32
 """Tokens in one message."""
 PROMPT_CHARACTERS = 20_000
@@ -41,7 +41,7 @@ def words(folder: Path) -> list[int]:
 
 
 def tokens_of(stream: int, known: list[int]) -> list[int]:
-    """What a stream says: not what the next one says."""
+    """The tokens of a stream, which differ from those of the next stream."""
     return [known[(stream * 37 + index) % len(known)] for index in range(NUM_TOKENS)]
 
 
