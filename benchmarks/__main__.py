@@ -22,6 +22,7 @@ from benchmarks import (
     schedules,
     simulation,
     startup,
+    structured_output,
     training,
 )
 from benchmarks.gateway import measure as gateway
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     "messages": messages.main,
     "publish": publish.main,
     "startup": startup.main,
+    "structured_output": structured_output.main,
     "deciding": deciding.main,
     "profile_error": profile_error.main,
     "merge": merge.main,

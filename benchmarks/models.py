@@ -1,5 +1,7 @@
 """The random-weight models of the benchmarks; sizes as in the measurements that the targets rest on."""
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from shared.settings import EMBEDDED_MODEL
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 8192, "num_attention_heads": 4},
@@ -40,3 +44,27 @@ def model_folder(name: str, base: Path) -> Path:
         words = {f"w{number}": number for number in range(SHAPES[name]["vocab_size"])}
         Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def text_model_folder(name: str, base: Path) -> Path:
+    """The same weights with a tokenizer of that size, which can spell any text, and an end token."""
+    weights, folder = model_folder(name, base), base / f"{name}-text"
+    if not (folder / "tokenizer.json").exists():
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").symlink_to((weights / "model.safetensors").absolute())
+        config = json.loads((weights / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+        write_tokenizer(folder / "tokenizer.json", SHAPES[name]["vocab_size"])
+    return folder
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """The embedded tokenizer, filled up with random pairs of its tokens (token 0 is the end)."""
+    tokenizer = json.loads((Path(EMBEDDED_MODEL) / "tokenizer.json").read_text())
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    chance, own = random.Random(0), list(vocab)[1:]
+    while len(vocab) < vocab_size:
+        pair = chance.choices(own, k=2)
+        if vocab.setdefault("".join(pair), len(vocab)) == len(vocab) - 1:
+            merges.append(pair)
+    path.write_text(json.dumps(tokenizer))
