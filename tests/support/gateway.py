@@ -178,9 +178,10 @@ async def gateway_world(
     template: str | None = CHATML,
     model: Path | None = None,
     tokenizer: TextTokenizer = TOKENIZER,
+    deadline_s: float = DEADLINE_S,
     **settings: float | str,
 ) -> AsyncIterator[World]:
-    """A running gateway; the block fails when it takes longer than DEADLINE_S.
+    """A running gateway; the block fails when it takes longer than `deadline_s`.
 
     `model` is a folder (None: the embedded model, with `template` for its chat template).
 
@@ -200,7 +201,7 @@ async def gateway_world(
         app = build_app(context, fine_tuning)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
-            asyncio.timeout(DEADLINE_S),
+            asyncio.timeout(deadline_s),
             context.cluster.running(),
             fine_tuning.running(),
             httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,

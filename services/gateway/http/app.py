@@ -1,19 +1,22 @@
 """The HTTP routes, in OpenAI's words."""
 
+from importlib.metadata import version
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
 
 from services.gateway.access.key_file import KeyRing
 from services.gateway.context import GatewayContext
 from services.gateway.generation import Generations
-from services.gateway.health import HealthProbe
 from services.gateway.http.auth import Gate
-from services.gateway.http.bodies import error_response, json_response
+from services.gateway.http.bodies import error_response
 from services.gateway.http.body_reader import BodyReader
+from services.gateway.http.documentation import DocumentedApp, add_documentation
 from services.gateway.http.errors import ApiError, ErrorAnswer
+from services.gateway.http.operations import add_operations
 from services.gateway.http.paths import LenientPaths
 from services.gateway.http.request_log import RequestLog
 from services.gateway.jobs.fine_tuning import FineTuning
@@ -25,7 +28,6 @@ from services.gateway.openai.models import add_models
 from services.gateway.openai.responses.route import add_responses
 from services.gateway.openai.schema import JsonRoute, refusal
 from services.gateway.openai.tokens import add_tokens
-from shared.errors import LemixError
 
 _ERRORS: dict[int | str, dict[str, object]] = {
     "4XX": {"model": ErrorAnswer, "description": "The request is refused; the error says why."},
@@ -35,11 +37,12 @@ _ERRORS: dict[int | str, dict[str, object]] = {
 
 def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     """The application that serves `context.card` through `context.cluster`, and has it trained."""
-    app = FastAPI(
+    app = DocumentedApp(
         title="LeMix",
+        version=version("lemix"),
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         responses=_ERRORS,
     )
     app.router.route_class = JsonRoute
@@ -52,33 +55,11 @@ def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     add_responses(app, context, generations)
     add_models(app, context)
     add_tokens(app, context)
-    _add_operations(app, context)
+    add_operations(app, context)
+    add_documentation(app)
     add_files(app, fine_tuning, context.settings)
     add_jobs(app, fine_tuning)
     return app
-
-
-def _add_operations(app: FastAPI, context: GatewayContext) -> None:
-    card, settings = context.card, context.settings
-    token = next((token for token in (card.bos_token_id, *card.eos_token_ids) if token is not None), 0)
-    probe = HealthProbe(context.cluster, context.clock, token=token, timeout_s=settings.health_timeout_s)
-
-    @app.get("/health")
-    async def health() -> Response:
-        outcome = await probe.check()
-        if outcome.reason:
-            return json_response({"status": "failing", "reason": outcome.reason}, status=503)
-        return json_response(
-            {"status": "ok", "token_s": outcome.seconds, "weights_version": outcome.weights_version}
-        )
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        try:
-            context.metrics.show_cluster(await context.cluster.cluster_status())
-        except LemixError:
-            context.metrics.show_cluster(None)
-        return Response(context.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_middlewares(app: FastAPI, context: GatewayContext) -> None:
@@ -113,5 +94,18 @@ def _unknown_route(request: Request, error: Exception) -> Response:
     """Starlette's own refusals (404, 405), in OpenAI's words."""
     assert isinstance(error, HTTPException)
     what = {404: "unknown URL", 405: "method not allowed"}.get(error.status_code, error.detail)
-    message = f"{what}: {request.method} {request.url.path}"
-    return error_response(ApiError(error.status_code, message), error.headers)
+    refused = ApiError(error.status_code, f"{what}: {request.method} {request.url.path}")
+    if error.status_code != 405:
+        return error_response(refused, error.headers)
+    return error_response(refused, {"allow": ", ".join(sorted(_methods_of(request)))})
+
+
+def _methods_of(request: Request) -> set[str]:
+    """What the path can be asked for: several routes may share it, and Starlette tells those of the first."""
+    routes = (route for route in request.app.routes if isinstance(route, Route))
+    return {
+        method
+        for route in routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }

@@ -27,7 +27,7 @@ class Gate:
         """By the ids of keys."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (needed := scope_of(scope["path"])) is None:
+        if scope["type"] != "http" or (needed := scope_of(_route_of(scope))) is None:
             await self._app(scope, receive, send)
             return
         headers, keys = Headers(scope=scope), self._ring.keys()
@@ -58,6 +58,12 @@ class Gate:
         if key.id not in self._meters:
             self._meters[key.id] = Meter(key, self._clock)
         return self._meters[key.id]
+
+
+def _route_of(scope: Scope) -> str:
+    """The path without the prefix that a proxy serves it under."""
+    path: str = scope["path"]
+    return path.removeprefix(scope["root_path"])
 
 
 def caller_of(request: Request) -> Caller:

@@ -21,14 +21,15 @@ class LenientPaths:
                 message = {**message, "body": b""}
             await send(message)
 
-        lenient = {**scope, "path": self._plain(scope["path"])}
+        lenient = {**scope, "root_path": self._prefix, "path": self._full(scope["path"])}
         if scope["method"] == "HEAD":
             await self._app(lenient | {"method": "GET"}, receive, send_without_body)
         else:
             await self._app(lenient, receive, send)
 
-    def _plain(self, path: str) -> str:
+    def _full(self, path: str) -> str:
+        """The path with the prefix, as ASGI wants it, and without a slash at its end."""
         path = path.rstrip("/")
         if path == self._prefix or path.startswith(self._prefix + "/"):
             path = path.removeprefix(self._prefix)
-        return path or "/"
+        return self._prefix + (path or "/")

@@ -7,21 +7,42 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from services.gateway.http.errors import ApiError
-from services.gateway.openai.answers import Json
+from services.gateway.jobs.paging import Listed
 from shared.clock import Clock, IdSource
 from shared.disk import on_disk, replace_file, sync
 from shared.errors import ConfigurationError
 from shared.examples import numbered_lines
 
-PURPOSE = "fine-tune"
+PURPOSE: Literal["fine-tune"] = "fine-tune"
 """The only one there is."""
 MAX_NAME_CHARACTERS = 255
+
+
+class FileObject(Listed):
+    """OpenAI's `file`."""
+
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["fine-tune"] = PURPOSE
+    status: Literal["processed"] = "processed"
+    status_details: None = None
+    expires_at: None = None
+
+
+class FileDeleted(BaseModel):
+    """OpenAI's answer to a deletion."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
 
 
 class UploadedFile(BaseModel):
@@ -36,15 +57,9 @@ class UploadedFile(BaseModel):
     created_at: int
     filename: str
 
-    def as_object(self) -> Json:
-        """OpenAI's file object."""
-        return self.model_dump(exclude={"number"}) | {
-            "object": "file",
-            "purpose": PURPOSE,
-            "status": "processed",
-            "status_details": None,
-            "expires_at": None,
-        }
+    def as_object(self) -> FileObject:
+        """What clients are told of it."""
+        return FileObject(id=self.id, bytes=self.bytes, created_at=self.created_at, filename=self.filename)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

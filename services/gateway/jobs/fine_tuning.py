@@ -5,18 +5,22 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from pydantic_core import from_json
-
 from services.gateway.http.errors import ApiError
 from services.gateway.jobs.book import JobBook
-from services.gateway.jobs.files import FileLimits, FileStore
+from services.gateway.jobs.files import FileDeleted, FileLimits, FileStore
 from services.gateway.jobs.job import Cancelled, Job
-from services.gateway.jobs.objects import checkpoint_id, event_id, job_object
-from services.gateway.jobs.paging import Page, cut, list_object
+from services.gateway.jobs.objects import (
+    FineTuningJob,
+    JobCheckpoint,
+    JobEvent,
+    checkpoint_id,
+    event_id,
+    job_object,
+)
+from services.gateway.jobs.paging import ObjectList, Page, cut, list_object
 from services.gateway.jobs.requests import MAX_SEED, JobRequest
 from services.gateway.jobs.runner import JobRunner
 from services.gateway.jobs.store import CHECKPOINTS, EVENTS, JobStore
-from services.gateway.openai.answers import Json
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus
@@ -77,7 +81,7 @@ class FineTuning:
         """A request has its first tokens."""
         self._runner.first_tokens(answered)
 
-    async def create(self, request: JobRequest) -> Json:
+    async def create(self, request: JobRequest) -> FineTuningJob:
         """A new job. Raises ApiError when it cannot be taken."""
         if request.model != self._model:
             message = f"the model {request.model!r} does not exist"
@@ -106,11 +110,11 @@ class FineTuning:
         self._runner.changed.set()
         return self.show(job.id)
 
-    def show(self, job_id: str) -> Json:
+    def show(self, job_id: str) -> FineTuningJob:
         """The job as it is now. Raises ApiError (404)."""
         return job_object(self._find(job_id), self._clock.wall_s())
 
-    async def cancel(self, job_id: str) -> Json:
+    async def cancel(self, job_id: str) -> FineTuningJob:
         """Publish nothing more of the job. Raises ApiError when there is nothing to cancel."""
         job = self._find(job_id)
         if job.has_ended:
@@ -122,26 +126,32 @@ class FineTuning:
         self._runner.changed.set()
         return self.show(job_id)
 
-    def list_jobs(self, page: Page, wanted: Callable[[Job], bool]) -> Json:
+    def list_jobs(self, page: Page, wanted: Callable[[Job], bool]) -> ObjectList[FineTuningJob]:
         """The newest first. Raises ApiError."""
         jobs = [job for job in reversed(list(self._book)) if wanted(job)]
         numbers = cut([job.id for job in jobs], page)
         data = [job_object(jobs[number], self._clock.wall_s()) for number in numbers]
         return list_object(data, has_more=numbers.stop < len(jobs))
 
-    async def list_events(self, job_id: str, page: Page) -> Json:
+    async def list_events(self, job_id: str, page: Page) -> ObjectList[JobEvent]:
         """The newest first. Raises ApiError."""
         job = self._find(job_id)
         ids = [event_id(job, number) for number in reversed(range(job.num_events))]
-        return await self._list_lines(job_id, EVENTS, ids, page)
+        numbers = cut(ids, page)
+        lines = await self._lines(job_id, EVENTS, len(ids), numbers)
+        events = [JobEvent.model_validate_json(line) for line in lines]
+        return list_object(events, has_more=numbers.stop < len(ids))
 
-    async def list_checkpoints(self, job_id: str, page: Page) -> Json:
+    async def list_checkpoints(self, job_id: str, page: Page) -> ObjectList[JobCheckpoint]:
         """The newest first. Raises ApiError."""
         job = self._find(job_id)
         ids = [checkpoint_id(job, number) for number in reversed(range(job.num_checkpoints))]
-        return await self._list_lines(job_id, CHECKPOINTS, ids, page)
+        numbers = cut(ids, page)
+        lines = await self._lines(job_id, CHECKPOINTS, len(ids), numbers)
+        checkpoints = [JobCheckpoint.model_validate_json(line) for line in lines]
+        return list_object(checkpoints, has_more=numbers.stop < len(ids))
 
-    async def delete_file(self, file_id: str) -> Json:
+    async def delete_file(self, file_id: str) -> FileDeleted:
         """Delete a file. Raises ApiError when there is none, or when a job still needs it."""
         self.files.find(file_id)
         needs = next((job for job in self._book if job.training_file == file_id and not job.has_ended), None)
@@ -149,18 +159,16 @@ class FineTuning:
             message = f"the job {needs.id} still needs the file {file_id}: cancel it first"
             raise ApiError(409, message, param="id", code="file_in_use")
         await self.files.delete(file_id)
-        return {"id": file_id, "object": "file", "deleted": True}
+        return FileDeleted(id=file_id)
 
-    async def _list_lines(self, job_id: str, name: str, ids: list[str], page: Page) -> Json:
-        numbers = cut(ids, page)
-        newest = len(ids) - 1
+    async def _lines(self, job_id: str, name: str, num_lines: int, numbers: range) -> list[bytes]:
+        """Lines of one of the job's lists; `numbers` count from its newest. Raises ApiError (503)."""
+        newest = num_lines - 1
+        places = range(newest - numbers.start, newest - numbers.stop, -1)
         try:
-            lines = await self._book.lines(
-                job_id, name, range(newest - numbers.start, newest - numbers.stop, -1)
-            )
+            return await self._book.lines(job_id, name, places)
         except OSError as error:
             raise ApiError(503, f"the {name} of {job_id} cannot be read: {error.strerror}") from error
-        return list_object([from_json(line) for line in lines], has_more=numbers.stop < len(ids))
 
     def _find(self, job_id: str) -> Job:
         if job_id not in self._book:

@@ -1,46 +1,133 @@
 """A job, its events and its checkpoints as OpenAI's objects."""
 
-from services.gateway.jobs.job import Job, Note, SavedSteps, estimated_finish
-from services.gateway.openai.answers import Json
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from services.gateway.jobs.job import (
+    Hyperparameters,
+    Job,
+    JobError,
+    Level,
+    Note,
+    SavedSteps,
+    Status,
+    estimated_finish,
+)
+from services.gateway.jobs.paging import Listed
 
 ORGANIZATION_ID = "org-lemix"
 """OpenAI's objects have one; there are none here."""
 
 
-def job_object(job: Job, now_s: float) -> Json:
-    """OpenAI's `fine_tuning.job`, and what LeMix adds under `lemix`."""
-    hyperparameters = job.hyperparameters.model_dump()
-    return {
-        "id": job.id,
-        "object": "fine_tuning.job",
-        "created_at": job.created_at,
-        "finished_at": job.finished_at,
-        "model": job.model,
-        "fine_tuned_model": job.model if job.status == "succeeded" else None,
-        "organization_id": ORGANIZATION_ID,
-        "status": job.status,
-        "training_file": job.training_file,
-        "validation_file": None,
-        "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
-        "trained_tokens": job.trained_tokens if job.has_ended else None,
-        "result_files": [],
-        "seed": job.seed,
-        "estimated_finish": estimated_finish(job, now_s),
-        "error": None if job.error is None else job.error.model_dump(),
-        "metadata": job.metadata,
-        "integrations": [],
-        "lemix": _lemix(job),
-    }
+class Supervised(BaseModel):
+    """How a supervised job trains."""
+
+    hyperparameters: Hyperparameters
 
 
-def _lemix(job: Job) -> Json:
-    return {
-        "weights_version": {"first": job.first_version, "last": job.last_version},
-        "lag": job.lag,
-        "preemptions": job.preemptions,
-        "slo_cost": {"late_requests": job.late_requests, "requests": job.requests},
-    }
+class Method(BaseModel):
+    """The newer place of hyperparameters."""
+
+    type: Literal["supervised"] = "supervised"
+    supervised: Supervised
+
+
+class VersionsOfJob(BaseModel):
+    """The weights versions that its first and its last step made."""
+
+    first: int | None
+    last: int | None
+
+
+class CostOfJob(BaseModel):
+    """The requests that were answered beside its batches, and those among them that were late."""
+
+    late_requests: int
+    requests: int
+
+
+class OfLemix(BaseModel):
+    """What LeMix adds to OpenAI's job."""
+
+    weights_version: VersionsOfJob
+    lag: int
+    """Batches that are published and not yet applied."""
+    preemptions: int
+    """How often one of its batches had to wait for requests."""
+    slo_cost: CostOfJob
+
+
+class FineTuningJob(Listed):
+    """OpenAI's `fine_tuning.job`; times are Unix seconds."""
+
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    finished_at: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str = ORGANIZATION_ID
+    status: Status
+    training_file: str
+    validation_file: None = None
+    hyperparameters: Hyperparameters
+    method: Method
+    trained_tokens: int | None
+    result_files: tuple[str, ...] = ()
+    seed: int
+    estimated_finish: int | None
+    error: JobError | None
+    metadata: dict[str, str] | None
+    integrations: tuple[Any, ...] = ()
+    lemix: OfLemix
+
+
+class JobEvent(Listed):
+    """OpenAI's `fine_tuning.job.event`."""
+
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Level
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, int | float]
+
+
+class JobCheckpoint(Listed):
+    """OpenAI's `fine_tuning.job.checkpoint`."""
+
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: dict[str, int | float]
+
+
+def job_object(job: Job, now_s: float) -> FineTuningJob:
+    """The job as it is now."""
+    return FineTuningJob(
+        id=job.id,
+        created_at=job.created_at,
+        finished_at=job.finished_at,
+        model=job.model,
+        fine_tuned_model=job.model if job.status == "succeeded" else None,
+        status=job.status,
+        training_file=job.training_file,
+        hyperparameters=job.hyperparameters,
+        method=Method(supervised=Supervised(hyperparameters=job.hyperparameters)),
+        trained_tokens=job.trained_tokens if job.has_ended else None,
+        seed=job.seed,
+        estimated_finish=estimated_finish(job, now_s),
+        error=job.error,
+        metadata=job.metadata,
+        lemix=OfLemix(
+            weights_version=VersionsOfJob(first=job.first_version, last=job.last_version),
+            lag=job.lag,
+            preemptions=job.preemptions,
+            slo_cost=CostOfJob(late_requests=job.late_requests, requests=job.requests),
+        ),
+    )
 
 
 def event_id(job: Job, number: int) -> str:
@@ -53,31 +140,29 @@ def checkpoint_id(job: Job, number: int) -> str:
     return f"ftckpt-{_suffix(job)}-{number}"
 
 
-def event(job: Job, number: int, note: Note, now_s: int) -> Json:
-    """OpenAI's `fine_tuning.job.event`."""
-    return {
-        "id": event_id(job, number),
-        "object": "fine_tuning.job.event",
-        "created_at": now_s,
-        "level": note.level,
-        "message": note.message,
-        "type": "message" if note.metrics is None else "metrics",
-        "data": note.metrics or {},
-    }
+def event(job: Job, number: int, note: Note, now_s: int) -> JobEvent:
+    """The job's event `number`, from 0."""
+    return JobEvent(
+        id=event_id(job, number),
+        created_at=now_s,
+        level=note.level,
+        message=note.message,
+        type="message" if note.metrics is None else "metrics",
+        data=note.metrics or {},
+    )
 
 
-def checkpoint(job: Job, number: int, saved: SavedSteps, now_s: int) -> Json:
-    """OpenAI's `fine_tuning.job.checkpoint`."""
+def checkpoint(job: Job, number: int, saved: SavedSteps, now_s: int) -> JobCheckpoint:
+    """The job's checkpoint `number`, from 0."""
     metrics = {"step": saved.step_number, "train_loss": saved.train_loss}
-    return {
-        "id": checkpoint_id(job, number),
-        "object": "fine_tuning.job.checkpoint",
-        "created_at": now_s,
-        "fine_tuned_model_checkpoint": f"{job.model}:weights-{saved.version}",
-        "fine_tuning_job_id": job.id,
-        "step_number": saved.step_number,
-        "metrics": {name: value for name, value in metrics.items() if value is not None},
-    }
+    return JobCheckpoint(
+        id=checkpoint_id(job, number),
+        created_at=now_s,
+        fine_tuned_model_checkpoint=f"{job.model}:weights-{saved.version}",
+        fine_tuning_job_id=job.id,
+        step_number=saved.step_number,
+        metrics={name: value for name, value in metrics.items() if value is not None},
+    )
 
 
 def _suffix(job: Job) -> str:

@@ -1,17 +1,19 @@
 """The routes of files, in OpenAI's words."""
 
 import asyncio
+from typing import Annotated, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse
+from pydantic import Field
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from services.gateway.http.bodies import bounded_stream, is_upload, json_response
+from services.gateway.http.bodies import bounded_stream, is_upload
 from services.gateway.http.errors import ApiError
-from services.gateway.jobs.files import PURPOSE
+from services.gateway.jobs.files import PURPOSE, FileDeleted, FileObject
 from services.gateway.jobs.fine_tuning import FineTuning
-from services.gateway.jobs.paging import check_query, cut, list_object, read_page
+from services.gateway.jobs.paging import ObjectList, Page, cut, list_object
 from services.gateway.openai.schema import unsupported
 from services.gateway.settings import GatewaySettings
 
@@ -21,6 +23,43 @@ MAX_FIELDS = 8
 MAX_FILES_LISTED = 10_000
 
 
+_FORM = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file", "purpose"],
+                "additionalProperties": False,
+                "properties": {
+                    "file": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "one example a line",
+                    },
+                    "purpose": {"const": PURPOSE},
+                },
+            }
+        }
+    },
+}
+
+
+class FilesPage(Page):
+    """Which files are wanted."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_FILES_LISTED)] = MAX_FILES_LISTED
+    order: Literal["asc", "desc"] = "desc"
+    """By the time of their arrival."""
+    purpose: str | None = None
+
+
+class JsonLines(FileResponse):
+    """The content of a file."""
+
+    media_type = "application/jsonl"
+
+
 def add_files(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) -> None:
     """Serve uploads, lists and contents of files."""
     _add_uploads(app, fine_tuning, settings)
@@ -28,8 +67,8 @@ def add_files(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) 
 
 
 def _add_uploads(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySettings) -> None:
-    @app.post("/v1/files")
-    async def upload(request: Request) -> Response:
+    @app.post("/v1/files", openapi_extra={"requestBody": _FORM})
+    async def upload(request: Request) -> FileObject:
         with fine_tuning.files.place_for_one():
             form = await _read_form(request, settings)
             try:
@@ -37,38 +76,31 @@ def _add_uploads(app: FastAPI, fine_tuning: FineTuning, settings: GatewaySetting
                 kept = await fine_tuning.files.add(file.filename or "file", file.file)
             finally:
                 await form.close()
-        return json_response(kept.as_object())
+        return kept.as_object()
 
 
 def _add_files(app: FastAPI, fine_tuning: FineTuning) -> None:
     files = fine_tuning.files
 
     @app.get("/v1/files")
-    async def list_files(request: Request) -> Response:
-        query = request.query_params
-        check_query(query, ("after", "limit", "order", "purpose"))
-        page = read_page(query, default_limit=MAX_FILES_LISTED, max_limit=MAX_FILES_LISTED)
-        order = query.get("order", "desc")
-        if order not in ("asc", "desc"):
-            message = f"parameter 'order': expected 'asc' or 'desc', got {order!r}"
-            raise ApiError(400, message, param="order", code="invalid_value")
-        found = files.all() if query.get("purpose", PURPOSE) == PURPOSE else []
-        ordered = found if order == "asc" else found[::-1]
+    async def list_files(page: Annotated[FilesPage, Query()]) -> ObjectList[FileObject]:
+        found = files.all() if page.purpose in (None, PURPOSE) else []
+        ordered = found if page.order == "asc" else found[::-1]
         numbers = cut([file.id for file in ordered], page)
         data = [ordered[number].as_object() for number in numbers]
-        return json_response(list_object(data, has_more=numbers.stop < len(ordered)))
+        return list_object(data, has_more=numbers.stop < len(ordered))
 
     @app.get("/v1/files/{file_id}")
-    async def show_file(file_id: str) -> Response:
-        return json_response(files.find(file_id).as_object())
+    async def show_file(file_id: str) -> FileObject:
+        return files.find(file_id).as_object()
 
-    @app.get("/v1/files/{file_id}/content")
-    async def file_content(file_id: str) -> Response:
-        return FileResponse(files.path(file_id), media_type="application/jsonl")
+    @app.get("/v1/files/{file_id}/content", response_class=JsonLines)
+    async def file_content(file_id: str) -> JsonLines:
+        return JsonLines(files.path(file_id))
 
     @app.delete("/v1/files/{file_id}")
-    async def delete_file(file_id: str) -> Response:
-        return json_response(await fine_tuning.delete_file(file_id))
+    async def delete_file(file_id: str) -> FileDeleted:
+        return await fine_tuning.delete_file(file_id)
 
 
 async def _read_form(request: Request, settings: GatewaySettings) -> FormData:

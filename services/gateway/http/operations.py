@@ -1,0 +1,57 @@
+"""The routes of those who run the gateway: whether it answers, and in numbers."""
+
+from typing import Literal
+
+from fastapi import FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+
+from services.gateway.context import GatewayContext
+from services.gateway.health import HealthProbe
+from services.gateway.http.bodies import json_response
+from shared.errors import LemixError
+
+
+class Healthy(BaseModel):
+    """A token has just moved through a whole node."""
+
+    status: Literal["ok"] = "ok"
+    token_s: float
+    """How long it took."""
+    weights_version: int
+    """The weights that made it."""
+
+
+class Failing(BaseModel):
+    """No token came."""
+
+    status: Literal["failing"] = "failing"
+    reason: str
+
+
+class MetricsText(Response):
+    """Prometheus' text format."""
+
+    media_type = CONTENT_TYPE_LATEST
+
+
+def add_operations(app: FastAPI, context: GatewayContext) -> None:
+    """Serve health and metrics."""
+    card, settings = context.card, context.settings
+    token = next((token for token in (card.bos_token_id, *card.eos_token_ids) if token is not None), 0)
+    probe = HealthProbe(context.cluster, context.clock, token=token, timeout_s=settings.health_timeout_s)
+
+    @app.get("/health", response_model=Healthy, responses={503: {"model": Failing}})
+    async def health() -> Healthy | Response:
+        outcome = await probe.check()
+        if outcome.weights_version is None:
+            return json_response(Failing(reason=outcome.reason), status=503)
+        return Healthy(token_s=outcome.seconds, weights_version=outcome.weights_version)
+
+    @app.get("/metrics", response_class=MetricsText)
+    async def metrics() -> MetricsText:
+        try:
+            context.metrics.show_cluster(await context.cluster.cluster_status())
+        except LemixError:
+            context.metrics.show_cluster(None)
+        return MetricsText(context.metrics.render())
