@@ -26,16 +26,16 @@ ROLLBACK_TIMEOUT_S = 120.0
 """A checkpoint that is being written comes first."""
 
 
-async def run_list(target: Target, console: Console) -> None:
+async def run_list(target: Target, console: Console, now_wall_s: float) -> None:
     """Ask the trainer of a running cluster. Raises BusError."""
     answer = await _ask(target, DURABLE_VERSIONS.at(), DurableVersionsRequest(), LIST_TIMEOUT_S)
-    print_table(console, versions_table(answer.versions, target.label))
+    print_table(console, versions_table(answer.versions, target.label, now_wall_s))
 
 
-def list_folder(root: Path, console: Console) -> None:
+def list_folder(root: Path, console: Console, now_wall_s: float) -> None:
     """Read the checkpoints of a run that is not running."""
     versions = tuple(checkpoints.durable_versions(root, {}))
-    print_table(console, versions_table(versions, f"run {root.parent.name}, not running"))
+    print_table(console, versions_table(versions, f"run {root.parent.name}, not running", now_wall_s))
 
 
 async def run_rollback(version: int, node: int | None, target: Target, console: Console) -> None:
@@ -49,6 +49,8 @@ async def run_rollback(version: int, node: int | None, target: Target, console: 
 
 def run_export(version: int, folder: Path, node: int | None, root: Path, console: Console) -> None:
     """Copy a durable version out of the run whose checkpoints are in `root`. Raises ConfigurationError."""
+    if version == checkpoints.GIVEN_VERSION:
+        raise ConfigurationError("version 0 is the model as it was given to the run: it needs no export")
     checkpoint = _find(root, version, node)
     export_checkpoint(checkpoint, folder)
     say(
@@ -57,18 +59,22 @@ def run_export(version: int, folder: Path, node: int | None, root: Path, console
     )
 
 
-def versions_table(versions: tuple[DurableVersion, ...], label: str) -> Table:
+def versions_table(versions: tuple[DurableVersion, ...], label: str, now_wall_s: float) -> Table:
     """One row for each durable version of the run that is called `label`."""
     table = new_table(f"{label}: durable versions")
-    for heading in ("node", "version", "saved", "newest batch", "held-out loss", "served"):
+    for heading in ("node", "version", "saved", "age", "newest batch", "held-out loss", "served"):
         table.add_column(heading, overflow="fold")
     for each in versions:
-        table.add_row(*_row(each))
+        table.add_row(*_row(each, now_wall_s))
     return table
 
 
-def _row(each: DurableVersion) -> tuple[str, ...]:
-    saved = datetime.fromtimestamp(each.created_wall_s).astimezone().isoformat(" ", "seconds")
+def _row(each: DurableVersion, now_wall_s: float) -> tuple[str, ...]:
+    if each.version == checkpoints.GIVEN_VERSION:
+        saved, age = "the model as it was given", ""
+    else:
+        saved = datetime.fromtimestamp(each.created_wall_s).astimezone().isoformat(" ", "seconds")
+        age = age_of(now_wall_s - each.created_wall_s)
     loss = "" if each.held_out_loss is None else f"{each.held_out_loss:.4f}"
     if each.num_ahead is None:
         served = "" if each.may_serve else "may not"
@@ -76,7 +82,15 @@ def _row(each: DurableVersion) -> tuple[str, ...]:
         served = "yes"
     else:
         served = f"yes, and {each.num_ahead} batches more"
-    return (str(each.node), str(each.version), saved, each.newest_batch_id, loss, served)
+    return (str(each.node), str(each.version), saved, age, each.newest_batch_id, loss, served)
+
+
+def age_of(seconds: float) -> str:
+    """In whole units, the largest of which there are two: `95 s`, `119 min`, `47 h`, `3 d`."""
+    for unit_s, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit_s:
+            return f"{int(seconds // unit_s)} {name}"
+    return f"{max(int(seconds), 0)} s"
 
 
 async def _ask(target: Target, subject: RequestSubject[M, R], message: M, timeout_s: float) -> R:

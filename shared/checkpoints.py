@@ -32,6 +32,8 @@ from shared.messages.weights import DurableVersion, SavedWeights
 MANIFEST_NAME = "lemix.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+GIVEN_VERSION = 0
+"""The model as it was given. Its checkpoint, once nodes have gone back to it, has a manifest and no files."""
 TRAINING_ONLY = "optimizer-"
 """Prefix of the files that only training needs."""
 
@@ -79,7 +81,7 @@ class Manifest(Document):
     sha256_by_file: dict[str, str]
     """Digests of every file but the manifest; older manifests name only those that stages have written."""
     created_wall_s: float
-    """Unix time."""
+    """Unix time; 0 of version 0, which is older than any."""
 
     @property
     def digest(self) -> str:
@@ -95,10 +97,28 @@ class Checkpoint:
     folder: Path
 
 
+def as_given(root: Path, node: int, *, model: str = "", stream: str = "") -> Checkpoint:
+    """Version 0 of `node`, to which it can always go back: its files are the model's own."""
+    manifest = Manifest(
+        node=node,
+        version=GIVEN_VERSION,
+        num_stages=0,
+        model=model,
+        stream=stream,
+        watermark=0,
+        sequences=(),
+        rejected=(),
+        recent_batch_ids=(),
+        sha256_by_file={},
+        created_wall_s=0.0,
+    )
+    return Checkpoint(manifest, node_folder(root, node) / checkpoint_name(GIVEN_VERSION))
+
+
 def as_saved(checkpoint: Checkpoint | None) -> SavedWeights:
     """The weights to load; None: the model as it was before training."""
-    if checkpoint is None:
-        return SavedWeights(version=0, checkpoint="")
+    if checkpoint is None or checkpoint.manifest.version == GIVEN_VERSION:
+        return SavedWeights(version=GIVEN_VERSION, checkpoint="")
     manifest = checkpoint.manifest
     return SavedWeights(version=manifest.version, checkpoint=str(checkpoint.folder), digest=manifest.digest)
 
@@ -161,13 +181,18 @@ def _may_serve(checkpoint: Checkpoint) -> bool:
 
 
 def durable_versions(root: Path, served: Mapping[int, int]) -> list[DurableVersion]:
-    """Every whole checkpoint, by node, newest first; `served` is the version that each node serves now."""
-    return [each for node in nodes(root) for each in _described_of(root, node, served.get(node, -1))]
+    """Every whole checkpoint and version 0, by node, newest first; `served` is the version that each node
+    serves now.
+    """
+    every_node = sorted({*nodes(root), *served})
+    return [each for node in every_node for each in _described_of(root, node, served.get(node, -1))]
 
 
 def _described_of(root: Path, node: int, served: int) -> list[DurableVersion]:
     """The node serves its newest one that is not above `served`, and what it has learnt since."""
     manifests = [checkpoint.manifest for checkpoint in checkpoints(root, node)]
+    if not manifests or manifests[-1].version != GIVEN_VERSION:
+        manifests.append(as_given(root, node).manifest)
     begun_with = next((each for each in manifests if each.version <= served), None)
     return [_described(each, served if each is begun_with else None) for each in manifests]
 
@@ -194,10 +219,15 @@ def newest_of(root: Path, node: int, *, model: str) -> Checkpoint | None:
 
 
 def newest_serving(root: Path, of_nodes: Iterable[int], *, model: str) -> Checkpoint | None:
-    """The newest checkpoint of any of these nodes that may serve, checked; raises as `newest_of`."""
+    """The newest checkpoint of any of these nodes that may serve, checked; None: the model as it was given.
+
+    Raises as `newest_of`.
+    """
     of_each = (next(filter(_may_serve, _unchecked(root, node)), None) for node in of_nodes)
     newest = serving(filter(None, of_each))
-    return newest and _checked(newest, model)
+    if newest is None or newest.manifest.version == GIVEN_VERSION:
+        return None
+    return _checked(newest, model)
 
 
 def _unchecked(root: Path, node: int) -> Iterator[Checkpoint]:

@@ -15,6 +15,11 @@ MAX_ITERATION_TOKENS = 512
 """Rows that a stage puts into one iteration, unless told otherwise; the scheduler foresees it."""
 
 
+def split_commas(value: object) -> object:
+    """The parts of a setting that is written with commas between them."""
+    return tuple(filter(None, value.replace(" ", "").split(","))) if isinstance(value, str) else value
+
+
 class LemixSettings(BaseSettings):
     """Base of each service's own settings; frozen, so that what a run says it used is what it used."""
 

@@ -8,6 +8,7 @@ import typer
 from lemix.commands.options import NatsUrl, Node, RunName, RunsDir, Version
 from lemix.printing import Output
 from lemix.run_choice import checkpoint_root, find_if_running, find_running
+from shared.clock import SystemClock
 
 app = typer.Typer(help="Versions of the weights.", no_args_is_help=True)
 
@@ -18,11 +19,12 @@ def list_versions(nats_url: NatsUrl = None, runs_dir: RunsDir = Path("runs"), na
     from lemix.running import run_command
     from lemix.weights_command import list_folder, run_list
 
+    now_wall_s = SystemClock().wall_s()
     target = find_if_running(nats_url, runs_dir, name)
     if target is None:
-        list_folder(checkpoint_root(runs_dir, name), Output())
+        list_folder(checkpoint_root(runs_dir, name), Output(), now_wall_s)
     else:
-        run_command(run_list(target, Output()))
+        run_command(run_list(target, Output(), now_wall_s))
 
 
 @app.command()
@@ -33,7 +35,10 @@ def rollback(
     runs_dir: RunsDir = Path("runs"),
     name: RunName = None,
 ) -> None:
-    """Go back to an older version, live; the batches that only newer ones contain are discarded."""
+    """Go back to an older version, live; 0 is the model as it was given.
+
+    The batches that only newer versions contain are discarded.
+    """
     from lemix.running import run_command
     from lemix.weights_command import run_rollback
 

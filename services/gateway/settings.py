@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from shared.settings import LemixSettings
+from shared.settings import LemixSettings, split_commas
 
 KEYS_FILE = "keys.json"
 """In the run's folder, unless a setting says otherwise."""
@@ -18,10 +18,6 @@ def _as_prefix(path: str) -> str:
     return f"/{inner}" if inner else ""
 
 
-def _split(value: object) -> object:
-    return tuple(filter(None, value.replace(" ", "").split(","))) if isinstance(value, str) else value
-
-
 class GatewaySettings(LemixSettings):
     """Where the gateway listens, and what it allows a client."""
 
@@ -30,13 +26,13 @@ class GatewaySettings(LemixSettings):
     """0 takes a free one."""
     root_path: Annotated[str, AfterValidator(_as_prefix)] = ""
     """Under which a proxy serves this gateway (`/llm`), whether it passes the prefix on or not."""
-    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
     """Origins whose pages may use the API from a browser (`https://chat.example`), separated by commas."""
     keys_file: Path | None = None
     """Where the API keys are; None: `keys.json` in the run's folder."""
     insecure: bool = False
     """Listen where others reach it although there are no keys."""
-    trusted_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    trusted_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
     """Without keys: names by which the gateway may be called, separated by commas, beside this machine's own.
 
     None: no others, or any when it is insecure.

@@ -27,6 +27,7 @@ from services.trainer.batches import BatchBook
 from services.trainer.checkpoints.files import CONFIG_FILE, MODEL_FILES, CheckpointFiles
 from services.trainer.checkpoints.manifests import all_apart, ledger_of, only_newest
 from services.trainer.checkpoints.newest import NewestCheckpoints
+from services.trainer.checkpoints.retention import Retention
 from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
 from services.trainer.merging import Merging
@@ -72,7 +73,7 @@ class Trainer:
         self._files = CheckpointFiles(
             settings.checkpoint_dir,
             model_folder=model_folder,
-            keep=settings.keep_checkpoints,
+            keep=Retention(settings.keep_checkpoints, settings.keep_checkpoint_ages_s),
             merge=settings.merging,
         )
 
@@ -112,7 +113,7 @@ class Trainer:
             )
             if self._settings.shares_weights:
                 actions.look = self._merging(book, actions, nodes, term, tasks).look
-            await self._work(book, actions, nodes, tasks)
+            await self._work(book, actions, nodes, tasks, stream=stream.identity)
 
     def _merging(
         self, book: BatchBook, actions: ActionRunner, nodes: Nodes, term: int, tasks: asyncio.TaskGroup
@@ -130,7 +131,13 @@ class Trainer:
         )
 
     async def _work(
-        self, book: BatchBook, actions: ActionRunner, nodes: Nodes, tasks: asyncio.TaskGroup
+        self,
+        book: BatchBook,
+        actions: ActionRunner,
+        nodes: Nodes,
+        tasks: asyncio.TaskGroup,
+        *,
+        stream: str,
     ) -> None:
         """Read the stream for ever, and place, send, evaluate and answer meanwhile."""
         batches = BatchFlow(
@@ -148,7 +155,7 @@ class Trainer:
             tasks.create_task(actions.evaluator.run())
         tasks.create_task(nodes.tick())
         tasks.create_task(batches.place())
-        subscriptions = await self._listen(actions, nodes)
+        subscriptions = await self._listen(actions, nodes, stream)
         try:
             await batches.read(
                 await self._bus.read_stream(
@@ -159,10 +166,12 @@ class Trainer:
             for subscription in subscriptions:
                 await subscription.unsubscribe()
 
-    async def _listen(self, actions: ActionRunner, nodes: Nodes) -> list[Subscription]:
+    async def _listen(self, actions: ActionRunner, nodes: Nodes, stream: str) -> list[Subscription]:
         """Listen to stages, and to requests from anyone."""
         requests = WeightsRequests(
             root=self._files.root,
+            model=self._settings.model,
+            stream=stream,
             nodes=nodes,
             rollbacks=actions.rollbacks,
             shares_weights=self._settings.shares_weights,

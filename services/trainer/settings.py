@@ -1,13 +1,14 @@
 """Settings of the trainer."""
 
 from math import inf
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic_settings import NoDecode
 
 from shared.messages.weights import ServingRule
 from shared.schedule import MergeName, ScheduleName, StashingName
-from shared.settings import LemixSettings
+from shared.settings import LemixSettings, split_commas
 
 TrainFrom = Literal["first", "next"]
 
@@ -71,6 +72,12 @@ class TrainerSettings(LemixSettings):
     """A node without training for so long saves what it has learnt since its last checkpoint."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints of each node that are kept; with a guard also the newest that may serve."""
+    keep_checkpoint_ages_s: Annotated[tuple[PositiveFloat, ...], NoDecode, BeforeValidator(split_commas)] = (
+        3600.0,
+        86400.0,
+    )
+    """For each of these ages, separated by commas, a checkpoint that is as old is kept, and the next one that
+    will be."""
     weights_consistency: Literal["latest", "pinned"] = "latest"
     """`pinned`: a request ends with the weights version that it began with, on all stages."""
     max_kept_versions: int = Field(default=2, ge=2)

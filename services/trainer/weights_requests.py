@@ -18,8 +18,14 @@ from shared.messages.weights import DurableVersions, DurableVersionsRequest, Rol
 class WeightsRequests:
     """Answers requests side by side. A node that goes back is busy from the search for its checkpoint on."""
 
-    def __init__(self, *, root: Path, nodes: Nodes, rollbacks: Rollbacks, shares_weights: bool) -> None:
-        """`root`: the folder of all checkpoints. `shares_weights`: the nodes do."""
+    def __init__(
+        self, *, root: Path, model: str, stream: str, nodes: Nodes, rollbacks: Rollbacks, shares_weights: bool
+    ) -> None:
+        """`root`: the folder of all checkpoints; `stream`: identity of the training stream; `shares_weights`:
+        the nodes do.
+        """
+        self._model = model
+        self._stream = stream
         self._shares_weights = shares_weights
         self._root = root
         self._nodes = nodes
@@ -83,6 +89,7 @@ class WeightsRequests:
         Raises RefusedError, naming the versions there are."""
         holders = checkpoints.nodes(self._root) if self._shares_weights else nodes
         found = [each for node in holders for each in checkpoints.checkpoints(self._root, node)]
+        found.append(checkpoints.as_given(self._root, nodes[0], model=self._model, stream=self._stream))
         for checkpoint in found:
             if checkpoint.manifest.version == version:
                 return checkpoint

@@ -41,8 +41,12 @@ async def listed(cluster: Cluster) -> tuple[DurableVersion, ...]:
 
 
 async def rejections(cluster: Cluster) -> dict[str, str]:
-    """What the trainer answers to publishers of these batches."""
-    asked = BatchesAsked(batch_ids=("a", "b", "c"))
+    """What the trainer answers to publishers of three batches."""
+    return await rejections_of(cluster, "a", "b", "c")
+
+
+async def rejections_of(cluster: Cluster, *batch_ids: str) -> dict[str, str]:
+    asked = BatchesAsked(batch_ids=batch_ids)
     now = await cluster.bus.request(TRAIN_STATUS.at(), asked, timeout_s=DEADLINE_S)
     assert now.unknown == ()
     return {each.batch_id: each.reason for each in now.events if isinstance(each, BatchRejected)}
@@ -67,13 +71,14 @@ async def test_batches_of_newer_versions_are_discarded_and_training_goes_on(clus
         (3, "c", 0),
         (2, "b", None),
         (1, "a", None),
+        (0, "", None),
     ]
 
     assert await roll_back(cluster, 1) == RolledBack(nodes=(0,), num_discarded=2)
 
     await cluster.news.until(lambda: contents(cluster) == [["a"], ["a"]])
     assert await rejections(cluster) == {"b": DISCARDED, "c": DISCARDED}
-    assert [each.version for each in await listed(cluster)] == [1]
+    assert [each.version for each in await listed(cluster)] == [1, 0]
     await cluster.publish("b")
     await train(cluster, "d")
     assert cluster.durable() == ["a", "d"]
@@ -85,6 +90,39 @@ async def test_batches_of_newer_versions_are_discarded_and_training_goes_on(clus
     await train(cluster, "e")
     assert cluster.durable() == ["a", "d", "e"]
     await cluster.news.until(lambda: len(set(cluster.acked)) == 7)
+    await stop(trainer)
+
+
+async def test_nodes_go_back_to_the_model_as_it_was_given_and_train_on_from_there(cluster: Cluster) -> None:
+    """Version 0 needs no checkpoint: neither one of its own, nor any other."""
+    await cluster.start()
+    trainer = await cluster.trainer()
+    await train(cluster, "a", "b")
+
+    assert await roll_back(cluster, 0) == RolledBack(nodes=(0,), num_discarded=2)
+
+    await cluster.news.until(lambda: contents(cluster) == [[], []])
+    assert await rejections_of(cluster, "a", "b") == {"a": DISCARDED, "b": DISCARDED}
+    assert [(each.version, each.num_ahead) for each in await listed(cluster)] == [(0, 0)]
+    await stop(trainer)
+
+    trainer = await cluster.trainer()
+    await cluster.publish("a")
+    await train(cluster, "c")
+    assert cluster.durable() == ["c"]
+    assert await roll_back(cluster, 0) == RolledBack(nodes=(0,), num_discarded=1)
+    await stop(trainer)
+
+
+async def test_a_node_that_has_no_checkpoint_yet_can_go_back_to_version_0(cluster: Cluster) -> None:
+    await cluster.start()
+    trainer = await cluster.trainer(checkpoint_idle_s=100, checkpoint_every=100)
+    await cluster.publish("a")
+    await cluster.news.until(lambda: "a" in cluster.ended)
+
+    assert await roll_back(cluster, 0) == RolledBack(nodes=(0,), num_discarded=1)
+
+    await cluster.news.until(lambda: contents(cluster) == [[], []])
     await stop(trainer)
 
 

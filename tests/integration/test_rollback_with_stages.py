@@ -61,6 +61,31 @@ async def test_answers_are_those_of_the_older_version(
             assert sorted(running.versions, reverse=True) == running.versions
 
 
+@pytest.mark.parametrize(("num_stages", "settings"), [(2, {}), (1, LORA)], ids=settings_id)
+async def test_the_model_as_it_was_given_answers_again(
+    num_stages: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model_folder, run_dir = tmp_path / "model", tmp_path / "run"
+    run_dir.mkdir()
+    save_tiny_model("llama", model_folder)
+    async with running_node(model_folder, num_stages, run_dir, **ADAMW, **settings) as node:
+        given = await logprobs(node)
+        async with running_trainer(node, model_folder, run_dir):
+            await publish(node, 0, 2)
+            await durable(run_dir, version=2)
+            assert await logprobs(node) != pytest.approx(given, abs=1e-3)
+
+            answer = await node.bus.request(ROLLBACK.at(), RollBackWeights(version=0), timeout_s=DEADLINE_S)
+            await node.heard(lambda: all(beat.weights_version == 0 for beat in node.heartbeats.values()))
+
+            assert answer == RolledBack(nodes=(0,), num_discarded=2)
+            assert await logprobs(node) == pytest.approx(given, abs=1e-5)
+            await publish(node, 2, 3)
+            await durable(run_dir, version=1)
+    (kept,) = (run_dir / "checkpoints" / "node-0").glob("step-00000000")
+    assert [file.name for file in kept.iterdir()] == ["lemix.json"], "the model's files are not copied"
+
+
 async def train_one_by_one(folder: Path, nodes: list[Node], start: int, stop: int, *, version: int) -> None:
     """Nodes take turns, and become one after each batch; `version` is that of the weights before."""
     for place, number in enumerate(range(start, stop)):

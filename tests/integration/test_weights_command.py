@@ -71,7 +71,7 @@ async def test_a_running_trainer_lists_its_versions_and_goes_back_to_one(tmp_pat
         with pytest.raises(NoResponderError, match="no trainer is connected"):
             await run_rollback(4, None, target, shown)
         async with running_trainer(server.url) as trainer:
-            await run_list(target, shown)
+            await run_list(target, shown, 0.0)
             await run_rollback(4, None, target, shown)
             with pytest.raises(RefusedError, match="there are: 8, 4"):
                 await run_rollback(5, 1, target, shown)

@@ -152,7 +152,9 @@ class Checkpointing:
         """Remove old checkpoints, and then the messages that none of those left would need again."""
         try:
             async with self._files.in_use:
-                await on_disk(partial(self._files.prune, node, self._verdicts.undecided))
+                undecided = self._verdicts.undecided
+                now_wall_s = self._clock.wall_s()
+                await on_disk(partial(self._files.prune, node, now_wall_s=now_wall_s, undecided=undecided))
                 watermark = await on_disk(self._files.oldest_watermark)
             await self._bus.purge_stream(TRAIN_STREAM.name, watermark)
         except (OSError, BusError) as error:

@@ -14,6 +14,7 @@ from typing import Self
 from services.trainer.checkpoints import rollback_files
 from services.trainer.checkpoints.adapter_file import join_adapter
 from services.trainer.checkpoints.manifests import Verdict
+from services.trainer.checkpoints.retention import Retention
 from services.trainer.settings import TrainFrom
 from shared import checkpoints
 from shared.bus.base import StreamState
@@ -65,8 +66,8 @@ class _Start(Document):
 class CheckpointFiles:
     """Writes below `root`, which stages can reach under the same path."""
 
-    def __init__(self, root: Path, *, model_folder: Path, keep: int, merge: str) -> None:
-        """`keep`: so many of each node; `merge`: how nodes share their weights, "none" if they do not."""
+    def __init__(self, root: Path, *, model_folder: Path, keep: Retention, merge: str) -> None:
+        """`keep`: which of each node; `merge`: how nodes share their weights, "none" if they do not."""
         self._root = root.resolve()
         self._model_folder = model_folder
         self._keep = keep
@@ -168,24 +169,25 @@ class CheckpointFiles:
             if manifest and (noted := verdict.noted_in(manifest)) != manifest:
                 checkpoints.write(folder, noted)
 
-    def prune(self, node: int, undecided: Collection[int] = ()) -> None:
-        """Remove all but the newest checkpoints of the node, the newest that may serve, and versions that
-        may yet be let serve.
-        """
+    def prune(self, node: int, *, now_wall_s: float, undecided: Collection[int] = ()) -> None:
+        """Remove the node's checkpoints that nothing needs; a guard is `undecided` about some versions."""
         found = checkpoints.checkpoints(self._root, node)
-        for old in dispensable(found, keep=self._keep, undecided=undecided):
+        for old in self._keep.dispensable(found, now_wall_s=now_wall_s, undecided=undecided):
             (old.folder / checkpoints.MANIFEST_NAME).unlink()  # first: what is left then is no checkpoint
             sync(old.folder)
             shutil.rmtree(old.folder)
 
     def oldest_watermark(self) -> int:
-        """The sequence up to which no node needs a batch again, whichever checkpoint it goes back to."""
-        kept = (
+        """The sequence up to which no node needs a batch again.
+
+        Only the newest checkpoints count: going back to an older one discards the batches after it.
+        """
+        newest = (
             each
             for node in checkpoints.nodes(self._root)
-            for each in checkpoints.checkpoints(self._root, node)
+            for each in checkpoints.checkpoints(self._root, node)[: self._keep.newest]
         )
-        return min((checkpoint.manifest.watermark for checkpoint in kept), default=0)
+        return min((checkpoint.manifest.watermark for checkpoint in newest), default=0)
 
     def _nodes_like(self, node: int) -> list[int]:
         return checkpoints.nodes_like(self._root, node, merge=self.merge)
@@ -227,17 +229,3 @@ def _check_shards(folder: Path, names: Iterable[str]) -> None:
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"stages have reported files that {folder} lacks: {', '.join(missing)}")
-
-
-def dispensable(
-    found: Sequence[Checkpoint], *, keep: int, undecided: Collection[int] = ()
-) -> list[Checkpoint]:
-    """Which of a node's checkpoints, newest first, nothing needs: not the newest `keep`, nor what serves, nor
-    versions of which it is `undecided` whether they may.
-    """
-    serving = checkpoints.serving(found)
-    return [
-        checkpoint
-        for checkpoint in found[keep:]
-        if checkpoint is not serving and checkpoint.manifest.version not in undecided
-    ]

@@ -11,8 +11,8 @@ import itertools
 from pathlib import Path
 
 from shared import checkpoints
-from shared.checkpoints import Manifest
-from shared.disk import replace_file, sync
+from shared.checkpoints import GIVEN_VERSION, Manifest
+from shared.disk import make_folder, replace_file, sync
 from shared.errors import ConfigurationError
 
 ASIDE = "rolled-back-"
@@ -25,7 +25,10 @@ def intend(root: Path, manifest: Manifest) -> None:
     Raises OSError when the disk refuses, or the checkpoint is gone; then nothing is decided.
     """
     node_folder = checkpoints.node_folder(root, manifest.node)
-    if checkpoints.read(target := node_folder / checkpoints.checkpoint_name(manifest.version)) is None:
+    target = node_folder / checkpoints.checkpoint_name(manifest.version)
+    if manifest.version == GIVEN_VERSION and not target.exists():
+        make_folder(target)  # for the manifest alone
+    elif manifest.version != GIVEN_VERSION and checkpoints.read(target) is None:
         raise FileNotFoundError(f"{target} was removed meanwhile")
     intent = node_folder / _INTENT
     try:

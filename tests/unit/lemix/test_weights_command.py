@@ -9,8 +9,9 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from lemix.weights_command import list_folder, run_export, versions_table
+from lemix.weights_command import age_of, list_folder, run_export, versions_table
 from services.trainer.checkpoints.files import CheckpointFiles
+from services.trainer.checkpoints.retention import Retention
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
 from shared.messages.weights import DurableVersion
@@ -31,7 +32,8 @@ def printed(console: Console) -> str:
 
 def save(runs_dir: Path, model: Path, version: int, node: int = 0) -> Path:
     """A checkpoint of one stage, with the model's own weights."""
-    files = CheckpointFiles(runs_dir / "default" / "checkpoints", model_folder=model, keep=9, merge="none")
+    root = runs_dir / "default" / "checkpoints"
+    files = CheckpointFiles(root, model_folder=model, keep=Retention(9), merge="none")
     folder = files.temporary(node, version, 1)
     files.begin(folder)
     name, optimizer = "model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors"
@@ -51,13 +53,15 @@ def test_a_runs_folder_is_listed_when_nothing_runs(tmp_path: Path) -> None:
         save(tmp_path, tmp_path / "model", version, node)
 
     shown = console()
-    list_folder(tmp_path / "default" / "checkpoints", shown)
+    list_folder(tmp_path / "default" / "checkpoints", shown, 0.0)
 
     rows = [line.split() for line in printed(shown).splitlines() if line.strip()[:1].isdigit()]
     assert [(row[0], row[1], row[-1]) for row in rows] == [
         ("0", "8", "b8"),
         ("0", "4", "b4"),
+        ("0", "0", "given"),
         ("1", "6", "b6"),
+        ("1", "0", "given"),
     ]
 
 
@@ -70,7 +74,7 @@ def test_what_is_served_and_lost_is_shown() -> None:
         DurableVersion(**common, version=6, held_out_loss=0.5, may_serve=False, num_ahead=None),
     )
     shown = console()
-    shown.print(versions_table(rows, "run demo"))
+    shown.print(versions_table(rows, "run demo", 0.0))
 
     ends = [line.split(" b ")[1].split() for line in printed(shown).splitlines() if " b " in line]
     assert ends == [["0.2500", "yes,", "and", "2", "batches", "more"], ["yes"], [], ["0.5000", "may", "not"]]
@@ -92,6 +96,27 @@ def test_an_exported_version_has_the_same_logprobs_and_nothing_of_training(
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(exported(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_version_0_is_not_exported() -> None:
+    with pytest.raises(ConfigurationError, match="version 0 is the model as it was given"):
+        run_export(0, Path("out"), None, Path("nowhere"), console())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "age"),
+    [
+        (-1, "0 s"),
+        (0.9, "0 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "119 min"),
+        (7200, "2 h"),
+        (3 * 86400, "3 d"),
+    ],
+)
+def test_an_age_is_told_in_its_largest_unit(seconds: float, age: str) -> None:
+    assert age_of(seconds) == age
 
 
 def test_an_export_overwrites_nothing(tmp_path: Path) -> None:

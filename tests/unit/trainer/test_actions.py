@@ -8,6 +8,7 @@ from services.trainer.actions import ActionRunner
 from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
 from services.trainer.checkpoints.files import CheckpointFiles
 from services.trainer.checkpoints.newest import NewestCheckpoints
+from services.trainer.checkpoints.retention import Retention
 from services.trainer.microbatches import Rows, TrainingBatch
 from services.trainer.node.actions import Action, Closed, Halted
 from services.trainer.node.training import NodeTraining, Rules
@@ -56,7 +57,7 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
                 bus=bus,
                 clock=None,
                 book=book,
-                files=CheckpointFiles(NO_FOLDER, model_folder=NO_FOLDER, keep=1, merge="none"),
+                files=CheckpointFiles(NO_FOLDER, model_folder=NO_FOLDER, keep=Retention(1), merge="none"),
                 newest=NewestCheckpoints({}, shares_weights=False),
                 stream="s",
                 begun_after=0,

@@ -6,6 +6,7 @@ from shared.settings import LemixSettings
 OF_WHAT_IS_SAVED_AND_SERVED = {
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_checkpoint_ages_s",
     "weights_consistency",
     "max_kept_versions",
     "held_out",

@@ -51,7 +51,12 @@ async def test_nodes_are_not_asked_again_while_one_of_them_goes_back(monkeypatch
     known = {number: Driver().node for number in (0, 1)}
     rollbacks = Uneven(known[1])
     requests = WeightsRequests(
-        root=NO_FOLDER, nodes=SimpleNamespace(by_number=known), rollbacks=rollbacks, shares_weights=False
+        root=NO_FOLDER,
+        model="m",
+        stream="s",
+        nodes=SimpleNamespace(by_number=known),
+        rollbacks=rollbacks,
+        shares_weights=False,
     )
     monkeypatch.setattr(checkpoints, "checkpoints", lambda *_: [Checkpoint(manifest(1), NO_FOLDER)])
     first = asyncio.create_task(requests.roll_back(Incoming(RollBackWeights(version=1), "")))
@@ -72,7 +77,12 @@ async def test_a_node_that_comes_while_the_version_is_looked_for_goes_back_with_
 ) -> None:
     known, rollbacks = {0: Driver().node}, FakeRollbacks()
     requests = WeightsRequests(
-        root=NO_FOLDER, nodes=SimpleNamespace(by_number=known), rollbacks=rollbacks, shares_weights=True
+        root=NO_FOLDER,
+        model="m",
+        stream="s",
+        nodes=SimpleNamespace(by_number=known),
+        rollbacks=rollbacks,
+        shares_weights=True,
     )
 
     def found(root: Path, node: int) -> list[Checkpoint]:

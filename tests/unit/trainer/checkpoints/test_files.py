@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.trainer.checkpoints.files import CheckpointFiles, dispensable
+from services.trainer.checkpoints.files import CheckpointFiles
 from services.trainer.checkpoints.manifests import Verdict, ledger_of
+from services.trainer.checkpoints.retention import Retention
 from shared import checkpoints, disk
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint
 from shared.errors import ConfigurationError
 from shared.messages.training import ShardSaved
-from tests.unit.trainer.support import break_disk_at, checkpoints_of, manifest
+from tests.unit.trainer.support import break_disk_at, manifest
 
 
 def shards(folder: Path) -> list[ShardSaved]:
@@ -46,7 +47,7 @@ def files_of(tmp_path: Path, *, merge: str = "none") -> CheckpointFiles:
     (model / "config.json").write_text("{}")
     (model / "tokenizer.json").write_text("{}")
     (model / "model.safetensors").write_text("the weights before training")
-    return CheckpointFiles(tmp_path / "checkpoints", model_folder=model, keep=2, merge=merge)
+    return CheckpointFiles(tmp_path / "checkpoints", model_folder=model, keep=Retention(2), merge=merge)
 
 
 def save(files: CheckpointFiles, version: int, node: int = 0, **fields: object) -> Path:
@@ -148,7 +149,7 @@ def test_old_checkpoints_are_removed_and_so_is_what_dead_writers_left(files: Che
     files.begin(left_behind)
     for version in (1, 2, 3):
         newest = save(files, version)
-    files.prune(0)
+    files.prune(0, now_wall_s=0.0)
 
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000002", "step-00000003"]
 
@@ -164,7 +165,7 @@ def test_what_is_left_of_one_that_was_being_removed_is_no_checkpoint(
 
     monkeypatch.setattr("services.trainer.checkpoints.files.shutil.rmtree", break_off)
     with pytest.raises(OSError, match="step-00000001"):
-        files.prune(0)
+        files.prune(0, now_wall_s=0.0)
     withhold(files, 4, 5)
     for version in (2, 3):
         (checkpoints.node_folder(files.root, 0) / f"step-0000000{version}" / "lemix.json").unlink()
@@ -184,34 +185,11 @@ def test_what_serves_is_not_removed_however_many_newer_ones_are_withheld(files: 
     save(files, 1)
     save(files, 2)
     withhold(files, 3, 4, 5)
-    files.prune(0)
+    files.prune(0, now_wall_s=0.0)
 
     versions = [each.manifest.version for each in checkpoints.checkpoints(files.root, 0)]
     assert versions == [5, 4, 2]
     assert load(files)[0].manifest.version == 5, "training goes on from the newest"
-
-
-@pytest.mark.parametrize(
-    ("all_of_them", "withheld", "undecided", "removed"),
-    [
-        ((5, 4, 3), (), (), (3,)),
-        ((5, 4, 3), (5,), (), (3,)),
-        ((5, 4, 3), (5, 4), (), ()),
-        ((5, 4, 3, 2), (5, 4), (), (2,)),
-        ((5, 4, 3, 2), (5, 4, 3, 2), (), (3, 2)),
-        ((5, 4, 3, 2), (5, 4, 3), (3,), ()),
-        ((5,), (5,), (), ()),
-    ],
-)
-def test_the_newest_checkpoints_are_kept_and_those_that_may_serve_or_may_yet(
-    all_of_them: tuple[int, ...],
-    withheld: tuple[int, ...],
-    undecided: tuple[int, ...],
-    removed: tuple[int, ...],
-) -> None:
-    old = dispensable(checkpoints_of(*all_of_them, withheld=withheld), keep=2, undecided=undecided)
-
-    assert tuple(each.manifest.version for each in old) == removed
 
 
 def test_a_version_that_was_let_serve_says_so_with_its_loss_wherever_its_checkpoint_is(
@@ -366,7 +344,7 @@ def test_the_stream_is_needed_from_the_oldest_checkpoint_on(files: CheckpointFil
         folder = files.temporary(node, version, 1)
         files.begin(folder)
         files.finish(folder, manifest(version, node=node, watermark=watermark), shards(folder))
-    files.prune(0)
+    files.prune(0, now_wall_s=0.0)
 
     assert files.oldest_watermark() == 8
 
