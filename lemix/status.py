@@ -78,7 +78,7 @@ def status_table(status: ClusterStatus, label: str) -> Table:
     """One row for each stage of the cluster that is called `label`; 80 columns wide at most.
 
     train: batches placed on the node; run and wait: requests there; queue: work items of the stage;
-    KV: blocks used of all.
+    KV: blocks used of all, the same on each stage of the node.
     """
     title = f"{label}: policy {status.policy}, {num_ready(status)} of {len(status.nodes)} nodes ready"
     table = new_table(title)
@@ -104,7 +104,7 @@ def _row(node: NodeStatus, stage: Heartbeat) -> tuple[str, ...]:
         str(stage.running) if is_head else "",
         str(stage.waiting) if is_head else "",
         str(stage.queued),
-        f"{stage.kv_blocks_used}/{stage.kv_blocks_total}",
+        f"{stage.kv_blocks_used}/{stage.kv_blocks_total}" if is_head else "",
     )
 
 

@@ -124,4 +124,14 @@ def _as_dict(span: ReadableSpan) -> dict[str, object]:
         "start_unix_ns": span.start_time,
         "end_unix_ns": span.end_time,
         "attributes": dict(span.attributes or {}),
+        "status": span.status.status_code.name,
+        "status_description": span.status.description,
+        "events": [
+            {
+                "name": event.name,
+                "unix_ns": event.timestamp,
+                "attributes": dict(event.attributes or {}),
+            }
+            for event in span.events
+        ],
     }

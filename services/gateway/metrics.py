@@ -8,12 +8,15 @@ _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.
 _STAGE_GAUGES = {
     "weights_version": "Optimizer steps that the stage's weights contain",
     "sick_version": "Last weights version whose logits were not finite (last stage)",
-    "running": "Sequences in the KV cache (stage 0)",
-    "waiting": "Sequences not yet admitted (stage 0)",
     "queued": "Work items in the stage's local queue",
-    "kv_blocks_used": "KV-cache blocks in use",
-    "kv_blocks_total": "KV-cache blocks there are",
 }
+_LEADER_GAUGES = {
+    "running": "Sequences in the KV cache",
+    "waiting": "Sequences not yet admitted",
+    "kv_blocks_used": "KV-cache blocks in use, the same ones on every stage of the node",
+    "kv_blocks_total": "KV-cache blocks there are, on every stage of the node",
+}
+"""Only stage 0 has them: it admits sequences and allots blocks for its node."""
 
 
 class Metrics:
@@ -36,7 +39,7 @@ class Metrics:
         self._nodes_ready = self._gauge("lemix_nodes_ready", "Nodes that take requests")
         self._stages = {
             field: self._gauge(f"lemix_stage_{field}", text, "node", "stage")
-            for field, text in _STAGE_GAUGES.items()
+            for field, text in (_STAGE_GAUGES | _LEADER_GAUGES).items()
         }
 
     def show_cluster(self, status: ClusterStatus | None) -> None:
@@ -55,9 +58,9 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _show_stage(self, stage: Heartbeat) -> None:
-        for field, gauge in self._stages.items():
+        for field in _STAGE_GAUGES if stage.stage else self._stages:
             if (value := getattr(stage, field)) is not None:
-                gauge.labels(stage.node, stage.stage).set(value)
+                self._stages[field].labels(stage.node, stage.stage).set(value)
 
     def _latency(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_LATENCY_BUCKETS, registry=self._registry)

@@ -229,14 +229,17 @@ class StageWorker:
 
     async def _beat(self) -> None:
         was_ready = False
-        while True:
-            await self._publish_heartbeat()
-            await self._serving.tick()
-            is_ready = self._is_ready()
-            if was_ready and not is_ready:
-                await self._serving.reset("a stage of the node is lost")
-            was_ready = is_ready
-            await asyncio.sleep(subjects.HEARTBEAT_S)
+        try:
+            while True:
+                await self._publish_heartbeat()
+                await self._serving.tick()
+                is_ready = self._is_ready()
+                if was_ready and not is_ready:
+                    await self._serving.reset("a stage of the node is lost")
+                was_ready = is_ready
+                await asyncio.sleep(subjects.HEARTBEAT_S)
+        finally:
+            self._serving.close()
 
     async def _publish_heartbeat(self) -> None:
         settings, head, training = self._settings, self._serving.head, self._training

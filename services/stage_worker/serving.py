@@ -8,6 +8,7 @@ from functools import partial
 
 from opentelemetry.trace import Span
 
+from services.stage_worker.decode_spans import DecodeSpans
 from services.stage_worker.executor.base import IterationOutput, ModelFacts, Rows
 from services.stage_worker.head import Head, Iteration
 from services.stage_worker.parts import Parts
@@ -56,6 +57,7 @@ class Serving:
         self._is_node_whole = is_node_whole
         self._is_last = settings.stage == settings.num_stages - 1
         self._spans: dict[str, Span] = {}
+        self._decode_spans = DecodeSpans(parts.telemetry, node=settings.node, stage=settings.stage)
         self._started_s: dict[int, float] = {}
         """When each iteration in flight was started (stage 0)."""
         self._cancelled: deque[str] = deque(maxlen=MAX_EARLY_CANCELS)
@@ -94,6 +96,7 @@ class Serving:
     async def tick(self) -> None:
         """Once in a while: end what is past its deadline. Raises LemixError when the pipeline is stuck."""
         now_s = self._clock.now_s()
+        self._decode_spans.tell(now_s, self._clock.wall_s())
         for task in self.head.expired(now_s):
             await self._fail(task, 504, f"not finished within its {task.timeout_s:g} s")
         oldest_s = min(self._started_s.values(), default=now_s)
@@ -102,6 +105,10 @@ class Serving:
         self.pump()
         self._told = None  # once more: the last time may have been lost
         await self._tell_versions()
+
+    def close(self) -> None:
+        """The stage ends: write what is left of traces."""
+        self._decode_spans.tell_all(self._clock.now_s(), self._clock.wall_s())
 
     async def reset(self, reason: str) -> None:
         """The pipeline broke behind stage 0: nothing that is in it will come back."""
@@ -258,8 +265,10 @@ class Serving:
             for chunk in chunks:
                 if chunk.traceparent:
                     spans.callback(self._prefill_span(chunk).end)
+            began_s = self._clock.now_s()
             with self._progress.doing(op):
                 output = await self._executor.iteration(chunks, rows, iteration.version, states)
+            self._decode_spans.add(chunks, began_s, self._clock.now_s())
         if self._is_last:
             await self._tell_results(iteration, output, states)
         else:

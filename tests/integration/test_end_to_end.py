@@ -108,7 +108,12 @@ async def test_one_request_is_one_trace_through_every_service_and_stage(cluster:
         """Each process exports its spans in its own time, a child often before its parent."""
         found = spans(cluster, of_request)
         unknown_parents = {span["parent_span_id"] for span in found} - {span["span_id"] for span in found}
-        return {span["service"] for span in found} >= expected and unknown_parents == {"b7ad6b7169203331"}
+        decoding = {span["service"] for span in found if span["name"] == "stage.decode"}
+        return (
+            {span["service"] for span in found} >= expected
+            and unknown_parents == {"b7ad6b7169203331"}
+            and decoding == {"lemix.stage_worker.0.0", "lemix.stage_worker.0.1"}
+        )
 
     await until(is_whole)
 

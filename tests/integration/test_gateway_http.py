@@ -529,6 +529,8 @@ async def test_metrics_count_requests_and_show_the_cluster() -> None:
         f'lemix_stage_kv_blocks_used{{node="{NODE}",stage="0"}} 11.0',
     ):
         assert line in text.splitlines()
+    of_stage_1 = {line.partition("{")[0] for line in text.splitlines() if 'stage="1"' in line}
+    assert of_stage_1 == {"lemix_stage_weights_version", "lemix_stage_queued"}, "the rest is the node's"
 
 
 async def test_metrics_say_when_the_scheduler_is_gone() -> None:

@@ -69,6 +69,7 @@ async def test_the_model_as_it_was_given_answers_again(
     run_dir.mkdir()
     save_tiny_model("llama", model_folder)
     async with running_node(model_folder, num_stages, run_dir, **ADAMW, **settings) as node:
+        await Applied().start(node)
         given = await logprobs(node)
         async with running_trainer(node, model_folder, run_dir):
             await publish(node, 0, 2)

@@ -1,0 +1,26 @@
+"""Spans as they stand in spans.jsonl."""
+
+import json
+from pathlib import Path
+
+from opentelemetry.trace import Status, StatusCode
+
+from shared.telemetry import JsonLinesExporter, Telemetry
+
+
+def test_a_span_is_written_with_its_status_and_events(tmp_path: Path) -> None:
+    telemetry = Telemetry("test", JsonLinesExporter(tmp_path / "spans.jsonl"))
+    failed = telemetry.span("failed", attributes={"number": 7})
+    failed.add_event("first token", {"place": 0}, timestamp=5)
+    failed.set_status(Status(StatusCode.ERROR, "the node is gone"))
+    failed.end()
+    telemetry.span("plain").end()
+    telemetry.close()
+
+    spans = {
+        span["name"]: span for span in map(json.loads, (tmp_path / "spans.jsonl").read_text().splitlines())
+    }
+    assert (spans["failed"]["status"], spans["failed"]["status_description"]) == ("ERROR", "the node is gone")
+    assert spans["failed"]["events"] == [{"name": "first token", "unix_ns": 5, "attributes": {"place": 0}}]
+    assert spans["failed"]["attributes"] == {"number": 7}
+    assert (spans["plain"]["status"], spans["plain"]["events"]) == ("UNSET", [])
