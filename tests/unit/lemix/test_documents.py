@@ -58,6 +58,8 @@ def _default(setting: str) -> str:
         return str(default).lower()
     if default == inf:
         return "infinite"
+    if isinstance(default, tuple):
+        return ",".join(f"{each:g}" for each in default)
     if isinstance(default, int) and setting.endswith("_bytes"):
         return f"{default >> 20} MiB"
     return f"`{default}`" if isinstance(default, str | Path) else str(default).removesuffix(".0")
