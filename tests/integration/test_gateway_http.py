@@ -354,13 +354,16 @@ async def test_without_a_scheduler_there_is_no_answer() -> None:
     assert "scheduler" in error_of(response)["message"]
 
 
-async def test_old_request_ends_with_one_error_and_its_work_is_freed() -> None:
-    async with gateway_world(request_timeout_s=0.05) as world:
-        response = await world.http.post(URL, json=ask())
-        task = world.cluster.submitted.get_nowait()
-        assert await world.cluster.cancelled.get() == task.task_id
-    assert response.status_code == 504
-    assert "0.05 s" in error_of(response)["message"]
+def test_old_request_ends_with_one_error_and_its_work_is_freed() -> None:
+    async def told() -> None:
+        async with gateway_world(request_timeout_s=0.05) as world:
+            response = await world.http.post(URL, json=ask())
+            task = world.cluster.submitted.get_nowait()
+            assert await world.cluster.cancelled.get() == task.task_id
+        assert response.status_code == 504
+        assert "0.05 s" in error_of(response)["message"]
+
+    run_virtual(told())
 
 
 async def test_requests_beyond_the_limit_are_refused_until_one_ends() -> None:
@@ -375,17 +378,21 @@ async def test_requests_beyond_the_limit_are_refused_until_one_ends() -> None:
     assert (refused.status_code, error_of(refused)["type"]) == (429, "rate_limit_error")
 
 
-async def test_a_node_that_works_for_nobody_is_told_to_stop() -> None:
+def test_a_node_that_works_for_nobody_is_told_to_stop() -> None:
     """As after a lost answer of the scheduler: the gateway has given up and never knew the node."""
-    async with gateway_world(request_timeout_s=0.05) as world:
-        world.cluster.gate.clear()
-        response = await world.http.post(URL, json=ask())
-        task = world.cluster.submitted.get_nowait()
-        assert world.cluster.cancelled.empty()
-        await world.cluster.say(task, "x")
-        assert await world.cluster.cancelled.get() == task.task_id
-        world.cluster.gate.set()
-    assert response.status_code == 504
+
+    async def told() -> None:
+        async with gateway_world(request_timeout_s=0.05) as world:
+            world.cluster.gate.clear()
+            response = await world.http.post(URL, json=ask())
+            task = world.cluster.submitted.get_nowait()
+            assert world.cluster.cancelled.empty()
+            await world.cluster.say(task, "x")
+            assert await world.cluster.cancelled.get() == task.task_id
+            world.cluster.gate.set()
+        assert response.status_code == 504
+
+    run_virtual(told())
 
 
 async def test_one_failed_choice_fails_the_answer_and_frees_the_others() -> None:
@@ -496,12 +503,15 @@ async def test_health_sends_one_token_through_a_node() -> None:
     assert responses[0].json()["weights_version"] == VERSION
 
 
-async def test_health_fails_when_no_token_comes() -> None:
-    async with gateway_world(health_timeout_s=0.05) as world:
-        response = await world.http.get("/health")
-        assert await world.cluster.cancelled.get() == world.cluster.submitted.get_nowait().task_id
-    assert response.status_code == 503
-    assert "no token within 0.05 s" in response.json()["reason"]
+def test_health_fails_when_no_token_comes() -> None:
+    async def told() -> None:
+        async with gateway_world(health_timeout_s=0.05) as world:
+            response = await world.http.get("/health")
+            assert await world.cluster.cancelled.get() == world.cluster.submitted.get_nowait().task_id
+        assert response.status_code == 503
+        assert "no token within 0.05 s" in response.json()["reason"]
+
+    run_virtual(told())
 
 
 async def test_health_fails_without_a_scheduler() -> None:
