@@ -27,6 +27,7 @@ from shared.text import TextTokenizer
 
 DEADLINE_S = 120.0
 Times = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Taken = list[tuple[float, float]]
 TEXT = re.compile(rb'"text": ?"([^"]*)"')
 
 
@@ -83,10 +84,11 @@ async def prompt(host: str, port: int, text: str) -> tuple[float, float]:
     return sent_s, time.monotonic()
 
 
-async def prompts(host: str, port: int, num: int) -> list[tuple[float, float]]:
-    """Ask with a long prompt time and again, of other text each time."""
-    taken = []
-    for number in range(num):
+async def prompts(host: str, port: int, most: int, streams_end: asyncio.Future[None]) -> Taken:
+    """Ask with a long prompt time and again, of other text each time, while the streams go on."""
+    taken: Taken = []
+    while len(taken) < most and not streams_end.done():
+        number = len(taken)
         text = f"{number} the quick brown fox jumps over it, " * (PROMPT_CHARACTERS // 30)
         taken.append(await prompt(host, port, text[:PROMPT_CHARACTERS]))
         await asyncio.sleep(PROMPT_EVERY_S)
@@ -104,7 +106,7 @@ async def main(host: str, port: int, model: Path, folder: Path, num_prompts: int
         await streams[-1].start(host, port)
     async with asyncio.timeout(DEADLINE_S):
         await streams[0].begun.wait()
-        taken = await prompts(host, port, num_prompts)
+        taken = await prompts(host, port, num_prompts, streams[0].ended)
         await asyncio.gather(*(stream.ended for stream in streams))
     np.save(folder / RECEIVED, received)
     np.save(folder / PROMPTED, np.array(taken))
