@@ -20,8 +20,10 @@ class _KeywordsOnly(msgspec.StructMeta):
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,))
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=_KeywordsOnly):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False, metaclass=_KeywordsOnly):
     """Base of all messages between services.
+
+    The garbage collector does not look at messages: nothing in one can lead back to it.
 
     Types and bounds of fields are checked where a message is unpacked, `__post_init__` also where one is
     made: what a service makes itself, mypy has checked.
