@@ -54,7 +54,7 @@ TEXTS: dict[str, Any] = {
     "any_object": {"a": [1, 2, {"b": "some text that goes on for a while"}], "c": None, "d": {"e": 1.5e3}},
     "wide": {f"field_{number}": f"value number {number} of many" for number in range(100)},
 }
-"""What is written while masks are measured."""
+"""The text that is written while masks are measured."""
 
 
 async def decode(work: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ async def decode(work: Path) -> dict[str, Any]:
 
 
 def _ratios(held: Sequence[dict[str, float]], plain: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Of the rounds that ran one after the other."""
+    """Ratios of the rounds that ran one after the other."""
     return {
         kind: spread([one[kind] / other[kind] for one, other in zip(held, plain, strict=True)])
         for kind in ("decode_tokens_per_s", "tokens_per_s")

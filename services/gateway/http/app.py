@@ -101,7 +101,7 @@ def _unknown_route(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> set[str]:
-    """What the path can be asked for: several routes may share it, and Starlette tells those of the first."""
+    """The methods of the path: several routes may share it, and Starlette tells those of the first."""
     routes = (route for route in request.app.routes if isinstance(route, Route))
     return {
         method

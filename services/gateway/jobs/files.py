@@ -58,7 +58,7 @@ class UploadedFile(BaseModel):
     filename: str
 
     def as_object(self) -> FileObject:
-        """What clients are told of it."""
+        """The file as clients see it."""
         return FileObject(id=self.id, bytes=self.bytes, created_at=self.created_at, filename=self.filename)
 
 

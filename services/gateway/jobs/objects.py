@@ -48,7 +48,7 @@ class CostOfJob(BaseModel):
 
 
 class OfLemix(BaseModel):
-    """What LeMix adds to OpenAI's job."""
+    """LeMix's additions to OpenAI's job."""
 
     weights_version: VersionsOfJob
     lag: int

@@ -56,7 +56,7 @@ class UserMessage(RequestModel):
 
 
 ClientsOwn = Annotated[Any, Field(exclude=True)]
-"""What clients add to an answer when they put it together or parse it, and send back with it."""
+"""Fields that clients add to an answer when they put it together or parse it, and send back with it."""
 
 
 class FunctionCall(RequestModel):
