@@ -23,7 +23,6 @@ from shared.bus.nats import NatsBus
 from shared.messages.inference import InferenceTask, Sampling, TokensProduced
 
 NUM_ROUNDS = {"small": 15, "big": 5, "huge": 3}
-GREEDY = Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
 KINDS = ("decode_tokens_per_s", "tokens_per_s")
 
 
@@ -58,19 +57,19 @@ class BusStreams:
     async def start(self) -> None:
         await self._bus.subscribe(subjects.TOKENS.at(gateway="bench"), self._on_tokens)
 
-    async def run(self, prompts: list[list[int]], sampling: Sampling = GREEDY) -> dict[str, float]:
+    async def run(self, prompts: list[list[int]]) -> dict[str, float]:
         self._num_tokens = {f"bench-{next(self._ids)}": 0 for _ in prompts}
         self._all_begun.clear()
         self._all_done.clear()
         start_s = time.monotonic()
-        asked = zip(self._num_tokens, prompts, strict=True)
-        await asyncio.gather(*(self._submit(*one, sampling) for one in asked))
+        await asyncio.gather(*(self._submit(*one) for one in zip(self._num_tokens, prompts, strict=True)))
         await self._all_begun.wait()
         first_s = time.monotonic()
         await self._all_done.wait()
         return rates(start_s, first_s, time.monotonic())
 
-    async def _submit(self, task_id: str, prompt: list[int], sampling: Sampling) -> None:
+    async def _submit(self, task_id: str, prompt: list[int]) -> None:
+        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
         task = InferenceTask(
             task_id=task_id, gateway="bench", prompt=tuple(prompt), sampling=sampling, timeout_s=300.0
         )

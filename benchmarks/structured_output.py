@@ -1,26 +1,26 @@
-"""Eight streams that write JSON of a schema against eight that write anything, through one node; and the
-time that a schema's compilation and masks take by themselves, for three sizes of vocabulary.
+"""Eight streams that write JSON of a schema against eight that write anything, in one stage; and the time
+that a schema's compilation and masks take by themselves, for three sizes of vocabulary.
 """
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.decode import BusStreams
 from benchmarks.models import SHAPES, text_model_folder, write_tokenizer
 from benchmarks.report import spread
-from benchmarks.workload import MAX_TOKENS, prompt_tokens
-from lemix.launcher import LocalCluster
-from lemix.run_folder import clear
-from lemix.topology import ClusterOptions
+from benchmarks.workload import BATCH_SIZE, MAX_TOKENS, prompt_tokens
+from services.stage_worker.executor.torch import TorchExecutor
 from services.stage_worker.sampling.grammar import Grammar, GrammarCompiler, Vocabulary
-from shared.bus.nats import NatsBus
-from shared.messages.inference import Sampling
+from services.stage_worker.settings import StageWorkerSettings
+from shared.messages.inference import Sampling, SequenceChunk, SequenceStart
 from shared.settings import EMBEDDED_MODEL
 
-NUM_ROUNDS = 5
+NUM_STEPS = 48
+PROMPT_LENGTH = 16
+BLOCKS = 5
+"""Of 16 tokens, for each sequence."""
 MODEL = "big"
 _TEXT = {"type": "string", "maxLength": 60}
 _ITEM = {
@@ -57,38 +57,82 @@ TEXTS: dict[str, Any] = {
 """The text that is written while masks are measured."""
 
 
+class Streams:
+    """Eight sequences in a stage that holds the whole model, one token of each a step."""
+
+    def __init__(self, executor: TorchExecutor, name: str, sampling: Sampling, first_block: int) -> None:
+        self._executor, self._name = executor, name
+        start = SequenceStart(gateway="bench", sampling=sampling)
+        self._states = [executor.begin(start) for _ in range(BATCH_SIZE)]
+        self._blocks = [
+            tuple(range(at, at + BLOCKS)) for at in range(first_block, first_block + 8 * BLOCKS, BLOCKS)
+        ]
+        self._length, self._index = 0, 0
+        self._newest: list[int] = []
+
+    async def begin(self) -> None:
+        """Read the prompts, and draw the first token of each."""
+        prompts = [prompt[:PROMPT_LENGTH] for prompt in prompt_tokens(SHAPES[MODEL]["vocab_size"])]
+        self._newest = await self._run(prompts)
+
+    async def step(self) -> tuple[float, float]:
+        """Milliseconds that a step takes by the clock, and of processor time in all threads."""
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        self._index += 1
+        self._newest = await self._run([[token] for token in self._newest])
+        return 1e3 * (time.perf_counter() - start_s), 1e3 * (time.process_time() - start_cpu_s)
+
+    async def _run(self, rows: list[list[int]]) -> list[int]:
+        for state in self._states:
+            while not state.is_ready():
+                pass
+        chunks = [
+            SequenceChunk(
+                task_id=f"{self._name}-{number}",
+                start=self._length,
+                num_tokens=len(tokens),
+                blocks=blocks,
+                produces=True,
+                index=self._index,
+            )
+            for number, (tokens, blocks) in enumerate(zip(rows, self._blocks, strict=True))
+        ]
+        self._length += len(rows[0])
+        flat = [token for tokens in rows for token in tokens]
+        output = await self._executor.iteration(chunks, flat, states=self._states)
+        return [result.token.token for result in output.results if result.token is not None]
+
+
 async def decode(work: Path) -> dict[str, Any]:
-    """Alternate rounds of both sides; `orders` has no end within MAX_TOKENS."""
+    """Steps of both sides in turn, so that other work meets both alike; `orders` has no early end."""
     folder = text_model_folder(MODEL, work / "models")
-    prompts = prompt_tokens(SHAPES[MODEL]["vocab_size"])
+    settings = StageWorkerSettings(
+        node=0, stage=0, num_stages=1, model=str(folder), run_dir=work, kv_tokens=4096
+    )
+    executor = TorchExecutor(settings, "bench")
+    await executor.load()
     plain = Sampling(max_tokens=MAX_TOKENS, temperature=1.0)
     held = Sampling(max_tokens=MAX_TOKENS, temperature=1.0, json_schema=json.dumps(SCHEMAS["orders"]))
-    sides = {"with_schema": held, "without": plain}
-    options = ClusterOptions(name="structured", runs_dir=work, nodes=1, stages=2, model=str(folder))
-    clear(options.run_dir)
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    async with LocalCluster(options) as cluster:
-        bus = await NatsBus.connect(cluster.nats_url, name="bench")
-        streams = BusStreams(bus)
-        await streams.start()
-        for sampling in sides.values():
-            await streams.run(prompts, sampling)
-        for number in range(NUM_ROUNDS):
-            for side in sorted(sides, reverse=bool(number % 2)):
-                rounds[side].append(await streams.run(prompts, sides[side]))
-        await bus.close()
-    return {
-        side: {kind: spread([one[kind] for one in measured]) for kind in measured[0]}
-        for side, measured in rounds.items()
-    } | {"with_to_without": _ratios(rounds["with_schema"], rounds["without"])}
-
-
-def _ratios(held: Sequence[dict[str, float]], plain: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Ratios of the rounds that ran one after the other."""
-    return {
-        kind: spread([one[kind] / other[kind] for one, other in zip(held, plain, strict=True)])
-        for kind in ("decode_tokens_per_s", "tokens_per_s")
+    sides = {
+        "with_schema": Streams(executor, "held", held, 0),
+        "without": Streams(executor, "plain", plain, 8 * BLOCKS),
     }
+    for streams in sides.values():
+        await streams.begin()
+    steps: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for number in range(NUM_STEPS):
+        for side in sorted(sides, reverse=bool(number % 2)):
+            steps[side].append(await sides[side].step())
+    await executor.close()
+    medians = {
+        side: {
+            "clock_ms": median(clock_ms for clock_ms, _ in each),
+            "processor_ms": median(processor_ms for _, processor_ms in each),
+        }
+        for side, each in steps.items()
+    }
+    ratios = {kind: medians["with_schema"][kind] / medians["without"][kind] for kind in medians["without"]}
+    return {"step_of_8_streams": medians, "with_to_without": ratios}
 
 
 def masks(vocabulary: Vocabulary) -> dict[str, Any]:
