@@ -90,6 +90,8 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"include": ["everything"]}, "include.0"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": [{"role": "user", "content": []}]}, "input.0.content"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": []}]}, "input.0.output"),
         ({"temperature": 3}, "temperature"),
         ({"n": 2}, "n"),
         ({"input": []}, "input"),
