@@ -53,14 +53,16 @@ async def one_round(
     url: str, model: Path, folder: Path, port: int, gateway_pid: int, *, num_prompts: int
 ) -> dict[str, float]:
     """All streams from their first token to their last."""
-    stages = await process("stages", url, model, folder, gateway_pid)
-    assert stages.stdout is not None
-    async with asyncio.timeout(ROUND_DEADLINE_S):
+    async with (
+        asyncio.timeout(ROUND_DEADLINE_S),
+        process("stages", url, model, folder, gateway_pid) as stages,
+    ):
+        assert stages.stdout is not None
         await stages.stdout.readline()
-        clients = await process("clients", HOST, port, model, folder, num_prompts)
-        said = json.loads(await stages.stdout.readline())
-        if await clients.wait() or await stages.wait():
-            raise RuntimeError("clients or stages failed")
+        async with process("clients", HOST, port, model, folder, num_prompts) as clients:
+            said = json.loads(await stages.stdout.readline())
+            if await clients.wait() or await stages.wait():
+                raise RuntimeError("clients or stages failed")
     return figures(folder, said)
 
 
@@ -95,11 +97,19 @@ def percentiles(name: str, values: Any) -> dict[str, float]:
     }
 
 
-async def process(name: str, *arguments: object) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
+@asynccontextmanager
+async def process(name: str, *arguments: object) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process of this benchmark; ended on exit."""
+    running = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", f"benchmarks.gateway.{name}", *map(str, arguments)),
         stdout=asyncio.subprocess.PIPE,
     )
+    try:
+        yield running
+    finally:
+        if running.returncode is None:
+            running.kill()
+            await running.wait()
 
 
 @asynccontextmanager
