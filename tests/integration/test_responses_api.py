@@ -160,6 +160,7 @@ async def test_a_refusal_names_the_parameter_of_this_api() -> None:
             ({"tools": [{"type": "web_search"}]}, "tools.0"),
             ({"max_output_tokens": CARD.context_length}, "input"),
             ({"tool_choice": "required"}, "tool_choice"),
+            ({"input": [{"role": "user", "content": []}]}, "input.0.content"),
             ({"tools": [TOOL | {"strict": True}]}, "tools.0.strict"),
             ({"model": "gpt-4"}, "model"),
         ):

@@ -83,7 +83,7 @@ class KeyRing:
         self._looked_s = clock.now_s()
 
     def keys(self) -> Keys | None:
-        """None: there is no file."""
+        """None: there has been no file. When it is gone, nobody has access."""
         now_s = self._clock.now_s()
         if now_s - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now_s
@@ -97,9 +97,14 @@ class KeyRing:
             return
         self._seen = signature
         try:
-            self._keys = read_keys(self._path)
+            found = read_keys(self._path)
         except ConfigurationError as error:
             log.error("the keys stay as they were: %s", error)
+            return
+        if found is None and self._keys is not None:
+            log.error("%s is gone: nobody has access until it is there again", self._path)
+            found = {}
+        self._keys = found
 
     def _signature(self) -> tuple[int, int, int] | None:
         """A value that differs whenever another file was put in this one's place."""

@@ -6,6 +6,7 @@ The id goes with the answer (`X-Request-Id`), with every line that is logged mea
 import logging
 import re
 from contextvars import ContextVar
+from urllib.parse import quote
 
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from starlette.datastructures import MutableHeaders
@@ -42,20 +43,20 @@ class RequestLog:
         request_id = self._id_of(headers.get(REQUEST_ID_HEADER, ""))
         _current_id.set(request_id)
         span = self._start_span(scope["method"], scope["path"], request_id, headers)
-        answer = _Answer(send, request_id)
+        answer, path = _Answer(send, request_id), quote(scope["path"])  # one line of the log, whatever it is
         try:
             await self._app(scope, receive, answer.send)
         except ClientGoneError:
             answer.status = CLIENT_GONE
         except Exception as error:
             if not isinstance(error, ApiError):
-                log.exception("%s %s failed", scope["method"], scope["path"])
+                log.exception("%s %s failed", scope["method"], path)
             if answer.status is not None:  # too late for another answer: the server cuts the connection
                 raise
             refusal = error if isinstance(error, ApiError) else _FAILED
             await error_response(refusal)(scope, receive, answer.send)
         finally:
-            log.info("%s %s: %s", scope["method"], scope["path"], answer.status)
+            log.info("%s %s: %s", scope["method"], path, answer.status)
             _end_span(span, answer.status)
 
     def _id_of(self, asked: str) -> str:

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from services.gateway.openai.schema import RequestModel, Whole
+from services.gateway.openai.schema import RequestModel, Whole, at_most
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 One = Annotated[float, Field(ge=1, le=1)]
-Metadata = Annotated[dict[str, str], Field(max_length=16)]
+MAX_METADATA = 16
+Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)]
 
 
 class NeutralParameters(RequestModel):

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from services.gateway.context import GatewayContext
 from services.gateway.openai.models import check_model
-from services.gateway.openai.schema import AS_WHOLE, RequestModel, Whole, invalid
+from services.gateway.openai.schema import AS_WHOLE, RequestModel, Whole, at_most, invalid
 from shared.messages.inference import Sampling
 
 MAX_STOPS = 16
@@ -56,7 +56,7 @@ class GenerationParameters(RequestModel):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    logit_bias: dict[TokenId, Bias] = Field(
+    logit_bias: Annotated[dict[TokenId, Bias], at_most(MAX_BIASED_TOKENS)] = Field(
         default_factory=dict,
         max_length=MAX_BIASED_TOKENS,
         json_schema_extra={"additionalProperties": False},

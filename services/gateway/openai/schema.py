@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
 from services.gateway.http.bodies import is_upload
 from services.gateway.http.errors import ApiError
@@ -31,7 +31,11 @@ def _is_null_allowed(described: Mapping[str, Any]) -> bool:
 
 
 class RequestModel(BaseModel):
-    """A part of a request: no coercion and no unknown parameters; null is the same as not given."""
+    """A part of a request: no coercion and no unknown parameters; null is the same as not given.
+
+    One fault is enough to refuse a request. To find all of them could take a minute, during which no stream
+    would go on: lists stop at the first one (`fail_fast`), and only one unknown parameter is looked at.
+    """
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_allow_null
@@ -42,12 +46,25 @@ class RequestModel(BaseModel):
     def _drop_nulls(cls, content: object) -> object:
         if not isinstance(content, dict):
             return content
-        return {name: value for name, value in content.items() if value is not None or cls._requires(name)}
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        known = {
+            name: content[name]
+            for name, field in fields.items()
+            if name in content and (content[name] is not None or field.is_required())
+        }
+        unknown = next((name for name in content if name not in fields), None)
+        return known if unknown is None else known | {unknown: content[unknown]}
 
-    @classmethod
-    def _requires(cls, name: str) -> bool:
-        """Also whatever is unknown: it is told as such."""
-        return name not in cls.model_fields or cls.model_fields[name].is_required()
+
+def at_most(num_items: int) -> BeforeValidator:
+    """Counts the items of an object before it looks at any of them. Raises PydanticCustomError."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > num_items:
+            raise PydanticCustomError("too_long", "at most {num} items are allowed", {"num": num_items})
+        return value
+
+    return BeforeValidator(check)
 
 
 def _as_whole(value: object) -> object:

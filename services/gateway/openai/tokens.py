@@ -5,7 +5,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from services.gateway.context import GatewayContext
-from services.gateway.openai.chat.messages import Message
+from services.gateway.openai.chat.messages import MAX_MESSAGES, Message
 from services.gateway.openai.chat.prompt import render
 from services.gateway.openai.chat.tools import MAX_TOOLS, Tool
 from services.gateway.openai.models import check_model
@@ -17,7 +17,7 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] = Field(default_factory=list)
+    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES, fail_fast=True)
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     add_generation_prompt: bool = True
     """End a conversation with what makes the model answer."""
@@ -43,7 +43,7 @@ class DetokenizeRequest(RequestModel):
     """Tokens."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[int] = Field(fail_fast=True)
 
 
 class DetokenizeAnswer(BaseModel):

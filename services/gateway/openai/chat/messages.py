@@ -35,6 +35,10 @@ def _text_of_part(part: object) -> str:
             raise PydanticCustomError("content", "expected text, or parts like {'type': 'text', 'text': ...}")
 
 
+MAX_MESSAGES = 2048
+MAX_CALLS = 128
+"""Of one message."""
+
 Parts = Annotated[list[TextPart], Field(min_length=1)]
 Content = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | Parts)]
 
@@ -83,7 +87,7 @@ class AssistantMessage(RequestModel):
     role: Literal["assistant"]
     content: Content | None = None
     refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_CALLS, fail_fast=True)
     name: str | None = None
     reasoning_content: str | None = None
     """Its thoughts, for templates that show those of earlier answers."""

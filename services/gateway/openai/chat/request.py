@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.gateway.openai.chat.messages import Message
+from services.gateway.openai.chat.messages import MAX_MESSAGES, Message
 from services.gateway.openai.chat.tools import (
     MAX_TOOLS,
     NamedTool,
@@ -62,7 +62,7 @@ class ResponseFormat(RequestModel):
 class ChatRequest(GenerationParameters, NeutralChatParameters):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: AnswerLimit | None = None
     max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False

@@ -11,6 +11,7 @@ from services.gateway.openai.schema import AS_WHOLE, invalid
 from services.gateway.text.tokenise import Prompt
 
 DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 2048
 
 
 def _is_token_list(value: object) -> bool:
@@ -25,8 +26,10 @@ def _as_prompts(value: object) -> object:
     """One prompt or many, as a list of prompts."""
     if isinstance(value, str) or (value and _is_token_list(value)):
         return [value]
-    if isinstance(value, list) and value and (_are_strings(value) or all(map(_is_token_list, value))):
-        return value
+    if isinstance(value, list) and value:
+        begin = value[: MAX_PROMPTS + 1]  # more are refused, whatever they are
+        if _are_strings(begin) or all(map(_is_token_list, begin)):
+            return value
     raise PydanticCustomError(
         "prompt", "expected a string, a list of token ids, a list of strings or a list of lists of token ids"
     )
@@ -47,7 +50,11 @@ Logprobs = Annotated[int, Field(ge=0, le=5), AS_WHOLE]
 class CompletionRequest(GenerationParameters, NeutralCompletionParameters):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_as_prompts, json_schema_input_type=Prompts)]
+    prompt: Annotated[
+        list[Prompt],
+        Field(max_length=MAX_PROMPTS),
+        BeforeValidator(_as_prompts, json_schema_input_type=Prompts),
+    ]
     logprobs: Annotated[Logprobs | None, BeforeValidator(_false_is_none)] = None
     echo: bool = False
     best_of: BestOf | None = None

@@ -10,6 +10,9 @@ from services.gateway.openai.schema import RequestModel
 Json = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete"]
 
+MAX_PARTS = 2048
+"""Pieces of text of one item."""
+
 
 class TextPart(RequestModel):
     """A piece of text that somebody wrote."""
@@ -26,7 +29,7 @@ def _as_parts(value: object) -> object:
     return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
-Parts = Annotated[list[TextPart], Field(min_length=1)]
+Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 Text = Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)]
 
 

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from services.gateway.openai.answers import Json
+from services.gateway.openai.chat.messages import MAX_MESSAGES
 from services.gateway.openai.chat.request import AnswerLimit, ChatRequest, JsonSchema, TopLogprobs
 from services.gateway.openai.chat.tools import MAX_TOOLS, Function, ToolMode
 from services.gateway.openai.neutral import Empty, NeutralParameters
@@ -34,7 +35,8 @@ def _refuse_memory(value: object) -> object:
 
 
 Unstored = Annotated[None, BeforeValidator(_refuse_memory, json_schema_input_type=None)]
-Items = Annotated[list[Item], Field(min_length=1)]
+Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]
+"""The instructions may be one more message of the chat."""
 
 
 class FunctionTool(Function):
@@ -142,7 +144,7 @@ class ResponseRequest(NeutralParameters):
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
-    include: list[Includable] = Field(default_factory=list)
+    include: list[Includable] = Field(default_factory=list, fail_fast=True)
     top_logprobs: TopLogprobs = 0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()

@@ -79,6 +79,19 @@ def test_a_change_is_seen_within_a_second_and_the_file_is_not_looked_at_before(t
     assert ring.keys() == {}
 
 
+def test_keys_whose_file_is_gone_let_nobody_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, clock = tmp_path / "keys.json", TickingClock()
+    add_key(path, key("a"))
+    ring = KeyRing(path, clock)
+    path.unlink()
+    clock.seconds += 1
+    assert ring.keys() == {}, "without a file from the beginning it would be None: everyone on this machine"
+    assert "is gone" in caplog.text
+    add_key(path, key("b"))
+    clock.seconds += 1
+    assert ring.keys() == {"b": key("b")}
+
+
 def test_a_change_that_cannot_be_read_leaves_the_keys_as_they_were(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -69,6 +69,14 @@ async def test_a_failure_is_an_answer_with_an_id_and_the_log_says_why(
     assert "a fault of the gateway's own" in caplog.text
 
 
+async def test_a_path_cannot_write_lines_of_its_own_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with gateway_world() as world:
+        with caplog.at_level(logging.INFO, "services.gateway"):
+            await world.http.get("/v1/models%0AERROR%20forged")
+    [line] = [record.getMessage() for record in caplog.records if record.name.startswith("services.gateway")]
+    assert line == "GET /v1/models%0AERROR%20forged: 404"
+
+
 async def test_log_lines_begin_with_the_request_id(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
