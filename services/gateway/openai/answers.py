@@ -1,5 +1,6 @@
 """Common parts of the answers of all routes that generate."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,11 @@ def usage_of(usage: Usage) -> Json:
 class ChunkEncoder:
     """Makes the events of one stream of chunks; what all of them share is encoded once."""
 
-    def __init__(self, heading: Heading, *, include_usage: bool) -> None:
+    def __init__(
+        self, heading: Heading, *, include_usage: bool, usage_so_far: Callable[[], Usage] | None = None
+    ) -> None:
+        """`usage_so_far`: what each chunk tells; None: nothing."""
+        self._usage_so_far = usage_so_far
         self._heading = heading
         self._include_usage = include_usage
         self._end = '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
@@ -100,7 +105,7 @@ class ChunkEncoder:
         """The event of one choice, whose JSON fields behind its index are `choice`."""
         if versions != self._versions:
             self._versions, self._head = versions, self._encode_head(versions)
-        return f"{self._head}{index},{choice}{self._end}".encode()
+        return f"{self._head}{index},{choice}{self._encode_end()}".encode()
 
     def ending(self, versions: Versions | None, usage: Usage) -> bytes:
         """The events after the last chunk of a complete answer."""
@@ -111,6 +116,12 @@ class ChunkEncoder:
     def failure(self, error: ApiError) -> bytes:
         """The event that ends a stream whose answer stays incomplete."""
         return event(error.body())
+
+    def _encode_end(self) -> str:
+        if self._usage_so_far is None:
+            return self._end
+        usage = to_json(usage_of(self._usage_so_far())).decode()
+        return f'}}],"usage":{usage}}}\n\n'
 
     def _encode_head(self, versions: Versions | None) -> str:
         fields = to_json(self._heading.fields(versions)).decode()

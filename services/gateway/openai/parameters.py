@@ -32,8 +32,15 @@ class StreamOptions(RequestModel):
 
     include_usage: bool = False
     """Count the tokens in a last event."""
+    continuous_usage_stats: bool = False
+    """Count them in all events, so far; only with `include_usage`."""
     include_obfuscation: bool = False
     """Accepted; events carry no padding."""
+
+    @property
+    def counts_always(self) -> bool:
+        """Whether each event counts the tokens so far."""
+        return self.include_usage and self.continuous_usage_stats
 
 
 class GenerationParameters(RequestModel):

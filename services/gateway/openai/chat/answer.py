@@ -1,12 +1,12 @@
 """The answer to a chat request: one JSON body, or server-sent events."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from services.gateway.generation import Versions
+from services.gateway.generation import Usage, Versions
 from services.gateway.openai.answers import Answer, ChunkEncoder, Heading, Json
 from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.tool_calls import Delta, TextDelta, ToolCallDelta, ToolCallParser
@@ -183,9 +183,10 @@ class ChatEvents(ChunkEncoder):
         *,
         include_usage: bool,
         with_logprobs: bool,
+        usage_so_far: Callable[[], Usage] | None = None,
     ) -> None:
         """`readers`: one for each choice."""
-        super().__init__(heading, include_usage=include_usage)
+        super().__init__(heading, include_usage=include_usage, usage_so_far=usage_so_far)
         self._readers = readers
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs

@@ -30,6 +30,7 @@ def add_chat(app: FastAPI, context: GatewayContext, generations: Generations) ->
                 context.tokenizer,
                 include_usage=asked.stream_options.include_usage,
                 with_logprobs=asked.logprobs,
+                usage_so_far=(lambda: generation.usage) if asked.stream_options.counts_always else None,
             )
             return await stream(http, context, generation, events)
         choices = [

@@ -1,13 +1,13 @@
 """The answer to a completion request: one JSON body, or server-sent events."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Literal
 
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from services.gateway.generation import Versions
+from services.gateway.generation import Usage, Versions
 from services.gateway.openai.answers import Answer, ChunkEncoder, Heading, Json
 from services.gateway.text.detokenise import Piece, TokenEntry
 from shared.messages.inference import FinishReason
@@ -76,9 +76,15 @@ class CompletionEvents(ChunkEncoder):
     """Makes the events of one stream."""
 
     def __init__(
-        self, heading: Heading, tokenizer: TextTokenizer, *, include_usage: bool, with_logprobs: bool
+        self,
+        heading: Heading,
+        tokenizer: TextTokenizer,
+        *,
+        include_usage: bool,
+        with_logprobs: bool,
+        usage_so_far: Callable[[], Usage] | None = None,
     ) -> None:
-        super().__init__(heading, include_usage=include_usage)
+        super().__init__(heading, include_usage=include_usage, usage_so_far=usage_so_far)
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
 

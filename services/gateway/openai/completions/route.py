@@ -29,6 +29,7 @@ def add_completions(app: FastAPI, context: GatewayContext, generations: Generati
                 context.tokenizer,
                 include_usage=asked.stream_options.include_usage,
                 with_logprobs=with_logprobs,
+                usage_so_far=(lambda: generation.usage) if asked.stream_options.counts_always else None,
             )
             return await stream(http, context, generation, events)
         choices = [
