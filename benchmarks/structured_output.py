@@ -20,7 +20,7 @@ from shared.settings import EMBEDDED_MODEL
 NUM_STEPS = 48
 PROMPT_LENGTH = 16
 BLOCKS = 5
-"""Of 16 tokens, for each sequence."""
+"""Blocks of 16 tokens, for each sequence."""
 MODEL = "big"
 _TEXT = {"type": "string", "maxLength": 60}
 _ITEM = {
