@@ -37,7 +37,7 @@ def _text_of_part(part: object) -> str:
 
 MAX_MESSAGES = 2048
 MAX_CALLS = 128
-"""Of one message."""
+"""Most calls in one message."""
 
 Parts = Annotated[list[TextPart], Field(min_length=1)]
 Content = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | Parts)]
