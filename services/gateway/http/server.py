@@ -8,10 +8,14 @@ from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.gateway.settings import GatewaySettings
 from shared.addresses import authority
 from shared.errors import ConfigurationError
+
+MAX_HEADER_BYTES = 1 << 18
+"""Of one request; also of what follows its body, and of what is written between its parts."""
 
 _GRACE_S = 1
 _OPEN_FILES = 65_536
@@ -23,6 +27,31 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the service's lifecycle."""
         yield
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's reader of requests, with a bound on headers: its parser keeps them however long they are."""
+
+    _num_unread_bytes = 0
+    """Bytes since the parser last came to the end of headers or gave out a piece of a body."""
+
+    def data_received(self, data: bytes) -> None:
+        self._num_unread_bytes += len(data)
+        super().data_received(data)
+        if self._num_unread_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"more than {MAX_HEADER_BYTES} bytes of headers")
+
+    def on_headers_complete(self) -> None:
+        self._num_unread_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_unread_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_unread_bytes = 0
+        super().on_message_complete()
 
 
 def allow_many_connections() -> None:
@@ -54,7 +83,7 @@ def server_config(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="off",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_GRACE_S,

@@ -1,9 +1,11 @@
 """How the gateway listens, and how long it keeps connections."""
 
+import asyncio
+
 import httpx
 import pytest
 
-from services.gateway.http.server import listen, server_config
+from services.gateway.http.server import MAX_HEADER_BYTES, listen, server_config
 from services.gateway.settings import GatewaySettings
 from shared.errors import ConfigurationError
 from tests.support.gateway import gateway_world, served
@@ -43,3 +45,31 @@ async def test_ipv6_addresses_are_served(host: str, asked: str) -> None:
         async with httpx.AsyncClient() as http:
             response = await http.get(f"http://{asked}:{port}/v1/models")
     assert response.status_code == 200
+
+
+HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"PUT /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [(HEAD, b"X: y\r\n"), (HEAD + b"X: ", b"y"), (CHUNKED + b"0\r\nX: ", b"y"), (CHUNKED + b"1;x=", b"y")],
+)
+async def test_headers_without_end_close_the_connection(begin: bytes, more: bytes) -> None:
+    part = more * 10_000
+    async with gateway_world() as world, served(world) as address:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+        writer.write(begin)
+        with pytest.raises(ConnectionError):
+            for _ in range(100 * MAX_HEADER_BYTES // len(part)):  # more than the sockets hold
+                writer.write(part)
+                await writer.drain()
+        writer.close()
+
+
+async def test_long_headers_within_the_bound_are_read() -> None:
+    async with gateway_world() as world, served(world) as address, httpx.AsyncClient() as http:
+        headers = {"x-long": "y" * (MAX_HEADER_BYTES // 2)}
+        for _ in range(3):
+            response = await http.get(f"{address}/v1/models", headers=headers)
+            assert response.status_code == 200
