@@ -16,6 +16,7 @@ from services.stage_worker.sampling.grammar import Grammar, GrammarCompiler, Voc
 from services.stage_worker.settings import StageWorkerSettings
 from shared.messages.inference import Sampling, SequenceChunk, SequenceStart
 from shared.settings import EMBEDDED_MODEL
+from shared.structured_output import grammar_of
 
 NUM_STEPS = 48
 PROMPT_LENGTH = 16
@@ -112,7 +113,8 @@ async def decode(work: Path) -> dict[str, Any]:
     executor = TorchExecutor(settings, "bench")
     await executor.load()
     plain = Sampling(max_tokens=MAX_TOKENS, temperature=1.0)
-    held = Sampling(max_tokens=MAX_TOKENS, temperature=1.0, json_schema=json.dumps(SCHEMAS["orders"]))
+    grammar = grammar_of(json.dumps(SCHEMAS["orders"]))
+    held = Sampling(max_tokens=MAX_TOKENS, temperature=1.0, grammar=grammar)
     sides = {
         "with_schema": Streams(executor, "held", held, 0),
         "without": Streams(executor, "plain", plain, 8 * BLOCKS),
@@ -160,7 +162,7 @@ def _of_schema(compiler: GrammarCompiler, vocabulary: Vocabulary, name: str) -> 
 
 def _timed_ms(compiler: GrammarCompiler, schema: Any) -> tuple[float, Grammar]:
     start_s = time.process_time()
-    grammar = compiler.begin(json.dumps(schema))
+    grammar = compiler.begin(grammar_of(json.dumps(schema)))
     _until_ready(grammar)
     return (time.process_time() - start_s) * 1e3, grammar
 

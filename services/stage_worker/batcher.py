@@ -64,8 +64,8 @@ def form_iteration(
 
 def _size_bytes(sampling: Sampling) -> int:
     """About the bytes that its variable part takes in a message."""
-    schema = sampling.json_schema or ""
-    return len(schema.encode()) + 16 * len(sampling.logit_bias) + 8 * len(sampling.stop_token_ids)
+    grammar = sampling.grammar or ""
+    return len(grammar.encode()) + 16 * len(sampling.logit_bias) + 8 * len(sampling.stop_token_ids)
 
 
 def form_scoring(sequences: Iterable[Sequence], *, token_budget: int) -> list[tuple[Sequence, int]]:

@@ -39,8 +39,8 @@ class Sampling(Message):
     """Divides the positive logits of tokens in the prompt or generated, multiplies the negative ones."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Added to the logits of these tokens."""
-    json_schema: str | None = None
-    """The text must be JSON of this schema (JSON text); None: any text."""
+    grammar: str | None = None
+    """The text must follow this grammar (see `shared/structured_output.py`); None: any text."""
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: Count = 0

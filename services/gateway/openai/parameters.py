@@ -109,7 +109,7 @@ def sampling_of(
     *,
     max_tokens: int,
     num_logprobs: int | None,
-    json_schema: str | None = None,
+    grammar: str | None = None,
 ) -> Sampling:
     """How to draw the tokens of the first choice.
 
@@ -128,7 +128,7 @@ def sampling_of(
         presence_penalty=asked.presence_penalty,
         repetition_penalty=asked.repetition_penalty,
         logit_bias=tuple((int(token), bias) for token, bias in asked.logit_bias.items()),
-        json_schema=json_schema,
+        grammar=grammar,
         seed=context.ids.seed() if asked.seed is None else asked.seed,
         stop_token_ids=tuple(dict.fromkeys((*end_tokens, *asked.stop_token_ids))),
         min_tokens=asked.min_tokens,

@@ -122,8 +122,8 @@ class TorchExecutor:
         return await self._run(self._incoming.accept, offer)
 
     def begin(self, start: SequenceStart) -> SequenceState:
-        schema = start.sampling.json_schema
-        grammar = None if schema is None else self._grammars.begin(schema)
+        text = start.sampling.grammar
+        grammar = None if text is None else self._grammars.begin(text)
         return SequenceState(start.gateway, start.sampling, grammar)
 
     async def iteration(

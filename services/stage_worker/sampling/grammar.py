@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from shared.errors import UnsupportedSchemaError
 from shared.model_files import CONFIG_FILES, TOKENIZER_FILES, name_of, read_card, resolve
-from shared.structured_output import LIMITS, grammar_of, raise_error_of
+from shared.structured_output import LIMITS, raise_error_of
 
 MAX_COMPILED = 32
 """Schemas that stay compiled: those used last."""
@@ -114,19 +114,19 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Makes grammars of schemas, for one model's vocabulary."""
+    """Compiles grammars for one model's vocabulary."""
 
     def __init__(self, load: Callable[[], Vocabulary]) -> None:
-        """`load` is called in a thread, when the first schema comes."""
+        """`load` is called in a thread, when the first grammar comes."""
         self._load = load
         self._vocabulary: Vocabulary | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
         self._masking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks")
 
-    def begin(self, schema: str) -> Grammar:
-        """The grammar of a text that begins (JSON Schema as JSON text)."""
-        return Grammar(self._compiling.submit(self._begin, schema), self._masking)
+    def begin(self, text: str) -> Grammar:
+        """A grammar, given as llguidance reads it, where a text begins."""
+        return Grammar(self._compiling.submit(self._begin, text), self._masking)
 
     def close(self) -> None:
         for thread in (self._compiling, self._masking):
@@ -134,16 +134,16 @@ class GrammarCompiler:
 
     # Below here: in the thread that compiles.
 
-    def _begin(self, schema: str) -> _Place:
+    def _begin(self, text: str) -> _Place:
         if self._vocabulary is None:
             self._vocabulary = self._load()
-        matcher = self._compiled.pop(schema, None) or self._compile(schema, self._vocabulary)
-        self._compiled[schema] = matcher
+        matcher = self._compiled.pop(text, None) or self._compile(text, self._vocabulary)
+        self._compiled[text] = matcher
         if len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
         return _Place.of(matcher.deep_copy(), self._vocabulary)
 
-    def _compile(self, schema: str, vocabulary: Vocabulary) -> LLMatcher:
-        matcher = LLMatcher(vocabulary.tokens, grammar_of(schema), log_level=0, limits=LIMITS)
+    def _compile(self, text: str, vocabulary: Vocabulary) -> LLMatcher:
+        matcher = LLMatcher(vocabulary.tokens, text, log_level=0, limits=LIMITS)
         raise_error_of(matcher)
         return matcher

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from shared.errors import UnsupportedSchemaError
-from shared.structured_output import JSON_OBJECT_SCHEMA, MAX_SCHEMA_CHARACTERS, check_schema
+from shared.structured_output import JSON_OBJECT_SCHEMA, MAX_SCHEMA_CHARACTERS, check_grammar, grammar_of
 
 TAKEN: list[Any] = [
     {},
@@ -50,26 +50,26 @@ REFUSED: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize("schema", [*TAKEN, json.loads(JSON_OBJECT_SCHEMA)], ids=json.dumps)
 def test_a_schema_that_can_be_followed_is_taken(schema: Any) -> None:
-    check_schema(json.dumps(schema))
+    check_grammar(grammar_of(json.dumps(schema)))
 
 
 @pytest.mark.parametrize(("schema", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
 def test_any_other_is_refused_with_the_reason(schema: Any, reason: str) -> None:
     with pytest.raises(UnsupportedSchemaError) as refusal:
-        check_schema(json.dumps(schema))
+        check_grammar(grammar_of(json.dumps(schema)))
     assert reason in str(refusal.value)
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", '{"const": NaN}', '{"a": "\ud800"}', "{" * 100_000])
 def test_what_is_no_json_is_refused(text: str) -> None:
     with pytest.raises(UnsupportedSchemaError):
-        check_schema(text)
+        check_grammar(grammar_of(text))
 
 
 @pytest.mark.parametrize("depth", [100, 1500])
 def test_deep_schemas_are_taken_or_refused_but_end_nothing(depth: int) -> None:
     schema = '{"type":"array","items":' * depth + "{}" + "}" * depth
     try:
-        check_schema(schema)
+        check_grammar(grammar_of(schema))
     except UnsupportedSchemaError as refusal:
         assert "recursion" in str(refusal)

@@ -8,13 +8,13 @@ from services.gateway.generation import GenerationRequest
 from services.gateway.http.errors import ApiError
 from services.gateway.openai.chat.messages import Message, for_template
 from services.gateway.openai.chat.request import ChatRequest
-from services.gateway.openai.chat.tools import Tool, call_schema, check_tools
+from services.gateway.openai.chat.tools import Tool, call_schema, check_tools, strict_calls_grammar
 from services.gateway.openai.parameters import check_parameters, sampling_of
 from services.gateway.openai.schema import invalid
 from services.gateway.text.tokenise import tokenise_rendered
 from shared.chat_template import ChatTemplate
 from shared.errors import ChatTemplateError, UnsupportedSchemaError
-from shared.structured_output import check_schema
+from shared.structured_output import check_grammar, grammar_of
 
 MAX_TOKENS_BY_DEFAULT = 1024
 """Most tokens of an answer whose request names no limit, if its context has room for so many.
@@ -43,7 +43,7 @@ async def generation_request(
             context,
             max_tokens=wanted or min(room, MAX_TOKENS_BY_DEFAULT),
             num_logprobs=asked.num_logprobs,
-            json_schema=await _schema_of(asked),
+            grammar=await _grammar_of(asked, context.chat_template),
         ),
         num_choices=asked.n,
         stops=tuple(asked.stop),
@@ -71,20 +71,32 @@ def render(
         raise invalid("messages", str(error)) from error
 
 
-async def _schema_of(asked: ChatRequest) -> str | None:
-    """The JSON Schema that the text is held to, or None. Raises ApiError when that cannot be done."""
-    text, param = asked.response_format.schema_text, "response_format"
-    if text is not None and asked.may_call_tools:
-        raise invalid(param, "JSON and calls of 'tools' exclude each other")
-    if text is None and asked.may_call_tools:
-        text, param = call_schema(asked.tools, asked.tool_choice), "tools"
-    if text is None:
-        return None
-    for name in ("ignore_eos", "min_tokens", "stop_token_ids"):
-        if getattr(asked, name):
-            raise invalid(name, "the text has to end where its JSON ends")
+async def _grammar_of(asked: ChatRequest, template: ChatTemplate | None) -> str | None:
+    """The grammar that the text is held to, or None. Raises ApiError when that cannot be done."""
+    schema = asked.response_format.schema_text
+    if schema is not None and asked.may_call_tools:
+        raise invalid("response_format", "JSON and calls of 'tools' exclude each other")
+    param = "response_format" if schema is not None else "tools"
+    if schema is None and asked.may_call_tools:
+        schema = call_schema(asked.tools, asked.tool_choice)
     try:
-        await asyncio.to_thread(check_schema, text)
+        grammar = _strict_calls(asked, template) if schema is None else grammar_of(schema)
+        if grammar is not None:
+            _check_end(asked)
+            await asyncio.to_thread(check_grammar, grammar)
     except UnsupportedSchemaError as error:
         raise invalid(param, str(error)) from error
-    return text
+    return grammar
+
+
+def _check_end(asked: ChatRequest) -> None:
+    """Raises ApiError for a parameter that moves the end of a text, which a grammar decides."""
+    for name in ("ignore_eos", "min_tokens", "stop_token_ids"):
+        if getattr(asked, name):
+            raise invalid(name, "not together with JSON of a schema or with strict tools")
+
+
+def _strict_calls(asked: ChatRequest, template: ChatTemplate | None) -> str | None:
+    if template is None or not asked.may_call_tools:
+        return None
+    return strict_calls_grammar(asked.tools, template.source(with_tools=True))

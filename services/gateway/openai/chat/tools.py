@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from services.gateway.openai.schema import RequestModel, invalid
+from shared.structured_output import JsonInText, grammar_of_text_with
 
 MAX_TOOLS = 128
 
@@ -69,20 +70,38 @@ def as_tool_choice(value: object) -> ToolChoice:
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
-    """Raises ApiError when the choice names no tool, or a tool cannot be told apart or held to its schema."""
+    """Raises ApiError when the choice names no tool, or two tools have one name."""
     names = [tool.function.name for tool in tools]
     if choice.mode == "required" and not names:
         raise invalid("tool_choice", "there are no 'tools' to call")
     if choice.name is not None and choice.name not in names:
         raise invalid("tool_choice", f"'tools' has no function {choice.name!r}")
-    for place, tool in enumerate(tools):
-        if tool.function.name in names[:place]:
+    for place, name in enumerate(names):
+        if name in names[:place]:
             raise invalid(f"tools.{place}.function.name", "an earlier function has this name")
-        if choice.mode == "auto" and tool.function.strict:
-            raise invalid(
-                f"tools.{place}.function.strict",
-                "held to only when 'tool_choice' is 'required' or names a function",
-            )
+
+
+def strict_calls_grammar(tools: Sequence[Tool], template: str) -> str | None:
+    """The grammar of text in which each call's arguments follow its schema; None: no tool is strict.
+
+    `template` is the source of the chat template, which shows how the model writes its calls.
+    Raises UnsupportedSchemaError when a schema is too long.
+    """
+    functions = [tool.function for tool in tools]
+    if not any(function.strict for function in functions):
+        return None
+    in_tags = "<tool_call>" in template
+    before, after = ("<tool_call>\n", "\n</tool_call>") if in_tags else ("", "")
+    key = "arguments" if in_tags else "parameters"
+    forms = [
+        JsonInText(
+            opening=f'{before}{{"name": "{function.name}", "{key}": ',
+            schema={"type": "object", **((function.parameters or {}) if function.strict else {})},
+            closing=f"}}{after}",
+        )
+        for function in functions
+    ]
+    return grammar_of_text_with("<tool_call>" if in_tags else '{"name":', forms)
 
 
 def call_schema(tools: Sequence[Tool], choice: ToolChoice) -> str | None:

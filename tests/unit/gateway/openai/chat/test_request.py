@@ -16,13 +16,14 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.text.threads import TextThreads
 from shared.chat_template import ChatTemplate
 from shared.clock import IdSource, SystemClock
-from shared.structured_output import JSON_OBJECT_SCHEMA
+from shared.structured_output import JSON_OBJECT_SCHEMA, grammar_of
 from tests.support import requests
 from tests.support.chat_templates import CHATML
 from tests.support.gateway import CARD, MODEL, TOKENIZER
 
 HELLO: dict[str, Any] = {"role": "user", "content": "hello"}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+STRICT_TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "strict": True}}
 NAMED: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "integer"}}}
 
@@ -85,10 +86,7 @@ def prompt_of(**fields: Any) -> str:
         ),
         ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-        (
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-            "tools.0.function.strict",
-        ),
+        ({"tools": [STRICT_TOOL], "ignore_eos": True}, "ignore_eos"),
         ({"tools": [TOOL, TOOL]}, "tools.1.function.name"),
         ({"tool_choice": "maybe"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -220,8 +218,8 @@ def test_a_refusal_of_an_earlier_answer_is_its_text() -> None:
     ],
 )
 def test_the_schema_of_the_answer(fields: dict[str, Any], schema: object) -> None:
-    told = generation(**fields).sampling.json_schema
-    assert (None if told is None else json.loads(told)) == schema
+    grammar = None if schema is None else grammar_of(json.dumps(schema))
+    assert generation(**fields).sampling.grammar == grammar
 
 
 def test_log_probabilities_are_counted() -> None:
