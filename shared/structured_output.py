@@ -4,10 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, TokenizerWrapper
 
 from shared.errors import UnsupportedSchemaError
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 MAX_SCHEMA_CHARACTERS = 65_536
 """Longest JSON text of a schema; one of this size takes about half a second to compile."""
@@ -23,7 +27,7 @@ _WHITESPACE = r" |\n {0,16}"
 _END_OF_TEXT = 256
 
 
-_JSON_OPTIONS: Mapping[str, object] = {  # all that a schema could choose for itself with `x-guidance`
+_JSON_OPTIONS: "JsonCompileOptions" = {  # all that a schema could choose for itself with `x-guidance`
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_flexible": True,
@@ -40,7 +44,7 @@ def grammar_of(schema: str) -> str:
     """
     _check_length(schema)
     try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=dict(_JSON_OPTIONS))
+        return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
     except (ValueError, UnicodeEncodeError) as error:
         raise UnsupportedSchemaError(f"the schema is no JSON object: {error}") from error
 

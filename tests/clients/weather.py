@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from shared.messages.inference import InferenceTask, SequenceResult
-from tests.support.gateway import TOKENIZER, says
+from tests.support.gateway import TOKENIZER, says, schema_of
 
 QUESTION = "How warm is it in Paris?"
 IN_WORDS = "It is 21 degrees in Paris."
@@ -43,12 +43,12 @@ def weather(city: str) -> str:
 
 def script(task: InferenceTask) -> list[SequenceResult]:
     """What the model says; it sees no more than its prompt and the schema that it is held to."""
-    return says(_answer(TOKENIZER.decode(task.prompt), task.sampling.json_schema))(task)
+    return says(_answer(TOKENIZER.decode(task.prompt), schema_of(task)))(task)
 
 
-def _answer(prompt: str, schema: str | None) -> str:
+def _answer(prompt: str, schema: dict[str, Any] | None) -> str:
     if schema is not None:
-        called = json.loads(schema).get("properties", {}).get("name", {}).get("const")
+        called = schema.get("properties", {}).get("name", {}).get("const")
         return REPORT.model_dump_json() if called is None else _call(called)
     if "<tool_response>" in prompt:
         assert weather(**ARGUMENTS) in prompt, "the model reads what the tool has said"

@@ -22,6 +22,7 @@ from tests.support.gateway import (
     World,
     gateway_world,
     says,
+    schema_of,
     served,
 )
 
@@ -187,12 +188,6 @@ async def test_a_call_that_is_cut_off_is_text() -> None:
     assert choice.message.content == TOKENIZER.decode(TOKENIZER.encode(CALL)[:9])
 
 
-def schema_of(task: InferenceTask) -> dict[str, Any]:
-    """The JSON Schema that a text is held to."""
-    schema: dict[str, Any] = json.loads(task.sampling.grammar or "")["grammars"][0]["json_schema"]
-    return schema
-
-
 async def test_a_strict_tool_of_the_client_library_is_called_freely_or_by_its_schema() -> None:
     tool = openai.pydantic_function_tool(Weather, name="weather")
     async with clients(says(CALL)) as (client, _, world):
@@ -211,7 +206,7 @@ async def test_a_tool_that_must_be_called_is_asked_for_by_a_schema() -> None:
     [call] = choice.message.tool_calls or []
     assert (choice.finish_reason, call.function.name) == ("tool_calls", "weather")
     assert choice.message.content is None
-    assert schema["properties"]["name"] == {"const": "weather"}
+    assert schema is not None and schema["properties"]["name"] == {"const": "weather"}
 
 
 class Weather(BaseModel):
@@ -225,7 +220,7 @@ async def test_the_clients_parser_of_structured_answers_works() -> None:
         answer = await client.chat.completions.parse(**ASK, response_format=Weather)
         schema = schema_of(world.cluster.submitted.get_nowait())
     assert answer.choices[0].message.parsed == Weather(city="Rome")
-    assert schema["properties"]["city"]["type"] == "string"
+    assert schema is not None and schema["properties"]["city"]["type"] == "string"
 
 
 async def test_mistakes_are_the_clients_own_errors() -> None:

@@ -1,6 +1,7 @@
 """A gateway in this process, in front of a scripted cluster on the memory bus."""
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -74,6 +75,12 @@ def results_of(task: InferenceTask, tokens: list[int]) -> list[SequenceResult]:
         finish = "stop" if token in task.sampling.stop_token_ids else finish
         results.append(SequenceResult(task_id=task.task_id, token=_scored(token), index=place, finish=finish))
     return results
+
+
+def schema_of(task: InferenceTask) -> dict[str, Any] | None:
+    """The JSON Schema that the whole text is held to; None: there is none."""
+    grammar = task.sampling.grammar or ""
+    return json.loads(grammar)["grammars"][0]["json_schema"] if grammar.startswith("{") else None
 
 
 def _scored(token: int) -> TokenLogprob:
