@@ -35,7 +35,7 @@ def is_known_host(authority: str, trusted: Collection[str]) -> bool:
         name = urlsplit(f"//{authority}").hostname or ""
     except ValueError:  # no address at all
         return False
-    return is_loopback(name) or name in trusted
+    return is_loopback(name) or name in map(str.lower, trusted)
 
 
 def is_own_origin(origin: str, authority: str, named: Collection[str]) -> bool:

@@ -62,3 +62,9 @@ def test_a_host_that_does_not(authority: str) -> None:
 )
 def test_origins(origin: str, is_own: bool) -> None:
     assert is_own_origin(origin, "127.0.0.1:8000", ("https://chat.example",)) == is_own
+
+
+def test_trusted_names_are_names_however_they_are_written() -> None:
+    assert is_known_host("gpu.example:8000", ["GPU.Example"])
+    assert is_known_host("GPU.Example", ["gpu.example"])
+    assert not is_known_host("gpu.example.evil", ["GPU.Example"])
