@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from services.gateway.jobs.job import Hyperparameters
-from services.gateway.openai.schema import AS_WHOLE, RequestModel, invalid
+from services.gateway.openai.schema import AS_WHOLE, RequestModel, at_most, invalid
 from shared.examples import MAX_EXAMPLES, MAX_LEARNING_RATE_MULTIPLIER
 
 MAX_EPOCHS = 50
+MAX_METADATA = 16
 MAX_SEED = 2**31 - 1
 DEFAULT_EPOCHS = 3
 DEFAULT_BATCH_SIZE = 8
@@ -72,7 +73,9 @@ class JobRequest(RequestModel):
     hyperparameters: HyperparametersAsked | None = None
     method: MethodAsked | None = None
     seed: Seed | None = None
-    metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
+    metadata: Annotated[
+        dict[MetadataKey, MetadataValue] | None, Field(max_length=MAX_METADATA), at_most(MAX_METADATA)
+    ] = None
 
     # OpenAI's, accepted only where they change nothing.
     validation_file: None = None

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from services.gateway.jobs.requests import JobRequest
 from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.completions.request import CompletionRequest
 from services.gateway.openai.responses.request import ResponseRequest
@@ -31,6 +32,7 @@ UNKNOWN = {f"x{place}": 0 for place in range(MANY)}
         (ResponseRequest, {"input": [HELLO] * MANY}),
         (ResponseRequest, {"input": [HELLO | {"content": [0] * MANY}]}),
         (ResponseRequest, {"input": "x", "include": ["x"] * MANY}),
+        (JobRequest, {"training_file": "f", "metadata": UNKNOWN}),
         (TokenizeRequest, {"messages": [0] * MANY}),
         (DetokenizeRequest, {"tokens": ["x"] * MANY}),
     ],
