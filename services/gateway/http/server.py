@@ -15,7 +15,7 @@ from shared.addresses import authority
 from shared.errors import ConfigurationError
 
 MAX_HEADER_BYTES = 1 << 18
-"""Of one request; also of what follows its body, and of what is written between its parts."""
+"""Most bytes around one request: its headers, what is written between the parts of its body, and trailers."""
 
 _GRACE_S = 1
 _OPEN_FILES = 65_536

@@ -1,12 +1,14 @@
 """The routes POST /tokenize and /detokenize, as vLLM has them."""
 
+from functools import partial
+
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from services.gateway.context import GatewayContext
 from services.gateway.openai.chat.messages import MAX_MESSAGES, Message
-from services.gateway.openai.chat.prompt import render
+from services.gateway.openai.chat.prompt import num_characters, render
 from services.gateway.openai.chat.tools import MAX_TOOLS, Tool
 from services.gateway.openai.models import check_model
 from services.gateway.openai.schema import RequestModel, invalid
@@ -59,7 +61,7 @@ def add_tokens(app: FastAPI, context: GatewayContext) -> None:
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> TokenizeAnswer:
         check_model(asked.model or card.name, card)
-        text, adds_special = _text(asked, context)
+        text, adds_special = await threads.run(num_characters(asked.messages), partial(_text, asked, context))
         encode = tokenizer.encode if adds_special else tokenizer.encode_part
         tokens = await threads.run(len(text), lambda: encode(text))
         return TokenizeAnswer(count=len(tokens), max_model_len=card.context_length, tokens=tokens)

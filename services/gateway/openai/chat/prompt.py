@@ -1,7 +1,7 @@
 """From a chat request to what the model is asked."""
 
-import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from services.gateway.context import GatewayContext
 from services.gateway.generation import GenerationRequest
@@ -21,6 +21,10 @@ MAX_TOKENS_BY_DEFAULT = 1024
 
 The scheduler keeps room for all of them in the KV cache (16,384 tokens of a node by default).
 """
+MESSAGE_CHARACTERS = 64
+"""A message costs as much to render as so many characters of its text."""
+GRAMMAR_CHARACTERS = 10_000
+"""A grammar costs as much to check as so many characters to tokenise."""
 
 
 async def generation_request(
@@ -32,7 +36,10 @@ async def generation_request(
     if asked.top_logprobs is not None and not asked.logprobs:
         raise invalid("top_logprobs", "only with 'logprobs'")
     wanted = asked.token_limit
-    text = render(asked.messages, asked.tools if asked.may_call_tools else [], context.chat_template)
+    text, grammar = await context.text_threads.run(
+        num_characters(asked.messages) + (GRAMMAR_CHARACTERS if asked.may_need_grammar else 0),
+        partial(_read, asked, context.chat_template),
+    )
     prompt = await tokenise_rendered(text, wanted or 1, context)
     room = context.card.context_length - len(prompt.ids)
     return GenerationRequest(
@@ -43,11 +50,22 @@ async def generation_request(
             context,
             max_tokens=wanted or min(room, MAX_TOKENS_BY_DEFAULT),
             num_logprobs=asked.num_logprobs,
-            grammar=await _grammar_of(asked, context.chat_template),
+            grammar=grammar,
         ),
         num_choices=asked.n,
         stops=tuple(asked.stop),
     )
+
+
+def num_characters(messages: Sequence[Message]) -> int:
+    """How much there is to render, roughly: a message costs more than its text."""
+    return sum(MESSAGE_CHARACTERS + len(message.content or "") for message in messages)
+
+
+def _read(asked: ChatRequest, template: ChatTemplate | None) -> tuple[str, str | None]:
+    """The conversation as text, and the grammar of the answer. Raises ApiError."""
+    tools = asked.tools if asked.may_call_tools else []
+    return render(asked.messages, tools, template), _grammar_of(asked, template)
 
 
 def render(
@@ -71,7 +89,7 @@ def render(
         raise invalid("messages", str(error)) from error
 
 
-async def _grammar_of(asked: ChatRequest, template: ChatTemplate | None) -> str | None:
+def _grammar_of(asked: ChatRequest, template: ChatTemplate | None) -> str | None:
     """The grammar that the text is held to, or None. Raises ApiError when that cannot be done."""
     schema = asked.response_format.schema_text
     if schema is not None and asked.may_call_tools:
@@ -83,7 +101,7 @@ async def _grammar_of(asked: ChatRequest, template: ChatTemplate | None) -> str 
         grammar = _strict_calls(asked, template) if schema is None else grammar_of(schema)
         if grammar is not None:
             _check_end(asked)
-            await asyncio.to_thread(check_grammar, grammar)
+            check_grammar(grammar)
     except UnsupportedSchemaError as error:
         raise invalid(param, str(error)) from error
     return grammar

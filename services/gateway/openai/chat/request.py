@@ -80,6 +80,11 @@ class ChatRequest(GenerationParameters, NeutralChatParameters):
         return bool(self.tools) and self.tool_choice.mode != "none"
 
     @property
+    def may_need_grammar(self) -> bool:
+        """Whether the answer may have to follow a schema."""
+        return self.may_call_tools or self.response_format.type != "text"
+
+    @property
     def num_logprobs(self) -> int | None:
         """How many likely tokens to tell beside each one; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
