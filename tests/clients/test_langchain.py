@@ -1,11 +1,15 @@
 """LangChain's ChatOpenAI and OpenAI, as its users call them."""
 
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Literal
 
 import pytest
+import pytest_asyncio
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
+from openai import DefaultAsyncHttpxClient
+from pydantic import BaseModel
 
 from tests.clients import weather
 from tests.clients.ways import MODEL
@@ -13,7 +17,21 @@ from tests.clients.ways import MODEL
 MESSAGES = [SystemMessage("You know Python."), HumanMessage("What does open() do?")]
 
 
+class Verdict(BaseModel):
+    """What a model that is held to its schema must say; every such text is short."""
+
+    answer: Literal["yes", "no", "perhaps"]
+    sure: bool
+
+
 ask_weather = tool("weather")(weather.weather)
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[DefaultAsyncHttpxClient]:
+    """Connections that end with the event loop of a test: LangChain would keep its own."""
+    async with DefaultAsyncHttpxClient() as http:
+        yield http
 
 
 def chat_model(address: str, **options: Any) -> ChatOpenAI:
@@ -21,8 +39,8 @@ def chat_model(address: str, **options: Any) -> ChatOpenAI:
     return ChatOpenAI(base_url=f"{address}/v1", api_key="none", model=MODEL, **options)
 
 
-async def test_chat_gives_the_same_text_in_every_way(address: str) -> None:
-    model = chat_model(address, stream_usage=True)
+async def test_chat_gives_the_same_text_in_every_way(address: str, http: DefaultAsyncHttpxClient) -> None:
+    model = chat_model(address, stream_usage=True, http_async_client=http)
     whole = model.invoke(MESSAGES)
     chunks = list(model.stream(MESSAGES))
     async_chunks = [chunk async for chunk in model.astream(MESSAGES)]
@@ -49,6 +67,12 @@ def test_logprobs_are_in_the_metadata(address: str) -> None:
     answer = chat_model(address).bind(logprobs=True, top_logprobs=2).invoke(MESSAGES)
     scored = answer.response_metadata["logprobs"]["content"]
     assert "".join(token["token"] for token in scored) == answer.text
+
+
+def test_a_real_model_is_held_to_a_schema(address: str) -> None:
+    model = chat_model(address, max_completion_tokens=None)
+    assert isinstance(model.with_structured_output(Verdict, method="json_schema").invoke(MESSAGES), Verdict)
+    assert isinstance(model.with_structured_output(Verdict).invoke(MESSAGES), Verdict)
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
@@ -79,9 +103,17 @@ def test_a_streamed_call_adds_up(weather_address: str) -> None:
     assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("weather", weather.ARGUMENTS)]
 
 
-async def test_completions_give_the_same_text_in_every_way(address: str) -> None:
+async def test_completions_give_the_same_text_in_every_way(
+    address: str, http: DefaultAsyncHttpxClient
+) -> None:
     model = OpenAI(
-        base_url=f"{address}/v1", api_key="none", model=MODEL, max_tokens=12, temperature=0, max_retries=0
+        base_url=f"{address}/v1",
+        api_key="none",
+        model=MODEL,
+        max_tokens=12,
+        temperature=0,
+        max_retries=0,
+        http_async_client=http,
     )
     prompt = "The open() function"
     texts = [

@@ -1,11 +1,12 @@
-"""The official Python client chats, blocking and not, streamed and whole."""
+"""The official Python client chats, blocking and not, streamed and whole, and has answers parsed."""
 
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 
-from tests.clients.ways import MODEL, WAYS, Told, chat, complete
+from tests.clients.ways import MODEL, WAYS, Told, async_client_of, chat, complete
 
 MESSAGES: list[Any] = [
     {"role": "system", "content": "You know Python."},
@@ -14,6 +15,13 @@ MESSAGES: list[Any] = [
 AS_TEXT = "system: You know Python.\nuser: What does open() do?\nassistant:"
 """What the embedded model's chat template makes of it."""
 GREEDY: dict[str, Any] = {"messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}
+
+
+class Verdict(BaseModel):
+    """What a model that is held to its schema must say; every such text is short."""
+
+    answer: Literal["yes", "no", "perhaps"]
+    sure: bool
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -93,3 +101,29 @@ def test_the_clients_stream_helper_accumulates_the_answer(client: openai.OpenAI)
     assert "".join(pieces) == final.choices[0].message.content == text.partition(text[-1])[0]
     assert final.usage is not None
     assert 0 < final.usage.completion_tokens <= 12
+
+
+def test_an_answer_is_parsed_into_a_model_s_class(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model=MODEL, messages=MESSAGES, response_format=Verdict, temperature=1, seed=3
+    )
+    [choice] = parsed.choices
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Verdict)
+
+
+async def test_answers_are_parsed_without_blocking_and_from_a_stream(address: str) -> None:
+    asked: Any = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "response_format": Verdict}
+    async with async_client_of(address) as client:
+        whole = await client.chat.completions.parse(**asked)
+        async with client.chat.completions.stream(**asked) as stream:
+            streamed = await stream.get_final_completion()
+    assert isinstance(whole.choices[0].message.parsed, Verdict)
+    assert streamed.choices[0].message.parsed == whole.choices[0].message.parsed
+
+
+def test_an_answer_that_is_cut_off_cannot_be_parsed(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(
+            model=MODEL, messages=MESSAGES, response_format=Verdict, max_completion_tokens=2
+        )
