@@ -71,9 +71,12 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     is_dual = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_dual)
+        listener = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_dual)
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {authority(host, port)}: {error.strerror}") from error
+    # Connections inherit it. uvloop sets it too, asyncio's own loop does not: 40 ms for each answer.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def server_config(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Config:

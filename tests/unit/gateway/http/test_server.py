@@ -1,6 +1,7 @@
 """How the gateway listens, and how long it keeps connections."""
 
 import asyncio
+import socket
 
 import httpx
 import pytest
@@ -16,6 +17,13 @@ def test_taken_address_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{port}"):
             listen("127.0.0.1", port)
+
+
+def test_answers_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_an_idle_connection_is_kept_longer_than_clients_and_proxies_keep_theirs() -> None:
