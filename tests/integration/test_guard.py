@@ -175,6 +175,7 @@ WARY: dict[str, Any] = {
     "checkpoint_every": 1000,
     "checkpoint_idle_s": 1000.0,
     "keep_checkpoints": 1,
+    "keep_checkpoint_ages_s": (),
     "max_kept_versions": 3,
 }
 BAD: list[Batch] = [[[[7] * 12]]] * (2 * PERIOD + 1)

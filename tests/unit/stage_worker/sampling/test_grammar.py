@@ -17,6 +17,7 @@ from services.stage_worker.sampling.sequences import SequenceState
 from shared.messages.inference import Sampling, SequenceChunk
 from shared.model_files import read_card
 from shared.settings import EMBEDDED_MODEL
+from shared.structured_output import grammar_of
 from shared.text import TextTokenizer
 
 CARD = read_card(Path(EMBEDDED_MODEL), "embedded")
@@ -42,7 +43,7 @@ def compiler() -> Iterator[GrammarCompiler]:
 
 
 def begun(compiler: GrammarCompiler, schema: Any) -> Grammar:
-    grammar = compiler.begin(json.dumps(schema))
+    grammar = compiler.begin(grammar_of(json.dumps(schema)))
     until_ready(grammar)
     return grammar
 
@@ -120,7 +121,7 @@ def test_only_so_many_schemas_stay_compiled(compiler: GrammarCompiler) -> None:
     for number in range(MAX_COMPILED + 3):
         begun(compiler, {"const": number})
     assert len(compiler._compiled) == MAX_COMPILED
-    assert json.dumps({"const": 2}) not in compiler._compiled
+    assert grammar_of(json.dumps({"const": 2})) not in compiler._compiled
 
 
 def test_a_schema_that_cannot_be_used_is_a_failure_with_its_reason(compiler: GrammarCompiler) -> None:
