@@ -1,6 +1,8 @@
 """LiteLLM's functions with the provider `openai`, as its users and its proxy call them."""
 
+import gc
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import litellm
@@ -15,9 +17,18 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:Accessing the 'model_(computed_)?fields':pydantic.warnings.PydanticDeprecatedSince211"
     ),
+    # LiteLLM leaves connections to the collector.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
 
 MESSAGES = [{"role": "user", "content": "What does open() do?"}]
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Has the connections that LiteLLM leaves behind collected here, and not in somebody else's test."""
+    yield
+    gc.collect()
 
 
 def asked(address: str, **options: Any) -> dict[str, Any]:
