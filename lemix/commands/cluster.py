@@ -29,6 +29,33 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+RootPath = Annotated[
+    str,
+    typer.Option(
+        help="Path prefix under which a proxy serves the API.", envvar="LEMIX_ROOT_PATH", show_default="none"
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Listen where others reach it, although nobody needs a key.",
+        envvar="LEMIX_INSECURE",
+    ),
+]
+NatsPort = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=65535,
+        help="Of the run's own NATS server, which keeps it.",
+        show_default="a free one, chosen once",
+    ),
+]
+StartTimeout = Annotated[
+    float, typer.Option(min=1, help="Seconds until something must answer; downloads and loading count.")
+]
+
 
 def up(
     nodes: Nodes = 2,
@@ -42,34 +69,10 @@ def up(
     name: Annotated[str, typer.Option(help="Files of the run go under runs/NAME.")] = "default",
     runs_dir: RunsDir = Path("runs"),
     nats_url: NatsUrl = None,
-    root_path: Annotated[
-        str,
-        typer.Option(
-            help="Path prefix under which a proxy serves the API.",
-            envvar="LEMIX_ROOT_PATH",
-            show_default="none",
-        ),
-    ] = "",
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure",
-            help="Listen where others reach it, although nobody needs a key.",
-            envvar="LEMIX_INSECURE",
-        ),
-    ] = False,
-    nats_port: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=65535,
-            help="Of the run's own NATS server, which keeps it.",
-            show_default="a free one, chosen once",
-        ),
-    ] = None,
-    start_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds until something must answer; downloads and loading count.")
-    ] = 600.0,
+    root_path: RootPath = "",
+    insecure: Insecure = False,
+    nats_port: NatsPort = None,
+    start_timeout: StartTimeout = 600.0,
 ) -> None:
     """Start everything on this machine, and keep it running until Ctrl-C."""
     from lemix.preflight import check_start
