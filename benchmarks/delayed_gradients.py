@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.virtual_pipeline import Part, VirtualPipeline, VirtualStage, loss_of
-from services.stage_worker.optimizers import OptimizerSettings
+from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.settings import OptimizerName
-from services.stage_worker.weights import StageWeights
+from services.stage_worker.training.optimizers import OptimizerSettings
 from services.trainer.learning_rate import LearningRate
 from services.trainer.microbatches import Rows, join, split
 from services.trainer.schedules import SCHEDULES, Schedule, double_buffered

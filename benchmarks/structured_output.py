@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.models import SHAPES, text_model_folder, write_tokenizer
 from benchmarks.report import spread
 from benchmarks.workload import BATCH_SIZE, MAX_TOKENS, prompt_tokens
-from services.stage_worker.executor.torch import TorchExecutor
-from services.stage_worker.sampling.grammar import Grammar, GrammarCompiler, Vocabulary
+from services.stage_worker.compute.sampling.grammar import Grammar, GrammarCompiler, Vocabulary
+from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
 from shared.messages.inference import Sampling, SequenceChunk, SequenceStart
 from shared.settings import EMBEDDED_MODEL

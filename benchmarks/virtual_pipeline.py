@@ -13,9 +13,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from services.stage_worker.executor.microbatches import MicrobatchRunner
-from services.stage_worker.queue import WorkKind
-from services.stage_worker.weights import StageWeights
+from services.stage_worker.compute.weights import StageWeights
+from services.stage_worker.pipeline.disciplines import WorkKind
+from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.trainer.schedules import Pipeline, Schedule, Shape, Slot
 from shared.messages.training import Microbatch
 from shared.model.attention import PackedSegments

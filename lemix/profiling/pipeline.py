@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 
 from lemix.profiling.grid import MAX_ROWS, IterationShape
-from services.stage_worker.executor.base import Rows
-from services.stage_worker.executor.torch import TorchExecutor
+from services.stage_worker.compute.executor import Rows
+from services.stage_worker.compute.torch_executor import TorchExecutor
+from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
 from services.stage_worker.settings import StageWorkerSettings
-from services.stage_worker.sizes import work_of_iteration, work_of_microbatch
 from shared.clock import Clock
 from shared.messages.cluster import LinkPurpose
 from shared.messages.events import OpKind

@@ -16,9 +16,9 @@ from services.scheduler.costs import costs_named
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
-from services.stage_worker.executor.emulated import EmulatedExecutor
-from services.stage_worker.service import StageWorker
+from services.stage_worker.compute.emulated import EmulatedExecutor
 from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.worker import StageWorker
 from services.trainer.intake import Intake
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings

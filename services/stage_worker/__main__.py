@@ -3,9 +3,9 @@
 import sys
 from typing import Any
 
-from services.stage_worker.executor.base import Executor
-from services.stage_worker.service import StageWorker
+from services.stage_worker.compute.executor import Executor
 from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.worker import StageWorker
 from shared.clock import Clock
 from shared.lifecycle import World, load_settings, run_service
 
@@ -38,12 +38,12 @@ def _executor(
 ) -> tuple[StageWorkerSettings, Executor[Any, Any]]:
     """The executor, and the settings with what its device has to say to them."""
     if settings.emulate:
-        from services.stage_worker.emulation import emulated_executor, emulated_settings
+        from services.stage_worker.compute.emulation import emulated_executor, emulated_settings
 
         own = emulated_settings(settings)
         return own, emulated_executor(own, instance, clock)
     # Here: torch takes seconds to load, which an emulated stage need not wait.
-    from services.stage_worker.executor.torch import TorchExecutor
+    from services.stage_worker.compute.torch_executor import TorchExecutor
 
     return settings, TorchExecutor(settings, instance)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from msgspec import structs
 
-from services.stage_worker import training
+from services.stage_worker.training import training
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.errors import RefusedError

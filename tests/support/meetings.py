@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from services.stage_worker.executor.replica import Copied
-from services.stage_worker.executor.torch import TorchExecutor
+from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.training.replica import Copied
 from shared.errors import PeerLostError
 from shared.messages.weights import MergeGroup, OuterStep
 

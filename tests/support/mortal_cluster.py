@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lemix.simulation.loop import VirtualClock
-from services.stage_worker.executor.torch import TorchExecutor
-from services.stage_worker.service import StageWorker
+from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.worker import StageWorker
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM

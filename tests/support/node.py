@@ -11,9 +11,9 @@ from typing import Any
 
 from msgspec import structs
 
-from services.stage_worker.executor.torch import TorchExecutor
-from services.stage_worker.service import StageWorker
+from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.worker import StageWorker
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.stage_worker.kv_cache import PagedAttention, PagedKVCache
+from services.stage_worker.compute.kv_cache import PagedAttention, PagedKVCache
 from shared.model.fast_inference import enable_fast_inference
 from shared.model.loader import load_stage
 from shared.model.partition import partition

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from services.stage_worker.batcher import Sequence
+from services.stage_worker.node.batcher import Sequence
 from shared.messages.inference import InferenceTask, Sampling
 
 

@@ -1,0 +1,196 @@
+"""The interface to whatever computes for a stage worker: torch on a device, or an emulation of one.
+
+One call at a time; tensors stay on the executor's side and are named by their references.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from services.stage_worker.compute.sampling.sequences import SequenceState
+from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
+from shared.messages.inference import SequenceChunk, SequenceResult, SequenceStart, TaskFailed
+from shared.messages.training import AdapterKind, Microbatch, StepOrder
+from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
+from shared.tensors.ref import TensorRef
+
+Snapshot = TypeVar("Snapshot")
+"""A copy of a stage's tensors, opaque to the worker."""
+
+Copied = TypeVar("Copied")
+"""A stage's tensors for a mean with other nodes, and then the mean; opaque to the worker."""
+
+Rows = Sequence[int] | TensorRef
+"""The input of a stage: token ids at stage 0, activations [rows, hidden_size] after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class IterationOutput:
+    """The output of an iteration: activations, or at the last stage the results of its sequences.
+
+    failed: sequences that cannot go on; they have no result. Code 500: the weights are sick, their logits are
+    not finite.
+    """
+
+    hidden: TensorRef | None
+    results: tuple[SequenceResult, ...] = ()
+    failed: tuple[TaskFailed, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """The output of a microbatch's forward.
+
+    hidden: activations for the next stage. loss: of the last stage, which goes backward at once unless the
+    microbatch says `backward_after_all`. gradient: of that backward (None when S = 1).
+    """
+
+    version: int
+    hidden: TensorRef | None = None
+    loss: float | None = None
+    gradient: TensorRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """The files that a stage wrote for a checkpoint."""
+
+    sha256_by_file: dict[str, str]
+    file_by_tensor: dict[str, str]
+    size_bytes: int
+    adapter: AdapterKind = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The facts that the worker needs about the stage it runs."""
+
+    is_tied_across_stages: bool
+    weights: SavedWeights
+    vocab_size: int
+    context_length: int | None
+    """Tokens that a prompt and its completion may have together; None: the model has no limit."""
+
+
+class Executor(Protocol[Snapshot, Copied]):
+    """One stage on one device. Any method may raise LemixError or an error of the device."""
+
+    async def load(self) -> ModelFacts:
+        """Build the stage, warm it up, and say what it holds."""
+        ...
+
+    async def offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
+        """Prepare to send tensors to the process `instance` of stage `peer`."""
+        ...
+
+    async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
+        """The peer has answered the offer."""
+        ...
+
+    async def accept(self, offer: LinkOffer) -> LinkAnswer:
+        """Prepare to take tensors from a peer."""
+        ...
+
+    def begin(self, start: SequenceStart) -> SequenceState:
+        """The state of a sequence that begins (at the last stage)."""
+        ...
+
+    async def iteration(
+        self,
+        chunks: Sequence[SequenceChunk],
+        rows: Rows,
+        version: int | None = None,
+        states: Sequence[SequenceState] = (),
+    ) -> IterationOutput:
+        """Run sequences with a kept weights version, or the newest (None).
+
+        `states`: of each chunk's sequence, at the last stage. Raises VersionGoneError when the stage does
+        not have the version; the tensor in `rows` is used up.
+        """
+        ...
+
+    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput: ...
+
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
+        """Gradient of the stage's inputs, None at stage 0. `gradient`: of its outputs, None at the last."""
+        ...
+
+    async def discard(self, tensor: TensorRef) -> None:
+        """A tensor that a peer has sent will not be used: its room is the sender's again."""
+        ...
+
+    async def finish_batch(self, batch_id: str) -> TensorRef | None:
+        """All backwards of the batch are done: gather its gradients.
+
+        Returns the tied embedding's gradient for the other end of the pipeline, where there is one.
+        """
+        ...
+
+    async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
+        """Add the other end's gradient of a tied embedding; returns the sum of the gradients' squares."""
+        ...
+
+    async def step(self, order: StepOrder) -> None:
+        """Apply a measured batch's gradients, or drop them."""
+        ...
+
+    async def keep(self) -> bool:
+        """Hold on to the weights as they are now, for iterations with their version.
+
+        False: other weights were kept under that number, and are gone now.
+        """
+        ...
+
+    async def release(self, version: int) -> None:
+        """No more iterations will come with that version."""
+        ...
+
+    async def rendezvous(self) -> str:
+        """Where the members of a merge meet, if this stage is the first of them.
+
+        Raises CarrierError when they cannot meet here.
+        """
+        ...
+
+    async def copy_state(self) -> Copied:
+        """Copy all that a merge averages: weights and optimizer state.
+
+        Other calls go on, but those that change just these would spoil the copy.
+        """
+        ...
+
+    async def copy_gradients(self, batch_id: str) -> Copied:
+        """Copy a measured batch's gradients; zeros when `batch_id` is empty."""
+        ...
+
+    async def average(
+        self, copied: Copied, group: MergeGroup, rendezvous: str, outer: OuterStep | None = None
+    ) -> None:
+        """Replace a copy by the mean over the members, or by what `outer` makes of it. Other calls go on.
+
+        Raises PeerLostError when a member is lost.
+        """
+        ...
+
+    async def hold_state(self, mean: Copied, version: int) -> None:
+        """Go on from averaged weights and optimizer state."""
+        ...
+
+    async def hold_gradients(self, mean: Copied, batch_id: str) -> float:
+        """Let the step on `batch_id` use averaged gradients; returns the sum of their squares."""
+        ...
+
+    async def restore(self, checkpoint: str, version: int) -> None:
+        """Drop all training in progress, load weights (empty: those loaded first). Kept versions stay."""
+        ...
+
+    async def snapshot(self) -> Snapshot:
+        """Copy weights and optimizer state as they are now."""
+        ...
+
+    async def write(self, snapshot: Snapshot, folder: Path) -> ShardFiles:
+        """Write and sync a snapshot while other calls go on. Raises OSError when the disk refuses."""
+        ...
+
+    async def close(self) -> None: ...

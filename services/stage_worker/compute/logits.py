@@ -1,0 +1,145 @@
+"""From an iteration's logits to results: the rows that the last stage needs, and each sequence's result."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.stage_worker.compute.sampling.draw import draw
+from services.stage_worker.compute.sampling.logprobs import logprobs
+from services.stage_worker.compute.sampling.sequences import SequenceState
+from shared.messages.inference import (
+    FinishReason,
+    SequenceChunk,
+    SequenceResult,
+    TaskFailed,
+    TokenLogprob,
+)
+
+NOT_FINITE = "the model's logits are not finite"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """A chunk with its places among the rows of logits."""
+
+    chunk: SequenceChunk
+    state: SequenceState
+    scored: range
+    """Rows that predict its targets."""
+    drawing: int | None
+    """The row that draws its token."""
+
+    @property
+    def places(self) -> Sequence[int]:
+        return self.scored if self.drawing is None else (*self.scored, self.drawing)
+
+    def result(self, told: Mapping[int, TokenLogprob]) -> SequenceResult:
+        token = None if self.drawing is None else told.get(self.drawing)
+        return SequenceResult(
+            task_id=self.chunk.task_id,
+            prompt=tuple(told[place] for place in self.scored),
+            token=token,
+            index=self.chunk.index,
+            finish=self._finish(token),
+        )
+
+    def _finish(self, token: TokenLogprob | None) -> FinishReason | None:
+        if token is not None:
+            return self.state.finish_reason(token.token, self.chunk.index)
+        return "length" if self.chunk.produces and self.drawing is None else None
+
+
+class LogitPlan:
+    """Made from the chunks before the forward, which needs `rows` only; `results` reads the logits of those.
+
+    Shape letters: R rows of logits, V vocabulary.
+    """
+
+    def __init__(self, chunks: Sequence[SequenceChunk], states: Sequence[SequenceState]) -> None:
+        self.rows: list[int] = []
+        """Rows of the iteration whose logits are needed, in the order of the chunks."""
+        self._pieces: list[_Piece] = []
+        first = 0
+        for chunk, state in zip(chunks, states, strict=True):
+            self._add(chunk, state, first)
+            first += chunk.num_tokens
+
+    def _add(self, chunk: SequenceChunk, state: SequenceState, first: int) -> None:
+        start = len(self.rows)
+        self.rows.extend(range(first, first + len(chunk.targets)))
+        scored = range(start, len(self.rows))
+        draws = chunk.produces and state.sampling.max_tokens > 0
+        self._pieces.append(_Piece(chunk, state, scored, len(self.rows) if draws else None))
+        if draws:
+            self.rows.append(first + chunk.num_tokens - 1)
+
+    def results(self, logits_RV: Tensor) -> tuple[tuple[SequenceResult, ...], tuple[TaskFailed, ...]]:
+        """A result for each chunk that has something to tell: scored prompt tokens, a new token, its end.
+
+        Sequences that cannot go on fail instead. One whose grammar is not ready has no token yet.
+        """
+        sick = set((~logits_RV.amax(dim=-1).isfinite()).nonzero().flatten().tolist())
+        drawing = {piece.drawing for piece in self._pieces if piece.state.is_ready()} - {None}
+        failures = {
+            piece.chunk.task_id: failure
+            for piece in self._pieces
+            if (failure := _failure(piece, sick, draws=piece.drawing in drawing))
+        }
+        pieces = [piece for piece in self._pieces if piece.chunk.task_id not in failures]
+        tokens = _targets(pieces) | _draw(logits_RV, [piece for piece in pieces if piece.drawing in drawing])
+        told = _with_logprobs(logits_RV, pieces, tokens)
+        results = [piece.result(told) for piece in pieces if piece.scored or piece.chunk.produces]
+        states = {piece.chunk.task_id: piece.state for piece in pieces}
+        for result in results:
+            if result.token is not None and result.finish is None:
+                states[result.task_id].drew(result.token.token)
+        return tuple(results), tuple(failures.values())
+
+
+def _failure(piece: _Piece, sick: Set[int], *, draws: bool) -> TaskFailed | None:
+    """Why the sequence cannot go on. `sick`: rows whose logits are not finite."""
+    task_id = piece.chunk.task_id
+    if not sick.isdisjoint(piece.places):
+        return TaskFailed(task_id=task_id, code=500, reason=NOT_FINITE)
+    reason = piece.state.grammar.failure if draws and piece.state.grammar else None
+    return TaskFailed(task_id=task_id, code=400, reason=reason) if reason else None
+
+
+def _targets(pieces: Sequence[_Piece]) -> dict[int, int]:
+    """The prompt token that each scored row predicts, by its place."""
+    return {
+        place: token
+        for piece in pieces
+        for place, token in zip(piece.scored, piece.chunk.targets, strict=True)
+    }
+
+
+def _draw(logits_RV: Tensor, pieces: Sequence[_Piece]) -> dict[int, int]:
+    """The new token of each piece, by its place."""
+    places = [piece.drawing for piece in pieces if piece.drawing is not None]
+    if not places:
+        return {}
+    rows_RV = logits_RV if len(places) == len(logits_RV) else logits_RV[places]
+    states = [piece.state for piece in pieces]
+    tokens = draw(rows_RV, states, [piece.chunk.index for piece in pieces])
+    return dict(zip(places, tokens, strict=True))
+
+
+def _with_logprobs(
+    logits_RV: Tensor, pieces: Sequence[_Piece], tokens: Mapping[int, int]
+) -> dict[int, TokenLogprob]:
+    """The same tokens with what each piece wants to be told of them, by their places."""
+    told = {place: TokenLogprob(token=token) for place, token in tokens.items()}
+    num_top = {
+        place: piece.state.sampling.num_logprobs
+        for piece in pieces
+        if piece.state.sampling.num_logprobs is not None
+        for place in piece.places
+        if place in tokens
+    }
+    if num_top:
+        wanted = list(num_top)
+        scored = logprobs(logits_RV[wanted], [tokens[place] for place in wanted], list(num_top.values()))
+        told |= zip(wanted, scored, strict=True)
+    return told

@@ -1,0 +1,113 @@
+"""Reports this stage's ops and their times to the scheduler."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
+from shared.bus.base import Bus
+from shared.clock import Clock
+from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
+from shared.messages.inference import SequenceChunk
+from shared.messages.training import Microbatch
+from shared.profiles.times import NO_WORK, Work
+from shared.subjects import PROGRESS
+
+PROGRESS_EVERY_S = 0.001
+"""Between two messages at least: shorter ops are told of together."""
+
+
+class Progress:
+    """Notes the start and end of every op; one task (`run`) reports them.
+
+    The executor does one op at a time, but the next one may be handed to it before. Such an op starts when
+    the one before it ends.
+    """
+
+    def __init__(self, *, node: int, stage: int, bus: Bus, clock: Clock) -> None:
+        self._node = node
+        self._stage = stage
+        self._bus = bus
+        self._clock = clock
+        self._handed: list[tuple[StageOp | None, float]] = []
+        """Ops that the executor has, with the time when it got them; the first one runs."""
+        self._free_s = 0.0
+        """When the last op ended."""
+        self._ended: list[tuple[StageOp, float, float]] = []
+        """(op, start, end) of what is not told yet."""
+        self._happened = asyncio.Event()
+
+    @contextmanager
+    def doing(self, op: StageOp | None) -> Iterator[None]:
+        """Note the op around the executor's call. An op that raises is not reported, nor is None.
+
+        None: work that nobody shall count on, as it goes where nothing else would.
+        """
+        handed = (op, self._clock.now_s())
+        self._handed.append(handed)
+        self._happened.set()
+        try:
+            yield
+            end_s = self._clock.now_s()
+            if op is not None:
+                self._ended.append((op, max(handed[1], self._free_s), end_s))
+            self._free_s = end_s
+        finally:
+            self._handed.remove(handed)
+            self._happened.set()
+
+    async def run(self) -> None:
+        """Report events at once, but not more often than every PROGRESS_EVERY_S; runs until cancelled."""
+        free_to_tell_s = self._clock.now_s()
+        while True:
+            await self._happened.wait()
+            if (early_s := free_to_tell_s - self._clock.now_s()) > 0:
+                await asyncio.sleep(early_s)
+            self._happened.clear()
+            await self._bus.publish(PROGRESS.at(), self._message())
+            free_to_tell_s = self._clock.now_s() + PROGRESS_EVERY_S
+
+    def _message(self) -> StageProgress:
+        now_s = self._clock.now_s()
+        ended = tuple(
+            OpEnded(op=op, elapsed_s=end_s - start_s, ago_s=now_s - end_s)
+            for op, start_s, end_s in self._ended
+        )
+        self._ended.clear()
+        return StageProgress(node=self._node, stage=self._stage, ended=ended, running=self._running(now_s))
+
+    def _running(self, now_s: float) -> OpStarted | None:
+        if not self._handed:
+            return None
+        op, handed_s = self._handed[0]
+        if op is None:
+            return None
+        return OpStarted(op=op, ago_s=now_s - max(handed_s, self._free_s))
+
+
+def iteration_op(number: int, chunks: Sequence[SequenceChunk]) -> StageOp:
+    """An iteration; it is named after the tasks whose prompt it completes."""
+    completed = tuple(chunk.task_id for chunk in chunks if chunk.produces and chunk.index == 0)
+    return _op("iteration", completed, number, work_of_iteration(chunks))
+
+
+def microbatch_op(kind: Literal["forward", "backward"], microbatch: Microbatch) -> StageOp:
+    """A microbatch on its way through the stage."""
+    return _op(kind, (microbatch.batch_id,), microbatch.index, work_of_microbatch(microbatch))
+
+
+def step_op(batch_id: str) -> StageOp:
+    """The optimizer's step for a batch."""
+    return _op("step", (batch_id,), 0, NO_WORK)
+
+
+def _op(kind: OpKind, task_ids: tuple[str, ...], index: int, work: Work) -> StageOp:
+    return StageOp(
+        kind=kind,
+        task_ids=task_ids,
+        index=index,
+        num_tokens=work.num_tokens,
+        num_pairs=work.num_pairs,
+        num_sequences=work.num_sequences,
+    )

@@ -1,0 +1,160 @@
+"""A stage's part in joint work of nodes: the mean of their weights, and of their gradients.
+
+    trainer --MERGE, REDUCE--> copy --> mean with the same stage of other nodes --> hold the mean
+
+Only holding the mean, and the copy of gradients, are ops of their own; other ops go on during the rest.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any
+
+from services.stage_worker.context import WorkerContext
+from services.stage_worker.pipeline.disciplines import WorkKind
+from services.stage_worker.training.training import Item, Training
+from shared.bus.base import Incoming
+from shared.errors import BusError, CarrierError, PeerLostError, RefusedError
+from shared.messages.base import Done
+from shared.messages.cluster import Rendezvous, RendezvousRequest
+from shared.messages.weights import MergeGroup, MergeWeights, ReduceGradients
+from shared.subjects import MERGE, REDUCE, RENDEZVOUS
+
+MERGE_DEADLINE_S = 600.0
+RENDEZVOUS_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Merging:
+    """Obeys the trainer; its epoch fences as in training."""
+
+    def __init__(self, context: WorkerContext, training: Training, *, group: asyncio.TaskGroup) -> None:
+        self._settings = context.settings
+        self._bus = context.bus
+        self._executor = context.executor
+        self._queue = context.queue
+        self._training = training
+        self._group = group
+
+    async def subscribe(self) -> None:
+        """Listen to the trainer, and to the same stage of other nodes."""
+        place = {"node": self._settings.node, "stage": self._settings.stage}
+        await self._bus.respond(RENDEZVOUS.at(**place), self._on_rendezvous)
+        await self._bus.respond(MERGE.at(**place), self._on_merge)
+        await self._bus.subscribe(REDUCE.at(**place), self._on_reduce)
+
+    async def _on_rendezvous(self, incoming: Incoming[RendezvousRequest]) -> Rendezvous:
+        return Rendezvous(address=await self._executor.rendezvous(), settings=self._settings.alike_in_merges)
+
+    # Weights
+
+    async def _on_merge(self, incoming: Incoming[MergeWeights]) -> Done:
+        order = incoming.message
+        try:
+            async with asyncio.timeout(MERGE_DEADLINE_S):
+                await self._merge(order)
+        except RefusedError:
+            raise
+        except Exception as error:
+            log.exception("no merge %s", order.group.name)
+            raise RefusedError(f"{type(error).__name__}: {error}") from error
+        return Done()
+
+    async def _merge(self, order: MergeWeights) -> None:
+        self._training.check_epoch_is(order.epoch)
+        copied = await self._executor.copy_state()
+        self._training.check_epoch_is(order.epoch)  # else a restore may have changed what was being copied
+        rendezvous = await self._rendezvous(order.group)
+        await self._executor.average(copied, order.group, rendezvous, order.outer)
+        await self._in_turn(order.epoch, partial(self._hold_state, copied, order))
+
+    async def _hold_state(self, mean: Any, order: MergeWeights) -> None:
+        await self._executor.hold_state(mean, order.version)
+        await self._training.merged(order.version, keep=order.keep)
+
+    async def _in_turn(self, epoch: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Do this between two other ops, unless its asker has gone by then.
+
+        Raises RefusedError when a restore has begun.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            if done.done():
+                return
+            failure = None
+            try:
+                self._training.check_epoch_is(epoch)
+                await work()
+            except Exception as error:  # noqa: BLE001  # the asker gets it
+                failure = error
+            if done.done():
+                return
+            if failure is None:
+                done.set_result(None)
+            else:
+                done.set_exception(failure)
+
+        self._queue.put(WorkKind.CONTROL, run)
+        await done
+
+    async def _rendezvous(self, group: MergeGroup) -> str:
+        """The address where the members meet.
+
+        Raises PeerLostError when the first one does not say, CarrierError when it trains something else.
+        """
+        first, stage = group.members[0].node, self._settings.stage
+        if first == self._settings.node:
+            return await self._executor.rendezvous()
+        try:
+            answer = await self._bus.request(
+                RENDEZVOUS.at(node=first, stage=stage), RendezvousRequest(), timeout_s=RENDEZVOUS_TIMEOUT_S
+            )
+        except BusError as error:
+            raise PeerLostError(f"node {first} does not say where to meet: {error}") from error
+        self._check_alike(first, answer.settings)
+        return answer.address
+
+    def _check_alike(self, node: int, settings: Mapping[str, str]) -> None:
+        """Check that members train the same: adapters of other modules or alphas may have equal sizes."""
+        own = self._settings
+        differences = [
+            f"LEMIX_{name.upper()}={settings[name]} on node {node} and {value} on node {own.node}"
+            for name, value in own.alike_in_merges.items()
+            if settings.get(name, value) != value
+        ]
+        if differences:
+            raise CarrierError(f"nodes that share their weights must train alike: {', '.join(differences)}")
+
+    # Gradients
+
+    async def _on_reduce(self, incoming: Incoming[ReduceGradients]) -> None:
+        order = incoming.message
+        self._in_training(order, partial(self._copy_gradients, order))
+
+    async def _copy_gradients(self, order: ReduceGradients) -> None:
+        copied = await self._executor.copy_gradients(order.batch_id)
+        self._group.create_task(self._reduce(order, copied))
+
+    async def _reduce(self, order: ReduceGradients, copied: Any) -> None:
+        try:
+            await self._executor.average(copied, order.group, await self._rendezvous(order.group))
+        except Exception as error:
+            log.exception("no mean of gradients %s", order.group.name)
+            await self._training.failed(order.epoch, _name(order), error)
+            return
+        self._in_training(order, partial(self._hold_gradients, order, copied))
+
+    async def _hold_gradients(self, order: ReduceGradients, mean: Any) -> None:
+        squared_norm = await self._executor.hold_gradients(mean, _name(order))
+        await self._training.gradients_ready(order.epoch, _name(order), squared_norm)
+
+    def _in_training(self, order: ReduceGradients, work: Callable[[], Awaitable[None]]) -> None:
+        self._training.enqueue(WorkKind.STEP, Item(order.epoch, _name(order), None, work))
+
+
+def _name(order: ReduceGradients) -> str:
+    """The name of the step on this node."""
+    return order.batch_id or order.group.name

@@ -1,0 +1,110 @@
+"""Training on one stage: forwards that keep their graphs, backwards that use them up."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from services.stage_worker.compute.weights import StageWeights, WeightsVersion
+from shared.errors import LemixError
+from shared.messages.training import Microbatch
+from shared.model.attention import PackedSegments
+from shared.model.stage import Stage
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A microbatch between its forward and its backward on this stage."""
+
+    inputs: Tensor
+    outputs: Tensor
+    """Activations [T, H], or on the last stage the loss."""
+    version: WeightsVersion
+
+
+class MicrobatchRunner:
+    """Runs microbatches of one stage. All methods belong to the compute thread.
+
+    With `checkpointing` only a microbatch's inputs are kept until its backward, which runs the forward again,
+    with the weights of the first time. Not where the backward follows at once: nothing waits there.
+
+    Shape letters: T rows of the microbatch, H hidden size.
+    """
+
+    def __init__(
+        self, stage: Stage, weights: StageWeights, device: torch.device, *, checkpointing: bool = False
+    ) -> None:
+        self._stage = stage
+        self._weights = weights
+        self._device = device
+        self._checkpointing = checkpointing
+        self._in_flight: dict[tuple[str, int], _InFlight] = {}
+
+    def drop_all(self) -> None:
+        """Forget everything in flight."""
+        self._in_flight.clear()
+        self._weights.drop_training()
+
+    def forward(self, microbatch: Microbatch, inputs: Tensor) -> tuple[int, Tensor]:
+        """Returns the weights version, and activations [T, H], or on the last stage the loss [].
+
+        The loss is the microbatch's share of the batch's mean over labels, in nats.
+        """
+        inputs = self._as_leaf(inputs)
+        with self._weights.training_forward() as version, self._saving(microbatch):
+            if self._checkpointing and (microbatch.backward_after_all or not self._stage.layers.is_last):
+                outputs = self._checkpointed(microbatch, inputs, version)
+            else:
+                outputs = self._outputs(microbatch, inputs)
+        self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(inputs, outputs, version)
+        return version.number, outputs.detach()
+
+    def backward(self, batch_id: str, index: int, gradient: Tensor | None) -> Tensor | None:
+        """Backward with the gradient [T, H] of the activations, None of the loss on the last stage.
+
+        Returns the gradient [T, H] of the inputs, None at stage 0.
+
+        Raises LemixError when the microbatch is not in flight here.
+        """
+        microbatch = self._in_flight.pop((batch_id, index), None)
+        if microbatch is None:
+            raise LemixError(
+                f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
+            )
+        torch.autograd.backward(microbatch.outputs, gradient)
+        self._weights.backward_done(microbatch.version)
+        return microbatch.inputs.grad
+
+    def _checkpointed(self, microbatch: Microbatch, inputs: Tensor, version: WeightsVersion) -> Tensor:
+        """The outputs; what their backward needs is computed when it comes."""
+
+        def run(inputs: Tensor) -> Tensor:
+            with self._weights.installed(version):
+                return self._outputs(microbatch, inputs)
+
+        outputs: Tensor = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=False)
+        return outputs
+
+    def _outputs(self, microbatch: Microbatch, inputs: Tensor) -> Tensor:
+        if not self._stage.layers.is_last:
+            return self._run(microbatch, inputs, None)
+        rows = torch.tensor(microbatch.label_rows, device=self._device)
+        labels = torch.tensor(microbatch.labels, device=self._device)
+        logits = self._run(microbatch, inputs, rows)
+        return functional.cross_entropy(logits.float(), labels, reduction="sum") * microbatch.loss_weight
+
+    def _as_leaf(self, inputs: Tensor) -> Tensor:
+        return inputs.requires_grad_() if inputs.is_floating_point() else inputs
+
+    def _saving(self, microbatch: Microbatch) -> AbstractContextManager[object]:
+        """Where a forward keeps what its backward needs."""
+        if not microbatch.offload:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
+
+    def _run(self, microbatch: Microbatch, inputs: Tensor, logit_rows: Tensor | None) -> Tensor:
+        positions = torch.cat([torch.arange(length, device=self._device) for length in microbatch.lengths])
+        return self._stage.forward(inputs, positions, PackedSegments(microbatch.lengths), logit_rows)

@@ -1,0 +1,273 @@
+"""The edge of a stage worker: loads, meets its neighbours, tells how it stands, and works off its queue.
+
+    bus --> pipeline/serving.py  (requests, iterations) --.
+        --> training/training.py (microbatches, weights) --+--> pipeline/queue.py (one at a time) --> compute/
+        --> training/merging.py  (means with other nodes) --'
+
+The halves know neither each other nor this file; merging.py goes by the training's epoch and version.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from services.stage_worker.compute.executor import Executor, ModelFacts
+from services.stage_worker.context import WorkerContext, is_inside
+from services.stage_worker.pipeline.disciplines import DISCIPLINES
+from services.stage_worker.pipeline.progress import Progress
+from services.stage_worker.pipeline.queue import WorkQueue
+from services.stage_worker.pipeline.serving import Serving
+from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.training.merging import Merging
+from services.stage_worker.training.training import Training
+from shared import subjects
+from shared.bus.base import Bus, Incoming
+from shared.clock import Clock
+from shared.errors import BusError, ConfigurationError
+from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, LinkPurpose, StageStopped
+from shared.messages.weights import RestoreWeights
+from shared.telemetry import Telemetry
+
+LOST_AFTER_S = 3 * subjects.HEARTBEAT_S
+LINK_TIMEOUT_S = 5.0
+
+Target = tuple[int, LinkPurpose]
+"""A stage that this one sends tensors to, and which."""
+
+log = logging.getLogger(__name__)
+
+
+class StageWorker:
+    """One stage of one node. The same class runs in every world; only bus, clock and executor differ."""
+
+    def __init__(
+        self,
+        *,
+        settings: StageWorkerSettings,
+        instance: str,
+        bus: Bus,
+        clock: Clock,
+        telemetry: Telemetry,
+        executor: Executor[Any, Any],
+    ) -> None:
+        """Raises ConfigurationError for an unknown discipline or a stage that is none of `num_stages`."""
+        if settings.discipline not in DISCIPLINES:
+            raise ConfigurationError(
+                f"discipline {settings.discipline!r} is none of {', '.join(DISCIPLINES)}"
+            )
+        if settings.stage >= settings.num_stages:
+            raise ConfigurationError(f"stage {settings.stage} is not below num_stages {settings.num_stages}")
+        self._settings = settings
+        self._instance = instance
+        self._bus = bus
+        self._clock = clock
+        self._executor = executor
+        discipline = DISCIPLINES[settings.discipline](settings.training_patience_s)
+        self._queue = WorkQueue(clock, discipline, max_items=settings.max_queued)
+        self._progress = Progress(node=settings.node, stage=settings.stage, bus=bus, clock=clock)
+        self._context = WorkerContext(
+            settings=settings,
+            bus=bus,
+            clock=clock,
+            telemetry=telemetry,
+            executor=executor,
+            queue=self._queue,
+            progress=self._progress,
+        )
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}
+        """Other stages of the node: the last heartbeat, and when it came."""
+        self._linked: dict[Target, str] = {}
+        """Where this stage can send tensors to, with the instance that accepted."""
+        self._linking: set[Target] = set()
+        self._refused: set[str] = set()
+        """Instances whose refusal was logged."""
+        self._told_whole = False
+        """Whether the last heartbeat said that the node is whole (stage 0)."""
+
+    async def run(self) -> None:
+        """Load the model, then serve and train until cancelled."""
+        facts = await self._executor.load()
+        self._targets = self._targets_of(facts)
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                await self._subscribe(facts)
+                group.create_task(self._queue.run())
+                group.create_task(self._progress.run())
+                group.create_task(self._beat())
+        finally:
+            await self._executor.close()
+            await self._say_goodbye()
+
+    def _targets_of(self, facts: ModelFacts) -> set[Target]:
+        stage, last = self._settings.stage, self._settings.num_stages - 1
+        targets: set[Target] = {
+            (other, "activations") for other in (stage - 1, stage + 1) if 0 <= other <= last
+        }
+        if facts.is_tied_across_stages and stage in (0, last):
+            targets.add((last - stage, "tied"))
+        return targets
+
+    async def _subscribe(self, facts: ModelFacts) -> None:
+        self._serving = Serving(self._context, facts, is_node_whole=self._is_node_whole)
+        self._training = Training(
+            self._context,
+            facts,
+            group=self._group,
+            tell_version=self._serving.set_version,
+            tell_restored=self._on_restored,
+        )
+        place = {"node": self._settings.node, "stage": self._settings.stage}
+        await self._bus.respond(subjects.LINK.at(**place), self._on_link_offer)
+        await self._serving.subscribe()
+        await self._training.subscribe()
+        await Merging(self._context, self._training, group=self._group).subscribe()
+        await self._bus.subscribe(subjects.NEIGHBOUR.at(node=self._settings.node), self._on_heartbeat)
+
+    async def _on_restored(self, message: RestoreWeights, is_same: bool) -> None:
+        await self._serving.restored(message, is_same=is_same)
+        await self._publish_heartbeat()
+
+    # Neighbours
+
+    async def _on_link_offer(self, incoming: Incoming[LinkOffer]) -> LinkAnswer:
+        offer, shm_dir = incoming.message, self._settings.shm_dir
+        if not is_inside(offer.place, shm_dir):
+            return LinkAnswer(accepted=False, reason=f"{offer.place} is not in this stage's {shm_dir}")
+        return await self._executor.accept(offer)
+
+    async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
+        beat = incoming.message
+        if beat.stage == self._settings.stage:
+            return
+        known = self._seen[beat.stage][0].instance if beat.stage in self._seen else None
+        self._seen[beat.stage] = (beat, self._clock.now_s())
+        if known != beat.instance:
+            await self._meet(beat.stage, is_restart=known is not None)
+        self._start_linking(beat)
+        await self._tell_whether_whole()
+        self._serving.pump()
+
+    async def _tell_whether_whole(self) -> None:
+        if self._settings.stage == 0 and self._is_node_whole() != self._told_whole:
+            await self._publish_heartbeat()
+            log.info("node %d is %s", self._settings.node, "whole" if self._told_whole else "not whole")
+
+    async def _meet(self, stage: int, *, is_restart: bool) -> None:
+        if is_restart:
+            await self._serving.reset(f"stage {stage} of the node was restarted")
+            if stage == 0:  # which knows of no sequence that began before
+                self._serving.sequences.clear()
+        await self._publish_heartbeat()  # so that the newcomer need not wait for the next one
+
+    def _start_linking(self, beat: Heartbeat) -> None:
+        for target in self._targets - self._linking:
+            if target[0] == beat.stage and self._linked.get(target) != beat.instance:
+                self._linking.add(target)
+                self._group.create_task(self._link(target, beat.instance))
+
+    async def _link(self, target: Target, instance: str) -> None:
+        """Offer an arena; a peer that does not accept is asked again at its next heartbeat."""
+        stage, purpose = target
+        try:
+            offer = await self._executor.offer(stage, instance, purpose)
+            place = subjects.LINK.at(node=self._settings.node, stage=stage)
+            answer = await self._bus.request(place, offer, timeout_s=LINK_TIMEOUT_S)
+            await self._executor.connect(stage, purpose, answer)
+        except BusError as error:
+            log.warning("no link to stage %d yet: %s", stage, error)
+            return
+        finally:  # not before: an offer replaces the link of the one before it
+            self._linking.discard(target)
+        if not answer.accepted:
+            self._log_refusal(stage, instance, answer.reason)
+            return
+        self._linked[target] = instance
+        await self._publish_heartbeat()
+        self._serving.pump()
+
+    def _log_refusal(self, stage: int, instance: str, reason: str) -> None:
+        if instance not in self._refused:
+            self._refused.add(instance)
+            log.error(
+                "stage %d cannot read this stage's memory: %s. The node serves nothing: its stages"
+                " must run on one host and share LEMIX_SHM_DIR.",
+                stage,
+                reason,
+            )
+
+    def _is_ready(self) -> bool:
+        """Whether this stage can send tensors to every stage that it has to."""
+        return all(
+            (beat := self._heard_lately(target[0])) is not None and self._linked.get(target) == beat.instance
+            for target in self._targets
+        )
+
+    def _is_node_whole(self) -> bool:
+        """Whether requests can go through all stages, and meet weights of one lineage on their way."""
+        others = set(range(self._settings.num_stages)) - {self._settings.stage}
+        return self._is_ready() and all(
+            (beat := self._heard_lately(stage)) is not None and beat.ready and self._has_same_weights(beat)
+            for stage in others
+        )
+
+    def _has_same_weights(self, beat: Heartbeat) -> bool:
+        """A restore puts all stages on one version; a stage that restarts falls back to an older one."""
+        training = self._training
+        if training.restored_epoch and training.restored_epoch == beat.epoch:
+            return True
+        own = (training.version, training.origin.checkpoint, training.origin.digest)
+        return own == (beat.weights_version, beat.checkpoint, beat.checkpoint_digest)
+
+    def _heard_lately(self, stage: int) -> Heartbeat | None:
+        if stage not in self._seen:
+            return None
+        beat, when_s = self._seen[stage]
+        return beat if self._clock.now_s() - when_s < LOST_AFTER_S else None
+
+    # How it stands
+
+    async def _beat(self) -> None:
+        was_ready = False
+        try:
+            while True:
+                await self._publish_heartbeat()
+                await self._serving.tick()
+                is_ready = self._is_ready()
+                if was_ready and not is_ready:
+                    await self._serving.reset("a stage of the node is lost")
+                was_ready = is_ready
+                await asyncio.sleep(subjects.HEARTBEAT_S)
+        finally:
+            self._serving.close()
+
+    async def _publish_heartbeat(self) -> None:
+        settings, scheduler, training = self._settings, self._serving.scheduler, self._training
+        self._told_whole = settings.stage == 0 and self._is_node_whole()
+        beat = Heartbeat(
+            node=settings.node,
+            stage=settings.stage,
+            num_stages=settings.num_stages,
+            instance=self._instance,
+            model=settings.model,
+            device=settings.device,
+            ready=self._is_ready(),
+            whole=self._told_whole,
+            weights_version=training.version,
+            sick_version=self._serving.sick_version,
+            checkpoint=training.origin.checkpoint,
+            checkpoint_digest=training.origin.digest,
+            epoch=training.restored_epoch,
+            running=scheduler.num_running,
+            waiting=len(scheduler.admission),
+            queued=len(self._queue),
+            kv_blocks_used=scheduler.allocator.num_blocks - scheduler.allocator.num_free,
+            kv_blocks_total=scheduler.allocator.num_blocks,
+            kv_block_size=settings.kv_block_size,
+        )
+        await self._bus.publish(subjects.HEARTBEAT.at(), beat)
+        await self._bus.publish(subjects.NEIGHBOUR.at(node=settings.node), beat)
+
+    async def _say_goodbye(self) -> None:
+        gone = StageStopped(node=self._settings.node, stage=self._settings.stage, instance=self._instance)
+        await self._bus.publish(subjects.STOPPED.at(), gone)

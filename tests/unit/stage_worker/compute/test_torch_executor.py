@@ -1,0 +1,89 @@
+"""What the torch executor asks of the machine, apart from computing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.stage_worker.checkpoint.shard_files import (
+    random_state,
+    read_optimizer_state,
+    read_random_state,
+    take_snapshot,
+    write_shard,
+)
+from services.stage_worker.compute.torch_executor import NUM_TIED_SLOTS, TorchExecutor
+from services.stage_worker.settings import StageWorkerSettings
+from shared.model.index import write_index
+from shared.model.partition import LayerRange
+from tests.support.models import VOCAB_SIZE, save_tiny_model
+
+HIDDEN_SIZE = 32
+ROWS = 16
+
+
+async def test_only_the_tied_gradient_gets_slots_of_the_vocabularys_size(tmp_path: Path) -> None:
+    save_tiny_model("llama_tied", tmp_path / "model")
+    settings = StageWorkerSettings(
+        node=0,
+        stage=0,
+        num_stages=2,
+        model=str(tmp_path / "model"),
+        run_dir=tmp_path,
+        shm_dir=tmp_path,
+        max_iteration_tokens=ROWS,
+        max_microbatch_tokens=ROWS,
+    )
+    executor = TorchExecutor(settings, "me")
+    facts = await executor.load()
+    assert (facts.is_tied_across_stages, facts.vocab_size, facts.context_length) == (True, VOCAB_SIZE, 4096)
+    rows = await executor.offer(1, "peer", "activations")
+    tied = await executor.offer(1, "peer", "tied")
+    await executor.close()
+    assert (rows.purpose, rows.slot_bytes, rows.num_slots) == ("activations", ROWS * HIDDEN_SIZE * 4, 6)
+    assert (tied.purpose, tied.slot_bytes) == ("tied", VOCAB_SIZE * HIDDEN_SIZE * 4)
+    assert tied.num_slots == NUM_TIED_SLOTS
+    assert rows.place != tied.place
+
+
+@pytest.mark.parametrize("names", [{"a"}, {"b.c"}, {"a", "b.c"}, set()])
+def test_a_stage_reads_the_optimizer_state_of_its_own_parameters(names: set[str], tmp_path: Path) -> None:
+    for stage, name in enumerate(("a", "b.c")):
+        state = {f"exp_avg.{name}": torch.ones(2), f"step.{name}": torch.ones(())}
+        snapshot = take_snapshot({name: torch.zeros(2)}, state)
+        write_shard(snapshot, tmp_path, LayerRange(stage=stage, num_stages=2, first=stage, end=stage + 1))
+    found = read_optimizer_state(tmp_path, names)
+    assert found.keys() == {f"{kind}.{name}" for name in names for kind in ("exp_avg", "step")}
+
+
+async def test_random_numbers_come_again_after_a_restore(tmp_path: Path) -> None:
+    """A model with dropout would else train otherwise after a crash."""
+    save_tiny_model("llama", tmp_path / "model")
+    settings = StageWorkerSettings(
+        node=0, stage=0, num_stages=2, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
+    )
+    executor = TorchExecutor(settings, "me")
+    await executor.load()
+    first = torch.rand(3)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tmp_path / "model", folder)
+    (folder / "model.safetensors").unlink()
+    shard = await executor.write(await executor.snapshot(), folder)
+    write_index(folder, shard.file_by_tensor, shard.size_bytes)
+    after_saving = torch.rand(3)
+
+    await executor.restore(str(folder), 1)
+    assert torch.equal(torch.rand(3), after_saving)
+    await executor.restore("", 0)
+    assert torch.equal(torch.rand(3), first)
+    await executor.close()
+
+
+def test_random_states_of_another_number_of_stages_are_not_taken(tmp_path: Path) -> None:
+    layers = LayerRange(stage=0, num_stages=2, first=0, end=1)
+    state = random_state(torch.device("cpu"))
+    write_shard(take_snapshot({"a": torch.zeros(2)}, state), tmp_path, layers)
+
+    assert torch.equal(read_random_state(tmp_path, layers)["random.cpu"], state["random.cpu"])
+    assert read_random_state(tmp_path, LayerRange(stage=0, num_stages=3, first=0, end=1)) == {}

@@ -1,0 +1,533 @@
+"""The node scheduler: traces drawn by hand, and any interleaving of submit, cancel and finish."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.stage_worker.compute.sampling.sequences import SequenceState, SequenceTable
+from services.stage_worker.node.node_scheduler import Iteration, NodeScheduler
+from shared.errors import RefusedError, UnknownSequenceError
+from shared.messages.inference import IterationDone, SampledToken
+from tests.unit.stage_worker.support import task
+
+BLOCK_SIZE = 4
+
+
+def new_scheduler(*, num_in_flight: int = 2, token_budget: int = 8, num_blocks: int = 8) -> NodeScheduler:
+    return NodeScheduler(
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        num_in_flight=num_in_flight,
+        token_budget=token_budget,
+        max_deferrable_tokens=10,
+        max_waiting=64,
+        vocab_size=128,
+    )
+
+
+def submit(
+    scheduler: NodeScheduler,
+    *task_ids: str,
+    prompt_length: int = 3,
+    max_tokens: int = 4,
+    now_s: float = 0,
+    **fields: Any,
+) -> None:
+    for task_id in task_ids:
+        one = task(task_id, prompt_length=prompt_length, max_tokens=max_tokens, **fields)
+        scheduler.submit(one, deadline_s=now_s + one.timeout_s, traceparent="")
+
+
+def start(scheduler: NodeScheduler) -> Iteration:
+    iteration = scheduler.next_iteration()
+    assert iteration is not None
+    return iteration
+
+
+def rows(iteration: Iteration) -> list[tuple[str, int]]:
+    return [(chunk.task_id, chunk.num_tokens) for chunk in iteration.chunks]
+
+
+def done(iteration: Iteration, *, token: int = 50, finished: tuple[str, ...] = ()) -> IterationDone:
+    """All sequences of the iteration that produce get `token`."""
+    tokens = tuple(
+        SampledToken(task_id=chunk.task_id, token=token, finished=chunk.task_id in finished)
+        for chunk in iteration.chunks
+        if chunk.produces
+    )
+    return IterationDone(iteration=iteration.number, tokens=tokens)
+
+
+def test_two_iterations_of_disjoint_sequences_are_in_flight_at_once() -> None:
+    scheduler = new_scheduler(token_budget=6)
+    submit(scheduler, "a", "b", "c", "d")
+    first, second = start(scheduler), start(scheduler)
+    assert rows(first) == [("a", 3), ("b", 3)]
+    assert rows(second) == [("c", 3), ("d", 3)]
+    assert scheduler.next_iteration() is None
+    scheduler.finish_iteration(done(first))
+    third = start(scheduler)
+    assert rows(third) == [("a", 1), ("b", 1)]
+    assert third.tokens == (50, 50)
+    assert scheduler.next_iteration() is None
+
+
+def test_a_decode_waits_for_its_token() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a")
+    first = start(scheduler)
+    assert scheduler.next_iteration() is None
+    scheduler.finish_iteration(done(first, token=7))
+    assert start(scheduler).tokens == (7,)
+
+
+def test_pieces_of_one_prompt_follow_each_other_in_flight() -> None:
+    scheduler = new_scheduler(token_budget=4)
+    submit(scheduler, "a", prompt_length=8)
+    first, second = start(scheduler), start(scheduler)
+    assert (first.tokens, second.tokens) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert [chunk.produces for chunk in first.chunks + second.chunks] == [False, True]
+    scheduler.finish_iteration(done(first))
+    assert scheduler.next_iteration() is None
+    scheduler.finish_iteration(done(second, token=9))
+    assert start(scheduler).tokens == (9,)
+
+
+def test_a_finished_sequence_gives_its_blocks_back() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a", "b")
+    first = start(scheduler)
+    (completed,) = scheduler.finish_iteration(done(first, finished=("a",)))
+    assert completed.task.task_id == "a"
+    assert (scheduler.num_running, scheduler.allocator.num_free) == (1, 6)
+
+
+def test_a_sequence_without_a_token_is_complete() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a", max_tokens=0)
+    first = start(scheduler)
+    sampled = SampledToken(task_id="a", token=None, finished=True)
+    (completed,) = scheduler.finish_iteration(IterationDone(iteration=first.number, tokens=(sampled,)))
+    assert completed.task.task_id == "a"
+    assert scheduler.allocator.num_free == 8
+
+
+def test_a_token_that_cannot_be_drawn_yet_is_asked_for_again_with_the_same_row() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a", prompt_length=3)
+    first = start(scheduler)
+    not_yet = SampledToken(task_id="a", token=None, finished=False)
+    assert scheduler.finish_iteration(IterationDone(iteration=first.number, tokens=(not_yet,))) == []
+    again = start(scheduler)
+    (chunk,) = again.chunks
+    assert (again.tokens, chunk.start, chunk.produces, chunk.index) == ((2,), 2, True, 0)
+    assert chunk.begins is None
+    scheduler.finish_iteration(done(again, token=7))
+    assert start(scheduler).tokens == (7,)
+
+
+def test_the_last_stage_is_told_once_of_sequences_that_left_after_they_began() -> None:
+    scheduler = new_scheduler(token_budget=4)
+    submit(scheduler, "a", "b", "c", prompt_length=4)
+    first = start(scheduler)
+    assert first.chunks[0].begins is not None
+    scheduler.remove("a")
+    scheduler.remove("c")
+    assert [start(scheduler).left, first.left] == [("a",), ()]
+
+
+def test_who_left_is_told_again_when_the_iteration_that_said_so_is_lost() -> None:
+    scheduler = new_scheduler(token_budget=4)
+    submit(scheduler, "a", "b", "c", prompt_length=4)
+    start(scheduler)
+    scheduler.remove("a")
+    second = start(scheduler)
+    assert second.left == ("a",)
+    scheduler.lose_iteration(second.number)
+    assert start(scheduler).left == ("a", "b")
+    scheduler.reset()
+    submit(scheduler, "d")
+    assert start(scheduler).left == ("a", "b", "c")
+
+
+def test_a_cancel_in_mid_flight_frees_the_blocks_and_the_late_token_is_ignored() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a", "b")
+    first = start(scheduler)
+    assert scheduler.remove("a")
+    assert scheduler.allocator.num_free == 6
+    assert scheduler.finish_iteration(done(first)) == []
+    assert (scheduler.num_running, scheduler.allocator.num_free) == (1, 6)
+    assert rows(start(scheduler)) == [("b", 1)]
+    assert not scheduler.remove("a")
+
+
+def test_a_waiting_sequence_is_cancelled_without_ever_running() -> None:
+    scheduler = new_scheduler(num_blocks=2)
+    submit(scheduler, "a", "b")
+    start(scheduler)
+    assert len(scheduler.admission) == 1
+    assert scheduler.remove("b")
+    assert len(scheduler.admission) == 0
+
+
+def test_the_expired_are_removed_wherever_they_are() -> None:
+    scheduler = new_scheduler(num_blocks=4)
+    submit(scheduler, "running", "waiting", max_tokens=12, now_s=0.0)
+    submit(scheduler, "late enough", now_s=5.0)
+    first = start(scheduler)
+    assert [one.task_id for one in scheduler.expired(0.9)] == []
+    assert [one.task_id for one in scheduler.expired(1.0)] == ["running", "waiting"]
+    assert scheduler.allocator.num_free == 4
+    assert rows(start(scheduler)) == [("late enough", 3)]
+    assert scheduler.finish_iteration(done(first)) == []
+
+
+def test_a_reset_returns_everything_and_leaves_nothing_in_flight() -> None:
+    scheduler = new_scheduler(num_blocks=4)
+    submit(scheduler, "a", "b", max_tokens=12)
+    lost = start(scheduler)
+    assert [one.task_id for one in scheduler.reset()] == ["a", "b"]
+    assert (scheduler.num_running, len(scheduler.admission), scheduler.allocator.num_free) == (0, 0, 4)
+    submit(scheduler, "c", "d", prompt_length=8, max_tokens=1)
+    assert rows(start(scheduler)) == [("c", 8)]
+    assert scheduler.finish_iteration(done(lost)) == []
+    assert rows(start(scheduler)) == [("d", 8)]
+    assert scheduler.next_iteration() is None
+
+
+def test_unknown_iterations_are_ignored() -> None:
+    scheduler = new_scheduler(num_in_flight=1)
+    submit(scheduler, "a")
+    first = start(scheduler)
+    stranger = SampledToken(task_id="nobody", token=1, finished=True)
+    assert scheduler.finish_iteration(IterationDone(iteration=77, tokens=(stranger,))) == []
+    assert scheduler.next_iteration() is None
+    scheduler.finish_iteration(done(first))
+    assert scheduler.next_iteration() is not None
+
+
+# Weights versions
+
+
+def score(scheduler: NodeScheduler, *task_ids: str, version: int = 3, prompt_length: int = 3) -> None:
+    """Deferrable tasks."""
+    submit(
+        scheduler,
+        *task_ids,
+        prompt_length=prompt_length,
+        max_tokens=0,
+        deferrable=True,
+        weights_version=version,
+    )
+
+
+def test_sequences_go_on_with_the_newest_weights_unless_the_trainer_says_otherwise() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a")
+    assert start(scheduler).version is None
+    assert list(scheduler.versions_in_use) == []
+
+
+def test_published_every_sequence_moves_on_with_the_next_iteration() -> None:
+    scheduler = new_scheduler()
+    assert scheduler.restored(4, "published") == []
+    submit(scheduler, "a")
+    first = start(scheduler)
+    scheduler.versions.publish(9)
+    assert list(scheduler.versions_in_use) == [4, 9]
+    scheduler.finish_iteration(done(first))
+    second = start(scheduler)
+    assert (first.version, second.version) == (4, 9)
+    assert list(scheduler.versions_in_use) == [9]
+
+
+def test_pinned_a_sequence_ends_with_the_version_that_it_began_with() -> None:
+    scheduler = new_scheduler()
+    scheduler.restored(4, "pinned")
+    submit(scheduler, "old")
+    first = start(scheduler)
+    scheduler.versions.publish(5)
+    submit(scheduler, "new")
+    second = start(scheduler)
+    assert (rows(first), first.version) == ([("old", 3)], 4)
+    assert (rows(second), second.version) == ([("new", 3)], 5)
+    scheduler.finish_iteration(done(first))
+    third = start(scheduler)
+    assert (rows(third), third.version) == ([("old", 1)], 4)
+    assert list(scheduler.versions_in_use) == [4, 5]
+    scheduler.finish_iteration(done(third, finished=("old",)))
+    assert list(scheduler.versions_in_use) == [5]
+
+
+def test_a_version_is_in_use_until_the_last_iteration_with_it_has_come_back() -> None:
+    scheduler = new_scheduler()
+    scheduler.restored(4, "pinned")
+    submit(scheduler, "a")
+    first = start(scheduler)
+    scheduler.versions.publish(5)
+    scheduler.remove("a")
+    assert list(scheduler.versions_in_use) == [4]
+    scheduler.finish_iteration(done(first))
+    assert list(scheduler.versions_in_use) == []
+
+
+def test_versions_take_turns_even_while_one_of_them_prefills() -> None:
+    scheduler = new_scheduler(num_in_flight=1, token_budget=4)
+    scheduler.restored(1, "pinned")
+    submit(scheduler, "long", prompt_length=12)
+    turns = [start(scheduler)]
+    scheduler.versions.publish(2)
+    submit(scheduler, "short")
+    for _ in range(4):
+        scheduler.finish_iteration(done(turns[-1]))
+        turns.append(start(scheduler))
+    assert [turn.version for turn in turns] == [1, 2, 1, 2, 1]
+
+
+def test_a_restore_ends_what_wants_other_weights_and_nothing_else() -> None:
+    scheduler = new_scheduler()
+    scheduler.restored(4, "pinned")
+    submit(scheduler, "old")
+    start(scheduler)
+    scheduler.versions.publish(5)
+    submit(scheduler, "new")
+    start(scheduler)
+    submit(scheduler, "waiting", prompt_length=30, max_tokens=3)
+    score(scheduler, "scored", version=5)
+    assert [one.task_id for one in scheduler.restored(4, "pinned")] == ["new", "scored"]
+    assert (scheduler.num_running, len(scheduler.admission)) == (1, 1)
+
+
+def test_a_restore_to_other_weights_of_the_same_number_ends_what_was_pinned_to_it() -> None:
+    scheduler = new_scheduler()
+    scheduler.restored(4, "pinned")
+    submit(scheduler, "old")
+    start(scheduler)
+    submit(scheduler, "waiting", prompt_length=30, max_tokens=3)
+    score(scheduler, "scored", version=4)
+    assert [one.task_id for one in scheduler.restored(4, "pinned", is_same=False)] == ["old", "scored"]
+    assert len(scheduler.admission) == 1
+
+
+def test_sequences_of_the_newest_weights_are_pinned_by_the_first_restore() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a")
+    first = start(scheduler)
+    assert scheduler.restored(0, "pinned") == []
+    scheduler.versions.publish(1)
+    scheduler.finish_iteration(done(first))
+    assert start(scheduler).version == 0
+
+
+def test_a_lost_iteration_takes_its_own_sequences_along() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "a", "b", prompt_length=4)
+    lost = start(scheduler)
+    submit(scheduler, "c")
+    start(scheduler)
+    assert [one.task_id for one in scheduler.lose_iteration(lost.number)] == ["a", "b"]
+    assert scheduler.lose_iteration(lost.number) == []
+    assert scheduler.num_running == 1
+    submit(scheduler, "d")
+    assert rows(start(scheduler)) == [("d", 3)]
+
+
+# Deferrable tasks
+
+
+def test_deferrable_tasks_run_where_no_request_can_and_one_iteration_at_a_time() -> None:
+    scheduler = new_scheduler(num_in_flight=1)
+    submit(scheduler, "a")
+    score(scheduler, "x", "y", "z")
+    first = start(scheduler)
+    assert (rows(first), first.deferrable) == ([("a", 3)], False)
+    scoring = start(scheduler)
+    assert (rows(scoring), scoring.deferrable, scoring.version) == ([("x", 3), ("y", 3)], True, 3)
+    assert all(chunk.produces and not chunk.blocks for chunk in scoring.chunks)
+    assert scheduler.next_iteration() is None
+    scheduler.finish_iteration(done(first))
+    assert rows(start(scheduler)) == [("a", 1)]
+    completed = scheduler.finish_iteration(done(scoring, finished=("x", "y")))
+    assert [one.task.task_id for one in completed] == ["x", "y"]
+    assert rows(start(scheduler)) == [("z", 3)]
+
+
+def test_deferrable_tasks_of_two_versions_share_no_iteration() -> None:
+    scheduler = new_scheduler()
+    score(scheduler, "x", version=3)
+    score(scheduler, "y", version=4)
+    first = start(scheduler)
+    assert (rows(first), first.version) == ([("x", 3)], 3)
+    scheduler.finish_iteration(done(first, finished=("x",)))
+    assert start(scheduler).version == 4
+
+
+def test_a_deferrable_prompt_longer_than_an_iteration_runs_whole() -> None:
+    scheduler = new_scheduler(token_budget=4)
+    score(scheduler, "long", prompt_length=9)
+    assert rows(start(scheduler)) == [("long", 9)]
+
+
+def test_deferrable_tasks_that_cannot_run_whole_are_refused() -> None:
+    scheduler = new_scheduler()
+    with pytest.raises(RefusedError, match="at most 10 tokens"):
+        score(scheduler, "x", prompt_length=11)
+    with pytest.raises(RefusedError, match="max_tokens must be 0"):
+        submit(scheduler, "x", deferrable=True)
+    score(scheduler, *(f"x{number}" for number in range(64)))
+    with pytest.raises(RefusedError, match="64 deferrable tasks"):
+        score(scheduler, "one more")
+
+
+def test_deferrable_tasks_can_be_removed_expire_and_are_reset() -> None:
+    scheduler = new_scheduler()
+    score(scheduler, "x", "y", "z")
+    scoring = start(scheduler)
+    assert scheduler.remove("x")
+    assert [one.task_id for one in scheduler.expired(1.0)] == ["y", "z"]
+    assert scheduler.finish_iteration(done(scoring, finished=("x", "y"))) == []
+    score(scheduler, "u")
+    assert [one.task_id for one in scheduler.reset()] == ["u"]
+
+
+def token_after(text: list[int]) -> int:
+    """The fake model: any function of the whole text."""
+    return (31 * sum((place + 1) * token for place, token in enumerate(text)) + 7) % 1000
+
+
+@dataclass
+class FakePipeline:
+    """Runs iterations in order on one cache, as stages do: later ones see what earlier ones wrote."""
+
+    scheduler: NodeScheduler
+    cache: dict[int, int] = field(default_factory=dict)
+    in_flight: deque[Iteration] = field(default_factory=deque)
+    table: SequenceTable = field(
+        default_factory=lambda: SequenceTable(lambda start: SequenceState(start.gateway, start.sampling))
+    )
+    """The last stage's."""
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    completed: set[str] = field(default_factory=set)
+
+    def start_all(self) -> None:
+        while (iteration := self.scheduler.next_iteration()) is not None:
+            self.in_flight.append(iteration)
+
+    def finish(self, *, puts_off: bool = False) -> set[str]:
+        """`puts_off`: no token can be drawn yet. Returns the tasks that are lost, as `lose` does."""
+        if not self.in_flight:
+            return set()
+        try:
+            states = self.table.enter(self.in_flight[0].chunks, self.in_flight[0].left)
+        except UnknownSequenceError:
+            return self.lose()
+        iteration, first, sampled = self.in_flight.popleft(), 0, []
+        for chunk, state in zip(iteration.chunks, states, strict=True):
+            tokens = iteration.tokens[first : first + chunk.num_tokens]
+            first += chunk.num_tokens
+            for place, token in enumerate(tokens, start=chunk.start):
+                self.cache[self._slot(chunk.blocks, place)] = token
+            if chunk.produces and puts_off:
+                sampled.append(SampledToken(task_id=chunk.task_id, token=None, finished=False))
+            elif chunk.produces:
+                text = [
+                    self.cache[self._slot(chunk.blocks, at)] for at in range(chunk.start + chunk.num_tokens)
+                ]
+                token, is_last = token_after(text), chunk.index + 1 == state.sampling.max_tokens
+                self.answers.setdefault(chunk.task_id, []).append(token)
+                sampled.append(SampledToken(task_id=chunk.task_id, token=token, finished=is_last))
+        self.table.drop(one.task_id for one in sampled if one.finished)
+        completed = self.scheduler.finish_iteration(
+            IterationDone(iteration=iteration.number, tokens=tuple(sampled))
+        )
+        self.completed |= {one.task.task_id for one in completed}
+        return set()
+
+    def lose(self) -> set[str]:
+        """The oldest iteration does not reach the last stage; returns the tasks that are lost with it."""
+        if not self.in_flight:
+            return set()
+        lost = self.scheduler.lose_iteration(self.in_flight.popleft().number)
+        return {task.task_id for task in lost}
+
+    def _slot(self, blocks: tuple[int, ...], place: int) -> int:
+        return blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+
+
+def assert_every_block_has_one_owner(scheduler: NodeScheduler) -> None:
+    owned = [block for one in scheduler._running.values() for block in one.blocks]
+    allocator = scheduler.allocator
+    free = [*allocator._given_back, *range(allocator._num_used_ever, allocator.num_blocks)]
+    assert len(free) == allocator.num_free
+    assert sorted(owned + free) == list(range(allocator.num_blocks))
+
+
+def expected_answer(prompt_length: int, max_tokens: int) -> list[int]:
+    text = list(range(prompt_length))
+    for _ in range(max_tokens):
+        text.append(token_after(text))
+    return text[prompt_length:]
+
+
+Submit = st.tuples(st.just("submit"), st.integers(1, 12), st.integers(1, 6))
+Cancel = st.tuples(st.just("cancel"), st.integers(0, 9), st.just(0))
+Start = st.just(("start", 0, 0))
+Finish = st.just(("finish", 0, 0))
+PutOff = st.just(("put off", 0, 0))
+Lose = st.just(("lose", 0, 0))
+Reset = st.just(("reset", 0, 0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    commands=st.lists(st.one_of(Submit, Cancel, Start, Finish, PutOff, Lose, Reset), max_size=40),
+    num_in_flight=st.integers(1, 3),
+    token_budget=st.integers(1, 7),
+)
+def test_any_interleaving_keeps_blocks_apart_answers_whole_and_leaves_nothing_behind(
+    commands: list[tuple[str, int, int]], num_in_flight: int, token_budget: int
+) -> None:
+    scheduler = new_scheduler(num_in_flight=num_in_flight, token_budget=token_budget, num_blocks=6)
+    pipeline = FakePipeline(scheduler)
+    wanted: dict[str, list[int]] = {}
+    cancelled: set[str] = set()
+    for name, first, second in commands:
+        match name:
+            case "submit":
+                task_id = f"t{len(wanted)}"
+                submit(scheduler, task_id, prompt_length=first, max_tokens=second)
+                wanted[task_id] = expected_answer(first, second)
+            case "cancel":
+                if scheduler.remove(f"t{first}"):
+                    cancelled.add(f"t{first}")
+            case "start":
+                pipeline.start_all()
+            case "finish":
+                cancelled |= pipeline.finish()
+            case "put off":
+                cancelled |= pipeline.finish(puts_off=True)
+            case "lose":
+                cancelled |= pipeline.lose()
+            case "reset":
+                pipeline.in_flight.clear()
+                cancelled |= {one.task_id for one in scheduler.reset()}
+        assert_every_block_has_one_owner(scheduler)
+    pipeline.start_all()
+    while pipeline.in_flight:
+        cancelled |= pipeline.finish()
+        pipeline.start_all()
+        assert_every_block_has_one_owner(scheduler)
+    assert scheduler.allocator.num_free == scheduler.allocator.num_blocks
+    assert (scheduler.num_running, len(scheduler.admission)) == (0, 0)
+    assert pipeline.completed == wanted.keys() - cancelled
+    for task_id in pipeline.completed:
+        assert pipeline.answers[task_id] == wanted[task_id]
+    submit(scheduler, "last", prompt_length=1, max_tokens=1)
+    pipeline.start_all()
+    pipeline.finish()
+    assert len(pipeline.table) == 0, "the last stage still knows sequences that are gone"

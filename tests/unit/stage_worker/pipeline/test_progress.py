@@ -1,0 +1,166 @@
+"""A stage tells what it does: at once when something happens, not too often, and with the right times."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import pytest
+
+from lemix.simulation.loop import VirtualClock, run_virtual
+from services.stage_worker.pipeline.progress import (
+    PROGRESS_EVERY_S,
+    Progress,
+    iteration_op,
+    microbatch_op,
+    step_op,
+)
+from shared.bus.base import Incoming
+from shared.bus.memory import MemoryBroker
+from shared.messages.events import StageOp, StageProgress
+from shared.messages.inference import SequenceChunk
+from shared.messages.training import Microbatch
+from shared.subjects import PROGRESS
+
+
+def chunk(task_id: str, start: int, num_tokens: int, *, produces: bool, index: int = 0) -> SequenceChunk:
+    return SequenceChunk(
+        task_id=task_id,
+        start=start,
+        num_tokens=num_tokens,
+        blocks=(),
+        produces=produces,
+        index=index,
+    )
+
+
+def test_an_iteration_is_named_after_the_prompts_that_it_completes() -> None:
+    chunks = (
+        chunk("decodes", 9, 1, produces=True, index=2),
+        chunk("begins", 0, 4, produces=False),
+        chunk("completes", 2, 3, produces=True),
+    )
+    assert iteration_op(7, chunks) == StageOp(
+        kind="iteration",
+        task_ids=("completes",),
+        index=7,
+        num_tokens=8,
+        num_pairs=10 + (1 + 2 + 3 + 4) + (3 + 4 + 5),
+        num_sequences=3,
+    )
+
+
+def test_training_ops_are_named_after_their_batch() -> None:
+    microbatch = Microbatch(
+        epoch=1,
+        batch_id="b",
+        index=1,
+        count=2,
+        lengths=(2, 3),
+        label_rows=(),
+        labels=(),
+        loss_weight=1.0,
+    )
+    assert microbatch_op("backward", microbatch) == StageOp(
+        kind="backward", task_ids=("b",), index=1, num_tokens=5, num_pairs=3 + 6, num_sequences=2
+    )
+    assert step_op("b").num_tokens == 0
+
+
+@asynccontextmanager
+async def telling() -> AsyncIterator[tuple[Progress, list[tuple[float, StageProgress]]]]:
+    """A stage's progress, and what is told of it with the time (of a virtual clock, from 0)."""
+    broker = MemoryBroker()
+    told: list[tuple[float, StageProgress]] = []
+    loop = asyncio.get_running_loop()
+    begin_s = loop.time()
+
+    async def on_progress(incoming: Incoming[StageProgress]) -> None:
+        told.append((loop.time() - begin_s, incoming.message))
+
+    listener, bus = broker.connect(), broker.connect()
+    await listener.subscribe(PROGRESS.at(), on_progress)
+    progress = Progress(node=3, stage=1, bus=bus, clock=VirtualClock(loop))
+    running = asyncio.create_task(progress.run())
+    yield progress, told
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await listener.close()
+    await bus.close()
+
+
+async def do(progress: Progress, batch_id: str, seconds: float) -> None:
+    with progress.doing(step_op(batch_id)):
+        await asyncio.sleep(seconds)
+
+
+def ended(message: StageProgress) -> list[tuple[str, float, float]]:
+    """(batch, elapsed, ago) in milliseconds."""
+    return [
+        (each.op.task_ids[0], round(1e3 * each.elapsed_s, 3), round(1e3 * each.ago_s, 3))
+        for each in message.ended
+    ]
+
+
+def test_start_and_end_are_told_at_once() -> None:
+    async def case() -> None:
+        async with telling() as (progress, told):
+            await do(progress, "a", 0.1)
+            await asyncio.sleep(1.0)
+        (begin_s, begin), (end_s, end) = told
+        assert (begin_s, end_s) == pytest.approx((0.0, 0.1))
+        assert (begin.node, begin.stage, begin.ended) == (3, 1, ())
+        assert begin.running is not None and begin.running.op == step_op("a")
+        assert (ended(end), end.running) == ([("a", 100.0, 0.0)], None)
+
+    run_virtual(case())
+
+
+def test_many_short_ops_go_into_few_messages() -> None:
+    async def case() -> None:
+        async with telling() as (progress, told):
+            for index in range(20):
+                await do(progress, str(index), 0.001)
+            await asyncio.sleep(1.0)
+        assert len(told) <= 20 * 0.001 / PROGRESS_EVERY_S + 2
+        times_s = [at_s for at_s, _ in told]
+        gaps_s = [later - earlier for earlier, later in pairwise(times_s)]
+        assert min(gaps_s) >= PROGRESS_EVERY_S - 1e-9
+        everything = [each for _, message in told for each in ended(message)]
+        assert [(name, elapsed) for name, elapsed, _ in everything] == [(str(i), 1.0) for i in range(20)]
+        assert told[1][1].ended[0].ago_s == pytest.approx(PROGRESS_EVERY_S - 0.001)
+
+    run_virtual(case())
+
+
+def test_an_op_that_was_handed_over_early_starts_when_the_one_before_it_ends() -> None:
+    async def case() -> None:
+        async with telling() as (progress, told):
+
+            async def second() -> None:
+                with progress.doing(step_op("b")):
+                    await asyncio.sleep(0.25)  # 0.1 s behind the first one, then 0.15 s of its own
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(do(progress, "a", 0.1))
+                group.create_task(second())
+            await asyncio.sleep(1.0)
+        first, at_turn, last = (message for _, message in told)
+        assert first.running is not None and first.running.op.task_ids == ("a",)
+        assert at_turn.running is not None and at_turn.running.op.task_ids == ("b",)
+        assert at_turn.running.ago_s == pytest.approx(0.0)
+        assert ended(at_turn) + ended(last) == [("a", 100.0, 0.0), ("b", 150.0, 0.0)]
+
+    run_virtual(case())
+
+
+def test_an_op_that_fails_has_no_end_but_runs_no_more() -> None:
+    async def case() -> None:
+        async with telling() as (progress, told):
+            with pytest.raises(ValueError), progress.doing(step_op("a")):
+                await asyncio.sleep(0.1)
+                raise ValueError
+            await asyncio.sleep(1.0)
+        assert [(ended(message), message.running is None) for _, message in told] == [([], False), ([], True)]
+
+    run_virtual(case())
