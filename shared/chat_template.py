@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -23,10 +24,19 @@ DEFAULT = "default"
 TOOL_USE = "tool_use"
 """Name of the template of conversations with tools; models without it use the default one."""
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names under which templates find the tokens of their model."""
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
+_OPTIONS = ("chat_template", "continue_final_message", "tokenize")
+"""In transformers, options of `apply_chat_template`; templates never see them."""
+RESERVED_NAMES = frozenset((*_GIVEN, *SPECIAL_TOKENS, *_OPTIONS))
+"""Names that no variable may have: templates know them from the conversation and the model, or not at all."""
+
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys under which clients send the thoughts of an earlier answer; templates read one of the first two."""
 
 Json = Mapping[str, object]
+_NO_VARIABLES: Json = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +71,16 @@ class ChatTemplate:
         *,
         tools: Sequence[Json] | None = None,
         add_generation_prompt: bool = True,
+        variables: Json = _NO_VARIABLES,
     ) -> str:
         """The conversation as the model is to read it.
 
         `messages` and `tools` are as in OpenAI's API. `add_generation_prompt` ends the text where the
-        assistant's answer begins. Raises ChatTemplateError when the template refuses the conversation.
+        assistant's answer begins. `variables`: what else the template may ask for, such as `enable_thinking`;
+        RESERVED_NAMES among them are overridden.
+        Raises ChatTemplateError when the template refuses the conversation.
         """
-        return self._render(messages, tools, add_generation_prompt, self._now())
+        return self._render(messages, tools, add_generation_prompt, self._now(), variables)
 
     def segments(self, messages: Sequence[ChatMessage]) -> list[Segment]:
         """Cut the rendered conversation where the assistant begins and ends.
@@ -94,16 +107,18 @@ class ChatTemplate:
         tools: Sequence[Json] | None,
         add_generation_prompt: bool,
         now: datetime,
+        variables: Json = _NO_VARIABLES,
     ) -> str:
+        given = {
+            "messages": [_as_templates_expect(message) for message in messages],
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": now.strftime,
+            **self._special_tokens,
+        }
         try:
-            return self._templates[self._name(bool(tools))].render(
-                messages=[_as_templates_expect(message) for message in messages],
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=now.strftime,
-                **self._special_tokens,
-            )
+            return self._templates[self._name(bool(tools))].render({**variables, **given})
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
 

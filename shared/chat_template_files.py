@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.chat_template import DEFAULT, ChatTemplate
+from shared.chat_template import DEFAULT, SPECIAL_TOKENS, ChatTemplate
 from shared.clock import Clock
 from shared.errors import ConfigurationError
 
@@ -13,7 +13,6 @@ _CONFIG = "tokenizer_config.json"
 _OLDER_TOKENS = "special_tokens_map.json"
 _OWN_FILE = "chat_template.jinja"
 _FURTHER_FILES = "additional_chat_templates"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def load_chat_template(folder: Path, clock: Clock, *, chosen: Path | None = None) -> ChatTemplate | None:
@@ -59,7 +58,7 @@ def _sources_in(config: Mapping[str, Any]) -> dict[str, str]:
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     older = {} if "added_tokens_decoder" in config else _read_object(folder / _OLDER_TOKENS)
     tokens = {**config, **older}
-    return {name: _token_text(tokens[name]) for name in _SPECIAL_TOKENS if tokens.get(name)}
+    return {name: _token_text(tokens[name]) for name in SPECIAL_TOKENS if tokens.get(name)}
 
 
 def _token_text(token: object) -> str:

@@ -104,10 +104,19 @@ async def test_a_conversation_has_the_tokens_that_chat_counts() -> None:
     assert TOKENIZER.decode(without["tokens"], skip_special_tokens=False).count("Who are you?") == 1
 
 
+async def test_a_conversation_has_the_tokens_of_its_templates_variables() -> None:
+    source = "{{ 'one' if short else 'one two three' }}"
+    async with gateway_world(template=source) as world:
+        asked = {"messages": TALK, "chat_template_kwargs": {"short": True}}
+        tokens = (await world.http.post("/tokenize", json=asked)).json()["tokens"]
+    assert tokens == LIBRARY.encode("one").ids
+
+
 @pytest.mark.parametrize(
     ("url", "asked", "status", "param"),
     [
         ("/tokenize", {}, 400, None),
+        ("/tokenize", {"messages": TALK, "chat_template_kwargs": {"tools": []}}, 400, "chat_template_kwargs"),
         ("/tokenize", {"prompt": "a", "messages": TALK}, 400, None),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
         ("/tokenize", {"prompt": "a", "colour": 1}, 400, "colour"),

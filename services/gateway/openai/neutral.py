@@ -11,7 +11,6 @@ from pydantic import Field
 from services.gateway.openai.schema import RequestModel, Whole, at_most
 
 Empty = Annotated[list[Any], Field(max_length=0)]
-EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 MAX_METADATA = 16
 Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)]
@@ -74,6 +73,5 @@ class NeutralChatParameters(NeutralParameters):
     add_generation_prompt: Literal[True] = True
     continue_final_message: Literal[False] = False
     chat_template: None = None
-    chat_template_kwargs: EmptyObject = Field(default_factory=dict)
     documents: Empty = Field(default_factory=list)
     include_reasoning: Literal[True] = True

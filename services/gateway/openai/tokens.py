@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 from services.gateway.context import GatewayContext
 from services.gateway.openai.chat.messages import MAX_MESSAGES, Message
 from services.gateway.openai.chat.prompt import num_characters, render
+from services.gateway.openai.chat.template_variables import TemplateVariables
 from services.gateway.openai.chat.tools import MAX_TOOLS, Tool
 from services.gateway.openai.models import check_model
 from services.gateway.openai.schema import RequestModel, invalid
@@ -23,6 +24,8 @@ class TokenizeRequest(RequestModel):
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     add_generation_prompt: bool = True
     """End a conversation with what makes the model answer."""
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
+    """Variables for the chat template."""
     add_special_tokens: bool | None = None
     """Put the tokenizer's own tokens around; not given: around a prompt, as a template writes them itself."""
 
@@ -61,7 +64,8 @@ def add_tokens(app: FastAPI, context: GatewayContext) -> None:
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> TokenizeAnswer:
         check_model(asked.model or card.name, card)
-        text, adds_special = await threads.run(num_characters(asked.messages), partial(_text, asked, context))
+        size = num_characters(asked.messages, asked.chat_template_kwargs)
+        text, adds_special = await threads.run(size, partial(_text, asked, context))
         encode = tokenizer.encode if adds_special else tokenizer.encode_part
         tokens = await threads.run(len(text), lambda: encode(text))
         return TokenizeAnswer(count=len(tokens), max_model_len=card.context_length, tokens=tokens)
@@ -87,5 +91,6 @@ def _text(asked: TokenizeRequest, context: GatewayContext) -> tuple[str, bool]:
         asked.tools,
         context.chat_template,
         add_generation_prompt=asked.add_generation_prompt,
+        variables=asked.chat_template_kwargs,
     )
     return text, asked.add_special_tokens is True

@@ -84,9 +84,13 @@ def model(folder: Path, **files: str) -> Path:
     return folder
 
 
-def by_transformers(folder: Path, messages: list[Any], tools: Any = None, prompt: bool = True) -> str:
+def by_transformers(
+    folder: Path, messages: list[Any], tools: Any = None, prompt: bool = True, **variables: Any
+) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
+    )
     return str(text)
 
 
@@ -121,6 +125,24 @@ def test_arguments_in_a_string_are_decoded(source: str) -> None:
     as_object = [QUESTION, call({"city": "Zürich"}), RESULT]
 
     assert template(source).render(as_string, tools=TOOLS) == template(source).render(as_object, tools=TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("source", "variables", "shown"),
+    [
+        (QWEN, {"enable_thinking": False}, "<think>\n\n</think>"),
+        (LLAMA_3, {"date_string": "1 May 2024"}, "Today Date: 1 May 2024"),
+        (CHATML, {"enable_thinking": False, "self": 1}, "assistant"),
+    ],
+    ids=["qwen", "llama3", "unknown to the template"],
+)
+def test_variables_reach_the_template_as_in_transformers(source, variables, shown, tmp_path: Path) -> None:
+    folder = model(tmp_path, **{"chat_template.jinja": source})
+    text = template(source).render(CHAT, variables=variables)
+
+    assert shown in text
+    asked = {name: value for name, value in variables.items() if name != "self"}  # Python's own name there
+    assert text == by_transformers(folder, CHAT, **asked)
 
 
 @pytest.mark.parametrize(("given", "seen"), [("", "{}"), ("[1]", '"[1]"'), ("{not", '"{not"')])

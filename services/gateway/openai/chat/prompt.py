@@ -1,7 +1,8 @@
 """From a chat request to what the model is asked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from services.gateway.context import GatewayContext
 from services.gateway.generation import GenerationRequest
@@ -23,6 +24,8 @@ The scheduler keeps room for all of them in the KV cache (16,384 tokens of a nod
 """
 MESSAGE_CHARACTERS = 64
 """A message costs as much to render as so many characters of its text."""
+VARIABLES_CHARACTERS = 1_000
+"""Variables of the template cost as much to render as so many characters of text."""
 GRAMMAR_CHARACTERS = 10_000
 """A grammar costs as much to check as so many characters to tokenise."""
 
@@ -37,7 +40,8 @@ async def generation_request(
         raise invalid("top_logprobs", "only with 'logprobs'")
     wanted = asked.token_limit
     text, grammar = await context.text_threads.run(
-        num_characters(asked.messages) + (GRAMMAR_CHARACTERS if asked.may_need_grammar else 0),
+        num_characters(asked.messages, asked.chat_template_kwargs)
+        + (GRAMMAR_CHARACTERS if asked.may_need_grammar else 0),
         partial(_read, asked, context.chat_template),
     )
     prompt = await tokenise_rendered(text, wanted or 1, context)
@@ -57,15 +61,17 @@ async def generation_request(
     )
 
 
-def num_characters(messages: Sequence[Message]) -> int:
+def num_characters(messages: Sequence[Message], variables: Mapping[str, Any]) -> int:
     """How much there is to render, roughly: a message costs more than its text."""
-    return sum(MESSAGE_CHARACTERS + len(message.content or "") for message in messages)
+    characters = sum(MESSAGE_CHARACTERS + len(message.content or "") for message in messages)
+    return characters + (VARIABLES_CHARACTERS if variables else 0)
 
 
 def _read(asked: ChatRequest, template: ChatTemplate | None) -> tuple[str, str | None]:
     """The conversation as text, and the grammar of the answer. Raises ApiError."""
     tools = asked.tools if asked.may_call_tools else []
-    return render(asked.messages, tools, template), _grammar_of(asked, template)
+    text = render(asked.messages, tools, template, variables=asked.chat_template_kwargs)
+    return text, _grammar_of(asked, template)
 
 
 def render(
@@ -74,6 +80,7 @@ def render(
     template: ChatTemplate | None,
     *,
     add_generation_prompt: bool = True,
+    variables: Mapping[str, Any],
 ) -> str:
     """A conversation as the model reads it. Raises ApiError when the template cannot say it."""
     if template is None:
@@ -84,6 +91,7 @@ def render(
             [for_template(message) for message in messages],
             tools=[tool.model_dump(exclude_unset=True) for tool in tools] or None,
             add_generation_prompt=add_generation_prompt,
+            variables=variables,
         )
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from error

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from services.gateway.openai.chat.messages import MAX_MESSAGES, Message
+from services.gateway.openai.chat.template_variables import TemplateVariables
 from services.gateway.openai.chat.tools import (
     MAX_TOOLS,
     NamedTool,
@@ -73,6 +74,7 @@ class ChatRequest(GenerationParameters, NeutralChatParameters):
         ToolChoice, BeforeValidator(as_tool_choice, json_schema_input_type=ToolMode | NamedTool)
     ] = Field(default_factory=lambda: ToolChoice("auto"))
     parallel_tool_calls: bool = True
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
 
     @property
     def may_call_tools(self) -> bool:

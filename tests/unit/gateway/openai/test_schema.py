@@ -51,6 +51,8 @@ def test_null_is_the_same_as_not_given(model: type[RequestModel]) -> None:
         (ChatRequest, {"tool_choice": "auto"}, True),
         (ChatRequest, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, True),
         (ChatRequest, {"tool_choice": "maybe"}, False),
+        (ChatRequest, {"chat_template_kwargs": {"enable_thinking": False}}, True),
+        (ChatRequest, {"chat_template_kwargs": {"tools": []}}, False),
         (ChatRequest, {"messages": [HELLO | {"content": [{"type": "text", "text": "x"}]}]}, True),
         (ChatRequest, {"messages": [HELLO | {"content": [{"type": "image_url"}]}]}, False),
         (ChatRequest, {"messages": [{"role": "king", "content": "x"}]}, False),

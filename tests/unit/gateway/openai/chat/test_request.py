@@ -104,7 +104,12 @@ def prompt_of(**fields: Any) -> str:
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"chat_template": "x"}, "chat_template"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": ["enable_thinking"]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {str(number): 1 for number in range(65)}}, "chat_template_kwargs"),
+        *(
+            ({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
+            for name in ("messages", "tools", "add_generation_prompt", "bos_token", "chat_template")
+        ),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"metadata": {"a": 1}}, "metadata.a"),
     ],
@@ -192,6 +197,12 @@ def test_what_clients_add_to_an_answer_is_not_shown_to_the_template() -> None:
     parsed = {"index": 0, "function": function | {"parsed_arguments": {"a": 1}}}
     added = answer | {"parsed": {"b": 2}, "tool_calls": [call | parsed]}
     assert prompt_of(source=SHOW, messages=[added]) == prompt_of(source=SHOW, messages=[answer])
+
+
+def test_variables_reach_the_template() -> None:
+    source = "{{ 'thinking' if enable_thinking else 'at once' }}"
+    assert prompt_of(source=source) == "at once"
+    assert prompt_of(source=source, chat_template_kwargs={"enable_thinking": True}) == "thinking"
 
 
 def test_tools_reach_the_template_as_they_are() -> None:
