@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lemix.run_folder import ClusterFile, running_clusters
+from lemix.run_folder import ClusterFile, check_run_name, running_clusters
 from shared.errors import ConfigurationError
 
 DEFAULT_RUN = "default"
@@ -63,7 +63,9 @@ def checkpoint_root(runs_dir: Path, name: str | None) -> Path:
 
 
 def _chosen(runs_dir: Path, name: str | None) -> tuple[str, ClusterFile] | None:
-    """The running cluster of that name, or the only one."""
+    """The running cluster of that name, or the only one. Raises ConfigurationError."""
+    if name is not None:
+        check_run_name(name)
     running = running_clusters(runs_dir)
     if name is None and len(running) > 1:
         each = ", ".join(f"{other} ({cluster.api_url})" for other, cluster in running.items())

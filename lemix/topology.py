@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lemix.run_folder import check_run_name
 from shared.errors import ConfigurationError
 from shared.profiles.profile import profile_named
 
@@ -59,8 +60,7 @@ class ClusterOptions:
             raise ConfigurationError(
                 f"nats_port={self.nats_port} is for a server of the run's own, and {self.nats_url} is given"
             )
-        if not self.name or Path(self.name).name != self.name:
-            raise ConfigurationError(f"name={self.name!r} must be one plain folder name")
+        check_run_name(self.name)
         if self.emulate is not None:
             profile_named(self.emulate, self.stages)
 

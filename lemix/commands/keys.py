@@ -7,6 +7,7 @@ import typer
 
 from lemix.printing import Output
 from lemix.run_choice import DEFAULT_RUN
+from lemix.run_folder import check_run_name
 from shared.clock import SystemClock
 from shared.errors import ConfigurationError
 
@@ -73,10 +74,15 @@ def revoke(
 
 
 def _keys_file(run: str | None, runs_dir: Path | None) -> Path:
-    """The keys of the named run; else those that a gateway with this environment would read."""
+    """The keys of the named run; else those that a gateway with this environment would read.
+
+    Raises ConfigurationError when no run can have that name.
+    """
     from services.gateway.settings import KEYS_FILE, GatewaySettings
     from shared.settings import read_settings
 
     if run is None and runs_dir is None:
         return read_settings(GatewaySettings).keys_path
-    return (runs_dir or Path("runs")) / (run or DEFAULT_RUN) / KEYS_FILE
+    name = DEFAULT_RUN if run is None else run
+    check_run_name(name)
+    return (runs_dir or Path("runs")) / name / KEYS_FILE

@@ -186,6 +186,32 @@ async def test_an_upload_that_is_no_file_for_fine_tuning_is_refused_by_name() ->
         assert torn.status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("charset", "name", "status"),
+    [
+        ("utf-7", b"+2AA-", 400),
+        ("unicode_escape", rb"\\ud800", 400),
+        ("undefined", b"a", 400),
+        ("utf-8; charset=utf-7", b"+2AA-", 400),
+        ("UTF-8", "Übung".encode(), 200),
+        ("utf-8", b"\xed\xa0\x80", 200),
+    ],
+)
+async def test_names_of_files_are_text_whatever_charset_is_claimed(
+    charset: str, name: bytes, status: int
+) -> None:
+    body = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % part
+        for part in ((b"purpose", b"fine-tune"), (b'file"; filename="%b' % name, b'{"text": "once"}'))
+    )
+    headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    async with gateway_world() as world:
+        kept = await world.http.post("/v1/files", content=body + b"--x--\r\n", headers=headers)
+        assert kept.status_code == status
+        assert (await world.http.get("/v1/files")).status_code == 200
+    assert status == 200 or kept.json()["error"]["message"]
+
+
 async def test_a_file_that_a_job_needs_is_not_deleted() -> None:
     async with api() as here:
         job = await here.create()

@@ -167,7 +167,7 @@ async def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, ma
         (("status",), r"no LeMix is running under \S+"),
         (("status", "--nats-url", "nats://127.0.0.1:9"), "no connection to NATS at 127.0.0.1:9"),
         (("train", "publish", "absent.jsonl"), "cannot read absent.jsonl"),
-        (("up", "--name", "a/b"), "name='a/b' must be one plain folder name"),
+        (("up", "--name", "a/b"), "'a/b' is no name of a run"),
         (("up", "--host", "192.0.2.1", "--insecure"), "cannot listen on 192.0.2.1:8000"),
     ],
 )

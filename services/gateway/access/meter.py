@@ -49,7 +49,7 @@ class Meter:
         wait_s = bucket.wait_s(amount)
         if wait_s > 0:
             message = f"rate limit reached: this key has {bucket.per_minute} {unit} a minute"
-            headers = {**self.headers(), "retry-after": str(ceil(wait_s))}
+            headers = {"retry-after": str(ceil(wait_s))}
             raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
         self._buckets[unit] = bucket.without(amount)
 

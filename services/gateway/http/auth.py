@@ -1,8 +1,8 @@
 """Lets a request in when its key may do what its path needs; without keys, when this machine sent it."""
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.access.exposure import is_known_host, is_loopback, is_own_origin
 from services.gateway.access.key_file import KeyRing, Keys
@@ -11,12 +11,13 @@ from services.gateway.access.keys import Scope as KeyScope
 from services.gateway.access.meter import Meter
 from services.gateway.generation import Caller
 from services.gateway.http.errors import ApiError
+from services.gateway.http.request_log import ANSWER_HEADERS
 from services.gateway.settings import GatewaySettings
 from shared.clock import Clock
 
 
 class Gate:
-    """A middleware. It answers with what the key has left of its limits, and tells routes its meter."""
+    """A middleware. It tells routes the meter of the key, and each answer what the key has left."""
 
     def __init__(self, app: ASGIApp, *, settings: GatewaySettings, ring: KeyRing, clock: Clock) -> None:
         self._app = app
@@ -36,9 +37,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         meter = self._meter(_key_for(needed, headers, keys))
+        scope.setdefault("state", {}).update({"meter": meter, ANSWER_HEADERS: meter.headers})
         meter.count_request()
-        scope.setdefault("state", {})["meter"] = meter
-        await self._app(scope, receive, _with_limits(send, meter))
+        await self._app(scope, receive, send)
 
     def _check_neighbour(self, headers: Headers) -> None:
         """Without keys. Raises ApiError for a request that a page of another site may have sent."""
@@ -92,12 +93,3 @@ def _key_for(needed: KeyScope, headers: Headers, keys: Keys) -> Key:
 
 def _unauthorised(message: str, challenge: str = "Bearer") -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": challenge})
-
-
-def _with_limits(send: Send, meter: Meter) -> Send:
-    async def send_with_limits(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update(meter.headers())
-        await send(message)
-
-    return send_with_limits

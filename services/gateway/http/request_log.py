@@ -5,7 +5,9 @@ The id goes with the answer (`X-Request-Id`), with every line that is logged mea
 
 import logging
 import re
+from collections.abc import Mapping
 from contextvars import ContextVar
+from typing import Any
 from urllib.parse import quote
 
 from opentelemetry.trace import Span, SpanKind, StatusCode
@@ -18,6 +20,8 @@ from shared.clock import IdSource
 from shared.telemetry import Telemetry, traceparent_of
 
 REQUEST_ID_HEADER = "x-request-id"
+ANSWER_HEADERS = "answer_headers"
+"""Where the state of a request may have a function that gives further headers of its answer."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; only logs and spans ever see it."""
 _FAILED = ApiError(500, "the gateway failed; its log says why")
@@ -43,7 +47,8 @@ class RequestLog:
         request_id = self._id_of(headers.get(REQUEST_ID_HEADER, ""))
         _current_id.set(request_id)
         span = self._start_span(scope["method"], scope["path"], request_id, headers)
-        answer, path = _Answer(send, request_id), quote(scope["path"])  # one line of the log, whatever it is
+        answer = _Answer(send, request_id, scope.setdefault("state", {}))
+        path = quote(scope["path"])  # one line of the log, whatever it is
         try:
             await self._app(scope, receive, answer.send)
         except ClientGoneError:
@@ -84,18 +89,20 @@ class RequestLog:
 
 
 class _Answer:
-    """Passes an answer on, with the request's id among its headers."""
+    """Passes an answer on, be it an error, with the request's id among its headers."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, state: Mapping[str, Any]) -> None:
         self._send = send
         self._request_id = request_id
+        self._state = state
         self.status: int | None = None
         """None until the answer begins."""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID_HEADER] = self._request_id
+            further = self._state[ANSWER_HEADERS]() if ANSWER_HEADERS in self._state else {}
+            MutableHeaders(scope=message).update({REQUEST_ID_HEADER: self._request_id, **further})
         await self._send(message)
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import Field
-from starlette.datastructures import FormData, UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from services.gateway.http.bodies import bounded_stream, is_upload
@@ -20,6 +21,8 @@ from services.gateway.settings import GatewaySettings
 FORM_BYTES = 1 << 16
 """Bytes of a multipart body beside the file."""
 MAX_FIELDS = 8
+CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
+"""Of names in multipart bodies. Others can spell what is no text (`utf-7`: half a surrogate)."""
 MAX_FILES_LISTED = 10_000
 
 
@@ -110,6 +113,7 @@ async def _read_form(request: Request, settings: GatewaySettings) -> FormData:
     """
     if not is_upload(request.headers):
         raise ApiError(415, "expected a body of type multipart/form-data")
+    _check_charset(request.headers)
     stream = bounded_stream(request, settings.max_file_bytes + FORM_BYTES)
     parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=MAX_FIELDS)
     try:
@@ -120,6 +124,14 @@ async def _read_form(request: Request, settings: GatewaySettings) -> FormData:
         raise ApiError(408, message, param="file") from error
     except MultiPartException as error:
         raise ApiError(400, f"the multipart body is wrong: {error.message}") from error
+
+
+def _check_charset(headers: Headers) -> None:
+    """Raises ApiError (400) for names in another charset than UTF-8."""
+    _, options = parse_options_header(headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in CHARSETS:
+        raise ApiError(400, f"the multipart body is wrong: charset {charset!r} is not utf-8")
 
 
 def _uploaded(form: FormData, max_bytes: int) -> UploadFile:

@@ -55,9 +55,13 @@ def test_the_run_or_the_setting_says_which_keys(tmp_path: Path, monkeypatch: pyt
         (("create", "--name", "a", "--scope", "root"), "root"),
         (("create", "--name", "a", "--scope", ""), "infer, train, admin"),
         (("revoke", "nobody"), "nobody"),
+        (("create", "--name", "a", "--run", "../../x"), "'../../x' is no name of a run"),
+        (("list", "--run", ".."), "'..' is no name of a run"),
+        (("revoke", "nobody", "--run", "", "--runs-dir", "elsewhere"), "'' is no name of a run"),
     ],
 )
-def test_mistakes_are_named(arguments: tuple[str, ...], told: str) -> None:
+def test_mistakes_are_named(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
     failed = lemix_keys(*arguments)
     assert failed.exit_code != 0
     assert told in str(failed.exception)
+    assert list(tmp_path.iterdir()) == []

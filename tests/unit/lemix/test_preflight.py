@@ -39,7 +39,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"policy": "nope"}, {}, "policy 'nope' is unknown; choose one of: .*lemix"),
         ({"policy": "lemix:x=1"}, {}, "policy 'lemix' has no option 'x'"),
         ({"emulate": "nope"}, {}, "profile 'nope' is neither"),
-        ({"name": "a/b"}, {}, "name='a/b' must be one plain folder name"),
+        ({"name": "a/b"}, {}, "'a/b' is no name of a run: it must be one plain folder name"),
         ({"nats_port": 4222, "nats_url": "nats://x"}, {}, "nats_port=4222 is for a server of the run's own"),
         ({}, {"LEMIX_COSTS": "nope"}, "nope"),
         ({}, {"LEMIX_MAX_BODY_BYTES": "many"}, "LEMIX_MAX_BODY_BYTES: .*'many'"),

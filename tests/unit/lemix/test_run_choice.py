@@ -50,6 +50,14 @@ def test_a_server_that_is_given_needs_no_run_and_bears_none_beside_it(tmp_path: 
         find_running("nats://there:4222", tmp_path, "one")
 
 
+@pytest.mark.parametrize("ask", [find_running, find_if_running, lambda _, *run: checkpoint_root(*run)])
+def test_a_path_is_no_name_of_a_run(ask, tmp_path: Path) -> None:
+    RunFolder(tmp_path / "outside").claim()
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigurationError, match=r"'\.\./outside' is no name of a run"):
+        ask(None, tmp_path / "runs", "../outside")
+
+
 def test_the_checkpoints_of_a_run_that_is_not_there_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="there is no run 'default' under"):
         checkpoint_root(tmp_path, None)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lemix.arenas import ArenaFolder, remove_abandoned
-from lemix.run_folder import ClusterFile, RunFolder, clear, running_clusters
+from lemix.run_folder import ClusterFile, RunFolder, check_run_name, clear, running_clusters
 from shared.errors import ConfigurationError
 
 
@@ -33,6 +33,17 @@ def test_a_run_belongs_to_one_launcher_at_a_time(tmp_path: Path) -> None:
     again = RunFolder(tmp_path / "a")
     again.claim()
     again.release()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../../x", "a/b", "/etc", "a/", "a\0b", "a\nb", "x" * 256])
+def test_a_name_that_leads_elsewhere_is_no_name_of_a_run(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="one plain folder name"):
+        check_run_name(name)
+
+
+@pytest.mark.parametrize("name", ["default", "a b", "..a", "v1.2", "Übung", "x" * 255])
+def test_any_plain_folder_name_is_one(name: str) -> None:
+    check_run_name(name)
 
 
 def test_the_clusters_that_are_running_are_found_by_name(tmp_path: Path) -> None:

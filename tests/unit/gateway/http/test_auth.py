@@ -100,9 +100,30 @@ async def test_limits_are_told_and_kept(tmp_path: Path) -> None:
     used = answers[0].json()["usage"]["total_tokens"]
     assert 1000 - 2 * used <= int(answers[1].headers["x-ratelimit-remaining-tokens"]) < 1000
     assert 0 < int(answers[2].headers["retry-after"]) <= 30
+    assert answers[2].headers["x-ratelimit-remaining-requests"] == "0"
     assert answers[2].json()["error"]["code"] == "rate_limit_exceeded"
     assert unlimited.status_code == 200
     assert "x-ratelimit-limit-requests" not in unlimited.headers
+
+
+async def test_errors_tell_the_limits_too(tmp_path: Path) -> None:
+    headers = bearer(make_key(tmp_path, "admin", requests_per_minute=60))
+    calls: list[tuple[str, str, dict[str, Any], int]] = [
+        ("POST", "/v1/completions", {"json": ASKED | {"top_p": 7}}, 400),
+        ("POST", "/v1/completions", {"json": ASKED | {"model": "other"}}, 404),
+        ("GET", "/v1/completions", {}, 405),
+        ("POST", "/v1/completions", {"content": b"x"}, 415),
+        ("GET", "/broken", {}, 500),
+    ]
+    async with gateway_world(run_dir=tmp_path) as world:
+
+        @world.app.get("/broken")
+        async def broken() -> None:
+            raise RuntimeError("a fault of the gateway's own")
+
+        for method, path, fields, status in calls:
+            answer = await world.http.request(method, path, headers=headers, **fields)
+            assert (answer.status_code, answer.headers["x-ratelimit-limit-requests"]) == (status, "60")
 
 
 async def test_a_prompt_beyond_the_tokens_that_are_left_waits(tmp_path: Path) -> None:
