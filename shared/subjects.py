@@ -57,6 +57,9 @@ R = TypeVar("R", bound=Message)
 HEARTBEAT_S = 1.0
 """Seconds between two heartbeats; three missed ones mean a lost stage."""
 
+PROGRESS_EVERY_S = 0.05
+"""Between two reports of a stage's ops at least. A stage that has something to tell does so by then."""
+
 
 @dataclass(frozen=True, slots=True)
 class Subject(Generic[M]):

@@ -105,9 +105,8 @@ def training_alone(costs: Costs, microbatches: Sequence[Work]) -> Alone:
         num_stages=num_stages,
         hop_s=costs.hop_s,
         running=[None] * num_stages,
-        batches=[batch_of("", microbatches, costs, num_stages)],
+        batches=[batch_of("", microbatches, costs, num_stages, ready_s=2 * costs.hop_s)],
         max_in_flight=num_stages,
-        feed_s=2 * costs.hop_s,
     )
     course = predict(known, 0.0)
     forward, backward = [], []

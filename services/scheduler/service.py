@@ -109,7 +109,7 @@ class Scheduler:
         await self._apply(StageLeft(incoming.message))
 
     async def _on_ended(self, incoming: Incoming[TaskEnded]) -> None:
-        await self._apply(TasksEnded(incoming.message.task_ids))
+        await self._apply(TasksEnded(incoming.message.task_ids, self._clock.now_s()))
 
     async def _on_progress(self, incoming: Incoming[StageProgress]) -> None:
         await self._apply(StageProgressed(incoming.message, self._clock.now_s()))

@@ -83,6 +83,7 @@ class TaskAssigned:
 @dataclass(frozen=True, slots=True)
 class TasksEnded:
     task_ids: tuple[str, ...]
+    now_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +184,9 @@ class ClusterState:
             case TaskAssigned(task, now_s):
                 self._assign(task, now_s)
                 return []
-            case TasksEnded(task_ids):
+            case TasksEnded(task_ids, now_s):
                 for task_id in task_ids:
-                    self._end(task_id)
+                    self._end(task_id, now_s)
                 return []
             case StageProgressed(progress, now_s):
                 self._progress(progress, now_s)
@@ -300,7 +301,7 @@ class ClusterState:
         """End the node's tasks. Training tasks need no message: the trainer watches the nodes itself."""
         tasks = list(self._nodes[node].tasks.values())
         for task in tasks:
-            self._end(task.task_id)
+            self._leave(task.task_id)
         self._nodes[node].timeline.clear()
         self._nodes[node].kv_tokens = 0  # whatever block size stage 0 had
         return [LostTask(task, reason) for task in tasks if task.kind == "inference"]
@@ -334,13 +335,18 @@ class ClusterState:
         if task.overdue_s is not None:
             heapq.heappush(self._overdue, (task.overdue_s, task.task_id))
 
-    def _end(self, task_id: str) -> None:
+    def _end(self, task_id: str, now_s: float) -> None:
+        task = self._leave(task_id)
+        if task is not None:
+            self._nodes[task.node].timeline.end(task_id, now_s)
+
+    def _leave(self, task_id: str) -> PlacedTask | None:
         task = self._tasks.pop(task_id, None)
         if task is not None:
             node = self._nodes[task.node]
             del node.tasks[task_id]
             node.kv_tokens -= _kv_tokens(task, node)
-            node.timeline.end(task_id)
+        return task
 
     def _progress(self, progress: StageProgress, now_s: float) -> None:
         node = self._nodes.get(progress.node)
@@ -366,7 +372,7 @@ class ClusterState:
             overdue_s, task_id = heapq.heappop(self._overdue)
             task = self._tasks.get(task_id)
             if task is not None and task.overdue_s == overdue_s:
-                self._end(task_id)
+                self._end(task_id, now_s)
 
     def _list_readiness(self, node: int) -> None:
         is_ready, is_listed = self._nodes[node].is_ready, self._is_listed_ready(node)

@@ -40,6 +40,8 @@ class _Course:
         stages = range(known.num_stages)
         self._known = known
         self._now_s = now_s
+        self._from_s = [min(told_s, now_s) for told_s in known.told_s] or [now_s for _ in stages]
+        """By stage: nothing begins or ends there before."""
         self._last = known.num_stages - 1
         self._hop_s = known.hop_s
         self._events: list[tuple[float, int, int, int, Op | None]] = []
@@ -47,7 +49,7 @@ class _Course:
         self._tie = 0
         self._queues: list[list[tuple[int, int, Op]]] = [[] for _ in stages]
         self._is_busy = [False for _ in stages]
-        self._training_from_s = [now_s for _ in stages]
+        self._training_from_s = list(self._from_s)
         self._ops: list[list[Op]] = [[] for _ in stages]
         self._starts_s: list[list[float]] = [[] for _ in stages]
         self._ends_s: list[list[float]] = [[] for _ in stages]
@@ -110,29 +112,29 @@ class _Course:
     def _begin_running(self) -> None:
         for stage, running in enumerate(self._known.running):
             if running is not None:
-                end_s = max(self._now_s, running.start_s + running.op.duration_s)
+                end_s = max(self._from_s[stage], running.start_s + running.op.duration_s)
                 self._record(stage, running.op, running.start_s, end_s)
 
     def _begin_iterations(self) -> None:
-        known, now_s = self._known, self._now_s
+        known, from_s = self._known, self._from_s
         running = {id(each.op.flow) for each in known.running if each is not None}
         for iteration in known.in_flight:
             if id(iteration) not in running:
-                self._iterate(iteration, iteration.stage, max(now_s, iteration.ready_s))
+                self._iterate(iteration, iteration.stage, max(from_s[iteration.stage], iteration.ready_s))
         num_free = max(0, known.num_stages - len(known.in_flight))
         for iteration in known.formed[:num_free]:
-            self._iterate(iteration, 0, max(now_s, iteration.ready_s))
+            self._iterate(iteration, 0, max(from_s[0], iteration.ready_s))
         self._waiting = known.formed[num_free:]
         self._last_waiting = self._waiting[-1] if self._waiting else None
         if len(known.formed) < num_free:
-            self._slot_s = now_s
+            self._slot_s = from_s[0]
 
     def _begin_training(self) -> None:
         for place, batch in enumerate(self._known.batches):
             for index, num_passes in enumerate(batch.passes):
                 self._begin_microbatch(place, batch, index, num_passes)
             self._begin_steps(batch)
-        self._feed(max(self._now_s, self._known.feed_s))
+        self._feed(max(self._from_s[0], self._known.feed_s))
 
     def _begin_microbatch(self, place: int, batch: Batch, index: int, num_passes: int) -> None:
         ops = [each.op for each in self._known.running if each is not None and each.op.flow is batch]
@@ -143,7 +145,8 @@ class _Course:
             self._num_in_flight += 1
             self._is_at_stage_0 |= num_passes == 0
             if not is_running:
-                self._pass(batch, index, num_passes, max(self._now_s, batch.ready_s[index]))
+                stage = min(num_passes, 2 * self._last - num_passes)
+                self._pass(batch, index, num_passes, max(self._from_s[stage], batch.ready_s[index]))
 
     def _begin_steps(self, batch: Batch) -> None:
         self._steps_left[batch.batch_id] = self._known.num_stages - len(batch.stepped)
@@ -153,7 +156,7 @@ class _Course:
         for stage, running in enumerate(self._known.running):
             is_stepping = running is not None and running.op.flow is batch and running.op.kind == STEP
             if left == 0 and stage not in batch.stepped and not is_stepping:
-                self._step(batch, stage, self._now_s)
+                self._step(batch, stage, max(self._from_s[stage], max(batch.ready_s) + self._hop_s))
 
     # The future
 
@@ -213,9 +216,10 @@ class _Course:
             self._first_tokens_s[task_id] = at_s
         free_s = at_s + (self._hop_s if self._last else 0.0)
         if self._next_waiting < len(self._waiting):
-            self._iterate(self._waiting[self._next_waiting], 0, free_s)
+            waiting = self._waiting[self._next_waiting]
+            self._last_entry_s = max(free_s, waiting.ready_s)
+            self._iterate(waiting, 0, self._last_entry_s)
             self._next_waiting += 1
-            self._last_entry_s = free_s
         else:
             self._slot_s = min(self._slot_s, free_s)
 
@@ -269,4 +273,4 @@ class _Course:
             return
         self._next_unfed += 1
         self._is_at_stage_0, self._num_in_flight = True, self._num_in_flight + 1
-        self._pass(batch, index, 0, at_s)
+        self._pass(batch, index, 0, max(at_s, batch.ready_s[index]))

@@ -54,8 +54,10 @@ def durations_of(work: Work, costs: Costs, num_stages: int) -> list[float]:
     return [costs.iteration_s(stage, work) for stage in range(num_stages)]
 
 
-def batch_of(batch_id: str, microbatches: Sequence[Work], costs: Costs, num_stages: int) -> Batch:
-    """A batch of which nothing has run yet."""
+def batch_of(
+    batch_id: str, microbatches: Sequence[Work], costs: Costs, num_stages: int, *, ready_s: float
+) -> Batch:
+    """A batch of which nothing has run yet, and which can be at stage 0 from `ready_s` on."""
     stages = range(num_stages)
     return Batch(
         batch_id,
@@ -63,7 +65,7 @@ def batch_of(batch_id: str, microbatches: Sequence[Work], costs: Costs, num_stag
         [[costs.backward_s(stage, work) for stage in stages] for work in microbatches],
         [costs.step_s(stage) for stage in stages],
         passes=[0] * len(microbatches),
-        ready_s=[0.0] * len(microbatches),
+        ready_s=[ready_s] * len(microbatches),
     )
 
 
@@ -93,6 +95,8 @@ class KnownWork:
     hop_s: float
     running: list[Running | None]
     """By stage."""
+    told_s: Sequence[float] = ()
+    """By stage: it has told of everything that happened there before; empty: all have, up to now."""
     in_flight: list[Iteration] = field(default_factory=list)
     """Begun, and not done by the last stage; in order."""
     formed: list[Iteration] = field(default_factory=list)

@@ -69,12 +69,16 @@ class Lineup:
         """Not begun, in order."""
         return [formed.iteration for formed in self._formed]
 
-    def add(self, task: Assigned, ready_s: float) -> None:
-        """Add a prompt at stage 0, in iterations of its own while there are slots for them."""
+    def add(self, task: Assigned, ready_s: float, *, joins: bool, waits: bool) -> None:
+        """Add a prompt at stage 0: to the last iteration, which it `joins`, or in iterations of its own.
+
+        `waits`: there is no slot for it at `ready_s`, so that its iteration takes decodes, too.
+        """
         self._num_requests += 1
         start = 0
         while start < task.shape.prompt_tokens:
-            formed = self._with_room(ready_s)
+            formed = self._with_room(ready_s, joins=joins, waits=waits)
+            joins = waits  # a long prompt's pieces wait for each other
             num_tokens = min(
                 task.shape.prompt_tokens - start, self._costs.max_iteration_tokens - formed.num_tokens
             )
@@ -96,6 +100,8 @@ class Lineup:
 
     def clear(self) -> None:
         """Start again with the node, and with the numbers of its iterations."""
+        self._num_requests = 0
+        self.decoding.clear()
         self._in_flight.clear()
         self._formed.clear()
         self._last_done = -1
@@ -139,12 +145,12 @@ class Lineup:
         is_one_leaving = self._running.leaves_by(at_s - self._costs.hop_s)
         return max(0, self._num_stages - len(self._in_flight) + is_one_leaving)
 
-    def _with_room(self, ready_s: float) -> _Formed:
+    def _with_room(self, ready_s: float, *, joins: bool, waits: bool) -> _Formed:
         """The iteration for a prompt's next rows."""
-        num_slots, formed = self._num_slots(ready_s), self._formed
-        if formed and len(formed) > num_slots and formed[-1].num_tokens < self._costs.max_iteration_tokens:
+        formed = self._formed
+        if formed and joins and formed[-1].num_tokens < self._costs.max_iteration_tokens:
             return formed[-1]
-        carried = self.decode_share() if len(formed) >= num_slots else NO_WORK
+        carried = self.decode_share() if waits else NO_WORK
         formed.append(_Formed(Iteration(NO_WORK, (), ready_s=ready_s), [], carried))
         return formed[-1]
 

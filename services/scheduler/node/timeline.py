@@ -1,10 +1,12 @@
 """One node's work so far, from its stages' reports, and the future that follows from it. Pure.
 
 Messages of different stages overtake each other, come late, or get lost. So an event on a later stage
-implies those on the earlier ones, and nothing that has ended comes back.
+implies those on the earlier ones, and nothing that has ended comes back. A stage tells of its ops some time
+after they happened; until then it is taken to do what was predicted, from its last report on.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import BACKWARD_SHARE, Forecast, Interval
@@ -30,6 +32,18 @@ from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import StageOp, StageProgress
 from shared.schedule import BY_DEFAULT, Feeding
+from shared.subjects import PROGRESS_EVERY_S
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """A task that has ended."""
+
+    task: Assigned
+    batch: Batch | None
+    """None: it was a request."""
+    until_s: float
+    """By then its stages have told of all that they did for it."""
 
 
 class NodeTimeline:
@@ -55,10 +69,11 @@ class NodeTimeline:
         """The training batches among them."""
         self._running = NowRunning(num_stages)
         self._lineup = Lineup(num_stages, costs, self._running)
-        self._untold: dict[str, Assigned] = {}
-        """Requests that ended before their only stage told of their first token: its next message does.
-        Where there are more stages the last one has mostly told before.
-        """
+        self._leaving: dict[str, _Leaving] = {}
+        """Tasks that have ended, in that order, and whose stages may not have told of their last ops: what is
+        known of these still counts."""
+        self._told_s = [0.0] * num_stages
+        """By stage: when it sent its last report, which told of all before."""
         self._feed_s = 0.0
         """When the trainer's next microbatch can be here at the earliest."""
         self._prediction: Prediction | None = None
@@ -116,6 +131,7 @@ class NodeTimeline:
         now_s: float,
     ) -> None:
         """Assign a task to this node."""
+        self._let_leave(now_s)
         task = Assigned(
             task_id,
             kind,
@@ -129,31 +145,31 @@ class NodeTimeline:
         self.last_arrival_s = arrived_s
         self.lengths.add(shape.num_tokens)
         if kind == "training":
-            self._batches[task_id] = batch_of(task_id, shape.microbatches, self._costs, self.num_stages)
-            self._feed_s = max(self._feed_s, now_s + 2 * self._costs.hop_s)
+            ready_s = now_s + 2 * self._costs.hop_s
+            self._batches[task_id] = batch_of(
+                task_id, shape.microbatches, self._costs, self.num_stages, ready_s=ready_s
+            )
         else:
-            self._lineup.add(task, now_s + self._costs.hop_s)
+            ready_s, foreseen = now_s + self._costs.hop_s, self.prediction
+            joins, waits = foreseen.last_entry_s > ready_s, foreseen.slot_s > ready_s
+            self._lineup.add(task, ready_s, joins=joins, waits=waits)
         self.last_active_s, self._prediction = now_s, None
         if forecast is not None:
             task.expected_s = self.prediction.first_tokens_s.get(task_id)
 
-    def end(self, task_id: str) -> None:
+    def end(self, task_id: str, now_s: float) -> None:
         """End a living task of this node, one way or another."""
-        task = self._tasks.pop(task_id)
-        if not (self._tasks and self._is_done(task)):
-            self._prediction = None
-        if task.kind == "training":
-            self._running.orphan(self._batches.pop(task_id))
-        else:
-            self._lineup.remove(task_id)
-            if task.first_token_s is None and self.num_stages == 1:
-                self._untold[task_id] = task
+        self._let_leave(now_s)
+        task, batch = self._tasks.pop(task_id), self._batches.pop(task_id, None)
+        self._leaving[task_id] = _Leaving(task, batch, now_s + self._silence_s)
 
     def clear(self) -> None:
-        """Start again with all stages; the tasks have been ended."""
+        """Start again with all stages, and without tasks."""
+        self._tasks.clear()
+        self._batches.clear()
         self._running.clear()
         self._lineup.clear()
-        self._untold.clear()
+        self._leaving.clear()
         self._prediction = None
 
     def progressed(self, progress: StageProgress, now_s: float) -> list[Assigned]:
@@ -161,8 +177,9 @@ class NodeTimeline:
 
         `now_s`: the receiver's; the message has travelled for a hop.
         """
+        self._let_leave(now_s)
         stage, sent_s = progress.stage, now_s - self._costs.hop_s
-        self._running.by_stage[stage] = None
+        self._running.by_stage[stage], self._told_s[stage] = None, sent_s
         through: list[Assigned] = []
         for ended in progress.ended:
             end_s = sent_s - ended.ago_s
@@ -170,7 +187,6 @@ class NodeTimeline:
                 through += self._iterated(stage, ended.op, end_s - ended.elapsed_s, end_s)
             else:
                 self._trained(stage, ended.op, end_s - ended.elapsed_s, end_s)
-        self._untold.clear()
         started = progress.running
         if started is not None:
             self._running.by_stage[stage] = self._begun(stage, started.op, sent_s - started.ago_s)
@@ -179,11 +195,40 @@ class NodeTimeline:
             self._prediction = None
         return through
 
-    def _is_done(self, task: Assigned) -> bool:
+    @property
+    def _silence_s(self) -> float:
+        """What a stage has done is known here so long afterwards."""
+        return PROGRESS_EVERY_S + self._costs.hop_s
+
+    def _let_leave(self, now_s: float) -> None:
+        """Forget tasks that ended so long ago that what nobody has told of never ran."""
+        while self._leaving:
+            task_id, leaving = next(iter(self._leaving.items()))
+            if now_s < leaving.until_s:
+                return
+            del self._leaving[task_id]
+            if not self._is_done(leaving):
+                self._prediction = None
+            if leaving.batch is not None:
+                self._running.orphan(leaving.batch)
+            else:
+                self._lineup.remove(task_id)
+
+    def _is_done(self, leaving: "_Leaving") -> bool:
         """Whether its end is known already."""
-        if task.kind == "training":
-            return len(self._batches[task.task_id].stepped) == self.num_stages
+        task = leaving.task
+        if leaving.batch is not None:
+            return len(leaving.batch.stepped) == self.num_stages
         return task.first_token_s is not None and task.task_id not in self._lineup.decoding
+
+    def _task(self, task_id: str) -> Assigned | None:
+        """A task that lives, or whose stages may still tell of it."""
+        leaving = self._leaving.get(task_id)
+        return self._tasks.get(task_id) or (leaving.task if leaving else None)
+
+    def _batch(self, batch_id: str) -> Batch | None:
+        leaving = self._leaving.get(batch_id)
+        return self._batches.get(batch_id) or (leaving.batch if leaving else None)
 
     def _begun(self, stage: int, op: StageOp, start_s: float) -> Running | None:
         """The op that the stage runs; None when its task has ended."""
@@ -192,10 +237,11 @@ class NodeTimeline:
             if iteration is None:
                 return None
             return Running(Op(ITERATION, iteration, 0, iteration.durations_s[stage]), start_s)
-        batch = self._batches.get(op.task_ids[0])
+        batch = self._batch(op.task_ids[0])
         if batch is None:
             return None
         if op.kind == "step":
+            self._gathered(batch, start_s)
             return Running(Op(STEP, batch, 0, batch.step_s[stage]), start_s)
         is_forward = op.kind == "forward"
         self._reach(batch, op.index, self._pass_number(stage, is_forward), start_s)
@@ -206,33 +252,27 @@ class NodeTimeline:
         iteration = self._lineup.comes(stage, op)
         if iteration is not None:
             iteration.stage, iteration.ready_s = stage + 1, end_s + self._costs.hop_s
-        tasks = [task for task_id in op.task_ids if (task := self._tasks.get(task_id))]
+        tasks = [task for task_id in op.task_ids if (task := self._task(task_id))]
         for task in tasks:
             if task.forward:
                 task.forward[stage] = Interval(start_s, end_s)
         if stage < self.num_stages - 1:
             return []
-        return self._lineup.leaves(op, tasks, end_s) + self._told_late(op, end_s)
-
-    def _told_late(self, op: StageOp, end_s: float) -> list[Assigned]:
-        """Requests that ended before the stage reported them: the rule on a node of one stage."""
-        late = [task for task_id in op.task_ids if (task := self._untold.pop(task_id, None))]
-        for task in late:
-            task.first_token_s = end_s
-        return late
+        return self._lineup.leaves(op, tasks, end_s)
 
     def _trained(self, stage: int, op: StageOp, start_s: float, end_s: float) -> None:
-        batch = self._batches.get(op.task_ids[0])
-        if batch is None:
+        batch, task = self._batch(op.task_ids[0]), self._task(op.task_ids[0])
+        if batch is None or task is None:
             return
         if op.kind == "step":
+            self._gathered(batch, start_s)
             batch.stepped.add(stage)
             return
         is_forward, hop_s = op.kind == "forward", self._costs.hop_s
         self._reach(batch, op.index, self._pass_number(stage, is_forward) + 1, end_s + hop_s)
         if stage == 0:
             self._feed_s = end_s + 2 * hop_s
-        task, count = self._tasks[batch.batch_id], len(batch.passes)
+        count = len(batch.passes)
         if not is_forward:
             _overwrite(task.backward, stage, op.index, count, Interval(start_s, end_s))
         elif stage < self.num_stages - 1:
@@ -241,6 +281,11 @@ class NodeTimeline:
             turn_s = end_s - BACKWARD_SHARE * (end_s - start_s)
             _overwrite(task.forward, stage, op.index, count, Interval(start_s, turn_s))
             _overwrite(task.backward, stage, op.index, count, Interval(turn_s, end_s))
+
+    def _gathered(self, batch: Batch, step_s: float) -> None:
+        """Note that a batch has all its gradients, since a stage steps."""
+        for microbatch in range(len(batch.passes)):
+            self._reach(batch, microbatch, 2 * self.num_stages - 1, step_s - self._costs.hop_s)
 
     def _pass_number(self, stage: int, is_forward: bool) -> int:
         return stage if is_forward else 2 * (self.num_stages - 1) - stage
@@ -256,9 +301,11 @@ class NodeTimeline:
             num_stages=self.num_stages,
             hop_s=self._costs.hop_s,
             running=list(self._running.by_stage),
+            told_s=[max(told_s, now_s - self._silence_s) for told_s in self._told_s],
             in_flight=self._lineup.in_flight,
             formed=self._lineup.formed,
-            batches=list(self._batches.values()),
+            batches=[each.batch for each in self._leaving.values() if each.batch is not None]
+            + list(self._batches.values()),
             feed_s=self._feed_s,
             max_in_flight=self.max_in_flight,
             flushes=self._flushes,

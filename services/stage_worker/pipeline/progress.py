@@ -12,10 +12,7 @@ from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StagePro
 from shared.messages.inference import SequenceChunk
 from shared.messages.training import Microbatch
 from shared.profiles.times import NO_WORK, Work
-from shared.subjects import PROGRESS
-
-PROGRESS_EVERY_S = 0.001
-"""Between two messages at least: shorter ops are told of together."""
+from shared.subjects import PROGRESS, PROGRESS_EVERY_S
 
 
 class Progress:

@@ -37,10 +37,10 @@ def expect_requests(state: ClusterState) -> None:
     """Ten requests and a batch a second have come, and were done at once; all nodes are idle at 2.0."""
     for i in range(20):
         submit(state, lemix(), request(f"past{i}", 100), i / 10)
-        state.apply(TasksEnded((f"past{i}",)))
+        state.apply(TasksEnded((f"past{i}",), i / 10))
     for i in range(3):
         submit(state, lemix("without=deferral"), batch(f"past-b{i}", 10), float(i))
-        state.apply(TasksEnded((f"past-b{i}",)))
+        state.apply(TasksEnded((f"past-b{i}",), float(i)))
 
 
 # Consolidation
@@ -99,7 +99,7 @@ def test_four_batches_and_four_requests_need_one_node_not_two() -> None:
             place = submit(state, policy, light, i + 0.05)
             assert place.forecast is None or place.forecast.end_s <= i + 0.05 + SLO_S
             used.add(node_of(place))
-            state.apply(TasksEnded((heavy.task_id, light.task_id)))
+            state.apply(TasksEnded((heavy.task_id, light.task_id), i + 0.1))
         return used
 
     assert nodes_used(policy_named("round_robin", lambda: 0.0)) == {0, 1}
@@ -115,14 +115,14 @@ def test_batches_spread_where_they_would_queue() -> None:
 def test_after_a_pause_the_node_that_worked_last_goes_on() -> None:
     state = cluster(0, 1, 2)
     assign(state, request("r", 100), Place(1), 3.0)
-    state.apply(TasksEnded(("r",)))
+    state.apply(TasksEnded(("r",), 3.0))
     assert node_of(ask(state, lemix(), request("next", 100), 9.0)) == 1
 
 
 def test_a_node_without_work_stays_active_for_a_while() -> None:
     state = cluster(0, 1)
     assign(state, request("old", 100), Place(1), 0.0)
-    state.apply(TasksEnded(("old",)))
+    state.apply(TasksEnded(("old",), 0.0))
     assign(state, request("long", 300), Place(0), 2.0)
     # Node 0 would answer after 0.7 s, more than is comfortable; node 1 after 0.2 s, but it is idle for 2 s.
     assert node_of(ask(state, lemix("linger=2.5"), request("r", 100), 2.0)) == 1
@@ -135,7 +135,7 @@ def test_a_node_without_work_stays_active_for_a_while() -> None:
 def test_a_working_node_is_preferred_to_one_that_stands_still() -> None:
     state = cluster(0, 1)
     assign(state, request("old", 100), Place(0), 0.0)
-    state.apply(TasksEnded(("old",)))
+    state.apply(TasksEnded(("old",), 0.0))
     assign(state, request("new", 100), Place(1), 0.9)
     assert node_of(ask(state, lemix("idleness=0.5"), request("r", 100), 0.9)) == 1
     assert node_of(ask(state, lemix("idleness=0.5,without=idleness"), request("r", 100), 0.9)) == 0
@@ -146,10 +146,10 @@ def test_of_equal_nodes_the_one_with_tasks_of_like_length_is_taken() -> None:
     for node, lengths in ((0, (10, 20)), (1, (190, 210))):
         for length in lengths:
             assign(state, request(f"{node}-{length}", length), Place(node), 0.0)
-            state.apply(TasksEnded((f"{node}-{length}",)))
-        assign(state, request(f"{node}", 100), Place(node), 0.0)
-    assert node_of(ask(state, lemix(), request("r", 180), 0.0)) == 1
-    assert node_of(ask(state, lemix("without=consistency"), request("r", 180), 0.0)) == 0
+            state.apply(TasksEnded((f"{node}-{length}",), 0.0))
+        assign(state, request(f"{node}", 100), Place(node), 1.0)
+    assert node_of(ask(state, lemix(), request("r", 180), 1.0)) == 1
+    assert node_of(ask(state, lemix("without=consistency"), request("r", 180), 1.0)) == 0
 
 
 # Deferral
@@ -189,10 +189,10 @@ def test_a_batch_does_not_wait_for_ever() -> None:
 def test_a_batch_does_not_wait_for_requests_that_hardly_come() -> None:
     state = cluster(0)
     expect_requests(state)
+    assert isinstance(ask(state, lemix(), batch("b", 1000), 6.0), Wait)
     for i in range(9):
         submit(state, lemix("without=deferral"), batch(f"late-b{i}", 10), 59.0 + i / 10)
-        state.apply(TasksEnded((f"late-b{i}",)))
-    assert isinstance(ask(state, lemix(), batch("b", 1000), 6.0), Wait)
+        state.apply(TasksEnded((f"late-b{i}",), 59.0 + i / 10))
     assert node_of(ask(state, lemix(), batch("b", 1000), 60.0)) == 0  # ten a second have become 0.006
 
 

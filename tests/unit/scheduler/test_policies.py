@@ -56,7 +56,7 @@ def test_round_robin_goes_on_after_a_node_that_went_away() -> None:
 def test_least_loaded_follows_the_tasks_in_flight() -> None:
     state = cluster(0, 1)
     assert place(state, "least_loaded", 4) == [0, 1, 0, 1]
-    state.apply(TasksEnded(("t1", "t3")))
+    state.apply(TasksEnded(("t1", "t3"), 0.0))
     assert choose(state, "least_loaded") == Place(1)
 
 

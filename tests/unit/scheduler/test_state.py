@@ -135,7 +135,7 @@ def test_ended_tasks_leave_and_unknown_ones_are_ignored() -> None:
     state.apply(TaskAssigned(task("b", kind="training"), 0.0))
     (before,) = state.status()
     assert (before.inference_tasks, before.training_tasks) == (1, 1)
-    state.apply(TasksEnded(("t", "never heard of")))
+    state.apply(TasksEnded(("t", "never heard of"), 0.0))
     assert state.num_tasks(0) == 1
     assert state.placed("t") is None
 
@@ -152,7 +152,7 @@ def test_an_overdue_task_leaves_unasked() -> None:
 def test_the_deadline_of_an_ended_task_does_not_end_its_successor() -> None:
     state = with_nodes(0)
     state.apply(TaskAssigned(task("t", overdue_s=1.0), 0.0))
-    state.apply(TasksEnded(("t",)))
+    state.apply(TasksEnded(("t",), 0.0))
     state.apply(TaskAssigned(task("t", overdue_s=2.0), 0.0))
     state.apply(TimePassed(1.5))
     assert state.num_tasks(0) == 1
@@ -202,7 +202,7 @@ def test_the_cache_has_room_for_what_placed_tasks_may_grow_to() -> None:
     state.apply(TaskAssigned(placed("r", 20, max_tokens=13), 0.0))  # 32 rows: the last token has none
     state.apply(TaskAssigned(placed("s", 1), 0.0))  # one row takes a whole block
     assert state.kv_tokens_free(0) == 160 - 32 - 16
-    state.apply(TasksEnded(("r",)))
+    state.apply(TasksEnded(("r",), 0.0))
     assert state.kv_tokens_free(0) == 160 - 16
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from services.scheduler.forecast import Forecast, Interval, forecast_inference, inference_alone
+from services.scheduler.node.known_work import FORWARD, STEP
 from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.policies.base import Place
 from services.scheduler.state import ClusterState, StageProgressed, TasksEnded
@@ -11,7 +12,8 @@ from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StagePro
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work, work_of_rows
 from shared.schedule import Feeding
-from tests.support.policies import LinearCosts, assign, cluster, request
+from shared.subjects import PROGRESS_EVERY_S
+from tests.support.policies import LinearCosts, assign, batch, cluster, request
 
 
 def op(kind: OpKind, *task_ids: str, index: int = 0, tokens: int = 0, sequences: int = 1) -> StageOp:
@@ -96,12 +98,30 @@ def test_a_long_prompt_goes_in_pieces() -> None:
     assert timeline.prediction.first_tokens_s == pytest.approx({"r": 0.512 + 0.512 + 0.488})
 
 
-def test_a_late_op_ends_now_for_all_one_knows() -> None:
+def test_a_late_op_ends_when_one_would_not_have_heard_of_its_end_yet() -> None:
     timeline = two_stages()
     place_request(timeline, "r", 100)
     started(timeline, 0, op("iteration", "r", tokens=100), 0.0)
     place_request(timeline, "s", 100, at_s=0.5)
-    assert timeline.prediction.first_tokens_s == pytest.approx({"r": 0.6, "s": 0.7})
+    assert timeline.prediction.first_tokens_s == pytest.approx({"r": 0.55, "s": 0.7})
+
+
+def test_between_two_reports_a_node_goes_on_as_predicted() -> None:
+    timeline = two_stages()
+    place_batch(timeline, "b", 10, 10)
+    started(timeline, 0, op("forward", "b", tokens=10), 0.0)
+    place_request(timeline, "r", 10, at_s=0.045)
+    # The second forward is over on stage 0, and the first on stage 1 until 0.04; nobody has told of it.
+    assert starts(timeline, 0)[:3] == pytest.approx([0.0, 0.01, 0.045 - 0.005])
+    assert timeline.prediction.first_tokens_s == {"r": pytest.approx(0.08)}
+
+
+def test_a_step_on_one_stage_means_that_all_backwards_are_done() -> None:
+    timeline = two_stages()
+    place_batch(timeline, "b", 100)
+    ended(timeline, 0, op("forward", "b", tokens=100), 0.1)
+    started(timeline, 1, op("step", "b"), 0.6)
+    assert [[each.kind for each in ops] for ops in timeline.prediction.ops] == [[STEP], [STEP]]
 
 
 def test_what_a_later_stage_tells_first_has_left_the_earlier_one() -> None:
@@ -141,9 +161,11 @@ def test_tasks_that_end_early_leave_nothing_behind() -> None:
     place_batch(timeline, "b", 50, 50)
     started(timeline, 0, op("iteration", "r", tokens=100), 0.0)
     for task_id in ("t", "r", "b", "s"):
-        timeline.end(task_id)
+        timeline.end(task_id, 0.0)
     assert list(timeline.assigned()) == []
     assert (timeline.num_inference, timeline.num_training) == (0, 0)
+    assert [op.kind for op in timeline.prediction.ops[0]].count(FORWARD) == 2, "it may have run, untold"
+    timeline.progressed(StageProgress(node=0, stage=1, ended=(), running=None), PROGRESS_EVERY_S)
     assert [len(ops) for ops in timeline.prediction.ops] == [1, 0]  # stage 0 is busy all the same
     ended(timeline, 0, op("iteration", "r", tokens=100), 0.1)
     assert timeline.prediction.is_idle
@@ -153,7 +175,7 @@ def test_a_node_that_begins_anew_has_nothing_to_do() -> None:
     timeline = two_stages()
     place_request(timeline, "r", 100)
     started(timeline, 0, op("iteration", "r", index=7, tokens=100), 0.0)
-    timeline.end("r")
+    timeline.end("r", 0.0)
     timeline.clear()
     assert timeline.prediction.is_idle
     place_request(timeline, "s", 100, at_s=1.0)
@@ -176,7 +198,10 @@ def test_a_batch_goes_forward_backward_and_steps() -> None:
     assert [starts(timeline, 0), starts(timeline, 1)] == [[0.0, 0.1, 0.4, 0.7, 0.9], [0.1, 0.4, 0.9]]
     ended(timeline, 0, op("forward", "b", index=0, tokens=100), 0.1)
     started(timeline, 1, op("forward", "b", index=0, tokens=100), 0.2)
-    assert [starts(timeline, 0), starts(timeline, 1)] == [[0.2, 0.5, 0.8, 1.0], [0.2, 0.5, 1.0]]
+    assert [starts(timeline, 0), starts(timeline, 1)] == [
+        pytest.approx([0.15, 0.5, 0.8, 1.0]),  # before, stage 0 would have told of it by now
+        [0.2, 0.5, 1.0],
+    ]
 
 
 def test_batches_of_a_synchronous_trainer_wait_for_the_steps_before() -> None:
@@ -207,7 +232,8 @@ def test_sequences_that_decode_take_turns_with_training() -> None:
     place_batch(timeline, "b", 100, 100, at_s=0.2)
     first, second = (ends_s for ends_s in timeline.prediction.ends_s[0][1:3])
     assert second - first == pytest.approx(0.1 + 0.0005)  # half a decode of one sequence over two stages
-    timeline.end("r")
+    timeline.end("r", 0.2)
+    place_batch(timeline, "c", 100, at_s=0.2 + PROGRESS_EVERY_S)
     assert timeline.prediction.known.decode_gap_s == ()
 
 
@@ -254,7 +280,7 @@ def test_what_policies_read() -> None:
     assert (timeline.last_arrival_s, timeline.lengths.mean, timeline.lengths.std) == (0.5, 150, 50)
     assert timeline.last_assigned is not None and timeline.last_assigned.task_id == "b"
     assert [task.first_token_s for task in timeline.assigned()] == [None, None]
-    assert starts(timeline, 0)[:2] == pytest.approx([0.5, 0.6])  # the request, and the batch behind it
+    assert starts(timeline, 0)[:2] == pytest.approx([0.45, 0.55])  # the request, and the batch behind it
     ended(timeline, 1, op("iteration", "r", tokens=100), 0.7)
     assert [task.first_token_s for task in timeline.assigned()] == [0.7, None]
 
@@ -313,9 +339,10 @@ def test_a_prompt_that_nobody_knows_any_more_leaves_the_others_alone() -> None:
         _tell(state, stage, first, stage + 0.1, is_over=False)
         _tell(state, stage, first, stage + 0.2, is_over=True)
     _tell(state, 0, _iteration(1, ("cancelled",), num_tokens=100, num_sequences=1), 2.0, is_over=False)
-    state.apply(TasksEnded(tuple(names)))
+    state.apply(TasksEnded(tuple(names), 2.0))
     assert [task.task_id for task in state.timeline(0).assigned()] == ["other"]
-    state.apply(TasksEnded(("other",)))
+    state.apply(TasksEnded(("other",), 2.0))
+    assign(state, batch("b", 10), Place(0), 2.0 + PROGRESS_EVERY_S)
     assert not any(state.timeline(0).prediction.known.formed)
 
 
@@ -341,18 +368,18 @@ def test_the_only_stage_tells_of_a_request_after_its_end() -> None:
     timeline = NodeTimeline(1, LinearCosts(1))
     for task_id in ("r", "failed"):
         place_request(timeline, task_id, 100)
-        timeline.end(task_id)
-    assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.1) == ["r"]
-    assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.1) == []
-    # What the stage has not told by then is not to come.
-    assert ended(timeline, 0, op("iteration", "failed", index=1, tokens=100), 0.2) == []
+        timeline.end(task_id, 0.0)
+    assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.01) == ["r"]
+    assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.01) == []
+    # What the stage has not told by now is not to come.
+    assert ended(timeline, 0, op("iteration", "failed", index=1, tokens=100), PROGRESS_EVERY_S) == []
     assert timeline.prediction.is_idle
 
 
 def test_nothing_is_told_of_a_request_that_ended_before_its_stage_began_anew() -> None:
     timeline = NodeTimeline(1, LinearCosts(1))
     place_request(timeline, "r", 100)
-    timeline.end("r")
+    timeline.end("r", 0.0)
     timeline.clear()
     assert ended(timeline, 0, op("iteration", "r", tokens=100), 0.1) == []
 
