@@ -45,7 +45,7 @@ def new_table(title: str) -> Table:
 def print_table(console: Console, table: Table) -> None:
     """Nothing is cut: a narrow terminal wraps the lines, a pipe gets the title and each row in one line."""
     if table.title:
-        console.print(table.title, style="table.title", soft_wrap=not console.is_terminal)
+        console.print(table.title, style="table.title", highlight=False, soft_wrap=not console.is_terminal)
         table.title = None
     needed = console.measure(table, options=console.options.update(max_width=UNLIMITED_COLUMNS))
     table.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum

@@ -21,7 +21,7 @@ READ_TIMEOUT_S = 10.0
 async def run_rejected(target: Target, console: Console) -> None:
     """Show all rejections. Raises BusError."""
     async with open_bus(target.nats_url) as bus:
-        print_table(console, await _table(bus, target.label))
+        print_table(console, await rejections_table(bus, target.label))
 
 
 async def fetch_rejected(target: Target, sequence: int) -> bytes:
@@ -66,7 +66,8 @@ async def content_of(bus: Bus, sequence: int) -> bytes:
     return content
 
 
-async def _table(bus: Bus, label: str) -> Table:
+async def rejections_table(bus: Bus, label: str) -> Table:
+    """All rejections; `label` names the run. Raises BusError."""
     table = new_table(f"{label}: rejected batches")
     for heading in ("sequence", "batch", "reason"):
         table.add_column(heading, overflow="fold")

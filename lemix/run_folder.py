@@ -30,7 +30,7 @@ MAX_NAME_BYTES = 255
 
 def check_run_name(name: str) -> None:
     """Raises ConfigurationError when no run can have this name: its folder lies in the folder of runs."""
-    is_plain = Path(name).name == name and name != ".." and name.isprintable()
+    is_plain = Path(name).name == name and name not in ("", "..") and name.isprintable()
     if not is_plain or len(name.encode()) > MAX_NAME_BYTES:
         raise ConfigurationError(f"{name!r} is no name of a run: it must be one plain folder name")
 

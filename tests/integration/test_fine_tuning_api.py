@@ -14,6 +14,7 @@ import pytest
 
 from shared.bus.memory import MemoryBroker
 from shared.clock import IdSource
+from tests.integration.test_gateway_tokens import LONG, BlockedTokenizer
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.gateway import MODEL, World, gateway_world, says, served
 from tests.support.waiting import LOOK_EVERY_S, until
@@ -221,6 +222,20 @@ async def test_a_file_that_a_job_needs_is_not_deleted() -> None:
 
 
 # Jobs
+
+
+async def test_while_a_file_is_checked_streams_and_other_routes_go_on() -> None:
+    tokenizer = BlockedTokenizer()
+    async with api(script=says("All is well."), tokenizer=tokenizer) as here:
+        job = await here.create(training_file=await here.upload(jsonl({"text": LONG})))
+        await asyncio.to_thread(tokenizer.begun.wait, 20)
+
+        stream = await here.client.completions.create(model=MODEL, prompt="Hi", stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == "All is well."
+        assert (await here.job(job.id)).status == "validating_files"
+
+        tokenizer.released.set()
+        await here.until(job.id, "running")
 
 
 async def test_a_job_trains_every_example_once_an_epoch_and_succeeds_when_all_is_durable() -> None:

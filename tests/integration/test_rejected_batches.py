@@ -6,8 +6,10 @@ from typing import Any
 
 import msgpack
 import pytest
+from rich.console import Console
 
-from lemix.rejected_command import content_of
+from lemix.printing import print_table
+from lemix.rejected_command import content_of, rejections_table
 from services.trainer.streams import TRAIN_STREAM
 from shared.bus.base import Stored
 from shared.bus.memory import MemoryBus
@@ -76,6 +78,25 @@ async def test_a_batch_that_failed_twice_or_cannot_be_read_is_kept_too(cluster: 
     await stop(trainer)
 
     assert {sequence: await content_of(cluster.bus, sequence) for sequence in bodies} == bodies
+
+
+@pytest.mark.parametrize("wrong", [{"colour": 1}, {"examples": []}, {"learning_rate_multiplier": "much"}])
+async def test_a_batch_with_a_wrong_field_is_told_of_under_its_own_id(
+    cluster: Cluster, wrong: dict[str, object]
+) -> None:
+    body = json.dumps({"id": "mine", "examples": EXAMPLES} | wrong).encode()
+    sequence = await cluster.publish("mine", body)
+    trainer = await cluster.trainer()
+    await cluster.news.until(lambda: cluster.acked == [sequence] and len(cluster.progress) > 0)
+    await stop(trainer)
+
+    (rejected,) = cluster.rejected()
+    assert (rejected.batch_id, rejected.sequence) == ("mine", sequence)
+    assert next(iter(wrong)) in rejected.reason
+    assert [event.batch_id for event in cluster.progress] == ["mine"]
+    with (console := Console(width=200)).capture() as shown:
+        print_table(console, await rejections_table(cluster.bus, "run one"))
+    assert [str(sequence), "mine"] in [line.split()[:2] for line in shown.get().splitlines()]
 
 
 async def test_what_was_rejected_can_be_published_again_under_a_new_id(cluster: Cluster) -> None:

@@ -55,13 +55,17 @@ def test_the_run_or_the_setting_says_which_keys(tmp_path: Path, monkeypatch: pyt
         (("create", "--name", "a", "--scope", "root"), "root"),
         (("create", "--name", "a", "--scope", ""), "infer, train, admin"),
         (("revoke", "nobody"), "nobody"),
-        (("create", "--name", "a", "--run", "../../x"), "'../../x' is no name of a run"),
-        (("list", "--run", ".."), "'..' is no name of a run"),
-        (("revoke", "nobody", "--run", "", "--runs-dir", "elsewhere"), "'' is no name of a run"),
     ],
 )
-def test_mistakes_are_named(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+def test_mistakes_are_named(arguments: tuple[str, ...], told: str) -> None:
     failed = lemix_keys(*arguments)
     assert failed.exit_code != 0
     assert told in str(failed.exception)
+
+
+@pytest.mark.parametrize("command", [("create", "--name", "a"), ("list",), ("revoke", "nobody")])
+@pytest.mark.parametrize("run", ["../../x", "..", "/tmp/x", ""])
+def test_a_path_is_no_name_of_a_run(command: tuple[str, ...], run: str, tmp_path: Path) -> None:
+    failed = lemix_keys(*command, "--run", run)
+    assert f"{run!r} is no name of a run" in str(failed.exception)
     assert list(tmp_path.iterdir()) == []

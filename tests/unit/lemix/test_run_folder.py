@@ -11,6 +11,7 @@ from shared.errors import ConfigurationError
 
 
 def described(tmp_path: Path, name: str) -> RunFolder:
+    """A run that is running, as far as other commands can tell."""
     run = RunFolder(tmp_path / name)
     run.claim()
     run.write_cluster(
@@ -65,6 +66,22 @@ def test_the_description_of_a_killed_launcher_is_not_believed(tmp_path: Path) ->
         ClusterFile(nats_url="nats://a", api_url="", launcher_pid=1, pids={}).model_dump_json()
     )
     assert running_clusters(tmp_path) == {}
+
+
+def test_the_port_of_nats_is_kept_until_the_run_is_cleared(tmp_path: Path) -> None:
+    run = described(tmp_path, "a")
+    assert run.nats_port is None
+    run.keep_nats_port(4223)
+    run.release()
+    assert RunFolder(tmp_path / "a").nats_port == 4223
+    clear(tmp_path / "a")
+    assert RunFolder(tmp_path / "a").nats_port is None
+
+
+def test_a_port_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "nats_port").write_text("many")
+    with pytest.raises(ConfigurationError, match=r"cannot read a port from .*nats_port.*'many'.*; remove it"):
+        _ = RunFolder(tmp_path).nats_port
 
 
 def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ import socket
 
 import httpx
 import pytest
+from uvicorn.server import ServerState
 
-from services.gateway.http.server import MAX_HEADER_BYTES, listen, server_config
+from lemix.simulation.loop import run_virtual
+from services.gateway.http.server import MAX_HEADER_BYTES, BoundedProtocol, listen, server_config
 from services.gateway.settings import GatewaySettings
 from shared.errors import ConfigurationError
 from tests.support.gateway import gateway_world, served
+
+HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def test_taken_address_is_named() -> None:
@@ -30,6 +34,43 @@ async def test_an_idle_connection_is_kept_longer_than_clients_and_proxies_keep_t
     async with gateway_world() as world:
         config = server_config(world.app, GatewaySettings.given())
     assert config.timeout_keep_alive > 600  # the longest of the usual load balancers; httpx: 5 s, nginx: 75 s
+
+
+class Wire(asyncio.Transport):
+    """A client's connection, as the server sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += bytes(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("pause_s", "times", "is_kept"), [(5.0, 200, True), (80.0, 3, True), (610.0, 2, True), (630.0, 1, False)]
+)
+def test_a_connection_is_used_again_after_a_pause(pause_s: float, times: int, is_kept: bool) -> None:
+    async def asked() -> None:
+        async with gateway_world(deadline_s=1e6) as world:
+            connection = BoundedProtocol(server_config(world.app, world.settings), ServerState(), {})
+            connection.connection_made(wire)
+            for _ in range(times):
+                connection.data_received(HEAD + b"\r\n")
+                await asyncio.sleep(pause_s)
+            assert wire.closed != is_kept
+            connection.connection_lost(None)
+
+    wire = Wire()
+    run_virtual(asked())
+    assert wire.written.count(b"HTTP/1.1 200 OK\r\n") == times
 
 
 async def test_many_requests_share_one_connection() -> None:
@@ -55,7 +96,6 @@ async def test_ipv6_addresses_are_served(host: str, asked: str) -> None:
     assert response.status_code == 200
 
 
-HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = b"PUT /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
