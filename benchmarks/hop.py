@@ -24,7 +24,7 @@ from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
 from shared.messages.cluster import LinkOffer
 from shared.messages.inference import IterationForward, SequenceChunk
-from shared.tensors.links import IncomingLinks, OutgoingLink
+from shared.tensors.links import IncomingLinks, SharedMemoryLink
 
 ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32
 NUM_ROUNDS, NUM_PER_ROUND, PACE_S = 5, 400, 0.002
@@ -56,7 +56,7 @@ class Side:
         self._bus, self._own, self._other = bus, own, other
         self._incoming = IncomingLinks(DEVICE)
         size_bytes = 4 * ACTIVATION_SHAPE[0] * ACTIVATION_SHAPE[1]
-        self.link = OutgoingLink(folder / f"{own}.arena", slot_bytes=size_bytes, num_slots=4)
+        self.link = SharedMemoryLink(folder / f"{own}.arena", slot_bytes=size_bytes, num_slots=4)
         self.arrived = asyncio.Event()
 
     async def start(self, on_arrival: Callable[[Chunks], Awaitable[None]]) -> None:

@@ -17,8 +17,8 @@ from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
 from services.stage_worker.compute.emulated import EmulatedExecutor
+from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
-from services.stage_worker.worker import StageWorker
 from services.trainer.intake import Intake
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
@@ -251,25 +251,20 @@ class SimulatedCluster:
 
     async def _stage_worker(self, world: World, node: int, stage: int) -> None:
         settings = self._stage_settings.model_copy(update={"node": node, "stage": stage})
-        instance, profile = world.ids.new("stage"), self._devices.profile
-        executor = EmulatedExecutor(
+        await StageProcess([settings], world, self._executor).run()
+
+    def _executor(self, settings: StageWorkerSettings, instance: str) -> EmulatedExecutor:
+        profile = self._devices.profile
+        return EmulatedExecutor(
             settings,
             instance,
-            times=self._devices.times[stage],
-            memory=profile.stages[stage].memory if profile else None,
+            times=self._devices.times[settings.stage],
+            memory=profile.stages[settings.stage].memory if profile else None,
             vocab_size=self._devices.vocab_size,
             context_length=self._devices.context_length,
             hold_until=self._known_done,
-            clock=world.clock,
+            clock=self._clock,
         )
-        await StageWorker(
-            settings=settings,
-            instance=instance,
-            bus=world.bus,
-            clock=world.clock,
-            telemetry=world.telemetry,
-            executor=executor,
-        ).run()
 
     async def _known_done(self, end_s: float) -> None:
         """Return when a stage knows that its device was done at `end_s`."""

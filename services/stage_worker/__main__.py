@@ -1,16 +1,14 @@
-"""Start one stage worker: `LEMIX_NODE=0 LEMIX_STAGE=0 LEMIX_NUM_STAGES=2 python -m services.stage_worker`."""
+"""Start a stage worker: `LEMIX_NODE=0 LEMIX_STAGE=0 LEMIX_NUM_STAGES=2 python -m services.stage_worker`."""
 
 import sys
-from typing import Any
 
-from services.stage_worker.compute.executor import Executor
+from services.stage_worker.process import MakeExecutor, StageProcess
 from services.stage_worker.settings import StageWorkerSettings
-from services.stage_worker.worker import StageWorker
 from shared.clock import Clock
 from shared.lifecycle import World, load_settings, run_service
 
 SWITCH_INTERVAL_S = 0.0005
-"""The event loop shares the interpreter with the compute thread and must not wait 5 ms for it."""
+"""The event loop shares the interpreter with the compute threads and must not wait 5 ms for them."""
 
 
 def main() -> None:
@@ -19,33 +17,23 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def serve(world: World) -> None:
-        instance = world.ids.new("stage")
-        own, executor = _executor(settings, instance, world.clock)
-        await StageWorker(
-            settings=own,
-            instance=instance,
-            bus=world.bus,
-            clock=world.clock,
-            telemetry=world.telemetry,
-            executor=executor,
-        ).run()
+        stages, make_executor = _stages(settings, world.clock)
+        await StageProcess(stages, world, make_executor).run()
 
-    run_service(f"stage_worker.{settings.node}.{settings.stage}", settings, serve)
+    run_service(settings.process_name, settings, serve)
 
 
-def _executor(
-    settings: StageWorkerSettings, instance: str, clock: Clock
-) -> tuple[StageWorkerSettings, Executor[Any, Any]]:
-    """The executor, and the settings with what its device has to say to them."""
+def _stages(settings: StageWorkerSettings, clock: Clock) -> tuple[list[StageWorkerSettings], MakeExecutor]:
+    """Each stage's settings, with what its device has to say to them, and what makes its executor."""
     if settings.emulate:
         from services.stage_worker.compute.emulation import emulated_executor, emulated_settings
 
-        own = emulated_settings(settings)
-        return own, emulated_executor(own, instance, clock)
+        stages = [emulated_settings(stage) for stage in settings.of_stages]
+        return stages, lambda stage, instance: emulated_executor(stage, instance, clock)
     # Here: torch takes seconds to load, which an emulated stage need not wait.
-    from services.stage_worker.compute.torch_executor import TorchExecutor
+    from services.stage_worker.compute.torch_executor import torch_executors
 
-    return settings, TorchExecutor(settings, instance)
+    return settings.of_stages, torch_executors()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -25,19 +25,22 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 class StageWorkerSettings(LemixSettings):
-    """Which stage of which node this process is, and how much it may hold."""
+    """Which stages of which node this process holds, and how much it may hold of anything."""
 
     node: int = Field(ge=0)
     stage: int = Field(ge=0)
+    """The process's first stage, or its only one."""
+    stages_held: int = Field(default=1, ge=1)
+    """Consecutive stages of the node that the process holds."""
     num_stages: int = Field(ge=1)
     device: str = "cpu"
-    """`cpu` or `cuda:N`."""
+    """`cpu` or `cuda:N`; several, separated by commas, are dealt out to the process's stages in turn."""
     emulate: str = ""
     """A profile, as `llama2-7b@a100` or a file: take its time and compute nothing. Empty: compute."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of weights, activations and KV cache; learning happens in float32 (docs/training.md)."""
     num_threads: int = Field(default=1, ge=1)
-    """Compute threads on the CPU; one per worker, unless a worker has cores of its own."""
+    """Compute threads on the CPU, where all stages of the process take turns."""
     shm_dir: Path = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(gettempdir())
     """Where arenas are made; the stages of a node must see the same folder to share memory."""
 
@@ -84,6 +87,26 @@ class StageWorkerSettings(LemixSettings):
     """This machine's name or address where the same stage of other nodes reaches it."""
     collective_timeout_s: float = Field(default=60.0, gt=0)
     """For each single wait for another node in a merge; the same on all."""
+
+    @property
+    def process_name(self) -> str:
+        last = self.stage + self.stages_held - 1
+        return f"stage_worker.{self.node}.{self.stage}" + (f"-{last}" if last > self.stage else "")
+
+    @property
+    def of_stages(self) -> list[Self]:
+        """Each stage's own settings, as if a process held it alone."""
+        devices = self.device.split(",")
+        return [
+            self.model_copy(
+                update={
+                    "stage": self.stage + place,
+                    "stages_held": 1,
+                    "device": devices[place % len(devices)],
+                }
+            )
+            for place in range(self.stages_held)
+        ]
 
     @property
     def alike_in_merges(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The edge of a stage worker: loads, meets its neighbours, tells how it stands, and works off its queue.
+"""The edge of one stage: loads, meets its neighbours, tells how it stands, and queues its device's work.
 
     bus --> pipeline/serving.py  (requests, iterations) --.
         --> training/training.py (microbatches, weights) --+--> pipeline/queue.py (one at a time) --> compute/
@@ -12,10 +12,9 @@ import logging
 from typing import Any
 
 from services.stage_worker.compute.executor import Executor, ModelFacts
-from services.stage_worker.context import WorkerContext, is_inside
-from services.stage_worker.pipeline.disciplines import DISCIPLINES
+from services.stage_worker.context import WorkerContext
+from services.stage_worker.pipeline.device import Device
 from services.stage_worker.pipeline.progress import Progress
-from services.stage_worker.pipeline.queue import WorkQueue
 from services.stage_worker.pipeline.serving import Serving
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.training.merging import Merging
@@ -45,16 +44,13 @@ class StageWorker:
         *,
         settings: StageWorkerSettings,
         instance: str,
+        device: Device,
         bus: Bus,
         clock: Clock,
         telemetry: Telemetry,
         executor: Executor[Any, Any],
     ) -> None:
-        """Raises ConfigurationError for an unknown discipline or a stage that is none of `num_stages`."""
-        if settings.discipline not in DISCIPLINES:
-            raise ConfigurationError(
-                f"discipline {settings.discipline!r} is none of {', '.join(DISCIPLINES)}"
-            )
+        """`device`: others run its queue. Raises ConfigurationError for a stage beyond `num_stages`."""
         if settings.stage >= settings.num_stages:
             raise ConfigurationError(f"stage {settings.stage} is not below num_stages {settings.num_stages}")
         self._settings = settings
@@ -62,9 +58,10 @@ class StageWorker:
         self._bus = bus
         self._clock = clock
         self._executor = executor
-        discipline = DISCIPLINES[settings.discipline](settings.training_patience_s)
-        self._queue = WorkQueue(clock, discipline, max_items=settings.max_queued)
-        self._progress = Progress(node=settings.node, stage=settings.stage, bus=bus, clock=clock)
+        self._queue = device.queue
+        self._progress = Progress(
+            node=settings.node, stage=settings.stage, turns=device.turns, bus=bus, clock=clock
+        )
         self._context = WorkerContext(
             settings=settings,
             bus=bus,
@@ -92,7 +89,6 @@ class StageWorker:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 await self._subscribe(facts)
-                group.create_task(self._queue.run())
                 group.create_task(self._progress.run())
                 group.create_task(self._beat())
         finally:
@@ -131,10 +127,7 @@ class StageWorker:
     # Neighbours
 
     async def _on_link_offer(self, incoming: Incoming[LinkOffer]) -> LinkAnswer:
-        offer, shm_dir = incoming.message, self._settings.shm_dir
-        if not is_inside(offer.place, shm_dir):
-            return LinkAnswer(accepted=False, reason=f"{offer.place} is not in this stage's {shm_dir}")
-        return await self._executor.accept(offer)
+        return await self._executor.accept(incoming.message)
 
     async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         beat = incoming.message

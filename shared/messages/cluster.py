@@ -56,16 +56,17 @@ LinkPurpose = Literal["activations", "tied"]
 
 
 class LinkOffer(Message):
-    """A producer offers its arena to the consumer of its tensors."""
+    """A producer offers a place for its tensors to their consumer."""
 
     stage: int
     instance: str
     purpose: LinkPurpose = "activations"
     carrier: str
     place: str
-    """Path of the arena's file (`shm`)."""
-    slot_bytes: Annotated[int, Meta(gt=0, le=1 << 36)]
-    num_slots: Annotated[int, Meta(gt=0, le=256)]
+    """Path of the arena's file (`shm`); a name (`local`)."""
+    slot_bytes: Annotated[int, Meta(gt=0, le=1 << 36)] = 1
+    """Of the arena (`shm`), as is the next."""
+    num_slots: Annotated[int, Meta(gt=0, le=256)] = 1
 
 
 class LinkAnswer(Message):

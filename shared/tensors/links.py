@@ -2,18 +2,40 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shared.errors import CarrierError, StaleTensorError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.tensors import inline, shm
+from shared.tensors import inline, local, shm
+from shared.tensors.local import LocalTensors
 from shared.tensors.ref import INLINE_LIMIT_BYTES, TensorRef
 
 
-class OutgoingLink:
+class OutgoingLink(Protocol):
     """Tensors from this stage to one other. `put` belongs to one thread."""
+
+    def offer(self, stage: int, instance: str, purpose: LinkPurpose = "activations") -> LinkOffer:
+        """The facts that the consumer needs to take tensors."""
+        ...
+
+    def connect(self, answer: LinkAnswer) -> None:
+        """The consumer has answered."""
+        ...
+
+    def put(self, tensor: Tensor) -> TensorRef:
+        """Hand over a tensor that nobody writes to any more. Raises CarrierError when that cannot be done."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind, should the consumer never have come."""
+        ...
+
+
+class SharedMemoryLink:
+    """An `OutgoingLink` to a process that can open an arena, or else in messages."""
 
     def __init__(self, path: Path, *, slot_bytes: int, num_slots: int) -> None:
         """Raises CarrierError when there is no memory for the arena."""
@@ -56,15 +78,19 @@ class OutgoingLink:
 
 
 class IncomingLinks:
-    """The arenas that other stages offered to this one."""
+    """The arenas that other stages offered to this one, and what stages of this process hand over."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, local_tensors: LocalTensors | None = None) -> None:
+        """`local_tensors`: None where no other stage is in this process."""
         self._device = device
+        self._local = local_tensors or LocalTensors()
         self._arenas: dict[str, shm.ArenaReader] = {}
         self._place_of: dict[tuple[int, LinkPurpose], str] = {}
 
     def accept(self, offer: LinkOffer) -> LinkAnswer:
         """Open an arena; it replaces what the same stage offered for the same purpose before."""
+        if offer.carrier == local.CARRIER:
+            return LinkAnswer(accepted=offer.place in self._local, reason="local to another process")
         try:
             path = Path(offer.place)
             arena = shm.ArenaReader(path, slot_bytes=offer.slot_bytes, num_slots=offer.num_slots)
@@ -76,7 +102,12 @@ class IncomingLinks:
         return LinkAnswer(accepted=True)
 
     def take(self, ref: TensorRef) -> Tensor:
-        """A private copy on this stage's device. Raises CarrierError; StaleTensorError when it is gone."""
+        """The tensor on this stage's device, for this stage alone.
+
+        Raises CarrierError; StaleTensorError when it is gone.
+        """
+        if ref.carrier == local.CARRIER:
+            return self._local.take(ref, self._device)
         if ref.carrier == inline.CARRIER:
             return inline.take(ref).to(self._device)
         if ref.place not in self._arenas:
@@ -85,6 +116,8 @@ class IncomingLinks:
 
     def discard(self, ref: TensorRef) -> None:
         """Give back the room of a tensor that nobody wants any more; one that is gone is no news."""
-        if ref.place in self._arenas:
+        if ref.carrier == local.CARRIER:
+            self._local.discard(ref)
+        elif ref.place in self._arenas:
             with suppress(CarrierError):
                 self._arenas[ref.place].discard(ref)

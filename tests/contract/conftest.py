@@ -12,6 +12,7 @@ from lemix.nats_server import NatsServer
 from shared.bus.base import Bus
 from shared.bus.memory import MemoryBroker
 from shared.bus.nats import NatsBus
+from shared.bus.near import NearBus
 
 Connect = Callable[[], Awaitable[Bus]]
 
@@ -47,20 +48,28 @@ async def nats_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
         yield server
 
 
-@pytest.fixture(params=["memory", "nats"])
+@pytest.fixture(params=["memory", "nats", "near"])
 async def connect(
     request: pytest.FixtureRequest, tmp_path: Path, process_trace: str
 ) -> AsyncIterator[Connect]:
-    """Connects one more service to the same world; all are closed at the end."""
+    """Connects one more service to the same world; all are closed at the end.
+
+    `near`: each as a process of several stages sees it, and all its messages go to others.
+    """
     buses: list[Bus] = []
 
     async def connected(bus: Bus) -> Bus:
         buses.append(bus)
         return bus
 
-    if request.param == "memory":
+    if request.param != "nats":
         broker = MemoryBroker()
-        yield lambda: connected(broker.connect(traceparent=process_trace))
+
+        def connect_memory() -> Awaitable[Bus]:
+            bus = broker.connect(traceparent=process_trace)
+            return connected(NearBus(bus, traceparent=process_trace) if request.param == "near" else bus)
+
+        yield connect_memory
         await close_all(buses)
         return
     async with NatsServer(tmp_path / "nats") as server:

@@ -84,11 +84,12 @@ def assert_answers(answers: list[Any], expected: list[tuple[list[int], list[floa
         assert answer.finish == "length"
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_stages", "stages_held"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2)])
 async def test_greedy_tokens_and_logprobs_equal_transformers(
-    family: Family, num_stages: int, tmp_path: Path
+    family: Family, num_stages: int, stages_held: int, tmp_path: Path
 ) -> None:
-    async with running_node(family.folder, num_stages, tmp_path, **SMALL_ITERATIONS) as node:
+    settings = {**SMALL_ITERATIONS, "stages_held": stages_held}
+    async with running_node(family.folder, num_stages, tmp_path, **settings) as node:
         alone = await ask_all(node)
         async with training(node):
             mixed = await ask_all(node)

@@ -15,8 +15,8 @@ import torch
 
 from lemix.simulation.loop import VirtualClock
 from services.stage_worker.compute.torch_executor import TorchExecutor
+from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
-from services.stage_worker.worker import StageWorker
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
@@ -26,6 +26,7 @@ from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.checkpoints import Checkpoint
 from shared.clock import IdSource
 from shared.errors import BusError
+from shared.lifecycle import World
 from shared.messages.base import Message
 from shared.messages.cluster import Heartbeat
 from shared.messages.inference import Placed
@@ -278,16 +279,14 @@ class MortalCluster:
             shm_dir=self.run_dir,
             **self.stage_settings,
         )
-        instance = self._ids.new("stage")
-        executor = self._executors[name] = MeetingExecutor(settings, instance, self._meetings)
-        await StageWorker(
-            settings=settings,
-            instance=instance,
-            bus=bus,
-            clock=self._clock,
-            telemetry=NoTelemetry(),
-            executor=executor,
-        ).run()
+
+        def executor(own: StageWorkerSettings, instance: str) -> MeetingExecutor:
+            made = MeetingExecutor(own, instance, self._meetings)
+            self._executors[f"stage {node}.{own.stage}"] = made
+            return made
+
+        world = World(bus=bus, clock=self._clock, ids=self._ids, telemetry=NoTelemetry())
+        await StageProcess([settings], world, executor).run()
 
 
 def bodies_of(batches: Sequence[Batch]) -> list[bytes]:

@@ -11,13 +11,15 @@ from typing import Any
 
 from msgspec import structs
 
-from services.stage_worker.compute.torch_executor import TorchExecutor
+from services.stage_worker.compute.torch_executor import torch_executors
+from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.worker import StageWorker
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import IdSource, SystemClock
+from shared.lifecycle import World
 from shared.messages.base import Message
 from shared.messages.cluster import Heartbeat
 from shared.messages.inference import (
@@ -131,7 +133,7 @@ class Node:
             await self._beaten.wait_for(what)
 
     async def replace(self, stage: int) -> None:
-        """Stop the worker of a stage and start another one; returns at its first heartbeat, not ready yet."""
+        """Stop the process of a first stage, start another; returns at its first heartbeat, not ready yet."""
         gone = self.heartbeats[stage].instance
         await asyncio.wait([self.workers.stop(stage)])
         self.workers.start(stage)
@@ -330,19 +332,23 @@ async def running_node(
     broker: MemoryBroker | None = None,
     **settings: Any,
 ) -> AsyncIterator[Node]:
-    """A ready node of `num_stages` stages; ends without leaving anything behind."""
+    """A ready node of `num_stages` stages; ends without leaving anything behind.
+
+    Each of its processes holds `stages_held` stages, the last one what is left.
+    """
     async with asyncio.TaskGroup() as group:
         chosen = {"num_stages": num_stages, "model": str(model), "run_dir": run_dir, "shm_dir": run_dir}
         workers = Workers(group, {**chosen, **settings}, node=number, broker=broker or MemoryBroker())
         node = Node(workers, num_stages)
         await node.subscribe()
-        for stage in range(num_stages):
+        first_stages = range(0, num_stages, settings.get("stages_held", 1))
+        for stage in first_stages:
             node.workers.start(stage)
         try:
             await node.ready()
             yield node
         finally:
-            for stage in range(num_stages):
+            for stage in first_stages:
                 node.workers.stop(stage)
     await node.bus.close()
 
@@ -362,7 +368,7 @@ async def running_nodes(
 
 
 class Workers:
-    """The stage workers of a node, as their processes would be; one that fails fails the test."""
+    """The stage worker processes of a node; one that fails fails the test."""
 
     def __init__(
         self, group: asyncio.TaskGroup, settings: dict[str, Any], *, node: int, broker: MemoryBroker
@@ -370,15 +376,17 @@ class Workers:
         self.node = node
         self.broker = broker
         self.buses: dict[int, MemoryBus] = {}
+        """The bus of each process, by its first stage."""
         self.workers: dict[int, StageWorker] = {}
         self._group = group
         self._settings = settings
         self.settings_of: dict[int, dict[str, Any]] = {}
-        """Settings of the next worker of a stage alone."""
+        """Settings of the next process alone whose first stage it is."""
         self._ids = IdSource(random.Random(node))
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def start(self, stage: int) -> None:
+        """Start the process whose first stage it is."""
         self._tasks[stage] = self._group.create_task(self._run(stage))
 
     def stop(self, stage: int) -> asyncio.Task[None]:
@@ -389,19 +397,15 @@ class Workers:
         settings = StageWorkerSettings(
             node=self.node, stage=stage, **self._settings | self.settings_of.get(stage, {})
         )
-        instance = self._ids.new("stage")
+        stages = [own for own in settings.of_stages if own.stage < own.num_stages]
         bus = self.buses[stage] = self.broker.connect()
-        worker = self.workers[stage] = StageWorker(
-            settings=settings,
-            instance=instance,
-            bus=bus,
-            clock=SystemClock(),
-            telemetry=Telemetry("stage_worker", None),
-            executor=TorchExecutor(settings, instance),
-        )
+        telemetry = Telemetry("stage_worker", None)
+        world = World(bus=bus, clock=SystemClock(), ids=self._ids, telemetry=telemetry)
+        process = StageProcess(stages, world, torch_executors())
+        self.workers |= process.workers
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(worker.run())
+                group.create_task(process.run())
                 group.create_task(bus.wait_failed())
         finally:
             await bus.close()

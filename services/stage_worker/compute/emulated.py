@@ -96,8 +96,6 @@ class EmulatedExecutor:
             purpose=purpose,
             carrier=CARRIER,
             place=str(self._settings.shm_dir / self._instance),
-            slot_bytes=1,
-            num_slots=1,
         )
 
     async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:

@@ -22,7 +22,9 @@ from services.stage_worker.compute.executor import (
     Rows,
     ShardFiles,
 )
+from services.stage_worker.compute.handoff import Handoff
 from services.stage_worker.compute.kv_cache import PagedAttention, PagedKVCache
+from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.logits import LogitPlan
 from services.stage_worker.compute.sampling.grammar import GrammarCompiler, Vocabulary
 from services.stage_worker.compute.sampling.sequences import SequenceState
@@ -53,14 +55,16 @@ from shared.model.lora import (
 )
 from shared.model.stage import Stage
 from shared.model_files import CONFIG_FILES, WEIGHT_FILES, resolve
-from shared.tensors.links import IncomingLinks, OutgoingLink
 from shared.tensors.ref import TensorRef
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NUM_TIED_SLOTS = 2
-"""One end of the pipeline may gather its next batch while the other still reads the one before."""
+
+def torch_executors() -> Callable[[StageWorkerSettings, str], "TorchExecutor"]:
+    """A maker of the executors of one process."""
+    local = LocalStages()
+    return lambda settings, instance: TorchExecutor(settings, instance, local)
 
 
 def _context_length(stage: Stage) -> int | None:
@@ -89,12 +93,16 @@ class _Loaded:
 class TorchExecutor:
     """Implements `Executor` on `cpu` or `cuda:N`."""
 
-    def __init__(self, settings: StageWorkerSettings, instance: str) -> None:
+    def __init__(
+        self, settings: StageWorkerSettings, instance: str, local: LocalStages | None = None
+    ) -> None:
+        """`local`: what the executors of this process share; None: there is no other."""
         self._settings = settings
         self._instance = instance
+        self._local = local or LocalStages()
         self._device = torch.device(settings.device)
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._thread = self._local.enter(instance, settings.device)
         self._peers = Peers(
             node=settings.node,
             device=self._device,
@@ -102,8 +110,7 @@ class TorchExecutor:
             timeout_s=settings.collective_timeout_s,
         )
         self._peers_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="peers")
-        self._incoming = IncomingLinks(self._device)
-        self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
+        self._handoff = Handoff(settings, instance, self._device, self._local)
         self._grammars = GrammarCompiler(self._vocabulary)
         self._model: _Loaded | None = None
         self._served: int | None = None
@@ -113,13 +120,21 @@ class TorchExecutor:
         return await self._run(self._load)
 
     async def offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
-        return await self._run(self._offer, peer, instance, purpose)
+        stage = self._loaded.stage
+        return await self._run(
+            self._handoff.offer,
+            peer,
+            instance,
+            purpose,
+            hidden_size=stage.hidden_size,
+            vocab_size=stage.vocab_size,
+        )
 
     async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
-        await self._run(self._outgoing[peer, purpose].connect, answer)
+        await self._run(self._handoff.connect, peer, purpose, answer)
 
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
-        return await self._run(self._incoming.accept, offer)
+        return await self._run(self._handoff.accept, offer)
 
     def begin(self, start: SequenceStart) -> SequenceState:
         text = start.sampling.grammar
@@ -142,7 +157,7 @@ class TorchExecutor:
         return await self._run(self._backward, batch_id, index, gradient)
 
     async def discard(self, tensor: TensorRef) -> None:
-        await self._run(self._incoming.discard, tensor)
+        await self._run(self._handoff.discard, tensor)
 
     async def finish_batch(self, batch_id: str) -> TensorRef | None:
         return await self._run(self._finish_batch, batch_id)
@@ -191,12 +206,11 @@ class TorchExecutor:
         return await asyncio.to_thread(files.write_shard, snapshot, folder, self._loaded.stage.layers)
 
     async def close(self) -> None:
-        for link in self._outgoing.values():
-            link.close()
+        self._handoff.close()
         self._peers.close()
         self._grammars.close()
-        for thread in (self._thread, self._peers_thread):
-            thread.shutdown(wait=False, cancel_futures=True)
+        self._local.leave(self._instance)
+        self._peers_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
@@ -319,20 +333,6 @@ class TorchExecutor:
             with torch.no_grad():
                 stage.forward(inputs, rows + start, PagedAttention(cache, [(start, num_tokens, (0,))]))
 
-    def _offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
-        settings, stage = self._settings, self._loaded.stage
-        element_bytes = 4
-        rows = max(settings.max_iteration_tokens, settings.max_microbatch_tokens)
-        num_slots = 2 * settings.num_stages + 2
-        if purpose == "tied":  # far larger tensors, one for each batch
-            rows, num_slots = stage.vocab_size, NUM_TIED_SLOTS
-        if (peer, purpose) in self._outgoing:
-            self._outgoing.pop((peer, purpose)).close()
-        path = settings.shm_dir / f"lemix-{self._instance}-{peer}-{instance}-{purpose}.arena"
-        link = OutgoingLink(path, slot_bytes=rows * stage.hidden_size * element_bytes, num_slots=num_slots)
-        self._outgoing[peer, purpose] = link
-        return link.offer(settings.stage, self._instance, purpose)
-
     def _inputs(self, rows: Rows, num_rows: int) -> Tensor:
         """Raises CarrierError when activations are not there, or not those of `num_rows`; LemixError when
         tokens are none of the model's.
@@ -340,12 +340,7 @@ class TorchExecutor:
         if not isinstance(rows, TensorRef):
             self._check_tokens(rows)
             return torch.tensor(rows, dtype=torch.int64, device=self._device)
-        hidden, hidden_size = self._incoming.take(rows), self._loaded.stage.hidden_size
-        if hidden.shape != (num_rows, hidden_size) or not hidden.is_floating_point():
-            raise CarrierError(
-                f"{rows.dtype} {list(rows.shape)} for {num_rows} rows of {hidden_size} activations"
-            )
-        return hidden
+        return self._handoff.take_rows(rows, num_rows, self._loaded.stage.hidden_size)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Raises LemixError: what lies outside the vocabulary would leave a GPU beyond repair."""
@@ -391,7 +386,7 @@ class TorchExecutor:
                 torch.tensor(plan.rows, dtype=torch.int64, device=self._device) if plan else None,
             )
         if plan is None:
-            return IterationOutput(self._outgoing[layers.stage + 1, "activations"].put(outputs))
+            return IterationOutput(self._handoff.put(layers.stage + 1, outputs))
         return IterationOutput(None, *plan.results(outputs))
 
     def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
@@ -400,18 +395,18 @@ class TorchExecutor:
         self._check_tokens(microbatch.labels)
         version, outputs = loaded.microbatches.forward(microbatch, inputs)
         if not layers.is_last:
-            sent = self._outgoing[layers.stage + 1, "activations"].put(outputs)
+            sent = self._handoff.put(layers.stage + 1, outputs)
             return ForwardOutput(version, hidden=sent)
         turns = not microbatch.backward_after_all
         gradient = self._backward(microbatch.batch_id, microbatch.index, None) if turns else None
         return ForwardOutput(version, loss=outputs.item(), gradient=gradient)
 
     def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
-        of_outputs = None if gradient is None else self._incoming.take(gradient)
+        of_outputs = None if gradient is None else self._handoff.take(gradient)
         of_inputs = self._loaded.microbatches.backward(batch_id, index, of_outputs)
         if of_inputs is None:
             return None
-        return self._outgoing[self._settings.stage - 1, "activations"].put(of_inputs)
+        return self._handoff.put(self._settings.stage - 1, of_inputs)
 
     def _finish_batch(self, batch_id: str) -> TensorRef | None:
         gradients, layers = self._loaded.weights.finish_batch(batch_id), self._loaded.stage.layers
@@ -419,13 +414,13 @@ class TorchExecutor:
         if tied is None:
             return None
         other_end = layers.num_stages - 1 if layers.is_first else 0
-        return self._outgoing[other_end, "tied"].put(gradients[tied])
+        return self._handoff.put(other_end, gradients[tied], "tied")
 
     def _measure(self, batch_id: str, tied: TensorRef | None) -> float:
         weights, stage = self._loaded.weights, self._loaded.stage
         if tied is not None:
             assert stage.tied_across_stages is not None
-            weights.add_gradient(batch_id, stage.tied_across_stages, self._incoming.take(tied))
+            weights.add_gradient(batch_id, stage.tied_across_stages, self._handoff.take(tied))
         return self._squared_norm(batch_id)
 
     def _squared_norm(self, batch_id: str) -> float:

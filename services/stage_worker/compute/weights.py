@@ -149,7 +149,8 @@ class StageWeights:
 
     def add_gradient(self, batch_id: str, name: str, gradient: Tensor) -> None:
         """Add what another stage's copy of a tied parameter has gathered for a finished batch."""
-        self._gradients[batch_id][name].add_(gradient)
+        gradients = self._gradients[batch_id]
+        gradients[name] = gradients[name] + gradient  # not in place: the other stage may still read ours
 
     def squared_norm(self, batch_id: str, *, but: str | None = None) -> float:
         """Sum of the squares of a finished batch's gradients, those of parameter `but` left out."""

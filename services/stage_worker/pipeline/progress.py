@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from services.stage_worker.pipeline.device import HandedOp, Turns
 from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
 from shared.bus.base import Bus
 from shared.clock import Clock
@@ -16,21 +17,14 @@ from shared.subjects import PROGRESS, PROGRESS_EVERY_S
 
 
 class Progress:
-    """Notes the start and end of every op; one task (`run`) reports them.
+    """Notes the start and end of every op of a stage; one task (`run`) reports them."""
 
-    The executor does one op at a time, but the next one may be handed to it before. Such an op starts when
-    the one before it ends.
-    """
-
-    def __init__(self, *, node: int, stage: int, bus: Bus, clock: Clock) -> None:
+    def __init__(self, *, node: int, stage: int, turns: Turns, bus: Bus, clock: Clock) -> None:
         self._node = node
         self._stage = stage
+        self._turns = turns
         self._bus = bus
         self._clock = clock
-        self._handed: list[tuple[StageOp | None, float]] = []
-        """Ops that the executor has, with the time when it got them; the first one runs."""
-        self._free_s = 0.0
-        """When the last op ended."""
         self._ended: list[tuple[StageOp, float, float]] = []
         """(op, start, end) of what is not told yet."""
         self._happened = asyncio.Event()
@@ -41,17 +35,17 @@ class Progress:
 
         None: work that nobody shall count on, as it goes where nothing else would.
         """
-        handed = (op, self._clock.now_s())
-        self._handed.append(handed)
+        turns, handed = self._turns, HandedOp(self._stage, op, self._clock.now_s())
+        turns.handed.append(handed)
         self._happened.set()
         try:
             yield
             end_s = self._clock.now_s()
             if op is not None:
-                self._ended.append((op, max(handed[1], self._free_s), end_s))
-            self._free_s = end_s
+                self._ended.append((op, max(handed.since_s, turns.free_s), end_s))
+            turns.free_s = end_s
         finally:
-            self._handed.remove(handed)
+            turns.handed.remove(handed)
             self._happened.set()
 
     async def run(self) -> None:
@@ -75,12 +69,12 @@ class Progress:
         return StageProgress(node=self._node, stage=self._stage, ended=ended, running=self._running(now_s))
 
     def _running(self, now_s: float) -> OpStarted | None:
-        if not self._handed:
+        if not self._turns.handed:
             return None
-        op, handed_s = self._handed[0]
-        if op is None:
+        first = self._turns.handed[0]
+        if first.stage != self._stage or first.op is None:
             return None
-        return OpStarted(op=op, ago_s=now_s - max(handed_s, self._free_s))
+        return OpStarted(op=first.op, ago_s=now_s - max(first.since_s, self._turns.free_s))
 
 
 def iteration_op(number: int, chunks: Sequence[SequenceChunk]) -> StageOp:

@@ -10,17 +10,17 @@ from msgspec import structs
 from shared.errors import CarrierError, StaleTensorError
 from shared.messages.cluster import LinkAnswer
 from shared.tensors import inline
-from shared.tensors.links import IncomingLinks, OutgoingLink
+from shared.tensors.links import IncomingLinks, SharedMemoryLink
 from shared.tensors.ref import INLINE_LIMIT_BYTES, TensorRef
 
 CPU = torch.device("cpu")
 
 
-def link(folder: Path, name: str = "arena", *, num_slots: int = 2) -> OutgoingLink:
-    return OutgoingLink(folder / name, slot_bytes=2 * INLINE_LIMIT_BYTES, num_slots=num_slots)
+def link(folder: Path, name: str = "arena", *, num_slots: int = 2) -> SharedMemoryLink:
+    return SharedMemoryLink(folder / name, slot_bytes=2 * INLINE_LIMIT_BYTES, num_slots=num_slots)
 
 
-def meet(outgoing: OutgoingLink, incoming: IncomingLinks, *, stage: int = 0) -> LinkAnswer:
+def meet(outgoing: SharedMemoryLink, incoming: IncomingLinks, *, stage: int = 0) -> LinkAnswer:
     answer = incoming.accept(outgoing.offer(stage, "instance"))
     outgoing.connect(answer)
     return answer

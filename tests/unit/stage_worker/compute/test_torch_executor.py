@@ -13,7 +13,8 @@ from services.stage_worker.checkpoint.shard_files import (
     take_snapshot,
     write_shard,
 )
-from services.stage_worker.compute.torch_executor import NUM_TIED_SLOTS, TorchExecutor
+from services.stage_worker.compute.handoff import NUM_TIED_SLOTS
+from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
 from shared.model.index import write_index
 from shared.model.partition import LayerRange

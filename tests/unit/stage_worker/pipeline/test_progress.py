@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from lemix.simulation.loop import VirtualClock, run_virtual
+from services.stage_worker.pipeline.device import Turns
 from services.stage_worker.pipeline.progress import Progress, iteration_op, microbatch_op, step_op
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
@@ -74,7 +75,7 @@ async def telling() -> AsyncIterator[tuple[Progress, list[tuple[float, StageProg
 
     listener, bus = broker.connect(), broker.connect()
     await listener.subscribe(PROGRESS.at(), on_progress)
-    progress = Progress(node=3, stage=1, bus=bus, clock=VirtualClock(loop))
+    progress = Progress(node=3, stage=1, turns=Turns(), bus=bus, clock=VirtualClock(loop))
     running = asyncio.create_task(progress.run())
     yield progress, told
     running.cancel()
