@@ -7,7 +7,7 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # No newer version than was tested, so that a release elsewhere cannot break a fresh clone.
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 
 # Two at a time: half of the time a test waits, for processes that start or messages that come.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -33,6 +33,16 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+# What needs a card, in at most 6 minutes; results in runs/gpu. GPU_PYTHON: a Python that has torch already; what else
+# it lacks can lie in wheels/ (see benchmarks/gpu/collect_wheels.py).
+gpu: $(if $(GPU_PYTHON),,$(VENV)/installed)
+ifneq ($(wildcard wheels/*.whl),)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
+	  --target build/gpu_site wheels/*.whl
+endif
+	PATH="$(CURDIR)/build/gpu_site/bin:$$PATH" PYTHONPATH="$(CURDIR)/build/gpu_site:$(CURDIR)" \
+	  $(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) runs

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.models import DTYPES, SHAPES, model_folder, models_for
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
-from benchmarks.workload import BATCH_SIZE, MAX_TOKENS, prompt_tokens
+from benchmarks.workload import MAX_TOKENS, prompt_tokens
 from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
 from lemix.run_folder import clear
@@ -26,11 +26,11 @@ NUM_ROUNDS = {"small": 15, "big": 5, "huge": 3}
 KINDS = ("decode_tokens_per_s", "tokens_per_s")
 
 
-def rates(start_s: float, first_s: float, last_s: float) -> dict[str, float]:
+def rates(num_streams: int, start_s: float, first_s: float, last_s: float) -> dict[str, float]:
     """`first_s`: when the last stream had its first token; `last_s`: when all had all."""
     return {
-        "decode_tokens_per_s": BATCH_SIZE * (MAX_TOKENS - 1) / (last_s - first_s),
-        "tokens_per_s": BATCH_SIZE * MAX_TOKENS / (last_s - start_s),
+        "decode_tokens_per_s": num_streams * (MAX_TOKENS - 1) / (last_s - first_s),
+        "tokens_per_s": num_streams * MAX_TOKENS / (last_s - start_s),
         "ttft_max_s": first_s - start_s,
     }
 
@@ -42,14 +42,16 @@ async def stream_over_http(client: ApiClient, prompts: list[list[int]]) -> dict[
         *(client.complete(prompt, max_tokens=MAX_TOKENS, temperature=0) for prompt in prompts)
     )
     assert all(completion.completion_tokens == MAX_TOKENS for completion in completions)
-    return rates(start_s, start_s + max(one.ttft_s for one in completions), time.monotonic())
+    first_s = start_s + max(one.ttft_s for one in completions)
+    return rates(len(prompts), start_s, first_s, time.monotonic())
 
 
 class BusStreams:
-    """Eight streams as a gateway sees them: tokens on the bus, from the node itself."""
+    """Streams as a gateway sees them: tokens on the bus, from the node itself."""
 
-    def __init__(self, bus: NatsBus) -> None:
+    def __init__(self, bus: NatsBus, max_tokens: int = MAX_TOKENS) -> None:
         self._bus = bus
+        self._max_tokens = max_tokens
         self._num_tokens: dict[str, int] = {}
         self._all_begun, self._all_done = asyncio.Event(), asyncio.Event()
         self._ids = itertools.count()
@@ -66,10 +68,10 @@ class BusStreams:
         await self._all_begun.wait()
         first_s = time.monotonic()
         await self._all_done.wait()
-        return rates(start_s, first_s, time.monotonic())
+        return rates(len(prompts), start_s, first_s, time.monotonic())
 
     async def _submit(self, task_id: str, prompt: list[int]) -> None:
-        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
+        sampling = Sampling(max_tokens=self._max_tokens, temperature=0.0)
         task = InferenceTask(
             task_id=task_id, gateway="bench", prompt=tuple(prompt), sampling=sampling, timeout_s=300.0
         )
@@ -80,7 +82,7 @@ class BusStreams:
             self._num_tokens[result.task_id] += result.token is not None
         if min(self._num_tokens.values()) >= 1:
             self._all_begun.set()
-        if min(self._num_tokens.values()) == MAX_TOKENS:
+        if min(self._num_tokens.values()) == self._max_tokens:
             self._all_done.set()
 
 

@@ -2,10 +2,12 @@
 
 import json
 import random
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,9 +18,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 8192, "num_attention_heads": 4},
     "big": {"hidden_size": 1024, "num_hidden_layers": 12, "vocab_size": 32000, "num_attention_heads": 16},
     "huge": {"hidden_size": 2048, "num_hidden_layers": 20, "vocab_size": 32000, "num_attention_heads": 16},
+    "large": {"hidden_size": 2560, "num_hidden_layers": 24, "vocab_size": 32000, "num_attention_heads": 20},
 }
-INTERMEDIATE = {"small": 688, "big": 2752, "huge": 5504}
-DTYPES = {"small": "float32", "big": "float32", "huge": "bfloat16"}
+INTERMEDIATE = {"small": 688, "big": 2752, "huge": 5504, "large": 6912}
+DTYPES = {"small": "float32", "big": "float32", "huge": "bfloat16", "large": "bfloat16"}
 """The dtypes in which both sides compute."""
 
 
@@ -27,23 +30,35 @@ def models_for(device: str) -> tuple[str, ...]:
     return ("small", "big") if device == "cpu" else ("big", "huge")
 
 
-def model_folder(name: str, base: Path) -> Path:
-    """The saved model, made at first use: float32, seeded, never ending a completion by itself."""
+def model_folder(name: str, base: Path, device: str = "cpu") -> Path:
+    """The saved model, made at first use: seeded, never ending a completion by itself.
+
+    Weights are drawn on `device`. They are saved in float32, those of `large` (4 GB) in its own dtype.
+    """
     folder = base / name
     if not (folder / "model.safetensors").exists():
         config = LlamaConfig(
             **SHAPES[name],
             intermediate_size=INTERMEDIATE[name],
-            max_position_embeddings=1024,
+            max_position_embeddings=2048,
             bos_token_id=None,
             eos_token_id=None,
         )
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="8GB")
+        saved_in = DTYPES[name] if name == "large" else "float32"
+        with torch.device(device):
+            weights = LlamaForCausalLM._from_config(config, dtype=getattr(torch, saved_in))
+        weights.save_pretrained(folder, max_shard_size="8GB")
         # Every token has a text, so that a stream shows each one as it comes.
         words = {f"w{number}": number for number in range(SHAPES[name]["vocab_size"])}
         Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def num_weights(folder: Path) -> int:
+    """Weights of a saved model."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
 
 
 def text_model_folder(name: str, base: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import schema_over_http
 from benchmarks.models import SHAPES, text_model_folder, write_tokenizer
 from benchmarks.report import spread
 from benchmarks.workload import BATCH_SIZE, MAX_TOKENS, prompt_tokens
@@ -187,4 +188,8 @@ def vocabularies(folder: Path) -> dict[str, Vocabulary]:
 
 async def main(work: Path) -> dict[str, Any]:
     masked = {size: masks(vocabulary) for size, vocabulary in vocabularies(work / "models").items()}
-    return {"masks_by_vocabulary": masked, f"decode_{MODEL}": await decode(work)}
+    return {
+        "masks_by_vocabulary": masked,
+        f"decode_{MODEL}": await decode(work),
+        f"chat_{MODEL}": await schema_over_http.measure(MODEL, work, SCHEMAS["orders"]),
+    }

@@ -19,8 +19,8 @@ from lemix.waiting import AppliedBatches, wait_nodes_ready
 from shared import subjects
 from shared.bus.nats import NatsBus
 
-BATCHES_PER_ROUND = {"cpu": {"small": 10, "big": 2}, "cuda": {"big": 30, "huge": 20}}
-NUM_ROUNDS = {"cpu": {"small": 5, "big": 2}, "cuda": {"big": 3, "huge": 3}}
+BATCHES_PER_ROUND = {"cpu": {"small": 10, "big": 2}, "cuda": {"big": 30, "huge": 20, "large": 20}}
+NUM_ROUNDS = {"cpu": {"small": 5, "big": 2}, "cuda": {"big": 3, "huge": 3, "large": 3}}
 NUM_STAGES = {"cpu": 2, "cuda": 1}
 NUM_MICROBATCHES = {"cpu": 4, "cuda": 1}
 
@@ -41,7 +41,7 @@ async def train_round(
 
 async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     """Alternate rounds of both sides."""
-    folder = model_folder(name, work / "models")
+    folder = model_folder(name, work / "models", device)
     vocab_size, kind = SHAPES[name]["vocab_size"], device.partition(":")[0]
     count = BATCHES_PER_ROUND[kind][name]
     settings = {

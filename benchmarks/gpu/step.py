@@ -1,0 +1,27 @@
+"""One benchmark on a card: `python -m benchmarks.gpu.step NAME FOLDER DEVICE` writes FOLDER/NAME.json."""
+
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from benchmarks.gpu import decode, prefill, training
+from benchmarks.report import setting, write
+
+BENCHMARKS: dict[str, Callable[[Path, str], Coroutine[Any, Any, dict[str, Any]]]] = {
+    "decode": decode.main,
+    "prefill": prefill.main,
+    "training": training.main,
+}
+
+
+def main(name: str, folder: str, device: str) -> None:
+    before = setting(device)
+    result = uvloop.run(BENCHMARKS[name](Path(folder), device))
+    print(write(name, before, result, Path(folder)).read_text())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

