@@ -55,6 +55,37 @@ async def test_open_webui_lists_models_chats_and_asks_for_title_tags_and_follow_
         assert answer["choices"][0]["message"]["content"] == ANSWER
 
 
+async def test_llama_index_chats_and_completes(http: httpx.AsyncClient) -> None:
+    chat = {"model": MODEL, "messages": [HELLO], "temperature": 0.1}
+    answer = (await http.post("/v1/chat/completions", json=chat | {"stream": False})).json()
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    events = events_of(await http.post("/v1/chat/completions", json=chat | {"stream": True}))
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == ANSWER
+    completion = {"model": MODEL, "prompt": "Hello", "temperature": 0.1, "stream": False, "max_tokens": 1000}
+    answer = (await http.post("/v1/completions", json=completion)).json()
+    assert answer["choices"][0]["text"] == ANSWER
+
+
+async def test_instructor_demands_a_call_and_asks_again_when_its_arguments_are_wrong() -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    tool = {
+        "type": "function",
+        "function": {"name": "User", "description": "A person.", "parameters": schema},
+    }
+    choice = {"type": "function", "function": {"name": "User"}}
+    asked = {"model": MODEL, "messages": [HELLO], "tools": [tool], "tool_choice": choice}
+    async with gateway_world(says('{"name": "User", "arguments": {"age": 7}}')) as world:
+        answer = (await world.http.post("/v1/chat/completions", json=asked)).json()
+        [call] = answer["choices"][0]["message"]["tool_calls"]
+        dumped = {"role": "assistant", "content": "", "tool_calls": [call]}
+        wrong = {"role": "tool", "tool_call_id": call["id"], "name": "User", "content": "age: 8 or more"}
+        more = asked | {"messages": [HELLO, dumped, wrong]}
+        again = (await world.http.post("/v1/chat/completions", json=more)).json()
+    assert call["function"]["name"] == "User"
+    assert json.loads(call["function"]["arguments"]) == {"age": 7}
+    assert again["choices"][0]["message"]["tool_calls"][0]["function"] == call["function"]
+
+
 async def test_a_page_in_a_browser_asks_first_whether_it_may(http: httpx.AsyncClient) -> None:
     asked = {
         "Origin": ORIGIN,
@@ -128,20 +159,60 @@ async def test_probes_are_answered(http: httpx.AsyncClient, method: str) -> None
     assert (await http.send(asked)).status_code == 200
 
 
-async def test_row_3_numbers_written_as_fractions_are_whole(http: httpx.AsyncClient) -> None:
-    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 2.0}
-    answer = (await http.post("/v1/completions", json=body)).json()
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": MODEL, "prompt": "Hello"},
+    "/v1/chat/completions": {"model": MODEL, "messages": [HELLO]},
+}
+
+
+@pytest.mark.parametrize("url", list(ROUTES))
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"user": "u1"},
+        {"stop": ""},
+        {"ignore_eos": False},
+        {"top_k": -1},
+        {"min_p": 0},
+        {"repetition_penalty": 1.0},
+        {"metadata": {}},
+        {"store": False},
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_obfuscation": False}},
+        {"max_completion_tokens": 16},
+        {"logprobs": False},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+async def test_row_2_what_changes_nothing_passes(
+    http: httpx.AsyncClient, url: str, more: dict[str, Any]
+) -> None:
+    plain, answer = [
+        (await http.post(url, json=ROUTES[url] | {"seed": 1} | fields)).json() for fields in ({}, more)
+    ]
+    assert answer["choices"] == plain["choices"]
+    assert answer["usage"] == plain["usage"]
+
+
+@pytest.mark.parametrize("url", list(ROUTES))
+async def test_row_3_numbers_written_as_fractions_are_whole(http: httpx.AsyncClient, url: str) -> None:
+    answer = (await http.post(url, json=ROUTES[url] | {"max_tokens": 2.0})).json()
     assert answer["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize(
-    ("wrong", "limit"),
-    [({"max_tokens": -1}, "0"), ({"top_p": 0}, "0"), ({"seed": 2**63}, "9223372036854775807")],
+    ("url", "wrong", "limit"),
+    [
+        ("/v1/completions", {"max_tokens": -1}, "greater than or equal to 0"),
+        ("/v1/chat/completions", {"max_tokens": -1}, "greater than or equal to 1"),
+        *((url, {"top_p": 0}, "greater than 0") for url in ROUTES),
+        *((url, {"seed": 2**63}, "less than or equal to 9223372036854775807") for url in ROUTES),
+    ],
 )
 async def test_row_3_a_number_out_of_range_is_refused_with_the_range(
-    http: httpx.AsyncClient, wrong: dict[str, Any], limit: str
+    http: httpx.AsyncClient, url: str, wrong: dict[str, Any], limit: str
 ) -> None:
-    refused = await http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello"} | wrong)
+    refused = await http.post(url, json=ROUTES[url] | wrong)
     error = refused.json()["error"]
     assert (refused.status_code, error["param"]) == (400, next(iter(wrong)))
     assert limit in error["message"]

@@ -205,20 +205,32 @@ async def test_each_token_is_shown_before_the_next_is_made() -> None:
         reader.cancel()
 
 
-def test_a_silent_stream_begins_when_its_node_has_taken_it_and_says_that_it_is_alive() -> None:
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (URL, ask()),
+        ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "Say it"}]}),
+        ("/v1/responses", {"model": MODEL, "input": "Say it"}),
+    ],
+)
+def test_a_silent_stream_begins_when_its_node_has_taken_it_and_says_that_it_is_alive(
+    url: str, body: dict[str, Any]
+) -> None:
     async def asked() -> httpx.Response:
         async with gateway_world(ping_every_s=4.0) as world, asyncio.TaskGroup() as group:
-            answer = group.create_task(world.http.post(URL, json=ask(stream=True)))
+            answer = group.create_task(world.http.post(url, json=body | {"stream": True}))
             task = await world.cluster.submitted.get()
             await asyncio.sleep(10 * world.settings.ping_every_s / 4)
-            await world.cluster.produce(task, *says("done")(task))
+            await world.cluster.produce(task, *says(" and")(task))
         return await answer
 
     response = run_virtual(asked())
     assert (response.status_code, "lemix-weights-version" in response.headers) == (200, False)
-    pings, events = response.text[: 2 * len(": ping\n\n")], response.text[2 * len(": ping\n\n") :]
-    assert pings == ": ping\n\n" * 2
-    assert "".join(event["choices"][0]["text"] for event in events_of(events)) == "done"
+    before, pings, after = response.text.partition(": ping\n\n" * 2)
+    assert '" and"' not in before
+    assert pings
+    assert '" and"' in after
+    assert ": ping" not in after
 
 
 def test_a_refusal_soon_after_the_placement_has_a_status_even_for_a_stream() -> None:

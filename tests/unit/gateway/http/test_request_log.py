@@ -36,18 +36,30 @@ async def test_an_id_that_is_not_sane_is_replaced_by_a_new_one(asked: str) -> No
     assert len(ids) == 2
 
 
-async def test_the_trace_is_found_from_the_request_id_and_from_the_answers_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        (URL, ASKED),
+        ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "Say it"}]}),
+        ("/v1/responses", {"model": MODEL, "input": "Say it"}),
+    ],
+)
+async def test_the_trace_is_found_from_the_request_id_and_from_the_answers_id(
+    tmp_path: Path, url: str, asked: dict[str, Any], stream: bool
+) -> None:
     exporter = JsonLinesExporter(tmp_path / "spans.jsonl")
     async with gateway_world(says("fine"), exporter=exporter) as world:
-        answer = await world.http.post(URL, json=ASKED, headers={"x-request-id": "mine"})
-        await world.http.post(URL, json=ASKED | {"top_p": 7}, headers={"x-request-id": "refused"})
+        body = asked | {"stream": stream}
+        answer = await world.http.post(url, json=body, headers={"x-request-id": "mine"})
+        await world.http.post(url, json=body | {"top_p": 7}, headers={"x-request-id": "refused"})
     spans = [json.loads(line) for line in (tmp_path / "spans.jsonl").read_text().splitlines()]
     requests = {
         span["attributes"]["lemix.request_id"]: span for span in spans if span["name"] == "gateway.request"
     }
     [completion] = [span for span in spans if span["name"] == "gateway.completion"]
     assert requests["mine"]["span_id"] == completion["parent_span_id"]
-    assert completion["attributes"]["gen_ai.response.id"] == answer.json()["id"]
+    assert f'"id":"{completion["attributes"]["gen_ai.response.id"]}"' in answer.text
     statuses = {name: span["attributes"]["http.response.status_code"] for name, span in requests.items()}
     assert statuses == {"mine": 200, "refused": 400}
 
