@@ -23,7 +23,7 @@ from shared import subjects
 from shared.bus.base import Incoming
 from shared.bus.nats import NatsBus
 from shared.messages.cluster import LinkOffer
-from shared.messages.inference import IterationForward, SequenceChunk
+from shared.messages.inference import Iteration, IterationForward
 from shared.tensors.links import IncomingLinks, SharedMemoryLink
 
 ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32
@@ -31,21 +31,18 @@ NUM_ROUNDS, NUM_PER_ROUND, PACE_S = 5, 400, 0.002
 DEVICE = torch.device("cpu")
 
 
-def chunk(number: int, num_tokens: int) -> SequenceChunk:
-    return SequenceChunk(
-        task_id=f"task-{number}",
-        start=128,
-        num_tokens=num_tokens,
-        blocks=tuple(range(12)),
-        produces=True,
+def iteration(num_sequences: int) -> Iteration:
+    """Pieces of prompts, as many rows together as an activation has."""
+    return Iteration(
+        number=700,
+        sequences=tuple(range(300, 300 + num_sequences)),
+        starts=(128,) * num_sequences,
+        counts=(ACTIVATION_SHAPE[0] // num_sequences,) * num_sequences,
+        produces=(True,) * num_sequences,
     )
 
 
-MESSAGES = {
-    "one_sequence": (chunk(0, ACTIVATION_SHAPE[0]),),
-    "eight_sequences": tuple(chunk(number, ACTIVATION_SHAPE[0] // 8) for number in range(8)),
-}
-Chunks = tuple[SequenceChunk, ...]
+MESSAGES = {"one_sequence": iteration(1), "eight_sequences": iteration(8)}
 
 
 class Side:
@@ -59,10 +56,10 @@ class Side:
         self.link = SharedMemoryLink(folder / f"{own}.arena", slot_bytes=size_bytes, num_slots=4)
         self.arrived = asyncio.Event()
 
-    async def start(self, on_arrival: Callable[[Chunks], Awaitable[None]]) -> None:
+    async def start(self, on_arrival: Callable[[Iteration], Awaitable[None]]) -> None:
         async def handler(incoming: Incoming[IterationForward]) -> None:
             self._incoming.take(incoming.message.hidden)
-            await on_arrival(incoming.message.chunks)
+            await on_arrival(incoming.message.iteration)
 
         async def accept(incoming: Incoming[LinkOffer]) -> Any:
             return self._incoming.accept(incoming.message)
@@ -74,8 +71,8 @@ class Side:
         target = subjects.LINK.at(node=0, stage=self._other)
         self.link.connect(await self._bus.request(target, self.link.offer(self._own, "bench"), timeout_s=5))
 
-    async def send(self, chunks: Chunks, activation: torch.Tensor) -> None:
-        forward = IterationForward(iteration=0, chunks=chunks, hidden=self.link.put(activation))
+    async def send(self, iteration: Iteration, activation: torch.Tensor) -> None:
+        forward = IterationForward(iteration=iteration, hidden=self.link.put(activation))
         await self._bus.publish(subjects.ITERATION.at(node=0, stage=self._other), forward)
 
 
@@ -90,7 +87,7 @@ async def echo(url: str, folder: Path) -> None:
 
     await bare.subscribe("bare.out", cb=back)
     await bare.flush()
-    await side.start(lambda chunks: side.send(chunks, activation))
+    await side.start(lambda iteration: side.send(iteration, activation))
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     await side.connect()
@@ -116,7 +113,7 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
     bus, bare, arrived = await NatsBus.connect(url, name="bench"), await nats.connect(url), asyncio.Event()
     side, activation = Side(bus, 0, 1, folder), torch.ones(ACTIVATION_SHAPE)
 
-    async def note(chunks: Chunks) -> None:
+    async def note(iteration: Iteration) -> None:
         arrived.set()
 
     async def note_bare(message: Any) -> None:
@@ -131,8 +128,8 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
     hops: dict[str, list[float]] = {name: [] for name in MESSAGES}
     bare_hops = []
     for _ in range(NUM_ROUNDS):
-        for name, chunks in MESSAGES.items():
-            hops[name].append(await half_round_trips_ms(partial(side.send, chunks, activation), arrived))
+        for name, message in MESSAGES.items():
+            hops[name].append(await half_round_trips_ms(partial(side.send, message, activation), arrived))
         bare_hops.append(await half_round_trips_ms(lambda: bare.publish("bare.out", bytes(100)), arrived))
     await bare.close()
     await bus.close()
