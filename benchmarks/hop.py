@@ -1,12 +1,14 @@
-"""One stage-to-stage hop: message out to message in, a 64 KB activation by `shm` handle; beside bare nats-py.
+"""One stage-to-stage hop: message out to message in, with a 64 KB activation; beside bare nats-py.
 
-Two processes send a message to and fro; a hop is half of the round trip, by one process's clock.
+Two processes send a message to and fro, the activation by `shm` handle; then two stages of one process do, by
+`local` handle. A hop is half of the round trip, by one process's clock.
 """
 
 import asyncio
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -20,46 +22,49 @@ from benchmarks.report import spread
 from lemix.arenas import default_base
 from lemix.nats_server import NatsServer
 from shared import subjects
-from shared.bus.base import Incoming
+from shared.bus.base import Bus, Incoming
 from shared.bus.nats import NatsBus
+from shared.bus.near import NearBus
 from shared.messages.cluster import LinkOffer
-from shared.messages.inference import Iteration, IterationForward
-from shared.tensors.links import IncomingLinks, SharedMemoryLink
+from shared.messages.inference import IterationForward, SequenceChunk
+from shared.tensors.links import IncomingLinks, OutgoingLink, SharedMemoryLink
+from shared.tensors.local import LocalLink, LocalTensors
 
 ACTIVATION_SHAPE = (64, 256)  # 64 KB in float32
 NUM_ROUNDS, NUM_PER_ROUND, PACE_S = 5, 400, 0.002
 DEVICE = torch.device("cpu")
 
 
-def iteration(num_sequences: int) -> Iteration:
-    """Pieces of prompts, as many rows together as an activation has."""
-    return Iteration(
-        number=700,
-        sequences=tuple(range(300, 300 + num_sequences)),
-        starts=(128,) * num_sequences,
-        counts=(ACTIVATION_SHAPE[0] // num_sequences,) * num_sequences,
-        produces=(True,) * num_sequences,
+def chunk(number: int, num_tokens: int) -> SequenceChunk:
+    return SequenceChunk(
+        task_id=f"task-{number}",
+        start=128,
+        num_tokens=num_tokens,
+        blocks=tuple(range(12)),
+        produces=True,
     )
 
 
-MESSAGES = {"one_sequence": iteration(1), "eight_sequences": iteration(8)}
+MESSAGES = {
+    "one_sequence": (chunk(0, ACTIVATION_SHAPE[0]),),
+    "eight_sequences": tuple(chunk(number, ACTIVATION_SHAPE[0] // 8) for number in range(8)),
+}
+Chunks = tuple[SequenceChunk, ...]
 
 
 class Side:
-    """One of the two processes: sends activations to `other`, takes them from it."""
+    """One of the two stages: sends activations to `other`, takes them from it."""
 
-    def __init__(self, bus: NatsBus, own: int, other: int, folder: Path) -> None:
+    def __init__(self, bus: Bus, own: int, other: int, link: OutgoingLink, incoming: IncomingLinks) -> None:
         torch.set_num_threads(1)  # as in stage workers
         self._bus, self._own, self._other = bus, own, other
-        self._incoming = IncomingLinks(DEVICE)
-        size_bytes = 4 * ACTIVATION_SHAPE[0] * ACTIVATION_SHAPE[1]
-        self.link = SharedMemoryLink(folder / f"{own}.arena", slot_bytes=size_bytes, num_slots=4)
-        self.arrived = asyncio.Event()
+        self._incoming = incoming
+        self.link = link
 
-    async def start(self, on_arrival: Callable[[Iteration], Awaitable[None]]) -> None:
+    async def start(self, on_arrival: Callable[[Chunks], Awaitable[None]]) -> None:
         async def handler(incoming: Incoming[IterationForward]) -> None:
             self._incoming.take(incoming.message.hidden)
-            await on_arrival(incoming.message.iteration)
+            await on_arrival(incoming.message.chunks)
 
         async def accept(incoming: Incoming[LinkOffer]) -> Any:
             return self._incoming.accept(incoming.message)
@@ -71,15 +76,32 @@ class Side:
         target = subjects.LINK.at(node=0, stage=self._other)
         self.link.connect(await self._bus.request(target, self.link.offer(self._own, "bench"), timeout_s=5))
 
-    async def send(self, iteration: Iteration, activation: torch.Tensor) -> None:
-        forward = IterationForward(iteration=iteration, hidden=self.link.put(activation))
+    async def send(self, chunks: Chunks, activation: torch.Tensor) -> None:
+        forward = IterationForward(iteration=0, chunks=chunks, hidden=self.link.put(activation))
         await self._bus.publish(subjects.ITERATION.at(node=0, stage=self._other), forward)
+
+
+def shared_side(bus: Bus, own: int, other: int, folder: Path) -> Side:
+    """A stage whose neighbour is in another process."""
+    size_bytes = 4 * ACTIVATION_SHAPE[0] * ACTIVATION_SHAPE[1]
+    link = SharedMemoryLink(folder / f"{own}.arena", slot_bytes=size_bytes, num_slots=4)
+    return Side(bus, own, other, link, IncomingLinks(DEVICE))
+
+
+def local_sides(bus: Bus) -> tuple[Side, Side]:
+    """Two stages of one process."""
+    tensors = LocalTensors()
+    one, other = (
+        Side(bus, own, 1 - own, LocalLink(tensors, f"of {own}"), IncomingLinks(DEVICE, tensors))
+        for own in (0, 1)
+    )
+    return one, other
 
 
 async def echo(url: str, folder: Path) -> None:
     """The second process: sends back what comes, until its stdin closes; also echoes bare messages."""
     bus = await NatsBus.connect(url, name="echo")
-    side, activation = Side(bus, 1, 0, folder), torch.ones(ACTIVATION_SHAPE)
+    side, activation = shared_side(bus, 1, 0, folder), torch.ones(ACTIVATION_SHAPE)
     bare = await nats.connect(url)
 
     async def back(message: Any) -> None:
@@ -87,7 +109,7 @@ async def echo(url: str, folder: Path) -> None:
 
     await bare.subscribe("bare.out", cb=back)
     await bare.flush()
-    await side.start(lambda iteration: side.send(iteration, activation))
+    await side.start(lambda chunks: side.send(chunks, activation))
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     await side.connect()
@@ -111,9 +133,11 @@ async def half_round_trips_ms(send: Callable[[], Awaitable[None]], arrived: asyn
 async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -> dict[str, Any]:
     assert echoing.stdin is not None and echoing.stdout is not None
     bus, bare, arrived = await NatsBus.connect(url, name="bench"), await nats.connect(url), asyncio.Event()
-    side, activation = Side(bus, 0, 1, folder), torch.ones(ACTIVATION_SHAPE)
+    side, activation = shared_side(bus, 0, 1, folder), torch.ones(ACTIVATION_SHAPE)
+    near = NearBus(await NatsBus.connect(url, name="near"))
+    one, two = local_sides(near)
 
-    async def note(iteration: Iteration) -> None:
+    async def note(chunks: Chunks) -> None:
         arrived.set()
 
     async def note_bare(message: Any) -> None:
@@ -125,18 +149,29 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
     await side.connect()
     echoing.stdin.write(b"\n")
     await echoing.stdout.readline()
-    hops: dict[str, list[float]] = {name: [] for name in MESSAGES}
-    bare_hops = []
+    hops, local_hops, bare_hops = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list), []
+    await start_local(one, two, note, activation)
     for _ in range(NUM_ROUNDS):
-        for name, message in MESSAGES.items():
-            hops[name].append(await half_round_trips_ms(partial(side.send, message, activation), arrived))
+        for name, chunks in MESSAGES.items():
+            hops[name].append(await half_round_trips_ms(partial(side.send, chunks, activation), arrived))
+            local_hops[name].append(await half_round_trips_ms(partial(one.send, chunks, activation), arrived))
         bare_hops.append(await half_round_trips_ms(lambda: bare.publish("bare.out", bytes(100)), arrived))
-    await bare.close()
-    await bus.close()
+    for each in (bare, bus, near):
+        await each.close()
     return {
         "hop_ms": {name: spread(values) for name, values in hops.items()},
+        "hop_within_a_worker_ms": {name: spread(values) for name, values in local_hops.items()},
         "bare_nats_py_hop_ms": spread(bare_hops),
     }
+
+
+async def start_local(
+    one: Side, two: Side, on_arrival: Callable[[Chunks], Awaitable[None]], activation: torch.Tensor
+) -> None:
+    await one.start(on_arrival)
+    await two.start(lambda chunks: two.send(chunks, activation))
+    await one.connect()
+    await two.connect()
 
 
 async def main(work: Path) -> dict[str, Any]:

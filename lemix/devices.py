@@ -1,6 +1,7 @@
 """Whether the devices that a run asks for are there, told without loading torch."""
 
 import ctypes
+import os
 import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -11,6 +12,11 @@ _CUDA = re.compile(r"cuda(?::(\d+))?")
 _WITHOUT_CUDA = "+cpu"
 _OTHER_DRIVER = "+rocm"
 """How the versions of PyTorch's builds end; ROCm's devices are called cuda, too."""
+
+
+def num_cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_cuda_devices() -> int:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from lemix.arenas import ArenaFolder, default_base, remove_abandoned
+from lemix.devices import num_cpu_cores
 from lemix.health import HealthProbe
 from lemix.nats_server import LOOPBACK, NatsServer
 from lemix.ports import api_url_of, claim_port
@@ -133,6 +134,7 @@ class LocalCluster:
             nats_url=self.nats_url,
             port=port,
             shm_dir=arenas.path,
+            num_cores=num_cpu_cores(),
             inherited=os.environ,
             command_of=self._command_of,
         )

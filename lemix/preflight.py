@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lemix.arenas import default_base
-from lemix.devices import check_devices
+from lemix.devices import check_devices, num_cpu_cores
 from lemix.topology import ClusterOptions, service_specs
 from services.gateway.settings import GatewaySettings
 from services.scheduler.__main__ import serving
@@ -29,24 +29,22 @@ def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
         nats_url=options.nats_url or "",
         port=options.port,
         shm_dir=default_base(),
+        num_cores=num_cpu_cores(),
         inherited=inherited,
     )
     told = {spec.name: spec.environment for spec in specs}
     serving(read_settings(SchedulerSettings, told.pop("scheduler")))
     gateway = read_settings(GatewaySettings, told.pop("gateway"))
     read_settings(TrainerSettings, told.pop("trainer"))
-    stages = [read_settings(StageWorkerSettings, environment) for environment in told.values()]
+    workers = [read_settings(StageWorkerSettings, environment) for environment in told.values()]
     if options.emulate is None:
-        check_devices(stage.device for stage in stages)
-    check_model(stages[0].model, None if options.emulate else options.stages)
+        check_devices(stage.device for worker in workers for stage in worker.of_stages)
+    _check_model(workers[0].model, None if options.emulate else options.stages)
     load_chat_template(resolve(gateway.model, CONFIG_FILES), SystemClock(), chosen=gateway.chat_template)
 
 
-def check_model(model: str, num_stages: int | None) -> None:
-    """Look for a model, and whether it can have so many stages (None: as an emulated model has).
-
-    Raises ConfigurationError or UnsupportedModelError, naming the value that is wrong.
-    """
+def _check_model(model: str, num_stages: int | None) -> None:
+    """None: of an emulated model, which is cut as its profile says."""
     folder = resolve(model, CONFIG_FILES)
     read_card(folder, name_of(model))
     layers = num_layers(folder)

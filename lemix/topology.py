@@ -20,6 +20,8 @@ class ClusterOptions:
     nodes: int = 2
     stages: int = 2
     """Pipeline stages of each node."""
+    stages_per_worker: int | None = None
+    """Consecutive stages in one process; None: all of a node, or one where devices are emulated."""
     devices: tuple[str, ...] = ("cpu",)
     """`cpu` or `cuda:N`, dealt out to the stages of node 0, then node 1, ...; repeated when short."""
     emulate: str | None = None
@@ -45,6 +47,17 @@ class ClusterOptions:
     """Further settings for every service."""
 
     @property
+    def stages_held(self) -> int:
+        """The stages of each worker, but the last one of a node, which has what is left."""
+        chosen = self.stages_per_worker or (self.stages if self.emulate is None else 1)
+        return min(chosen, self.stages)
+
+    @property
+    def num_workers(self) -> int:
+        """Stage worker processes of all nodes."""
+        return self.nodes * -(-self.stages // self.stages_held)
+
+    @property
     def run_dir(self) -> Path:
         return (self.runs_dir / self.name).absolute()
 
@@ -52,6 +65,8 @@ class ClusterOptions:
         """Check the options. Raises ConfigurationError, naming the option and its value."""
         if self.nodes < 1 or self.stages < 1:
             raise ConfigurationError(f"nodes={self.nodes} and stages={self.stages} must both be at least 1")
+        if self.stages_per_worker is not None and self.stages_per_worker < 1:
+            raise ConfigurationError(f"stages_per_worker={self.stages_per_worker} must be at least 1")
         if not self.devices:
             raise ConfigurationError("at least one device is needed, for example cpu or cuda:0")
         if not 0 <= self.port <= 65535:
@@ -89,12 +104,14 @@ def service_specs(
     nats_url: str,
     port: int,
     shm_dir: Path,
+    num_cores: int,
     inherited: Mapping[str, str],
     command_of: CommandOf = module_command,
 ) -> list[ServiceSpec]:
     """Every process of the run but NATS, in the order in which they start.
 
-    `inherited` is the launcher's own environment; the run's settings override it.
+    `num_cores`: of this machine, for the stage workers to share. `inherited`: the launcher's environment;
+    the run's settings override it.
     """
     common = {**inherited, **options.extra_env, **_common_settings(options, nats_url)}
 
@@ -106,13 +123,37 @@ def service_specs(
         spec("gateway", "gateway", _gateway_settings(options, port)),
         spec("trainer", "trainer", {}),
     ]
+    num_threads = threads_of_worker(options, num_cores)
     for node in range(options.nodes):
-        for stage in range(options.stages):
-            settings = _stage_settings(options, node, stage, shm_dir)
-            # One thread for each stage: stages share the cores, and more threads only fight over them.
+        for stage in range(0, options.stages, options.stages_held):
+            held = min(options.stages_held, options.stages - stage)
+            settings = _stage_settings(options, node, stage, held, shm_dir)
+            if num_threads > 1:
+                settings["LEMIX_NUM_THREADS"] = common.get("LEMIX_NUM_THREADS", str(num_threads))
+            # Threads of libraries beside the compute thread would only fight over the cores.
             settings["OMP_NUM_THREADS"] = common.get("OMP_NUM_THREADS", "1")
-            specs.append(spec(f"node-{node}-stage-{stage}", "stage_worker", settings))
+            specs.append(spec(_worker_name(node, stage, held), "stage_worker", settings))
     return specs
+
+
+def threads_of_worker(options: ClusterOptions, num_cores: int) -> int:
+    """Compute threads of each stage worker: its share of the cores, one beside a GPU."""
+    is_on_cpu = options.emulate is None and set(options.devices) == {"cpu"}
+    return max(1, num_cores // options.num_workers) if is_on_cpu else 1
+
+
+def layout_line(options: ClusterOptions, num_cores: int) -> str:
+    """How the stages are dealt out, for a person."""
+    threads = threads_of_worker(options, num_cores)
+    return (
+        f"stage workers: {options.num_workers}, stages in each: {options.stages_held}, "
+        f"compute threads of each: {threads} (--stages-per-worker changes it)"
+    )
+
+
+def _worker_name(node: int, stage: int, held: int) -> str:
+    last = stage + held - 1
+    return f"node-{node}-stage-{stage}" if held == 1 else f"node-{node}-stages-{stage}-{last}"
 
 
 def _common_settings(options: ClusterOptions, nats_url: str) -> dict[str, str]:
@@ -138,14 +179,19 @@ def _scheduler_settings(options: ClusterOptions) -> dict[str, str]:
     return {"LEMIX_NUM_STAGES": str(options.stages), **set_ones}
 
 
-def _stage_settings(options: ClusterOptions, node: int, stage: int, shm_dir: Path) -> dict[str, str]:
-    place = node * options.stages + stage
+def _stage_settings(
+    options: ClusterOptions, node: int, stage: int, held: int, shm_dir: Path
+) -> dict[str, str]:
+    first = node * options.stages + stage
+    devices = [options.devices[place % len(options.devices)] for place in range(first, first + held)]
     emulated = {"LEMIX_EMULATE": options.emulate} if options.emulate is not None else {}
+    several = {"LEMIX_STAGES_HELD": str(held)} if held > 1 else {}
     return {
         **emulated,
+        **several,
         "LEMIX_NODE": str(node),
         "LEMIX_STAGE": str(stage),
         "LEMIX_NUM_STAGES": str(options.stages),
-        "LEMIX_DEVICE": options.devices[place % len(options.devices)],
+        "LEMIX_DEVICE": devices[0] if len(set(devices)) == 1 else ",".join(devices),
         "LEMIX_SHM_DIR": str(shm_dir),
     }

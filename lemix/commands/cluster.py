@@ -52,6 +52,14 @@ NatsPort = Annotated[
         show_default="a free one, chosen once",
     ),
 ]
+StagesPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Consecutive stages that one process holds.",
+        show_default="all of a node; 1 if emulated",
+    ),
+]
 StartTimeout = Annotated[
     float, typer.Option(min=1, help="Seconds until something must answer; downloads and loading count.")
 ]
@@ -60,6 +68,7 @@ StartTimeout = Annotated[
 def up(
     nodes: Nodes = 2,
     stages: Stages = 2,
+    stages_per_worker: StagesPerWorker = None,
     model: Model = None,
     policy: Policy = None,
     device: Device = None,
@@ -85,6 +94,7 @@ def up(
         runs_dir=runs_dir,
         nodes=nodes,
         stages=stages,
+        stages_per_worker=stages_per_worker,
         devices=tuple(device or ["cpu"]),
         emulate=emulate,
         model=model,

@@ -89,6 +89,7 @@ async def train_and_kill(runs_dir: Path) -> tuple[Checkpoint, Requests]:
         runs_dir=runs_dir,
         nodes=1,
         stages=2,
+        stages_per_worker=1,
         start_timeout_s=DEADLINE_S,
         extra_env={
             "LEMIX_SCHEDULE": "1f1b",

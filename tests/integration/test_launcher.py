@@ -49,6 +49,7 @@ class Harness:
             runs_dir=self.folder,
             nodes=1,
             stages=2,
+            stages_per_worker=1,
             start_timeout_s=start_timeout_s,
             nats_port=nats_port,
             extra_env=environment,

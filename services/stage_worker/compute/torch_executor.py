@@ -20,7 +20,6 @@ from services.stage_worker.compute.executor import (
     IterationOutput,
     ModelFacts,
     Rows,
-    SequenceChunk,
     ShardFiles,
 )
 from services.stage_worker.compute.handoff import Handoff
@@ -40,7 +39,7 @@ from shared import checkpoints
 from shared.checkpoints import Checkpoint
 from shared.errors import CarrierError, LemixError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.messages.inference import SequenceStart
+from shared.messages.inference import SequenceChunk, SequenceStart
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep
 from shared.model.attention import AttentionContext, PackedSegments
@@ -140,7 +139,7 @@ class TorchExecutor:
     def begin(self, start: SequenceStart) -> SequenceState:
         text = start.sampling.grammar
         grammar = None if text is None else self._grammars.begin(text)
-        return SequenceState(start.gateway, start.sampling, grammar, set(start.prompt))
+        return SequenceState(start.gateway, start.sampling, grammar)
 
     async def iteration(
         self,

@@ -1,22 +1,36 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lemix.topology import ClusterOptions, ServiceSpec, module_command, service_specs
+from lemix.topology import ClusterOptions, ServiceSpec, layout_line, module_command, service_specs
 from shared.errors import ConfigurationError
 
 INHERITED = {"PATH": "/bin", "LEMIX_LEARNING_RATE": "0.5", "LEMIX_RUN_DIR": "/elsewhere"}
 
 
-def specs_of(options: ClusterOptions, inherited: dict[str, str] = INHERITED) -> dict[str, ServiceSpec]:
+def specs_of(
+    options: ClusterOptions, inherited: dict[str, str] = INHERITED, *, num_cores: int = 2
+) -> dict[str, ServiceSpec]:
     specs = service_specs(
-        options, nats_url="nats://127.0.0.1:1", port=8123, shm_dir=Path("/shm/x"), inherited=inherited
+        options,
+        nats_url="nats://127.0.0.1:1",
+        port=8123,
+        shm_dir=Path("/shm/x"),
+        num_cores=num_cores,
+        inherited=inherited,
     )
     return {spec.name: spec for spec in specs}
 
 
+def settings_of(options: ClusterOptions, name: str, num_cores: int = 2) -> list[str | None]:
+    """One setting of all stage workers."""
+    specs = specs_of(options, num_cores=num_cores).items()
+    return [spec.environment.get(name) for worker, spec in specs if worker.startswith("node")]
+
+
 def test_every_service_and_every_stage_of_every_node_is_started() -> None:
-    specs = specs_of(ClusterOptions(nodes=2, stages=3))
+    specs = specs_of(ClusterOptions(nodes=2, stages=3, stages_per_worker=1))
     stages = [f"node-{node}-stage-{stage}" for node in range(2) for stage in range(3)]
     assert list(specs) == ["scheduler", "gateway", "trainer", *stages]
     assert specs["gateway"].command == module_command("gateway")
@@ -24,7 +38,9 @@ def test_every_service_and_every_stage_of_every_node_is_started() -> None:
 
 
 def test_each_stage_is_told_its_place() -> None:
-    environment = specs_of(ClusterOptions(nodes=2, stages=2))["node-1-stage-0"].environment
+    environment = specs_of(ClusterOptions(nodes=2, stages=2, stages_per_worker=1))[
+        "node-1-stage-0"
+    ].environment
     assert environment["LEMIX_NODE"] == "1"
     assert environment["LEMIX_STAGE"] == "0"
     assert environment["LEMIX_NUM_STAGES"] == "2"
@@ -33,9 +49,52 @@ def test_each_stage_is_told_its_place() -> None:
 
 
 def test_devices_are_dealt_out_in_order_and_again_when_short() -> None:
-    specs = specs_of(ClusterOptions(nodes=2, stages=2, devices=("cuda:0", "cuda:1", "cuda:2")))
-    devices = [spec.environment["LEMIX_DEVICE"] for name, spec in specs.items() if name.startswith("node")]
-    assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    options = ClusterOptions(nodes=2, stages=2, devices=("cuda:0", "cuda:1", "cuda:2"))
+    assert settings_of(options, "LEMIX_DEVICE") == ["cuda:0,cuda:1", "cuda:2,cuda:0"]
+    alone = replace(options, stages_per_worker=1)
+    assert settings_of(alone, "LEMIX_DEVICE") == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    assert settings_of(replace(options, devices=("cuda:0",)), "LEMIX_DEVICE") == ["cuda:0", "cuda:0"]
+
+
+def test_a_worker_holds_all_stages_of_a_node_unless_told_otherwise() -> None:
+    options = ClusterOptions(nodes=2, stages=3)
+    assert list(specs_of(options))[3:] == ["node-0-stages-0-2", "node-1-stages-0-2"]
+    assert settings_of(options, "LEMIX_STAGES_HELD") == ["3", "3"]
+    by_two = replace(options, nodes=1, stages_per_worker=2)
+    assert [name for name in specs_of(by_two) if name.startswith("node")] == [
+        "node-0-stages-0-1",
+        "node-0-stage-2",
+    ]
+    assert settings_of(by_two, "LEMIX_STAGES_HELD") == ["2", None]
+    assert settings_of(replace(options, stages=1, stages_per_worker=4), "LEMIX_STAGES_HELD") == [None, None]
+
+
+def test_emulated_stages_have_a_process_each_as_they_have_a_device_each() -> None:
+    options = ClusterOptions(nodes=1, stages=4, emulate="llama2-7b@a100")
+    assert settings_of(options, "LEMIX_STAGES_HELD") == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "num_cores", "threads"),
+    [
+        (ClusterOptions(nodes=1, stages=2), 8, "8"),
+        (ClusterOptions(nodes=2, stages=2), 8, "4"),
+        (ClusterOptions(nodes=2, stages=2, stages_per_worker=1), 8, "2"),
+        (ClusterOptions(nodes=2, stages=2), 3, None),
+        (ClusterOptions(nodes=4, stages=2), 2, None),
+        (ClusterOptions(nodes=1, stages=2, devices=("cuda:0",)), 8, None),
+        (ClusterOptions(nodes=1, stages=4, emulate="llama2-7b@a100"), 16, None),
+    ],
+)
+def test_stage_workers_share_the_cores(options: ClusterOptions, num_cores: int, threads: str | None) -> None:
+    assert set(settings_of(options, "LEMIX_NUM_THREADS", num_cores)) == {threads}
+    assert f"compute threads of each: {threads or 1} " in layout_line(options, num_cores)
+
+
+def test_threads_that_the_person_has_set_stay() -> None:
+    inherited = {**INHERITED, "LEMIX_NUM_THREADS": "3"}
+    specs = specs_of(ClusterOptions(nodes=1, stages=2), inherited, num_cores=8)
+    assert specs["node-0-stages-0-1"].environment["LEMIX_NUM_THREADS"] == "3"
 
 
 def test_the_run_overrides_what_the_launcher_inherited_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -59,10 +118,10 @@ def test_emulated_stages_and_the_scheduler_are_told_the_same_profile() -> None:
     assert specs["node-0-stage-1"].environment["LEMIX_EMULATE"] == "llama2-7b@a100"
     computing = specs_of(ClusterOptions(nodes=1, stages=2))
     assert "LEMIX_PROFILE" not in computing["scheduler"].environment
-    assert "LEMIX_EMULATE" not in computing["node-0-stage-1"].environment
+    assert "LEMIX_EMULATE" not in computing["node-0-stages-0-1"].environment
 
 
-def test_stage_workers_compute_on_one_thread_unless_told_otherwise() -> None:
+def test_libraries_of_stage_workers_start_no_threads_of_their_own_unless_told_otherwise() -> None:
     options = ClusterOptions(nodes=1, stages=1, model="some/model")
     assert specs_of(options)["node-0-stage-0"].environment["OMP_NUM_THREADS"] == "1"
     assert specs_of(options)["node-0-stage-0"].environment["LEMIX_MODEL"] == "some/model"
@@ -77,6 +136,7 @@ def test_stage_workers_compute_on_one_thread_unless_told_otherwise() -> None:
         (ClusterOptions(nodes=0), "nodes=0"),
         (ClusterOptions(stages=-1), "stages=-1"),
         (ClusterOptions(devices=()), "device"),
+        (ClusterOptions(stages_per_worker=0), "stages_per_worker=0"),
         (ClusterOptions(port=70000), "port=70000"),
         (ClusterOptions(name="../other"), "name='../other'"),
         (ClusterOptions(name=""), "name=''"),
