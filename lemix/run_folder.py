@@ -25,7 +25,7 @@ OWN_ENTRIES = (
 )
 """The entries that a run writes into its folder."""
 MAX_NAME_BYTES = 255
-"""Of a folder, on most file systems."""
+"""The longest name of a folder, on most file systems."""
 
 
 def check_run_name(name: str) -> None:

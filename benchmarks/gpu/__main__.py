@@ -21,7 +21,7 @@ import torch
 from benchmarks.report import setting
 
 LIMIT_S = 360.0
-"""Of the whole: a card is lent for minutes."""
+"""The time for the whole: a card is lent for minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Step:
     name: str
     limit_s: float
     arguments: tuple[str, ...]
-    """Of `python -m`."""
+    """Those of `python -m`."""
 
 
 def steps(folder: Path, device: str) -> tuple[Step, ...]:

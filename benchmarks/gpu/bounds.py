@@ -1,4 +1,4 @@
-"""What the card itself can do: the bounds that results are held against, measured in the same run."""
+"""The limits of the card itself: the bounds that results are held against, measured in the same run."""
 
 import time
 from collections.abc import Callable

@@ -65,7 +65,7 @@ class LinkOffer(Message):
     place: str
     """Path of the arena's file (`shm`); a name (`local`)."""
     slot_bytes: Annotated[int, Meta(gt=0, le=1 << 36)] = 1
-    """Of the arena (`shm`), as is the next."""
+    """The size of one slot of the arena (`shm`)."""
     num_slots: Annotated[int, Meta(gt=0, le=256)] = 1
 
 

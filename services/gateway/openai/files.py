@@ -22,7 +22,7 @@ FORM_BYTES = 1 << 16
 """Bytes of a multipart body beside the file."""
 MAX_FIELDS = 8
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
-"""Of names in multipart bodies. Others can spell what is no text (`utf-7`: half a surrogate)."""
+"""Charsets of names in multipart bodies. Others can spell what is no text (`utf-7`: half a surrogate)."""
 MAX_FILES_LISTED = 10_000
 
 

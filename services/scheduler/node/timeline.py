@@ -197,7 +197,7 @@ class NodeTimeline:
 
     @property
     def _silence_s(self) -> float:
-        """What a stage has done is known here so long afterwards."""
+        """How long after a stage has done something that is known here."""
         return PROGRESS_EVERY_S + self._costs.hop_s
 
     def _let_leave(self, now_s: float) -> None:
