@@ -26,7 +26,7 @@ from shared.bus.base import Bus, Incoming
 from shared.bus.nats import NatsBus
 from shared.bus.near import NearBus
 from shared.messages.cluster import LinkOffer
-from shared.messages.inference import IterationForward, SequenceChunk
+from shared.messages.inference import Iteration, IterationForward
 from shared.tensors.links import IncomingLinks, OutgoingLink, SharedMemoryLink
 from shared.tensors.local import LocalLink, LocalTensors
 
@@ -35,21 +35,18 @@ NUM_ROUNDS, NUM_PER_ROUND, PACE_S = 5, 400, 0.002
 DEVICE = torch.device("cpu")
 
 
-def chunk(number: int, num_tokens: int) -> SequenceChunk:
-    return SequenceChunk(
-        task_id=f"task-{number}",
-        start=128,
-        num_tokens=num_tokens,
-        blocks=tuple(range(12)),
-        produces=True,
+def iteration(num_sequences: int) -> Iteration:
+    """Pieces of prompts, as many rows together as an activation has."""
+    return Iteration(
+        number=700,
+        sequences=tuple(range(300, 300 + num_sequences)),
+        starts=(128,) * num_sequences,
+        counts=(ACTIVATION_SHAPE[0] // num_sequences,) * num_sequences,
+        produces=(True,) * num_sequences,
     )
 
 
-MESSAGES = {
-    "one_sequence": (chunk(0, ACTIVATION_SHAPE[0]),),
-    "eight_sequences": tuple(chunk(number, ACTIVATION_SHAPE[0] // 8) for number in range(8)),
-}
-Chunks = tuple[SequenceChunk, ...]
+MESSAGES = {"one_sequence": iteration(1), "eight_sequences": iteration(8)}
 
 
 class Side:
@@ -61,10 +58,10 @@ class Side:
         self._incoming = incoming
         self.link = link
 
-    async def start(self, on_arrival: Callable[[Chunks], Awaitable[None]]) -> None:
+    async def start(self, on_arrival: Callable[[Iteration], Awaitable[None]]) -> None:
         async def handler(incoming: Incoming[IterationForward]) -> None:
             self._incoming.take(incoming.message.hidden)
-            await on_arrival(incoming.message.chunks)
+            await on_arrival(incoming.message.iteration)
 
         async def accept(incoming: Incoming[LinkOffer]) -> Any:
             return self._incoming.accept(incoming.message)
@@ -76,8 +73,8 @@ class Side:
         target = subjects.LINK.at(node=0, stage=self._other)
         self.link.connect(await self._bus.request(target, self.link.offer(self._own, "bench"), timeout_s=5))
 
-    async def send(self, chunks: Chunks, activation: torch.Tensor) -> None:
-        forward = IterationForward(iteration=0, chunks=chunks, hidden=self.link.put(activation))
+    async def send(self, iteration: Iteration, activation: torch.Tensor) -> None:
+        forward = IterationForward(iteration=iteration, hidden=self.link.put(activation))
         await self._bus.publish(subjects.ITERATION.at(node=0, stage=self._other), forward)
 
 
@@ -109,7 +106,7 @@ async def echo(url: str, folder: Path) -> None:
 
     await bare.subscribe("bare.out", cb=back)
     await bare.flush()
-    await side.start(lambda chunks: side.send(chunks, activation))
+    await side.start(lambda iteration: side.send(iteration, activation))
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     await side.connect()
@@ -137,7 +134,7 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
     near = NearBus(await NatsBus.connect(url, name="near"))
     one, two = local_sides(near)
 
-    async def note(chunks: Chunks) -> None:
+    async def note(iteration: Iteration) -> None:
         arrived.set()
 
     async def note_bare(message: Any) -> None:
@@ -149,27 +146,28 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
     await side.connect()
     echoing.stdin.write(b"\n")
     await echoing.stdout.readline()
-    hops, local_hops, bare_hops = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list), []
+    hops, near_hops = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    bare_hops = list[float]()
     await start_local(one, two, note, activation)
     for _ in range(NUM_ROUNDS):
-        for name, chunks in MESSAGES.items():
-            hops[name].append(await half_round_trips_ms(partial(side.send, chunks, activation), arrived))
-            local_hops[name].append(await half_round_trips_ms(partial(one.send, chunks, activation), arrived))
+        for name, message in MESSAGES.items():
+            hops[name].append(await half_round_trips_ms(partial(side.send, message, activation), arrived))
+            near_hops[name].append(await half_round_trips_ms(partial(one.send, message, activation), arrived))
         bare_hops.append(await half_round_trips_ms(lambda: bare.publish("bare.out", bytes(100)), arrived))
     for each in (bare, bus, near):
         await each.close()
     return {
         "hop_ms": {name: spread(values) for name, values in hops.items()},
-        "hop_within_a_worker_ms": {name: spread(values) for name, values in local_hops.items()},
+        "hop_within_a_worker_ms": {name: spread(values) for name, values in near_hops.items()},
         "bare_nats_py_hop_ms": spread(bare_hops),
     }
 
 
 async def start_local(
-    one: Side, two: Side, on_arrival: Callable[[Chunks], Awaitable[None]], activation: torch.Tensor
+    one: Side, two: Side, on_arrival: Callable[[Iteration], Awaitable[None]], activation: torch.Tensor
 ) -> None:
     await one.start(on_arrival)
-    await two.start(lambda chunks: two.send(chunks, activation))
+    await two.start(lambda iteration: two.send(iteration, activation))
     await one.connect()
     await two.connect()
 

@@ -11,11 +11,12 @@ from shared.messages.base import Message
 from shared.messages.events import OpEnded, OpStarted, StageOp, StageProgress
 from shared.messages.inference import (
     InferenceTask,
+    Iteration,
     IterationDone,
     IterationForward,
+    NewBlocks,
     SampledToken,
     Sampling,
-    SequenceChunk,
     SequenceResult,
     TokenLogprob,
     TokensProduced,
@@ -32,14 +33,16 @@ def task_id(number: int) -> str:
     return f"cmpl-0123456789abcdef-{number}"
 
 
-def chunk(number: int) -> SequenceChunk:
-    return SequenceChunk(
-        task_id=task_id(number),
-        start=200,
-        num_tokens=1,
-        blocks=tuple(range(16)),
-        produces=True,
-        index=9,
+def iteration(num_sequences: int) -> Iteration:
+    """All decode, and every sixteenth one begins a new block."""
+    grown = range(0, num_sequences, 16)
+    return Iteration(
+        number=700,
+        sequences=tuple(range(300, 300 + num_sequences)),
+        starts=(200,) * num_sequences,
+        counts=(1,) * num_sequences,
+        produces=(True,) * num_sequences,
+        new_blocks=tuple(NewBlocks(place=place, first=12, blocks=(500,)) for place in grown),
     )
 
 
@@ -80,7 +83,7 @@ def microbatch(num_tokens: int) -> MicrobatchForward:
 
 
 def messages() -> dict[str, Message]:
-    sampled = (SampledToken(task_id=task_id(number), token=number, finished=False) for number in range(32))
+    sampled = (SampledToken(sequence=300 + number, token=number, finished=False) for number in range(32))
     return {
         "request_of_1000_tokens": InferenceTask(
             task_id=task_id(0),
@@ -89,9 +92,7 @@ def messages() -> dict[str, Message]:
             sampling=SAMPLING,
             timeout_s=60.0,
         ),
-        "iteration_of_32_sequences": IterationForward(
-            iteration=7, chunks=tuple(map(chunk, range(32))), hidden=HIDDEN
-        ),
+        "iteration_of_32_sequences": IterationForward(iteration=iteration(32), hidden=HIDDEN),
         "iteration_done_of_32_sequences": IterationDone(iteration=7, tokens=tuple(sampled)),
         "tokens_of_8_sequences": tokens_of(8),
         "progress_of_4_ops": progress(),

@@ -12,10 +12,11 @@ from benchmarks import schema_over_http
 from benchmarks.models import SHAPES, text_model_folder, write_tokenizer
 from benchmarks.report import spread
 from benchmarks.workload import BATCH_SIZE, MAX_TOKENS, prompt_tokens
+from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.compute.sampling.grammar import Grammar, GrammarCompiler, Vocabulary
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
-from shared.messages.inference import Sampling, SequenceChunk, SequenceStart
+from shared.messages.inference import Sampling, SequenceStart
 from shared.settings import EMBEDDED_MODEL
 from shared.structured_output import grammar_of
 
@@ -64,7 +65,9 @@ class Streams:
 
     def __init__(self, executor: TorchExecutor, name: str, sampling: Sampling, first_block: int) -> None:
         self._executor, self._name = executor, name
-        start = SequenceStart(gateway="bench", sampling=sampling)
+        start = SequenceStart(
+            sequence=0, task_id=name, gateway="bench", sampling=sampling, num_prompt_tokens=PROMPT_LENGTH
+        )
         self._states = [executor.begin(start) for _ in range(BATCH_SIZE)]
         self._blocks = [
             tuple(range(at, at + BLOCKS)) for at in range(first_block, first_block + 8 * BLOCKS, BLOCKS)

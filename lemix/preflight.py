@@ -39,12 +39,15 @@ def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
     workers = [read_settings(StageWorkerSettings, environment) for environment in told.values()]
     if options.emulate is None:
         check_devices(stage.device for worker in workers for stage in worker.of_stages)
-    _check_model(workers[0].model, None if options.emulate else options.stages)
+    check_model(workers[0].model, None if options.emulate else options.stages)
     load_chat_template(resolve(gateway.model, CONFIG_FILES), SystemClock(), chosen=gateway.chat_template)
 
 
-def _check_model(model: str, num_stages: int | None) -> None:
-    """None: of an emulated model, which is cut as its profile says."""
+def check_model(model: str, num_stages: int | None) -> None:
+    """Look for a model, and whether it can have so many stages (None: as an emulated model has).
+
+    Raises ConfigurationError or UnsupportedModelError, naming the value that is wrong.
+    """
     folder = resolve(model, CONFIG_FILES)
     read_card(folder, name_of(model))
     layers = num_layers(folder)

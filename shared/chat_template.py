@@ -35,6 +35,17 @@ RESERVED_NAMES = frozenset((*_GIVEN, *SPECIAL_TOKENS, *_OPTIONS))
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys under which clients send the thoughts of an earlier answer; templates read one of the first two."""
 
+_TEMPLATE_FAULTS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template may raise when it does not expect the values that it is given."""
+
 Json = Mapping[str, object]
 _NO_VARIABLES: Json = MappingProxyType({})
 
@@ -119,7 +130,7 @@ class ChatTemplate:
         }
         try:
             return self._templates[self._name(bool(tools))].render({**variables, **given})
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except _TEMPLATE_FAULTS as error:
             raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
 
     def _name(self, with_tools: bool) -> str:

@@ -145,12 +145,18 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="A few points only, to try it out.")] = False,
 ) -> None:
     """Measure a model's stages on a device, for forecasts and for emulation."""
-    from lemix.profiling.command import ProfileOptions, run_profile
+    from lemix.devices import check_devices
+    from lemix.preflight import check_model
     from lemix.running import run_command
     from shared.settings import LemixSettings, read_settings
 
+    model = model or read_settings(LemixSettings).model
+    check_devices([device])
+    check_model(model, stages)
+    from lemix.profiling.command import ProfileOptions, run_profile  # takes seconds: it loads torch
+
     options = ProfileOptions(
-        model=model or read_settings(LemixSettings).model,
+        model=model,
         stages=stages,
         device=device,
         output=output,

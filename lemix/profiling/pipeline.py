@@ -10,19 +10,28 @@ from typing import TypeVar
 import torch
 
 from lemix.profiling.grid import MAX_ROWS, IterationShape
-from services.stage_worker.compute.executor import Rows
+from services.stage_worker.compute.executor import Rows, SequenceChunk
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
 from services.stage_worker.settings import StageWorkerSettings
 from shared.clock import Clock
 from shared.messages.cluster import LinkPurpose
 from shared.messages.events import OpKind
-from shared.messages.inference import Sampling, SequenceChunk, SequenceStart
+from shared.messages.inference import Sampling, SequenceStart
 from shared.messages.training import Microbatch, StepOrder
 from shared.profiles.times import NO_WORK, Work
 from shared.tensors.ref import TensorRef
 
 T = TypeVar("T")
+
+ENDLESS = SequenceStart(
+    sequence=0,
+    task_id="profile",
+    gateway="profile",
+    sampling=Sampling(max_tokens=MAX_ROWS),
+    num_prompt_tokens=1,
+)
+"""No iteration ends such a sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class ProfiledPipeline:
         rows: Rows = _tokens(shape.num_tokens)
         for stage, executor in enumerate(self._executors):
             is_last = executor is self._executors[-1]
-            states = [executor.begin(start) for chunk in chunks if is_last and (start := chunk.begins)]
+            states = [executor.begin(ENDLESS) for _ in chunks] if is_last else []
             iteration = executor.iteration(chunks, rows, states=states)
             output, op = await self._measured(stage, "iteration", work, iteration)
             measured.append(op)
@@ -140,7 +149,6 @@ class ProfiledPipeline:
             chunks.append(
                 SequenceChunk(
                     task_id=str(number),
-                    begins=SequenceStart(gateway="profile", sampling=Sampling(max_tokens=MAX_ROWS)),
                     start=start,
                     num_tokens=num_tokens,
                     blocks=tuple(range(first_free, first_free + num_blocks)),

@@ -97,47 +97,71 @@ class CancelTask(Message):
 
 
 class SequenceStart(Message):
-    """The facts about a sequence that the last stage needs, and keeps until it ends or leaves."""
+    """The facts about a sequence that hold until it ends. Every stage is told once, and keeps them."""
 
+    sequence: Count
+    """Its number on the node, by which iterations call it."""
+    task_id: str
     gateway: GatewayId
     sampling: Sampling
-
-
-class SequenceChunk(Message):
-    """The rows of one sequence in one iteration: a piece of its prompt, or its newest token."""
-
-    task_id: str
-    begins: SequenceStart | None = None
-    """In the sequence's first chunk only."""
-    start: Count
-    """Position of the first row in the sequence."""
-    num_tokens: PositiveInt
-    blocks: tuple[int, ...]
-    """KV-cache blocks of the sequence, in order, up to the chunk's last row at least."""
-    produces: bool
-    """The chunk's last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
-    index: Count = 0
-    """How many tokens the sequence has produced before this one."""
-    targets: tuple[int, ...] = ()
-    """Prompt tokens that follow the chunk's rows, when their log-probabilities are wanted."""
-    tokens: tuple[int, ...] = ()
-    """Prompt tokens of the chunk's rows, when draws depend on them (`Sampling.reads_prompt`)."""
+    num_prompt_tokens: PositiveInt
+    prompt: tuple[int, ...] = ()
+    """The prompt where the last stage needs it: to score it, or to draw (`Sampling.reads_prompt`)."""
+    prompt_logprobs: bool = False
+    """The prompt is scored."""
     traceparent: str = ""
+
+
+class NewBlocks(Message, array_like=True):
+    """KV-cache blocks that a sequence has got since its last rows."""
+
+    place: Count
+    """Which sequence of the iteration has got them."""
+    first: Count
+    """How many of the sequence's blocks come before them; it has no others behind."""
+    blocks: tuple[Count, ...]
+
+
+class Iteration(Message):
+    """One forward of a mixed set of sequences, as all stages of a node are told of it.
+
+    `sequences`, `starts`, `counts` and `produces` are columns: an entry for each sequence, in the order of
+    the rows. Raises ValueError when they differ in length, or blocks are those of none of them.
+    """
+
+    number: Count
+    sequences: tuple[Count, ...]
+    """By their numbers."""
+    starts: tuple[Count, ...]
+    """The position of the first row in its sequence."""
+    counts: tuple[PositiveInt, ...]
+    """Rows: a piece of a prompt, or the newest token."""
+    produces: tuple[bool, ...]
+    """The last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
+    begins: tuple[SequenceStart, ...] = ()
+    """Sequences that have their first rows here."""
+    new_blocks: tuple[NewBlocks, ...] = ()
+    left: tuple[int, ...] = ()
+    """Sequences that are over since the last iteration: all stages forget them."""
+    version: int | None = None
+    """The weights version to run with; None: each stage's newest."""
+    deferrable: bool = False
+    """All other work overtakes it."""
+
+    def __post_init__(self) -> None:
+        columns = (self.sequences, self.starts, self.counts, self.produces)
+        if len({len(column) for column in columns}) > 1:
+            raise ValueError("the columns of an iteration differ in length")
+        if any(new.place >= len(self.sequences) for new in self.new_blocks):
+            raise ValueError("new blocks are those of no sequence of the iteration")
 
 
 class IterationForward(Message):
     """One iteration on its way through a node. stage s -> stage s+1."""
 
-    iteration: int
-    chunks: tuple[SequenceChunk, ...]
-    left: tuple[str, ...] = ()
-    """Tasks that were removed before their end since the last iteration: the last stage forgets them."""
+    iteration: Iteration
     hidden: TensorRef
     """[rows, hidden_size]."""
-    version: int | None = None
-    """The weights version to run with; None: each stage's newest."""
-    deferrable: bool = False
-    """All other work overtakes it."""
 
 
 class TokenLogprob(Message):
@@ -170,10 +194,10 @@ class TokensProduced(Message):
     results: tuple[SequenceResult, ...]
 
 
-class SampledToken(Message):
+class SampledToken(Message, array_like=True):
     """A new token as stage 0 needs it."""
 
-    task_id: str
+    sequence: int
     token: int | None
     """None: none was asked for (finished), or it could not be drawn yet: the same row must come again."""
     finished: bool

@@ -262,7 +262,8 @@ async def test_senseless_activations_cost_an_iteration_and_no_more(
         expected = await node.complete(PROMPT, max_tokens=2)
         last = seen[-1]
         hidden = structs.replace(last.hidden, generation=last.hidden.generation, **change)
-        await node.bus.publish(place, structs.replace(last, hidden=hidden, iteration=10**6))
+        other = structs.replace(last.iteration, number=10**6)
+        await node.bus.publish(place, IterationForward(iteration=other, hidden=hidden))
         assert (await node.complete(PROMPT, max_tokens=2)).token_ids == expected.token_ids
 
 

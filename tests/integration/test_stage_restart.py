@@ -177,11 +177,10 @@ async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(
             if spoilt.is_set():
                 return
             spoilt.set()
-            changes = {
-                "iteration": incoming.message.iteration + 1,
-                "hidden": inline.put(torch.zeros(99, 32)),
-            }
-            await node.bus.publish(place, structs.replace(incoming.message, **changes))
+            seen = incoming.message.iteration
+            following = structs.replace(seen, number=seen.number + 1)
+            spoilt_one = IterationForward(iteration=following, hidden=inline.put(torch.zeros(99, 32)))
+            await node.bus.publish(place, spoilt_one)
 
         await node.bus.subscribe(place, spoil)
         answer = await node.start(PROMPT, max_tokens=3000)

@@ -12,6 +12,7 @@ from services.stage_worker.compute.executor import (
     IterationOutput,
     ModelFacts,
     Rows,
+    SequenceChunk,
     ShardFiles,
 )
 from services.stage_worker.compute.sampling.sequences import SequenceState
@@ -23,7 +24,6 @@ from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import (
     FinishReason,
     Sampling,
-    SequenceChunk,
     SequenceResult,
     SequenceStart,
     TokenLogprob,
@@ -105,7 +105,7 @@ class EmulatedExecutor:
         return LinkAnswer(accepted=True)
 
     def begin(self, start: SequenceStart) -> SequenceState:
-        return SequenceState(start.gateway, start.sampling)
+        return SequenceState(start.gateway, start.sampling, prompt=set(start.prompt))
 
     async def iteration(
         self,

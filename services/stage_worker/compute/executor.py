@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.messages.inference import SequenceChunk, SequenceResult, SequenceStart, TaskFailed
+from shared.messages.inference import SequenceResult, SequenceStart, TaskFailed
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
 from shared.tensors.ref import TensorRef
@@ -23,6 +23,26 @@ Copied = TypeVar("Copied")
 
 Rows = Sequence[int] | TensorRef
 """The input of a stage: token ids at stage 0, activations [rows, hidden_size] after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceChunk:
+    """The rows of one sequence in one iteration."""
+
+    task_id: str
+    start: int
+    """Position of the first row in the sequence."""
+    num_tokens: int
+    blocks: Sequence[int]
+    """KV-cache blocks of the sequence, in order, up to the chunk's last row at least."""
+    produces: bool
+    """The chunk's last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
+    index: int = 0
+    """How many tokens the sequence has produced before this one."""
+    targets: Sequence[int] = ()
+    """Prompt tokens that follow the chunk's first rows, when their log-probabilities are wanted."""
+    traceparent: str = ""
+    """Of pieces of prompts only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +113,7 @@ class Executor(Protocol[Snapshot, Copied]):
         ...
 
     def begin(self, start: SequenceStart) -> SequenceState:
-        """The state of a sequence that begins (at the last stage)."""
+        """How tokens are drawn for a sequence that begins (at the last stage)."""
         ...
 
     async def iteration(

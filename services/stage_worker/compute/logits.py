@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.compute.sampling.draw import draw
 from services.stage_worker.compute.sampling.logprobs import logprobs
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from shared.messages.inference import (
     FinishReason,
-    SequenceChunk,
     SequenceResult,
     TaskFailed,
     TokenLogprob,

@@ -20,6 +20,7 @@ from services.stage_worker.compute.executor import (
     IterationOutput,
     ModelFacts,
     Rows,
+    SequenceChunk,
     ShardFiles,
 )
 from services.stage_worker.compute.handoff import Handoff
@@ -39,7 +40,7 @@ from shared import checkpoints
 from shared.checkpoints import Checkpoint
 from shared.errors import CarrierError, LemixError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.messages.inference import SequenceChunk, SequenceStart
+from shared.messages.inference import SequenceStart
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep
 from shared.model.attention import AttentionContext, PackedSegments
@@ -139,7 +140,7 @@ class TorchExecutor:
     def begin(self, start: SequenceStart) -> SequenceState:
         text = start.sampling.grammar
         grammar = None if text is None else self._grammars.begin(text)
-        return SequenceState(start.gateway, start.sampling, grammar)
+        return SequenceState(start.gateway, start.sampling, grammar, set(start.prompt))
 
     async def iteration(
         self,

@@ -1,9 +1,9 @@
 """Admission to the KV cache: a task enters, waits, or is refused with a reason; nothing is dropped."""
 
-from collections import deque
+from collections import OrderedDict
 
-from services.stage_worker.node.batcher import Sequence
 from services.stage_worker.node.blocks import BlockAllocator
+from services.stage_worker.node.sequence import Sequence
 from shared.errors import RefusedError
 from shared.messages.inference import InferenceTask
 
@@ -27,7 +27,7 @@ class Admission:
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._max_waiting = max_waiting
-        self._line: deque[Sequence] = deque()
+        self._line: OrderedDict[int, Sequence] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._line)
@@ -42,7 +42,7 @@ class Admission:
             raise RefusedError(reason, code=400)
         if len(self._line) >= self._max_waiting:
             raise RefusedError(f"{self._max_waiting} requests are already waiting on this node", code=429)
-        self._line.append(sequence)
+        self._line[sequence.number] = sequence
 
     def check_words(self, task: InferenceTask) -> None:
         """Raises RefusedError when the model does not know the task's tokens, or cannot read so many."""
@@ -63,21 +63,23 @@ class Admission:
     def admit(self) -> list[Sequence]:
         """Give the sequences at the head of the line their blocks, as many as fit now."""
         admitted = []
-        while self._line and self._blocks_for(self._line[0].task) <= self._allocator.num_free:
-            sequence = self._line.popleft()
-            sequence.blocks = self._allocator.allocate(self._blocks_for(sequence.task))
+        while self._line:
+            sequence = next(iter(self._line.values()))
+            wanted = self._blocks_for(sequence.task)
+            if wanted > self._allocator.num_free:
+                break
+            del self._line[sequence.number]
+            sequence.blocks = [*self._allocator.allocate(wanted)]
             admitted.append(sequence)
         return admitted
 
-    def remove(self, task_id: str) -> bool:
+    def remove(self, sequence: Sequence) -> bool:
         """Take a sequence out of the line; False when it is not there."""
-        before = len(self._line)
-        self._line = deque(sequence for sequence in self._line if sequence.task.task_id != task_id)
-        return len(self._line) < before
+        return self._line.pop(sequence.number, None) is not None
 
     def waiting(self) -> list[Sequence]:
         """The line, first come first."""
-        return list(self._line)
+        return list(self._line.values())
 
     def _blocks_for(self, task: InferenceTask) -> int:
         # The last generated token is never fed back, so its row is never cached.

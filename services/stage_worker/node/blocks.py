@@ -1,5 +1,7 @@
 """Which KV-cache blocks are free. Block ids are the same on every stage of a node."""
 
+from collections.abc import Sequence
+
 
 class BlockAllocator:
     """Hands out block ids; integers only, the memory is the KV cache's."""
@@ -27,7 +29,7 @@ class BlockAllocator:
         self._num_used_ever += num_blocks - len(again)
         return (*again, *range(first_new, self._num_used_ever))
 
-    def release(self, blocks: tuple[int, ...]) -> None:
+    def release(self, blocks: Sequence[int]) -> None:
         """Give blocks back."""
         self._given_back.extend(reversed(blocks))
         assert self.num_free <= self.num_blocks

@@ -5,27 +5,22 @@ from dataclasses import dataclass
 from itertools import chain
 
 from services.stage_worker.node.admission import Admission
-from services.stage_worker.node.batcher import Sequence, chunk_of, form_iteration, form_scoring, tokens_of
+from services.stage_worker.node.batcher import Rows, form_iteration, form_scoring, new_blocks_of
 from services.stage_worker.node.blocks import BlockAllocator
+from services.stage_worker.node.ready import ReadySequences
+from services.stage_worker.node.sequence import Sequence
 from services.stage_worker.node.serving_versions import ServedVersions
 from shared.errors import RefusedError
-from shared.messages.inference import InferenceTask, IterationDone, SequenceChunk
+from shared.messages.inference import InferenceTask, Iteration, IterationDone
 from shared.messages.weights import ServingRule
 
 
 @dataclass(frozen=True, slots=True)
-class Iteration:
-    """One forward of a mixed set of sequences; `tokens` are its rows, chunk after chunk."""
+class FirstRows:
+    """An iteration with the token ids of its rows, as stage 0 begins it."""
 
-    number: int
-    chunks: tuple[SequenceChunk, ...]
-    tokens: tuple[int, ...] = ()
-    version: int | None = None
-    """Weights version of all its sequences; None: each stage's newest."""
-    deferrable: bool = False
-    """All other work may overtake it."""
-    left: tuple[str, ...] = ()
-    """Tasks that the last stage can forget."""
+    iteration: Iteration
+    tokens: tuple[int, ...]
 
 
 class NodeScheduler:
@@ -57,13 +52,20 @@ class NodeScheduler:
         self._token_budget = token_budget
         self._max_deferrable_tokens = max_deferrable_tokens
         self._max_waiting = max_waiting
-        self._running: dict[str, Sequence] = {}
-        """In the order in which they were served last, longest unserved first."""
-        self._deferrable: dict[str, Sequence] = {}
+        self._here: dict[str, Sequence] = {}
+        """Every sequence by its task, in the order of arrival."""
+        self._running: dict[int, Sequence] = {}
+        """Those with blocks."""
+        self._ready = ReadySequences()
+        """Those of them whose next rows depend on nothing in flight."""
+        self._deferrable: dict[int, Sequence] = {}
         """In the order of arrival; those in flight are in one iteration."""
         self._in_flight: dict[int, Iteration] = {}
-        self._left: dict[str, None] = {}
-        """Tasks removed before their end that the last stage still has to forget, in order."""
+        self._scoring: int | None = None
+        """The number of the deferrable iteration in flight."""
+        self._left: dict[int, None] = {}
+        """Sequences that are over and that the stages still have to forget, in order."""
+        self._next_sequence = 0
         self._next_number = 0
 
     @property
@@ -73,20 +75,25 @@ class NodeScheduler:
     @property
     def versions_in_use(self) -> tuple[int, ...]:
         """Kept versions that sequences or iterations in flight need, oldest first."""
-        wanted = {iteration.version for iteration in self._in_flight.values()}
-        wanted |= {self.versions.of(sequence) for sequence in self._running.values()}
-        return tuple(sorted(version for version in wanted if version is not None))
+        flying = {each.version for each in self._in_flight.values() if each.version is not None}
+        return tuple(sorted(self.versions.in_use | flying))
 
     def submit(self, task: InferenceTask, *, deadline_s: float, traceparent: str) -> None:
         """Take in a request. Raises RefusedError when it cannot be taken."""
         sequence = Sequence(
-            task=task, deadline_s=deadline_s, traceparent=traceparent, version=task.weights_version
+            number=self._next_sequence,
+            task=task,
+            deadline_s=deadline_s,
+            traceparent=traceparent,
+            version=task.weights_version,
         )
         if task.deferrable:
             self._check_deferrable(task)
-            self._deferrable[task.task_id] = sequence
+            self._deferrable[sequence.number] = sequence
         else:
             self.admission.offer(sequence)
+        self._here[task.task_id] = sequence
+        self._next_sequence += 1
 
     def _check_deferrable(self, task: InferenceTask) -> None:
         """Check a deferrable task. Raises RefusedError."""
@@ -100,102 +107,120 @@ class NodeScheduler:
         if len(self._deferrable) >= self._max_waiting:
             raise RefusedError(f"{self._max_waiting} deferrable tasks are already waiting", code=429)
 
-    def next_iteration(self) -> Iteration | None:
+    def next_iteration(self) -> FirstRows | None:
         """The next iteration to start now, if there is room in the pipeline and work for it."""
-        admitted = self.admission.admit()
-        self.versions.begin(admitted)
-        self._running.update((sequence.task.task_id, sequence) for sequence in admitted)
-        ready = [sequence for sequence in self._running.values() if not sequence.in_flight]
-        if not ready:
+        for sequence in self.admission.admit():
+            self.versions.begin(sequence)
+            self._running[sequence.number] = sequence
+            self._ready.add(sequence)
+        if not self._ready:
             return self._next_scoring()
-        if sum(not iteration.deferrable for iteration in self._in_flight.values()) >= self._num_in_flight:
+        if len(self._in_flight) - (self._scoring is not None) >= self._num_in_flight:
             return None
-        version = self.versions.of_next_iteration(ready, self._next_number)
-        rows = form_iteration(
-            [sequence for sequence in ready if self.versions.of(sequence) == version],
-            num_decoding=sum(sequence.is_decoding for sequence in self._running.values()),
-            num_in_flight=self._num_in_flight,
+        version = self.versions.of_next_iteration(self._ready.versions(), self._next_number)
+        return self._start(self._form(version), version)
+
+    def _form(self, version: int | None) -> Rows:
+        """The rows of the next iteration: at most its share of the decoding sequences, in flight or not."""
+
+        def is_wanted(each: int | None) -> bool:
+            return self.versions.resolved(each) == version
+
+        num_decoding = len(self._running) - self._ready.num_prompts
+        return form_iteration(
+            self._ready.decodes(is_wanted),
+            self._ready.prompts(is_wanted),
+            most_decodes=max(1, -(-num_decoding // self._num_in_flight)),
             token_budget=self._token_budget,
         )
-        iteration = self._start(rows, version)
-        for (sequence, count), chunk in zip(rows, iteration.chunks, strict=True):
-            sequence.num_cached += count
-            sequence.in_flight = chunk.produces
-        return iteration
 
-    def _next_scoring(self) -> Iteration | None:
+    def _next_scoring(self) -> FirstRows | None:
         """An iteration of deferrable tasks, when no other one of them is under way."""
-        if any(iteration.deferrable for iteration in self._in_flight.values()):
+        if self._scoring is not None:
             return None
         rows = form_scoring(self._deferrable.values(), token_budget=self._token_budget)
         return self._start(rows, rows[0][0].version, deferrable=True) if rows else None
 
-    def _start(
-        self, rows: list[tuple[Sequence, int]], version: int | None, *, deferrable: bool = False
-    ) -> Iteration:
-        number, self._next_number = self._next_number, self._next_number + 1
-        block_size = self.allocator.block_size
-        chunks = tuple(chunk_of(sequence, count, block_size=block_size) for sequence, count in rows)
-        tokens = tuple(chain.from_iterable(tokens_of(sequence, count) for sequence, count in rows))
-        for sequence, _ in rows:
-            sequence.has_begun = True
-        iteration = Iteration(number, chunks, tokens, version, deferrable, tuple(self._left))
+    def _start(self, rows: Rows, version: int | None, *, deferrable: bool = False) -> FirstRows:
+        iteration = Iteration(
+            number=self._next_number,
+            sequences=tuple(sequence.number for sequence, _ in rows),
+            starts=tuple(sequence.num_cached for sequence, _ in rows),
+            counts=tuple(count for _, count in rows),
+            produces=tuple(count == sequence.num_left for sequence, count in rows),
+            begins=tuple(sequence.as_start() for sequence, _ in rows if not sequence.has_begun),
+            new_blocks=new_blocks_of(rows),
+            left=tuple(self._left),
+            version=version,
+            deferrable=deferrable,
+        )
+        tokens = tuple(chain.from_iterable(sequence.next_tokens(count) for sequence, count in rows))
+        self._next_number += 1
         self._left.clear()
-        self._in_flight[number] = iteration
-        return iteration
+        self._in_flight[iteration.number] = iteration
+        if deferrable:
+            self._scoring = iteration.number
+        for sequence, count in rows:
+            self._sent(sequence, count)
+        return FirstRows(iteration, tokens)
 
-    def finish_iteration(self, done: IterationDone) -> list[Sequence]:
-        """Take in an iteration that has left the last stage; returns the sequences that it completed.
+    def _sent(self, sequence: Sequence, count: int) -> None:
+        """Note that the sequence's next rows are on their way."""
+        if count == sequence.num_left:
+            self._ready.remove(sequence)
+        sequence.num_cached += count
+        sequence.has_begun = True
+        sequence.num_told_blocks = len(sequence.blocks)
+
+    def finish_iteration(self, done: IterationDone) -> list[InferenceTask]:
+        """Take in an iteration that has left the last stage; returns the tasks that it completed.
 
         Iterations and sequences that are no longer known are ignored.
         """
-        if self._in_flight.pop(done.iteration, None) is None:
+        if self._land(done.iteration) is None:
             return []
         completed = []
         for sampled in done.tokens:
-            sequence = self._running.pop(sampled.task_id, None) or self._deferrable.pop(sampled.task_id, None)
+            sequence = self._running.get(sampled.sequence) or self._deferrable.get(sampled.sequence)
             if sequence is None:
                 continue
-            sequence.in_flight = False
             if sampled.finished:
-                self.allocator.release(sequence.blocks)
-                completed.append(sequence)
+                self._end(sequence)
+                completed.append(sequence.task)
                 continue
             if sampled.token is None:  # not yet: its newest row comes again
                 sequence.num_cached -= 1
             else:
                 sequence.generated.append(sampled.token)
-            self._running[sampled.task_id] = sequence
+            self._ready.add(sequence)
         return completed
+
+    def _land(self, number: int) -> Iteration | None:
+        """An iteration is no longer in flight; None: it was not."""
+        if self._scoring == number:
+            self._scoring = None
+        return self._in_flight.pop(number, None)
 
     def lose_iteration(self, number: int) -> list[InferenceTask]:
         """Take in that an iteration was lost: remove and return the tasks that were in it."""
-        iteration = self._in_flight.pop(number, None)
+        iteration = self._land(number)
         if iteration is None:
             return []
         self._left.update(dict.fromkeys(iteration.left))
-        return self.lose(chunk.task_id for chunk in iteration.chunks)
+        everyone = self._running | self._deferrable
+        return self._remove_all(everyone[each] for each in iteration.sequences if each in everyone)
 
     def lose(self, task_ids: Iterable[str]) -> list[InferenceTask]:
         """Remove and return the tasks among these that are here."""
-        everyone = {sequence.task.task_id: sequence.task for sequence in self._everyone()}
-        return self._remove_all(everyone[task_id] for task_id in task_ids if task_id in everyone)
+        return self._remove_all(self._here[task_id] for task_id in task_ids if task_id in self._here)
 
     def remove(self, task_id: str) -> bool:
         """Forget a sequence; False when it is not here."""
-        if self._deferrable.pop(task_id, None) is not None:
-            return True
-        sequence = self._running.pop(task_id, None)
-        if sequence is None:
-            return self.admission.remove(task_id)
-        self.allocator.release(sequence.blocks)
-        if sequence.has_begun:
-            self._left[task_id] = None
-        return True
+        return bool(self.lose((task_id,)))
 
     def expired(self, now_s: float) -> list[InferenceTask]:
         """Remove and return the tasks that are past their deadline."""
-        return self._remove_all(each.task for each in self._everyone() if each.deadline_s <= now_s)
+        return self._remove_all(each for each in self._here.values() if each.deadline_s <= now_s)
 
     def restored(self, version: int, rule: ServingRule, *, is_same: bool = True) -> list[InferenceTask]:
         """Note that the stages serve only these weights: remove and return the tasks that want others.
@@ -203,11 +228,11 @@ class NodeScheduler:
         `is_same`: the weights that had that number until now, if any, were the same.
         """
         goes_on = (None, version) if is_same else (None,)
-        lost = self._remove_all(each.task for each in self._everyone() if each.version not in goes_on)
-        self.versions.restored(version, rule)
-        for sequence in self._running.values():
-            sequence.version = sequence.task.weights_version
-        self.versions.begin(self._running.values())
+        lost = self._remove_all(each for each in self._here.values() if each.version not in goes_on)
+        ready = [each for each in self._running.values() if self._ready.remove(each)]
+        self.versions.restored(version, rule, self._running.values())
+        for sequence in ready:
+            self._ready.add(sequence)
         return lost
 
     def reset(self) -> list[InferenceTask]:
@@ -215,13 +240,23 @@ class NodeScheduler:
         for iteration in self._in_flight.values():
             self._left.update(dict.fromkeys(iteration.left))
         self._in_flight.clear()
-        return self._remove_all(each.task for each in self._everyone())
+        self._scoring = None
+        return self._remove_all(self._here.values())
 
-    def _everyone(self) -> list[Sequence]:
-        return [*self._running.values(), *self.admission.waiting(), *self._deferrable.values()]
+    def _remove_all(self, sequences: Iterable[Sequence]) -> list[InferenceTask]:
+        removed = list(sequences)
+        for sequence in removed:
+            self._end(sequence)
+        return [sequence.task for sequence in removed]
 
-    def _remove_all(self, tasks: Iterable[InferenceTask]) -> list[InferenceTask]:
-        removed = list(tasks)
-        for task in removed:
-            self.remove(task.task_id)
-        return removed
+    def _end(self, sequence: Sequence) -> None:
+        """The sequence is over, wherever it was: its blocks are free."""
+        del self._here[sequence.task.task_id]
+        if self._running.pop(sequence.number, None) is not None:
+            self._ready.remove(sequence)
+            self.versions.end(sequence)
+            self.allocator.release(sequence.blocks)
+        elif self._deferrable.pop(sequence.number, None) is None:
+            self.admission.remove(sequence)
+        if sequence.has_begun:
+            self._left[sequence.number] = None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.messages.inference import SequenceChunk
+from services.stage_worker.compute.executor import SequenceChunk
 from shared.telemetry import Telemetry
 
 QUIET_S = 2.0

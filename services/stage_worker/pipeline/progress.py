@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.pipeline.device import HandedOp, Turns
 from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
 from shared.bus.base import Bus
 from shared.clock import Clock
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
-from shared.messages.inference import SequenceChunk
 from shared.messages.training import Microbatch
 from shared.profiles.times import NO_WORK, Work
 from shared.subjects import PROGRESS, PROGRESS_EVERY_S

@@ -8,23 +8,23 @@ from functools import partial
 
 from opentelemetry.trace import Span
 
-from services.stage_worker.compute.executor import IterationOutput, ModelFacts, Rows
-from services.stage_worker.compute.sampling.sequences import SequenceState, SequenceTable
+from services.stage_worker.compute.executor import IterationOutput, ModelFacts, Rows, SequenceChunk
 from services.stage_worker.context import WorkerContext
-from services.stage_worker.node.node_scheduler import Iteration, NodeScheduler
+from services.stage_worker.node.node_scheduler import FirstRows, NodeScheduler
 from services.stage_worker.pipeline.decode_spans import DecodeSpans
 from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.pipeline.progress import iteration_op
+from services.stage_worker.pipeline.sequences import Entered, SequenceTable
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.errors import CarrierError, IterationLostError, LemixError, RefusedError, UnknownSequenceError
 from shared.messages.inference import (
     CancelTask,
     InferenceTask,
+    Iteration,
     IterationDone,
     IterationForward,
     SampledToken,
-    SequenceChunk,
     SequenceResult,
     TaskEnded,
     TaskFailed,
@@ -71,8 +71,7 @@ class Serving:
         """The epoch of the last restore."""
         self._told: VersionsServed | None = None
         """The versions that the trainer heard of last (stage 0)."""
-        self.sequences = SequenceTable(context.executor.begin)
-        """The running sequences, as the last stage must know them."""
+        self.sequences = SequenceTable(context.executor.begin if self._is_last else None)
         self.scheduler = NodeScheduler(
             num_blocks=settings.kv_blocks,
             block_size=settings.kv_block_size,
@@ -177,8 +176,8 @@ class Serving:
         failures = {failure.task_id: failure for failure in done.failed}
         failed = self.scheduler.lose(failures)
         self.pump()
-        for sequence in completed:
-            await self._end(sequence.task.task_id, "completed")
+        for task in completed:
+            await self._end(task.task_id, "completed")
         for task in failed:
             await self._fail(task, failures[task.task_id].code, failures[task.task_id].reason)
         await self._tell_versions()
@@ -210,13 +209,14 @@ class Serving:
         """Start as many iterations as the pipeline takes; none while a stage of the node is missing."""
         if not self._is_node_whole():
             return
-        while (iteration := self.scheduler.next_iteration()) is not None:
-            self._started_s[iteration.number] = self._clock.now_s()
-            self._queue.put(_kind_of(iteration), partial(self._run_first, iteration))
+        while (first := self.scheduler.next_iteration()) is not None:
+            self._started_s[first.iteration.number] = self._clock.now_s()
+            self._queue.put(_kind_of(first.iteration), partial(self._run_first, first))
 
-    async def _run_first(self, iteration: Iteration) -> None:
+    async def _run_first(self, first: FirstRows) -> None:
+        iteration = first.iteration
         try:
-            await self._run(iteration, iteration.tokens)
+            await self._run(iteration, first.tokens)
         except CarrierError as error:
             log.warning("iteration %d lost: %s", iteration.number, error)
             await self.reset(f"the next stage cannot be reached: {error}")
@@ -241,15 +241,8 @@ class Serving:
     # Every stage
 
     async def _on_iteration(self, incoming: Incoming[IterationForward]) -> None:
-        forward = incoming.message
-        iteration = Iteration(
-            forward.iteration,
-            forward.chunks,
-            version=forward.version,
-            deferrable=forward.deferrable,
-            left=forward.left,
-        )
-        self._queue.put(_kind_of(iteration), partial(self._run_received, iteration, forward.hidden))
+        iteration, hidden = incoming.message.iteration, incoming.message.hidden
+        self._queue.put(_kind_of(iteration), partial(self._run_received, iteration, hidden))
 
     async def _run_received(self, iteration: Iteration, hidden: TensorRef) -> None:
         try:
@@ -264,7 +257,8 @@ class Serving:
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), lost)
 
     async def _run(self, iteration: Iteration, rows: Rows) -> None:
-        chunks, states = iteration.chunks, await self._states(iteration, rows)
+        entered = await self._enter(iteration, rows)
+        chunks = entered.chunks
         op = None if iteration.deferrable else iteration_op(iteration.number, chunks)
         with ExitStack() as spans:
             for chunk in chunks:
@@ -272,19 +266,17 @@ class Serving:
                     spans.callback(self._prefill_span(chunk).end)
             began_s = self._clock.now_s()
             with self._progress.doing(op):
-                output = await self._executor.iteration(chunks, rows, iteration.version, states)
+                output = await self._executor.iteration(chunks, rows, iteration.version, entered.states)
             self._decode_spans.add(chunks, began_s, self._clock.now_s())
         if self._is_last:
-            await self._tell_results(iteration, output, states)
+            await self._tell_results(iteration, output, entered)
         else:
-            await self._pass_on(iteration, output)
+            await self._pass_on(iteration, output, traceparent=chunks[0].traceparent)
 
-    async def _states(self, iteration: Iteration, rows: Rows) -> tuple[SequenceState, ...]:
-        """The state of each chunk's sequence, at the last stage. Raises UnknownSequenceError."""
-        if not self._is_last:
-            return ()
+    async def _enter(self, iteration: Iteration, rows: Rows) -> Entered:
+        """See `SequenceTable.enter`. Raises UnknownSequenceError."""
         try:
-            return self.sequences.enter(iteration.chunks, iteration.left)
+            return self.sequences.enter(iteration)
         except UnknownSequenceError:
             if isinstance(rows, TensorRef):
                 await self._executor.discard(rows)
@@ -298,25 +290,20 @@ class Serving:
         }
         return self._telemetry.span("stage.prefill", traceparent=chunk.traceparent, attributes=attributes)
 
-    async def _pass_on(self, iteration: Iteration, output: IterationOutput) -> None:
+    async def _pass_on(self, iteration: Iteration, output: IterationOutput, *, traceparent: str) -> None:
         assert output.hidden is not None
-        forward = IterationForward(
-            iteration=iteration.number,
-            chunks=iteration.chunks,
-            left=iteration.left,
-            hidden=output.hidden,
-            version=iteration.version,
-            deferrable=iteration.deferrable,
-        )
+        forward = IterationForward(iteration=iteration, hidden=output.hidden)
         following = subjects.ITERATION.at(node=self._settings.node, stage=self._settings.stage + 1)
-        await self._bus.publish(following, forward, traceparent=iteration.chunks[0].traceparent)
+        await self._bus.publish(following, forward, traceparent=traceparent)
 
-    async def _tell_results(
-        self, iteration: Iteration, output: IterationOutput, states: tuple[SequenceState, ...]
-    ) -> None:
-        produced = {chunk.task_id for chunk in iteration.chunks if chunk.produces}
-        tokens = tuple(_sampled(result) for result in output.results if result.task_id in produced)
-        self.sequences.drop(sampled.task_id for sampled in tokens if sampled.finished)
+    async def _tell_results(self, iteration: Iteration, output: IterationOutput, entered: Entered) -> None:
+        columns = zip(iteration.sequences, entered.chunks, strict=True)
+        numbers = {chunk.task_id: number for number, chunk in columns if chunk.produces}
+        tokens = tuple(
+            _sampled(numbers[result.task_id], result)
+            for result in output.results
+            if result.task_id in numbers
+        )
         done = IterationDone(iteration=iteration.number, tokens=tokens, failed=output.failed)
         version = self._newest_version if iteration.version is None else iteration.version
         self._note_failures(output.failed, version)
@@ -324,9 +311,7 @@ class Serving:
             await self._finish_iteration(done)
         else:
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), done)
-        gateways = {
-            chunk.task_id: state.gateway for chunk, state in zip(iteration.chunks, states, strict=True)
-        }
+        gateways = {chunk.task_id: state.gateway for chunk, state in zip(*entered, strict=True)}
         await self._tell_gateways(gateways, output.results, version)
 
     def _note_failures(self, failed: tuple[TaskFailed, ...], version: int) -> None:
@@ -351,6 +336,6 @@ def _kind_of(iteration: Iteration) -> WorkKind:
     return WorkKind.DEFERRABLE if iteration.deferrable else WorkKind.INFERENCE
 
 
-def _sampled(result: SequenceResult) -> SampledToken:
+def _sampled(number: int, result: SequenceResult) -> SampledToken:
     token = None if result.token is None else result.token.token
-    return SampledToken(task_id=result.task_id, token=token, finished=result.finish is not None)
+    return SampledToken(sequence=number, token=token, finished=result.finish is not None)

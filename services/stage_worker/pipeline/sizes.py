@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
-from shared.messages.inference import SequenceChunk
+from services.stage_worker.compute.executor import SequenceChunk
 from shared.messages.training import Microbatch
 from shared.profiles.times import Work, work_of_rows
 

@@ -50,7 +50,7 @@ def test_of_two_runs_no_command_guesses_and_each_takes_a_name(command: str) -> N
         run.release()
 
 
-@pytest.mark.parametrize("command", ["up", "demo"])
+@pytest.mark.parametrize("command", ["up", "demo", "profile"])
 @pytest.mark.parametrize(
     ("options", "fault"),
     [

@@ -177,6 +177,22 @@ def test_a_refused_conversation_says_why() -> None:
         template(MISTRAL).render([QUESTION, QUESTION])
 
 
+@pytest.mark.parametrize(
+    ("source", "given"),
+    [
+        ("{{ given.key.further }}", {}),
+        ("{{ given | dictsort }}", [1]),
+        ("{{ given + 1 }}", "a"),
+        ("{{ 1 / given }}", 0),
+        ("{{ strftime_now(given) }}", "\ud800"),
+        ("{% macro again(n) %}{{ again(n) }}{% endmacro %}{{ again(given) }}", 1),
+    ],
+)
+def test_values_that_a_template_does_not_expect_are_refused(source: str, given: object) -> None:
+    with pytest.raises(ChatTemplateError, match="refuses the messages"):
+        template(source).render([QUESTION], variables={"given": given})
+
+
 def test_generation_blocks_do_not_stop_training() -> None:
     chat = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
 

@@ -1,9 +1,12 @@
 """What the stage worker's unit tests share."""
 
+from itertools import count
 from typing import Any
 
-from services.stage_worker.node.batcher import Sequence
+from services.stage_worker.node.sequence import Sequence
 from shared.messages.inference import InferenceTask, Sampling
+
+_numbers = count()
 
 
 def task(task_id: str = "a", *, prompt_length: int = 3, max_tokens: int = 4, **fields: Any) -> InferenceTask:
@@ -24,6 +27,7 @@ def sequence(
     """A sequence that is not in flight; it has a token to go on from when its prompt is cached."""
     generated = [100] if num_cached >= prompt_length else []
     return Sequence(
+        number=next(_numbers),
         task=task(task_id, prompt_length=prompt_length, max_tokens=max_tokens),
         deadline_s=1.0,
         traceparent="",

@@ -1,5 +1,6 @@
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,10 @@ from msgspec import structs
 
 from lemix.simulation.loop import VirtualClock, run_virtual
 from services.stage_worker.compute.emulated import NO_TENSOR, EmulatedExecutor
-from services.stage_worker.compute.executor import Executor
+from services.stage_worker.compute.executor import Executor, SequenceChunk
 from services.stage_worker.settings import StageWorkerSettings
 from shared.errors import LemixError, VersionGoneError
-from shared.messages.inference import Sampling, SequenceChunk, SequenceResult, SequenceStart
+from shared.messages.inference import Sampling, SequenceResult, SequenceStart
 from shared.messages.training import Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, MergeMember
 from shared.profiles.records import StageMemory
@@ -77,22 +78,24 @@ def executor(
     )
 
 
-def chunk(task_id: str, *, start: int, num_tokens: int, index: int = 0, **sampling: object) -> SequenceChunk:
+def chunk(task_id: str, *, start: int, num_tokens: int, index: int = 0) -> SequenceChunk:
     return SequenceChunk(
-        task_id=task_id,
-        begins=SequenceStart(gateway="g", sampling=Sampling(**{"max_tokens": 2, **sampling})),
-        start=start,
-        num_tokens=num_tokens,
-        blocks=(0,),
-        produces=True,
-        index=index,
+        task_id=task_id, start=start, num_tokens=num_tokens, blocks=(0,), produces=True, index=index
     )
 
 
-async def results(it: EmulatedExecutor, *chunks: SequenceChunk) -> tuple[SequenceResult, ...]:
+async def results(
+    it: EmulatedExecutor, *chunks: SequenceChunk, **sampling: object
+) -> tuple[SequenceResult, ...]:
     """Of an iteration at the last stage."""
-    states = [it.begin(start) for each in chunks if (start := each.begins)]
-    return (await it.iteration(chunks, NO_TENSOR, states=states)).results
+    start = SequenceStart(
+        sequence=0,
+        task_id="a",
+        gateway="g",
+        sampling=Sampling(**{"max_tokens": 2, **sampling}),
+        num_prompt_tokens=3,
+    )
+    return (await it.iteration(chunks, NO_TENSOR, states=[it.begin(start) for _ in chunks])).results
 
 
 def microbatch(index: int = 0) -> Microbatch:
@@ -132,8 +135,8 @@ async def test_an_iteration_takes_the_time_of_all_its_rows_and_pairs() -> None:
 
 async def test_the_last_stage_gives_tokens_until_max_tokens() -> None:
     it = executor(Clock(), 1)
-    scored = structs.replace(chunk("b", start=0, num_tokens=2), produces=False, targets=(7, 8))
-    silent = structs.replace(scored, task_id="c", targets=())
+    scored = replace(chunk("b", start=0, num_tokens=2), produces=False, targets=(7, 8))
+    silent = replace(scored, task_id="c", targets=())
     chunks = [chunk("a", start=0, num_tokens=3), scored, silent]
     first, prompt = await results(it, *chunks)
     assert (first.task_id, first.index, first.finish) == ("a", 0, None)
@@ -145,15 +148,15 @@ async def test_the_last_stage_gives_tokens_until_max_tokens() -> None:
 
 
 async def test_a_request_for_no_token_gets_none() -> None:
-    (result,) = await results(executor(Clock(), 1), chunk("a", start=0, num_tokens=3, max_tokens=0))
+    (result,) = await results(executor(Clock(), 1), chunk("a", start=0, num_tokens=3), max_tokens=0)
     assert result.token is None
     assert result.finish == "length"
 
 
 async def test_no_token_stops_a_sequence_and_logprobs_are_those_of_chance() -> None:
     stops = tuple(range(VOCAB_SIZE - 1))
-    wanting = chunk("a", start=0, num_tokens=3, stop_token_ids=stops, num_logprobs=2)
-    (result,) = await results(executor(Clock(), 1), wanting)
+    whole = chunk("a", start=0, num_tokens=3)
+    (result,) = await results(executor(Clock(), 1), whole, stop_token_ids=stops, num_logprobs=2)
     assert result.token is not None
     assert result.token.token == VOCAB_SIZE - 1
     assert result.token.logprob == pytest.approx(math.log(1 / VOCAB_SIZE))

@@ -4,8 +4,8 @@ import pytest
 from msgspec import structs
 
 from services.stage_worker.node.admission import Admission
-from services.stage_worker.node.batcher import Sequence
 from services.stage_worker.node.blocks import BlockAllocator
+from services.stage_worker.node.sequence import Sequence
 from shared.errors import RefusedError
 from tests.unit.stage_worker.support import sequence
 
@@ -115,8 +115,9 @@ def test_a_full_line_refuses_with_429() -> None:
 
 def test_a_waiting_sequence_can_leave_the_line() -> None:
     admission = admission_of(BlockAllocator(4, 4), max_waiting=8)
-    for name in "abc":
-        admission.offer(sequence(name))
-    assert admission.remove("b")
-    assert not admission.remove("b")
+    line = [sequence(name) for name in "abc"]
+    for one in line:
+        admission.offer(one)
+    assert admission.remove(line[1])
+    assert not admission.remove(line[1])
     assert ids(admission.waiting()) == ["a", "c"]

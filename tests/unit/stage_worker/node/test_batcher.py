@@ -1,22 +1,24 @@
 """What goes into the next iteration, and what every stage is told of it."""
 
-import pytest
+from typing import Any
 
-from services.stage_worker.node.batcher import Sequence, chunk_of, form_iteration, tokens_of
-from shared.messages.inference import InferenceTask, Sampling
+import pytest
+from msgspec import structs
+
+from services.stage_worker.node.batcher import MAX_STARTING_BYTES, form_iteration, form_scoring, new_blocks_of
+from services.stage_worker.node.sequence import Sequence
+from shared.messages.inference import NewBlocks
 from tests.unit.stage_worker.support import sequence
 
 
 def formed(
-    sequences: list[Sequence],
-    *,
-    token_budget: int = 16,
-    num_in_flight: int = 1,
-    num_decoding: int | None = None,
+    sequences: list[Sequence], *, token_budget: int = 16, most_decodes: int = 99
 ) -> list[tuple[str, int]]:
-    decoding = sum(one.is_decoding for one in sequences) if num_decoding is None else num_decoding
     rows = form_iteration(
-        sequences, num_decoding=decoding, num_in_flight=num_in_flight, token_budget=token_budget
+        [one for one in sequences if one.is_decoding],
+        [one for one in sequences if not one.is_decoding],
+        most_decodes=most_decodes,
+        token_budget=token_budget,
     )
     return [(one.task.task_id, num_tokens) for one, num_tokens in rows]
 
@@ -44,64 +46,75 @@ def test_decodes_may_take_the_whole_budget() -> None:
     assert formed(sequences, token_budget=2) == [("d0", 1), ("d1", 1)]
 
 
+def test_an_iteration_takes_no_more_decodes_than_its_share() -> None:
+    sequences = [decoding(f"d{i}") for i in range(4)] + [sequence("p")]
+    assert formed(sequences, most_decodes=2) == [("d0", 1), ("d1", 1), ("p", 3)]
+
+
 def test_a_long_prompt_goes_in_pieces_that_fill_the_budget() -> None:
     long = sequence("p", prompt_length=10)
     sizes = []
-    while not long.is_decoding:
+    while long.num_left:
         ((_, num_tokens),) = formed([long], token_budget=4)
         sizes.append(num_tokens)
         long.num_cached += num_tokens
     assert sizes == [4, 4, 2]
 
 
-@pytest.mark.parametrize(
-    ("num_decoding", "num_in_flight", "share"), [(4, 1, 4), (4, 2, 2), (5, 2, 3), (1, 4, 1), (7, 3, 3)]
-)
-def test_an_iteration_takes_its_share_of_the_decodes(
-    num_decoding: int, num_in_flight: int, share: int
-) -> None:
-    sequences = [decoding(f"d{i}") for i in range(num_decoding)]
-    assert len(formed(sequences, num_in_flight=num_in_flight)) == share
+def test_no_more_sequences_begin_together_than_a_message_carries() -> None:
+    large = structs.replace(sequence().task.sampling, grammar="x" * (MAX_STARTING_BYTES // 2 + 1))
+    sequences = [sequence(name) for name in "abc"]
+    for one in sequences[:2]:
+        one.task = structs.replace(one.task, sampling=large)
+    assert formed(sequences) == [("a", 3), ("c", 3)]
+    sequences[0].has_begun = True
+    assert formed(sequences) == [("a", 3), ("b", 3), ("c", 3)]
 
 
-def test_decodes_in_flight_count_for_the_share() -> None:
-    sequences = [decoding(f"d{i}") for i in range(4)]
-    assert len(formed(sequences, num_in_flight=2, num_decoding=8)) == 4
+def test_whole_prompts_are_scored_together_as_far_as_they_fit() -> None:
+    sequences = [sequence(name, prompt_length=3) for name in "abc"]
+    assert [one.task.task_id for one, _ in form_scoring(sequences, token_budget=6)] == ["a", "b"]
+    assert [count for _, count in form_scoring(sequences, token_budget=2)] == [3]
 
 
-def test_a_chunk_knows_its_place_its_blocks_and_whether_a_token_follows() -> None:
-    one = sequence(prompt_length=6, max_tokens=4)
-    one.blocks = (7, 3, 5)
-    first = chunk_of(one, 4, block_size=4)
-    assert (first.start, first.num_tokens, first.blocks, first.produces) == (0, 4, (7,), False)
-    assert tokens_of(one, 4) == (0, 1, 2, 3)
+def test_the_tokens_of_rows_are_those_of_the_prompt_and_then_those_generated() -> None:
+    one = sequence(prompt_length=6)
+    assert one.next_tokens(4) == (0, 1, 2, 3)
     one.num_cached = 4
-    second = chunk_of(one, 2, block_size=4)
-    assert (second.start, second.num_tokens, second.blocks, second.produces) == (4, 2, (7, 3), True)
-    assert tokens_of(one, 2) == (4, 5)
-
-
-def test_a_decode_feeds_back_the_newest_token() -> None:
-    one = sequence(num_cached=5)
+    assert (one.next_tokens(2), one.num_left) == ((4, 5), 2)
+    one.num_cached, one.generated = 6, [11]
+    assert (one.next_tokens(1), one.is_decoding) == ((11,), True)
     one.generated = [11, 12, 13]
-    one.blocks = (0, 1)
-    chunk = chunk_of(one, 1, block_size=4)
-    assert tokens_of(one, 1) == (13,)
-    assert (chunk.start, chunk.index, chunk.produces, chunk.blocks) == (5, 3, True, (0, 1))
+    one.num_cached = 0
+    assert (one.next_tokens(9), one.is_decoding) == ((0, 1, 2, 3, 4, 5, 11, 12, 13), False)
+    one.num_cached = 7
+    assert one.next_tokens(2) == (12, 13)
+    one.num_cached = 4
+    assert one.next_tokens(3) == (4, 5, 11)
 
 
-def test_targets_are_the_prompt_tokens_that_follow_the_rows() -> None:
-    wanted = InferenceTask(
-        task_id="a",
-        gateway="g",
-        prompt=(5, 6, 7, 8, 9),
-        sampling=Sampling(max_tokens=1),
-        prompt_logprobs=True,
-        timeout_s=1.0,
+def test_stages_are_told_of_blocks_that_they_do_not_know() -> None:
+    known, grown, new = (sequence(name) for name in "abc")
+    known.blocks, known.num_told_blocks = [1, 2], 2
+    grown.blocks, grown.num_told_blocks = [3, 4, 5], 2
+    new.blocks = [6]
+    assert new_blocks_of([(known, 1), (grown, 1), (new, 3)]) == (
+        NewBlocks(place=1, first=2, blocks=(5,)),
+        NewBlocks(place=2, first=0, blocks=(6,)),
     )
-    one = Sequence(task=wanted, deadline_s=1.0, traceparent="", blocks=(0, 1))
-    assert chunk_of(one, 3, block_size=4).targets == (6, 7, 8)
-    one.num_cached = 3
-    assert chunk_of(one, 2, block_size=4).targets == (9,)
-    one.num_cached, one.generated = 5, [1]
-    assert chunk_of(one, 1, block_size=4).targets == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling", "is_sent"),
+    [({}, {}, False), ({"prompt_logprobs": True}, {}, True), ({}, {"repetition_penalty": 2.0}, True)],
+)
+def test_the_prompt_goes_to_the_stages_only_where_the_last_one_needs_it(
+    fields: dict[str, Any], sampling: dict[str, Any], is_sent: bool
+) -> None:
+    one = sequence(prompt_length=3)
+    changed = structs.replace(one.task.sampling, **sampling)
+    one.task = structs.replace(one.task, sampling=changed, **fields)
+    start = one.as_start()
+    assert (start.sequence, start.task_id, start.num_prompt_tokens) == (one.number, "a", 3)
+    assert start.prompt == ((0, 1, 2) if is_sent else ())
+    assert (one.start_bytes > 0) == is_sent

@@ -1,17 +1,20 @@
 """The node scheduler: traces drawn by hand, and any interleaving of submit, cancel and finish."""
 
 from collections import deque
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.stage_worker.compute.sampling.sequences import SequenceState, SequenceTable
-from services.stage_worker.node.node_scheduler import Iteration, NodeScheduler
+from services.stage_worker.compute.executor import SequenceChunk
+from services.stage_worker.compute.sampling.sequences import SequenceState
+from services.stage_worker.node.node_scheduler import FirstRows, NodeScheduler
+from services.stage_worker.pipeline.sequences import SequenceTable
 from shared.errors import RefusedError, UnknownSequenceError
-from shared.messages.inference import IterationDone, SampledToken
+from shared.messages.inference import Iteration, IterationDone, SampledToken
 from tests.unit.stage_worker.support import task
 
 BLOCK_SIZE = 4
@@ -42,22 +45,34 @@ def submit(
         scheduler.submit(one, deadline_s=now_s + one.timeout_s, traceparent="")
 
 
-def start(scheduler: NodeScheduler) -> Iteration:
-    iteration = scheduler.next_iteration()
-    assert iteration is not None
-    return iteration
+class Started(NamedTuple):
+    """An iteration with the tasks of its sequences."""
+
+    iteration: Iteration
+    tokens: tuple[int, ...]
+    task_ids: tuple[str, ...]
 
 
-def rows(iteration: Iteration) -> list[tuple[str, int]]:
-    return [(chunk.task_id, chunk.num_tokens) for chunk in iteration.chunks]
+def start(scheduler: NodeScheduler) -> Started:
+    first = scheduler.next_iteration()
+    assert first is not None
+    names = {each.number: task_id for task_id, each in scheduler._here.items()}
+    task_ids = tuple(names[number] for number in first.iteration.sequences)
+    return Started(first.iteration, first.tokens, task_ids)
 
 
-def done(iteration: Iteration, *, token: int = 50, finished: tuple[str, ...] = ()) -> IterationDone:
+def rows(started: Started) -> list[tuple[str, int]]:
+    return list(zip(started.task_ids, started.iteration.counts, strict=True))
+
+
+def done(started: Started, *, token: int | None = 50, finished: tuple[str, ...] = ()) -> IterationDone:
     """All sequences of the iteration that produce get `token`."""
+    iteration = started.iteration
+    columns = zip(iteration.sequences, started.task_ids, iteration.produces, strict=True)
     tokens = tuple(
-        SampledToken(task_id=chunk.task_id, token=token, finished=chunk.task_id in finished)
-        for chunk in iteration.chunks
-        if chunk.produces
+        SampledToken(sequence=number, token=token, finished=task_id in finished)
+        for number, task_id, produces in columns
+        if produces
     )
     return IterationDone(iteration=iteration.number, tokens=tokens)
 
@@ -90,7 +105,7 @@ def test_pieces_of_one_prompt_follow_each_other_in_flight() -> None:
     submit(scheduler, "a", prompt_length=8)
     first, second = start(scheduler), start(scheduler)
     assert (first.tokens, second.tokens) == ((0, 1, 2, 3), (4, 5, 6, 7))
-    assert [chunk.produces for chunk in first.chunks + second.chunks] == [False, True]
+    assert (first.iteration.produces, second.iteration.produces) == ((False,), (True,))
     scheduler.finish_iteration(done(first))
     assert scheduler.next_iteration() is None
     scheduler.finish_iteration(done(second, token=9))
@@ -102,7 +117,7 @@ def test_a_finished_sequence_gives_its_blocks_back() -> None:
     submit(scheduler, "a", "b")
     first = start(scheduler)
     (completed,) = scheduler.finish_iteration(done(first, finished=("a",)))
-    assert completed.task.task_id == "a"
+    assert completed.task_id == "a"
     assert (scheduler.num_running, scheduler.allocator.num_free) == (1, 6)
 
 
@@ -110,9 +125,8 @@ def test_a_sequence_without_a_token_is_complete() -> None:
     scheduler = new_scheduler()
     submit(scheduler, "a", max_tokens=0)
     first = start(scheduler)
-    sampled = SampledToken(task_id="a", token=None, finished=True)
-    (completed,) = scheduler.finish_iteration(IterationDone(iteration=first.number, tokens=(sampled,)))
-    assert completed.task.task_id == "a"
+    (completed,) = scheduler.finish_iteration(done(first, token=None, finished=("a",)))
+    assert completed.task_id == "a"
     assert scheduler.allocator.num_free == 8
 
 
@@ -120,38 +134,49 @@ def test_a_token_that_cannot_be_drawn_yet_is_asked_for_again_with_the_same_row()
     scheduler = new_scheduler()
     submit(scheduler, "a", prompt_length=3)
     first = start(scheduler)
-    not_yet = SampledToken(task_id="a", token=None, finished=False)
-    assert scheduler.finish_iteration(IterationDone(iteration=first.number, tokens=(not_yet,))) == []
+    assert scheduler.finish_iteration(done(first, token=None)) == []
     again = start(scheduler)
-    (chunk,) = again.chunks
-    assert (again.tokens, chunk.start, chunk.produces, chunk.index) == ((2,), 2, True, 0)
-    assert chunk.begins is None
+    assert (again.tokens, again.iteration.starts, again.iteration.produces) == ((2,), (2,), (True,))
+    assert (again.iteration.begins, again.iteration.new_blocks) == ((), ())
     scheduler.finish_iteration(done(again, token=7))
     assert start(scheduler).tokens == (7,)
 
 
-def test_the_last_stage_is_told_once_of_sequences_that_left_after_they_began() -> None:
+def test_stages_are_told_once_of_sequences_that_are_over() -> None:
     scheduler = new_scheduler(token_budget=4)
-    submit(scheduler, "a", "b", "c", prompt_length=4)
+    submit(scheduler, "a", "b", "c", "d", prompt_length=4)
     first = start(scheduler)
-    assert first.chunks[0].begins is not None
+    assert [each.task_id for each in first.iteration.begins] == ["a"]
     scheduler.remove("a")
     scheduler.remove("c")
-    assert [start(scheduler).left, first.left] == [("a",), ()]
+    second = start(scheduler)
+    assert (first.iteration.left, second.iteration.left) == ((), first.iteration.sequences)
+    scheduler.finish_iteration(done(second, finished=("b",)))
+    assert start(scheduler).iteration.left == second.iteration.sequences
 
 
 def test_who_left_is_told_again_when_the_iteration_that_said_so_is_lost() -> None:
     scheduler = new_scheduler(token_budget=4)
     submit(scheduler, "a", "b", "c", prompt_length=4)
-    start(scheduler)
+    a = start(scheduler).iteration
     scheduler.remove("a")
-    second = start(scheduler)
-    assert second.left == ("a",)
-    scheduler.lose_iteration(second.number)
-    assert start(scheduler).left == ("a", "b")
+    b = start(scheduler).iteration
+    assert b.left == a.sequences
+    scheduler.lose_iteration(b.number)
+    c = start(scheduler).iteration
+    assert c.left == (*a.sequences, *b.sequences)
     scheduler.reset()
     submit(scheduler, "d")
-    assert start(scheduler).left == ("a", "b", "c")
+    assert start(scheduler).iteration.left == (*a.sequences, *b.sequences, *c.sequences)
+
+
+def test_a_sequence_is_registered_once_and_then_told_of_new_blocks_only() -> None:
+    scheduler = new_scheduler(token_budget=4)
+    submit(scheduler, "a", prompt_length=8)
+    first, second = start(scheduler).iteration, start(scheduler).iteration
+    assert [each.task_id for each in first.begins] == ["a"]
+    assert [(new.first, len(new.blocks)) for new in first.new_blocks] == [(0, 3)]
+    assert (second.begins, second.new_blocks) == ((), ())
 
 
 def test_a_cancel_in_mid_flight_frees_the_blocks_and_the_late_token_is_ignored() -> None:
@@ -204,7 +229,7 @@ def test_unknown_iterations_are_ignored() -> None:
     scheduler = new_scheduler(num_in_flight=1)
     submit(scheduler, "a")
     first = start(scheduler)
-    stranger = SampledToken(task_id="nobody", token=1, finished=True)
+    stranger = SampledToken(sequence=99, token=1, finished=True)
     assert scheduler.finish_iteration(IterationDone(iteration=77, tokens=(stranger,))) == []
     assert scheduler.next_iteration() is None
     scheduler.finish_iteration(done(first))
@@ -229,7 +254,7 @@ def score(scheduler: NodeScheduler, *task_ids: str, version: int = 3, prompt_len
 def test_sequences_go_on_with_the_newest_weights_unless_the_trainer_says_otherwise() -> None:
     scheduler = new_scheduler()
     submit(scheduler, "a")
-    assert start(scheduler).version is None
+    assert start(scheduler).iteration.version is None
     assert list(scheduler.versions_in_use) == []
 
 
@@ -242,7 +267,7 @@ def test_published_every_sequence_moves_on_with_the_next_iteration() -> None:
     assert list(scheduler.versions_in_use) == [4, 9]
     scheduler.finish_iteration(done(first))
     second = start(scheduler)
-    assert (first.version, second.version) == (4, 9)
+    assert (first.iteration.version, second.iteration.version) == (4, 9)
     assert list(scheduler.versions_in_use) == [9]
 
 
@@ -254,11 +279,11 @@ def test_pinned_a_sequence_ends_with_the_version_that_it_began_with() -> None:
     scheduler.versions.publish(5)
     submit(scheduler, "new")
     second = start(scheduler)
-    assert (rows(first), first.version) == ([("old", 3)], 4)
-    assert (rows(second), second.version) == ([("new", 3)], 5)
+    assert (rows(first), first.iteration.version) == ([("old", 3)], 4)
+    assert (rows(second), second.iteration.version) == ([("new", 3)], 5)
     scheduler.finish_iteration(done(first))
     third = start(scheduler)
-    assert (rows(third), third.version) == ([("old", 1)], 4)
+    assert (rows(third), third.iteration.version) == ([("old", 1)], 4)
     assert list(scheduler.versions_in_use) == [4, 5]
     scheduler.finish_iteration(done(third, finished=("old",)))
     assert list(scheduler.versions_in_use) == [5]
@@ -286,7 +311,7 @@ def test_versions_take_turns_even_while_one_of_them_prefills() -> None:
     for _ in range(4):
         scheduler.finish_iteration(done(turns[-1]))
         turns.append(start(scheduler))
-    assert [turn.version for turn in turns] == [1, 2, 1, 2, 1]
+    assert [turn.iteration.version for turn in turns] == [1, 2, 1, 2, 1]
 
 
 def test_a_restore_ends_what_wants_other_weights_and_nothing_else() -> None:
@@ -321,7 +346,7 @@ def test_sequences_of_the_newest_weights_are_pinned_by_the_first_restore() -> No
     assert scheduler.restored(0, "pinned") == []
     scheduler.versions.publish(1)
     scheduler.finish_iteration(done(first))
-    assert start(scheduler).version == 0
+    assert start(scheduler).iteration.version == 0
 
 
 def test_a_lost_iteration_takes_its_own_sequences_along() -> None:
@@ -330,8 +355,8 @@ def test_a_lost_iteration_takes_its_own_sequences_along() -> None:
     lost = start(scheduler)
     submit(scheduler, "c")
     start(scheduler)
-    assert [one.task_id for one in scheduler.lose_iteration(lost.number)] == ["a", "b"]
-    assert scheduler.lose_iteration(lost.number) == []
+    assert [one.task_id for one in scheduler.lose_iteration(lost.iteration.number)] == ["a", "b"]
+    assert scheduler.lose_iteration(lost.iteration.number) == []
     assert scheduler.num_running == 1
     submit(scheduler, "d")
     assert rows(start(scheduler)) == [("d", 3)]
@@ -345,15 +370,19 @@ def test_deferrable_tasks_run_where_no_request_can_and_one_iteration_at_a_time()
     submit(scheduler, "a")
     score(scheduler, "x", "y", "z")
     first = start(scheduler)
-    assert (rows(first), first.deferrable) == ([("a", 3)], False)
+    assert (rows(first), first.iteration.deferrable) == ([("a", 3)], False)
     scoring = start(scheduler)
-    assert (rows(scoring), scoring.deferrable, scoring.version) == ([("x", 3), ("y", 3)], True, 3)
-    assert all(chunk.produces and not chunk.blocks for chunk in scoring.chunks)
+    assert (rows(scoring), scoring.iteration.deferrable, scoring.iteration.version) == (
+        [("x", 3), ("y", 3)],
+        True,
+        3,
+    )
+    assert (scoring.iteration.produces, scoring.iteration.new_blocks) == ((True, True), ())
     assert scheduler.next_iteration() is None
     scheduler.finish_iteration(done(first))
     assert rows(start(scheduler)) == [("a", 1)]
     completed = scheduler.finish_iteration(done(scoring, finished=("x", "y")))
-    assert [one.task.task_id for one in completed] == ["x", "y"]
+    assert [one.task_id for one in completed] == ["x", "y"]
     assert rows(start(scheduler)) == [("z", 3)]
 
 
@@ -362,9 +391,9 @@ def test_deferrable_tasks_of_two_versions_share_no_iteration() -> None:
     score(scheduler, "x", version=3)
     score(scheduler, "y", version=4)
     first = start(scheduler)
-    assert (rows(first), first.version) == ([("x", 3)], 3)
+    assert (rows(first), first.iteration.version) == ([("x", 3)], 3)
     scheduler.finish_iteration(done(first, finished=("x",)))
-    assert start(scheduler).version == 4
+    assert start(scheduler).iteration.version == 4
 
 
 def test_a_deferrable_prompt_longer_than_an_iteration_runs_whole() -> None:
@@ -406,7 +435,7 @@ class FakePipeline:
 
     scheduler: NodeScheduler
     cache: dict[int, int] = field(default_factory=dict)
-    in_flight: deque[Iteration] = field(default_factory=deque)
+    in_flight: deque[FirstRows] = field(default_factory=deque)
     table: SequenceTable = field(
         default_factory=lambda: SequenceTable(lambda start: SequenceState(start.gateway, start.sampling))
     )
@@ -415,47 +444,45 @@ class FakePipeline:
     completed: set[str] = field(default_factory=set)
 
     def start_all(self) -> None:
-        while (iteration := self.scheduler.next_iteration()) is not None:
-            self.in_flight.append(iteration)
+        while (first := self.scheduler.next_iteration()) is not None:
+            self.in_flight.append(first)
 
     def finish(self, *, puts_off: bool = False) -> set[str]:
         """`puts_off`: no token can be drawn yet. Returns the tasks that are lost, as `lose` does."""
         if not self.in_flight:
             return set()
+        iteration = self.in_flight[0].iteration
         try:
-            states = self.table.enter(self.in_flight[0].chunks, self.in_flight[0].left)
+            entered = self.table.enter(iteration)
         except UnknownSequenceError:
             return self.lose()
-        iteration, first, sampled = self.in_flight.popleft(), 0, []
-        for chunk, state in zip(iteration.chunks, states, strict=True):
-            tokens = iteration.tokens[first : first + chunk.num_tokens]
-            first += chunk.num_tokens
-            for place, token in enumerate(tokens, start=chunk.start):
-                self.cache[self._slot(chunk.blocks, place)] = token
+        tokens, sampled = list(self.in_flight.popleft().tokens), []
+        for number, chunk, state in zip(iteration.sequences, *entered, strict=True):
+            for place in range(chunk.start, chunk.start + chunk.num_tokens):
+                self.cache[self._slot(chunk.blocks, place)] = tokens.pop(0)
             if chunk.produces and puts_off:
-                sampled.append(SampledToken(task_id=chunk.task_id, token=None, finished=False))
+                sampled.append(SampledToken(sequence=number, token=None, finished=False))
             elif chunk.produces:
-                text = [
-                    self.cache[self._slot(chunk.blocks, at)] for at in range(chunk.start + chunk.num_tokens)
-                ]
-                token, is_last = token_after(text), chunk.index + 1 == state.sampling.max_tokens
-                self.answers.setdefault(chunk.task_id, []).append(token)
-                sampled.append(SampledToken(task_id=chunk.task_id, token=token, finished=is_last))
-        self.table.drop(one.task_id for one in sampled if one.finished)
-        completed = self.scheduler.finish_iteration(
-            IterationDone(iteration=iteration.number, tokens=tuple(sampled))
-        )
-        self.completed |= {one.task.task_id for one in completed}
+                sampled.append(self._draw(number, chunk, state))
+        done = IterationDone(iteration=iteration.number, tokens=tuple(sampled))
+        self.completed |= {task.task_id for task in self.scheduler.finish_iteration(done)}
         return set()
+
+    def _draw(self, number: int, chunk: SequenceChunk, state: SequenceState) -> SampledToken:
+        text = [self.cache[self._slot(chunk.blocks, at)] for at in range(chunk.start + chunk.num_tokens)]
+        token, answer = token_after(text), self.answers.setdefault(chunk.task_id, [])
+        assert chunk.index == len(answer), "a token is told twice, or missing"
+        answer.append(token)
+        return SampledToken(sequence=number, token=token, finished=len(answer) == state.sampling.max_tokens)
 
     def lose(self) -> set[str]:
         """The oldest iteration does not reach the last stage; returns the tasks that are lost with it."""
         if not self.in_flight:
             return set()
-        lost = self.scheduler.lose_iteration(self.in_flight.popleft().number)
+        lost = self.scheduler.lose_iteration(self.in_flight.popleft().iteration.number)
         return {task.task_id for task in lost}
 
-    def _slot(self, blocks: tuple[int, ...], place: int) -> int:
+    def _slot(self, blocks: Many[int], place: int) -> int:
         return blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
 
 
@@ -530,4 +557,4 @@ def test_any_interleaving_keeps_blocks_apart_answers_whole_and_leaves_nothing_be
     submit(scheduler, "last", prompt_length=1, max_tokens=1)
     pipeline.start_all()
     pipeline.finish()
-    assert len(pipeline.table) == 0, "the last stage still knows sequences that are gone"
+    assert len(pipeline.table) == 1, "the stage still knows sequences that are gone"

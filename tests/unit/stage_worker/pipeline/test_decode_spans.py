@@ -6,8 +6,8 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.pipeline.decode_spans import QUIET_S, DecodeSpans
-from shared.messages.inference import SequenceChunk
 from shared.telemetry import Telemetry
 
 TRACE_ID, SPAN_ID = "1" * 32, "2" * 16

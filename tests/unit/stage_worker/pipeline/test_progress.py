@@ -8,12 +8,12 @@ from itertools import pairwise
 import pytest
 
 from lemix.simulation.loop import VirtualClock, run_virtual
+from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.pipeline.device import Turns
 from services.stage_worker.pipeline.progress import Progress, iteration_op, microbatch_op, step_op
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
 from shared.messages.events import StageOp, StageProgress
-from shared.messages.inference import SequenceChunk
 from shared.messages.training import Microbatch
 from shared.subjects import PROGRESS, PROGRESS_EVERY_S
 

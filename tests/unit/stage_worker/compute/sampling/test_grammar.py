@@ -10,11 +10,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
+from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.compute.logits import LogitPlan
 from services.stage_worker.compute.sampling.adjust import adjust_
 from services.stage_worker.compute.sampling.grammar import MAX_COMPILED, Grammar, GrammarCompiler, Vocabulary
 from services.stage_worker.compute.sampling.sequences import SequenceState
-from shared.messages.inference import Sampling, SequenceChunk
+from shared.messages.inference import Sampling
 from shared.model_files import read_card
 from shared.settings import EMBEDDED_MODEL
 from shared.structured_output import grammar_of
