@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA driver take the CPU build where the index offers one; never gigabytes of CUDA.
 HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # No newer version than was tested, so that a release elsewhere cannot break a fresh clone.
-PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 
 .PHONY: demo test check bench gpu clean
 
@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 
 # Two at a time: half of the time a test waits, for processes that start or messages that come.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
