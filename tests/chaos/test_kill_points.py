@@ -53,12 +53,14 @@ class Node:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of stages."""
     num_microbatches: int = 2
+    stages_held: int = 1
 
 
 FLUSHED = {
     "1f1b": Node("1f1b"),
     "gpipe": Node("gpipe", 3, "llama_tied"),
     "one stage": Node("1f1b", 1),
+    "two stages of three in one worker": Node("1f1b", 3, "llama_tied", stages_held=2),
     "lora": Node("gpipe", settings=LORA),
     "bfloat16": Node("1f1b", 3, settings=BFLOAT16),
 }
@@ -84,7 +86,9 @@ def examples(everyday: int) -> settings:
 def some_kills(name: str) -> st.SearchStrategy[list[Kill]]:
     """The first of them not later than an undisturbed run ends."""
     num_messages, _ = undisturbed(name)
-    kill = st.builds(Kill, st.sampled_from(victims(1, NODES[name].num_stages)), st.integers(1, num_messages))
+    node = NODES[name]
+    processes = victims(1, node.num_stages, node.stages_held)
+    kill = st.builds(Kill, st.sampled_from(processes), st.integers(1, num_messages))
     return st.lists(kill, min_size=1, max_size=4)
 
 
@@ -115,6 +119,7 @@ def trained(name: str, seed: int, kills: Sequence[Kill] = ()) -> Iterator[tuple[
             stage_settings={"kv_tokens": 64, **ADAMW, **node.settings},
             kills=kills,
             num_stages=node.num_stages,
+            stages_held=node.stages_held,
         )
         found = run_virtual(cluster.train(BATCHES))
         assume(cluster.num_killed or not kills)

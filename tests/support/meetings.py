@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.training.replica import Copied
@@ -63,8 +64,10 @@ class Meetings:
 class MeetingExecutor(TorchExecutor):
     """Computes, copies and averages as its base does."""
 
-    def __init__(self, settings: StageWorkerSettings, instance: str, meetings: Meetings) -> None:
-        super().__init__(settings, instance)
+    def __init__(
+        self, settings: StageWorkerSettings, instance: str, meetings: Meetings, local: LocalStages
+    ) -> None:
+        super().__init__(settings, instance, local)
         self._meetings = meetings
         self._turn = asyncio.Lock()
         """Who waits for peers occupies the thread for it, whatever comes next."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lemix.simulation.loop import VirtualClock
+from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
@@ -56,8 +57,10 @@ HOLD_S = 0.5
 """The time that the scheduler holds one batch in four."""
 
 
-def victims(num_nodes: int, num_stages: int = 2) -> tuple[str, ...]:
-    stages = (f"stage {node}.{stage}" for node in range(num_nodes) for stage in range(num_stages))
+def victims(num_nodes: int, num_stages: int = 2, stages_held: int = 1) -> tuple[str, ...]:
+    """All processes; one with several stages is named after the first."""
+    first_stages = range(0, num_stages, stages_held)
+    stages = (f"stage {node}.{stage}" for node in range(num_nodes) for stage in first_stages)
     return ("trainer", "scheduler", *stages)
 
 
@@ -91,6 +94,8 @@ class MortalCluster:
     stage_settings: dict[str, Any]
     kills: Sequence[Kill] = ()
     num_stages: int = 2
+    stages_held: int = 1
+    """Stages in each stage worker process."""
     num_nodes: int = 1
     """Batch number n is placed on node n modulo this."""
     goes_back: bool = False
@@ -170,12 +175,16 @@ class MortalCluster:
 
     @property
     def _victims(self) -> tuple[str, ...]:
-        return victims(self.num_nodes, self.num_stages)
+        return victims(self.num_nodes, self.num_stages, self.stages_held)
 
     def _durable(self, num_batches: int) -> Checkpoint | None:
         """The newest checkpoint, if all stages hold it and it accounts for all batches."""
         *_, newest = [None, *self.durable()]
-        held = {self._held.get(name) for name in self._victims if name.startswith("stage")}
+        held = {
+            self._held.get(f"stage {node}.{stage}")
+            for node in range(self.num_nodes)
+            for stage in range(self.num_stages)
+        }
         if newest is None or held != {newest.manifest.version}:
             return None
         num_done = newest.manifest.version + len(newest.manifest.discarded_batch_ids)
@@ -228,7 +237,9 @@ class MortalCluster:
         if process.is_dead:  # and not yet started again
             return
         process.is_dead = True
-        self._held.pop(name, None)
+        if name.startswith("stage"):
+            for own in self._settings_of(name).of_stages:
+                self._held.pop(f"stage {own.node}.{own.stage}", None)
         process.bus.cut()
         process.task.cancel()
         asyncio.get_running_loop().call_later(RESTART_S, self._start, name)
@@ -252,7 +263,7 @@ class MortalCluster:
             return self._trainer
         if name == "scheduler":
             return self._scheduler
-        return lambda bus: self._stage(bus, name)
+        return lambda bus: self._stages(bus, name)
 
     async def _trainer(self, bus: MemoryBus) -> None:
         settings = TrainerSettings.given(model=str(self.model), run_dir=self.run_dir, **self.trainer_settings)
@@ -268,11 +279,13 @@ class MortalCluster:
         await bus.respond(PLACE.at(), place)
         await asyncio.get_running_loop().create_future()
 
-    async def _stage(self, bus: MemoryBus, name: str) -> None:
+    def _settings_of(self, name: str) -> StageWorkerSettings:
+        """Of the stage worker process of that name."""
         node, _, stage = name.removeprefix("stage ").partition(".")
-        settings = StageWorkerSettings.given(
+        return StageWorkerSettings.given(
             node=int(node),
             stage=int(stage),
+            stages_held=min(self.stages_held, self.num_stages - int(stage)),
             num_stages=self.num_stages,
             model=str(self.model),
             run_dir=self.run_dir,
@@ -280,13 +293,16 @@ class MortalCluster:
             **self.stage_settings,
         )
 
+    async def _stages(self, bus: MemoryBus, name: str) -> None:
+        local = LocalStages()
+
         def executor(own: StageWorkerSettings, instance: str) -> MeetingExecutor:
-            made = MeetingExecutor(own, instance, self._meetings)
-            self._executors[f"stage {node}.{own.stage}"] = made
+            made = MeetingExecutor(own, instance, self._meetings, local)
+            self._executors[f"stage {own.node}.{own.stage}"] = made
             return made
 
         world = World(bus=bus, clock=self._clock, ids=self._ids, telemetry=NoTelemetry())
-        await StageProcess([settings], world, executor).run()
+        await StageProcess(self._settings_of(name).of_stages, world, executor).run()
 
 
 def bodies_of(batches: Sequence[Batch]) -> list[bytes]:
