@@ -7,7 +7,7 @@ no mask: what a token may see is the context's business.
 Shape letters: T tokens of the flat row, N query heads, K key and value heads, D head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final, Protocol
 
@@ -93,6 +93,51 @@ def _refuse_unsupported(**arguments: Any) -> None:
 AttentionInterface.register(ATTENTION_NAME, lemix_attention)
 
 
+class CausalMasks:
+    """The masks of one forward, each made once for all its layers."""
+
+    def __init__(self) -> None:
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def __call__(self, length: int, context: int, sliding_window: int | None, like: Tensor) -> Tensor:
+        """See `causal_mask`; `like` is the same for all."""
+        key = (length, context, sliding_window)
+        if key not in self._masks:
+            self._masks[key] = causal_mask(length, context, sliding_window, like)
+        return self._masks[key]
+
+
+def causal_attention(
+    query_BNLD: Tensor,
+    key_BKCD: Tensor,
+    value_BKCD: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    masks: CausalMasks,
+) -> Tensor:
+    """Attention [B, N, L, D] of the last L of C tokens to all tokens up to themselves."""
+    length, context = query_BNLD.size(2), key_BKCD.size(2)
+    plain = length == context and (sliding_window is None or context <= sliding_window)
+    return scaled_dot_product_attention(
+        query_BNLD,
+        key_BKCD,
+        value_BKCD,
+        attn_mask=None if plain else masks(length, context, sliding_window, query_BNLD),
+        is_causal=plain,
+        scale=scaling,
+        enable_gqa=query_BNLD.size(1) != key_BKCD.size(1),
+    )
+
+
+def causal_mask(length: int, context: int, sliding_window: int | None, like: Tensor) -> Tensor:
+    """Additive mask [length, context] for the last `length` of `context` tokens, in the dtype of `like`."""
+    hidden = torch.full((length, context), float("-inf"), dtype=like.dtype, device=like.device)
+    mask = hidden.triu_(context - length + 1)
+    if sliding_window is not None and sliding_window < context:
+        mask += torch.full_like(mask, float("-inf")).tril_(context - length - sliding_window)
+    return mask
+
+
 @dataclass(frozen=True)
 class PackedSegments:
     """Attention for training: the row is made of segments, each causal within itself and blind to the others.
@@ -101,6 +146,7 @@ class PackedSegments:
     """
 
     lengths: tuple[int, ...]
+    masks: CausalMasks = field(default_factory=CausalMasks, compare=False)
 
     def attend(
         self,
@@ -115,11 +161,14 @@ class PackedSegments:
         """See `AttentionContext.attend`."""
         if len(set(self.lengths)) == 1:
             query_BNLD, key_BKLD, value_BKLD = map(self._as_batch, (query_1NTD, key_1KTD, value_1KTD))
-            output_BNLD = causal_attention(query_BNLD, key_BKLD, value_BKLD, scaling, sliding_window)
+            output_BNLD = causal_attention(
+                query_BNLD, key_BKLD, value_BKLD, scaling, sliding_window, self.masks
+            )
             return output_BNLD.transpose(1, 2).flatten(0, 1).unsqueeze(0)
         segments = zip(*map(self._as_segments, (query_1NTD, key_1KTD, value_1KTD)), strict=True)
         outputs = [
-            causal_attention(query, key, value, scaling, sliding_window) for query, key, value in segments
+            causal_attention(query, key, value, scaling, sliding_window, self.masks)
+            for query, key, value in segments
         ]
         return torch.cat(outputs, 2).transpose(1, 2)
 
@@ -129,29 +178,3 @@ class PackedSegments:
 
     def _as_segments(self, rows_1HTD: Tensor) -> tuple[Tensor, ...]:
         return rows_1HTD.tensor_split(tuple(accumulate(self.lengths[:-1])), 2)
-
-
-def causal_attention(
-    query_BNLD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, scaling: float, sliding_window: int | None
-) -> Tensor:
-    """Attention [B, N, L, D] of the last L of C tokens to all tokens up to themselves."""
-    length, context = query_BNLD.size(2), key_BKCD.size(2)
-    plain = length == context and (sliding_window is None or context <= sliding_window)
-    return scaled_dot_product_attention(
-        query_BNLD,
-        key_BKCD,
-        value_BKCD,
-        attn_mask=None if plain else causal_mask(length, context, sliding_window, query_BNLD),
-        is_causal=plain,
-        scale=scaling,
-        enable_gqa=query_BNLD.size(1) != key_BKCD.size(1),
-    )
-
-
-def causal_mask(length: int, context: int, sliding_window: int | None, like: Tensor) -> Tensor:
-    """Additive mask [length, context] for the last `length` of `context` tokens, in the dtype of `like`."""
-    hidden = torch.full((length, context), float("-inf"), dtype=like.dtype, device=like.device)
-    mask = hidden.triu_(context - length + 1)
-    if sliding_window is not None and sliding_window < context:
-        mask += torch.full_like(mask, float("-inf")).tril_(context - length - sliding_window)
-    return mask

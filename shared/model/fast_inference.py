@@ -1,16 +1,16 @@
-"""Faster forwards under `no_grad` for stages in float32 on the CPU; training is not touched.
+"""Faster forwards without gradients for stages in float32 on the CPU; training is not touched.
 
 Three things cost most when few rows go through a layer, and each is replaced where the replacement gives the
 same numbers within 1e-5:
 
-- matrix products: oneDNN takes weights laid out beforehand ("packed") at two to three times the speed.
-  The packed copy doubles the weights' memory and goes stale when the weights change, which is noticed by
-  itself, except for writes through `.data` (see `InferenceWeights.invalidate`). Adapters are not packed:
-  they are added to the product, and a step that changes only them leaves everything packed;
+- matrix products: each in the way that is fastest for its shape and rows (`shared.model.products`). The
+  copies that this takes go stale when the weights change, which is noticed by itself, except for writes
+  through `.data` (see `InferenceWeights.invalidate`), and are made again in the background. Adapters are not
+  copied: they are added to the product, and a step that changes only them leaves the copies as they are;
 - many small products: query, key and value in one, gate and up in one (the Llama-shaped families);
 - many small operations: root mean square norms and rotary embeddings.
 
-The packing operations are private to torch: without them, or elsewhere than on the CPU, nothing is replaced.
+Elsewhere than on the CPU, nothing is replaced.
 
 Shape letters: T tokens of the flat row, N query heads, K key and value heads, D head size, H hidden size.
 """
@@ -22,106 +22,32 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
-from transformers.pytorch_utils import Conv1D
 
 from shared.model.attention import LAYER_ATTRIBUTE, AttentionContext
-from shared.model.lora import base_module, linear_modules, low_rank_of
+from shared.model.lora import linear_modules
+from shared.model.products import Product, Workshop
+from shared.model.products import is_possible as products_possible
 from shared.model.stage import Stage
 
 _FUSED_ATTENTIONS: Final = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 _FUSED_MLPS: Final = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
-_PACKED_FOR_ROWS: Final = 8
-_PATIENCE_CALLS: Final = 4
-"""Packing costs about as much as it saves in this many calls, so fresh weights are used plain so often."""
-
-
-class PackedWeights:
-    """The weights of one or more linear modules that take the same input, as one packed matrix."""
-
-    def __init__(self, modules: Sequence[nn.Module], patience_calls: int = _PATIENCE_CALLS) -> None:
-        bases = [base_module(module) for module in modules]
-        self._tables = [(base._parameters, isinstance(base, Conv1D)) for base in bases]
-        self._adapters = [low_rank_of(module) for module in modules]
-        self._is_adapted = any(self._adapters)
-        self.patience_calls = patience_calls
-        """Forwards with fresh weights before they are packed."""
-        self._sources: list[tuple[Tensor | None, int]] = []
-        self._calls = 0
-        self._widths: list[int] = []
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """The product [..., sum of outputs]; only after `ready()`."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
-        if self._is_adapted:
-            self._add_adapters(product, inputs)
-        return product
-
-    def _add_adapters(self, product: Tensor, inputs: Tensor) -> None:
-        rows = inputs.flatten(0, -2)
-        parts = product.flatten(0, -2).split_with_sizes(self._widths, 1)
-        for part, adapter in zip(parts, self._adapters, strict=True):
-            if adapter is not None:
-                adapter.add_to(part, rows)
-
-    def ready(self) -> bool:
-        """Whether the packed weights are those of the modules; packs them once they have lasted a little."""
-        for (table, _), (source, version) in zip(self._tables, self._sources, strict=False):
-            weight = table["weight"]
-            if weight is not source or weight is None or weight._version != version:
-                self.invalidate()
-                break
-        if self._weight is not None:
-            return True
-        self._note_sources()
-        self._calls += 1
-        if self._calls <= self.patience_calls:
-            return False
-        self.repack()
-        return True
-
-    def repack(self) -> None:
-        """Pack the weights now in the modules, at once."""
-        self._note_sources()
-        weights = [
-            weight.detach().t() if transposed else weight.detach()
-            for table, transposed in self._tables
-            if (weight := table["weight"]) is not None
-        ]
-        self._widths = [weight.size(0) for weight in weights]
-        together = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(together, _PACKED_FOR_ROWS)
-        biases = [bias.detach() for table, _ in self._tables if (bias := table.get("bias")) is not None]
-        assert len(biases) in (0, len(self._tables))
-        self._bias = torch.cat(biases) if biases else None
-
-    def invalidate(self) -> None:
-        """Forget the packed weights."""
-        self._weight = self._bias = None
-        self._sources = []
-        self._calls = 0
-
-    def _note_sources(self) -> None:
-        weights = [table["weight"] for table, _ in self._tables]
-        self._sources = [(weight, -1 if weight is None else weight._version) for weight in weights]
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceWeights:
-    """All packed weights of one stage."""
+    """All products of one stage that have copies of its weights."""
 
-    packed: tuple[PackedWeights, ...]
+    products: tuple[Product, ...]
 
-    def repack(self) -> None:
-        """Pack everything now, rather than little by little in the next forwards."""
-        for weights in self.packed:
-            weights.repack()
+    def prepare(self) -> None:
+        """Copy everything now, rather than in the background of the next forwards."""
+        for product in self.products:
+            product.prepare()
 
     def invalidate(self) -> None:
-        """Forget everything packed: needed only after writes that torch does not count, as `p.data.copy_`."""
-        for weights in self.packed:
-            weights.invalidate()
+        """Forget all copies: needed only after writes that torch does not count, as `p.data.copy_`."""
+        for product in self.products:
+            product.invalidate()
 
 
 def enable_fast_inference(stage: Stage) -> InferenceWeights:
@@ -131,63 +57,60 @@ def enable_fast_inference(stage: Stage) -> InferenceWeights:
     """
     if not _is_possible(stage):
         return InferenceWeights(())
-    packed: list[PackedWeights] = []
+    products: list[Product] = []
+    workshop = Workshop()
     fused: set[nn.Module] = set()
     for module in stage.model.modules():
         kind = type(module).__name__
         if kind in _FUSED_ATTENTIONS:
-            fused |= _replace(module, _FusedAttention(module), packed)
+            fused |= _replace(module, _FusedAttention(module, workshop), products)
         elif kind in _FUSED_MLPS:
-            fused |= _replace(module, _FusedMLP(module), packed)
+            fused |= _replace(module, _FusedMLP(module, workshop), products)
     for module in linear_modules(stage.model):
         if module not in fused:
-            _replace(module, _PackedLinear(module), packed)
+            _replace(module, _FastLinear(module, workshop), products)
     for module in stage.model.modules():
         if type(module).__name__.endswith("RMSNorm") and _is_plain_rms_norm(module):
             module.forward = _FastRMSNorm(module)
         elif "Rotary" in type(module).__name__ and fused:
             module.forward = _FastRotary(module)
-    for place, weights in enumerate(packed):
-        weights.patience_calls += place  # one after the other: packing all at once would hold a forward up
-    return InferenceWeights(tuple(packed))
+    return InferenceWeights(tuple(products))
 
 
 def _is_possible(stage: Stage) -> bool:
     parameters = stage.parameters()
     on_cpu = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
-    operations = ("_reorder_linear_weight", "_linear_pointwise")
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch is untyped here
-    return on_cpu and has_onednn and all(hasattr(torch.ops.mkldnn, name) for name in operations)
+    return on_cpu and products_possible()
 
 
-def _replace(module: nn.Module, fast: Any, packed: list[PackedWeights]) -> set[nn.Module]:
+def _replace(module: nn.Module, fast: Any, products: list[Product]) -> set[nn.Module]:
     """Give the module its fast forward; returns the linear modules which that forward goes past."""
     module.forward = fast
-    packed.extend(fast.packed)
+    products.extend(fast.products)
     return set(fast.replaced)
 
 
-class _PackedLinear:
+class _FastLinear:
     replaced: Sequence[nn.Module] = ()
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, workshop: Workshop) -> None:
         self._plain: Callable[[Tensor], Tensor] = module.forward
-        self._weights = PackedWeights([module])
-        self.packed = (self._weights,)
+        self._product = Product([module], workshop)
+        self.products = (self._product,)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not self._weights.ready():
+        if torch.is_grad_enabled() or not self._product.ready():
             return self._plain(inputs)
-        return self._weights(inputs)
+        return self._product(inputs)
 
 
 class _FusedMLP:
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, workshop: Workshop) -> None:
         self._plain: Callable[[Tensor], Tensor] = module.forward
         self._activation = module.act_fn
-        self._gate_up = PackedWeights([module.gate_proj, module.up_proj])
+        self._gate_up = Product([module.gate_proj, module.up_proj], workshop)
         self._down = module.down_proj
-        self.packed = (self._gate_up,)
+        self.products = (self._gate_up,)
         self.replaced = (module.gate_proj, module.up_proj)
 
     def __call__(self, inputs_1TH: Tensor) -> Tensor:
@@ -199,7 +122,7 @@ class _FusedMLP:
 
 
 class _FusedAttention:
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, workshop: Workshop) -> None:
         self._plain: Callable[..., tuple[Tensor, None]] = module.forward
         self._layer: int = getattr(module, LAYER_ATTRIBUTE)
         self._head_dim: int = module.head_dim
@@ -208,9 +131,9 @@ class _FusedAttention:
         self._num_rotated = self._num_heads + self._num_kv_heads
         self._scaling: float = module.scaling
         self._sliding_window = _sliding_window(module)
-        self._query_key_value = PackedWeights([module.q_proj, module.k_proj, module.v_proj])
+        self._query_key_value = Product([module.q_proj, module.k_proj, module.v_proj], workshop)
         self._output = module.o_proj
-        self.packed = (self._query_key_value,)
+        self.products = (self._query_key_value,)
         self.replaced = (module.q_proj, module.k_proj, module.v_proj)
 
     def __call__(

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from services.stage_worker.checkpoint import shard_files as files
+from services.stage_worker.compute.attention.choice import decoder_for
+from services.stage_worker.compute.attention.decode import Decoder
+from services.stage_worker.compute.attention.iteration import PagedAttention
 from services.stage_worker.compute.executor import (
     ForwardOutput,
     IterationOutput,
@@ -24,7 +27,7 @@ from services.stage_worker.compute.executor import (
     ShardFiles,
 )
 from services.stage_worker.compute.handoff import Handoff
-from services.stage_worker.compute.kv_cache import PagedAttention, PagedKVCache
+from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.logits import LogitPlan
 from services.stage_worker.compute.sampling.grammar import GrammarCompiler, Vocabulary
@@ -83,6 +86,7 @@ class _Loaded:
 
     stage: Stage
     cache: PagedKVCache
+    decoder: Decoder
     weights: StageWeights
     microbatches: MicrobatchRunner
     replica: Replica
@@ -261,7 +265,9 @@ class TorchExecutor:
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
         )
         packed = enable_fast_inference(stage)
-        self._model = _Loaded(stage, cache, weights, microbatches, replica, packed, at_first)
+        packed.prepare()
+        decoder = decoder_for(cache, settings.num_stages)
+        self._model = _Loaded(stage, cache, decoder, weights, microbatches, replica, packed, at_first)
         self._warm_up(stage, cache)
         gc.collect()
         gc.freeze()  # what is loaded stays: collections under load need not look at it
@@ -331,7 +337,7 @@ class TorchExecutor:
             rows = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
             hidden = rows.unsqueeze(1).expand(-1, stage.hidden_size).to(self._dtype)
             inputs = rows if stage.layers.is_first else hidden
-            with torch.no_grad():
+            with torch.inference_mode():
                 stage.forward(inputs, rows + start, PagedAttention(cache, [(start, num_tokens, (0,))]))
 
     def _inputs(self, rows: Rows, num_rows: int) -> Tensor:
@@ -354,9 +360,8 @@ class TorchExecutor:
         if not any(chunk.start or chunk.blocks for chunk in chunks):
             return PackedSegments(tuple(chunk.num_tokens for chunk in chunks))
         self._check_blocks(chunks)
-        return PagedAttention(
-            self._loaded.cache, [(chunk.start, chunk.num_tokens, chunk.blocks) for chunk in chunks]
-        )
+        pieces = [(chunk.start, chunk.num_tokens, chunk.blocks) for chunk in chunks]
+        return PagedAttention(self._loaded.cache, pieces, self._loaded.decoder)
 
     def _check_blocks(self, chunks: Sequence[SequenceChunk]) -> None:
         """Raises CarrierError: rows without room here would end the process, on a GPU beyond repair."""
@@ -379,7 +384,7 @@ class TorchExecutor:
         layers = loaded.stage.layers
         plan = LogitPlan(chunks, states) if layers.is_last else None
         self._served = version
-        with torch.no_grad(), loaded.weights.serving(version):
+        with torch.inference_mode(), loaded.weights.serving(version):
             outputs = loaded.stage.forward(
                 inputs,
                 torch.tensor(positions, device=self._device),

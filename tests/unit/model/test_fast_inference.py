@@ -1,13 +1,15 @@
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
 from shared.model.attention import PackedSegments
-from shared.model.fast_inference import InferenceWeights, PackedWeights, enable_fast_inference
+from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import load_stage
 from shared.model.partition import partition
+from shared.model.products import WAYS, Product, Way, Workshop
 from shared.model.stage import Stage
 
 FAMILIES = ["llama", "llama-tied", "qwen2-window", "qwen3", "mistral-window", "gpt2", "gpt-neox"]
@@ -28,8 +30,8 @@ def fast_stage(folder: Path) -> tuple[Stage, InferenceWeights]:
 def test_results_stay_within_1e_5(family: str, model_folder: Callable[[str], Path]) -> None:
     plain = logits(load_stage(model_folder(family), partition(5, 1)[0]))
     stage, weights = fast_stage(model_folder(family))
-    assert weights.packed
-    weights.repack()
+    assert weights.products
+    weights.prepare()
     torch.testing.assert_close(logits(stage), plain, rtol=1e-5, atol=1e-5)
 
 
@@ -38,7 +40,7 @@ def test_results_stay_within_1e_5(family: str, model_folder: Callable[[str], Pat
 def test_changed_weights_are_noticed(family: str, swap: bool, model_folder: Callable[[str], Path]) -> None:
     stage, weights = fast_stage(model_folder(family))
     reference = load_stage(model_folder(family), partition(5, 1)[0])
-    weights.repack()
+    weights.prepare()
     logits(stage)
     for name, parameter in stage.named_tensors().items():
         if swap:
@@ -47,13 +49,13 @@ def test_changed_weights_are_noticed(family: str, swap: bool, model_folder: Call
             with torch.no_grad():
                 parameter.mul_(1.1)
         reference.set_parameter(name, stage.parameter(name))
-    for _ in range(7):  # plain at first, packed again later
+    for _ in range(7):  # plain at first, and from copies again later
         torch.testing.assert_close(logits(stage), logits(reference), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_written_unseen_need_to_be_invalidated(model_folder: Callable[[str], Path]) -> None:
     stage, weights = fast_stage(model_folder("llama"))
-    weights.repack()
+    weights.prepare()
     before = logits(stage)
     stage.parameter("model.layers.2.mlp.down_proj.weight").data.mul_(2.0)
     assert torch.equal(logits(stage), before)
@@ -61,11 +63,66 @@ def test_weights_written_unseen_need_to_be_invalidated(model_folder: Callable[[s
     assert not torch.allclose(logits(stage), before)
 
 
-def test_fresh_weights_are_packed_only_after_some_calls() -> None:
-    packed = PackedWeights([torch.nn.Linear(8, 8)], patience_calls=2)
-    assert [packed.ready() for _ in range(4)] == [False, False, True, True]
+class AtOnce(Workshop):
+    """Has no thread."""
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(work())
+        return done
+
+
+def test_fresh_weights_are_copied_only_after_some_calls() -> None:
+    module = torch.nn.Linear(8, 8)
+    product = Product([module], AtOnce(), patience_calls=2)
+    assert [product.ready() for _ in range(5)] == [False, False, False, True, True]
+    with torch.no_grad():
+        module.weight.mul_(2.0)
+    assert [product.ready() for _ in range(4)] == [False, False, False, True]
+
+
+def test_weights_that_change_while_they_are_copied_are_copied_again() -> None:
+    module = torch.nn.Linear(8, 8)
+
+    class Changing(AtOnce):
+        def submit(self, work: Callable[[], None]) -> Future[None]:
+            done = super().submit(work)
+            if module.weight._version < 1:
+                with torch.no_grad():
+                    module.weight.mul_(2.0)
+            return done
+
+    product, inputs = Product([module], Changing(), patience_calls=0), torch.ones(2, 8)
+    while not product.ready():
+        pass
+    assert module.weight._version == 1
+    torch.testing.assert_close(product(inputs), module(inputs))
+
+
+def test_two_versions_in_turn_leave_the_copies_of_one_as_they_are() -> None:
+    module = torch.nn.Linear(8, 8)
+    product, weights = Product([module], AtOnce()), [module.weight, torch.nn.Parameter(torch.ones(8, 8))]
+    product.prepare()
+    before = product.layouts
+    for _ in range(9):
+        for number, weight in enumerate(weights):
+            module._parameters["weight"] = weight
+            assert product.ready() == (number == 0)
+    assert all(one is other for one, other in zip(product.layouts, before, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 70])
+@pytest.mark.parametrize("bias", [False, True])
+def test_all_ways_give_the_same(way: Way, num_rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.model.products._measured", lambda copies: (way,) * 6)
+    modules = [torch.nn.Linear(16, 24, bias=bias), torch.nn.Linear(16, 8, bias=bias)]
+    product, inputs = Product(modules, Workshop()), torch.randn(1, num_rows, 16)
+    product.prepare()
+    expected = torch.cat([module(inputs) for module in modules], -1)
+    torch.testing.assert_close(product(inputs), expected)
 
 
 def test_stages_in_other_dtypes_are_left_alone(model_folder: Callable[[str], Path]) -> None:
     stage = load_stage(model_folder("llama"), partition(5, 1)[0], dtype=torch.float64)
-    assert enable_fast_inference(stage).packed == ()
+    assert enable_fast_inference(stage).products == ()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from services.stage_worker.compute.kv_cache import PagedAttention, PagedKVCache
+from services.stage_worker.compute.attention.iteration import PagedAttention
+from services.stage_worker.compute.kv_cache import PagedKVCache
 from shared.model.fast_inference import enable_fast_inference
 from shared.model.loader import load_stage
 from shared.model.partition import partition
@@ -134,7 +135,7 @@ def test_fast_inference_gives_the_same(
 ) -> None:
     node = load_node(model_folder(family), 2)
     for stage in node.stages:
-        enable_fast_inference(stage).repack()
+        enable_fast_inference(stage).prepare()
     sequences = make_sequences(node.stages[0].vocab_size)
     node.run(sequences, chunk_tokens=5)
     check_against(whole_model(family), sequences)

@@ -100,7 +100,7 @@ def test_what_is_served_is_the_merged_model(
     randomise(stages)
     plain = logprobs(stages)
     for stage in stages:
-        enable_fast_inference(stage).repack()
+        enable_fast_inference(stage).prepare()
     merged = peft_model(whole_model(family), stages).merge_and_unload()
     expected = logprobs_of(merged)
     assert not torch.allclose(expected, before, atol=0.1)
@@ -163,13 +163,14 @@ def test_the_beginning_does_not_depend_on_the_number_of_stages(num_stages: int, 
 def test_training_the_adapter_leaves_everything_packed(model_folder: Folder) -> None:
     (stage,) = stages = adapted_stages(model_folder("llama"), 1)
     weights = enable_fast_inference(stage)
-    weights.repack()
-    addresses = [packed._weight for packed in weights.packed]
+    weights.prepare()
+    copies = [one for product in weights.products for one in product.layouts]
     before = logprobs(stages)
     randomise(stages)
     assert not torch.allclose(logprobs(stages), before)
-    assert all(packed.ready() for packed in weights.packed)
-    assert all(one is packed._weight for one, packed in zip(addresses, weights.packed, strict=True))
+    assert all(product.ready() for product in weights.products)
+    now = [one for product in weights.products for one in product.layouts]
+    assert all(one is other for one, other in zip(copies, now, strict=True))
 
 
 def test_only_the_adapter_trains_and_the_base_stays_where_it_was(model_folder: Folder) -> None:
@@ -191,7 +192,7 @@ def test_named_targets_alone_get_an_adapter(model_folder: Folder) -> None:
     assert targets == {"q_proj", "down_proj"}
     assert len(stages[0].adapter_names) == 5 * 2 * 2
     before = logprobs(stages[1:])
-    enable_fast_inference(stages[0]).repack()
+    enable_fast_inference(stages[0]).prepare()
     torch.testing.assert_close(logprobs(stages[:1]), before, rtol=0, atol=1e-5)
     randomise(stages[:1])
     assert not torch.allclose(logprobs(stages[:1]), before, atol=0.1)

@@ -76,6 +76,6 @@ def test_fast_inference_leaves_gradients_as_they_are(model_folder: Callable[[str
     for stage in stages:
         for parameter in stage.parameters():
             parameter.grad = None
-        enable_fast_inference(stage).repack()
+        enable_fast_inference(stage).prepare()
     fast = staged_gradients(stages, tokens, (4, 4))
     assert all(torch.equal(plain[name], fast[name]) for name in plain)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.stage_worker.compute.kv_cache import PagedAttention, PagedKVCache
+from services.stage_worker.compute.attention.iteration import PagedAttention
+from services.stage_worker.compute.kv_cache import PagedKVCache
 
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 4, 2, 8
 LONG, SHORT = (6, 2, 4, 0), (1, 5, 3, 7)

@@ -1,0 +1,228 @@
+"""Matrix products of few rows on the CPU, each in the way that was the fastest when it was measured.
+
+A plain product is slow for 4 to 32 rows, where oneDNN takes weights laid out beforehand ("packed") at up to
+three times the speed; for a single row packed weights are slow, and a transposed copy is often the fastest.
+So each shape is measured once for some numbers of rows, and only the copies that win are kept.
+
+The packing operations are private to torch: `is_possible` says whether they are here.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from shared.model.lora import base_module, low_rank_of
+
+Way: TypeAlias = Literal["plain", "transposed", "packed"]
+Source: TypeAlias = tuple[Tensor | None, int]
+"""A weight and the number of changes that torch has counted."""
+
+WAYS: Final[tuple[Way, ...]] = ("plain", "transposed", "packed")
+_MEASURED_ROWS: Final = (1, 2, 4, 8, 16, 64)
+_NUM_TRIES: Final = 3
+_BETTER: Final = 0.9
+"""Another way than packed weights takes less than this part of their time; else it is chance."""
+_PACKED_FOR_ROWS: Final = 8
+_PATIENCE_CALLS: Final = 2
+"""Forwards for which fresh weights last before their copies are made: a step may change them at once."""
+
+
+def is_possible() -> bool:
+    """Whether torch has what packed products need."""
+    operations = ("_reorder_linear_weight", "_linear_pointwise")
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch is untyped here
+    return has_onednn and all(hasattr(torch.ops.mkldnn, name) for name in operations)
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A weight [outputs, inputs] in the layouts that some number of rows is fastest with."""
+
+    sources: tuple[Source, ...]
+    ways: tuple[Way, ...]
+    """By the bit length of the number of rows, less 1; the last one for all that are more."""
+    plain: Tensor | None
+    transposed: Tensor | None
+    packed: Tensor | None
+    bias: Tensor | None
+
+    def product(self, inputs: Tensor) -> Tensor:
+        """The product [..., outputs]."""
+        rows = inputs.numel() // inputs.size(-1)
+        way = self.ways[min(rows.bit_length(), len(self.ways)) - 1]
+        return _run(way, inputs, self)
+
+
+def _run(way: Way, inputs: Tensor, copies: Copies) -> Tensor:
+    if way == "plain":
+        assert copies.plain is not None
+        return linear(inputs, copies.plain, copies.bias)
+    if way == "packed":
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            inputs, copies.packed, copies.bias, "none", [], ""
+        )
+        return product
+    assert copies.transposed is not None
+    outputs = inputs.flatten(0, -2) @ copies.transposed
+    if copies.bias is not None:
+        outputs += copies.bias
+    return outputs.view(*inputs.shape[:-1], -1)
+
+
+class Product:
+    """The product with the weights of one or more linear modules that take the same input."""
+
+    def __init__(
+        self, modules: Sequence[nn.Module], workshop: "Workshop", patience_calls: int = _PATIENCE_CALLS
+    ) -> None:
+        """`patience_calls`: forwards with fresh weights before their copies are begun."""
+        bases = [base_module(module) for module in modules]
+        self._tables = [(base._parameters, isinstance(base, Conv1D)) for base in bases]
+        self._adapters = [low_rank_of(module) for module in modules]
+        self._is_adapted = any(self._adapters)
+        self._workshop = workshop
+        self._patience_calls = patience_calls
+        self._seen: tuple[Source, ...] = ()
+        """Fresh weights, which `_calls` forwards in a row have found."""
+        self._calls = 0
+        self._widths: list[int] = []
+        self._copies: Copies | None = None
+        self._making: Future[None] | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The product [..., sum of outputs]; only after `ready()`."""
+        assert self._copies is not None
+        product = self._copies.product(inputs)
+        if self._is_adapted:
+            self._add_adapters(product, inputs)
+        return product
+
+    def _add_adapters(self, product: Tensor, inputs: Tensor) -> None:
+        rows = inputs.flatten(0, -2)
+        parts = product.flatten(0, -2).split_with_sizes(self._widths, 1)
+        for part, adapter in zip(parts, self._adapters, strict=True):
+            if adapter is not None:
+                adapter.add_to(part, rows)
+
+    def ready(self) -> bool:
+        """Whether the copies are those of the modules' weights; has them made once these have lasted."""
+        copies = self._copies
+        if copies is not None and self._are_in_place(copies.sources):
+            return True
+        if self._making is not None:
+            if not self._making.done():
+                return False
+            self._making.result()
+            self._making = None
+            return self.ready()
+        if not self._are_in_place(self._seen):
+            self._seen, self._calls = self._sources(), 0
+        self._calls += 1
+        if self._calls > self._patience_calls:
+            self._making = self._workshop.submit(partial(self._prepare, self._seen))
+        return False
+
+    def _are_in_place(self, sources: tuple[Source, ...]) -> bool:
+        for (table, _), (source, version) in zip(self._tables, sources, strict=False):
+            weight = table["weight"]
+            if weight is not source or weight is None or weight._version != version:
+                return False
+        return bool(sources)
+
+    def prepare(self) -> None:
+        """Copy the weights now in the modules, at once."""
+        self._prepare(self._sources())
+
+    def _prepare(self, sources: tuple[Source, ...]) -> None:
+        """Copy these weights; when they change meanwhile, the copies are not theirs any more."""
+        weights = [
+            weight.detach().t() if is_transposed else weight.detach()
+            for (weight, _), (_, is_transposed) in zip(sources, self._tables, strict=True)
+            if weight is not None
+        ]
+        biases = [bias.detach() for table, _ in self._tables if (bias := table.get("bias")) is not None]
+        assert len(biases) in (0, len(self._tables))
+        self._widths = [weight.size(0) for weight in weights]
+        together = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self._copies = self._workshop.copies(sources, together, torch.cat(biases) if biases else None)
+
+    def invalidate(self) -> None:
+        """Forget the copies."""
+        self._copies = None
+        self._seen = ()
+
+    @property
+    def layouts(self) -> tuple[Tensor, ...]:
+        """The copies that there are."""
+        copies = self._copies
+        return tuple(one for one in (copies.transposed, copies.packed) if one is not None) if copies else ()
+
+    def _sources(self) -> tuple[Source, ...]:
+        weights = [table["weight"] for table, _ in self._tables]
+        return tuple((weight, -1 if weight is None else weight._version) for weight in weights)
+
+
+class Workshop:
+    """Makes the copies of one stage's weights, one after the other, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
+        self._ways: dict[tuple[int, ...], tuple[Way, ...]] = {}
+        """By shape, once they are measured: most layers have the same shapes."""
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        """Do it in the thread."""
+        return self._thread.submit(work)
+
+    def copies(self, sources: tuple[Source, ...], weight: Tensor, bias: Tensor | None) -> Copies:
+        """The copies of a weight in the layouts that are the fastest for its shape."""
+        shape = tuple(weight.shape)
+        if shape not in self._ways:
+            self._ways[shape] = _measured(_copies(sources, WAYS, weight, bias))
+        return _copies(sources, self._ways[shape], weight, bias)
+
+
+def _copies(
+    sources: tuple[Source, ...], ways: tuple[Way, ...], weight: Tensor, bias: Tensor | None
+) -> Copies:
+    packed = None
+    if "packed" in ways:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
+    return Copies(
+        sources,
+        ways,
+        plain=weight if "plain" in ways else None,
+        transposed=weight.t().contiguous() if "transposed" in ways else None,
+        packed=packed,
+        bias=bias,
+    )
+
+
+@torch.no_grad()
+def _measured(copies: Copies) -> tuple[Way, ...]:
+    """The fastest way for each number of rows."""
+    assert copies.plain is not None
+    ways: list[Way] = []
+    for num_rows in _MEASURED_ROWS:
+        inputs = torch.ones(num_rows, copies.plain.size(1))
+        times_s = {way: _shortest_s(way, inputs, copies) for way in WAYS}
+        fastest = min(WAYS, key=times_s.__getitem__)
+        ways.append(fastest if times_s[fastest] < _BETTER * times_s["packed"] else "packed")
+    return tuple(ways)
+
+
+def _shortest_s(way: Way, inputs: Tensor, copies: Copies) -> float:
+    times_s = []
+    for _ in range(_NUM_TRIES):
+        start_s = time.perf_counter()
+        _run(way, inputs, copies)
+        times_s.append(time.perf_counter() - start_s)
+    return min(times_s)
