@@ -27,7 +27,7 @@ Source: TypeAlias = tuple[Tensor | None, int]
 
 WAYS: Final[tuple[Way, ...]] = ("plain", "transposed", "packed")
 _MEASURED_ROWS: Final = (1, 2, 4, 8, 16, 64)
-_NUM_TRIES: Final = 3
+_NUM_TRIES: Final = 5
 _BETTER: Final = 0.9
 """Another way than packed weights takes less than this part of their time; else it is chance."""
 _PACKED_FOR_ROWS: Final = 8
@@ -116,6 +116,7 @@ class Product:
         """Whether the copies are those of the modules' weights; has them made once these have lasted."""
         copies = self._copies
         if copies is not None and self._are_in_place(copies.sources):
+            self._calls = 0
             return True
         if self._making is not None:
             if not self._making.done():
@@ -213,16 +214,18 @@ def _measured(copies: Copies) -> tuple[Way, ...]:
     ways: list[Way] = []
     for num_rows in _MEASURED_ROWS:
         inputs = torch.ones(num_rows, copies.plain.size(1))
-        times_s = {way: _shortest_s(way, inputs, copies) for way in WAYS}
+        times_s = _shortest_s(inputs, copies)
         fastest = min(WAYS, key=times_s.__getitem__)
         ways.append(fastest if times_s[fastest] < _BETTER * times_s["packed"] else "packed")
     return tuple(ways)
 
 
-def _shortest_s(way: Way, inputs: Tensor, copies: Copies) -> float:
-    times_s = []
+def _shortest_s(inputs: Tensor, copies: Copies) -> dict[Way, float]:
+    """The shortest of some tries of each way, which take turns: who else uses the machine meets them all."""
+    shortest_s = dict.fromkeys(WAYS, float("inf"))
     for _ in range(_NUM_TRIES):
-        start_s = time.perf_counter()
-        _run(way, inputs, copies)
-        times_s.append(time.perf_counter() - start_s)
-    return min(times_s)
+        for way in WAYS:
+            start_s = time.perf_counter()
+            _run(way, inputs, copies)
+            shortest_s[way] = min(shortest_s[way], time.perf_counter() - start_s)
+    return shortest_s

@@ -39,9 +39,11 @@ class PagedKVCache:
         self.dtype = dtype
         self.device = device
         num_heads = 2 * num_kv_heads
-        pools = self.zeros((num_layers, num_heads, self.num_slots, head_dim))
+        self.dummy_block = num_blocks
+        """One more, which belongs to no sequence: rows that only fill up a batch write there."""
+        pools = self.zeros((num_layers, num_heads, (num_blocks + 1) * block_size, head_dim))
         self._by_slot = pools.unbind()
-        self._by_block = pools.view(num_layers, num_heads, num_blocks, block_size * head_dim).unbind()
+        self._by_block = pools.view(num_layers, num_heads, num_blocks + 1, block_size * head_dim).unbind()
 
     def write(self, layer: int, slots_T: Tensor, key_value_XTD: Tensor) -> None:
         """Store T tokens of one layer at `slots_T` (int64)."""

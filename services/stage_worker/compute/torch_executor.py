@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from services.stage_worker.checkpoint import shard_files as files
-from services.stage_worker.compute.attention.choice import decoder_for
-from services.stage_worker.compute.attention.decode import Decoder
-from services.stage_worker.compute.attention.iteration import PagedAttention
 from services.stage_worker.compute.executor import (
     ForwardOutput,
     IterationOutput,
@@ -26,7 +23,9 @@ from services.stage_worker.compute.executor import (
     SequenceChunk,
     ShardFiles,
 )
+from services.stage_worker.compute.graphs import GraphCapture
 from services.stage_worker.compute.handoff import Handoff
+from services.stage_worker.compute.iterations import IterationRunner
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.logits import LogitPlan
@@ -41,12 +40,11 @@ from services.stage_worker.training.peers import Peers
 from services.stage_worker.training.replica import Copied, Replica
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
-from shared.errors import CarrierError, LemixError
+from shared.errors import LemixError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceStart
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep
-from shared.model.attention import AttentionContext, PackedSegments
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import in_published_names, load_stage, model_partition, read_config
 from shared.model.lora import (
@@ -85,8 +83,7 @@ class _Loaded:
     """The objects that exist once the model is loaded."""
 
     stage: Stage
-    cache: PagedKVCache
-    decoder: Decoder
+    iterations: IterationRunner
     weights: StageWeights
     microbatches: MicrobatchRunner
     replica: Replica
@@ -251,6 +248,7 @@ class TorchExecutor:
             version=saved.version,
             stashing=settings.stashing,
             dtype=self._dtype,
+            in_place=self._captures,
         )
         at_first = files.random_state(self._device)
         state = _optimizer_state(durable.folder, stage) if durable else {}
@@ -260,15 +258,16 @@ class TorchExecutor:
             trained = read_adapter(stage, durable.folder) if self._adapter_kind else weights.master_tensors()
             weights.load(trained, without_outer(state), version=weights.version)
         replica = Replica(weights, self._device, state, is_outer=settings.merge == "outer")
-        cache = self._cache(stage)
+        iterations = IterationRunner(stage, self._cache(stage), weights, self._dtype)
         microbatches = MicrobatchRunner(
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
         )
         packed = enable_fast_inference(stage)
         packed.prepare()
-        decoder = decoder_for(cache, settings.num_stages)
-        self._model = _Loaded(stage, cache, decoder, weights, microbatches, replica, packed, at_first)
-        self._warm_up(stage, cache)
+        self._model = _Loaded(stage, iterations, weights, microbatches, replica, packed, at_first)
+        iterations.warm_up()
+        if self._captures:
+            iterations.use_steps(GraphCapture(self._device))
         gc.collect()
         gc.freeze()  # what is loaded stays: collections under load need not look at it
         return ModelFacts(
@@ -277,6 +276,11 @@ class TorchExecutor:
             vocab_size=stage.vocab_size,
             context_length=_context_length(stage),
         )
+
+    @property
+    def _captures(self) -> bool:
+        """Whether decode steps are captured as CUDA graphs."""
+        return self._device.type == "cuda"
 
     def _serving_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to serve until the trainer restores this stage: most likely served then, too."""
@@ -331,15 +335,6 @@ class TorchExecutor:
             device=self._settings.device,
         )
 
-    def _warm_up(self, stage: Stage, cache: PagedKVCache) -> None:
-        """Packing weights, allocator and kernels are paid for before the first request."""
-        for start, num_tokens in ((0, 2), (2, 1)):
-            rows = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
-            hidden = rows.unsqueeze(1).expand(-1, stage.hidden_size).to(self._dtype)
-            inputs = rows if stage.layers.is_first else hidden
-            with torch.inference_mode():
-                stage.forward(inputs, rows + start, PagedAttention(cache, [(start, num_tokens, (0,))]))
-
     def _inputs(self, rows: Rows, num_rows: int) -> Tensor:
         """Raises CarrierError when activations are not there, or not those of `num_rows`; LemixError when
         tokens are none of the model's.
@@ -355,22 +350,6 @@ class TorchExecutor:
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise LemixError(f"tokens {min(tokens)} to {max(tokens)} are not all in 0..{vocab_size - 1}")
 
-    def _attention(self, chunks: Sequence[SequenceChunk]) -> AttentionContext:
-        """Whole prompts without blocks leave nothing in the cache. Raises CarrierError."""
-        if not any(chunk.start or chunk.blocks for chunk in chunks):
-            return PackedSegments(tuple(chunk.num_tokens for chunk in chunks))
-        self._check_blocks(chunks)
-        pieces = [(chunk.start, chunk.num_tokens, chunk.blocks) for chunk in chunks]
-        return PagedAttention(self._loaded.cache, pieces, self._loaded.decoder)
-
-    def _check_blocks(self, chunks: Sequence[SequenceChunk]) -> None:
-        """Raises CarrierError: rows without room here would end the process, on a GPU beyond repair."""
-        num_blocks, block_size = self._settings.kv_blocks, self._settings.kv_block_size
-        for chunk in chunks:
-            has_room = chunk.start + chunk.num_tokens <= len(chunk.blocks) * block_size
-            if not has_room or min(chunk.blocks) < 0 or max(chunk.blocks) >= num_blocks:
-                raise CarrierError(f"{chunk.task_id} has no room in the KV cache of this stage")
-
     def _iteration(
         self,
         chunks: Sequence[SequenceChunk],
@@ -379,18 +358,10 @@ class TorchExecutor:
         states: Sequence[SequenceState],
     ) -> IterationOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(chunk.num_tokens for chunk in chunks))
-        attention = self._attention(chunks)
-        positions = [row for chunk in chunks for row in range(chunk.start, chunk.start + chunk.num_tokens)]
         layers = loaded.stage.layers
         plan = LogitPlan(chunks, states) if layers.is_last else None
         self._served = version
-        with torch.inference_mode(), loaded.weights.serving(version):
-            outputs = loaded.stage.forward(
-                inputs,
-                torch.tensor(positions, device=self._device),
-                attention,
-                torch.tensor(plan.rows, dtype=torch.int64, device=self._device) if plan else None,
-            )
+        outputs = loaded.iterations.run(chunks, inputs, plan.rows if plan else (), version)
         if plan is None:
             return IterationOutput(self._handoff.put(layers.stage + 1, outputs))
         return IterationOutput(None, *plan.results(outputs))

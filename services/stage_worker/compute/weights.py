@@ -5,6 +5,9 @@ the newest weights' memory, so that stashing costs nothing, and so does a kept v
 while microbatches are in flight, or the version is kept, is the memory copied, once, and the leaves keep the
 old one (copy on write). A backward thus uses exactly the weights of its forward.
 
+Where the newest weights must not move, as a captured CUDA graph reads them where they were (`in_place`), the
+leaves are a copy from the start, and so is a version that is kept: a step then changes neither.
+
 The optimizer steps master copies in float32. Where the stage computes in float32 they are the newest weights
 themselves; elsewhere those are the masters, rounded, and gradients are summed in float32 over a batch.
 """
@@ -28,10 +31,9 @@ Tensors = dict[str, Tensor]
 class WeightsVersion:
     """The leaves that all microbatches share that were sent forward under one version."""
 
-    def __init__(self, number: int, newest: Mapping[str, Parameter]) -> None:
+    def __init__(self, number: int, memory: Mapping[str, Tensor]) -> None:
         self.number = number
-        # `.data` shares memory but not autograd's version counter: the newest may step, these stay valid.
-        self.leaves = {name: Parameter(parameter.data) for name, parameter in newest.items()}
+        self.leaves = {name: Parameter(tensor) for name, tensor in memory.items()}
         self.num_in_flight = 0
 
     def take_gradients(self) -> Tensors:
@@ -57,14 +59,19 @@ class StageWeights:
         version: int,
         stashing: StashingName = "full",
         dtype: torch.dtype = torch.float32,
+        in_place: bool = False,
     ) -> None:
-        """From now on the stage computes in `dtype`; its parameters until now become the masters."""
+        """From now on the stage computes in `dtype`; its parameters until now become the masters.
+
+        `in_place`: the weights that serve stay where they are, whatever happens.
+        """
         self._stage = stage
         self._masters = stage.trainable_tensors()
         cast_parameters(stage, dtype)
         self._newest = stage.trainable_tensors()
         self.version = version
         self._stashing = stashing
+        self._in_place = in_place
         self._current: WeightsVersion | None = None
         self._versions: list[WeightsVersion] = []
         """Those that microbatches in flight need, the current one, and those that are kept; oldest first."""
@@ -93,13 +100,17 @@ class StageWeights:
 
         Raises VersionGoneError when it is neither kept nor the newest.
         """
-        if number is None or (number == self.version and number not in self._kept):
+        if self.are_in_place(number):
             yield
             return
         if number not in self._kept:
             raise VersionGoneError(f"weights version {number} is gone")
         with self.installed(self._kept[number]):
             yield
+
+    def are_in_place(self, number: int | None) -> bool:
+        """Whether a version is served from the newest weights' memory, and not as a kept one."""
+        return number is None or (number == self.version and number not in self._kept)
 
     @contextmanager
     def installed(self, version: WeightsVersion) -> Iterator[None]:
@@ -115,7 +126,7 @@ class StageWeights:
 
         False: other weights were kept under that number, and are gone now.
         """
-        before, now = self._kept.get(self.version), self._begin_version()
+        before, now = self._kept.get(self.version), self._version_to_keep()
         self._kept[self.version] = now
         self._retire()
         return before is None or before.equals(now)
@@ -215,16 +226,21 @@ class StageWeights:
     def replace(
         self, tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], *, version: int
     ) -> None:
-        """Go on from these masters, whose memory belongs to the stage from now on: nothing is copied.
+        """Go on from these masters, whose memory belongs to the stage from now on.
 
-        Versions in flight, and those that are kept, keep theirs.
+        Nothing is copied that may move. Versions in flight, and those that are kept, keep theirs.
         """
         self._current = None
         self._retire()
         self._spare.clear()  # it may lie in the much larger memory of the last ones
         for name, newest in self._newest.items():
-            self._masters[name].data = tensors[name]
-            newest.data = tensors[name].to(newest.dtype)
+            if self._in_place:
+                with torch.no_grad():
+                    newest.copy_(tensors[name])
+            else:
+                newest.data = tensors[name].to(newest.dtype)
+            if self._masters[name] is not newest:
+                self._masters[name].data = tensors[name]
         self._load_optimizer(optimizer_state)
         self.version = version
 
@@ -263,26 +279,45 @@ class StageWeights:
 
     def _begin_version(self) -> WeightsVersion:
         if self._current is None:
-            self._current = WeightsVersion(self.version, self._newest)
-            self._versions.append(self._current)
+            has_own_memory = self._in_place and self._stashing != "none"
+            self._current = self._new_version(has_own_memory)
         return self._current
+
+    def _version_to_keep(self) -> WeightsVersion:
+        if self._in_place and self._stashing == "none":
+            return self._new_version(has_own_memory=True)
+        return self._begin_version()
+
+    def _new_version(self, has_own_memory: bool) -> WeightsVersion:
+        # `.data` shares memory but not autograd's version counter: the newest may step, leaves stay valid.
+        newest = {name: parameter.data for name, parameter in self._newest.items()}
+        version = WeightsVersion(self.version, self._copied(newest) if has_own_memory else newest)
+        self._versions.append(version)
+        return version
+
+    def _copied(self, tensors: Tensors) -> Tensors:
+        """A copy, in memory of a retired version where there is some."""
+        if not self._spare:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+        memory = self._spare.pop()
+        return {name: memory[name].copy_(tensor) for name, tensor in tensors.items()}
 
     def _install(self, parameters: Mapping[str, Parameter]) -> None:
         for name, parameter in parameters.items():
             self._stage.set_parameter(name, parameter)
 
     def _stash(self, version: WeightsVersion) -> None:
-        """Leave the newest weights' memory to `version`, and go on in other memory."""
+        """Leave the newest weights' memory to `version`, unless it has its own, and go on in other memory."""
         older = [each.number for each in self._versions if each.num_in_flight and each is not version]
         if older and self._stashing == "double":
             raise LemixError(
                 f"a step after version {version.number} while microbatches of version {older[0]} are in "
                 "flight: stashing=double keeps two versions"
             )
-        memory = self._spare.pop() if self._spare else {}
-        for name, parameter in self._newest.items():
-            copy = memory[name].copy_(parameter.data) if memory else parameter.data.clone()
-            parameter.data = copy
+        if not self._in_place:
+            copies = self._copied({name: parameter.data for name, parameter in self._newest.items()})
+            for name, parameter in self._newest.items():
+                parameter.data = copies[name]
 
     def _round_masters(self) -> None:
         """Into the weights that serve, where these are not the masters themselves."""

@@ -53,7 +53,10 @@ def test_changed_weights_are_noticed(family: str, swap: bool, model_folder: Call
         torch.testing.assert_close(logits(stage), logits(reference), rtol=1e-4, atol=1e-5)
 
 
-def test_weights_written_unseen_need_to_be_invalidated(model_folder: Callable[[str], Path]) -> None:
+def test_weights_written_unseen_need_to_be_invalidated(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.model.products._measured", lambda copies: ("packed",) * 6)
     stage, weights = fast_stage(model_folder("llama"))
     weights.prepare()
     before = logits(stage)

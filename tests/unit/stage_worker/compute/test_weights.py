@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -261,12 +262,12 @@ def test_serving_sees_the_newest_weights_between_training_forwards(
     assert all(one is other for one, other in zip(stage.parameters(), parameters, strict=True))
 
 
-def of_kind(kind: str, stage: Stage) -> StageWeights:
+def of_kind(kind: str, stage: Stage, **options: Any) -> StageWeights:
     """Of the whole stage in float32 or bfloat16, or of an adapter."""
     if kind == "lora":
         add_adapter(stage, LoraSettings(rank=4, alpha=12, targets=(ALL_LINEAR,)))
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    return StageWeights(stage, SETTINGS, version=0, dtype=dtype)
+    return StageWeights(stage, SETTINGS, version=0, dtype=dtype, **options)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
@@ -488,3 +489,41 @@ def test_an_optimizer_without_any_state_has_the_layout_of_one_with_it(
     }
     weights.load(newest(stage), empty, version=0)
     train(stage, weights, "b1", TEXTS[:1])
+
+
+@pytest.mark.parametrize("stashing", ["full", "double", "none"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
+def test_weights_that_must_stay_in_place_do(kind: str, stashing: StashingName, stage: Stage) -> None:
+    weights = of_kind(kind, stage, stashing=stashing, in_place=True)
+    where = places(stage.parameters())
+    weights.keep()
+    kept, loaded = newest(stage), values(dict(weights.master_tensors()))
+    first, ahead = InFlight(stage, weights, TEXTS[0]), InFlight(stage, weights, TEXTS[1])
+    first.backward()
+    weights.finish_batch("b0")
+    weights.step("b0", RATE, version=1)
+    ahead.backward()
+    weights.finish_batch("b1")
+    weights.step("b1", RATE, version=2)
+    mean = values(dict(weights.master_tensors()))
+    weights.replace(mean, values(weights.optimizer_state()), version=3)
+    train(stage, weights, "b3", TEXTS[2:])
+    with weights.serving(0):
+        assert_same(newest(stage), kept)
+        assert not {*places(stage.trainable_tensors().values())} & {*where}
+    weights.load(loaded, {}, version=5)
+    assert places(stage.parameters()) == where
+    assert_same(newest(stage), kept)
+
+
+def test_weights_in_place_train_to_the_same(folder: Path, stage: Stage) -> None:
+    stages = [stage, load_stage(folder, stage.layers)]
+    both = [StageWeights(one, SETTINGS, version=0, in_place=place == 0) for place, one in enumerate(stages)]
+    for one, weights in zip(stages, both, strict=True):
+        ahead = InFlight(one, weights, TEXTS[0])
+        for number in range(6):
+            current, ahead = ahead, InFlight(one, weights, TEXTS[number % 4])
+            current.backward()
+            weights.finish_batch(f"b{number}")
+            weights.step(f"b{number}", RATE, version=number + 1)
+    assert_same(newest(stages[0]), newest(stages[1]))

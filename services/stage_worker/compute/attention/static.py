@@ -1,0 +1,75 @@
+"""Decode rows over a copy of the blocks in a table: fixed shapes, so the launches are always the same.
+
+Shape letters: T tokens of the flat row, R rows (as many), C blocks of context of each, L their tokens,
+N query heads, K heads of keys, X = 2K of keys and values, D head size.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from services.stage_worker.compute.attention.masks import decode_mask
+from services.stage_worker.compute.kv_cache import PagedKVCache
+
+
+class StaticAttention:
+    """Attention of one step (an `AttentionContext`) over copies of the blocks in a table [R, C]."""
+
+    def __init__(self, cache: PagedKVCache, slot_R: Tensor, length_R: Tensor, block_RC: Tensor) -> None:
+        self._cache = cache
+        self._slot_R = slot_R
+        self._length_R111 = length_R.view(-1, 1, 1, 1)
+        self._blocks = block_RC.flatten()
+        self._num_rows = block_RC.size(0)
+        self._num_tokens = block_RC.size(1) * cache.block_size
+        places_L = torch.arange(self._num_tokens, device=block_RC.device)
+        self._is_behind_RL1 = (places_L >= length_R.unsqueeze(1)).unsqueeze(2)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query_1NTD: Tensor,
+        key_1KTD: Tensor,
+        value_1KTD: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """See `AttentionContext.attend`."""
+        key_value_XTD = torch.cat((key_1KTD[0], value_1KTD[0]))
+        query_TND, key_value_TXD = query_1NTD[0].transpose(0, 1), key_value_XTD.transpose(0, 1)
+        return self.attend_joined(
+            layer, query_TND, key_value_TXD, scaling=scaling, sliding_window=sliding_window
+        )
+
+    def attend_joined(
+        self,
+        layer: int,
+        query_TND: Tensor,
+        key_value_TXD: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """The same with keys and values in one tensor, first the heads of the keys; returns [1, T, N, D].
+
+        What lies behind a row's end is made zero: a mask takes no NaN away.
+        """
+        cache, num_rows = self._cache, self._num_rows
+        cache.write(layer, self._slot_R, key_value_TXD.transpose(0, 1))
+        gathered_XRLD = cache.gather(layer, self._blocks).unflatten(1, (num_rows, -1))
+        gathered_XRLD.masked_fill_(self._is_behind_RL1, 0.0)
+        key, value = gathered_XRLD.unflatten(0, (2, -1)).transpose(1, 2).unbind()
+        if sliding_window not in self._masks:
+            self._masks[sliding_window] = decode_mask(
+                self._length_R111, self._num_tokens, sliding_window, key
+            )
+        output = scaled_dot_product_attention(
+            query_TND.reshape(num_rows, cache.num_kv_heads, -1, cache.head_dim),
+            key,
+            value,
+            attn_mask=self._masks[sliding_window],
+            scale=scaling,
+        )
+        return output.reshape(1, num_rows, -1, cache.head_dim)

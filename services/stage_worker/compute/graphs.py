@@ -1,0 +1,47 @@
+"""CUDA graphs: what a program launches, recorded once and replayed at a launch's cost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NUM_WARM_UPS = 2
+"""Runs before the capture: libraries take their memory and choose their kernels in the first."""
+
+
+class GraphCapture:
+    """Captures one program after the other into one pool of memory: give the largest first.
+
+    Programs must launch the same for any values in their tensors, and read nothing back. What a program
+    returns lies in the pool, and is good until the next replay of any of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def __call__(self, program: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Capture the program; returns its replay. Raises RuntimeError when it cannot be captured."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch is untyped here
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_NUM_WARM_UPS):
+                program()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process, which copy weights for a merge, may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = program()
+        self._pool = self._pool or graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+def run_again(program: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Captures nothing: the program runs anew each time."""
+    return program
