@@ -9,6 +9,7 @@ Shape letters: R rows of a bucket, H hidden size, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Final, TypeAlias
 
@@ -77,7 +78,7 @@ class DecodeStep:
         """Make the program of each bucket; it may be run for that, on the dummy block."""
         for bucket in sorted(self._buckets, key=lambda one: (-one.num_blocks, -one.num_rows)):
             self._fill([], bucket, None)
-            self._programs[bucket] = capture(lambda bucket=bucket: self._forward(bucket))
+            self._programs[bucket] = capture(partial(self._forward, bucket))
 
     def bucket_of(self, chunks: Sequence[Chunk]) -> Bucket | None:
         """The smallest bucket that these chunks fit in, if they are decode rows and there is one."""

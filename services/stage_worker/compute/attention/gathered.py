@@ -73,7 +73,7 @@ class GatheredDecodes:
 
         The last block of each row has them, and its first one where that is the last, again and again.
         """
-        block_size, places = self._cache.block_size, []
+        block_size, places = self._cache.block_size, list[int]()
         for row, chunk in enumerate(chunks):
             first = row * self._length
             stop = self._length if chunk.end < block_size else ceil(chunk.end / block_size) * block_size

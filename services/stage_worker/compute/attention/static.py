@@ -58,9 +58,11 @@ class StaticAttention:
         """
         cache, num_rows = self._cache, self._num_rows
         cache.write(layer, self._slot_R, key_value_TXD.transpose(0, 1))
-        gathered_XRLD = cache.gather(layer, self._blocks).unflatten(1, (num_rows, -1))
+        gathered = cache.gather(layer, self._blocks)
+        gathered_XRLD = gathered.view(len(gathered), num_rows, -1, cache.head_dim)
         gathered_XRLD.masked_fill_(self._is_behind_RL1, 0.0)
-        key, value = gathered_XRLD.unflatten(0, (2, -1)).transpose(1, 2).unbind()
+        both_2KRLD = gathered_XRLD.view(2, cache.num_kv_heads, *gathered_XRLD.shape[1:])
+        key, value = both_2KRLD.transpose(1, 2).unbind()
         if sliding_window not in self._masks:
             self._masks[sliding_window] = decode_mask(
                 self._length_R111, self._num_tokens, sliding_window, key

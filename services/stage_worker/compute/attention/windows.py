@@ -113,11 +113,13 @@ class DecodeWindow:
         found = [here[row].pop() if here.get(row) else None for row in continued]
         free = sorted({*range(len(continued))} - {*found}, reverse=True)
         places = []
-        for row, place in zip(continued, found, strict=True):
-            if place is None or place >= len(continued):
-                origin, place = place, free.pop()
-                self._fill(place, row) if origin is None else self._move(origin, place, row)
-            places.append(place)
+        for row, origin in zip(continued, found, strict=True):
+            stays = origin is not None and origin < len(continued)
+            places.append(origin if origin is not None and stays else free.pop())
+            if origin is None:
+                self._fill(places[-1], row)
+            elif not stays:
+                self._move(origin, places[-1])
         return places
 
     def _fill(self, place: int, row: _Held) -> None:
@@ -127,9 +129,10 @@ class DecodeWindow:
             room[:, place, :, row.num_tokens :].zero_()
             if row.num_tokens:
                 context_XLD = self._cache.gather(layer, blocks)[:, : row.num_tokens]
-                room[:, place, :, : row.num_tokens] = context_XLD.unflatten(0, (2, -1))
+                context = context_XLD.reshape(2, -1, row.num_tokens, self._cache.head_dim)
+                room[:, place, :, : row.num_tokens] = context
 
-    def _move(self, origin: int, place: int, row: _Held) -> None:
+    def _move(self, origin: int, place: int) -> None:
         for room in self._layers:
             room[:, place] = room[:, origin]
 
