@@ -11,6 +11,7 @@ import uvloop
 from benchmarks import (
     deciding,
     decode,
+    decode_step,
     delayed_gradients,
     forecasts,
     hop,
@@ -31,6 +32,7 @@ from benchmarks.gateway import measure as gateway
 ON_A_DEVICE = {"decode": decode.main, "training": training.main}
 BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     **ON_A_DEVICE,
+    "decode_step": decode_step.main,
     "hop": hop.main,
     "gateway": gateway.main,
     "messages": messages.main,

@@ -86,7 +86,7 @@ class BusStreams:
             self._all_done.set()
 
 
-async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
+async def measure(name: str, work: Path, device: str, stages: int) -> dict[str, Any]:
     """Alternate rounds of both sides; medians, ranges and ratios of medians."""
     folder = model_folder(name, work / "models")
     prompts = prompt_tokens(SHAPES[name]["vocab_size"])
@@ -94,7 +94,7 @@ async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
         name=f"decode-{name}",
         runs_dir=work,
         nodes=1,
-        stages=2 if device == "cpu" else 1,
+        stages=stages,
         devices=(device,),
         model=str(folder),
         extra_env={"LEMIX_DTYPE": DTYPES[name]},
@@ -133,4 +133,5 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 async def main(work: Path, device: str = "cpu") -> dict[str, Any]:
-    return {name: await measure(name, work, device) for name in models_for(device)}
+    stages = 2 if device == "cpu" else 1
+    return {name: await measure(name, work, device, stages) for name in models_for(device)}
