@@ -44,7 +44,7 @@ _TEMPLATE_FAULTS = (
     AttributeError,
     RecursionError,
 )
-"""What a template may raise when it does not expect the values that it is given."""
+"""Errors that a template may raise when it does not expect the values that it is given."""
 
 Json = Mapping[str, object]
 _NO_VARIABLES: Json = MappingProxyType({})

@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 _LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_SIZE_KEYS = (_LAYERS_KEYS, ("hidden_size", "n_embd", "d_model"), ("vocab_size",))
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
@@ -89,6 +90,20 @@ def num_layers(folder: Path) -> int | None:
     """
     config = _read_object(folder / "config.json")
     return next((value for key in _LAYERS_KEYS if isinstance(value := config.get(key), int)), None)
+
+
+def approximate_num_weights(folder: Path) -> int | None:
+    """Weights of the model in `folder` from its config: 12 L h^2 (Kaplan et al., 2020) and the embedding.
+
+    Within a factor of two, but that of experts one is counted; None where the config does not say enough.
+    Raises ConfigurationError when config.json is missing or no JSON object.
+    """
+    config = _read_object(folder / "config.json")
+    sizes = [next((config[key] for key in keys if key in config), None) for keys in _SIZE_KEYS]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    layers, hidden, vocab = (int(str(size)) for size in sizes)
+    return 12 * layers * hidden**2 + vocab * hidden
 
 
 def _read_object(path: Path) -> dict[str, object]:

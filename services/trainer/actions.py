@@ -74,6 +74,7 @@ class ActionRunner:
         `held_out`: examples that versions are evaluated on; `name`: this trainer's, as of a gateway.
         """
         self._settings = settings
+        assert settings.learning_rate is not None, "the trainer has chosen one"
         self._learning_rate = LearningRate(
             peak=settings.learning_rate,
             decay=settings.learning_rate_schedule,

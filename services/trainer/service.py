@@ -17,6 +17,7 @@ This file puts them together.
 """
 
 import asyncio
+import logging
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,6 +31,7 @@ from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.retention import Retention
 from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
+from services.trainer.learning_rate import suitable_rate
 from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
 from services.trainer.settings import OF_TRAINING, TrainerSettings
@@ -39,9 +41,11 @@ from shared import checkpoints
 from shared.bus.base import Bus, Subscription
 from shared.clock import Clock
 from shared.disk import on_disk
-from shared.model_files import resolve
+from shared.model_files import approximate_num_weights, resolve
 from shared.subjects import DURABLE_VERSIONS, HEARTBEAT, NODE_WEIGHTS, REPORT, ROLLBACK, TRAIN_STATUS
 from shared.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -62,7 +66,7 @@ class Trainer:
     ) -> None:
         """`intake`: reads batches for another model than that of the settings (None: for that one)."""
         model_folder = resolve(settings.model, (CONFIG_FILE, *MODEL_FILES))
-        self._settings = settings
+        settings = self._settings = _with_learning_rate(settings, model_folder)
         self._bus = bus
         self._clock = clock
         self._telemetry = telemetry
@@ -184,3 +188,13 @@ class Trainer:
             await self._bus.respond(ROLLBACK.at(), requests.roll_back),
             await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
         ]
+
+
+def _with_learning_rate(settings: TrainerSettings, model_folder: Path) -> TrainerSettings:
+    """The settings with a learning rate, which is logged where nobody has chosen it."""
+    if settings.learning_rate is not None:
+        return settings
+    num_weights = approximate_num_weights(model_folder)
+    rate = suitable_rate(num_weights, is_adapter=settings.adapter != "none")
+    log.info("learning rate %.1e, for about %s weights (LEMIX_LEARNING_RATE changes it)", rate, num_weights)
+    return settings.model_copy(update={"learning_rate": rate})

@@ -53,8 +53,10 @@ class TrainerSettings(LemixSettings):
     """Batches of each node, on average, between two merges."""
     outer_learning_rate: float = Field(default=0.7, gt=0)
     outer_momentum: float = Field(default=0.9, ge=0, lt=1)
-    learning_rate: float = Field(default=1e-3, ge=0)
-    """The highest of the schedule."""
+    learning_rate: float | None = Field(default=None, ge=0)
+    """The highest of the schedule; None: what suits the size of the model, and what trains."""
+    adapter: Literal["none", "lora"] = "none"
+    """The same as on the stages: the learning rate that suits an adapter is another."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How it falls after the warm-up, until `learning_rate_batches`."""
     warmup_batches: int = Field(default=0, ge=0)

@@ -58,7 +58,8 @@ class Places:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("LEMIX_", "OTEL_"))
         }
-        own = {name: self.local(service, value) for name, value in service["environment"].items()}
+        given = {name: value for name, value in service["environment"].items() if value is not None}
+        own = {name: self.local(service, value) for name, value in given.items()}
         return inherited | own | {"PYTHONPATH": str(ROOT)}
 
     def make_volumes(self, service: Compose) -> None:

@@ -280,7 +280,7 @@ class MortalCluster:
         await asyncio.get_running_loop().create_future()
 
     def _settings_of(self, name: str) -> StageWorkerSettings:
-        """Of the stage worker process of that name."""
+        """The stage worker process of that name."""
         node, _, stage = name.removeprefix("stage ").partition(".")
         return StageWorkerSettings.given(
             node=int(node),

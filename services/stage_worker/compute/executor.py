@@ -42,7 +42,7 @@ class SequenceChunk:
     targets: Sequence[int] = ()
     """Prompt tokens that follow the chunk's first rows, when their log-probabilities are wanted."""
     traceparent: str = ""
-    """Of pieces of prompts only."""
+    """Given for pieces of prompts only."""
 
 
 @dataclass(frozen=True, slots=True)

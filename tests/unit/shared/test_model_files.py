@@ -4,9 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from shared.errors import ConfigurationError, UnsupportedModelError
-from shared.model_files import CONFIG_FILES, name_of, read_card, resolve
+from shared.model_files import CONFIG_FILES, approximate_num_weights, name_of, read_card, resolve
 
 
 def write_config(folder: Path, **config: object) -> None:
@@ -57,3 +66,20 @@ def test_unreadable_config_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         read_card(tmp_path, "m")
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), LlamaConfig(), Qwen3Config(), Gemma2Config()])
+def test_the_number_of_weights_is_known_within_a_factor_of_two(
+    config: PretrainedConfig, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    told = approximate_num_weights(tmp_path)
+    assert told is not None
+    assert 1 / 2 < told / sum(weight.numel() for weight in model.parameters()) < 2
+
+
+def test_a_config_without_sizes_tells_no_number_of_weights(tmp_path: Path) -> None:
+    write_config(tmp_path, hidden_size=64, vocab_size=100)
+    assert approximate_num_weights(tmp_path) is None

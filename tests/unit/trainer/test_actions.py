@@ -53,7 +53,7 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
     async def case() -> None:
         async with asyncio.TaskGroup() as tasks:
             actions = ActionRunner(
-                TrainerSettings(),
+                TrainerSettings(learning_rate=1e-3),
                 bus=bus,
                 clock=None,
                 book=book,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.trainer.learning_rate import LearningRate
+from services.trainer.learning_rate import LearningRate, suitable_rate
 from services.trainer.settings import TrainerSettings
 from shared.errors import ConfigurationError
 from shared.settings import read_settings
@@ -11,6 +11,22 @@ from shared.settings import read_settings
 def test_it_rises_over_the_warm_up_and_stays() -> None:
     rate = LearningRate(peak=1.0, warmup_batches=4)
     assert [rate.at(number) for number in (0, 1, 3, 4, 1000)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("num_weights", "is_adapter", "rate"),
+    [
+        (135_000_000, False, 2e-5),
+        (135_000_000, True, 1e-4),
+        (67_500_000, False, 4e-5),
+        (7_000_000_000, False, 1e-5),
+        (1_000_000, False, 1e-3),
+        (1_000_000, True, 1e-3),
+        (None, False, 1e-3),
+    ],
+)
+def test_larger_models_learn_more_gently(num_weights: int | None, is_adapter: bool, rate: float) -> None:
+    assert suitable_rate(num_weights, is_adapter=is_adapter) == pytest.approx(rate)
 
 
 def test_it_falls_in_a_line() -> None:

@@ -15,10 +15,12 @@ OF_WHAT_IS_SAVED_AND_SERVED = {
 }
 OF_WHEN_TRAINING_RESTS = {"max_skips", "max_pending"}
 OF_A_RUN_THAT_BEGINS = {"train_from"}
+OF_STAGES = {"adapter"}
+"""They tell of it themselves."""
 
 
 def test_every_setting_is_told_in_checkpoints_or_changes_no_weights() -> None:
-    others = OF_WHAT_IS_SAVED_AND_SERVED | OF_WHEN_TRAINING_RESTS | OF_A_RUN_THAT_BEGINS
+    others = OF_WHAT_IS_SAVED_AND_SERVED | OF_WHEN_TRAINING_RESTS | OF_A_RUN_THAT_BEGINS | OF_STAGES
     own = TrainerSettings.model_fields.keys() - LemixSettings.model_fields.keys()
     assert own == {*OF_TRAINING, *others}
     assert others.isdisjoint(OF_TRAINING)
