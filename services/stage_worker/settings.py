@@ -42,7 +42,7 @@ class StageWorkerSettings(LemixSettings):
     num_threads: int = Field(default=1, ge=1)
     """Compute threads on the CPU, where all stages of the process take turns."""
     shm_dir: Path = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(gettempdir())
-    """Where arenas are made; the stages of a node must see the same folder to share memory."""
+    """Where arenas are made; stages that see the same folder share memory."""
 
     kv_tokens: int = Field(default=16384, ge=1)
     """Room in the KV cache, prompts and completions together."""
@@ -84,9 +84,9 @@ class StageWorkerSettings(LemixSettings):
     merge: MergeName = "none"
     """`outer`: keep the weights of the last merge, too; the trainer must use the same."""
     collective_host: str = "127.0.0.1"
-    """This machine's name or address where the same stage of other nodes reaches it."""
+    """This machine's name or address where stages of this node, and the same one of others, reach it."""
     collective_timeout_s: float = Field(default=60.0, gt=0)
-    """For each single wait for another node in a merge; the same on all."""
+    """For each single wait for another node in a merge, or another stage; the same on all."""
 
     @property
     def process_name(self) -> str:

@@ -160,7 +160,7 @@ class StageWorker:
                 self._group.create_task(self._link(target, beat.instance))
 
     async def _link(self, target: Target, instance: str) -> None:
-        """Offer an arena; a peer that does not accept is asked again at its next heartbeat."""
+        """Offer a link; a peer that does not accept is offered another at its next heartbeat."""
         stage, purpose = target
         try:
             offer = await self._executor.offer(stage, instance, purpose)
@@ -182,12 +182,7 @@ class StageWorker:
     def _log_refusal(self, stage: int, instance: str, reason: str) -> None:
         if instance not in self._refused:
             self._refused.add(instance)
-            log.error(
-                "stage %d cannot read this stage's memory: %s. The node serves nothing: its stages"
-                " must run on one host and share LEMIX_SHM_DIR.",
-                stage,
-                reason,
-            )
+            log.warning("stage %d cannot read this stage's memory: %s. A connection is tried.", stage, reason)
 
     def _is_ready(self) -> bool:
         """Whether this stage can send tensors to every stage that it has to."""

@@ -63,7 +63,7 @@ class LinkOffer(Message):
     purpose: LinkPurpose = "activations"
     carrier: str
     place: str
-    """Path of the arena's file (`shm`); a name (`local`)."""
+    """Path of the arena's file (`shm`); a name (`local`); an address and a name (`collective`)."""
     slot_bytes: Annotated[int, Meta(gt=0, le=1 << 36)] = 1
     """The size of one slot of the arena (`shm`)."""
     num_slots: Annotated[int, Meta(gt=0, le=256)] = 1

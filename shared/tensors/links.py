@@ -9,8 +9,9 @@ from torch import Tensor
 
 from shared.errors import CarrierError, StaleTensorError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.tensors import inline, local, shm
+from shared.tensors import inline, local, point_to_point, shm
 from shared.tensors.local import LocalTensors
+from shared.tensors.point_to_point import CollectiveReader
 from shared.tensors.ref import INLINE_LIMIT_BYTES, TensorRef
 
 
@@ -77,29 +78,57 @@ class SharedMemoryLink:
         return inline.put(tensor)
 
 
-class IncomingLinks:
-    """The arenas that other stages offered to this one, and what stages of this process hand over."""
+class Reader(Protocol):
+    """The consumer's side of a link from another process."""
 
-    def __init__(self, device: torch.device, local_tensors: LocalTensors | None = None) -> None:
-        """`local_tensors`: None where no other stage is in this process."""
+    def take(self, ref: TensorRef, device: torch.device) -> Tensor: ...
+
+    def discard(self, ref: TensorRef) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class IncomingLinks:
+    """The links that other stages offered to this one, and what stages of this process hand over."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        local_tensors: LocalTensors | None = None,
+        *,
+        host: str = "127.0.0.1",
+        timeout_s: float = 60.0,
+    ) -> None:
+        """`local_tensors`: None where no other stage is in this process.
+
+        `host`: this machine's address where other hosts reach it. `timeout_s`: longest wait for one of them.
+        """
         self._device = device
         self._local = local_tensors or LocalTensors()
-        self._arenas: dict[str, shm.ArenaReader] = {}
+        self._host = host
+        self._timeout_s = timeout_s
+        self._readers: dict[str, Reader] = {}
+        """By the place that was offered."""
         self._place_of: dict[tuple[int, LinkPurpose], str] = {}
 
     def accept(self, offer: LinkOffer) -> LinkAnswer:
-        """Open an arena; it replaces what the same stage offered for the same purpose before."""
+        """Open a link; it replaces what the same stage offered for the same purpose before."""
         if offer.carrier == local.CARRIER:
             return LinkAnswer(accepted=offer.place in self._local, reason="local to another process")
         try:
-            path = Path(offer.place)
-            arena = shm.ArenaReader(path, slot_bytes=offer.slot_bytes, num_slots=offer.num_slots)
+            reader = self._opened(offer)
         except CarrierError as error:
             return LinkAnswer(accepted=False, reason=str(error))
         link = offer.stage, offer.purpose
-        self._arenas.pop(self._place_of.get(link, ""), None)
-        self._arenas[offer.place], self._place_of[link] = arena, offer.place
+        if (before := self._readers.pop(self._place_of.get(link, ""), None)) is not None:
+            before.close()
+        self._readers[offer.place], self._place_of[link] = reader, offer.place
         return LinkAnswer(accepted=True)
+
+    def _opened(self, offer: LinkOffer) -> Reader:
+        if offer.carrier == point_to_point.CARRIER:
+            return CollectiveReader(offer.place, host=self._host, timeout_s=self._timeout_s)
+        return shm.ArenaReader(Path(offer.place), slot_bytes=offer.slot_bytes, num_slots=offer.num_slots)
 
     def take(self, ref: TensorRef) -> Tensor:
         """The tensor on this stage's device, for this stage alone.
@@ -110,14 +139,19 @@ class IncomingLinks:
             return self._local.take(ref, self._device)
         if ref.carrier == inline.CARRIER:
             return inline.take(ref).to(self._device)
-        if ref.place not in self._arenas:
-            raise StaleTensorError(f"no arena {ref.place} is open here")
-        return self._arenas[ref.place].take(ref, self._device)
+        if ref.place not in self._readers:
+            raise StaleTensorError(f"no link {ref.place} is open here")
+        return self._readers[ref.place].take(ref, self._device)
 
     def discard(self, ref: TensorRef) -> None:
         """Give back the room of a tensor that nobody wants any more; one that is gone is no news."""
         if ref.carrier == local.CARRIER:
             self._local.discard(ref)
-        elif ref.place in self._arenas:
+        elif ref.place in self._readers:
             with suppress(CarrierError):
-                self._arenas[ref.place].discard(ref)
+                self._readers[ref.place].discard(ref)
+
+    def close(self) -> None:
+        """Leave all links."""
+        for reader in self._readers.values():
+            reader.close()

@@ -147,6 +147,9 @@ class ArenaReader:
         self._check_unread(ref)
         self._memory.read[ref.slot] = ref.generation
 
+    def close(self) -> None:
+        """The mapping goes with the last tensor that lies in it."""
+
     def _check_unread(self, ref: TensorRef) -> None:
         written, read = self._memory.written[ref.slot], self._memory.read[ref.slot]
         if written != ref.generation:

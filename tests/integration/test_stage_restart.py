@@ -13,8 +13,9 @@ from shared import checkpoints, subjects
 from shared.bus.base import Incoming
 from shared.checkpoints import Manifest
 from shared.messages.inference import IterationForward
-from shared.messages.training import ForwardDone, StepDone
+from shared.messages.training import BackwardDone, ForwardDone, StepDone, TrainingFailed
 from shared.tensors import inline
+from shared.tensors.point_to_point import CollectiveLink
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
 from tests.support.training import messages, random_batches
@@ -141,27 +142,27 @@ def save_checkpoint(model: Path, folder: Path, *, scale: float) -> None:
     checkpoints.write(folder, Manifest.model_validate(content | empty | {"sha256_by_file": digests}))
 
 
-async def test_a_stage_that_cannot_share_memory_is_not_ready(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+async def test_stages_that_share_no_memory_are_connected(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    save_tiny_model("llama", tmp_path / "model")
+    save_tiny_model("llama_tied", tmp_path / "model")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     async with running_node(tmp_path / "model", 2, tmp_path) as node:
+        prompt = PROMPT * 60  # too large to go inline
+        expected = await node.complete(prompt, max_tokens=12)
+        await node.restore(epoch=1)
+        expected_loss = await loss_of_step(node, "b0", epoch=1)
         node.workers.settings_of[1] = {"shm_dir": elsewhere}
-        await node.replace(1)
-        early = await node.start(PROMPT, max_tokens=4)
-        await node.heard(lambda: caplog.text.count("must run on one host and share LEMIX_SHM_DIR") == 2)
-        node.heartbeats.clear()
-        await node.heard(lambda: len(node.heartbeats) == 2)
-        assert not any(beat.ready or beat.whole for beat in node.heartbeats.values())
-        assert (early.tokens, early.failure) == ([], None)
+        for epoch in (2, 3):  # the second time there is a connection that breaks
+            await node.replace(1)
+            await node.heard(lambda: all(beat.ready for beat in node.heartbeats.values()))
+            await node.restore(epoch=epoch)
+            assert (await node.complete(prompt, max_tokens=12)).token_ids == expected.token_ids
+            assert await loss_of_step(node, "b0", epoch=epoch) == pytest.approx(expected_loss, abs=1e-6)
+        for worker in node.workers.workers.values():
+            links = worker._executor._handoff._outgoing.values()  # type: ignore[attr-defined]
+            assert {type(link) for link in links} == {CollectiveLink}
         assert list(elsewhere.iterdir()) == []
-        del node.workers.settings_of[1]
-        await node.replace(1)
-        await early.end()
-        assert early.failure is not None
-        assert early.failure.reason == "stage 1 of the node was restarted"
-        assert (await node.complete(PROMPT, max_tokens=4)).finish == "length"
 
 
 async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(tmp_path: Path) -> None:
@@ -189,6 +190,21 @@ async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(
         assert answer.failure.code == 503
         assert answer.failure.reason.startswith("an iteration was lost at stage 1: float32 [99, 32] for ")
         assert (await node.complete(PROMPT, max_tokens=4)).token_ids == expected.token_ids
+
+
+async def loss_of_step(node: Node, batch_id: str, *, epoch: int) -> float:
+    """Train on one batch of one microbatch; returns its loss before the step."""
+    for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch):
+        await node.feed(message)
+    loss, num_left = None, node.num_stages
+    while num_left:
+        event = (await node.report()).event
+        assert not isinstance(event, TrainingFailed), event
+        if isinstance(event, BackwardDone) and event.loss is not None:
+            loss = event.loss
+        num_left -= isinstance(event, StepDone)
+    assert loss is not None
+    return loss
 
 
 async def step(node: Node, batch_id: str, *, epoch: int) -> None:

@@ -11,6 +11,7 @@ from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.tensors import shm
 from shared.tensors.links import IncomingLinks, OutgoingLink, SharedMemoryLink
 from shared.tensors.local import LocalLink
+from shared.tensors.point_to_point import CollectiveLink
 from shared.tensors.ref import TensorRef
 
 NUM_TIED_SLOTS = 2
@@ -27,27 +28,42 @@ class Handoff:
         self._settings = settings
         self._instance = instance
         self._local = local
-        self._incoming = IncomingLinks(device, local.tensors)
+        self._incoming = IncomingLinks(
+            device, local.tensors, host=settings.collective_host, timeout_s=settings.collective_timeout_s
+        )
         self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
+        self._offered_to: dict[tuple[int, LinkPurpose], str] = {}
+        """The instance that each link was offered to last."""
+        self._without_memory: set[str] = set()
+        """Instances that cannot open an arena of this host."""
 
     def offer(
         self, peer: int, instance: str, purpose: LinkPurpose, *, hidden_size: int, vocab_size: int
     ) -> LinkOffer:
-        """Prepare a link to the stage `peer`; it replaces the one before. Raises CarrierError."""
+        """Prepare a link to the stage `peer`; it replaces the one before. Raises CarrierError.
+
+        By the cheapest carrier that the peer has not refused: see `connect`.
+        """
         if (peer, purpose) in self._outgoing:
             self._outgoing.pop((peer, purpose)).close()
         name = f"lemix-{self._instance}-{peer}-{instance}-{purpose}"
+        num_slots = NUM_TIED_SLOTS if purpose == "tied" else 2 * self._settings.num_stages + 2
         link: OutgoingLink
         if instance in self._local:
             link = LocalLink(self._local.tensors, name)
+        elif instance in self._without_memory:
+            link = CollectiveLink(
+                name,
+                host=self._settings.collective_host,
+                num_unread=num_slots,
+                timeout_s=self._settings.collective_timeout_s,
+            )
         else:
-            rows, num_slots = self._max_rows, 2 * self._settings.num_stages + 2
-            if purpose == "tied":  # far larger tensors, one for each batch
-                rows, num_slots = vocab_size, NUM_TIED_SLOTS
+            rows = vocab_size if purpose == "tied" else self._max_rows
             path = self._settings.shm_dir / f"{name}.arena"
             slot_bytes = rows * hidden_size * _ELEMENT_BYTES
             link = SharedMemoryLink(path, slot_bytes=slot_bytes, num_slots=num_slots)
-        self._outgoing[peer, purpose] = link
+        self._outgoing[peer, purpose], self._offered_to[peer, purpose] = link, instance
         return link.offer(self._settings.stage, self._instance, purpose)
 
     @property
@@ -55,8 +71,10 @@ class Handoff:
         return max(self._settings.max_iteration_tokens, self._settings.max_microbatch_tokens)
 
     def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
-        """The peer has answered the offer."""
+        """The peer has answered the offer; what refuses shared memory is offered a connection next time."""
         self._outgoing[peer, purpose].connect(answer)
+        if not answer.accepted:
+            self._without_memory.add(self._offered_to[peer, purpose])
 
     def accept(self, offer: LinkOffer) -> LinkAnswer:
         """Prepare to take tensors from a peer; messages must not lead this process to any file there is."""
@@ -90,3 +108,4 @@ class Handoff:
         """Leave nothing behind."""
         for link in self._outgoing.values():
             link.close()
+        self._incoming.close()

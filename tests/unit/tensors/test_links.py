@@ -83,7 +83,7 @@ def test_a_new_arena_of_the_same_stage_replaces_the_old_one(tmp_path: Path) -> N
     meet(old, incoming)
     late = old.put(torch.tensor([1]))
     meet(new, incoming)
-    with pytest.raises(StaleTensorError, match="no arena"):
+    with pytest.raises(StaleTensorError, match="no link"):
         incoming.take(late)
     assert incoming.take(new.put(torch.tensor([2]))).item() == 2
 
