@@ -9,6 +9,7 @@ from typing import Any
 import uvloop
 
 from benchmarks import (
+    between_hosts,
     deciding,
     decode,
     decode_step,
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     **ON_A_DEVICE,
     "decode_step": decode_step.main,
     "hop": hop.main,
+    "between_hosts": between_hosts.main,
     "gateway": gateway.main,
     "messages": messages.main,
     "publish": publish.main,

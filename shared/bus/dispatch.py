@@ -82,7 +82,7 @@ class Dispatcher:
             except MalformedMessageError as error:
                 self._count_malformed(subject.name, delivery, error)
             else:
-                await self._guard(subject.name, handler(Incoming(message, delivery.traceparent)))
+                await self.guard(subject.name, handler(Incoming(message, delivery.traceparent)))
 
         return receive
 
@@ -98,7 +98,7 @@ class Dispatcher:
 
         async def receive(delivery: Delivery) -> None:
             await slots.acquire()
-            answer = self._guard(subject.name, self._answer(subject, responder, delivery))
+            answer = self.guard(subject.name, self._answer(subject, responder, delivery))
             task = asyncio.get_running_loop().create_task(answer)
             self._answering.add(task)
             task.add_done_callback(done)
@@ -130,7 +130,7 @@ class Dispatcher:
             await delivery.refuse(500, f"the responder of {subject.name} failed: {type(error).__name__}")
             raise
 
-    async def _guard(self, name: str, work: Awaitable[None]) -> None:
+    async def guard(self, name: str, work: Awaitable[None]) -> None:
         """Turn whatever `work` raises into the bus's failure; only a real cancellation passes."""
         try:
             await work

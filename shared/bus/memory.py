@@ -87,9 +87,6 @@ class MemoryBroker:
             self._carry(delivery.sender, delivery.subject, partial(inbox.put, delivery))
         return True
 
-    def has_listener(self, subject: str) -> bool:
-        return subject in self._interests
-
     def answer(self, question: "_MemoryDelivery", answer: Message | RefusedError) -> None:
         """Send the answer to where the question came from."""
         if self._observe is not None and isinstance(answer, Message):

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from shared.bus import near
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
 from shared.bus.near import NearBus
@@ -146,4 +147,14 @@ async def test_a_handler_that_raises_here_fails_the_bus() -> None:
     await bus.subscribe(HERE, handler)
     await bus.publish(HERE, task("a"))
     with pytest.raises(BusError, match="of the handler"):
+        await bus.wait_failed()
+
+
+async def test_a_handler_that_cannot_keep_up_fails_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "MAX_WAITING", 2)
+    bus, arrived = Wire().process(), Arrived()
+    await bus.subscribe(HERE, arrived)
+    for _ in range(3):  # none of them is handled before this task waits
+        await bus.publish(HERE, task("a"))
+    with pytest.raises(BusError, match="faster than they were handled"):
         await bus.wait_failed()
