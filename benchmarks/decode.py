@@ -89,7 +89,7 @@ class BusStreams:
 async def measure(name: str, work: Path, device: str, stages: int) -> dict[str, Any]:
     """Alternate rounds of both sides; medians, ranges and ratios of medians."""
     folder = model_folder(name, work / "models")
-    prompts = prompt_tokens(SHAPES[name]["vocab_size"])
+    prompts = (prompt_tokens(SHAPES[name]["vocab_size"], number) for number in itertools.count(1))
     options = ClusterOptions(
         name=f"decode-{name}",
         runs_dir=work,
@@ -109,11 +109,11 @@ async def measure(name: str, work: Path, device: str, stages: int) -> dict[str, 
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         streams = BusStreams(bus)
         await streams.start()
-        await stream_over_http(client, prompts)
+        await stream_over_http(client, next(prompts))
         for _ in range(NUM_ROUNDS[name]):
-            rounds["node"].append(await streams.run(prompts))
+            rounds["node"].append(await streams.run(next(prompts)))
             rounds["generate"].append(await peer.measure())
-            rounds["http"].append(await stream_over_http(client, prompts))
+            rounds["http"].append(await stream_over_http(client, next(prompts)))
         await bus.close()
     return summary(rounds)
 

@@ -126,8 +126,7 @@ async def _run(options: SimulationOptions, devices: Devices, *, num_requests: in
 
 
 async def _request(gateway: ClusterClient, rng: random.Random) -> None:
-    start = rng.randrange(1000)
-    prompt = tuple(range(start, start + PROMPT_TOKENS))
+    prompt = tuple(rng.randrange(32000) for _ in range(PROMPT_TOKENS))
     session = gateway.submit([SequenceSpec(prompt=prompt, sampling=Sampling(max_tokens=MAX_TOKENS))])
     while not any(arrival.result.finish for arrival in await session.next()):
         pass

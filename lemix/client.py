@@ -170,7 +170,7 @@ class _Stream:
         self._arrivals_s: list[float] = []
         self._texts: list[str] = []
         self._finish_reason = ""
-        self._usage: dict[str, int] = {}
+        self._usage: dict[str, Any] = {}
         self._fingerprint = ""
 
     def take(self, event: dict[str, Any], now_s: float) -> None:

@@ -1,7 +1,8 @@
 """The requests of a workload, sent at their times through a gateway of their own."""
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from lemix.simulation.record import RequestRecord
 from lemix.simulation.workload import PlannedRequest
@@ -12,6 +13,8 @@ from shared.messages.inference import Sampling
 
 TOKEN = 1
 """The token that prompts and examples consist of: only their lengths matter."""
+NUM_BEGINNINGS = 97
+"""Prompts begin with three tokens below it, no two alike: none finds another in the KV cache."""
 
 
 async def send_requests(
@@ -19,9 +22,10 @@ async def send_requests(
 ) -> tuple[RequestRecord, ...]:
     """Send each at its time, whatever became of the earlier ones; returns when all have ended."""
     ended: dict[int, RequestRecord] = {}
+    numbers = itertools.count()
 
     async def send(place: int, request: PlannedRequest) -> None:
-        ended[place] = await _send(gateway, request, clock, began_s)
+        ended[place] = await _send(gateway, request, _specs(request, numbers), clock, began_s)
 
     async with asyncio.TaskGroup() as group:
         for place, request in enumerate(requests):
@@ -31,10 +35,14 @@ async def send_requests(
 
 
 async def _send(
-    gateway: ClusterClient, request: PlannedRequest, clock: Clock, began_s: float
+    gateway: ClusterClient,
+    request: PlannedRequest,
+    specs: Sequence[SequenceSpec],
+    clock: Clock,
+    began_s: float,
 ) -> RequestRecord:
     arrived_s = clock.now_s() - began_s
-    session = gateway.submit(_specs(request))
+    session = gateway.submit(specs)
     times_s: list[list[float]] = [[] for _ in request.lengths]
     error = ""
     try:
@@ -53,9 +61,17 @@ async def _send(
     )
 
 
-def _specs(request: PlannedRequest) -> list[SequenceSpec]:
+def _specs(request: PlannedRequest, numbers: Iterator[int]) -> list[SequenceSpec]:
     sampling = Sampling(max_tokens=request.max_tokens, temperature=0)
-    return [SequenceSpec(prompt=(TOKEN,) * length, sampling=sampling) for length in request.lengths]
+    return [
+        SequenceSpec(prompt=prompt_of(next(numbers), length), sampling=sampling) for length in request.lengths
+    ]
+
+
+def prompt_of(number: int, length: int) -> tuple[int, ...]:
+    """The prompt of a run's sequence of that number."""
+    beginning = [number // NUM_BEGINNINGS**place % NUM_BEGINNINGS for place in range(3)]
+    return (*beginning, *(TOKEN,) * (length - 3))[:length]
 
 
 async def _collect(session: Session, times_s: list[list[float]], began_s: float) -> None:

@@ -68,6 +68,8 @@ class Usage(NamedTuple):
 
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_cached_tokens: int = 0
+    """Tokens of prompts that had been computed for other requests."""
 
 
 class Generations:
@@ -112,6 +114,9 @@ class Generation:
         self._meter = caller.meter
         if self._meter is not None:
             self._meter.count_prompt(self._num_prompt_tokens)
+        self._num_choices = request.num_choices
+        self._num_cached: dict[int, int] = {}
+        """By prompt: tokens that even its first choice found computed."""
         self._sequences = detokenisers_of(request, context.tokenizer)
         self._num_open = len(self._sequences)
         span = context.telemetry.span(
@@ -140,7 +145,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """The tokens so far."""
-        return Usage(self._num_prompt_tokens, self._record.num_tokens)
+        return Usage(self._num_prompt_tokens, self._record.num_tokens, sum(self._num_cached.values()))
 
     async def first(self) -> list[tuple[int, Piece]]:
         """Wait until the nodes have taken the sequences; what there is to show by then, maybe nothing.
@@ -204,6 +209,8 @@ class Generation:
             return None
         if arrival.result.token is not None:
             self._record.token(index, arrival.at_s, arrival.node)
+            if arrival.result.index == 0:
+                self._see_cached(index // self._num_choices, arrival.result.num_cached)
         piece = sequence.apply(arrival.result)
         self._see_version(arrival.weights_version)
         if piece.finish is not None:
@@ -211,6 +218,9 @@ class Generation:
             if arrival.result.finish is None:
                 self._session.stop(index)
         return index, piece
+
+    def _see_cached(self, prompt: int, num_tokens: int) -> None:
+        self._num_cached[prompt] = min(num_tokens, self._num_cached.get(prompt, num_tokens))
 
     def _see_version(self, version: int) -> None:
         first = version if self.versions is None else self.versions.first

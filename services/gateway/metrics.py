@@ -13,6 +13,7 @@ _STAGE_GAUGES = {
 _LEADER_GAUGES = {
     "running": "Sequences in the KV cache",
     "waiting": "Sequences not yet admitted",
+    "preempted": "How often a sequence lost its KV cache to an older one since the stage's start",
     "kv_blocks_used": "KV-cache blocks in use, the same ones on every stage of the node",
     "kv_blocks_total": "KV-cache blocks there are, on every stage of the node",
 }

@@ -249,8 +249,9 @@ class StageWorker:
             running=scheduler.num_running,
             waiting=len(scheduler.admission),
             queued=len(self._queue),
-            kv_blocks_used=scheduler.allocator.num_blocks - scheduler.allocator.num_free,
-            kv_blocks_total=scheduler.allocator.num_blocks,
+            preempted=scheduler.num_preempted,
+            kv_blocks_used=scheduler.blocks.num_blocks - scheduler.blocks.num_free,
+            kv_blocks_total=scheduler.blocks.num_blocks,
             kv_block_size=settings.kv_block_size,
         )
         await self._bus.publish(subjects.HEARTBEAT.at(), beat)

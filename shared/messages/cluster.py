@@ -37,6 +37,8 @@ class Heartbeat(Message):
     """Sequences not yet admitted (stage 0)."""
     queued: int
     """Work items in the stage's local queue."""
+    preempted: int = 0
+    """How often a sequence lost its KV cache to an older one, since the start (stage 0)."""
     kv_blocks_used: int
     kv_blocks_total: int
     kv_block_size: PositiveInt = 1

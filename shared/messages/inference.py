@@ -162,6 +162,8 @@ class IterationForward(Message):
     iteration: Iteration
     hidden: TensorRef
     """[rows, hidden_size]."""
+    weights_version: int | None = None
+    """The version with which all stages so far have run it; None: with different ones."""
 
 
 class TokenLogprob(Message):
@@ -183,6 +185,8 @@ class SequenceResult(Message):
     """The new token."""
     index: int = 0
     """How many tokens the sequence has produced before this result: a lost one is noticed by it."""
+    num_cached: Count = 0
+    """Prompt tokens that others had computed before (told with the first token)."""
     finish: FinishReason | None = None
 
 
@@ -218,6 +222,8 @@ class IterationDone(Message):
     tokens: tuple[SampledToken, ...] = ()
     failed: tuple[TaskFailed, ...] = ()
     """Tasks that cannot go on, for a reason of their own."""
+    weights_version: int | None = None
+    """The version with which all stages have run it; None: with different ones, or not all of them."""
     lost: str = ""
     """Why a stage had to drop it on the way; empty: it came through."""
     pipeline_stands: bool = False

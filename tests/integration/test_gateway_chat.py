@@ -80,6 +80,7 @@ async def test_an_answer_has_openais_shape() -> None:
         ],
         "usage": {
             "prompt_tokens": len(task.prompt),
+            "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens": num_tokens,
             "total_tokens": len(task.prompt) + num_tokens,
         },

@@ -81,6 +81,7 @@ async def test_answer_has_openais_shape() -> None:
         "choices": [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}],
         "usage": {
             "prompt_tokens": num_prompt_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens": num_tokens,
             "total_tokens": num_prompt_tokens + num_tokens,
         },

@@ -67,6 +67,8 @@ class Answer:
         self.finish: str | None = None
         self.failure: TaskFailed | None = None
         self.versions: list[int] = []
+        self.num_cached = 0
+        """Prompt tokens that others had computed before."""
         self.begun = asyncio.Event()
         self.done = asyncio.Event()
 
@@ -269,6 +271,7 @@ class Node:
             if result.token is not None:
                 answer.tokens.append(result.token)
                 answer.versions.append(incoming.message.weights_version)
+                answer.num_cached += result.num_cached
                 answer.begun.set()
             if result.finish is not None:
                 answer.finish = result.finish

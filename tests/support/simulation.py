@@ -5,6 +5,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import json
 import random
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from lemix.simulation.cluster import Devices, SimulatedCluster, SimulationOptions, running_cluster
 from lemix.simulation.faults import Faults
 from lemix.simulation.loop import run_virtual
+from lemix.simulation.sent_requests import prompt_of
 from services.gateway.cluster_client import Arrival, ClusterClient, SequenceSpec, Session
 from shared.bus.base import Incoming
 from shared.bus.memory import Observer
@@ -71,8 +73,11 @@ async def simple_cluster(
             yield cluster, gateway
 
 
+_numbers = itertools.count()
+
+
 def ask(gateway: ClusterClient, *, prompt_length: int, max_tokens: int) -> Session:
-    prompt = tuple(range(prompt_length))
+    prompt = prompt_of(next(_numbers), prompt_length)
     return gateway.submit([SequenceSpec(prompt=prompt, sampling=Sampling(max_tokens=max_tokens))])
 
 

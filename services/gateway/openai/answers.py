@@ -16,10 +16,17 @@ Json = dict[str, object]
 _DONE = b"data: [DONE]\n\n"
 
 
+class PromptTokensDetails(BaseModel):
+    """Tokens of prompts that a node had in its KV cache, from other requests."""
+
+    cached_tokens: int
+
+
 class UsageAnswer(BaseModel):
     """OpenAI's count of tokens."""
 
     prompt_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens: int
     total_tokens: int
 
@@ -78,6 +85,7 @@ def usage_of(usage: Usage) -> Json:
     """The fields of UsageAnswer."""
     return {
         "prompt_tokens": usage.num_prompt_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
         "completion_tokens": usage.num_generated_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_generated_tokens,
     }

@@ -1,8 +1,10 @@
 """Admission to the KV cache: a task enters, waits, or is refused with a reason; nothing is dropped."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 
-from services.stage_worker.node.blocks import BlockAllocator
+from services.stage_worker.node.kv_blocks import KVBlocks
+from services.stage_worker.node.prefix_cache import Key
 from services.stage_worker.node.sequence import Sequence
 from shared.errors import RefusedError
 from shared.messages.inference import InferenceTask
@@ -11,36 +13,39 @@ from shared.messages.inference import InferenceTask
 class Admission:
     """The waiting line in front of the KV cache, first come, first served.
 
-    A sequence is admitted with all the blocks that it can ever need, so that no running one is evicted.
+    A sequence is admitted with blocks for the tokens that it has, while each running one can still get
+    another block. Those that wait for the first one of several that begin alike let others pass.
     """
 
     def __init__(
         self,
-        allocator: BlockAllocator,
+        blocks: KVBlocks,
         *,
         max_waiting: int,
         vocab_size: int,
         context_length: int | None = None,
     ) -> None:
         """`context_length`: tokens of prompt and completion together; None: no limit but the cache's."""
-        self._allocator = allocator
+        self._blocks = blocks
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._max_waiting = max_waiting
         self._line: OrderedDict[int, Sequence] = OrderedDict()
+        self._waiting_for: defaultdict[Key, dict[int, Sequence]] = defaultdict(dict)
+        """Those that will share the block with this content."""
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._line) + sum(map(len, self._waiting_for.values()))
 
     def offer(self, sequence: Sequence) -> None:
         """Put a sequence in line. Raises RefusedError when it can never run, or the line is full."""
         self.check_words(sequence.task)
-        if self._blocks_for(sequence.task) > self._allocator.num_blocks:
-            capacity = self._allocator.num_blocks * self._allocator.block_size
+        if self._most_blocks(sequence.task) > self._blocks.num_blocks:
+            capacity = self._blocks.num_blocks * self._blocks.block_size
             wanted = len(sequence.task.prompt) + sequence.task.sampling.max_tokens
             reason = f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}"
             raise RefusedError(reason, code=400)
-        if len(self._line) >= self._max_waiting:
+        if len(self) >= self._max_waiting:
             raise RefusedError(f"{self._max_waiting} requests are already waiting on this node", code=429)
         self._line[sequence.number] = sequence
 
@@ -60,27 +65,41 @@ class Admission:
                 f"prompt and max_tokens make {wanted} tokens; the model reads {limit}", code=400
             )
 
-    def admit(self) -> list[Sequence]:
-        """Give the sequences at the head of the line their blocks, as many as fit now."""
-        admitted = []
+    def put_back(self, sequence: Sequence) -> None:
+        """Put a sequence first in line: it was here before all others."""
+        self._line[sequence.number] = sequence
+        self._line.move_to_end(sequence.number, last=False)
+
+    def admit(self, version_of: Callable[[Sequence], int], *, num_running: int) -> list[Sequence]:
+        """Give the sequences at the head of the line their blocks, as many as fit now.
+
+        `version_of`: the weights version that a sequence would run with now.
+        """
+        for key in self._blocks.settled():
+            for sequence in reversed(self._waiting_for.pop(key, {}).values()):
+                self.put_back(sequence)
+        admitted: list[Sequence] = []
         while self._line:
             sequence = next(iter(self._line.values()))
-            wanted = self._blocks_for(sequence.task)
-            if wanted > self._allocator.num_free:
+            reserve = num_running + len(admitted)
+            placement, key = self._blocks.place(sequence, version_of(sequence), reserve=reserve)
+            if placement == "no room":
                 break
             del self._line[sequence.number]
-            sequence.blocks = [*self._allocator.allocate(wanted)]
-            admitted.append(sequence)
+            if placement == "placed":
+                admitted.append(sequence)
+            else:
+                self._waiting_for[key][sequence.number] = sequence
         return admitted
 
-    def remove(self, sequence: Sequence) -> bool:
-        """Take a sequence out of the line; False when it is not there."""
-        return self._line.pop(sequence.number, None) is not None
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of the line, if it is there."""
+        self._line.pop(sequence.number, None)
+        for key, waiting in list(self._waiting_for.items()):
+            waiting.pop(sequence.number, None)
+            if not waiting:
+                del self._waiting_for[key]
 
-    def waiting(self) -> list[Sequence]:
-        """The line, first come first."""
-        return list(self._line.values())
-
-    def _blocks_for(self, task: InferenceTask) -> int:
+    def _most_blocks(self, task: InferenceTask) -> int:
         # The last generated token is never fed back, so its row is never cached.
-        return self._allocator.needed(len(task.prompt) + max(task.sampling.max_tokens - 1, 0))
+        return self._blocks.needed(len(task.prompt) + max(task.sampling.max_tokens - 1, 0))

@@ -55,7 +55,7 @@ def form_scoring(sequences: Iterable[Sequence], *, token_budget: int) -> Rows:
 def new_blocks_of(rows: Rows) -> tuple[NewBlocks, ...]:
     """The blocks that the stages have not been told of."""
     return tuple(
-        NewBlocks(place=place, first=known, blocks=tuple(sequence.blocks[known:]))
+        NewBlocks(place=place, first=known, blocks=tuple(sequence.held.blocks[known:]))
         for place, (sequence, _) in enumerate(rows)
-        if (known := sequence.num_told_blocks) < len(sequence.blocks)
+        if (known := sequence.num_told_blocks) < len(sequence.held.blocks)
     )

@@ -6,12 +6,12 @@ from itertools import chain
 
 from services.stage_worker.node.admission import Admission
 from services.stage_worker.node.batcher import Rows, form_iteration, form_scoring, new_blocks_of
-from services.stage_worker.node.blocks import BlockAllocator
+from services.stage_worker.node.kv_blocks import KVBlocks
 from services.stage_worker.node.ready import ReadySequences
 from services.stage_worker.node.sequence import Sequence
 from services.stage_worker.node.serving_versions import ServedVersions
 from shared.errors import RefusedError
-from shared.messages.inference import InferenceTask, Iteration, IterationDone
+from shared.messages.inference import InferenceTask, Iteration, IterationDone, SampledToken
 from shared.messages.weights import ServingRule
 
 
@@ -29,6 +29,10 @@ class NodeScheduler:
     A removed sequence's blocks are free at once. Each stage runs iterations in order, so rows still in flight
     are written before the rows of the sequence that gets the blocks next. Deferrable tasks have no blocks:
     whole prompts are scored at once, in iterations that all others may overtake.
+
+    When blocks run out, the youngest sequence loses its own and waits again. Its tokens so far are then a
+    prompt, computed again; the last stage goes on to draw from where it was. The oldest never loses its
+    blocks, so there is always one that goes on.
     """
 
     def __init__(
@@ -43,11 +47,15 @@ class NodeScheduler:
         vocab_size: int,
         context_length: int | None = None,
     ) -> None:
-        self.allocator = BlockAllocator(num_blocks, block_size)
+        self.blocks = KVBlocks(num_blocks, block_size)
         self.admission = Admission(
-            self.allocator, max_waiting=max_waiting, vocab_size=vocab_size, context_length=context_length
+            self.blocks, max_waiting=max_waiting, vocab_size=vocab_size, context_length=context_length
         )
         self.versions = ServedVersions()
+        self.newest_version = 0
+        """The version of stage 0's newest weights."""
+        self.num_preempted = 0
+        """How often a sequence has lost its blocks to an older one."""
         self._num_in_flight = num_in_flight
         self._token_budget = token_budget
         self._max_deferrable_tokens = max_deferrable_tokens
@@ -109,16 +117,31 @@ class NodeScheduler:
 
     def next_iteration(self) -> FirstRows | None:
         """The next iteration to start now, if there is room in the pipeline and work for it."""
-        for sequence in self.admission.admit():
-            self.versions.begin(sequence)
-            self._running[sequence.number] = sequence
-            self._ready.add(sequence)
+        self._admit()
         if not self._ready:
             return self._next_scoring()
         if len(self._in_flight) - (self._scoring is not None) >= self._num_in_flight:
             return None
-        version = self.versions.of_next_iteration(self._ready.versions(), self._next_number)
-        return self._start(self._form(version), version)
+        while self._ready:
+            version = self.versions.of_next_iteration(self._ready.versions(), self._next_number)
+            num_preempted = self.num_preempted
+            if rows := self._with_blocks(self._form(version)):
+                return self._start(rows, version)
+            if self.num_preempted == num_preempted:
+                break  # they wait for blocks of sequences in flight
+        return None
+
+    def _admit(self) -> None:
+        for sequence in self.admission.admit(self._version_now, num_running=len(self._running)):
+            if not sequence.has_run:
+                sequence.has_run = True
+                self.versions.begin(sequence)
+            self._running[sequence.number] = sequence
+            self._ready.add(sequence)
+
+    def _version_now(self, sequence: Sequence) -> int:
+        version = self.versions.of(sequence)
+        return self.newest_version if version is None else version
 
     def _form(self, version: int | None) -> Rows:
         """The rows of the next iteration: at most its share of the decoding sequences, in flight or not."""
@@ -133,6 +156,37 @@ class NodeScheduler:
             most_decodes=max(1, -(-num_decoding // self._num_in_flight)),
             token_budget=self._token_budget,
         )
+
+    def _with_blocks(self, rows: Rows) -> Rows:
+        """The rows that have room in the cache, which the youngest sequences make where there is none."""
+        if sum(self.blocks.num_missing(*row) for row in rows) <= self.blocks.num_free:
+            return [row for row in rows if self.blocks.grow(*row)]
+        with_room = {
+            sequence.number
+            for sequence, count in sorted(rows, key=lambda row: row[0].number)
+            if sequence.number in self._running and self._make_room(sequence, count)
+        }
+        return [row for row in rows if row[0].number in with_room]
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Give a sequence blocks for its next rows; False: there are none until others come back."""
+        while not self.blocks.grow(sequence, count):
+            younger = [each for number, each in self._running.items() if number > sequence.number]
+            idle = [each for each in younger if not each.num_in_flight and not each.is_unscored]
+            if younger and not idle:
+                return False
+            self._preempt(max(idle, key=lambda each: each.number, default=sequence))
+            if sequence.number not in self._running:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence out of the cache. It has nothing in flight."""
+        self._ready.remove(sequence)
+        del self._running[sequence.number]
+        self.blocks.release(sequence)
+        self.admission.put_back(sequence)
+        self.num_preempted += 1
 
     def _next_scoring(self) -> FirstRows | None:
         """An iteration of deferrable tasks, when no other one of them is under way."""
@@ -169,31 +223,49 @@ class NodeScheduler:
         if count == sequence.num_left:
             self._ready.remove(sequence)
         sequence.num_cached += count
+        sequence.num_in_flight += 1
         sequence.has_begun = True
-        sequence.num_told_blocks = len(sequence.blocks)
+        sequence.num_told_blocks = len(sequence.held.blocks)
 
     def finish_iteration(self, done: IterationDone) -> list[InferenceTask]:
         """Take in an iteration that has left the last stage; returns the tasks that it completed.
 
         Iterations and sequences that are no longer known are ignored.
         """
-        if self._land(done.iteration) is None:
+        iteration = self._land(done.iteration)
+        if iteration is None:
             return []
+        told = {sampled.sequence: sampled for sampled in done.tokens}
         completed = []
-        for sampled in done.tokens:
-            sequence = self._running.get(sampled.sequence) or self._deferrable.get(sampled.sequence)
-            if sequence is None:
-                continue
-            if sampled.finished:
-                self._end(sequence)
+        columns = (iteration.sequences, iteration.starts, iteration.counts, iteration.produces)
+        for number, start, count, produces in zip(*columns, strict=True):
+            sequence = self._running.get(number) or self._deferrable.get(number)
+            sampled = told.get(number)
+            if sequence is None or (produces and sampled is None):
+                continue  # it was removed meanwhile, or it has failed
+            if self._came_back(sequence, start + count, sampled, done.weights_version):
                 completed.append(sequence.task)
-                continue
-            if sampled.token is None:  # not yet: its newest row comes again
-                sequence.num_cached -= 1
-            else:
-                sequence.generated.append(sampled.token)
-            self._ready.add(sequence)
         return completed
+
+    def _came_back(
+        self, sequence: Sequence, num_rows: int, sampled: SampledToken | None, version: int | None
+    ) -> bool:
+        """Note that a sequence's first `num_rows` have gone through all stages; whether it is over."""
+        sequence.num_in_flight -= 1
+        is_put_off = sampled is not None and sampled.token is None and not sampled.finished
+        if not sequence.task.deferrable:  # a row that comes again is written again
+            self.blocks.computed(sequence, num_rows - is_put_off, version)
+        if sampled is None:
+            return False
+        if sampled.finished:
+            self._end(sequence)
+            return True
+        if sampled.token is None:
+            sequence.num_cached -= 1
+        else:
+            sequence.generated.append(sampled.token)
+        self._ready.add(sequence)
+        return False
 
     def _land(self, number: int) -> Iteration | None:
         """An iteration is no longer in flight; None: it was not."""
@@ -229,8 +301,9 @@ class NodeScheduler:
         """
         goes_on = (None, version) if is_same else (None,)
         lost = self._remove_all(each for each in self._here.values() if each.version not in goes_on)
+        self.blocks.forget(self._running.values())
         ready = [each for each in self._running.values() if self._ready.remove(each)]
-        self.versions.restored(version, rule, self._running.values())
+        self.versions.restored(version, rule, [each for each in self._here.values() if each.has_run])
         for sequence in ready:
             self._ready.add(sequence)
         return lost
@@ -241,7 +314,9 @@ class NodeScheduler:
             self._left.update(dict.fromkeys(iteration.left))
         self._in_flight.clear()
         self._scoring = None
-        return self._remove_all(self._here.values())
+        removed = self._remove_all(self._here.values())
+        self.blocks.forget(())
+        return removed
 
     def _remove_all(self, sequences: Iterable[Sequence]) -> list[InferenceTask]:
         removed = list(sequences)
@@ -254,9 +329,10 @@ class NodeScheduler:
         del self._here[sequence.task.task_id]
         if self._running.pop(sequence.number, None) is not None:
             self._ready.remove(sequence)
-            self.versions.end(sequence)
-            self.allocator.release(sequence.blocks)
+            self.blocks.release(sequence)
         elif self._deferrable.pop(sequence.number, None) is None:
             self.admission.remove(sequence)
+        if sequence.has_run:
+            self.versions.end(sequence)
         if sequence.has_begun:
             self._left[sequence.number] = None

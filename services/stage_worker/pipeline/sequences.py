@@ -18,6 +18,8 @@ class _Known:
     state: SequenceState | None
     """At the last stage only."""
     blocks: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    """Rows that others had computed before it began."""
     num_rows: int = 0
     """Rows from its beginning on whose keys and values are in the cache here."""
     num_scored: int = 0
@@ -30,15 +32,20 @@ class Entered(NamedTuple):
     chunks: tuple[SequenceChunk, ...]
     states: tuple[SequenceState, ...]
     """At the last stage only."""
+    num_cached: tuple[int, ...]
+    """Prompt tokens that others had computed before each sequence began."""
 
 
 class SequenceTable:
     """All sequences that run here, by their numbers on the node."""
 
-    def __init__(self, begin: Callable[[SequenceStart], SequenceState] | None) -> None:
+    def __init__(self, begin: Callable[[SequenceStart], SequenceState] | None, *, block_size: int) -> None:
         """`begin`: how a sequence's tokens are drawn; None: another stage draws them."""
         self._begin = begin
+        self._block_size = block_size
         self._known: dict[int, _Known] = {}
+        self._filled: set[int] = set()
+        """Blocks that iterations have filled since this stage began: others cannot be shared."""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -53,26 +60,31 @@ class SequenceTable:
         """
         for number in iteration.left:
             self._known.pop(number, None)
+        firsts = dict(zip(iteration.sequences, iteration.starts, strict=True)) if iteration.begins else {}
         for start in iteration.begins:
-            self._known[start.sequence] = _Known(start, self._begin(start) if self._begin else None)
+            state = self._begin(start) if self._begin else None
+            self._known[start.sequence] = _Known(start, state, num_cached=firsts.get(start.sequence, 0))
         known = [self._find(number) for number in iteration.sequences]
         for new in iteration.new_blocks:
-            _take_blocks(known[new.place], new, start=iteration.starts[new.place])
+            self._take_blocks(known[new.place], new, start=iteration.starts[new.place])
         columns = zip(known, iteration.starts, iteration.counts, iteration.produces, strict=True)
         chunks = tuple(_chunk(*column) for column in columns)
-        return Entered(chunks, tuple(each.state for each in known if each.state is not None))
+        states = tuple(each.state for each in known if each.state is not None)
+        return Entered(chunks, states, tuple(each.num_cached for each in known))
 
     def _find(self, number: int) -> _Known:
         if (known := self._known.get(number)) is None:
             raise UnknownSequenceError(f"the beginning of sequence {number} never came to this stage")
         return known
 
-
-def _take_blocks(known: _Known, new: NewBlocks, *, start: int) -> None:
-    """Rows before `start` are those of the blocks, when all are new."""
-    known.blocks[new.first :] = new.blocks
-    if new.first == 0:
-        known.num_rows = start
+    def _take_blocks(self, known: _Known, new: NewBlocks, *, start: int) -> None:
+        """Rows before `start` are those of the blocks, when all are new. Raises UnknownSequenceError."""
+        known.blocks[new.first :] = new.blocks
+        if new.first == 0:
+            known.num_rows = start
+            if not self._filled.issuperset(new.blocks[: start // self._block_size]):
+                raise UnknownSequenceError(f"the beginning of {known.start.task_id} is not in this cache")
+        self._filled.update(new.blocks)
 
 
 def _chunk(known: _Known, start: int, num_tokens: int, produces: bool) -> SequenceChunk:

@@ -2,10 +2,11 @@
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
+from msgspec import structs
 from opentelemetry.trace import Span
 
 from services.stage_worker.compute.executor import IterationOutput, ModelFacts, Rows, SequenceChunk
@@ -71,7 +72,9 @@ class Serving:
         """The epoch of the last restore."""
         self._told: VersionsServed | None = None
         """The versions that the trainer heard of last (stage 0)."""
-        self.sequences = SequenceTable(context.executor.begin if self._is_last else None)
+        self.sequences = SequenceTable(
+            context.executor.begin if self._is_last else None, block_size=settings.kv_block_size
+        )
         self.scheduler = NodeScheduler(
             num_blocks=settings.kv_blocks,
             block_size=settings.kv_block_size,
@@ -119,7 +122,7 @@ class Serving:
 
     def set_version(self, version: int) -> None:
         """Clients are told the version with their tokens."""
-        self._newest_version = version
+        self._newest_version = self.scheduler.newest_version = version
 
     async def restored(self, message: RestoreWeights, *, is_same: bool) -> None:
         """This stage holds these weights, and keeps those that serve.
@@ -216,7 +219,7 @@ class Serving:
     async def _run_first(self, first: FirstRows) -> None:
         iteration = first.iteration
         try:
-            await self._run(iteration, first.tokens)
+            await self._run(iteration, first.tokens, self._version_of(iteration))
         except CarrierError as error:
             log.warning("iteration %d lost: %s", iteration.number, error)
             await self.reset(f"the next stage cannot be reached: {error}")
@@ -241,12 +244,13 @@ class Serving:
     # Every stage
 
     async def _on_iteration(self, incoming: Incoming[IterationForward]) -> None:
-        iteration, hidden = incoming.message.iteration, incoming.message.hidden
-        self._queue.put(_kind_of(iteration), partial(self._run_received, iteration, hidden))
+        forward = incoming.message
+        self._queue.put(_kind_of(forward.iteration), partial(self._run_received, forward))
 
-    async def _run_received(self, iteration: Iteration, hidden: TensorRef) -> None:
+    async def _run_received(self, forward: IterationForward) -> None:
+        iteration = forward.iteration
         try:
-            await self._run(iteration, hidden)
+            await self._run(iteration, forward.hidden, forward.weights_version)
         except (CarrierError, IterationLostError) as error:
             log.warning("iteration %d lost: %s", iteration.number, error)
             lost = IterationDone(
@@ -256,7 +260,8 @@ class Serving:
             )
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), lost)
 
-    async def _run(self, iteration: Iteration, rows: Rows) -> None:
+    async def _run(self, iteration: Iteration, rows: Rows, version: int | None) -> None:
+        """`version`: the one with which all stages before have run it, if there is one."""
         entered = await self._enter(iteration, rows)
         chunks = entered.chunks
         op = None if iteration.deferrable else iteration_op(iteration.number, chunks)
@@ -268,10 +273,16 @@ class Serving:
             with self._progress.doing(op):
                 output = await self._executor.iteration(chunks, rows, iteration.version, entered.states)
             self._decode_spans.add(chunks, began_s, self._clock.now_s())
+        if version != self._version_of(iteration):
+            version = None
         if self._is_last:
-            await self._tell_results(iteration, output, entered)
+            await self._tell_results(iteration, output, entered, version)
         else:
-            await self._pass_on(iteration, output, traceparent=chunks[0].traceparent)
+            await self._pass_on(iteration, output, version, traceparent=chunks[0].traceparent)
+
+    def _version_of(self, iteration: Iteration) -> int:
+        """The weights version with which this stage runs it now."""
+        return self._newest_version if iteration.version is None else iteration.version
 
     async def _enter(self, iteration: Iteration, rows: Rows) -> Entered:
         """See `SequenceTable.enter`. Raises UnknownSequenceError."""
@@ -290,29 +301,36 @@ class Serving:
         }
         return self._telemetry.span("stage.prefill", traceparent=chunk.traceparent, attributes=attributes)
 
-    async def _pass_on(self, iteration: Iteration, output: IterationOutput, *, traceparent: str) -> None:
+    async def _pass_on(
+        self, iteration: Iteration, output: IterationOutput, version: int | None, *, traceparent: str
+    ) -> None:
         assert output.hidden is not None
-        forward = IterationForward(iteration=iteration, hidden=output.hidden)
+        forward = IterationForward(iteration=iteration, hidden=output.hidden, weights_version=version)
         following = subjects.ITERATION.at(node=self._settings.node, stage=self._settings.stage + 1)
         await self._bus.publish(following, forward, traceparent=traceparent)
 
-    async def _tell_results(self, iteration: Iteration, output: IterationOutput, entered: Entered) -> None:
+    async def _tell_results(
+        self, iteration: Iteration, output: IterationOutput, entered: Entered, version: int | None
+    ) -> None:
         columns = zip(iteration.sequences, entered.chunks, strict=True)
         numbers = {chunk.task_id: number for number, chunk in columns if chunk.produces}
+        results = _with_num_cached(output.results, entered)
         tokens = tuple(
-            _sampled(numbers[result.task_id], result)
-            for result in output.results
-            if result.task_id in numbers
+            _sampled(numbers[result.task_id], result) for result in results if result.task_id in numbers
         )
-        done = IterationDone(iteration=iteration.number, tokens=tokens, failed=output.failed)
-        version = self._newest_version if iteration.version is None else iteration.version
-        self._note_failures(output.failed, version)
+        done = IterationDone(
+            iteration=iteration.number, tokens=tokens, failed=output.failed, weights_version=version
+        )
+        own_version = self._version_of(iteration)
+        self._note_failures(output.failed, own_version)
         if self._settings.stage == 0:
             await self._finish_iteration(done)
         else:
             await self._bus.publish(subjects.ITERATION_DONE.at(node=self._settings.node), done)
-        gateways = {chunk.task_id: state.gateway for chunk, state in zip(*entered, strict=True)}
-        await self._tell_gateways(gateways, output.results, version)
+        gateways = {
+            chunk.task_id: state.gateway for chunk, state in zip(entered.chunks, entered.states, strict=True)
+        }
+        await self._tell_gateways(gateways, results, own_version)
 
     def _note_failures(self, failed: tuple[TaskFailed, ...], version: int) -> None:
         sick = [failure for failure in failed if failure.code == 500]
@@ -321,7 +339,7 @@ class Serving:
             log.error("weights version %d is sick: %s (%s)", version, sick[0].reason, sick[0].task_id)
 
     async def _tell_gateways(
-        self, gateways: Mapping[str, str], results: tuple[SequenceResult, ...], version: int
+        self, gateways: Mapping[str, str], results: Iterable[SequenceResult], version: int
     ) -> None:
         by_gateway: dict[str, list[SequenceResult]] = defaultdict(list)
         for result in results:
@@ -339,3 +357,15 @@ def _kind_of(iteration: Iteration) -> WorkKind:
 def _sampled(number: int, result: SequenceResult) -> SampledToken:
     token = None if result.token is None else result.token.token
     return SampledToken(sequence=number, token=token, finished=result.finish is not None)
+
+
+def _with_num_cached(results: Iterable[SequenceResult], entered: Entered) -> list[SequenceResult]:
+    """A sequence's first token tells how much of the prompt others had computed."""
+    columns = zip(entered.chunks, entered.num_cached, strict=True)
+    told = {chunk.task_id: count for chunk, count in columns if count and chunk.produces and not chunk.index}
+    return [
+        structs.replace(result, num_cached=told[result.task_id])
+        if result.task_id in told and result.token is not None
+        else result
+        for result in results
+    ]

@@ -52,7 +52,7 @@ OutputItem = OutputMessage | OutputCall
 
 
 class InputTokensDetails(BaseModel):
-    """Nothing is told of the prefix cache."""
+    """Tokens that a node had in its KV cache, from other requests; nobody pays for writing there."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
@@ -180,6 +180,7 @@ class ResponseEvents:
         response.incomplete_details = IncompleteDetails() if self._is_cut else None
         response.usage = ResponseUsage(
             input_tokens=usage.num_prompt_tokens,
+            input_tokens_details=InputTokensDetails(cached_tokens=usage.num_cached_tokens),
             output_tokens=usage.num_generated_tokens,
             total_tokens=usage.num_prompt_tokens + usage.num_generated_tokens,
         )

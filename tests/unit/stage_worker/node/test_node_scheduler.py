@@ -1,19 +1,11 @@
 """The node scheduler: traces drawn by hand, and any interleaving of submit, cancel and finish."""
 
-from collections import deque
-from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from services.stage_worker.compute.executor import SequenceChunk
-from services.stage_worker.compute.sampling.sequences import SequenceState
-from services.stage_worker.node.node_scheduler import FirstRows, NodeScheduler
-from services.stage_worker.pipeline.sequences import SequenceTable
-from shared.errors import RefusedError, UnknownSequenceError
+from services.stage_worker.node.node_scheduler import NodeScheduler
+from shared.errors import RefusedError
 from shared.messages.inference import Iteration, IterationDone, SampledToken
 from tests.unit.stage_worker.support import task
 
@@ -40,7 +32,9 @@ def submit(
     now_s: float = 0,
     **fields: Any,
 ) -> None:
+    """Requests that begin with tokens of their own, unless `first` is given."""
     for task_id in task_ids:
+        fields = {"first": scheduler._next_sequence, **fields}
         one = task(task_id, prompt_length=prompt_length, max_tokens=max_tokens, **fields)
         scheduler.submit(one, deadline_s=now_s + one.timeout_s, traceparent="")
 
@@ -118,7 +112,7 @@ def test_a_finished_sequence_gives_its_blocks_back() -> None:
     first = start(scheduler)
     (completed,) = scheduler.finish_iteration(done(first, finished=("a",)))
     assert completed.task_id == "a"
-    assert (scheduler.num_running, scheduler.allocator.num_free) == (1, 6)
+    assert (scheduler.num_running, scheduler.blocks.num_free) == (1, 7)
 
 
 def test_a_sequence_without_a_token_is_complete() -> None:
@@ -127,7 +121,7 @@ def test_a_sequence_without_a_token_is_complete() -> None:
     first = start(scheduler)
     (completed,) = scheduler.finish_iteration(done(first, token=None, finished=("a",)))
     assert completed.task_id == "a"
-    assert scheduler.allocator.num_free == 8
+    assert scheduler.blocks.num_free == 8
 
 
 def test_a_token_that_cannot_be_drawn_yet_is_asked_for_again_with_the_same_row() -> None:
@@ -175,8 +169,13 @@ def test_a_sequence_is_registered_once_and_then_told_of_new_blocks_only() -> Non
     submit(scheduler, "a", prompt_length=8)
     first, second = start(scheduler).iteration, start(scheduler).iteration
     assert [each.task_id for each in first.begins] == ["a"]
-    assert [(new.first, len(new.blocks)) for new in first.new_blocks] == [(0, 3)]
+    assert [(new.first, len(new.blocks)) for new in first.new_blocks] == [(0, 2)]
     assert (second.begins, second.new_blocks) == ((), ())
+    scheduler.finish_iteration(IterationDone(iteration=first.number))
+    token = SampledToken(sequence=first.sequences[0], token=9, finished=False)
+    scheduler.finish_iteration(IterationDone(iteration=second.number, tokens=(token,)))
+    third = start(scheduler).iteration
+    assert [(new.first, len(new.blocks)) for new in third.new_blocks] == [(2, 1)]
 
 
 def test_a_cancel_in_mid_flight_frees_the_blocks_and_the_late_token_is_ignored() -> None:
@@ -184,9 +183,9 @@ def test_a_cancel_in_mid_flight_frees_the_blocks_and_the_late_token_is_ignored()
     submit(scheduler, "a", "b")
     first = start(scheduler)
     assert scheduler.remove("a")
-    assert scheduler.allocator.num_free == 6
+    assert scheduler.blocks.num_free == 7
     assert scheduler.finish_iteration(done(first)) == []
-    assert (scheduler.num_running, scheduler.allocator.num_free) == (1, 6)
+    assert (scheduler.num_running, scheduler.blocks.num_free) == (1, 7)
     assert rows(start(scheduler)) == [("b", 1)]
     assert not scheduler.remove("a")
 
@@ -207,7 +206,7 @@ def test_the_expired_are_removed_wherever_they_are() -> None:
     first = start(scheduler)
     assert [one.task_id for one in scheduler.expired(0.9)] == []
     assert [one.task_id for one in scheduler.expired(1.0)] == ["running", "waiting"]
-    assert scheduler.allocator.num_free == 4
+    assert scheduler.blocks.num_free == 4
     assert rows(start(scheduler)) == [("late enough", 3)]
     assert scheduler.finish_iteration(done(first)) == []
 
@@ -217,11 +216,13 @@ def test_a_reset_returns_everything_and_leaves_nothing_in_flight() -> None:
     submit(scheduler, "a", "b", max_tokens=12)
     lost = start(scheduler)
     assert [one.task_id for one in scheduler.reset()] == ["a", "b"]
-    assert (scheduler.num_running, len(scheduler.admission), scheduler.allocator.num_free) == (0, 0, 4)
-    submit(scheduler, "c", "d", prompt_length=8, max_tokens=1)
-    assert rows(start(scheduler)) == [("c", 8)]
+    assert (scheduler.num_running, len(scheduler.admission), scheduler.blocks.num_free) == (0, 0, 4)
+    submit(scheduler, "c", "d", prompt_length=5, max_tokens=1)
+    assert rows(start(scheduler)) == [("c", 5)]
     assert scheduler.finish_iteration(done(lost)) == []
-    assert rows(start(scheduler)) == [("d", 8)]
+    assert scheduler.next_iteration() is None, "there are blocks for c only"
+    scheduler.remove("c")
+    assert rows(start(scheduler)) == [("d", 5)]
     assert scheduler.next_iteration() is None
 
 
@@ -422,139 +423,3 @@ def test_deferrable_tasks_can_be_removed_expire_and_are_reset() -> None:
     assert scheduler.finish_iteration(done(scoring, finished=("x", "y"))) == []
     score(scheduler, "u")
     assert [one.task_id for one in scheduler.reset()] == ["u"]
-
-
-def token_after(text: list[int]) -> int:
-    """The fake model: any function of the whole text."""
-    return (31 * sum((place + 1) * token for place, token in enumerate(text)) + 7) % 1000
-
-
-@dataclass
-class FakePipeline:
-    """Runs iterations in order on one cache, as stages do: later ones see what earlier ones wrote."""
-
-    scheduler: NodeScheduler
-    cache: dict[int, int] = field(default_factory=dict)
-    in_flight: deque[FirstRows] = field(default_factory=deque)
-    table: SequenceTable = field(
-        default_factory=lambda: SequenceTable(lambda start: SequenceState(start.gateway, start.sampling))
-    )
-    """The last stage's."""
-    answers: dict[str, list[int]] = field(default_factory=dict)
-    completed: set[str] = field(default_factory=set)
-
-    def start_all(self) -> None:
-        while (first := self.scheduler.next_iteration()) is not None:
-            self.in_flight.append(first)
-
-    def finish(self, *, puts_off: bool = False) -> set[str]:
-        """`puts_off`: no token can be drawn yet. Returns the tasks that are lost, as `lose` does."""
-        if not self.in_flight:
-            return set()
-        iteration = self.in_flight[0].iteration
-        try:
-            entered = self.table.enter(iteration)
-        except UnknownSequenceError:
-            return self.lose()
-        tokens, sampled = list(self.in_flight.popleft().tokens), []
-        for number, chunk, state in zip(iteration.sequences, *entered, strict=True):
-            for place in range(chunk.start, chunk.start + chunk.num_tokens):
-                self.cache[self._slot(chunk.blocks, place)] = tokens.pop(0)
-            if chunk.produces and puts_off:
-                sampled.append(SampledToken(sequence=number, token=None, finished=False))
-            elif chunk.produces:
-                sampled.append(self._draw(number, chunk, state))
-        done = IterationDone(iteration=iteration.number, tokens=tuple(sampled))
-        self.completed |= {task.task_id for task in self.scheduler.finish_iteration(done)}
-        return set()
-
-    def _draw(self, number: int, chunk: SequenceChunk, state: SequenceState) -> SampledToken:
-        text = [self.cache[self._slot(chunk.blocks, at)] for at in range(chunk.start + chunk.num_tokens)]
-        token, answer = token_after(text), self.answers.setdefault(chunk.task_id, [])
-        assert chunk.index == len(answer), "a token is told twice, or missing"
-        answer.append(token)
-        return SampledToken(sequence=number, token=token, finished=len(answer) == state.sampling.max_tokens)
-
-    def lose(self) -> set[str]:
-        """The oldest iteration does not reach the last stage; returns the tasks that are lost with it."""
-        if not self.in_flight:
-            return set()
-        lost = self.scheduler.lose_iteration(self.in_flight.popleft().iteration.number)
-        return {task.task_id for task in lost}
-
-    def _slot(self, blocks: Many[int], place: int) -> int:
-        return blocks[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
-
-
-def assert_every_block_has_one_owner(scheduler: NodeScheduler) -> None:
-    owned = [block for one in scheduler._running.values() for block in one.blocks]
-    allocator = scheduler.allocator
-    free = [*allocator._given_back, *range(allocator._num_used_ever, allocator.num_blocks)]
-    assert len(free) == allocator.num_free
-    assert sorted(owned + free) == list(range(allocator.num_blocks))
-
-
-def expected_answer(prompt_length: int, max_tokens: int) -> list[int]:
-    text = list(range(prompt_length))
-    for _ in range(max_tokens):
-        text.append(token_after(text))
-    return text[prompt_length:]
-
-
-Submit = st.tuples(st.just("submit"), st.integers(1, 12), st.integers(1, 6))
-Cancel = st.tuples(st.just("cancel"), st.integers(0, 9), st.just(0))
-Start = st.just(("start", 0, 0))
-Finish = st.just(("finish", 0, 0))
-PutOff = st.just(("put off", 0, 0))
-Lose = st.just(("lose", 0, 0))
-Reset = st.just(("reset", 0, 0))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    commands=st.lists(st.one_of(Submit, Cancel, Start, Finish, PutOff, Lose, Reset), max_size=40),
-    num_in_flight=st.integers(1, 3),
-    token_budget=st.integers(1, 7),
-)
-def test_any_interleaving_keeps_blocks_apart_answers_whole_and_leaves_nothing_behind(
-    commands: list[tuple[str, int, int]], num_in_flight: int, token_budget: int
-) -> None:
-    scheduler = new_scheduler(num_in_flight=num_in_flight, token_budget=token_budget, num_blocks=6)
-    pipeline = FakePipeline(scheduler)
-    wanted: dict[str, list[int]] = {}
-    cancelled: set[str] = set()
-    for name, first, second in commands:
-        match name:
-            case "submit":
-                task_id = f"t{len(wanted)}"
-                submit(scheduler, task_id, prompt_length=first, max_tokens=second)
-                wanted[task_id] = expected_answer(first, second)
-            case "cancel":
-                if scheduler.remove(f"t{first}"):
-                    cancelled.add(f"t{first}")
-            case "start":
-                pipeline.start_all()
-            case "finish":
-                cancelled |= pipeline.finish()
-            case "put off":
-                cancelled |= pipeline.finish(puts_off=True)
-            case "lose":
-                cancelled |= pipeline.lose()
-            case "reset":
-                pipeline.in_flight.clear()
-                cancelled |= {one.task_id for one in scheduler.reset()}
-        assert_every_block_has_one_owner(scheduler)
-    pipeline.start_all()
-    while pipeline.in_flight:
-        cancelled |= pipeline.finish()
-        pipeline.start_all()
-        assert_every_block_has_one_owner(scheduler)
-    assert scheduler.allocator.num_free == scheduler.allocator.num_blocks
-    assert (scheduler.num_running, len(scheduler.admission)) == (0, 0)
-    assert pipeline.completed == wanted.keys() - cancelled
-    for task_id in pipeline.completed:
-        assert pipeline.answers[task_id] == wanted[task_id]
-    submit(scheduler, "last", prompt_length=1, max_tokens=1)
-    pipeline.start_all()
-    pipeline.finish()
-    assert len(pipeline.table) == 1, "the stage still knows sequences that are gone"

@@ -36,7 +36,7 @@ def only_chunk(table: SequenceTable, iteration: Iteration) -> SequenceChunk:
 
 
 def test_a_sequence_is_registered_once_and_its_blocks_grow() -> None:
-    table = SequenceTable(None)
+    table = SequenceTable(None, block_size=4)
     begin = (start_of(7, traceparent="trace"),)
     first = only_chunk(table, piece(7, 0, 4, begins=begin, new_blocks=new_blocks(0, 3, 9)))
     assert (first.task_id, first.start, first.num_tokens, list(first.blocks)) == ("t7", 0, 4, [3, 9])
@@ -48,13 +48,13 @@ def test_a_sequence_is_registered_once_and_its_blocks_grow() -> None:
 
 
 def test_the_row_of_a_token_that_could_not_be_drawn_may_come_again() -> None:
-    table = SequenceTable(None)
+    table = SequenceTable(None, block_size=4)
     table.enter(piece(7, 0, 5, produces=True, begins=(start_of(7),)))
     assert only_chunk(table, piece(7, 4, 1, produces=True)).index == 0
 
 
 def test_a_sequence_without_its_blocks_begins_anew_with_others() -> None:
-    table = SequenceTable(None)
+    table = SequenceTable(None, block_size=4)
     table.enter(piece(7, 0, 5, produces=True, begins=(start_of(7),), new_blocks=new_blocks(0, 1, 2)))
     again = only_chunk(table, piece(7, 0, 6, produces=True, new_blocks=new_blocks(0, 8, 9)))
     assert (list(again.blocks), again.index) == ([8, 9], 1)
@@ -67,15 +67,15 @@ def test_only_the_last_stage_knows_how_tokens_are_drawn() -> None:
         begun.append(start.task_id)
         return SequenceState(start.gateway, start.sampling)
 
-    table = SequenceTable(begin)
+    table = SequenceTable(begin, block_size=4)
     (state,) = table.enter(piece(7, 0, 4, begins=(start_of(7),))).states
     assert table.enter(piece(7, 4, 1, produces=True)).states == (state,)
     assert begun == ["t7"]
-    assert SequenceTable(None).enter(piece(7, 0, 4, begins=(start_of(7),))).states == ()
+    assert SequenceTable(None, block_size=4).enter(piece(7, 0, 4, begins=(start_of(7),))).states == ()
 
 
 def test_a_scored_prompt_has_its_targets_once() -> None:
-    table = SequenceTable(None)
+    table = SequenceTable(None, block_size=4)
     begin = (start_of(7, prompt=PROMPT, prompt_logprobs=True),)
     assert only_chunk(table, piece(7, 0, 3, begins=begin, new_blocks=new_blocks(0, 1))).targets == (6, 7, 8)
     assert only_chunk(table, piece(7, 3, 2, produces=True)).targets == (9,)
@@ -85,7 +85,7 @@ def test_a_scored_prompt_has_its_targets_once() -> None:
 
 
 def test_who_has_left_is_forgotten_and_nobody_else() -> None:
-    table = SequenceTable(None)
+    table = SequenceTable(None, block_size=4)
     table.enter(piece(7, 0, 5, begins=(start_of(7),)))
     table.enter(piece(8, 0, 5, begins=(start_of(8),), left=(7, 99)))
     assert len(table) == 1
@@ -95,10 +95,21 @@ def test_who_has_left_is_forgotten_and_nobody_else() -> None:
 
 
 def test_rows_that_never_came_are_noticed() -> None:
-    table = SequenceTable(None)
+    table = SequenceTable(None, block_size=4)
     table.enter(piece(7, 0, 2, begins=(start_of(7),)))
     with pytest.raises(UnknownSequenceError, match="rows 2 to 3 of t7 never came"):
         table.enter(piece(7, 4, 1, produces=True))
+
+
+def test_a_sequence_may_begin_behind_rows_that_another_has_filled_here() -> None:
+    table = SequenceTable(None, block_size=4)
+    table.enter(piece(7, 0, 5, begins=(start_of(7),), new_blocks=new_blocks(0, 1, 2)))
+    entered = table.enter(piece(8, 4, 1, begins=(start_of(8),), new_blocks=new_blocks(0, 1, 3)))
+    assert (entered.chunks[0].start, list(entered.chunks[0].blocks)) == (4, [1, 3])
+    assert (entered.num_cached, table.enter(piece(8, 5, 1)).num_cached) == ((4,), (4,))
+    assert table.enter(piece(7, 5, 1)).num_cached == (0,)
+    with pytest.raises(UnknownSequenceError, match="the beginning of t9 is not in this cache"):
+        table.enter(piece(9, 4, 1, begins=(start_of(9),), new_blocks=new_blocks(0, 5, 6)))
 
 
 def test_an_iteration_whose_columns_do_not_fit_together_is_malformed() -> None:
