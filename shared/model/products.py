@@ -74,7 +74,7 @@ def _run(way: Way, inputs: Tensor, copies: Copies) -> Tensor:
     outputs = inputs.flatten(0, -2) @ copies.transposed
     if copies.bias is not None:
         outputs += copies.bias
-    return outputs.view(*inputs.shape[:-1], -1)
+    return outputs.view(*inputs.shape[:-1], outputs.size(-1))
 
 
 class Product:

@@ -53,6 +53,18 @@ def test_changed_weights_are_noticed(family: str, swap: bool, model_folder: Call
         torch.testing.assert_close(logits(stage), logits(reference), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_iteration_without_a_row_of_logits_has_none(
+    way: Way, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.model.products._measured", lambda copies: (way,) * 6)
+    stage, weights = fast_stage(model_folder("llama"))
+    weights.prepare()
+    tokens, no_rows = torch.arange(9), torch.tensor([], dtype=torch.int64)
+    with torch.no_grad():
+        assert len(stage.forward(tokens, tokens, PackedSegments((9,)), no_rows)) == 0
+
+
 def test_weights_written_unseen_need_to_be_invalidated(
     model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
