@@ -185,8 +185,8 @@ class _FastRMSNorm:
         if torch.is_grad_enabled() or weight is None:
             return self._plain(hidden_states)
         # torch's own `rms_norm` takes twice as long on the CPU: there it is made of a dozen operations
-        squares = vector_norm(hidden_states, dim=-1, keepdim=True).square_()
-        scale = torch.add(self._epsilon, squares, alpha=1.0 / hidden_states.size(-1)).rsqrt_()
+        norm = vector_norm(hidden_states, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._epsilon, norm, norm, value=1.0 / hidden_states.size(-1)).rsqrt_()
         return (hidden_states * scale).mul_(weight)
 
 
