@@ -89,13 +89,13 @@ class DecodeWindow:
                 self._rows[place] = None
 
     def has_room_for(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether the window may grow to the size of these rows."""
-        rows, tokens = self._grown(chunks)
+        """Whether the window may have the size of these rows."""
+        rows, tokens = _size_of(chunks)
         return rows * tokens <= self._max_tokens
 
     def hold(self, chunks: Sequence[Chunk], continued: Sequence[_Held]) -> "WindowedDecodes":
         """Make exactly these decode rows the rows of the window; `continued`: their contexts until now."""
-        self._grow(*self._grown(chunks))
+        self._make_room(*_size_of(chunks))
         places = self._arrange(continued)
         rows: dict[int, _Held] = {}
         for place, chunk in zip(places, chunks, strict=True):
@@ -136,18 +136,18 @@ class DecodeWindow:
         for room in self._layers:
             room[:, place] = room[:, origin]
 
-    def _grown(self, chunks: Sequence[Chunk]) -> tuple[int, int]:
-        """Rows and tokens that the window needs room for; by steps, as growing copies everything."""
-        rows, tokens = len(chunks), _rounded_up(max(chunk.end for chunk in chunks))
-        if rows > self._num_rows:
-            rows = max(rows, self._num_rows + self._num_rows // 2)
-        if tokens > self._num_tokens:
-            tokens = max(tokens, _rounded_up(self._num_tokens + self._num_tokens // 2))
-        return max(rows, self._num_rows), max(tokens, self._num_tokens)
-
-    def _grow(self, num_rows: int, num_tokens: int) -> None:
-        if (num_rows, num_tokens) == (self._num_rows, self._num_tokens):
+    def _make_room(self, rows: int, tokens: int) -> None:
+        """Grow to room for so many, by half at least, as growing copies everything; rows that fit stay."""
+        if rows <= self._num_rows and tokens <= self._num_tokens:
             return
+        grown = (_grown(self._num_rows, rows), _rounded_up(_grown(self._num_tokens, tokens)))
+        if grown[0] * grown[1] <= self._max_tokens:
+            self._resize(*grown)
+        else:
+            self._num_rows, self._num_tokens, self._layers, self._rows = 0, 0, [], []
+            self._resize(rows, tokens)
+
+    def _resize(self, num_rows: int, num_tokens: int) -> None:
         cache, before = self._cache, self._layers
         shape = (2, num_rows, cache.num_kv_heads, num_tokens, cache.head_dim)
         self._layers = [cache.zeros(shape) for _ in range(cache.num_layers)]
@@ -226,6 +226,15 @@ class WindowedDecodes:
             scale=scaling,
         ).reshape(num_rows, num_heads, head_dim)
         return output if self._place_B is None else output[self._place_B]
+
+
+def _size_of(chunks: Sequence[Chunk]) -> tuple[int, int]:
+    """Rows, and tokens of the longest."""
+    return len(chunks), _rounded_up(max(chunk.end for chunk in chunks))
+
+
+def _grown(size: int, needed: int) -> int:
+    return size if needed <= size else max(needed, size + size // 2)
 
 
 def _rounded_up(num_tokens: int) -> int:

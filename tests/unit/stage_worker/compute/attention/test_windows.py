@@ -117,3 +117,19 @@ def test_windows_take_no_more_memory_than_the_cache() -> None:
         attention = PagedAttention(cache, [(start, 1, [0, 1]), (start, 1, [2, 3])], decoder)
         attend(attention, 0, rows, rows, None)
     assert cache.num_gathered == 2
+
+
+def test_a_window_that_cannot_grow_takes_another_shape() -> None:
+    """Many short rows, and then one long one, each of which fits, where both sizes together do not."""
+    cache = CountingCache(1, 100, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    decoder = WindowedDecoder(cache)
+    for start in (5, 6):
+        rows = torch.ones(6, NUM_HEADS, HEAD_DIM)
+        chunks = [(start, 1, [2 * number, 2 * number + 1]) for number in range(6)]
+        attend(PagedAttention(cache, chunks, decoder), 0, rows, rows, None)
+    assert cache.num_gathered == 6
+    for start in (300, 301, 302):
+        row = torch.ones(1, NUM_HEADS, HEAD_DIM)
+        chunks = [(start, 1, list(range(12, 100)))]
+        attend(PagedAttention(cache, chunks, decoder), 0, row, row, None)
+    assert cache.num_gathered == 7
