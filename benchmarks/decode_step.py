@@ -29,7 +29,7 @@ STEPS, BLOCK_SIZE = 8, 16
 NUM_ROUNDS = {"small": 12, "big": 4}
 
 Times = list[tuple[float, float]]
-"""Of each step: seconds by the clock, and of the processor."""
+"""Seconds of each step, by the clock and of the processor."""
 
 
 def now() -> tuple[float, float]:

@@ -35,7 +35,7 @@ class Bucket:
 
     num_rows: int
     num_blocks: int
-    """Of each row's context."""
+    """Room for each row's context."""
 
 
 def buckets(max_rows: int, max_blocks: int) -> list[Bucket]:

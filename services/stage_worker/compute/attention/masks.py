@@ -1,4 +1,4 @@
-"""What a row of one token may see."""
+"""The mask of rows of one token."""
 
 from torch import Tensor, arange, zeros
 
