@@ -130,6 +130,8 @@ def service_specs(
             settings = _stage_settings(options, node, stage, held, shm_dir)
             if num_threads > 1:
                 settings["LEMIX_NUM_THREADS"] = common.get("LEMIX_NUM_THREADS", str(num_threads))
+                # Threads that spin at a barrier hold the core that the last one waits for.
+                settings["OMP_WAIT_POLICY"] = common.get("OMP_WAIT_POLICY", "PASSIVE")
             # Threads of libraries beside the compute thread would only fight over the cores.
             settings["OMP_NUM_THREADS"] = common.get("OMP_NUM_THREADS", "1")
             specs.append(spec(_worker_name(node, stage, held), "stage_worker", settings))

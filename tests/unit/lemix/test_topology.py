@@ -88,6 +88,7 @@ def test_emulated_stages_have_a_process_each_as_they_have_a_device_each() -> Non
 )
 def test_stage_workers_share_the_cores(options: ClusterOptions, num_cores: int, threads: str | None) -> None:
     assert set(settings_of(options, "LEMIX_NUM_THREADS", num_cores)) == {threads}
+    assert set(settings_of(options, "OMP_WAIT_POLICY", num_cores)) == {"PASSIVE" if threads else None}
     assert f"compute threads of each: {threads or 1} " in layout_line(options, num_cores)
 
 
