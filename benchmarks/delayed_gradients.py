@@ -21,10 +21,10 @@ from services.stage_worker.settings import OptimizerName
 from services.stage_worker.training.optimizers import OptimizerSettings
 from services.trainer.learning_rate import LearningRate
 from services.trainer.microbatches import Rows, join, split
-from services.trainer.schedules import SCHEDULES, Schedule, double_buffered
 from shared.encoding import LabelledTokens
 from shared.messages.training import Microbatch
 from shared.model.loader import load_stage, model_partition, read_config
+from shared.pipeline import SCHEDULES, Schedule, double_buffered
 from shared.schedule import ScheduleName, StashingName
 
 NUM_STAGES = 4

@@ -16,10 +16,10 @@ from torch import Tensor
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.training.microbatches import MicrobatchRunner
-from services.trainer.schedules import Pipeline, Schedule, Shape, Slot
 from shared.messages.training import Microbatch
 from shared.model.attention import PackedSegments
 from shared.model.stage import Stage
+from shared.pipeline import Pipeline, Schedule, Shape, Slot
 
 FORWARD_UNITS, BACKWARD_UNITS, STEP_UNITS = 1, 2, 1
 

@@ -32,8 +32,10 @@ from shared.messages.training import (
     MicrobatchBackward,
     MicrobatchForward,
     StageReport,
+    StepAhead,
     StepOrder,
     TiedGradient,
+    TrainedReport,
     TrainingTask,
 )
 from shared.messages.weights import (
@@ -129,7 +131,11 @@ FORWARD = Topic(
     "lemix.node.{node}.stage.{stage}.forward", MicrobatchForward, "trainer, stage s-1 -> s: microbatch"
 )
 BACKWARD = Topic("lemix.node.{node}.stage.{stage}.backward", MicrobatchBackward, "stage s+1 -> s: gradient")
-STEP = Topic("lemix.node.{node}.stage.{stage}.step", StepOrder, "trainer -> stage: step, or skip it")
+STEP_AHEAD = Topic("lemix.node.{node}.step_ahead", StepAhead, "trainer -> stage 0: how to step on a batch")
+STEP = Topic(
+    "lemix.node.{node}.stage.{stage}.step", StepOrder, "trainer -> stage 0 -> stage: step, or skip it"
+)
+TRAINED = Topic("lemix.node.{node}.trained", TrainedReport, "stage -> stage 0: gradients are there, stepped")
 TIED = Topic(
     "lemix.node.{node}.stage.{stage}.tied", TiedGradient, "first <-> last stage: tied embedding's gradient"
 )

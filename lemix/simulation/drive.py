@@ -55,7 +55,6 @@ async def drive(world: World, workload: Workload, options: DriveOptions) -> RunR
         bus=world.bus,
         clock=world.clock,
         run_id=world.ids.new("run"),
-        num_stages=num_stages,
         schedule=options.schedule,
         microbatches=options.microbatches,
         began_s=began_s,

@@ -11,7 +11,7 @@ from lemix.simulation.sent_requests import TOKEN
 from lemix.simulation.workload import PlannedBatch, Workload
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
-from shared.messages.training import ForwardDone, StageReport, StepDone
+from shared.messages.training import BatchStepped, MicrobatchEntered, StageReport
 from shared.schedule import ScheduleName, is_synchronous
 from shared.subjects import BATCHES
 
@@ -22,10 +22,8 @@ class _Sent:
     def __init__(self, batch: PlannedBatch, published_s: float) -> None:
         self.batch = batch
         self.published_s = published_s
-        self.entered: set[int] = set()
+        self.num_entered = 0
         """Microbatches that a stage 0 has run forward."""
-        self.stepped: dict[int, set[int]] = {}
-        """Stages, by node."""
         self.applied_s: float | None = None
         self.node: int | None = None
 
@@ -47,7 +45,6 @@ class SentBatches:
         bus: Bus,
         clock: Clock,
         run_id: str,
-        num_stages: int,
         schedule: ScheduleName,
         microbatches: int,
         began_s: float,
@@ -55,7 +52,6 @@ class SentBatches:
         self._bus = bus
         self._clock = clock
         self._run_id = run_id
-        self._num_stages = num_stages
         self._schedule = schedule
         self._microbatches = microbatches
         self._began_s = began_s
@@ -80,29 +76,27 @@ class SentBatches:
         """Note what has passed a first stage, and what is applied."""
         report = incoming.message
         match report.event:
-            case ForwardDone(batch_id=batch_id, index=index) if report.stage == 0:
+            case MicrobatchEntered(batch_id=batch_id, index=index):
                 if sent := self._sent.get(batch_id):
-                    sent.entered.add(index)
-            case StepDone(batch_id=batch_id):
+                    sent.num_entered = max(sent.num_entered, index + 1)
+            case BatchStepped(batch_id=batch_id):
                 if sent := self._sent.get(batch_id):
-                    self._stepped(sent, report.node, report.stage)
+                    self._stepped(sent, report.node)
         self._changed.set()
 
     def records(self) -> tuple[BatchRecord, ...]:
         """One record for each batch that was published."""
         return tuple(sent.record() for sent in self._sent.values())
 
-    def _stepped(self, sent: _Sent, node: int, stage: int) -> None:
-        stages = sent.stepped.setdefault(node, set())
-        stages.add(stage)
-        if len(stages) == self._num_stages and sent.applied_s is None:
+    def _stepped(self, sent: _Sent, node: int) -> None:
+        if sent.applied_s is None:
             sent.applied_s, sent.node = self._now_s(), node
             self._num_applied += 1
 
     def _lets_next_come(self, sent: _Sent) -> bool:
         if is_synchronous(self._schedule):
             return sent.applied_s is not None
-        return len(sent.entered) >= min(self._microbatches, len(sent.batch.lengths))
+        return sent.num_entered >= min(self._microbatches, len(sent.batch.lengths))
 
     async def _publish(self, batch: PlannedBatch) -> _Sent:
         batch_id = f"{self._run_id}-{len(self._sent)}"

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import isfinite
 from statistics import fmean
 
 from services.trainer.batches import Ack, BatchBook, Pending
@@ -28,6 +29,7 @@ from services.trainer.node.actions import (
     SaveAbandoned,
     Skipped,
     Step,
+    StepsAhead,
     WriteCheckpoint,
 )
 from services.trainer.node.publishing import Evaluate, Publish, Release, Withheld
@@ -35,16 +37,22 @@ from services.trainer.node.training import NodeTraining
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
 from services.trainer.rejections import Rejections
-from services.trainer.schedules import Slot
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Bus
 from shared.clock import Clock
 from shared.encoding import LabelledTokens
 from shared.errors import BusError
 from shared.messages.inference import TaskEnded
-from shared.messages.training import BatchApplied, Microbatch, MicrobatchForward, RejectedBatch, StepOrder
+from shared.messages.training import (
+    BatchApplied,
+    Microbatch,
+    MicrobatchForward,
+    RejectedBatch,
+    StepAhead,
+    StepOrder,
+)
 from shared.messages.weights import PublishVersion, ReleaseVersion
-from shared.subjects import ENDED, FORWARD, PUBLISH, RELEASE, STEP
+from shared.subjects import ENDED, FORWARD, PUBLISH, RELEASE, STEP, STEP_AHEAD
 
 MAX_FAILURES = 2
 """A batch whose computation fails so often is rejected: once may be the node's fault."""
@@ -129,8 +137,10 @@ class ActionRunner:
         """Carry out what `node` has just decided."""
         for action in actions:
             match action:
-                case Feed(slot=slot):
-                    self._feed(node, slot)
+                case Feed(batch_id=batch_id):
+                    self._feed(node, batch_id)
+                case StepsAhead():
+                    self._step_ahead(node, action)
                 case Step():
                     self._step(node, action)
                 case Applied():
@@ -190,24 +200,35 @@ class ActionRunner:
             ended = TaskEnded(task_ids=(each.batch.batch_id,))
             self.outbox.post(ENDED.at(), ended, traceparent=each.traceparent)
 
-    def _feed(self, node: NodeTraining, slot: Slot) -> None:
-        pending = self._book.pending[slot.batch_id]
-        rows = pending.batch.microbatches[slot.index]
-        microbatch = Microbatch(
+    def _feed(self, node: NodeTraining, batch_id: str) -> None:
+        pending = self._book.pending[batch_id]
+        for index, rows in enumerate(pending.batch.microbatches):
+            microbatch = Microbatch(
+                epoch=node.epoch,
+                batch_id=batch_id,
+                index=index,
+                count=len(pending.batch.microbatches),
+                lengths=rows.lengths,
+                label_rows=rows.label_rows,
+                labels=rows.labels,
+                loss_weight=pending.batch.loss_weight,
+                backward_after_all=self._settings.schedule == "gpipe",
+                offload=pending.offload,
+                traceparent=pending.traceparent,
+            )
+            message = MicrobatchForward(microbatch=microbatch, tokens=rows.tokens)
+            self.outbox.post(FORWARD.at(node=node.node, stage=0), message, traceparent=pending.traceparent)
+
+    def _step_ahead(self, node: NodeTraining, step: StepsAhead) -> None:
+        pending, limit = self._book.pending[step.batch_id], self._settings.max_gradient_norm
+        message = StepAhead(
             epoch=node.epoch,
-            batch_id=slot.batch_id,
-            index=slot.index,
-            count=slot.count,
-            lengths=rows.lengths,
-            label_rows=rows.label_rows,
-            labels=rows.labels,
-            loss_weight=pending.batch.loss_weight,
-            backward_after_all=self._settings.schedule == "gpipe",
-            offload=pending.offload,
-            traceparent=pending.traceparent,
+            batch_id=step.batch_id,
+            version=step.version,
+            learning_rate=self._rate_of(pending.batch),
+            max_gradient_norm=limit if isfinite(limit) else None,
         )
-        message = MicrobatchForward(microbatch=microbatch, tokens=rows.tokens)
-        self.outbox.post(FORWARD.at(node=node.node, stage=0), message, traceparent=pending.traceparent)
+        self.outbox.post(STEP_AHEAD.at(node=node.node), message, traceparent=pending.traceparent)
 
     def _step(self, node: NodeTraining, step: Step) -> None:
         pending = [self._book.pending[batch_id] for batch_id in step.rate_of or (step.batch_id,)]
@@ -220,8 +241,7 @@ class ActionRunner:
             skip=step.is_skipped,
             keep=step.is_kept,
         )
-        for stage in range(node.num_stages):
-            self.outbox.post(STEP.at(node=node.node, stage=stage), order, traceparent=pending[0].traceparent)
+        self.outbox.post(STEP.at(node=node.node, stage=0), order, traceparent=pending[0].traceparent)
 
     def _rate_of(self, batch: TrainingBatch) -> float:
         """The batch's learning rate. It ignores earlier batches' fates, so it is the same after a restart."""

@@ -10,7 +10,6 @@ from services.trainer.batches import BatchBook, Pending
 from services.trainer.intake import Intake
 from services.trainer.microbatches import TrainingBatch
 from services.trainer.nodes import Nodes
-from services.trainer.schedules import Shape
 from shared.bus.base import TRACE_HEADER, Bus, StreamMessage, StreamReader
 from shared.errors import BusError, RefusedError
 from shared.messages.inference import DEFERRED
@@ -112,7 +111,7 @@ class BatchFlow:
             # A node has failed meanwhile, and its batches go first: else the weights would depend on that.
             self._actions.end([pending])
             return False
-        if self._nodes.place(placed.node, Shape(batch.batch_id, len(batch.microbatches))):
+        if self._nodes.place(placed.node, batch.batch_id):
             self._actions.progress.tell(
                 BatchPlaced(batch_id=batch.batch_id, node=placed.node), traceparent=pending.traceparent
             )

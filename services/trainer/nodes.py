@@ -8,7 +8,6 @@ from services.trainer.batches import BatchBook
 from services.trainer.node.publishing import PublishingRules
 from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.replicas import are_going_back
-from services.trainer.schedules import SCHEDULES, Shape, double_buffered
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
@@ -16,7 +15,6 @@ from shared.errors import ConfigurationError
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import StageReport
 from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
-from shared.schedule import is_synchronous
 from shared.subjects import HEARTBEAT_S
 
 EPOCHS_PER_TERM = 1 << 20
@@ -46,12 +44,11 @@ class Nodes:
         self._actions = actions
         self._term = term
         self._epochs = itertools.count(term * EPOCHS_PER_TERM + 1)
-        schedule = SCHEDULES[settings.schedule]
         self._rules = Rules(
-            schedule=double_buffered(schedule) if settings.stashing == "double" else schedule,
+            feeding=settings.feeding,
+            microbatches=settings.microbatches,
             checkpoint_every=settings.checkpoint_every,
             checkpoint_idle_s=settings.checkpoint_idle_s,
-            extra_in_flight=settings.extra_in_flight,
             shares_weights=settings.shares_weights,
             shares_steps=settings.merging == "allreduce",
             max_gradient_norm=settings.max_gradient_norm,
@@ -69,7 +66,7 @@ class Nodes:
     @property
     def num_wanted(self) -> int:
         """Batches that may be placed and not applied: they fill the pipelines, and each node has its next."""
-        return sum(1 + self._num_filling(node.num_stages) for node in self._known)
+        return sum(node.num_wanted for node in self._known)
 
     @property
     def have_room(self) -> bool:
@@ -79,12 +76,6 @@ class Nodes:
     @property
     def _known(self) -> list[NodeTraining]:
         return [node for node in self.by_number.values() if node.is_known]
-
-    def _num_filling(self, num_stages: int) -> int:
-        """Without a flush, as many microbatches are in flight as a node has stages."""
-        if is_synchronous(self._settings.schedule):
-            return 1
-        return -(-(num_stages + self._settings.extra_in_flight) // self._settings.microbatches)
 
     async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         """Take in a sign of life of a stage.
@@ -110,12 +101,12 @@ class Nodes:
         """Answer a question about the nodes' weights."""
         return WeightsStatus(nodes=tuple(_weights_of(node) for _, node in sorted(self.by_number.items())))
 
-    def place(self, number: int, shape: Shape) -> bool:
+    def place(self, number: int, batch_id: str) -> bool:
         """Give a batch to a node; False when the node is gone."""
         node = self.by_number.get(number)
         if node is None or not node.is_known:
             return False
-        self._actions.run(node, node.place(shape, self._clock.now_s()))
+        self._actions.run(node, node.place(batch_id, self._clock.now_s()))
         return True
 
     async def tick(self) -> None:

@@ -81,8 +81,8 @@ class Reductions:
 
     def _order_steps(self, now: _Round, members: list[NodeTraining], now_s: float) -> list[Decision]:
         """Order all nodes alike: their norms for the same gradients may differ in the last bit."""
-        assert members[0].complete is not None
-        squared_norm, may_save = members[0].complete.squared_norm, members[0].may_save(now_s)
+        squared_norm, may_save = members[0].squared_norm, members[0].may_save(now_s)
+        assert squared_norm is not None
         return [
             told(
                 node,
@@ -126,7 +126,7 @@ class Reductions:
     def _begin_if_ready(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
         """Begin when each node has gradients or nothing to compute them from, and at least one has some."""
         for node in members:
-            if node.complete is not None and not isfinite(node.complete.squared_norm):
+            if node.squared_norm is not None and not isfinite(node.squared_norm):
                 return [told(node, node.skip(now_s))]
         ready = [node for node in members if node.complete is not None]
         others_rest = all(node.complete is not None or node.has_nothing_begun for node in members)

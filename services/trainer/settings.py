@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 from pydantic_settings import NoDecode
 
 from shared.messages.weights import ServingRule
-from shared.schedule import MergeName, ScheduleName, StashingName
+from shared.schedule import Feeding, MergeName, ScheduleName, StashingName
 from shared.settings import LemixSettings, split_commas
 
 TrainFrom = Literal["first", "next"]
@@ -102,6 +102,11 @@ class TrainerSettings(LemixSettings):
     def merging(self) -> MergeName:
         """The way weights become one; `dp` is the mean of gradients over nodes of one stage."""
         return "allreduce" if self.schedule == "dp" else self.merge
+
+    @property
+    def feeding(self) -> Feeding:
+        """How microbatches enter nodes."""
+        return Feeding(schedule=self.schedule, extra_in_flight=self.extra_in_flight)
 
     @property
     def shares_weights(self) -> bool:

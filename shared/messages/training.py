@@ -83,8 +83,24 @@ class TiedGradient(Message):
     """[vocab_size, hidden_size]."""
 
 
+class StepAhead(Message):
+    """How to step on a batch, given before its gradients are there. trainer -> stage 0.
+
+    It holds when all of them are finite and the weights are of the version before; else stage 0 asks with
+    `BatchReady`, and the trainer sends a `StepOrder`, or this anew.
+    """
+
+    epoch: int
+    batch_id: str
+    version: int
+    """The version of the weights after the step."""
+    learning_rate: NonNegativeFloat
+    max_gradient_norm: PositiveFloat | None = None
+    """Gradients whose norm over all stages is larger are scaled down to it; None: there is no limit."""
+
+
 class StepOrder(Message):
-    """Step on a batch whose gradients every stage has, or skip it. trainer -> each stage, the same to all."""
+    """Step on a batch whose gradients every stage has, or skip it. trainer -> stage 0 -> each stage."""
 
     epoch: int
     batch_id: str
@@ -99,37 +115,54 @@ class StepOrder(Message):
     """Hold on to `version` for serving, until `ReleaseVersion`."""
 
 
-class ForwardDone(Event, tag="forward"):
-    """A stage has run a microbatch forward with the weights of `version`."""
-
-    batch_id: str
-    index: int
-    version: int
-
-
-class BackwardDone(Event, tag="backward"):
-    """A stage has run a microbatch backward; the last stage also knows its loss."""
-
-    batch_id: str
-    index: int
-    loss: float | None = None
-    """Share of the microbatch in the batch's mean loss per label, in nats."""
-
-
 class GradientsReady(Event, tag="gradients"):
-    """A stage has the whole batch's gradients, and waits for the order to step."""
+    """A stage has the whole batch's gradients, and waits for the order to step. To stage 0."""
 
     batch_id: str
     squared_norm: float
     """Sum of the squares of this stage's gradients, a tied embedding's on the first stage only; not finite
     when one of them is not."""
+    loss: float = 0.0
+    """Mean loss of the batch per label, in nats; of the last stage alone."""
 
 
 class StepDone(Event, tag="step"):
-    """A stage has stepped as ordered, or skipped; its weights are now of `version`."""
+    """A stage has stepped as ordered, or skipped; its weights are now of `version`. To stage 0."""
 
     batch_id: str
     version: int
+
+
+class TrainedReport(Message):
+    """What a stage tells the first one of its node, which leads the training there."""
+
+    stage: int
+    epoch: int
+    event: GradientsReady | StepDone
+
+
+class MicrobatchEntered(Event, tag="entered"):
+    """Stage 0 has run a microbatch forward. Told of a batch's last one, and else once in a while."""
+
+    batch_id: str
+    index: int
+
+
+class BatchReady(Event, tag="ready"):
+    """Every stage has a batch's gradients, and they wait for an order: none was given ahead that holds."""
+
+    batch_id: str
+    squared_norm: float
+    """Over all stages."""
+
+
+class BatchStepped(Event, tag="stepped"):
+    """Every stage has stepped on a batch, or skipped it; the weights are now of `version`."""
+
+    batch_id: str
+    version: int
+    loss: float
+    """Mean of the batch per label, before the step, in nats."""
 
 
 class TrainingFailed(Event, tag="failed"):
@@ -178,14 +211,7 @@ class VersionsServed(Event, tag="served"):
 
 
 StageEvent = (
-    ForwardDone
-    | BackwardDone
-    | GradientsReady
-    | StepDone
-    | TrainingFailed
-    | ShardSaved
-    | SaveFailed
-    | VersionsServed
+    MicrobatchEntered | BatchReady | BatchStepped | TrainingFailed | ShardSaved | SaveFailed | VersionsServed
 )
 
 

@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from shared.messages.base import Message
 from shared.messages.bounds import FileStem, PositiveFloat, Share
+from shared.schedule import BY_DEFAULT, Feeding
 
 ServingRule = Literal["newest", "published", "pinned"]
 """Which weights serve. `newest`: each stage's own, from one iteration to the next. `published`: the version
@@ -34,6 +35,8 @@ class RestoreWeights(Message):
     """The weights to serve instead, because a guard has not approved these; stages keep them under their
     number. None: these weights serve.
     """
+    feeding: Feeding = BY_DEFAULT
+    """How microbatches enter the node from now on."""
 
     @property
     def served_version(self) -> int:
@@ -95,7 +98,7 @@ class MergeWeights(Message):
 class ReduceGradients(Message):
     """Average gradients over the members, for one step of all. trainer -> each stage of each member.
 
-    Then `GradientsReady` and `StepOrder` speak of the group's name instead of the batch.
+    Then `GradientsReady`, `BatchReady` and `StepOrder` speak of the group's name instead of the batch.
     """
 
     epoch: int

@@ -14,7 +14,7 @@ from lemix.launcher import LocalCluster
 from lemix.topology import ClusterOptions
 from shared import checkpoints
 from shared.bus.base import Bus, Incoming
-from shared.messages.training import StageReport, StepDone
+from shared.messages.training import BatchStepped, StageReport
 from shared.subjects import BATCHES, REPORT
 from tests.support.processes import is_alive
 from tests.support.waiting import until
@@ -27,7 +27,7 @@ DEADLINE_S = 50.0
 
 
 class Steps:
-    """The optimizer steps of a node, as its last stage reports them."""
+    """The optimizer steps of a node, as its first stage reports them."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -38,7 +38,7 @@ class Steps:
 
     async def on_report(self, incoming: Incoming[StageReport]) -> None:
         report = incoming.message
-        if report.stage == LAST_STAGE and isinstance(report.event, StepDone):
+        if isinstance(report.event, BatchStepped):
             self.epoch, self.version = report.epoch, report.event.version
             self.lineage[self.version - 1 :] = [report.event.batch_id]
             self._stepped.set()

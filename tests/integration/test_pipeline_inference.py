@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from shared.messages.training import StepDone, TrainingFailed
+from shared.messages.training import BatchStepped
 from tests.support.models import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.support.node import Node, running_node
 from tests.support.reference import greedy_reference
@@ -51,11 +51,7 @@ async def train_for_ever(node: Node) -> None:
     for number in range(1_000_000):
         for message in messages(f"b{number}", batch):
             await node.feed(message)
-        num_left = node.num_stages
-        while num_left:
-            event = (await node.report()).event
-            assert not isinstance(event, TrainingFailed), event
-            num_left -= isinstance(event, StepDone)
+        await node.next(BatchStepped)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from msgspec import structs
 
+from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.training import training
 from shared import subjects
 from shared.bus.base import Incoming
@@ -18,7 +20,8 @@ from shared.messages.base import Done, Message
 from shared.messages.cluster import LinkOffer
 from shared.messages.inference import CancelTask, InferenceTask, IterationForward, Sampling, TaskEnded
 from shared.messages.training import (
-    BackwardDone,
+    BatchReady,
+    BatchStepped,
     MicrobatchForward,
     SaveFailed,
     StageReport,
@@ -31,6 +34,7 @@ from tests.support.node import Answer, Node, running_node
 from tests.support.reference import greedy_reference
 from tests.support.saving import save, tensors_in
 from tests.support.training import ADAMW, Batch, messages, random_batches
+from tests.support.waiting import until
 
 PROMPT = [3, 14, 15, 92, 65, 35]
 ENDLESS: dict[str, Any] = {"max_tokens": 3000}
@@ -59,7 +63,7 @@ async def step(node: Node, batch_id: str, batch: Batch, **header: Any) -> list[S
     """Train on a batch; returns all reports until every stage has stepped."""
     await feed(node, batch_id, batch, **header)
     reports: list[StageReport] = []
-    while sum(isinstance(report.event, StepDone) for report in reports) < node.num_stages:
+    while not (reports and isinstance(reports[-1].event, BatchStepped)):
         reports.append(await node.report())
         assert not isinstance(reports[-1].event, TrainingFailed), reports[-1]
     return reports
@@ -193,10 +197,20 @@ class OthersTask(InferenceTask):
 def subjects_of(stage: int) -> tuple[list[str], list[str]]:
     """Names of what a stage of two listens to, and of what it answers."""
     place = {"node": 0, "stage": stage}
-    told = [topic.at(**place).name for topic in (subjects.FORWARD, subjects.BACKWARD, subjects.TIED)]
+    told = [
+        topic.at(**place).name
+        for topic in (subjects.FORWARD, subjects.BACKWARD, subjects.STEP, subjects.TIED)
+    ]
     if stage == 0:
         told += [
-            topic.at(**place).name for topic in (subjects.ASSIGN, subjects.CANCEL, subjects.ITERATION_DONE)
+            topic.at(**place).name
+            for topic in (
+                subjects.ASSIGN,
+                subjects.CANCEL,
+                subjects.ITERATION_DONE,
+                subjects.STEP_AHEAD,
+                subjects.TRAINED,
+            )
         ]
     else:
         told.append(subjects.ITERATION.at(**place).name)
@@ -300,14 +314,17 @@ async def test_microbatches_of_an_older_epoch_are_ignored(folder: Path, tmp_path
             await node.restore(epoch=1)
         assert refusal.value.code == 409
         reports = await step(node, "newer", old, epoch=2)
-    versions = {report.event.version for report in reports if isinstance(report.event, StepDone)}
+    versions = {report.event.version for report in reports if isinstance(report.event, BatchStepped)}
     assert versions == {2}
 
 
 def losses(reports: list[StageReport]) -> list[float]:
-    """What the last stage told of its microbatches."""
-    events = [report.event for report in reports]
-    return [event.loss for event in events if isinstance(event, BackwardDone) and event.loss is not None]
+    """Of the batches that were stepped on."""
+    return [report.event.loss for report in reports if isinstance(report.event, BatchStepped)]
+
+
+def has_run(node: Node, batch_id: str, num_forwards: int) -> bool:
+    return sum(name == batch_id for _, name, _ in node.versions) >= num_forwards
 
 
 async def test_restores_in_mid_flight_leave_nothing_behind(tmp_path: Path) -> None:
@@ -320,9 +337,7 @@ async def test_restores_in_mid_flight_leave_nothing_behind(tmp_path: Path) -> No
         (expected,) = losses(await step(node, "e1", batch[:1], epoch=1))
         for epoch in range(2, 2 + num_restores):
             await feed(node, f"e{epoch - 1}", batch, epoch=epoch - 1)
-            for _ in range(epoch % 4):
-                report = await node.report()
-                assert report.event.batch_id == f"e{report.epoch}"  # type: ignore[union-attr]
+            await until(partial(has_run, node, f"e{epoch - 1}", epoch % 4))
             await node.restore(epoch=epoch)
         while not node.reports.empty():
             report = await node.report()
@@ -355,7 +370,7 @@ async def test_a_batch_that_raises_fails_alone(folder: Path, tmp_path: Path) -> 
         await answer.end()
         await node.restore(epoch=2)
         reports = await step(node, "good", good, epoch=2)
-        assert {report.event.version for report in reports if isinstance(report.event, StepDone)} == {1}
+        assert {report.event.version for report in reports if isinstance(report.event, BatchStepped)} == {1}
     assert answer.token_ids == expected.token_ids
 
 
@@ -414,14 +429,19 @@ async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_
     async with running_node(folder, 1, tmp_path, discipline="fifo", **ADAMW) as node:
         await node.restore()
         node.orders_steps = False
-        first, second = random_batches(2, 1)
-        await feed(node, "b0", first)
-        *_, gathered = [await node.report() for _ in range(3)]
-        await feed(node, "b1", second)  # the step waits behind it, and the save behind the step
-        await node.order(gathered.epoch, "b0")
+        await feed(node, "b0", *random_batches(1, 1))
+        ready, gate = await node.next(BatchReady), asyncio.Event()
+
+        async def wait() -> None:
+            await gate.wait()
+
+        # The step waits behind this, and the save behind the step.
+        node.workers.workers[0]._queue.put(WorkKind.CONTROL, wait)
+        await node.order(ready.epoch, "b0")
         await node.save(0, tmp_path / "checkpoints")
-        *_, stepped, failed = [(await node.report()).event for _ in range(5)]
-    assert stepped == StepDone(batch_id="b0", version=1)
+        gate.set()
+        stepped, failed = [(await node.report()).event for _ in range(2)]
+    assert isinstance(stepped, BatchStepped) and stepped.version == 1
     assert failed == SaveFailed(version=0, reason="the stage has gone on to version 1")
 
 

@@ -55,8 +55,7 @@ async def run(
     """Train the model in `folder`, where its checkpoints go, too."""
     model, checkpoints = folder / "model", folder / "checkpoints" / f"{schedule}-{num_stages}"
     async with running_node(model, num_stages, folder, **ADAMW | settings) as node:
-        stashing = settings.get("stashing", "full")
-        driver = Driver(node, schedule, stashing=stashing, max_gradient_norm=max_gradient_norm)
+        driver = Driver(node, schedule, max_gradient_norm=max_gradient_norm)
         await driver.start()
         start = await save(node, model, 0, checkpoints / "start")
         trained = await driver.train(named(batches))
@@ -117,8 +116,11 @@ async def test_a_schedule_computes_what_one_process_does(
     found = await run(tmp_path, schedule, num_stages, batches, **settings)
     met, weights = found.trained.versions, weights_in(found.end)
     delays = {int(batch_id[1:]) - version for (_, batch_id, _), version in met.items()}
-    is_delayed = schedule == "async" and num_stages > 1
-    assert (max(delays) > 0) == is_delayed, delays
+    is_delayed = max(delays) > 0
+    if schedule != "async" or num_stages == 1:
+        assert not is_delayed, delays
+    elif num_stages > 2:  # of two, a step may just come before the next batch's first forward
+        assert is_delayed, delays
     assert settings.get("stashing") != "double" or max(delays) <= 1
 
     def reference() -> Reference:

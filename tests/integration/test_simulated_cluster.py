@@ -14,7 +14,7 @@ from lemix.simulation.loop import run_virtual
 from services.gateway.cluster_client import ClusterClient
 from shared.bus.base import Incoming
 from shared.errors import ConfigurationError, LemixError, RefusedError
-from shared.messages.training import ForwardDone, StageReport
+from shared.messages.training import MicrobatchEntered, StageReport
 from shared.subjects import REPORT
 from tests.support.simulation import (
     HOP_S,
@@ -69,11 +69,11 @@ def test_a_batch_takes_exactly_its_forwards_backwards_and_step() -> None:
         await training.listen()
         await training.publish("b", 4)
         await training.applied("b")
-        # Trainer to scheduler and back, to stage 0 to 1 to 0, to the trainer and back, and the step's report.
+        # Trainer to scheduler and back, to stage 0 to 1 to 0, the step to 1 and its end to 0, and the report.
         hops_s = 8 * HOP_S
         compute_s = 2 * (2 + 4) * ROW_S * 4
         assert clock.now_s() - begun_s == pytest.approx(hops_s + compute_s + STEP_S, abs=1e-9)
-        assert sorted(stage for _, _, stage in training.steps) == [0, 1]
+        assert training.steps == [("b", 0)]
 
     on_cluster(case, nodes=1, stages=2)
 
@@ -89,8 +89,8 @@ def test_every_request_and_every_batch_of_a_busy_cluster_is_done() -> None:
         answers = await asyncio.gather(*map(answer, sessions))
         assert [len(arrivals) for arrivals in answers] == [4] * 10
         await training.applied(*batches)
-        assert sorted(training.steps) == sorted(set(training.steps)), "each stage stepped once for each"
-        assert {node for _, node, _ in training.steps} == {0, 1}
+        assert sorted(training.steps) == sorted(set(training.steps)), "each was stepped on once"
+        assert {node for _, node in training.steps} == {0, 1}
 
     on_cluster(case, nodes=2, stages=2)
 
@@ -138,7 +138,7 @@ def test_the_error_of_one_service_ends_the_simulation() -> None:
             await cluster.world.bus.wait_failed()
 
         cluster._start(cluster.world.bus, serve)  # type: ignore[arg-type]
-        report = StageReport(node=0, stage=0, epoch=1, event=ForwardDone(batch_id="b", index=0, version=0))
+        report = StageReport(node=0, stage=0, epoch=1, event=MicrobatchEntered(batch_id="b", index=0))
         await asyncio.sleep(1.0)
         await cluster.world.bus.publish(REPORT.at(), report)
         await asyncio.sleep(1000)

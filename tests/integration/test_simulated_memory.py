@@ -12,7 +12,7 @@ from lemix.simulation.loop import run_virtual
 from lemix.simulation.record import RunRecord
 from lemix.simulation.workload import PlannedBatch, Workload
 from shared.bus.base import Incoming
-from shared.messages.training import StageReport, StepDone, TrainingFailed
+from shared.messages.training import BatchStepped, StageReport, TrainingFailed
 from shared.subjects import REPORT
 
 NUM_BATCHES = 6
@@ -52,7 +52,7 @@ def trained(policy: str, *, room_tokens: int) -> tuple[RunRecord, list[str]]:
         match report.event:
             case TrainingFailed(reason=reason):
                 failures.append(reason)
-            case StepDone(batch_id=batch_id) if report.stage == 0:
+            case BatchStepped(batch_id=batch_id):
                 stepped[report.epoch].add(batch_id)
                 if len(stepped[report.epoch]) == NUM_BATCHES:
                     is_done.set()

@@ -13,7 +13,7 @@ from shared import checkpoints, subjects
 from shared.bus.base import Incoming
 from shared.checkpoints import Manifest
 from shared.messages.inference import IterationForward
-from shared.messages.training import BackwardDone, ForwardDone, StepDone, TrainingFailed
+from shared.messages.training import BatchStepped, MicrobatchEntered
 from shared.tensors import inline
 from shared.tensors.point_to_point import CollectiveLink
 from tests.support.models import save_tiny_model
@@ -78,7 +78,7 @@ async def test_requests_wait_until_a_new_stage_is_linked(num_stages: int, tmp_pa
             await node.restore(epoch=epoch)
             (first,) = messages(f"b{epoch}", random_batches(1, 1)[0], epoch=epoch)
             await node.feed(first)
-            assert isinstance((await node.report()).event, ForwardDone)
+            await node.next(MicrobatchEntered)
             await node.restore(epoch=epoch)  # the batch is forgotten: the weights stay those of the model
 
 
@@ -196,15 +196,9 @@ async def loss_of_step(node: Node, batch_id: str, *, epoch: int) -> float:
     """Train on one batch of one microbatch; returns its loss before the step."""
     for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch):
         await node.feed(message)
-    loss, num_left = None, node.num_stages
-    while num_left:
-        event = (await node.report()).event
-        assert not isinstance(event, TrainingFailed), event
-        if isinstance(event, BackwardDone) and event.loss is not None:
-            loss = event.loss
-        num_left -= isinstance(event, StepDone)
-    assert loss is not None
-    return loss
+    event = (await node.next(BatchStepped)).event
+    assert isinstance(event, BatchStepped)
+    return event.loss
 
 
 async def step(node: Node, batch_id: str, *, epoch: int) -> None:
@@ -212,6 +206,4 @@ async def step(node: Node, batch_id: str, *, epoch: int) -> None:
     node.learning_rate = 0.1
     for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch):
         await node.feed(message)
-    for _ in range(node.num_stages):
-        while not isinstance((await node.report()).event, StepDone):
-            pass
+    await node.next(BatchStepped)

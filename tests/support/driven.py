@@ -3,15 +3,14 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 
 from msgspec import structs
 
-from services.trainer.node.actions import Action, Applied, Feed, Restore, Skipped, Step
+from services.trainer.node.actions import Action, Applied, Feed, Restore, Skipped, Step, StepsAhead
 from services.trainer.node.training import NodeTraining, Rules
-from services.trainer.schedules import SCHEDULES, Schedule, Shape, double_buffered
-from shared.messages.training import BackwardDone, ForwardDone, GradientsReady, MicrobatchForward, StageReport
-from shared.schedule import ScheduleName, StashingName
+from shared.messages.training import BatchStepped, MicrobatchForward, StageReport
+from shared.schedule import Feeding, ScheduleName
 from tests.support.node import Node
 from tests.support.training import Batch, messages
 
@@ -32,13 +31,8 @@ class Trained:
     skipped: list[str] = field(default_factory=list)
 
     def note(self, report: StageReport) -> None:
-        match report.event:
-            case ForwardDone(batch_id=batch_id, index=index, version=version):
-                self.versions[report.stage, batch_id, index] = version
-            case BackwardDone(batch_id=batch_id, loss=loss):
-                self.losses[batch_id] += loss or 0.0
-            case GradientsReady(batch_id=batch_id, squared_norm=squared_norm):
-                self.squared_norms[batch_id] += squared_norm
+        if isinstance(report.event, BatchStepped):
+            self.losses[report.event.batch_id] = report.event.loss
 
 
 class Driver:
@@ -49,18 +43,18 @@ class Driver:
         node: Node,
         schedule: ScheduleName,
         *,
-        stashing: StashingName = "full",
         max_gradient_norm: float = inf,
     ) -> None:
         node.orders_steps = False
         self._node = node
         self._schedule = schedule
-        rule: Schedule = SCHEDULES[schedule]
+        self._feeding = Feeding(schedule=schedule)
+        self._limit = max_gradient_norm if isfinite(max_gradient_norm) else None
         self._training = NodeTraining(
             0,
             node.num_stages,
             rules=Rules(
-                schedule=double_buffered(rule) if stashing == "double" else rule,
+                feeding=self._feeding,
                 checkpoint_every=NEVER,
                 checkpoint_idle_s=NEVER,
                 max_gradient_norm=max_gradient_norm,
@@ -74,7 +68,7 @@ class Driver:
     async def start(self) -> None:
         actions = [a for beat in self._node.heartbeats.values() for a in self._training.heartbeat(beat, 0.0)]
         assert [type(action) for action in actions] == [Restore]
-        await self._node.restore(epoch=self._training.epoch)
+        await self._node.restore(epoch=self._training.epoch, feeding=self._feeding)
         assert self._training.restored(self._training.epoch, "", 0.0) == []
 
     async def train(self, batches: Mapping[str, Batch], *, loss_weight: float | None = None) -> Trained:
@@ -83,18 +77,23 @@ class Driver:
         for batch_id, batch in batches.items():
             forwards = messages(batch_id, batch, epoch=self._training.epoch)
             self._messages[batch_id] = [_changed(forward, loss_weight, **changes) for forward in forwards]
-            await self._run(self._training.place(Shape(batch_id, len(batch)), 0.0))
+            await self._run(self._training.place(batch_id, 0.0))
         while self._training.num_unfinished:
             report = await self._node.report()
             self.trained.note(report)
             await self._run(self._training.report(report, 0.0))
+        self.trained.versions.update(self._node.versions)
+        self.trained.squared_norms.update(self._node.squared_norms)
         return self.trained
 
     async def _run(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Feed(slot=slot):
-                    await self._node.feed(self._messages[slot.batch_id][slot.index])
+                case Feed(batch_id=batch_id):
+                    for forward in self._messages[batch_id]:
+                        await self._node.feed(forward)
+                case StepsAhead(batch_id=batch_id, version=version):
+                    await self._node.step_ahead(batch_id, version=version, max_gradient_norm=self._limit)
                 case Step():
                     await self._node.order(
                         self._training.epoch,

@@ -11,18 +11,18 @@ from pathlib import Path
 
 from msgspec import structs
 
+from services.stage_worker.node.train_schedule import Enter, Lead, TrainSchedule
 from shared.bus.base import Bus, Incoming
 from shared.errors import RefusedError
 from shared.messages.base import Done
 from shared.messages.training import (
-    BackwardDone,
-    ForwardDone,
     GradientsReady,
     MicrobatchForward,
     SaveFailed,
     ShardSaved,
     StageEvent,
     StageReport,
+    StepAhead,
     StepDone,
     StepOrder,
     TrainingFailed,
@@ -34,7 +34,7 @@ from shared.messages.weights import (
     RestoreWeights,
     SaveWeights,
 )
-from shared.subjects import FORWARD, HEARTBEAT, MERGE, REDUCE, REPORT, RESTORE, SAVE, STEP
+from shared.subjects import FORWARD, HEARTBEAT, MERGE, REDUCE, REPORT, RESTORE, SAVE, STEP, STEP_AHEAD
 from tests.support.cluster import heartbeat
 
 
@@ -74,6 +74,7 @@ class FakeNode:
         self._meeting = meeting or Meeting()
         self._joint: dict[str, list[str]] = {}
         """Batches behind averaged gradients, by what the step will be called here."""
+        self._losses: dict[str, float] = defaultdict(float)
         self.node = node
         self.stages = [FakeStage(f"{node}.{stage}.0") for stage in range(num_stages)]
         self.restores: list[RestoreWeights] = []
@@ -94,10 +95,11 @@ class FakeNode:
 
     async def start(self) -> None:
         await self._bus.subscribe(FORWARD.at(node=self.node, stage=0), self._on_forward)
+        await self._bus.subscribe(STEP_AHEAD.at(node=self.node), self._on_step_ahead)
+        await self._bus.subscribe(STEP.at(node=self.node, stage=0), self._on_order)
         for stage in range(len(self.stages)):
             await self._bus.respond(RESTORE.at(node=self.node, stage=stage), self._restorer(stage))
             await self._bus.respond(SAVE.at(node=self.node, stage=stage), self._saver(stage))
-            await self._bus.subscribe(STEP.at(node=self.node, stage=stage), self._stepper(stage))
             await self._bus.respond(MERGE.at(node=self.node, stage=stage), self._merger(stage))
             await self._bus.subscribe(REDUCE.at(node=self.node, stage=stage), self._reducer(stage))
 
@@ -121,6 +123,14 @@ class FakeNode:
             weights = message.weights
             stage.contents = read_shard(Path(weights.checkpoint), number) if weights.checkpoint else []
             assert len(stage.contents) == weights.version
+            if number == 0:
+                self._schedule = TrainSchedule(
+                    len(self.stages),
+                    feeding=message.feeding,
+                    stashing="full",
+                    version=message.weights.version,
+                )
+                self._losses.clear()
             self.restores.append(message)
             self.happened("restore")
             return Done()
@@ -141,14 +151,35 @@ class FakeNode:
         return save
 
     async def _on_forward(self, incoming: Incoming[MicrobatchForward]) -> None:
-        microbatch = incoming.message.microbatch
-        if any(microbatch.epoch != stage.epoch for stage in self.stages):
-            return
-        self.microbatches.append(incoming.message)
+        if self._is_of_now(incoming.message.microbatch.epoch):
+            await self._carry_out(self._schedule.feed(incoming.message))
+
+    async def _on_step_ahead(self, incoming: Incoming[StepAhead]) -> None:
+        if self._is_of_now(incoming.message.epoch):
+            await self._carry_out(self._schedule.step_ahead(incoming.message))
+
+    async def _on_order(self, incoming: Incoming[StepOrder]) -> None:
+        if self._is_of_now(incoming.message.epoch):
+            await self._carry_out(self._schedule.order(incoming.message))
+
+    def _is_of_now(self, epoch: int) -> bool:
+        return all(epoch == stage.epoch for stage in self.stages)
+
+    async def _carry_out(self, leads: list[Lead]) -> None:
+        for lead in leads:
+            match lead:
+                case Enter(forward=forward):
+                    await self._run(forward)
+                case StepOrder():
+                    await self._step(lead)
+                case _:
+                    await self._report(0, lead)
+
+    async def _run(self, forward: MicrobatchForward) -> None:
+        microbatch = forward.microbatch
+        self.microbatches.append(forward)
         batch_id, index = microbatch.batch_id, microbatch.index
-        for number, stage in enumerate(self.stages):
-            done = ForwardDone(batch_id=batch_id, index=index, version=len(stage.contents))
-            await self._report(number, done)
+        self._losses[batch_id] += len(microbatch.labels) * microbatch.loss_weight
         self.happened("forward")
         last = len(self.stages) - 1
         if self.num_faults > 0:
@@ -159,15 +190,21 @@ class FakeNode:
         if batch_id == self.poison:
             await self._report(last, TrainingFailed(batch_id=batch_id, reason="NaN"))
             return
-        for number in range(last, -1, -1):
-            loss = len(microbatch.labels) * microbatch.loss_weight if number == last else None
-            await self._report(number, BackwardDone(batch_id=batch_id, index=index, loss=loss))
+        await self._carry_out(self._schedule.left(batch_id, index, 0.0))
         self.happened("backward")
+        if not self._is_of_now(microbatch.epoch):
+            return  # a stage has died meanwhile
+        await self._carry_out(self._schedule.came_back(batch_id, index))
         if index == microbatch.count - 1:
             squared_norm = nan if batch_id in self.diverging else 1.0
             for number in range(last, -1, -1):
-                await self._report(number, GradientsReady(batch_id=batch_id, squared_norm=squared_norm))
+                await self._gradients_ready(number, batch_id, squared_norm)
             self.happened("gradients")
+
+    async def _gradients_ready(self, number: int, batch_id: str, squared_norm: float) -> None:
+        loss = self._losses.pop(batch_id, 0.0)
+        ready = GradientsReady(batch_id=batch_id, squared_norm=squared_norm, loss=loss)
+        await self._carry_out(self._schedule.gradients_ready(number, ready))
 
     def _merger(self, number: int) -> Callable[[Incoming[MergeWeights]], Awaitable[Done]]:
         async def merge(incoming: Incoming[MergeWeights]) -> Done:
@@ -177,6 +214,8 @@ class FakeNode:
             self.happened("merge")
             stage.contents = await self._meeting.union(message.group, number, self.node, stage.contents)
             assert len(stage.contents) == message.version
+            if number == 0:
+                self._schedule.merged(message.version)
             return Done()
 
         return merge
@@ -187,24 +226,26 @@ class FakeNode:
             own = [message.batch_id] if message.batch_id else []
             name = message.batch_id or message.group.name
             self._joint[name] = await self._meeting.union(message.group, number, self.node, own)
-            await self._report(number, GradientsReady(batch_id=name, squared_norm=1.0))
+            await self._gradients_ready(number, name, 1.0)
 
         return reduce
 
-    def _stepper(self, number: int) -> Callable[[Incoming[StepOrder]], Awaitable[None]]:
-        async def step(incoming: Incoming[StepOrder]) -> None:
-            order, stage = incoming.message, self.stages[number]
+    async def _step(self, order: StepOrder) -> None:
+        for number in range(len(self.stages)):
+            stage = self.stages[number]
             if order.epoch != stage.epoch:
-                return
+                return  # it has died meanwhile, and never tells that it has stepped
             self.orders.append(order)
             if not order.skip:
                 stage.contents += self._joint.get(order.batch_id, [order.batch_id])
             assert order.version == len(stage.contents)
-            await self._report(number, StepDone(batch_id=order.batch_id, version=order.version))
             self.happened("step")
             await self._save_if_due(number)
-
-        return step
+        for number in range(len(self.stages)):
+            if not self._is_of_now(order.epoch):
+                return
+            done = StepDone(batch_id=order.batch_id, version=order.version)
+            await self._carry_out(self._schedule.step_done(number, done))
 
     async def _save_if_due(self, number: int) -> None:
         stage = self.stages[number]

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from lemix.simulation.loop import VirtualClock
+from services.stage_worker.compute.executor import ForwardOutput, Rows
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.process import StageProcess
@@ -32,9 +34,8 @@ from shared.messages.base import Message
 from shared.messages.cluster import Heartbeat
 from shared.messages.inference import Placed
 from shared.messages.training import (
-    ForwardDone,
+    Microbatch,
     MicrobatchForward,
-    StageReport,
     StepOrder,
     TrainingTask,
 )
@@ -220,8 +221,6 @@ class MortalCluster:
                 self.orders[batch_id] = message
             case MicrobatchForward(microbatch=fed, hidden=None):
                 self._sizes[fed.batch_id][fed.index] = len(fed.lengths)
-            case StageReport(epoch=epoch, stage=stage, event=ForwardDone() as done):
-                self._met[epoch, stage, done.batch_id, done.index] = done.version
         self.num_messages += 1
         upcoming = self.kills[self.num_killed] if self.num_killed < len(self.kills) else None
         if upcoming is None or not re.search(upcoming.of, subject):
@@ -230,6 +229,9 @@ class MortalCluster:
         if self._num_counted == upcoming.after:
             self.num_killed, self._num_counted = self.num_killed + 1, 0
             self._kill(upcoming.victim)
+
+    def _note_met(self, stage: int, microbatch: Microbatch, version: int) -> None:
+        self._met[microbatch.epoch, stage, microbatch.batch_id, microbatch.index] = version
 
     def _kill(self, name: str) -> None:
         """At once, as the kernel does: what it was about to say is never said."""
@@ -297,12 +299,33 @@ class MortalCluster:
         local = LocalStages()
 
         def executor(own: StageWorkerSettings, instance: str) -> MeetingExecutor:
-            made = MeetingExecutor(own, instance, self._meetings, local)
+            note = partial(self._note_met, own.stage)
+            made = _NotingExecutor(own, instance, self._meetings, local, note)
             self._executors[f"stage {own.node}.{own.stage}"] = made
             return made
 
         world = World(bus=bus, clock=self._clock, ids=self._ids, telemetry=NoTelemetry())
         await StageProcess(self._settings_of(name).of_stages, world, executor).run()
+
+
+class _NotingExecutor(MeetingExecutor):
+    """Notes which weights each forward meets."""
+
+    def __init__(
+        self,
+        settings: StageWorkerSettings,
+        instance: str,
+        meetings: Meetings,
+        local: LocalStages,
+        note: Callable[[Microbatch, int], None],
+    ) -> None:
+        super().__init__(settings, instance, meetings, local)
+        self._note = note
+
+    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
+        output = await super().forward(microbatch, rows)
+        self._note(microbatch, output.version)
+        return output
 
 
 def bodies_of(batches: Sequence[Batch]) -> list[bytes]:

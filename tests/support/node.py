@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import random
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from msgspec import structs
 
-from services.stage_worker.compute.torch_executor import torch_executors
 from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.worker import StageWorker
@@ -31,10 +29,11 @@ from shared.messages.inference import (
     TokensProduced,
 )
 from shared.messages.training import (
-    GradientsReady,
+    BatchReady,
     MicrobatchForward,
     SaveFailed,
     StageReport,
+    StepAhead,
     StepOrder,
     TrainingFailed,
     VersionsServed,
@@ -51,7 +50,9 @@ from shared.messages.weights import (
     SaveWeights,
     ServingRule,
 )
+from shared.schedule import BY_DEFAULT, Feeding
 from shared.telemetry import Telemetry
+from tests.support.recording import Recorded, recording_executors
 from tests.support.training import LEARNING_RATE
 
 DEADLINE_S = 60.0
@@ -98,7 +99,7 @@ class Node:
         self.heartbeats: dict[int, Heartbeat] = {}
         self.reports: asyncio.Queue[StageReport] = asyncio.Queue()
         self.orders_steps = True
-        """Have stages step as soon as all have a batch's gradients; else that is told in `reports`."""
+        """Have stages step as soon as all have a batch's gradients; else `reports` has stage 0's question."""
         self.served: VersionsServed | None = None
         """Stage 0's last report of the versions that it serves."""
         self.keeps = False
@@ -107,8 +108,6 @@ class Node:
         self.version = 0
         """The version of the weights after the last step that was ordered."""
         self._epoch = 0
-        self._squared_norms: dict[str, dict[int, float]] = defaultdict(dict)
-        """The squared norms of each batch whose step is not ordered, by stage."""
         self._beaten = asyncio.Condition()
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
@@ -140,6 +139,16 @@ class Node:
         await asyncio.wait([self.workers.stop(stage)])
         self.workers.start(stage)
         await self.heard(lambda: self.heartbeats[stage].instance != gone)
+
+    @property
+    def versions(self) -> dict[tuple[int, str, int], int]:
+        """(stage, batch, microbatch) -> weights version of its forward."""
+        return self.workers.recorded.versions
+
+    @property
+    def squared_norms(self) -> dict[str, float]:
+        """Of each batch's gradients, over all stages."""
+        return {name: sum(each.values()) for name, each in self.workers.recorded.squared_norms.items()}
 
     @property
     def num_remembered(self) -> int:
@@ -188,16 +197,18 @@ class Node:
         digest: str = "",
         serving: ServingRule = "newest",
         served: SavedWeights | None = None,
+        feeding: Feeding = BY_DEFAULT,
     ) -> None:
         """As the trainer does at its start: opens the node for training."""
         weights = SavedWeights(version=version, checkpoint=checkpoint, digest=digest)
-        message = RestoreWeights(epoch=epoch, weights=weights, serving=serving, served=served)
+        message = RestoreWeights(
+            epoch=epoch, weights=weights, serving=serving, served=served, feeding=feeding
+        )
         for stage in range(self.num_stages):
             await self.bus.request(
                 subjects.RESTORE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S
             )
         self._epoch, self.version = epoch, version
-        self._squared_norms.clear()
 
     async def save(self, version: int, folder: Path, *, epoch: int = 1) -> None:
         message = SaveWeights(epoch=epoch, version=version, folder=str(folder))
@@ -254,14 +265,20 @@ class Node:
         async with asyncio.timeout(DEADLINE_S):
             return await self.reports.get()
 
+    async def next(self, kind: type[Message]) -> StageReport:
+        """The next report of that kind, of any stage."""
+        while True:
+            report = await self.report()
+            assert not isinstance(report.event, TrainingFailed | SaveFailed), report.event
+            if isinstance(report.event, kind):
+                return report
+
     async def told(self, kind: type[Message]) -> list[StageReport]:
         """The next report of that kind of every stage, by stage."""
         reports: dict[int, StageReport] = {}
         while len(reports) < self.num_stages:
-            report = await self.report()
-            assert not isinstance(report.event, TrainingFailed | SaveFailed), report.event
-            if isinstance(report.event, kind):
-                reports[report.stage] = report
+            report = await self.next(kind)
+            reports[report.stage] = report
         return [reports[stage] for stage in range(self.num_stages)]
 
     async def _on_tokens(self, incoming: Incoming[TokensProduced]) -> None:
@@ -291,7 +308,7 @@ class Node:
             self._beaten.notify_all()
 
     async def order(self, epoch: int, batch_id: str, **changes: Any) -> None:
-        """Have every stage step on the batch, as the trainer orders when all have its gradients."""
+        """Have every stage step on the batch, as the trainer orders when stage 0 asks."""
         self.version += 1
         order = StepOrder(
             epoch=epoch,
@@ -301,8 +318,18 @@ class Node:
             keep=self.keeps,
         )
         order = structs.replace(order, **changes)
-        for stage in range(self.num_stages):
-            await self.bus.publish(subjects.STEP.at(node=self.number, stage=stage), order)
+        await self.bus.publish(subjects.STEP.at(node=self.number, stage=0), order)
+
+    async def step_ahead(self, batch_id: str, *, version: int, max_gradient_norm: float | None) -> None:
+        """Give the step before the gradients are there."""
+        message = StepAhead(
+            epoch=self._epoch,
+            batch_id=batch_id,
+            version=version,
+            learning_rate=self.learning_rate,
+            max_gradient_norm=max_gradient_norm,
+        )
+        await self.bus.publish(subjects.STEP_AHEAD.at(node=self.number), message)
 
     async def _on_report(self, incoming: Incoming[StageReport]) -> None:
         report = incoming.message
@@ -313,16 +340,10 @@ class Node:
                 self.served = report.event
                 self._beaten.notify_all()
             return
-        if not (self.orders_steps and isinstance(report.event, GradientsReady)):
+        if not (self.orders_steps and isinstance(report.event, BatchReady)):
             self.reports.put_nowait(report)
-            return
-        if report.epoch != self._epoch:
-            return
-        batch_id, squared_norms = report.event.batch_id, self._squared_norms[report.event.batch_id]
-        squared_norms[report.stage] = report.event.squared_norm
-        if len(squared_norms) == self.num_stages:
-            del self._squared_norms[batch_id]
-            await self.order(report.epoch, batch_id)
+        elif report.epoch == self._epoch:
+            await self.order(report.epoch, report.event.batch_id)
 
 
 @asynccontextmanager
@@ -378,6 +399,7 @@ class Workers:
     ) -> None:
         self.node = node
         self.broker = broker
+        self.recorded = Recorded()
         self.buses: dict[int, MemoryBus] = {}
         """The bus of each process, by its first stage."""
         self.workers: dict[int, StageWorker] = {}
@@ -404,7 +426,7 @@ class Workers:
         bus = self.buses[stage] = self.broker.connect()
         telemetry = Telemetry("stage_worker", None)
         world = World(bus=bus, clock=SystemClock(), ids=self._ids, telemetry=telemetry)
-        process = StageProcess(stages, world, torch_executors())
+        process = StageProcess(stages, world, recording_executors(self.recorded))
         self.workers |= process.workers
         try:
             async with asyncio.TaskGroup() as group:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shared.messages.training import GradientsReady, StepDone
+from shared.messages.training import BatchReady, BatchStepped
 from shared.messages.weights import MergeGroup, MergeMember, OuterStep, ServingRule
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_nodes
@@ -82,7 +82,7 @@ async def train(node: Node, batch_id: str, batch: Batch) -> None:
     """One step of this node alone."""
     for forward in messages(batch_id, batch, epoch=node.number + 1):
         await node.feed(forward)
-    await node.told(StepDone)
+    await node.next(BatchStepped)
 
 
 async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int) -> None:
@@ -96,16 +96,15 @@ async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int
         if batch:
             for forward in messages(batch_id, batch, epoch=node.number + 1):
                 await node.feed(forward)
-            await node.told(GradientsReady)
+            await node.next(BatchReady)
     for node, batch_id in zip(pair.nodes, brought, strict=True):
         await node.reduce(members, batch_id)
     norms = []
     for node, batch_id in zip(pair.nodes, brought, strict=True):
         name = batch_id or members.name
-        ready = await node.told(GradientsReady)
-        events = [report.event for report in ready if isinstance(report.event, GradientsReady)]
-        assert {event.batch_id for event in events} == {name}
-        norms.append([event.squared_norm for event in events])
-        await node.order(ready[0].epoch, name)
-        await node.told(StepDone)
+        ready = await node.next(BatchReady)
+        assert isinstance(ready.event, BatchReady) and ready.event.batch_id == name
+        norms.append(ready.event.squared_norm)
+        await node.order(ready.epoch, name)
+        await node.next(BatchStepped)
     assert norms[0] == norms[1]

@@ -24,7 +24,7 @@ from shared.errors import LemixError
 from shared.lifecycle import World
 from shared.messages.base import Message
 from shared.messages.inference import Sampling
-from shared.messages.training import StageReport, StepDone
+from shared.messages.training import BatchStepped, StageReport
 from shared.profiles.times import Work
 from shared.subjects import BATCHES, REPORT
 
@@ -94,8 +94,8 @@ class Training:
     """Publishes batches and hears of their steps."""
 
     def __init__(self, world: World) -> None:
-        self.steps: list[tuple[str, int, int]] = []
-        """(batch, node, stage) in the order of telling."""
+        self.steps: list[tuple[str, int]] = []
+        """(batch, node) in the order of telling."""
         self._world = world
         self._stepped = asyncio.Condition()
 
@@ -108,18 +108,18 @@ class Training:
         await self._world.bus.publish_durable(BATCHES, body)
 
     async def applied(self, *batch_ids: str) -> None:
-        """Wait until stage 0, the last to step, has stepped for these."""
+        """Wait until all stages of a node have stepped for these."""
         async with asyncio.timeout(600.0), self._stepped:
             await self._stepped.wait_for(lambda: set(batch_ids) <= self._done())
 
     def _done(self) -> set[str]:
-        return {batch_id for batch_id, _, stage in self.steps if stage == 0}
+        return {batch_id for batch_id, _ in self.steps}
 
     async def _on_report(self, incoming: Incoming[StageReport]) -> None:
         report = incoming.message
-        if isinstance(report.event, StepDone):
+        if isinstance(report.event, BatchStepped):
             async with self._stepped:
-                self.steps.append((report.event.batch_id, report.node, report.stage))
+                self.steps.append((report.event.batch_id, report.node))
                 self._stepped.notify_all()
 
 

@@ -1,8 +1,8 @@
 """The node's future with all known work, if nothing more comes: list scheduling, op by op. Pure.
 
-Rules, as stage workers and trainer follow them: a stage does one op at a time, to its end; inference goes
+Rules, as stage workers follow them: a stage does one op at a time, to its end; inference goes
 first, then backwards, then training forwards (discipline `slo_first`; its patience with training, half a
-second, is left out). The trainer orders all stages to step when stage 0 has done a batch's last backward;
+second, is left out). Stage 0 orders all stages to step when it has done a batch's last backward;
 steps go before backwards. At most one iteration per stage is in flight, and as many microbatches as the
 schedule lets in.
 
@@ -63,15 +63,17 @@ class _Course:
         self._last_starts_s: list[float] = []
         self._slot_s = self._feed_s = float("inf")
         self._unfed: list[tuple[int, Batch, int]] = []
-        """(place of the batch, batch, microbatch) that the trainer holds back, in order."""
+        """(place of the batch, batch, microbatch) that stage 0 holds back, in order."""
         self._next_unfed = 0
         self._is_at_stage_0 = False
-        """A microbatch is fed, and not through stage 0's forward."""
+        """A microbatch has entered, and is not through stage 0's forward."""
         self._num_in_flight = 0
-        """Microbatches fed, and not through stage 0's backward."""
+        """Microbatches that have entered, and are not through stage 0's backward."""
         self._backwards_left: dict[str, int] = {}
         """For each batch on stage 0, the backwards that the last stage still has to do."""
         self._steps_left: dict[str, int] = {}
+        self._stepped_s: dict[str, float] = {}
+        """For each batch, when stage 0 hears of the last one of its steps so far."""
         self._num_applied = 0
         self._begin_running()
         self._begin_iterations()
@@ -156,7 +158,7 @@ class _Course:
         for stage, running in enumerate(self._known.running):
             is_stepping = running is not None and running.op.flow is batch and running.op.kind == STEP
             if left == 0 and stage not in batch.stepped and not is_stepping:
-                self._step(batch, stage, max(self._from_s[stage], max(batch.ready_s) + self._hop_s))
+                self._step(batch, stage, max(self._from_s[stage], self._heard_s(stage, max(batch.ready_s))))
 
     # The future
 
@@ -204,7 +206,7 @@ class _Course:
         if gaps_s and at_s < self._known.decode_until_s:
             self._training_from_s[stage] = at_s + gaps_s[stage]
         if op.kind == STEP:
-            self._stepped(flow, at_s)
+            self._stepped(flow, stage, at_s)
         else:
             self._passed(flow, op, stage, at_s)
 
@@ -244,23 +246,31 @@ class _Course:
             self._backwards_left[batch.batch_id] -= 1
             if self._backwards_left[batch.batch_id] == 0:
                 for each in range(self._known.num_stages):
-                    self._step(batch, each, at_s + 2 * self._hop_s)
+                    self._step(batch, each, self._heard_s(each, at_s))
         if stage == 0:
             if not is_backward:
                 self._is_at_stage_0 = False
-            self._feed(at_s + 2 * self._hop_s)
+            self._feed(at_s)
+
+    def _heard_s(self, stage: int, at_s: float) -> float:
+        """When a stage hears of what is on stage 0, or the other way round."""
+        return at_s + (self._hop_s if stage else 0.0)
 
     def _step(self, batch: Batch, stage: int, at_s: float) -> None:
         self._arrive(at_s, stage, Op(STEP, batch, 0, batch.step_s[stage]))
 
-    def _stepped(self, batch: Batch, at_s: float) -> None:
+    def _stepped(self, batch: Batch, stage: int, at_s: float) -> None:
+        """Stage 0 has heard of all steps when it hears of the last one."""
         self._steps_left[batch.batch_id] -= 1
+        self._stepped_s[batch.batch_id] = max(
+            self._stepped_s.get(batch.batch_id, 0.0), self._heard_s(stage, at_s)
+        )
         if self._steps_left[batch.batch_id] == 0:
             self._num_applied += 1
-            self._feed(at_s + 2 * self._hop_s)
+            self._feed(self._stepped_s[batch.batch_id])
 
     def _feed(self, at_s: float) -> None:
-        """Let the next microbatch enter, if it may. `at_s`: the trainer has heard; its message is here."""
+        """Let the next microbatch enter, if it may."""
         known = self._known
         if self._is_at_stage_0 or self._num_in_flight >= known.max_in_flight:
             return

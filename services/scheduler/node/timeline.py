@@ -75,7 +75,7 @@ class NodeTimeline:
         self._told_s = [0.0] * num_stages
         """By stage: when it sent its last report, which told of all before."""
         self._feed_s = 0.0
-        """When the trainer's next microbatch can be here at the earliest."""
+        """When the next microbatch can enter at the earliest."""
         self._prediction: Prediction | None = None
         """None: something has happened since it was made that it did not foresee."""
         self._agreement: Agreement | None = None
@@ -271,7 +271,7 @@ class NodeTimeline:
         is_forward, hop_s = op.kind == "forward", self._costs.hop_s
         self._reach(batch, op.index, self._pass_number(stage, is_forward) + 1, end_s + hop_s)
         if stage == 0:
-            self._feed_s = end_s + 2 * hop_s
+            self._feed_s = end_s
         count = len(batch.passes)
         if not is_forward:
             _overwrite(task.backward, stage, op.index, count, Interval(start_s, end_s))

@@ -13,13 +13,12 @@ from services.stage_worker.context import WorkerContext, is_inside
 from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.pipeline.progress import microbatch_op, step_op
 from services.stage_worker.settings import OF_TRAINING
+from services.stage_worker.training.leading import Following, Leader, Leading
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.errors import CarrierError, RefusedError
 from shared.messages.base import Done
 from shared.messages.training import (
-    BackwardDone,
-    ForwardDone,
     GradientsReady,
     Microbatch,
     MicrobatchBackward,
@@ -74,6 +73,11 @@ class Training:
         self._group = group
         self._tell_version = tell_version
         self._tell_restored = tell_restored
+        self._leader: Leader = (
+            Leading(context, enter=self._enter, step=self._order, report=self._report)
+            if settings.stage == 0
+            else Following(context)
+        )
         last = settings.num_stages - 1
         self._tied_peer = (last if settings.stage == 0 else 0) if facts.is_tied_across_stages else None
         self.epoch = 0
@@ -87,8 +91,8 @@ class Training:
         """No microbatch has run since the weights were loaded: restoring the same ones is a no-op."""
         self._in_flight: dict[tuple[str, int], Microbatch] = {}
         self._num_backward: dict[str, int] = {}
-        self._losses: dict[tuple[str, int], float] = {}
-        """Losses of microbatches between their forward and their backward (last stage)."""
+        self._losses: dict[str, float] = {}
+        """Of each batch, as far as its microbatches have run forward (last stage)."""
         self._held: dict[str, list[Microbatch]] = {}
         """Microbatches of batches whose backwards wait until all forwards are done (last stage)."""
         self._awaiting_tied: dict[str, Microbatch] = {}
@@ -104,9 +108,11 @@ class Training:
     async def subscribe(self) -> None:
         """Listen to the trainer and to the neighbours."""
         place = {"node": self._settings.node, "stage": self._settings.stage}
-        await self._bus.subscribe(subjects.FORWARD.at(**place), self._on_forward)
+        await self._leader.subscribe()
+        if self._settings.stage > 0:
+            await self._bus.subscribe(subjects.FORWARD.at(**place), self._on_forward)
+            await self._bus.subscribe(subjects.STEP.at(**place), self._on_step)
         await self._bus.subscribe(subjects.BACKWARD.at(**place), self._on_backward)
-        await self._bus.subscribe(subjects.STEP.at(**place), self._on_step)
         await self._bus.respond(subjects.RESTORE.at(**place), self._on_restore)
         await self._bus.respond(subjects.SAVE.at(**place), self._on_save)
         await self._bus.subscribe(subjects.RELEASE.at(**place), self._on_release)
@@ -116,7 +122,10 @@ class Training:
     # Microbatches
 
     async def _on_forward(self, incoming: Incoming[MicrobatchForward]) -> None:
-        message, microbatch = incoming.message, incoming.message.microbatch
+        self._enter(incoming.message)
+
+    def _enter(self, message: MicrobatchForward) -> None:
+        microbatch = message.microbatch
         item = Item(microbatch.epoch, microbatch.batch_id, message.hidden, partial(self._forward, message))
         self.enqueue(WorkKind.TRAINING_FORWARD, item)
 
@@ -131,7 +140,9 @@ class Training:
         self.enqueue(WorkKind.STEP, item)
 
     async def _on_step(self, incoming: Incoming[StepOrder]) -> None:
-        order = incoming.message
+        self._order(incoming.message)
+
+    def _order(self, order: StepOrder) -> None:
         item = Item(order.epoch, order.batch_id, None, partial(self._step, order))
         self.enqueue(WorkKind.STEP, item)
 
@@ -173,13 +184,10 @@ class Training:
             passed_on = MicrobatchForward(microbatch=microbatch, hidden=output.hidden)
             following = subjects.FORWARD.at(node=self._settings.node, stage=self._settings.stage + 1)
             await self._bus.publish(following, passed_on, traceparent=microbatch.traceparent)
-        await self._report_on(
-            microbatch,
-            ForwardDone(batch_id=microbatch.batch_id, index=microbatch.index, version=output.version),
-        )
+        await self._leader.left(microbatch)
         if output.loss is None:
             return
-        self._losses[microbatch.batch_id, microbatch.index] = output.loss
+        self._losses[microbatch.batch_id] = self._losses.get(microbatch.batch_id, 0.0) + output.loss
         if microbatch.backward_after_all:
             self._hold_backward(microbatch)
         else:
@@ -205,14 +213,13 @@ class Training:
     async def _went_backward(self, microbatch: Microbatch, gradient: TensorRef | None) -> None:
         batch_id, index = microbatch.batch_id, microbatch.index
         del self._in_flight[batch_id, index]
-        loss = self._losses.pop((batch_id, index), None)
         if gradient is not None:
             passed_back = MicrobatchBackward(
                 epoch=microbatch.epoch, batch_id=batch_id, index=index, gradient=gradient
             )
             preceding = subjects.BACKWARD.at(node=self._settings.node, stage=self._settings.stage - 1)
             await self._bus.publish(preceding, passed_back, traceparent=microbatch.traceparent)
-        await self._report_on(microbatch, BackwardDone(batch_id=batch_id, index=index, loss=loss))
+        await self._leader.came_back(microbatch)
         self._num_backward[batch_id] = self._num_backward.get(batch_id, 0) + 1
         if self._num_backward[batch_id] == microbatch.count:
             del self._num_backward[batch_id]
@@ -245,10 +252,11 @@ class Training:
         await self.gradients_ready(microbatch.epoch, batch_id, squared_norm)
 
     async def gradients_ready(self, epoch: int, batch_id: str, squared_norm: float) -> None:
-        """Tell the trainer, and wait for its order: on the batch, or on the mean under that name."""
-        traceparent = self._awaiting_order.setdefault(batch_id, "")
-        event = GradientsReady(batch_id=batch_id, squared_norm=squared_norm)
-        await self._report(epoch, event, traceparent)
+        """Wait for the order to step: on the batch, or on the mean under that name."""
+        self._awaiting_order.setdefault(batch_id, "")
+        loss = self._losses.pop(batch_id, 0.0)
+        event = GradientsReady(batch_id=batch_id, squared_norm=squared_norm, loss=loss)
+        await self._leader.hear(epoch, event)
 
     async def _step(self, order: StepOrder) -> None:
         traceparent = self._awaiting_order.pop(order.batch_id)
@@ -259,8 +267,7 @@ class Training:
         if order.keep:
             await self._keep()
         span.end()
-        done = StepDone(batch_id=order.batch_id, version=self.version)
-        await self._report(order.epoch, done, traceparent)
+        await self._leader.hear(order.epoch, StepDone(batch_id=order.batch_id, version=self.version))
         await self._save_if_due()
 
     async def _keep(self) -> bool:
@@ -282,6 +289,7 @@ class Training:
         """The stage has gone on from other weights, of that version."""
         self._is_untouched = False
         self._set_version(version)
+        self._leader.merged(version)
         if keep:
             await self._keep()
 
@@ -296,13 +304,10 @@ class Training:
         attributes = {"lemix.node": self._settings.node, "lemix.stage": self._settings.stage, **more}
         return self._telemetry.span(name, traceparent=traceparent, attributes=attributes)
 
-    async def _report_on(self, microbatch: Microbatch, event: StageEvent) -> None:
-        await self._report(microbatch.epoch, event, microbatch.traceparent)
-
-    async def _report(self, epoch: int, event: StageEvent, traceparent: str = "") -> None:
+    async def _report(self, epoch: int, event: StageEvent) -> None:
         """Under the epoch of what is reported on: a restore may have begun another one meanwhile."""
         report = StageReport(node=self._settings.node, stage=self._settings.stage, epoch=epoch, event=event)
-        await self._bus.publish(subjects.REPORT.at(), report, traceparent=traceparent)
+        await self._bus.publish(subjects.REPORT.at(), report)
 
     # Checkpoints
 
@@ -377,6 +382,7 @@ class Training:
         await self._load(message.weights)
         if message.serving != "newest" and served is None:
             is_same = await self._keep()
+        self._leader.begin(message)
         self.restored_epoch = message.epoch
         await self._tell_restored(message, is_same)
         if not done.done():

@@ -71,6 +71,7 @@ class Checkpointing:
             weights=weights,
             serving=self._settings.serving,
             served=served,
+            feeding=self._settings.feeding,
         )
         refusals = await ask_all(
             self._bus,

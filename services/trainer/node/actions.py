@@ -4,15 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.trainer.node.publishing import PublishingAction
-from services.trainer.schedules import Slot
 from shared.messages.training import ShardSaved
 
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """Send this microbatch to stage 0."""
+    """Send all microbatches of this batch to stage 0."""
 
-    slot: Slot
+    batch_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepsAhead:
+    """Tell stage 0 how to step on a batch, before its gradients are there."""
+
+    batch_id: str
+    version: int
+    """The version of the weights afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +124,7 @@ class RollBack:
 
 Action = (
     Feed
+    | StepsAhead
     | Step
     | Applied
     | Skipped

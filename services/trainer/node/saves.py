@@ -55,6 +55,11 @@ class NodeSaves:
         """None is on its way, and after a failure `idle_s` have passed since that one was requested."""
         return self._save is None and now_s >= self._not_before_s
 
+    def is_due(self, version: int, *, is_wanted: bool = False) -> bool:
+        """Whether to save that version when its step is ordered; `is_wanted`: it should be durable soon."""
+        is_due = self._every is not None and (is_wanted or version - self.durable_version >= self._every)
+        return self._save is None and is_due and version >= self._from_version
+
     def request(self, version: int, epoch: int, num_stages: int, now_s: float) -> list[Action]:
         """Have every stage save that version."""
         self._save = Save(version, num_stages, now_s)
@@ -64,8 +69,7 @@ class NodeSaves:
         self, version: int, epoch: int, num_stages: int, now_s: float, *, is_wanted: bool
     ) -> list[Action]:
         """A step to that version is ordered; `is_wanted`: save it now, unless saves wait to be told."""
-        is_due = self._every is not None and (is_wanted or version - self.durable_version >= self._every)
-        if self._save is not None or not is_due or version < self._from_version:
+        if not self.is_due(version, is_wanted=is_wanted):
             return []
         return self.request(version, epoch, num_stages, now_s)
 

@@ -21,23 +21,23 @@ from services.trainer.node.actions import (
     RollBack,
     Skipped,
     Step,
+    StepsAhead,
 )
 from services.trainer.node.members import Members
+from services.trainer.node.placed_batches import FedBatch, PlacedBatches
 from services.trainer.node.publishing import Publishing, PublishingRules
 from services.trainer.node.saves import NodeSaves
-from services.trainer.schedules import OpenBatch, Pipeline, Schedule, Shape
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import (
-    BackwardDone,
-    ForwardDone,
-    GradientsReady,
+    BatchReady,
+    BatchStepped,
     SaveFailed,
     ShardSaved,
     StageReport,
-    StepDone,
     TrainingFailed,
     VersionsServed,
 )
+from shared.schedule import Feeding, is_synchronous
 
 STALLED_AFTER_S = 120.0
 """A node with work and without a report for so long has lost a message: it starts again."""
@@ -47,11 +47,11 @@ STALLED_AFTER_S = 120.0
 class Rules:
     """The rules for every node."""
 
-    schedule: Schedule
+    feeding: Feeding
     checkpoint_every: int
     checkpoint_idle_s: float
-    extra_in_flight: int = 0
-    """Microbatches beyond one per stage, without a flush: see `Pipeline`."""
+    microbatches: int = 1
+    """Parts that a batch is cut into."""
     shares_weights: bool = False
     """Nodes are merged: when to save and when to restore is decided for all of them together."""
     shares_steps: bool = False
@@ -61,6 +61,20 @@ class Rules:
     max_skips: int = 3
     """After so many batches in a row whose gradients are not finite the node trains no more."""
     publishing: PublishingRules = field(default_factory=PublishingRules)
+
+    def num_filling(self, num_stages: int) -> int:
+        """Batches that fill the pipeline: without a flush, one microbatch for each stage, and the extra."""
+        if is_synchronous(self.feeding.schedule):
+            return 1
+        return -(-(num_stages + self.feeding.extra_in_flight) // self.microbatches)
+
+    def max_fed(self, num_stages: int) -> int:
+        """Batches at stage 0 that are not done: those that fill the pipeline, and the next one.
+
+        Not that one where a merge may come before it, and nothing of it has to enter until then.
+        """
+        waits = self.shares_weights and self.feeding.flushes(num_stages)
+        return self.num_filling(num_stages) + (not waits)
 
 
 class NodeTraining:
@@ -78,8 +92,7 @@ class NodeTraining:
         self._rules = rules
         self._epochs = epochs
         self._members = Members(num_stages)
-        self._pipeline = self._empty_pipeline()
-        self._losses: dict[str, float] = {}
+        self._batches = PlacedBatches()
         self._num_skips = 0
         """Batches skipped since one was applied."""
         self.halt_reason = ""
@@ -117,7 +130,7 @@ class NodeTraining:
     @property
     def is_quiet(self) -> bool:
         """Nothing trains here, and nothing is being saved."""
-        return self.phase == "open" and not self._pipeline.open_batches and not self.is_saving
+        return self.phase == "open" and not self._batches.fed and not self.is_saving
 
     @property
     def durable_version(self) -> int:
@@ -161,24 +174,29 @@ class NodeTraining:
         return self.phase == "closed" and not is_busy and self._members.are_complete
 
     @property
-    def complete(self) -> OpenBatch | None:
+    def complete(self) -> FedBatch | None:
         """The batch whose gradients every stage has, and whose step is not ordered."""
-        return self._pipeline.complete if self.phase == "open" else None
+        return self._batches.complete if self.phase == "open" else None
+
+    @property
+    def squared_norm(self) -> float | None:
+        """Of that batch's gradients; None without one."""
+        return self.complete.squared_norm if self.complete else None
 
     @property
     def has_nothing_begun(self) -> bool:
         """No batch is on its way through the stages."""
-        return not self._pipeline.open_batches
+        return not self._batches.fed
 
     @property
     def has_joint_step(self) -> bool:
         """Whether a step that is made with other nodes is not done here."""
-        return any(batch.is_joint for batch in self._pipeline.open_batches)
+        return any(batch.is_joint for batch in self._batches.fed)
 
     @property
     def is_idle(self) -> bool:
         """Open, and no batch is here."""
-        return self.phase == "open" and self._pipeline.is_empty
+        return self.phase == "open" and self._batches.is_empty
 
     @property
     def is_rolling_back(self) -> bool:
@@ -190,7 +208,12 @@ class NodeTraining:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._pipeline.batch_ids)
+        return len(self._batches.batch_ids)
+
+    @property
+    def num_wanted(self) -> int:
+        """Batches that it can do with: those that fill its pipeline, and the next one."""
+        return 1 + self._rules.num_filling(self.num_stages)
 
     def heartbeat(self, beat: Heartbeat, now_s: float) -> list[Action]:
         """A stage is alive."""
@@ -208,7 +231,7 @@ class NodeTraining:
             return self._close(f"no report for {STALLED_AFTER_S:g} s") + self._restore_if_complete()
         if abandoned := self._saves.give_up_if_late(now_s):
             return abandoned + self._advance(now_s)
-        is_empty = self._pipeline.is_empty or (self.is_halted and self.has_nothing_begun)
+        is_empty = self._batches.is_empty or (self.is_halted and self.has_nothing_begun)
         is_idle = self.phase == "open" and is_empty
         return self._saves.request_if_idle(
             self.version, is_idle=is_idle, epoch=self.epoch, num_stages=self.num_stages, now_s=now_s
@@ -217,16 +240,16 @@ class NodeTraining:
     def messages_lost(self) -> list[Action]:
         """The connection was lost and is back: what is on its way may never be reported."""
         is_saving = self._saves.waits_for_stages
-        is_waiting = bool(self._pipeline.open_batches) or is_saving or self._is_merging
+        is_waiting = bool(self._batches.fed) or is_saving or self._is_merging
         if self.phase == "restoring" or (self.phase == "open" and is_waiting):
             return (
                 self._close("messages may have been lost with the connection") + self._restore_if_complete()
             )
         return []
 
-    def place(self, shape: Shape, now_s: float) -> list[Action]:
+    def place(self, batch_id: str, now_s: float) -> list[Action]:
         """A batch has been given to this node."""
-        self._pipeline = self._pipeline.add(shape)
+        self._batches = self._batches.add(batch_id)
         return self._advance(now_s)
 
     def restored(
@@ -254,14 +277,10 @@ class NodeTraining:
         self._silent_since_s = None
         stage = report.stage
         match report.event:
-            case ForwardDone(batch_id=batch_id, index=index):
-                self._pipeline = self._pipeline.forward_done(stage, batch_id, index)
-            case BackwardDone():
-                self._backward_done(stage, report.event)
-            case GradientsReady(batch_id=batch_id, squared_norm=squared_norm):
-                self._pipeline = self._pipeline.gradients_ready(stage, batch_id, squared_norm)
-            case StepDone():
-                return self._step_done(stage, report.event) + self._advance(now_s)
+            case BatchReady(batch_id=batch_id, squared_norm=squared_norm):
+                self._ready(batch_id, squared_norm)
+            case BatchStepped():
+                return self._stepped(report.event) + self._advance(now_s)
             case TrainingFailed(batch_id=batch_id, reason=reason) as failure:
                 closed = self._close(
                     f"stage {stage} failed: {reason}",
@@ -317,9 +336,9 @@ class NodeTraining:
 
     def halt(self, reason: str) -> list[Action]:
         """Train no more: what has begun goes on to its end, the rest is for others."""
-        not_begun = () if self.is_closing else self._pipeline.not_begun  # else all is given back anyway
+        not_begun = () if self.is_closing else self._batches.waiting  # else all is given back anyway
         self.halt_reason = reason
-        self._pipeline = self._pipeline.without(not_begun)
+        self._batches = self._batches.without(not_begun)
         return [Halted(reason, not_begun)]
 
     def merge(self, version: int) -> bool:
@@ -354,14 +373,14 @@ class NodeTraining:
 
     def join_step(self, name: str) -> str:
         """Let the averaged gradients take the place of this node's; returns its batch, empty without one."""
-        batch = self._pipeline.complete
-        self._pipeline = self._pipeline.join(batch.batch_id if batch else name)
+        batch = self._batches.complete
+        self._batches = self._batches.join(batch.batch_id if batch else name)
         return batch.batch_id if batch else ""
 
     @property
     def has_joint_gradients(self) -> bool:
         """Whether every stage has the averaged ones."""
-        return self._pipeline.complete is not None and self._pipeline.complete.is_joint
+        return self._batches.complete is not None and self._batches.complete.is_joint
 
     def order_step(
         self, version: int, now_s: float, *, rate_of: tuple[str, ...], squared_norm: float, may_save: bool
@@ -390,24 +409,27 @@ class NodeTraining:
         self._saves.adopt(version)
         return self._restore_if_complete()
 
-    def _backward_done(self, stage: int, event: BackwardDone) -> None:
-        self._pipeline = self._pipeline.backward_done(stage, event.batch_id, event.index)
-        if event.loss is not None:
-            self._losses[event.batch_id] = self._losses.get(event.batch_id, 0.0) + event.loss
+    def _ready(self, batch_id: str, squared_norm: float) -> None:
+        """Stages wait for an order; one that was given ahead is on its way, and holds if all is finite."""
+        batch = self._batches.find(batch_id)
+        if batch is None:
+            return
+        if batch.version is not None:
+            if isfinite(squared_norm):
+                return
+            self._batches = self._batches.revoke_from(batch_id)
+        self._batches = self._batches.ready(batch_id, squared_norm)
 
-    def _step_done(self, stage: int, event: StepDone) -> list[Action]:
-        batch_id = event.batch_id
-        batch = self._pipeline.open_batch(batch_id)
+    def _stepped(self, event: BatchStepped) -> list[Action]:
+        batch_id, loss = event.batch_id, event.loss
+        batch = self._batches.find(batch_id)
         if batch is None:
             return []
         if event.version != batch.version:
-            reason = f"stage {stage} is at version {event.version} after {batch_id}, not at {batch.version}"
+            reason = f"the node is at version {event.version} after {batch_id}, not at {batch.version}"
             return self._close(reason) + self._restore_if_complete()
-        self._pipeline = self._pipeline.step_done(stage, batch_id)
-        if self._pipeline.open_batch(batch_id) is not None:
-            return []
+        self._batches = self._batches.stepped(batch_id)
         self.version = batch.version
-        loss = self._losses.pop(batch_id, 0.0)
         if batch.is_placeholder:
             return [] if batch.is_skipped else list(self.publishing.applied(self.version))
         if batch.is_skipped:
@@ -425,17 +447,28 @@ class NodeTraining:
         return [skipped, *self.halt(reason)]
 
     def _advance(self, now_s: float) -> list[Action]:
-        """Order the steps that can be, and feed what may enter now."""
-        return [*self._order_steps(now_s), *self._feed()]
+        """Feed what there is room for, and order the steps that can be."""
+        return [*self._feed(), *self._order_steps(now_s)]
 
     def _order_steps(self, now_s: float) -> list[Action]:
         actions: list[Action] = []
-        while self.phase == "open" and self._pipeline.complete and not self._rules.shares_steps:
+        while self.phase == "open" and (batch := self._batches.unordered) and not self._rules.shares_steps:
             if self.is_save_unanswered:
                 break  # a stage must know that it has to save a version before it steps beyond it
-            may_save = not (self._rules.shares_weights or self.is_saving)
-            actions += self._order(self._present_version + 1, now_s, may_save=may_save)
+            version = self._present_version + 1
+            if batch.squared_norm is not None:
+                may_save = not (self._rules.shares_weights or self.is_saving)
+                actions += self._order(version, now_s, may_save=may_save)
+            elif self._may_order_ahead(version):
+                self._batches = self._batches.order(batch.batch_id, version)
+                actions.append(StepsAhead(batch.batch_id, version))
+            else:
+                break
         return actions
+
+    def _may_order_ahead(self, version: int) -> bool:
+        """Whether nothing follows from the step to that version: it is neither saved, nor kept to serve."""
+        return self.publishing.published is None and not self._saves.is_due(version)
 
     def _order(
         self,
@@ -451,11 +484,11 @@ class NodeTraining:
         `squared_norm`: of them, where nodes must not differ; None: what the stages here have found.
         `may_save`: a checkpoint of that version may be made.
         """
-        batch = self._pipeline.complete
-        assert batch is not None
+        batch = self._batches.complete
+        assert batch is not None and batch.squared_norm is not None
         squared_norm = batch.squared_norm if squared_norm is None else squared_norm
         step = replace(self._step_of(batch.batch_id, squared_norm, version, may_save), rate_of=rate_of)
-        self._pipeline = self._pipeline.order(step.batch_id, step.version, is_skipped=step.is_skipped)
+        self._batches = self._batches.order(step.batch_id, step.version, is_skipped=step.is_skipped)
         saves = self._saves.request_if_due(
             step.version, self.epoch, self.num_stages, now_s, is_wanted=self._wants_saved(step.version)
         )
@@ -471,7 +504,7 @@ class NodeTraining:
     @property
     def _present_version(self) -> int:
         """The version of the weights when all ordered steps are done."""
-        ordered = self._pipeline.ordered_version
+        ordered = self._batches.ordered_version
         return self.version if ordered is None else ordered
 
     def _step_of(self, batch_id: str, squared_norm: float, version: int, may_save: bool) -> Step:
@@ -489,19 +522,16 @@ class NodeTraining:
         actions: list[Action] = []
         while (
             self.phase == "open"
-            and (slot := self._pipeline.upcoming)
-            and not ((self.is_held or self.is_halted) and slot.index == 0)
-            and self._rules.schedule(self._pipeline)
+            and self._batches.waiting
+            and not (self.is_held or self.is_halted)
+            and len(self._batches.fed) < self._rules.max_fed(self.num_stages)
         ):
-            self._pipeline = self._pipeline.feed()
-            actions.append(Feed(slot))
+            actions.append(Feed(self._batches.waiting[0]))
+            self._batches = self._batches.feed()
         return actions
 
-    def _empty_pipeline(self) -> Pipeline:
-        return Pipeline(self._members.num_stages, self._rules.extra_in_flight)
-
     def _is_stalled(self, now_s: float) -> bool:
-        if self.phase != "open" or not self._pipeline.open_batches:
+        if self.phase != "open" or not self._batches.fed:
             self._silent_since_s = None
         elif self._silent_since_s is None:
             self._silent_since_s = now_s
@@ -511,7 +541,7 @@ class NodeTraining:
         if self.phase == "closed":
             return []
         self.phase, self.is_held, self._is_merging, self._has_spoken = "closed", False, False, False
-        closed = Closed(reason, self._pipeline.batch_ids, failed, unfit)
+        closed = Closed(reason, self._batches.batch_ids, failed, unfit)
         if self._saves.is_writing:
             # Whether its batches are durable is only known when the manifest is written.
             self._closing = closed
@@ -522,8 +552,7 @@ class NodeTraining:
         abandoned = self._saves.closed(closed.reason)
         self._closing = None
         self.publishing.closed()
-        self._pipeline = self._empty_pipeline()
-        self._losses.clear()
+        self._batches = PlacedBatches()
         self.version = self.durable_version
         if self._rollback_to is not None:
             return [*abandoned, RollBack(self._rollback_to, closed.unfinished)]
@@ -534,5 +563,5 @@ class NodeTraining:
             return []
         self.phase, self.may_restore = "restoring", not self._rules.shares_weights
         self.epoch = next(self._epochs)
-        self._pipeline = self._empty_pipeline()
+        self._batches = PlacedBatches()
         return [Restore(self.epoch, self._members.num_stages)]

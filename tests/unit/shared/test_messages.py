@@ -11,7 +11,7 @@ from shared.errors import MalformedMessageError
 from shared.messages.base import Message
 from shared.messages.cluster import LinkOffer
 from shared.messages.inference import CancelTask, InferenceTask, Sampling
-from shared.messages.training import BackwardDone, BatchesAsked, Microbatch, StageReport
+from shared.messages.training import BatchesAsked, BatchStepped, Microbatch, StageReport, StepAhead
 from shared.subjects import RequestTopic, Topic
 
 MICROBATCH = {
@@ -29,9 +29,14 @@ OFFER = {"stage": 0, "instance": "i", "carrier": "shm", "place": "/x", "slot_byt
 
 
 def test_a_message_travels_as_a_map_of_all_its_fields_in_their_order() -> None:
-    report = StageReport(node=0, stage=1, epoch=3, event=BackwardDone(batch_id="b", index=2, loss=0.5))
-    event = {"kind": "backward", "batch_id": "b", "index": 2, "loss": 0.5}
+    report = StageReport(node=0, stage=1, epoch=3, event=BatchStepped(batch_id="b", version=2, loss=0.5))
+    event = {"kind": "stepped", "batch_id": "b", "version": 2, "loss": 0.5}
     assert report.pack() == msgpack.packb({"node": 0, "stage": 1, "epoch": 3, "event": event})
+
+
+def test_a_step_without_a_limit_travels() -> None:
+    step = StepAhead(epoch=1, batch_id="b", version=1, learning_rate=0.1)
+    assert StepAhead.unpack(step.pack()) == step
 
 
 def test_what_was_packed_is_read_again_with_numbers_and_lists_as_their_types_say() -> None:

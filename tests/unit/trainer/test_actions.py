@@ -12,10 +12,10 @@ from services.trainer.checkpoints.retention import Retention
 from services.trainer.microbatches import Rows, TrainingBatch
 from services.trainer.node.actions import Action, Closed, Halted
 from services.trainer.node.training import NodeTraining, Rules
-from services.trainer.schedules import SCHEDULES
 from services.trainer.settings import TrainerSettings
 from services.trainer.versions import Ledger
 from shared.messages.training import RejectedBatch
+from shared.schedule import BY_DEFAULT
 from shared.telemetry import NoTelemetry
 from tests.unit.trainer.support import NO_FOLDER
 
@@ -47,7 +47,7 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
     rows = (Rows(lengths=(2,), tokens=(1, 2), label_rows=(0,), labels=(2,)),)
     pending = Pending(TrainingBatch("b", 1, rows, b"{}"), NoTelemetry(), parent="", ack=no_ack)
     book, bus = BatchBook(Ledger.restore({}, (), 0)), FakeBus()
-    rules = Rules(schedule=SCHEDULES["async"], checkpoint_every=1, checkpoint_idle_s=1.0)
+    rules = Rules(feeding=BY_DEFAULT, checkpoint_every=1, checkpoint_idle_s=1.0)
     node = NodeTraining(0, 1, rules=rules, durable_version=0, epochs=iter(()))
 
     async def case() -> None:

@@ -10,7 +10,6 @@ from lemix.simulation.loop import run_virtual
 from services.trainer.batch_flow import PLACE_RETRY_S, BatchFlow
 from services.trainer.batches import MAX_UNFIT, BatchBook, Pending
 from services.trainer.microbatches import Rows, TrainingBatch
-from services.trainer.schedules import Shape
 from services.trainer.versions import Ledger
 from shared.errors import RefusedError
 from shared.messages.inference import DEFERRED, Placed
@@ -42,11 +41,11 @@ class FakeScheduler:
 class FakeNodes:
     """Takes what is placed."""
 
-    placed: list[tuple[int, Shape]] = field(default_factory=list)
+    placed: list[tuple[int, str]] = field(default_factory=list)
     have_room: bool = True
 
-    def place(self, node: int, shape: Shape) -> bool:
-        self.placed.append((node, shape))
+    def place(self, node: int, batch_id: str) -> bool:
+        self.placed.append((node, batch_id))
         self.have_room = False
         return True
 
@@ -117,7 +116,7 @@ def test_the_scheduler_is_told_the_size_of_every_example() -> None:
     scheduler, nodes, batch = placed_after([Placed(node=3)])
     ((_, task),) = scheduler.asked
     assert (task.microbatch_tokens, task.microbatch_lengths) == ((5, 1), ((2, 3), (1,)))
-    assert (nodes.placed, batch.offload) == ([(3, Shape("b", 2))], False)
+    assert (nodes.placed, batch.offload) == ([(3, "b")], False)
 
 
 def test_a_batch_that_does_not_fit_is_offloaded() -> None:
@@ -165,5 +164,5 @@ def test_a_batch_that_was_given_back_meanwhile_goes_before_a_later_one() -> None
 
     run_virtual(case())
     assert [task.task_id for _, task in scheduler.asked] == ["second", "first"]
-    assert [shape.batch_id for _, shape in nodes.placed] == ["first"]
+    assert [batch_id for _, batch_id in nodes.placed] == ["first"]
     assert actions.ended == ["second"]

@@ -15,20 +15,19 @@ from services.trainer.node.actions import (
     Halted,
     RequestSave,
     Restore,
+    StepsAhead,
 )
 from services.trainer.node.publishing import Evaluate, Publish, PublishingRules
 from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
-from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
-    BackwardDone,
-    ForwardDone,
-    GradientsReady,
+    BatchReady,
+    BatchStepped,
     ShardSaved,
     StageEvent,
     StageReport,
-    StepDone,
 )
+from shared.schedule import Feeding
 from tests.support.cluster import heartbeat
 
 
@@ -45,7 +44,7 @@ class Replicas:
                 number,
                 1,
                 rules=Rules(
-                    schedule=SCHEDULES["1f1b"],
+                    feeding=Feeding(schedule="1f1b"),
                     checkpoint_every=1000,
                     checkpoint_idle_s=2.0,
                     shares_weights=True,
@@ -88,14 +87,12 @@ class Replicas:
 
     def learn(self, node: int, batch_id: str, squared_norm: float = 1.0) -> list[Action]:
         """A batch is placed, and its gradients are there."""
-        actions = self.nodes[node].place(Shape(batch_id, 1), self.now_s)
-        self.report(node, ForwardDone(batch_id=batch_id, index=0, version=0))
-        self.report(node, BackwardDone(batch_id=batch_id, index=0, loss=1.0))
-        return actions + self.report(node, GradientsReady(batch_id=batch_id, squared_norm=squared_norm))
+        actions = self.nodes[node].place(batch_id, self.now_s)
+        return actions + self.report(node, BatchReady(batch_id=batch_id, squared_norm=squared_norm))
 
     def apply(self, node: int, batch_id: str, version: int) -> list[Action]:
         self.learn(node, batch_id)
-        return self.report(node, StepDone(batch_id=batch_id, version=version))
+        return self.report(node, BatchStepped(batch_id=batch_id, version=version, loss=1.0))
 
     def save(self, node: int, version: int, failure: str = "") -> None:
         """The checkpoint that was asked for is written."""
@@ -136,16 +133,14 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
     replicas.apply(0, "c", 3)
     assert replicas.look() == []
     replicas.learn(1, "d")  # its step is on its way
-    replicas.nodes[1].place(Shape("e", 1), 0.0)
-    replicas.report(1, StepDone(batch_id="d", version=1))
+    replicas.nodes[1].place("e", 0.0)
+    replicas.report(1, BatchStepped(batch_id="d", version=1, loss=1.0))
 
     # Node 1 has begun e meanwhile: the merge waits for it.
     assert replicas.look() == []
-    assert replicas.nodes[0].place(Shape("f", 1), 0.0) == []
-    replicas.report(1, ForwardDone(batch_id="e", index=0, version=1))
-    replicas.report(1, BackwardDone(batch_id="e", index=0, loss=1.0))
-    replicas.report(1, GradientsReady(batch_id="e", squared_norm=1.0))
-    replicas.report(1, StepDone(batch_id="e", version=2))
+    assert replicas.nodes[0].place("f", 0.0) == []
+    replicas.report(1, BatchReady(batch_id="e", squared_norm=1.0))
+    replicas.report(1, BatchStepped(batch_id="e", version=2, loss=1.0))
     assert replicas.look() == [Merge("merge-0", 5, (Member(0, 1, 1, 3 / 5), Member(1, 2, 1, 2 / 5)))]
 
     shared, *nothing, told = merged(replicas)
@@ -157,7 +152,7 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
 
     replicas.save(0, 5)
     released = [decision.actions for decision in replicas.look() if isinstance(decision, NodeActions)]
-    assert released == [(Feed(Slot("f", 0, 1)),), ()]
+    assert released == [(Feed("f"), StepsAhead("f", 6)), ()]
     assert {node.durable_version for node in replicas.nodes.values()} == {5}
 
 
@@ -321,9 +316,11 @@ def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> 
 
 def test_a_merged_version_is_kept_and_published() -> None:
     replicas = averaging(publishing=PublishingRules(serving="pinned", max_kept=2)).open()
-    replicas.nodes[1].place(Shape("a", 1), 0.0)
-    replicas.report(1, GradientsReady(batch_id="a", squared_norm=1.0))
-    replicas.report(1, StepDone(batch_id="a", version=1))  # kept, and with the restored one that is all
+    replicas.nodes[1].place("a", 0.0)
+    replicas.report(1, BatchReady(batch_id="a", squared_norm=1.0))
+    replicas.report(
+        1, BatchStepped(batch_id="a", version=1, loss=1.0)
+    )  # kept, and with the restored one that is all
     replicas.now_s = 2.0
     replicas.look()
     replicas.now_s = 4.0
@@ -372,15 +369,13 @@ def test_no_merge_begins_while_a_node_loads_the_weights_of_the_last_one() -> Non
     replicas.look()
     replicas.apply(0, "a", 1)
     assert replicas.look() == []
-    assert replicas.nodes[0].place(Shape("b", 1), replicas.now_s) == [], (
-        "it learns no more until they are one"
-    )
+    assert replicas.nodes[0].place("b", replicas.now_s) == [], "it learns no more until they are one"
 
     replicas.restored(1)
     (goes_on,) = replicas.look()
     replicas.apply(1, "c", 1)
 
-    assert goes_on == NodeActions(0, (Feed(Slot("b", 0, 1)),))
+    assert goes_on == NodeActions(0, (Feed("b"), StepsAhead("b", 2)))
     assert (replicas.look(), replicas.nodes[0].is_held) == ([], True), (
         "batch b has begun, a merge waits for it"
     )

@@ -36,15 +36,12 @@ def hear(listener: Nodes, node: int, num_stages: int) -> None:
 
 def test_what_a_node_that_trains_no_more_ends_takes_no_room_from_others() -> None:
     halted = Driver(max_skips=1).open()
-    halted.place("a")
-    halted.through_stage_0("a")
-    for batch_id in ("b", "c"):
+    for batch_id in ("a", "b", "c"):
         halted.place(batch_id)
-        halted.through_stage_0(batch_id)
-    halted.gather("a", nan, 1.0)
+    halted.gather("a", nan)
     halted.step("a", 0)
     them = nodes()
-    them.by_number = {0: halted.node, 1: Driver().open().node}
+    them.by_number = {0: halted.node, 1: Driver(microbatches=4).open().node}
 
     assert halted.node.is_halted
     assert halted.node.num_unfinished == them.num_wanted == 2

@@ -17,8 +17,7 @@ from services.trainer.node.actions import (
 from services.trainer.node.publishing import Publish, PublishingRules
 from services.trainer.reductions import Reductions
 from services.trainer.replicas import Decision, Joins, Member, NodeActions, Reduce, Shared
-from services.trainer.schedules import Shape
-from shared.messages.training import GradientsReady, StepDone
+from shared.messages.training import BatchReady, BatchStepped
 from tests.unit.trainer.test_merges import Replicas, go_back
 
 
@@ -36,14 +35,14 @@ def step(replicas: Replicas, version: int, **batches: str) -> list[Action]:
     """All have the averaged gradients and then step; `node_0="a"`: what each steps on."""
     by_node = {int(node.removeprefix("node_")): batch_id for node, batch_id in batches.items()}
     for node, batch_id in by_node.items():
-        replicas.report(node, GradientsReady(batch_id=batch_id, squared_norm=1.0))
+        replicas.report(node, BatchReady(batch_id=batch_id, squared_norm=1.0))
     rate_of = tuple(batch_id for batch_id in by_node.values() if not batch_id.startswith("round"))
     assert actions_in(replicas.look()) == [
         Step(batch_id, version, rate_of=rate_of) for batch_id in by_node.values()
     ]
     applied: list[Action] = []
     for node, batch_id in by_node.items():
-        applied += replicas.report(node, StepDone(batch_id=batch_id, version=version))
+        applied += replicas.report(node, BatchStepped(batch_id=batch_id, version=version, loss=1.0))
     assert replicas.look()[0] == Shared(tuple(by_node))
     return applied
 
@@ -63,8 +62,8 @@ def test_all_nodes_scale_the_mean_alike_whatever_norm_each_has_found() -> None:
     replicas.learn(0, "a")
     replicas.learn(1, "b")
     replicas.look()
-    replicas.report(0, GradientsReady(batch_id="a", squared_norm=4.0))
-    replicas.report(1, GradientsReady(batch_id="b", squared_norm=4.000001))
+    replicas.report(0, BatchReady(batch_id="a", squared_norm=4.0))
+    replicas.report(1, BatchReady(batch_id="b", squared_norm=4.000001))
 
     assert actions_in(replicas.look()) == [
         Step(batch_id, 2, gradient_scale=0.5, rate_of=("a", "b")) for batch_id in "ab"
@@ -86,15 +85,15 @@ def test_every_node_publishes_the_common_version_also_one_without_a_batch() -> N
     replicas.look()
     by_node = {0: "round-0", 1: "b"}
     for node, batch_id in by_node.items():
-        replicas.report(node, GradientsReady(batch_id=batch_id, squared_norm=1.0))
+        replicas.report(node, BatchReady(batch_id=batch_id, squared_norm=1.0))
     replicas.look()
     for node, batch_id in by_node.items():
-        assert Publish(1) in replicas.report(node, StepDone(batch_id=batch_id, version=1))
+        assert Publish(1) in replicas.report(node, BatchStepped(batch_id=batch_id, version=1, loss=1.0))
 
 
 def test_a_batch_on_its_way_is_waited_for() -> None:
     replicas = reducing().open()
-    replicas.nodes[1].place(Shape("b", 1), 0.0)
+    replicas.nodes[1].place("b", 0.0)
     replicas.learn(0, "a")
 
     assert replicas.look() == []
@@ -109,7 +108,7 @@ def test_gradients_that_are_not_finite_spoil_no_others() -> None:
 
     assert actions_in([first]) == [Step("a", 0, is_skipped=True)]
     assert rest == []
-    assert replicas.report(0, StepDone(batch_id="a", version=0)) == [Skipped("a", 1.0)]
+    assert replicas.report(0, BatchStepped(batch_id="a", version=0, loss=1.0)) == [Skipped("a", 1.0)]
     assert replicas.look() == [Reduce("round-0", (Member(0, 1, 1, 0.0, ""), Member(1, 2, 1, 1.0, "b")))]
 
 
@@ -143,11 +142,11 @@ def guarded_step(replicas: Replicas, version: int) -> list[Action]:
     replicas.learn(1, batch_id)
     replicas.look()
     for node, name in enumerate((f"round-{version - 1}", batch_id)):
-        replicas.report(node, GradientsReady(batch_id=name, squared_norm=1.0))
+        replicas.report(node, BatchReady(batch_id=name, squared_norm=1.0))
     ordered = actions_in(replicas.look())
     for node, action in enumerate(ordered):
         assert isinstance(action, Step)
-        replicas.report(node, StepDone(batch_id=action.batch_id, version=version))
+        replicas.report(node, BatchStepped(batch_id=action.batch_id, version=version, loss=1.0))
     return ordered + actions_in(replicas.look())
 
 
@@ -169,14 +168,14 @@ def test_what_a_guard_evaluates_is_saved_before_the_others_step_on_while_one_wai
     replicas = guarded(save_every=100, num_nodes=3)
     guarded_step(replicas, 1)
     replicas.learn(1, "b2")
-    replicas.nodes[1].place(Shape("c", 1), 0.0)  # begins when version 2 is there
+    replicas.nodes[1].place("c", 0.0)  # begins when version 2 is there
     replicas.look()
     for node, name in enumerate(("round-1", "b2")):
-        replicas.report(node, GradientsReady(batch_id=name, squared_norm=1.0))
+        replicas.report(node, BatchReady(batch_id=name, squared_norm=1.0))
     assert is_kept(actions_in(replicas.look())) == [True, True]
     replicas.beat(2)
     for node, name in enumerate(("round-1", "b2")):
-        replicas.report(node, StepDone(batch_id=name, version=2))
+        replicas.report(node, BatchStepped(batch_id=name, version=2, loss=1.0))
 
     assert RequestSave(1, 2, 1) in actions_in(replicas.look())
 

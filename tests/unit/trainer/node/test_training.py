@@ -1,6 +1,7 @@
 """One node as the trainer drives it: what it is told, and what it then does."""
 
 import itertools
+from dataclasses import replace
 from math import inf, nan
 from typing import Any
 
@@ -18,23 +19,23 @@ from services.trainer.node.actions import (
     SaveAbandoned,
     Skipped,
     Step,
+    StepsAhead,
     WriteCheckpoint,
 )
 from services.trainer.node.publishing import Evaluate, Publish, PublishingRules
 from services.trainer.node.saves import SAVE_DEADLINE_S
 from services.trainer.node.training import STALLED_AFTER_S, NodeTraining, Rules
-from services.trainer.schedules import SCHEDULES, Shape, Slot
 from shared.messages.training import (
-    BackwardDone,
-    ForwardDone,
-    GradientsReady,
+    BatchReady,
+    BatchStepped,
+    MicrobatchEntered,
     SaveFailed,
     ShardSaved,
     StageEvent,
     StageReport,
-    StepDone,
     TrainingFailed,
 )
+from shared.schedule import Feeding, ScheduleName
 from tests.support.cluster import heartbeat
 
 
@@ -43,7 +44,10 @@ class Driver:
 
     def __init__(self, *, checkpoint_every: int = 100, durable_version: int = 0, **rest: Any) -> None:
         rules = Rules(
-            schedule=SCHEDULES["async"], checkpoint_every=checkpoint_every, checkpoint_idle_s=2.0, **rest
+            feeding=Feeding(schedule="async"),
+            checkpoint_every=checkpoint_every,
+            checkpoint_idle_s=2.0,
+            **rest,
         )
         self.now_s = 0.0
         self.node = NodeTraining(
@@ -68,32 +72,24 @@ class Driver:
         self.beat(1)
         return self.node.tick(self.now_s)
 
-    def place(self, batch_id: str, count: int = 1) -> list[Action]:
-        return self.node.place(Shape(batch_id, count), self.now_s)
+    def place(self, batch_id: str) -> list[Action]:
+        return self.node.place(batch_id, self.now_s)
 
     def report(self, stage: int, event: StageEvent, *, epoch: int | None = None) -> list[Action]:
         epoch = self.node.epoch if epoch is None else epoch
         return self.node.report(StageReport(node=0, stage=stage, epoch=epoch, event=event), self.now_s)
 
-    def through_stage_0(self, batch_id: str, index: int = 0) -> list[Action]:
-        forward = self.report(0, ForwardDone(batch_id=batch_id, index=index, version=0))
-        return forward + self.report(0, BackwardDone(batch_id=batch_id, index=index))
-
-    def gather(self, batch_id: str, *squared_norms: float) -> list[Action]:
-        """Both stages have all gradients, stage 1 first."""
-        of_1, of_0 = squared_norms or (1.0, 1.0)
-        first = self.report(1, GradientsReady(batch_id=batch_id, squared_norm=of_1))
-        return first + self.report(0, GradientsReady(batch_id=batch_id, squared_norm=of_0))
+    def gather(self, batch_id: str, squared_norm: float = 1.0) -> list[Action]:
+        """Stage 0 asks for the batch's step: no order that it has holds."""
+        return self.report(0, BatchReady(batch_id=batch_id, squared_norm=squared_norm))
 
     def step(self, batch_id: str, version: int, loss: float = 1.0) -> list[Action]:
-        """Both stages have stepped, stage 1 first."""
-        self.report(1, BackwardDone(batch_id=batch_id, index=0, loss=loss))
-        first = self.report(1, StepDone(batch_id=batch_id, version=version))
-        return first + self.report(0, StepDone(batch_id=batch_id, version=version))
+        """All stages have stepped."""
+        return self.report(0, BatchStepped(batch_id=batch_id, version=version, loss=loss))
 
     def learn(self, batch_id: str) -> list[Action]:
         """The batch is placed and its gradients are gathered."""
-        return self.place(batch_id) + self.through_stage_0(batch_id) + self.gather(batch_id)
+        return self.place(batch_id) + self.gather(batch_id)
 
     def apply(self, batch_id: str, version: int) -> list[Action]:
         return self.learn(batch_id) + self.step(batch_id, version)
@@ -115,26 +111,51 @@ def test_a_node_is_restored_when_all_its_stages_are_ready_and_then_fed() -> None
     assert driver.beat(1, ready=False) == []
     assert driver.beat(1) == [Restore(1, 2)]
     assert driver.beat(1) == []
-    assert driver.place("a", 2) == []
+    assert driver.place("a") == []
 
-    assert driver.node.restored(1, "", 0.0) == [Feed(Slot("a", 0, 2))]
+    assert driver.node.restored(1, "", 0.0) == [Feed("a"), StepsAhead("a", 1)]
 
 
-def test_a_batch_is_applied_when_all_stages_have_stepped_and_its_loss_is_the_sum() -> None:
+def test_batches_are_fed_ahead_and_their_steps_ordered_until_the_pipeline_and_one_more_is_full() -> None:
+    driver = Driver().open()
+    assert driver.place("a") == [Feed("a"), StepsAhead("a", 1)]
+    assert driver.place("b") == [Feed("b"), StepsAhead("b", 2)]
+    assert driver.place("c") == [Feed("c"), StepsAhead("c", 3)]  # two fill the pipeline of two stages
+    assert driver.place("d") == []
+    assert driver.node.num_wanted == 3
+
+    assert driver.step("a", 1) == [Applied("a", 1, 1.0), Feed("d"), StepsAhead("d", 4)]
+
+
+@pytest.mark.parametrize(("schedule", "num_fed"), [("1f1b", 2), ("gpipe", 2), ("async", 2)])
+def test_one_batch_and_the_next_are_fed_where_a_batch_fills_the_pipeline(
+    schedule: ScheduleName, num_fed: int
+) -> None:
+    rules = Rules(
+        feeding=Feeding(schedule=schedule), microbatches=4, checkpoint_every=100, checkpoint_idle_s=2.0
+    )
+    assert rules.max_fed(2) == num_fed
+    assert replace(rules, shares_weights=True).max_fed(2) == (2 if schedule == "async" else 1)
+
+
+def test_a_batch_is_applied_when_all_stages_have_stepped() -> None:
     driver = Driver(durable_version=5).open()
-    driver.place("a", 2)
-    driver.through_stage_0("a", 0)
-    driver.report(1, BackwardDone(batch_id="a", index=0, loss=0.5))
-    driver.report(1, BackwardDone(batch_id="a", index=1, loss=0.25))
-    assert driver.gather("a") == [Step("a", 6)]
-    assert driver.report(1, StepDone(batch_id="a", version=6)) == []
+    assert driver.place("a") == [Feed("a"), StepsAhead("a", 6)]
 
-    assert driver.report(0, StepDone(batch_id="a", version=6)) == [Applied("a", 6, 0.75)]
+    assert driver.step("a", 6, 0.75) == [Applied("a", 6, 0.75)]
+
+
+def test_a_question_that_crosses_an_order_given_ahead_needs_no_answer() -> None:
+    driver = Driver().open()
+    driver.place("a")
+
+    assert driver.gather("a") == []
+    assert driver.step("a", 1) == [Applied("a", 1, 1.0)]
 
 
 def test_a_stage_that_was_restarted_gives_the_batches_back() -> None:
     driver = Driver().open()
-    driver.place("a", 2)
+    driver.place("a")
     driver.place("b")
 
     assert driver.beat(1, instance="new", ready=False) == [Closed("stage 1 was restarted", ("a", "b"))]
@@ -149,7 +170,7 @@ def test_reports_of_an_earlier_life_are_ignored() -> None:
     driver.place("a")
 
     assert driver.report(0, TrainingFailed(batch_id="a", reason="old"), epoch=1) == []
-    assert driver.report(0, StepDone(batch_id="a", version=7), epoch=1) == []
+    assert driver.report(0, BatchStepped(batch_id="a", version=7, loss=1.0), epoch=1) == []
     assert driver.node.phase == "open"
 
 
@@ -207,9 +228,9 @@ def test_a_stage_at_another_version_than_it_should_be_restores_the_node() -> Non
     driver = Driver().open()
     driver.learn("a")
 
-    actions = driver.report(0, StepDone(batch_id="a", version=3))
+    actions = driver.step("a", 3)
 
-    assert actions == [Closed("stage 0 is at version 3 after a, not at 1", ("a",)), Restore(2, 2)]
+    assert actions == [Closed("the node is at version 3 after a, not at 1", ("a",)), Restore(2, 2)]
 
 
 def test_a_silent_stage_closes_the_node_until_it_speaks_again() -> None:
@@ -227,7 +248,7 @@ def test_a_node_that_reports_nothing_while_it_has_work_starts_again() -> None:
     driver = Driver().open()
     driver.place("a")
     assert driver.tick(STALLED_AFTER_S) == []
-    driver.report(0, ForwardDone(batch_id="a", index=0, version=0))
+    driver.report(0, MicrobatchEntered(batch_id="a", index=0))
     assert driver.tick(1) == []
 
     assert driver.tick(STALLED_AFTER_S + 1)[0] == Closed(f"no report for {STALLED_AFTER_S:g} s", ("a",))
@@ -236,37 +257,35 @@ def test_a_node_that_reports_nothing_while_it_has_work_starts_again() -> None:
 def test_a_step_beyond_a_version_that_is_to_be_saved_waits_until_every_stage_knows_of_it() -> None:
     driver = Driver(checkpoint_every=2).open()
     driver.apply("a", 1)
-    driver.place("b")
-    driver.through_stage_0("b")
+    assert driver.place("b") == [Feed("b")], "what is saved is ordered when it is sure to come"
     assert driver.gather("b") == [Step("b", 2), RequestSave(1, 2, 2)]
     driver.step("b", 2)
-    assert driver.place("c") == [Feed(Slot("c", 0, 1))]
-    driver.through_stage_0("c")
+    assert driver.place("c") == [Feed("c")]
+    assert driver.place("d") == [Feed("d")]
 
     assert driver.gather("c") == []
-    assert driver.answer(2) == [Step("c", 3)]
+    assert driver.answer(2) == [Step("c", 3), StepsAhead("d", 4)]
 
 
 def test_gradients_are_scaled_down_to_the_largest_norm_over_all_stages() -> None:
-    driver = Driver(max_gradient_norm=1.0).open()
+    driver = Driver(max_gradient_norm=1.0, checkpoint_every=1).open()
+    driver.place("a")
+
+    assert driver.gather("a", 25.0)[0] == Step("a", 1, gradient_scale=1 / 5)
+    driver.place("b")
+    driver.gather("b", 0.25)
+    assert driver.answer(1) == [Step("b", 2)]
+
+
+@pytest.mark.parametrize("squared_norm", [nan, inf])
+def test_a_batch_without_finite_gradients_is_skipped_and_those_after_it_are_ordered_anew(
+    squared_norm: float,
+) -> None:
+    driver = Driver().open()
     driver.place("a")
     driver.place("b")
-    driver.through_stage_0("a")
-    driver.through_stage_0("b")
 
-    assert driver.gather("a", 9.0, 16.0) == [Step("a", 1, gradient_scale=1 / 5)]
-    assert driver.gather("b", 0.09, 0.16) == [Step("b", 2)]
-
-
-@pytest.mark.parametrize("squared_norms", [(nan, 1.0), (1.0, inf)])
-def test_a_batch_without_finite_gradients_is_skipped_by_all_stages(squared_norms: tuple[float, ...]) -> None:
-    driver = Driver().open()
-    for batch_id in ("a", "b"):
-        driver.place(batch_id)
-        driver.through_stage_0(batch_id)
-
-    assert driver.gather("a", *squared_norms) == [Step("a", 0, is_skipped=True)]
-    assert driver.gather("b") == [Step("b", 1)]
+    assert driver.gather("a", squared_norm) == [Step("a", 0, is_skipped=True), StepsAhead("b", 1)]
     assert driver.step("a", 0, loss=3.0) == [Skipped("a", 3.0)]
     assert driver.step("b", 1) == [Applied("b", 1, 1.0)]
 
@@ -277,16 +296,13 @@ def test_a_node_whose_gradients_are_not_finite_again_and_again_trains_no_more_an
     for batch_id in ("a", "b", "c"):
         driver.place(batch_id)
         if batch_id != "c":
-            driver.through_stage_0(batch_id)
-            driver.gather(batch_id, nan, nan)
+            driver.gather(batch_id, nan)
     assert driver.step("a", 1) == [Skipped("a", 1.0)]
     *_, halted = driver.step("b", 1)
     assert halted == Halted("the gradients of 2 batches in a row were not finite")
     assert not driver.node.is_known
     assert driver.place("d") == []
 
-    driver.through_stage_0("c")
-    driver.gather("c")
     driver.step("c", 2)  # was on its way
     assert not driver.node.is_known
     driver.tick(0)
@@ -295,26 +311,22 @@ def test_a_node_whose_gradients_are_not_finite_again_and_again_trains_no_more_an
 
 def test_a_node_that_trains_no_more_gives_back_what_has_not_begun_and_ends_what_has() -> None:
     driver = Driver(max_skips=1).open()
-    driver.place("a")
-    driver.place("b", 2)
-    driver.place("c")
-    driver.through_stage_0("a")
-    driver.gather("a", nan, 1.0)
+    for batch_id in ("a", "b", "c", "d"):
+        driver.place(batch_id)
+    driver.gather("a", nan)
 
     *_, halted = driver.step("a", 0)
 
     assert isinstance(halted, Halted)
-    assert halted.unfinished == ("c",)
-    assert driver.through_stage_0("b", 0) == [Feed(Slot("b", 1, 2))]
-    assert driver.through_stage_0("b", 1) == []
+    assert halted.unfinished == ("d",), "b and c are fed"
+    assert driver.step("b", 1) == [Applied("b", 1, 1.0)]
 
 
 def test_one_batch_with_finite_gradients_is_enough_to_go_on() -> None:
     driver = Driver(max_skips=2).open()
     for batch_id, squared_norm in (("a", nan), ("b", 1.0), ("c", nan)):
         driver.place(batch_id)
-        driver.through_stage_0(batch_id)
-        driver.gather(batch_id, squared_norm, squared_norm)
+        driver.gather(batch_id, squared_norm)
     driver.step("a", 0)
     driver.step("b", 1)
     driver.step("c", 1)
@@ -326,11 +338,10 @@ def test_a_checkpoint_is_written_when_all_shards_are_there_and_all_stages_have_s
     driver = Driver(checkpoint_every=1).open()
     assert driver.learn("a")[-1] == RequestSave(1, 1, 2)
     driver.answer(1)
-    driver.report(1, StepDone(batch_id="a", version=1))
     assert driver.saved(1, 1) == []
-    assert driver.saved(0, 1) == []  # its StepDone is overtaken
+    assert driver.saved(0, 1) == []  # it overtakes what stage 0 tells of the step
 
-    actions = driver.report(0, StepDone(batch_id="a", version=1))
+    actions = driver.step("a", 1)
 
     assert [type(action) for action in actions] == [Applied, WriteCheckpoint]
     assert driver.written(1) == []
@@ -353,7 +364,7 @@ def test_a_save_that_one_stage_does_not_do_ends_and_comes_again_at_the_next_batc
 def test_a_refused_save_does_not_hold_the_next_step_up() -> None:
     driver = Driver(checkpoint_every=1).open()
     driver.apply("a", 1)
-    assert driver.learn("b") == [Feed(Slot("b", 0, 1))]
+    assert driver.learn("b") == [Feed("b")]
 
     abandoned, *steps = driver.answer(1, {0: "no", 1: "no"})
 
@@ -414,9 +425,8 @@ def test_a_guard_evaluates_no_version_that_cannot_be_saved_and_the_next_that_can
 def test_a_durable_version_that_serves_is_not_saved_again_when_a_batch_is_skipped() -> None:
     driver = guarded(durable_version=2)
     driver.place("a")
-    driver.through_stage_0("a")
 
-    assert driver.gather("a", 1.0, nan) == [Step("a", 2, is_skipped=True)]
+    assert driver.gather("a", nan) == [Step("a", 2, is_skipped=True)]
 
 
 def test_after_a_restore_an_older_version_may_serve_than_the_one_that_trains_on() -> None:
@@ -431,7 +441,7 @@ def test_no_step_may_overtake_a_save_of_an_idle_node() -> None:
     driver.tick(0)
     driver.tick(2)
 
-    assert driver.learn("b") == [Feed(Slot("b", 0, 1))]
+    assert driver.learn("b") == [Feed("b")]
     assert driver.answer(1) == [Step("b", 2)]
 
 
@@ -486,7 +496,7 @@ def test_a_node_that_goes_back_stays_closed_until_it_is_there() -> None:
     assert driver.node.rolled_back("") == [Restore(2, 2)]
     assert (driver.node.version, driver.node.durable_version) == (4, 4)
     driver.node.restored(2, "", driver.now_s)
-    assert driver.learn("c")[-1] == Step("c", 5)
+    assert driver.learn("c")[-1] == StepsAhead("c", 5)
 
 
 def test_a_rollback_waits_for_the_manifest_that_is_being_written() -> None:
@@ -541,8 +551,7 @@ def test_a_rollback_that_the_disk_refuses_gives_back_what_was_applied() -> None:
 def test_a_halted_node_trains_again_after_a_rollback() -> None:
     driver = Driver(durable_version=8, max_skips=1).open()
     driver.place("a")
-    driver.through_stage_0("a")
-    driver.gather("a", nan, 1.0)
+    driver.gather("a", nan)
     driver.step("a", 8)
     assert driver.node.is_halted
 

@@ -5,11 +5,11 @@ back to stage 0. When every stage has all gradients of a batch it is complete, a
 step: one decision, from the gradients of all.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from shared.schedule import ScheduleName
+from shared.schedule import ScheduleName, StashingName
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,9 @@ class OpenBatch:
     squared_norms: Mapping[int, float] = field(default_factory=dict)
     """The squared norm of the gradients of each stage that has them all."""
     version: int | None = None
-    """The version of the weights after its step, once that is ordered; the present one when it is skipped."""
-    is_skipped: bool = False
+    """The version of the weights after its step, once that is ordered."""
     stepped: frozenset[int] = frozenset()
     """Stages that have done as ordered."""
-    is_joint: bool = False
-    """Its gradients are, or will be, the mean over several nodes."""
-    is_placeholder: bool = False
-    """There is no batch here: the node steps with others all the same."""
 
     @property
     def squared_norm(self) -> float:
@@ -80,12 +75,6 @@ class Pipeline:
         return not self.queue and not self.open_batches
 
     @property
-    def batch_ids(self) -> tuple[str, ...]:
-        """Every batch that is not applied, in order."""
-        opened = tuple(batch.batch_id for batch in self.open_batches if not batch.is_placeholder)
-        return opened + tuple(shape.batch_id for shape in self.queue if shape.batch_id not in opened)
-
-    @property
     def upcoming(self) -> Slot | None:
         """The microbatch that enters next."""
         return Slot(self.queue[0].batch_id, self.next_index, self.queue[0].count) if self.queue else None
@@ -96,26 +85,11 @@ class Pipeline:
         batch = next((batch for batch in self.open_batches if batch.version is None), None)
         return batch if batch is not None and len(batch.squared_norms) == self.num_stages else None
 
-    @property
-    def ordered_version(self) -> int | None:
-        """The version of the weights after all steps that are ordered and not done; None without any."""
-        versions = [batch.version for batch in self.open_batches if batch.version is not None]
-        return versions[-1] if versions else None
-
     def open_batch(self, batch_id: str) -> OpenBatch | None:
         return next((batch for batch in self.open_batches if batch.batch_id == batch_id), None)
 
     def add(self, shape: Shape) -> Self:
         return replace(self, queue=(*self.queue, shape))
-
-    @property
-    def not_begun(self) -> tuple[str, ...]:
-        """Batches that have not begun to enter, in order."""
-        return tuple(shape.batch_id for shape in self.queue if self.open_batch(shape.batch_id) is None)
-
-    def without(self, batch_ids: Container[str]) -> Self:
-        """Remove these batches, which have not begun to enter."""
-        return replace(self, queue=tuple(shape for shape in self.queue if shape.batch_id not in batch_ids))
 
     def feed(self) -> Self:
         """Let the upcoming microbatch enter."""
@@ -149,22 +123,19 @@ class Pipeline:
             return self
         return self._with(replace(batch, squared_norms={**batch.squared_norms, stage: squared_norm}))
 
-    def join(self, batch_id: str) -> Self:
-        """Note that the mean over several nodes replaces the complete batch's gradients, or stands alone."""
-        batch = self.open_batch(batch_id)
-        if batch is not None:
-            return self._with(replace(batch, squared_norms={}, is_joint=True))
-        placeholder = OpenBatch(batch_id, is_joint=True, is_placeholder=True)
-        return replace(self, open_batches=(*self.open_batches, placeholder))
-
-    def order(self, batch_id: str, version: int, *, is_skipped: bool = False) -> Self:
-        """Note that the complete batch's step is ordered."""
+    def gather_anew(self, batch_id: str) -> Self:
+        """Note that other gradients may take the place of the complete batch's, on every stage."""
         batch = self.open_batch(batch_id)
         assert batch is not None
-        return self._with(replace(batch, version=version, is_skipped=is_skipped))
+        return self._with(replace(batch, squared_norms={}))
+
+    def order(self, batch_id: str, version: int) -> Self:
+        """Note that a batch's step is ordered."""
+        batch = self.open_batch(batch_id)
+        return self if batch is None else self._with(replace(batch, version=version))
 
     def step_done(self, stage: int, batch_id: str) -> Self:
-        """Remove batches that all stages have stepped for: compare `batch_ids` before and after."""
+        """Note that a stage has stepped; batches that all stages have stepped for leave."""
         batch = self.open_batch(batch_id)
         if batch is None:
             return self
@@ -222,6 +193,12 @@ def double_buffered(schedule: Schedule) -> Schedule:
         return schedule(pipeline) and (pipeline.next_index > 0 or len(pipeline.open_batches) < 2)
 
     return enters
+
+
+def schedule_named(name: ScheduleName, stashing: StashingName) -> Schedule:
+    """The schedule, with the room that the weights kept leave."""
+    schedule = SCHEDULES[name]
+    return double_buffered(schedule) if stashing == "double" else schedule
 
 
 SCHEDULES: Mapping[ScheduleName, Schedule] = {
