@@ -1,4 +1,4 @@
-"""What it takes to pace training: messages for each batch, and how long a device stands still around a step.
+"""The cost of pacing training: messages for each batch, and how long a device stands still around a step.
 
 A node of emulated stages, as `lemix up` starts them, with a real bus; training alone.
 Messages are all that NATS carries but heartbeats and what the scheduler is told of ops.
@@ -31,7 +31,7 @@ PROFILE = "gpt2-large@rtx6000ada"
 NUM_MICROBATCHES = 4
 NUM_BATCHES = 24
 TOKENS = 128
-"""Of each microbatch."""
+"""In each microbatch."""
 LEFT_OUT = ("heartbeat", "progress")
 """Last words of subjects."""
 
@@ -82,7 +82,7 @@ async def _train(bus: NatsBus, applied: AppliedBatches, first: int) -> None:
 
 
 async def _count(nats_url: str) -> Counter[str]:
-    """What NATS carries from now on, by the last words of subjects."""
+    """Count the messages that NATS carries from now on, by the last words of subjects."""
     messages: Counter[str] = Counter()
 
     async def note(message: Msg) -> None:
@@ -110,7 +110,7 @@ async def _stand_still(bus: NatsBus) -> list[float]:
 
 
 def _gaps_s(progress: StageProgress) -> Iterator[float]:
-    """Of steps between two other ops of the same report, whose times are exact."""
+    """The gaps around steps between two other ops of the same report, whose times are exact."""
     spans = [(each.op.kind, -each.ago_s - each.elapsed_s, -each.ago_s) for each in progress.ended]
     for (before, step), (_, after) in pairwise(pairwise(spans)):
         if step[0] == "step":

@@ -47,7 +47,7 @@ class NearBus:
         self._traceparent = traceparent
         self._dispatcher = Dispatcher()
         self._inboxes: dict[str, list[_Inbox]] = {}
-        """Of the subjects that are listened to here."""
+        """By the subjects that are listened to here."""
         self._responders: dict[str, Responder[Any, Any]] = {}
         self.max_message_bytes = far.max_message_bytes
 

@@ -134,7 +134,7 @@ class StepDone(Event, tag="step"):
 
 
 class TrainedReport(Message):
-    """What a stage tells the first one of its node, which leads the training there."""
+    """A stage tells the first one of its node, which leads the training there."""
 
     stage: int
     epoch: int

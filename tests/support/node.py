@@ -147,7 +147,7 @@ class Node:
 
     @property
     def squared_norms(self) -> dict[str, float]:
-        """Of each batch's gradients, over all stages."""
+        """The squared norm of each batch's gradients over all stages."""
         return {name: sum(each.values()) for name, each in self.workers.recorded.squared_norms.items()}
 
     @property

@@ -14,7 +14,7 @@ from shared.tensors.ref import TensorRef
 
 @dataclass
 class Recorded:
-    """Of all stages of a node."""
+    """The records of all stages of a node."""
 
     versions: dict[tuple[int, str, int], int] = field(default_factory=dict)
     """(stage, batch, microbatch) -> weights version of its last forward."""

@@ -40,7 +40,7 @@ class Enter:
 
 
 Lead = Enter | StepOrder | MicrobatchEntered | BatchReady | BatchStepped | TrainingFailed
-"""What stage 0 does next. A `StepOrder` goes to every stage, the events to the trainer."""
+"""The next thing that stage 0 does. A `StepOrder` goes to every stage, the events to the trainer."""
 
 
 class TrainSchedule:

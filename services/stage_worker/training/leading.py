@@ -60,10 +60,10 @@ class Following:
         """Stage 0 hears of it itself."""
 
     async def left(self, microbatch: Microbatch) -> None:
-        """What counts is what leaves stage 0."""
+        """Nothing to do: stage 0 counts what leaves it."""
 
     async def came_back(self, microbatch: Microbatch) -> None:
-        """What counts is what comes back to stage 0."""
+        """Nothing to do: stage 0 counts what comes back to it."""
 
     async def hear(self, epoch: int, event: GradientsReady | StepDone) -> None:
         report = TrainedReport(stage=self._settings.stage, epoch=epoch, event=event)

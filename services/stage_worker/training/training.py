@@ -92,7 +92,7 @@ class Training:
         self._in_flight: dict[tuple[str, int], Microbatch] = {}
         self._num_backward: dict[str, int] = {}
         self._losses: dict[str, float] = {}
-        """Of each batch, as far as its microbatches have run forward (last stage)."""
+        """The loss of each batch, as far as its microbatches have run forward (last stage)."""
         self._held: dict[str, list[Microbatch]] = {}
         """Microbatches of batches whose backwards wait until all forwards are done (last stage)."""
         self._awaiting_tied: dict[str, Microbatch] = {}

@@ -14,7 +14,7 @@ class FedBatch:
 
     batch_id: str
     squared_norm: float | None = None
-    """Of its gradients, over all stages, which wait for an order; None: they do not, as far as one knows."""
+    """The squared norm of its gradients over all stages, which wait for an order; None: none are known."""
     version: int | None = None
     """The version of the weights after its step, once that is ordered; the present one when it is skipped."""
     is_skipped: bool = False

@@ -180,7 +180,7 @@ class NodeTraining:
 
     @property
     def squared_norm(self) -> float | None:
-        """Of that batch's gradients; None without one."""
+        """The squared norm of that batch's gradients; None without one."""
         return self.complete.squared_norm if self.complete else None
 
     @property
