@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -91,7 +92,8 @@ async def test_the_official_client_completes_and_streams(cluster: LocalCluster) 
     assert "".join(pieces) == whole.choices[0].text != ""
 
 
-async def test_one_request_is_one_trace_through_every_service_and_stage(cluster: LocalCluster) -> None:
+async def ask_traced(cluster: LocalCluster) -> None:
+    """A request with `TRACEPARENT`."""
     async with openai.AsyncOpenAI(base_url=f"{cluster.api_url}/v1", api_key="none") as client:
         await client.completions.create(
             model=await served_model(cluster.api_url),
@@ -99,42 +101,83 @@ async def test_one_request_is_one_trace_through_every_service_and_stage(cluster:
             max_tokens=2,
             extra_headers={"traceparent": TRACEPARENT},
         )
-    expected = {"lemix.gateway", "lemix.scheduler", "lemix.stage_worker.0.0", "lemix.stage_worker.0.1"}
 
-    def of_request(span: dict[str, Any]) -> bool:
-        return bool(span["trace_id"] == TRACE_ID)
+
+async def whole_trace(cluster: LocalCluster, worker_of: dict[int, str]) -> None:
+    """Wait for the whole trace of `ask_traced`; `worker_of`: the service by the stage that it holds."""
+    expected = {"lemix.gateway", "lemix.scheduler", *worker_of.values()}
 
     def is_whole() -> bool:
         """Each process exports its spans in its own time, a child often before its parent."""
-        found = spans(cluster, of_request)
+        found = spans(cluster, lambda span: bool(span["trace_id"] == TRACE_ID))
         unknown_parents = {span["parent_span_id"] for span in found} - {span["span_id"] for span in found}
-        decoding = {span["service"] for span in found if span["name"] == "stage.decode"}
         return (
-            {span["service"] for span in found} >= expected
+            {span["service"] for span in found} == expected
             and unknown_parents == {"b7ad6b7169203331"}
-            and decoding == {"lemix.stage_worker.0.0", "lemix.stage_worker.0.1"}
+            and stages_of(found, "stage.prefill") == stages_of(found, "stage.decode") == worker_of
         )
 
     await until(is_whole)
 
 
+def stages_of(found: list[dict[str, Any]], name: str) -> dict[int, str]:
+    """The services that have spans of that name, by the stage that they tell of."""
+    return {span["attributes"]["lemix.stage"]: span["service"] for span in found if span["name"] == name}
+
+
+async def train_traced(cluster: LocalCluster, *batches: dict[str, Any]) -> None:
+    """Publish batches with a trace of their own."""
+    headers = {"traceparent": TRACEPARENT.replace(TRACE_ID, TRACE_ID[::-1])}
+    await publish(cluster, *(json.dumps(batch).encode() for batch in batches), headers=headers)
+
+
+async def whole_trace_of_training(cluster: LocalCluster, worker_of: dict[int, str]) -> None:
+    """Wait for the trace of `train_traced` to be in every service and stage."""
+    expected = {"lemix.trainer", "lemix.scheduler", *worker_of.values()}
+
+    def is_whole() -> bool:
+        found = spans(cluster, lambda span: bool(span["trace_id"] == TRACE_ID[::-1]))
+        forward, step = (stages_of(found, name) for name in ("stage.training_forward", "stage.step"))
+        return {span["service"] for span in found} == expected and forward == step == worker_of
+
+    await until(is_whole)
+
+
+ONE_WORKER = dict.fromkeys((0, 1), "lemix.stage_worker.0.0-1")
+"""It holds all stages of its node, by default."""
+
+
+async def test_one_request_is_one_trace_through_every_service_and_stage(cluster: LocalCluster) -> None:
+    await ask_traced(cluster)
+    await whole_trace(cluster, ONE_WORKER)
+
+
+async def test_traces_go_through_stages_that_each_have_a_worker(tmp_path: Path) -> None:
+    options = ClusterOptions(
+        name="apart",
+        runs_dir=tmp_path,
+        nodes=1,
+        stages=2,
+        stages_per_worker=1,
+        extra_env={"LEMIX_NATS_URL": ""},
+    )
+    worker_of = {0: "lemix.stage_worker.0.0", 1: "lemix.stage_worker.0.1"}
+    async with LocalCluster(options) as apart:
+        await ask_traced(apart)
+        await train_traced(apart, bulletin_batch(0))
+        await whole_trace(apart, worker_of)
+        await whole_trace_of_training(apart, worker_of)
+
+
 async def test_training_changes_the_weights_that_answer(cluster: LocalCluster) -> None:
     async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client:
         before = await client.score(HELD_OUT)
-        bodies = [json.dumps(bulletin_batch(number)).encode() for number in range(6)]
-        await publish(
-            cluster, *bodies, headers={"traceparent": TRACEPARENT.replace(TRACE_ID, TRACE_ID[::-1])}
-        )
+        await train_traced(cluster, *map(bulletin_batch, range(6)))
         manifest = await durable_version(cluster, 6)
         after = await client.score(HELD_OUT)
     assert set(manifest.recent_batch_ids) == {f"bulletin-{number}" for number in range(6)}
     assert after.nll_sum < 0.8 * before.nll_sum
-
-    def of_batches(span: dict[str, Any]) -> bool:
-        return bool(span["trace_id"] == TRACE_ID[::-1])
-
-    expected = {"lemix.trainer", "lemix.scheduler", "lemix.stage_worker.0.0", "lemix.stage_worker.0.1"}
-    await until(lambda: {span["service"] for span in spans(cluster, of_batches)} >= expected)
+    await whole_trace_of_training(cluster, ONE_WORKER)
 
 
 async def test_a_batch_published_twice_is_applied_once(cluster: LocalCluster) -> None:

@@ -125,19 +125,24 @@ async def test_sampled_answers_depend_on_their_seed_only(folder: Path, tmp_path:
 
 
 async def test_a_cancel_frees_all_blocks(folder: Path, tmp_path: Path) -> None:
+    """Of a request alone, of one that shares its beginning, and of one that waits for room to begin."""
+    all_but_one = (PROMPT * 510)[: 3072 - 16]
     async with running_node(folder, 2, tmp_path, kv_tokens=3072) as node:
-        answer = await node.start(PROMPT, **ENDLESS)
+        answer = await node.start(PROMPT * 6, **ENDLESS)
         await answer.first_token()
-        waiting = await node.start(PROMPT, **ENDLESS)
-        await node.cancel(waiting)
-        await node.cancel(answer)
+        sharing = await node.start(PROMPT * 6, **ENDLESS)
+        await sharing.first_token()
+        assert (answer.num_cached, sharing.num_cached) == (0, 32)
+        waiting = await node.start(all_but_one, max_tokens=1)
+        await node.heard(lambda: (node.heartbeats[0].running, node.heartbeats[0].waiting) == (2, 1))
+        for each in (waiting, sharing, answer):
+            await node.cancel(each)
         node.heartbeats.clear()
         await node.heard(lambda: 0 in node.heartbeats and node.heartbeats[0].kv_blocks_used == 0)
         assert node.heartbeats[0].running == node.heartbeats[0].waiting == 0
-        assert not answer.done.is_set()
-        assert not waiting.done.is_set()
+        assert not any(each.done.is_set() for each in (answer, sharing, waiting))
         assert waiting.tokens == []
-        assert (await node.complete(PROMPT, max_tokens=15)).finish == "length"
+        assert (await node.complete(all_but_one, max_tokens=16)).finish == "length", "it needs every block"
 
 
 async def test_a_cancel_may_come_before_its_request(folder: Path, tmp_path: Path) -> None:

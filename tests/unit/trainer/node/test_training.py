@@ -398,6 +398,13 @@ def guarded(*, durable_version: int = 0, served: int | None = None) -> Driver:
     return driver
 
 
+def test_where_a_guard_serves_no_step_is_given_ahead() -> None:
+    driver = guarded()
+    assert driver.place("a") + driver.place("b") == [Feed("a"), Feed("b")]
+    assert driver.gather("a") == [Step("a", 1)]
+    assert driver.gather("b") == [Step("b", 2, is_kept=True), RequestSave(1, 2, 2)]
+
+
 def test_what_a_guard_evaluates_is_saved_too() -> None:
     driver = guarded()
     driver.apply("a", 1)
