@@ -15,7 +15,7 @@ from typing import Any
 from lemix.simulation.cluster import Devices, SimulationOptions, running_cluster
 from lemix.simulation.drive import DriveOptions, drive
 from lemix.simulation.loop import run_virtual
-from lemix.simulation.record import Op, RunRecord
+from lemix.simulation.record import DIGITS, Op, RunRecord
 from lemix.simulation.workload import PlannedBatch, Workload
 from shared.profiles.times import Work
 from shared.schedule import ScheduleName
@@ -145,10 +145,14 @@ def _busy_s(ops: Iterable[Op], stage: int, start_s: float, end_s: float) -> floa
 def peak_microbatches(ops: Iterable[Op], stage: int) -> int:
     """Microbatches whose activations the stage holds at once: from the forward's start to the backward's end.
 
-    A last stage that goes backward at once tells of one op, and holds one.
+    A last stage that goes backward at once tells of one op, and holds one. Times are rounded: a forward may
+    start in the very instant in which a backward ends.
     """
     own = [op for op in ops if op.stage == stage and op.kind in ("forward", "backward")]
     if all(op.kind == "forward" for op in own):
         return 1
-    changes = [(op.start_s, 1) if op.kind == "forward" else (op.end_s, -1) for op in own]
+    changes = [
+        (round(op.start_s, DIGITS), 1) if op.kind == "forward" else (round(op.end_s, DIGITS), -1)
+        for op in own
+    ]
     return max(accumulate(change for _, change in sorted(changes)))

@@ -1,15 +1,16 @@
 """The node's future with all known work, if nothing more comes: list scheduling, op by op. Pure.
 
 Rules, as stage workers follow them: a stage does one op at a time, to its end; inference goes
-first, then backwards, then training forwards (discipline `slo_first`; its patience with training, half a
-second, is left out). Stage 0 orders all stages to step when it has done a batch's last backward;
-steps go before backwards. At most one iteration per stage is in flight, and as many microbatches as the
-schedule lets in.
+first, then backwards, then training forwards, which take turns with backwards (discipline `slo_first`; its
+patience with training, half a second, is left out). Stage 0 orders all stages to step when it has done a
+batch's last backward; steps go before backwards. At most one iteration per stage is in flight, and as many
+microbatches as the schedule lets in.
 
 Decoding sequences are no ops here, but for their iterations that are in flight already: they would be
 hundreds. They come in between: after each training op, a stage gives `decode_gap_s` to them.
 """
 
+from collections import deque
 from heapq import heappop, heappush
 
 from services.scheduler.node.known_work import (
@@ -48,6 +49,9 @@ class _Course:
         """(time, rank, tie, stage, op)."""
         self._tie = 0
         self._queues: list[list[tuple[int, int, Op]]] = [[] for _ in stages]
+        self._forwards: list[deque[Op]] = [deque() for _ in stages]
+        """What waits at each stage: the training forwards here, all else in the queues."""
+        self._after_backward = list(known.after_backward) or [False for _ in stages]
         self._is_busy = [False for _ in stages]
         self._training_from_s = list(self._from_s)
         self._ops: list[list[Op]] = [[] for _ in stages]
@@ -85,11 +89,14 @@ class _Course:
             at_s, rank, tie, stage, op = heappop(events)
             if rank < _END:
                 assert op is not None
-                heappush(self._queues[stage], (rank, tie, op))
+                if rank == FORWARD:
+                    self._forwards[stage].append(op)
+                else:
+                    heappush(self._queues[stage], (rank, tie, op))
             elif op is not None:
                 is_busy[stage] = False
                 self._follow(op, stage, at_s)
-                if self._last == 0:  # what follows comes in this very moment, and may go first
+                if stage == 0:  # what follows comes in this very moment, and may go first
                     self._wake(at_s, stage)
                     continue
             if not is_busy[stage]:
@@ -171,14 +178,16 @@ class _Course:
         heappush(self._events, (at_s, _WAKE, self._tie, stage, None))
 
     def _start_next(self, stage: int, at_s: float) -> None:
-        queue = self._queues[stage]
-        if not queue:
+        queue, forwards = self._queues[stage], self._forwards[stage]
+        if not queue and not forwards:
             return
-        kind, _, op = queue[0]
+        kind = queue[0][0] if queue else FORWARD
+        if kind == BACKWARD and forwards and self._after_backward[stage]:
+            kind = FORWARD
         if kind != ITERATION and at_s < self._training_from_s[stage]:
             self._wake(self._training_from_s[stage], stage)
             return
-        heappop(queue)
+        op = forwards.popleft() if kind == FORWARD else heappop(queue)[-1]
         self._record(stage, op, at_s, at_s + op.duration_s)
 
     def _record(self, stage: int, op: Op, start_s: float, end_s: float) -> None:
@@ -188,6 +197,8 @@ class _Course:
         if op.flow is self._last_waiting is not None:
             self._last_starts_s.append(start_s)
         self._is_busy[stage] = True
+        if op.kind in (FORWARD, BACKWARD):
+            self._after_backward[stage] = op.kind == BACKWARD
         self._tie += 1
         heappush(self._events, (end_s, _END, self._tie, stage, op))
 

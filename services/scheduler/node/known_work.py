@@ -101,6 +101,8 @@ class KnownWork:
     """Begun, and not done by the last stage; in order."""
     formed: list[Iteration] = field(default_factory=list)
     """Not begun, in order: each enters when fewer than one per stage are in flight."""
+    after_backward: Sequence[bool] = ()
+    """By stage: the last microbatch there went backward, so that a forward goes first; empty: none did."""
     batches: list[Batch] = field(default_factory=list)
     """In the order of their placement."""
     feed_s: float = 0.0

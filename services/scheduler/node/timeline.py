@@ -74,6 +74,8 @@ class NodeTimeline:
         known of these still counts."""
         self._told_s = [0.0] * num_stages
         """By stage: when it sent its last report, which told of all before."""
+        self._after_backward = [False] * num_stages
+        """By stage: the last microbatch there that it has told of went backward."""
         self._feed_s = 0.0
         """When the next microbatch can enter at the earliest."""
         self._prediction: Prediction | None = None
@@ -269,6 +271,7 @@ class NodeTimeline:
             batch.stepped.add(stage)
             return
         is_forward, hop_s = op.kind == "forward", self._costs.hop_s
+        self._after_backward[stage] = not is_forward
         self._reach(batch, op.index, self._pass_number(stage, is_forward) + 1, end_s + hop_s)
         if stage == 0:
             self._feed_s = end_s
@@ -304,6 +307,7 @@ class NodeTimeline:
             told_s=[max(told_s, now_s - self._silence_s) for told_s in self._told_s],
             in_flight=self._lineup.in_flight,
             formed=self._lineup.formed,
+            after_backward=self._after_backward,
             batches=[each.batch for each in self._leaving.values() if each.batch is not None]
             + list(self._batches.values()),
             feed_s=self._feed_s,

@@ -33,26 +33,35 @@ class Waiting(Protocol):
 class SloFirst:
     """Inference overtakes training, backwards overtake training forwards, all overtake what is deferrable.
 
+    After a backward a training forward goes first: where both wait, they take turns. Two backwards in a row
+    would leave the next stages without work, and the pipeline would not come out of that by itself.
     Work that has waited `patience_s` behind inference goes first all the same: deferrable is not starved.
     """
 
     patience_s: float
 
-    def __call__(self, items: Sequence[Waiting], now_s: float) -> int:
-        return min(range(len(items)), key=lambda index: (self._urgency(items[index], now_s), index))
+    def __call__(self, items: Sequence[Waiting], now_s: float, after: WorkKind | None = None) -> int:
+        return min(range(len(items)), key=lambda index: (self._urgency(items[index], now_s, after), index))
 
-    def _urgency(self, item: Waiting, now_s: float) -> int:
-        overdue = item.kind > WorkKind.INFERENCE and now_s - item.since_s >= self.patience_s
-        return WorkKind.CONTROL if overdue else item.kind
+    def _urgency(self, item: Waiting, now_s: float, after: WorkKind | None) -> int:
+        if item.kind > WorkKind.INFERENCE and now_s - item.since_s >= self.patience_s:
+            return WorkKind.CONTROL
+        return _TURNED.get(item.kind, item.kind) if after is WorkKind.BACKWARD else item.kind
 
 
-def fifo(items: Sequence[Waiting], now_s: float) -> int:
+_TURNED = {
+    WorkKind.BACKWARD: WorkKind.TRAINING_FORWARD,
+    WorkKind.TRAINING_FORWARD: WorkKind.BACKWARD,
+}
+
+
+def fifo(items: Sequence[Waiting], now_s: float, after: WorkKind | None = None) -> int:
     """First come, first served, as in the paper."""
     return 0
 
 
-Discipline = Callable[[Sequence[Waiting], float], int]
-"""(items in order of arrival, at least one; now) -> index of the next."""
+Discipline = Callable[[Sequence[Waiting], float, WorkKind | None], int]
+"""(items in order of arrival, at least one; now; kind of the last microbatch's pass) -> index of the next."""
 
 DISCIPLINES: Mapping[str, Callable[[float], Discipline]] = {
     "fifo": lambda patience_s: fifo,

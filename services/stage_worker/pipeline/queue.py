@@ -30,6 +30,8 @@ class WorkQueue:
         self._max_items = max_items
         self._items: list[Work] = []
         self._num_started = 0
+        self._last_pass: WorkKind | None = None
+        """Whether the last microbatch went forward or backward; None before the first one."""
         self._idle: deque[asyncio.Future[None]] = deque()
         """Workers that found nothing to do."""
 
@@ -71,7 +73,10 @@ class WorkQueue:
     def _next(self) -> Work | None:
         if not self._items or self._num_started >= MAX_STARTED:
             return None
-        index = self._discipline(self._items, self._clock.now_s())
+        index = self._discipline(self._items, self._clock.now_s(), self._last_pass)
         if self._num_started and self._items[index].kind is not WorkKind.INFERENCE:
             return None
-        return self._items.pop(index)
+        item = self._items.pop(index)
+        if item.kind in (WorkKind.BACKWARD, WorkKind.TRAINING_FORWARD):
+            self._last_pass = item.kind
+        return item

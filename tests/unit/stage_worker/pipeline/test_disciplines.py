@@ -24,7 +24,7 @@ CONTROL, INFERENCE, STEP, BACKWARD, FORWARD, DEFERRABLE = (Item(kind) for kind i
 def order(discipline: str, items: list[Item], *, now_s: float = 0.0) -> list[Item]:
     """The items as the discipline would work them off."""
     choose, waiting = DISCIPLINES[discipline](0.5), list(items)
-    return [waiting.pop(choose(waiting, now_s)) for _ in items]
+    return [waiting.pop(choose(waiting, now_s, None)) for _ in items]
 
 
 def test_fifo_keeps_the_order_of_arrival() -> None:
@@ -36,6 +36,16 @@ def test_fifo_keeps_the_order_of_arrival() -> None:
 def test_slo_first_prefers_control_inference_step_backward_forward_deferrable() -> None:
     items = [DEFERRABLE, FORWARD, BACKWARD, STEP, INFERENCE, CONTROL]
     assert order("slo_first", items) == [CONTROL, INFERENCE, STEP, BACKWARD, FORWARD, DEFERRABLE]
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [(None, BACKWARD), (WorkKind.TRAINING_FORWARD, BACKWARD), (WorkKind.BACKWARD, FORWARD)],
+)
+def test_slo_first_lets_a_forward_go_first_after_a_backward(after: WorkKind | None, expected: Item) -> None:
+    items = [DEFERRABLE, BACKWARD, FORWARD]
+    assert items[SloFirst(patience_s=0.5)(items, 0.0, after)] == expected
+    assert SloFirst(patience_s=0.5)([*items, STEP], 0.0, after) == 3
 
 
 def test_slo_first_keeps_the_order_of_arrival_within_a_kind() -> None:
@@ -74,6 +84,26 @@ async def test_the_queue_works_off_what_it_has_one_by_one() -> None:
     await all_done.wait()
     assert log == ["first", "inference", "backward", "forward"]
     assert len(queue) == 0
+    running.cancel()
+
+
+async def test_backwards_and_forwards_take_turns_and_iterations_between_them_do_not_count() -> None:
+    queue, log, all_done = WorkQueue(SystemClock(), SloFirst(60.0), max_items=8), list[str](), asyncio.Event()
+
+    async def work(name: str) -> None:
+        log.append(name)
+        if name == "backward 0":
+            queue.put(WorkKind.INFERENCE, partial(work, "inference"))
+        elif name == "backward 2":
+            all_done.set()
+
+    for number in range(3):
+        queue.put(WorkKind.BACKWARD, partial(work, f"backward {number}"))
+    for number in range(2):
+        queue.put(WorkKind.TRAINING_FORWARD, partial(work, f"forward {number}"))
+    running = asyncio.create_task(queue.run())
+    await all_done.wait()
+    assert log == ["backward 0", "inference", "forward 0", "backward 1", "forward 1", "backward 2"]
     running.cancel()
 
 
