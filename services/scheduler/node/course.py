@@ -93,6 +93,9 @@ class _Course:
                     self._forwards[stage].append(op)
                 else:
                     heappush(self._queues[stage], (rank, tie, op))
+                if rank == BACKWARD and self._after_backward[stage]:  # a forward of this moment goes first
+                    self._wake(at_s, stage)
+                    continue
             elif op is not None:
                 is_busy[stage] = False
                 self._follow(op, stage, at_s)
