@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 
 # Two at a time: half of the time a test waits, for processes that start or messages that come.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -15,11 +15,6 @@ from tests.clients.ways import client_of
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """One process takes all of these tests: clusters start once, clients are imported once."""
-    item.add_marker(pytest.mark.xdist_group("clients"))
-
-
 @pytest.fixture(scope="session")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
     """Where the clusters answer."""
