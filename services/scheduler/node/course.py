@@ -50,7 +50,7 @@ class _Course:
         self._tie = 0
         self._queues: list[list[tuple[int, int, Op]]] = [[] for _ in stages]
         self._forwards: list[deque[Op]] = [deque() for _ in stages]
-        """What waits at each stage: the training forwards here, all else in the queues."""
+        """The ops that wait at each stage: the training forwards here, all else in the queues."""
         self._after_backward = list(known.after_backward) or [False for _ in stages]
         self._is_busy = [False for _ in stages]
         self._training_from_s = list(self._from_s)
