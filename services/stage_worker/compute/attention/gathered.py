@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from math import ceil
 
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from services.stage_worker.compute.attention.chunks import Chunk
 from services.stage_worker.compute.attention.decode import decode_chunks
-from services.stage_worker.compute.attention.masks import decode_mask
+from services.stage_worker.compute.attention.rows import attend_rows, decode_mask
 from services.stage_worker.compute.kv_cache import PagedKVCache
 
 
@@ -48,20 +47,13 @@ class GatheredDecodes:
         scaling: float,
         sliding_window: int | None,
     ) -> Tensor:
-        """See `DecodeAttention.attend`. Query heads of one key head go as if they were that many tokens."""
+        """See `DecodeAttention.attend`."""
         num_rows, num_kv_heads, head_dim = self._num_rows, self._cache.num_kv_heads, self._cache.head_dim
         gathered = self._cache.gather(layer, self._blocks).index_fill_(1, self._tails, 0.0)
         key, value = gathered.view(2, num_kv_heads, num_rows, -1, head_dim).transpose(1, 2).unbind()
         if sliding_window not in self._masks:
             self._masks[sliding_window] = decode_mask(self._ends_B111, self._length, sliding_window, key)
-        output = scaled_dot_product_attention(
-            query_BND.reshape(num_rows, num_kv_heads, -1, head_dim),
-            key,
-            value,
-            attn_mask=self._masks[sliding_window],
-            scale=scaling,
-        )
-        return output.reshape(num_rows, -1, head_dim)
+        return attend_rows(query_BND, key, value, self._masks[sliding_window], scaling)
 
     def _filled_up(self, chunk: Chunk, num_blocks: int) -> list[int]:
         """The blocks that hold the chunk's context, then its first one again and again."""

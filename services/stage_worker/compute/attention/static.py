@@ -6,9 +6,8 @@ N query heads, K heads of keys, X = 2K of keys and values, D head size.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from services.stage_worker.compute.attention.masks import decode_mask
+from services.stage_worker.compute.attention.rows import attend_rows, decode_mask
 from services.stage_worker.compute.kv_cache import PagedKVCache
 
 
@@ -67,11 +66,4 @@ class StaticAttention:
             self._masks[sliding_window] = decode_mask(
                 self._length_R111, self._num_tokens, sliding_window, key
             )
-        output = scaled_dot_product_attention(
-            query_TND.reshape(num_rows, cache.num_kv_heads, -1, cache.head_dim),
-            key,
-            value,
-            attn_mask=self._masks[sliding_window],
-            scale=scaling,
-        )
-        return output.reshape(1, num_rows, -1, cache.head_dim)
+        return attend_rows(query_TND, key, value, self._masks[sliding_window], scaling).unsqueeze(0)

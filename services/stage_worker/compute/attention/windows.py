@@ -13,12 +13,11 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from services.stage_worker.compute.attention.chunks import Chunk
 from services.stage_worker.compute.attention.decode import DecodeAttention, decode_chunks
 from services.stage_worker.compute.attention.gathered import GatheredDecodes
-from services.stage_worker.compute.attention.masks import decode_mask
+from services.stage_worker.compute.attention.rows import attend_rows, decode_mask
 from services.stage_worker.compute.kv_cache import PagedKVCache
 
 _GRAIN_TOKENS: Final = 64
@@ -190,10 +189,9 @@ class WindowedDecodes:
         self._layers = layers
         device = starts_X.device
         place_B, end_B = torch.tensor((places, [chunk.end for chunk in chunks]), device=device)
-        _, num_kv_heads, self._length, _ = layers[0].key_BKLD.shape
+        self._length = layers[0].key_BKLD.size(2)
         row_stride = layers[0].key_BKLD.stride(0) // layers[0].key_BKLD.size(3)
         self._targets = ((place_B * row_stride + end_B - 1).unsqueeze(1) + starts_X).flatten()
-        self._num_kv_heads = num_kv_heads
         in_order = list(places) == list(range(len(places)))
         self._place_B = None if in_order else place_B
         self._row_B = None if in_order else place_B.argsort()
@@ -209,22 +207,17 @@ class WindowedDecodes:
         scaling: float,
         sliding_window: int | None,
     ) -> Tensor:
-        """See `DecodeAttention.attend`. Query heads of one key head go as if they were that many tokens."""
-        view, (num_rows, num_heads, head_dim) = self._layers[layer], query_BND.shape
-        view.flat.index_copy_(0, self._targets, key_value_BXD.reshape(-1, head_dim))
+        """See `DecodeAttention.attend`."""
+        view = self._layers[layer]
+        view.flat.index_copy_(0, self._targets, key_value_BXD.reshape(-1, key_value_BXD.size(-1)))
         if sliding_window not in self._masks:
             self._masks[sliding_window] = decode_mask(
                 self._ends_B111, self._length, sliding_window, query_BND
             )
         if self._row_B is not None:
             query_BND = query_BND[self._row_B]
-        output = scaled_dot_product_attention(
-            query_BND.reshape(num_rows, self._num_kv_heads, -1, head_dim),
-            view.key_BKLD,
-            view.value_BKLD,
-            attn_mask=self._masks[sliding_window],
-            scale=scaling,
-        ).reshape(num_rows, num_heads, head_dim)
+        mask = self._masks[sliding_window]
+        output = attend_rows(query_BND, view.key_BKLD, view.value_BKLD, mask, scaling)
         return output if self._place_B is None else output[self._place_B]
 
 
