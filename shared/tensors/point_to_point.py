@@ -7,6 +7,7 @@ the tensor; the consumer then receives it under its number. Between GPUs it goes
 import itertools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from threading import Semaphore
 from typing import Any
@@ -27,6 +28,7 @@ _PRODUCER, _CONSUMER, _SIZE = 0, 1, 2
 REACH_TIMEOUT_S = 3.0
 _UNREAD_FOR = timedelta(days=1)
 """A tensor may wait in its consumer's queue; gloo would end the connection at a timeout."""
+_AT_ONCE = timedelta(milliseconds=1)
 
 
 class CollectiveLink:
@@ -44,6 +46,8 @@ class CollectiveLink:
         self._room = Semaphore(num_unread)
         self._numbers = itertools.count(1)
         self._connection: _Connection | None = None
+        self._unread: dict[int, Any] = {}
+        """gloo's sends that have not ended, by the number of their tensor."""
         self._sending = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sending")
 
     def offer(self, stage: int, instance: str, purpose: LinkPurpose = "activations") -> LinkOffer:
@@ -69,7 +73,8 @@ class CollectiveLink:
             raise CarrierError(f"all tensors at {self._place} still unread after {self._timeout_s:g} s")
         number, sent = next(self._numbers), tensor.detach().to("cpu").contiguous()
         work = self._connection.run(lambda: group.send([sent.view(-1)], _CONSUMER, number))
-        self._sending.submit(self._until_taken, work, sent)
+        self._unread[number] = work
+        self._sending.submit(self._until_taken, number, work, sent)
         return TensorRef(
             carrier=CARRIER,
             shape=tuple(tensor.shape),
@@ -79,19 +84,24 @@ class CollectiveLink:
             generation=number,
         )
 
-    def _until_taken(self, work: Any, sent: Tensor) -> None:
+    def _until_taken(self, number: int, work: Any, sent: Tensor) -> None:
         """Hold `sent` until gloo has read it. When the connection is lost, the next `put` says so."""
         assert self._connection is not None
         try:
             self._connection.run(lambda: work.wait(_UNREAD_FOR))
         finally:
+            self._unread.pop(number, None)
             self._room.release()
 
     def close(self) -> None:
-        """Leave; what nobody has taken is gone."""
+        """Leave; what nobody has taken is gone, and whoever asks for it learns so."""
+        self._sending.shutdown(wait=False, cancel_futures=True)
+        for work in list(self._unread.values()):
+            with suppress(RuntimeError):  # gloo ends a connection when a wait ends without success
+                work.wait(_AT_ONCE)
+        self._unread.clear()
         if self._connection is not None:
             self._connection.close()
-        self._sending.shutdown(wait=False, cancel_futures=True)
 
 
 class CollectiveReader:
@@ -130,15 +140,16 @@ class _Connection:
 
         self._name = name
         self._timeout_s = timeout_s
-        self._error: RuntimeError | None = None
+        self._why_lost = ""
+        """Not the error itself, whose traceback would keep the group and its sockets alive."""
         meeting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="meeting")
         self._group: Future[Any] = meeting.submit(make)
         meeting.shutdown(wait=False)
 
     def group(self) -> Any:
         """The group, when both have come. Raises PeerLostError."""
-        if self._error is not None:
-            raise self._lost(self._error)
+        if self._why_lost:
+            raise self._lost(self._why_lost)
         return self.run(lambda: self._group.result(self._timeout_s))
 
     def run(self, work: Callable[[], Any]) -> Any:
@@ -146,15 +157,21 @@ class _Connection:
         try:
             return work()
         except TimeoutError as error:
-            raise self._lost(error) from error
+            raise self._lost(str(error)) from error
         except RuntimeError as error:
-            self._error = error
-            raise self._lost(error) from error
+            self._why_lost = str(error)
+            raise self._lost(self._why_lost) from error
 
     def close(self) -> None:
-        """End all that waits for the other side."""
-        if self._group.done() and self._group.exception() is None:
-            self._group.result().abort()
+        """End all that waits for the other side, and let go of the group: then its sockets close."""
+        self._why_lost = "closed"
+        group, self._group = self._group, Future()
+        group.add_done_callback(_abort)
 
-    def _lost(self, error: Exception) -> PeerLostError:
-        return PeerLostError(f"{self._name}: lost touch with the other stage: {error}")
+    def _lost(self, why: str) -> PeerLostError:
+        return PeerLostError(f"{self._name}: lost touch with the other stage: {why}")
+
+
+def _abort(made: "Future[Any]") -> None:
+    if made.exception() is None:
+        made.result().abort()

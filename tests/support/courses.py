@@ -94,6 +94,8 @@ class Node:
         self._hop_s = hop_s
         self._num_begun = 0
         """Iterations."""
+        self._iterations: dict[Iteration, StageOp] = {}
+        """What is told of each: one and the same, however often the course is made anew meanwhile."""
 
     @property
     def prediction(self) -> Prediction:
@@ -117,14 +119,12 @@ class Node:
         """Let the stages do what is predicted; the last thing is told by then."""
         course, from_s = self.prediction, self.told_s
         in_flight = course.known.in_flight
-        told = {
-            id(flow): _iteration(flow, number)
-            for number, flow in enumerate(in_flight, self._num_begun - len(in_flight))
-        }
+        for number, flow in enumerate(in_flight, self._num_begun - len(in_flight)):
+            self._iterations.setdefault(flow, _iteration(flow, number))
         for at_s, stage, is_start, place, op in happenings(course):
             if from_s < at_s <= until_s - self._hop_s:
                 elapsed_s = course.ends_s[stage][place] - course.starts_s[stage][place]
-                self._tell(stage, self._told(op, told), None if is_start else elapsed_s, at_s)
+                self._tell(stage, self._told(op), None if is_start else elapsed_s, at_s)
         self.now_s = max(self.now_s, until_s)
 
     def _tell(self, stage: int, op: StageOp, elapsed_s: float | None, at_s: float) -> None:
@@ -139,12 +139,12 @@ class Node:
         self.waiting -= {task.task_id for task in through}
         self.done_s[stage] += elapsed_s or 0.0
 
-    def _told(self, op: Op, iterations: dict[int, StageOp]) -> StageOp:
+    def _told(self, op: Op) -> StageOp:
         if isinstance(op.flow, Iteration):
-            if id(op.flow) not in iterations:  # from now on the timeline may change what it had foreseen
-                iterations[id(op.flow)] = _iteration(op.flow, self._num_begun)
+            if op.flow not in self._iterations:  # from now on the timeline may change what it had foreseen
+                self._iterations[op.flow] = _iteration(op.flow, self._num_begun)
                 self._num_begun += 1
-            return iterations[id(op.flow)]
+            return self._iterations[op.flow]
         assert isinstance(op.flow, Batch)
         if op.kind == STEP:
             return _op("step", (op.flow.batch_id,), 0, Work(0, 0, 0))

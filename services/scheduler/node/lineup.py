@@ -172,11 +172,9 @@ class Lineup:
         num_rows = self._take_out(op.task_ids)
         if not op.task_ids and op.num_tokens == op.num_sequences:
             self._take_out_decodes()
-        num_others = op.num_sequences - len(op.task_ids)
-        if (
-            num_others and op.num_tokens - num_rows > num_others
-        ):  # more than a row each: a longer prompt's piece
-            self._take_out_piece(op.num_tokens - num_rows - num_others + 1)
+        num_others, num_rows_left = op.num_sequences - len(op.task_ids), op.num_tokens - num_rows
+        if num_others > len(self.decoding) or num_rows_left > num_others > 0:  # one: a longer prompt's piece
+            self._take_out_piece(num_rows_left - num_others + 1)
             num_others -= 1
         work = work_of_op(op)
         return Iteration(work, durations_of(work, self._costs, self._num_stages), op.task_ids, num_others)

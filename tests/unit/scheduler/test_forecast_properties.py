@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.forecast import forecast_inference, forecast_training, inference_alone, training_alone
@@ -117,6 +117,8 @@ def test_no_more_is_in_flight_than_stages(past: Past, num_stages: int, hop_s: fl
 
 
 @quick
+@example(Past(second=Load(prompts=[1, 1, 1, 1021, 2])), 1, 0.0, 1.0)
+@example(Past(first=Load(prompts=[1, 987, 1, 512]), pause_s=1.0), 3, 0.0, 1.0)
 @given(PASTS, STAGES, HOPS, st.floats(0, 3))
 def test_what_happens_as_predicted_leaves_the_rest_as_predicted(
     past: Past, num_stages: int, hop_s: float, for_s: float
