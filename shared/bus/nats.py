@@ -82,16 +82,18 @@ class NatsBus:
         self.max_message_bytes = 0
 
     @classmethod
-    async def connect(cls, url: str, *, name: str, traceparent: str = "") -> Self:
+    async def connect(
+        cls, url: str, *, name: str, traceparent: str = "", timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Self:
         """Connect to `url`; `traceparent` goes with every message that is published without one.
 
-        Raises BusError when no server answers within CONNECT_TIMEOUT_S.
+        Raises BusError when no server answers within `timeout_s`.
         """
         client = Client()
         bus = cls(client, traceparent)
         try:
             with _cancellable():
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                async with asyncio.timeout(timeout_s):
                     await client.connect(url, name=name, **bus._options())
         except asyncio.CancelledError:
             await bus.close()

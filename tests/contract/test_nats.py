@@ -130,13 +130,10 @@ async def test_closing_while_the_server_is_away_is_bounded(nats_server: NatsServ
         await bus.close()
 
 
-async def test_a_server_that_is_not_there_is_an_error_that_names_the_place(
-    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shared.bus.nats.CONNECT_TIMEOUT_S", 0.2)
+async def test_a_server_that_is_not_there_is_an_error_that_names_the_place(nats_server: NatsServer) -> None:
     await nats_server.stop()
     with pytest.raises(BusError, match=nats_server.url.removeprefix("nats://")):
-        await NatsBus.connect(nats_server.url, name="one")
+        await NatsBus.connect(nats_server.url, name="one", timeout_s=0.2)
 
 
 class LostConsumer:
@@ -226,8 +223,7 @@ async def test_a_refusal_that_comes_with_the_deadline_ends_the_attempts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attempts: list[str] = []
-    monkeypatch.setattr("shared.bus.nats.CONNECT_TIMEOUT_S", 0.05)
     monkeypatch.setattr("nats.aio.client.TcpTransport", lambda: RefusingTransport(attempts))
     with pytest.raises(BusError, match=r"no connection to NATS at 127\.0\.0\.1:9"):
-        await NatsBus.connect("nats://127.0.0.1:9", name="one")
+        await NatsBus.connect("nats://127.0.0.1:9", name="one", timeout_s=0.05)
     assert attempts == ["127.0.0.1:9"]

@@ -159,6 +159,7 @@ async def test_traces_go_through_stages_that_each_have_a_worker(tmp_path: Path) 
         nodes=1,
         stages=2,
         stages_per_worker=1,
+        emulate="gpt2-small@rtx6000ada",
         extra_env={"LEMIX_NATS_URL": ""},
     )
     worker_of = {0: "lemix.stage_worker.0.0", 1: "lemix.stage_worker.0.1"}

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -17,6 +16,7 @@ import pytest
 from lemix.arenas import default_base
 from lemix.client import ApiClient, served_model
 from lemix.summary import Summary
+from tests.support.command import Ended, lemix_here
 from tests.support.processes import marked_with
 
 LEMIX = (str(Path(sys.executable).with_name("lemix")),)
@@ -30,15 +30,6 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("LEMIX_TEST_MARK", str(tmp_path))
     monkeypatch.delenv("LEMIX_NATS_URL", raising=False)
     return f"LEMIX_TEST_MARK={tmp_path}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """What a command left."""
-
-    status: int | None
-    output: str
-    errors: str
 
 
 async def lemix(*arguments: str, standard_input: bytes = b"") -> Ended:
@@ -97,13 +88,38 @@ async def status_of_example(output: Sequence[str]) -> int:
         return (await http.post(url, json=json.loads(rest[-1]))).status_code
 
 
-async def test_up_serves_and_ctrl_c_ends_it_and_all_it_started(tmp_path: Path, mark: str) -> None:
+async def publish_and_look(runs_dir: Path) -> None:
+    """`lemix train publish`, from a file and from a pipe, and `lemix status`: they find the only cluster."""
+    file = runs_dir / "batches.jsonl"
+    file.write_text(
+        '{"id": "one", "examples": [{"text": "Sea calm."}]}\n{"examples": [{"text": "Wind west."}]}\n'
+    )
+    published = await lemix("train", "publish", str(file), "--runs-dir", str(runs_dir))
+    assert (published.status, published.errors) == (0, "")
+    assert published.output == "run default: 2 batches stored, as 1 and 2\n"
+    again = await lemix("train", "publish", str(file), "--runs-dir", str(runs_dir))
+    stored, repeated = again.output.splitlines()
+    assert stored == "run default: 1 batch stored, as 3"
+    assert repeated.startswith("run default: 1 batch already stored, as 1: ")
+    examples = b'{"text": "Rain later."}\r\n{"prompt": "Wind? ", "completion": "West."}\r\n'
+    from_pipe = ("train", "publish", "-", "--batch-size", "1", "--name", "default")
+    piped = await lemix(*from_pipe, "--runs-dir", str(runs_dir), standard_input=examples)
+    assert piped.output == "run default: 2 batches stored, as 4 and 5\n", piped.errors
+    async with asyncio.timeout(COMMAND_DEADLINE_S):
+        while "v5" not in (status := await lemix("status", "--runs-dir", str(runs_dir))).output:
+            assert (status.status, status.errors) == (0, "")
+    assert "run default: policy lemix, 1 of 1 nodes ready" in status.output
+    assert "0/2" in status.output and "1/2" in status.output
+
+
+async def test_up_serves_and_trains_and_ctrl_c_ends_it_and_all_it_started(tmp_path: Path, mark: str) -> None:
     async with lemix_up(tmp_path) as running:
         model = await served_model(running.api_url)
         async with ApiClient(running.api_url, model=model) as api:
             completion = await api.complete("Return the", max_tokens=8)
         assert 1 <= completion.completion_tokens <= 8
         assert await status_of_example(running.output) == 200
+        await publish_and_look(tmp_path)
         assert len(list(default_base().glob(f"lemix-{running.process.pid}-*"))) == 1
         ended = await running.interrupt()
         assert ended == Ended(status=0, output="", errors=""), "each service ended by itself, in time"
@@ -112,31 +128,6 @@ async def test_up_serves_and_ctrl_c_ends_it_and_all_it_started(tmp_path: Path, m
         logs = {log.name: log.read_text() for log in (tmp_path / "default" / "logs").glob("*.log")}
         assert len(logs) == 4, "one worker holds both stages"
         assert all(text == "" for text in logs.values()), logs
-
-
-async def test_status_and_publish_find_the_running_cluster(tmp_path: Path) -> None:
-    file = tmp_path / "batches.jsonl"
-    file.write_text(
-        '{"id": "one", "examples": [{"text": "Sea calm."}]}\n{"examples": [{"text": "Wind west."}]}\n'
-    )
-    async with lemix_up(tmp_path) as running:
-        published = await lemix("train", "publish", str(file), "--runs-dir", str(tmp_path))
-        assert (published.status, published.errors) == (0, "")
-        assert published.output == "run default: 2 batches stored, as 1 and 2\n"
-        again = await lemix("train", "publish", str(file), "--runs-dir", str(tmp_path))
-        stored, repeated = again.output.splitlines()
-        assert stored == "run default: 1 batch stored, as 3"
-        assert repeated.startswith("run default: 1 batch already stored, as 1: ")
-        examples = b'{"text": "Rain later."}\r\n{"prompt": "Wind? ", "completion": "West."}\r\n'
-        from_pipe = ("train", "publish", "-", "--batch-size", "1", "--name", "default")
-        piped = await lemix(*from_pipe, "--runs-dir", str(tmp_path), standard_input=examples)
-        assert piped.output == "run default: 2 batches stored, as 4 and 5\n", piped.errors
-        async with asyncio.timeout(COMMAND_DEADLINE_S):
-            while "v5" not in (status := await lemix("status", "--runs-dir", str(tmp_path))).output:
-                assert (status.status, status.errors) == (0, "")
-        assert "run default: policy lemix, 1 of 1 nodes ready" in status.output
-        assert "0/2" in status.output and "1/2" in status.output
-        await running.interrupt()
 
 
 async def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, mark: str) -> None:
@@ -171,16 +162,16 @@ async def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, ma
         (("up", "--host", "192.0.2.1", "--insecure"), "cannot listen on 192.0.2.1:8000"),
     ],
 )
-async def test_an_error_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], error: str) -> None:
-    ended = await lemix(*arguments, "--runs-dir", str(tmp_path))
+def test_an_error_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], error: str) -> None:
+    ended = lemix_here(*arguments, "--runs-dir", str(tmp_path))
     assert ended.status == 1
     assert re.match(f"error: {error}", ended.errors), ended.errors
     assert ended.errors.count("\n") == 1
 
 
-async def test_a_line_that_is_not_json_is_named_and_nothing_published(tmp_path: Path) -> None:
+def test_a_line_that_is_not_json_is_named_and_nothing_published(tmp_path: Path) -> None:
     file = tmp_path / "batches.jsonl"
     file.write_text('{"examples": [{"text": "a"}]}\nnot json\n')
-    ended = await lemix("train", "publish", str(file), "--nats-url", "nats://127.0.0.1:9")
+    ended = lemix_here("train", "publish", str(file), "--nats-url", "nats://127.0.0.1:9")
     assert ended.status == 1
     assert "line 2: not JSON" in ended.errors

@@ -213,27 +213,17 @@ def batches_of_equal_lengths(num_batches: int, num_microbatches: int) -> list[Ba
 async def run_torch_pipeline(folder: Path, num_stages: int, batches: list[Batch]) -> None:
     """Each schedule's weights afterwards, as `<schedule>-<rank>.safetensors` in `folder`."""
     (folder / "batches.json").write_text(json.dumps(batches))
-    processes = [
-        await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.support.torch_pipeline",
-            str(rank),
-            str(num_stages),
-            str(folder),
-            stderr=asyncio.subprocess.PIPE,
-        )
-        for rank in range(num_stages)
-    ]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.support.torch_pipeline", str(num_stages), str(folder)),
+        stderr=asyncio.subprocess.PIPE,
+    )
     try:
         async with asyncio.timeout(300):
-            ends = await asyncio.gather(*(process.communicate() for process in processes))
+            _, errors = await process.communicate()
     finally:
-        for process in processes:
-            if process.returncode is None:
-                process.kill()
-    for process, (_, errors) in zip(processes, ends, strict=True):
-        assert process.returncode == 0, errors.decode()
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, errors.decode()
 
 
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 4), (3, 5)])

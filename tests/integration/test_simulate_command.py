@@ -1,26 +1,19 @@
-"""`lemix simulate` as a person runs it."""
+"""`lemix simulate` with a person's arguments."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-LEMIX = str(Path(sys.executable).with_name("lemix"))
-DEADLINE_S = 120.0
+from tests.support.command import lemix_here
+
 RUN = ("--nodes", "2", "--stages", "2", "--profile", "gpt2-small@rtx6000ada", "--tasks", "40", "--rate", "30")
 
 
-def simulate(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [LEMIX, "simulate", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in the test's folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 def files(folder: Path) -> set[str]:
@@ -28,12 +21,12 @@ def files(folder: Path) -> set[str]:
 
 
 def test_it_prints_a_table_and_leaves_three_files(tmp_path: Path) -> None:
-    ended = simulate(tmp_path, *RUN, "--policy", "lemix", "--training-rate", "0.5", "--schedule", "async")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "20 of 20 answered" in ended.stdout
-    assert "100.0 % of 20" in ended.stdout
+    ended = lemix_here("simulate", *RUN, "--policy", "lemix", "--training-rate", "0.5", "--schedule", "async")
+    assert (ended.status, ended.errors) == (0, "")
+    assert "20 of 20 answered" in ended.output
+    assert "100.0 % of 20" in ended.output
     folder = tmp_path / "runs" / "simulate"
-    assert f"written to {folder.relative_to(tmp_path)}" in ended.stdout
+    assert f"written to {folder.relative_to(tmp_path)}" in ended.output
     assert files(folder) == {"run.json", "events.jsonl", "timeline.png"}
     summary = json.loads((folder / "run.json").read_text())
     assert summary["metrics"]["num_answered"] == 20
@@ -44,8 +37,8 @@ def test_a_trace_is_replayed(tmp_path: Path) -> None:
     rows = "".join(f"{0.1 * i:.1f},{50 + i},{1 + i}\n" for i in range(10))
     (tmp_path / "trace.csv").write_text("timestamp,prompt_tokens,output_tokens\n" + rows)
     arguments = ("--trace", "trace.csv", "--training-rate", "0", "--tasks", "10", "--output", "here")
-    ended = simulate(tmp_path, *RUN[:6], *arguments)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = lemix_here("simulate", *RUN[:6], *arguments)
+    assert (ended.status, ended.errors) == (0, "")
     events = [json.loads(line) for line in (tmp_path / "here" / "events.jsonl").read_text().splitlines()]
     requests = sorted(
         (event for event in events if event["event"] == "request"), key=lambda event: event["arrived_s"]
@@ -54,10 +47,10 @@ def test_a_trace_is_replayed(tmp_path: Path) -> None:
     assert [len(request["token_times_s"][0]) for request in requests] == list(range(1, 11))
 
 
-def test_arrivals_that_have_their_own_rate_need_none(tmp_path: Path) -> None:
-    ended = simulate(tmp_path, *RUN[:-2], "--arrivals", "all")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "20 of 20 answered" in ended.stdout
+def test_arrivals_that_have_their_own_rate_need_none() -> None:
+    ended = lemix_here("simulate", *RUN[:-2], "--arrivals", "all")
+    assert (ended.status, ended.errors) == (0, "")
+    assert "20 of 20 answered" in ended.output
 
 
 @pytest.mark.parametrize(
@@ -72,8 +65,8 @@ def test_arrivals_that_have_their_own_rate_need_none(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
-    ended = simulate(tmp_path, *RUN, *arguments)
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("error: ") and named in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
+    ended = lemix_here("simulate", *RUN, *arguments)
+    assert ended.status == 1
+    assert ended.errors.startswith("error: ") and named in ended.errors
+    assert len(ended.errors.splitlines()) == 1
     assert files(tmp_path) == set()

@@ -1,29 +1,16 @@
-"""`lemix study` as a person runs it: the quick form of the main study, from end to end."""
+"""`lemix study` with a person's arguments: the quick form of the main study, from end to end."""
 
-import asyncio
 import json
-import sys
 from pathlib import Path
 
-LEMIX = str(Path(sys.executable).with_name("lemix"))
-DEADLINE_S = 120.0
+from tests.support.command import lemix_here
 
 
-async def study(*arguments: str) -> tuple[int | None, str, str]:
-    """Exit status, output, errors."""
-    process = await asyncio.create_subprocess_exec(
-        LEMIX, "study", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    async with asyncio.timeout(DEADLINE_S):
-        output, errors = await process.communicate()
-    return process.returncode, output.decode(), errors.decode()
-
-
-async def test_a_quick_study_leaves_table_verdicts_figures_and_its_runs(tmp_path: Path) -> None:
-    status, output, errors = await study("main", "--quick", "--runs-dir", str(tmp_path))
-    assert (status, errors) == (0, "")
+def test_a_quick_study_leaves_table_verdicts_figures_and_its_runs(tmp_path: Path) -> None:
+    ended = lemix_here("study", "main", "--quick", "--runs-dir", str(tmp_path))
+    assert (ended.status, ended.errors) == (0, "")
     folder = tmp_path / "studies" / "quick"
-    assert str(folder / "main.md") in output
+    assert str(folder / "main.md") in ended.output
     text = (folder / "main.md").read_text()
     result = json.loads((folder / "main.json").read_text())
     policies = {row["labels"]["policy"]: row["metrics"] for row in result["rows"]}
@@ -43,8 +30,8 @@ async def test_a_quick_study_leaves_table_verdicts_figures_and_its_runs(tmp_path
     assert len((tmp_path / "studies" / "main-quick.jsonl").read_text().splitlines()) == len(result["rows"])
 
 
-async def test_an_unknown_study_is_one_clear_line(tmp_path: Path) -> None:
-    status, _, errors = await study("best", "--runs-dir", str(tmp_path))
-    assert status == 1
-    assert errors.startswith("error: study 'best' is unknown; choose one of: main, heterogeneity")
-    assert errors.count("\n") == 1
+def test_an_unknown_study_is_one_clear_line(tmp_path: Path) -> None:
+    ended = lemix_here("study", "best", "--runs-dir", str(tmp_path))
+    assert ended.status == 1
+    assert ended.errors.startswith("error: study 'best' is unknown; choose one of: main, heterogeneity")
+    assert ended.errors.count("\n") == 1

@@ -1,9 +1,11 @@
-"""One rank of torch's own pipelines: `python -m tests.support.torch_pipeline RANK NUM_RANKS FOLDER`.
+"""torch's own pipelines: `python -m tests.support.torch_pipeline NUM_RANKS FOLDER`.
 
-FOLDER has `model` and `batches.json`; the rank's weights after training go there, a file for each schedule.
+FOLDER has `model` and `batches.json`; each rank's weights after training go there, a file for each schedule.
+The ranks are forked from a process that has imported all they need.
 """
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -65,9 +67,7 @@ def train(schedule_class: type, rank: int, num_ranks: int, folder: Path, batches
     save_file(weights, folder / f"{schedule_class.__name__}-{rank}.safetensors")
 
 
-def main() -> None:
-    rank, num_ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
+def run_rank(rank: int, num_ranks: int, folder: Path) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=num_ranks
     )
@@ -75,6 +75,18 @@ def main() -> None:
     for schedule_class in SCHEDULES:
         train(schedule_class, rank, num_ranks, folder, batches)
     distributed.destroy_process_group()
+
+
+def main() -> None:
+    num_ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, num_ranks, folder)) for rank in range(num_ranks)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
 
 
 if __name__ == "__main__":
