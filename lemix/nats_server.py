@@ -25,14 +25,15 @@ PR_SET_PDEATHSIG = 1
 
 
 class NatsServer:
-    """A server on the loopback address that keeps its streams in `store`.
+    """A server that keeps its streams in `store`.
 
     Start it from the process's main thread: on Linux it ends with the thread that started it.
     """
 
-    def __init__(self, store: Path, *, port: int | None = None) -> None:
-        """`port` None: any free one, and the same again after a restart."""
+    def __init__(self, store: Path, *, host: str = LOOPBACK, port: int | None = None) -> None:
+        """`host`: the address where it listens. `port` None: any free one, and the same after a restart."""
         self._store = store
+        self._host = host
         self._port = port
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -58,7 +59,7 @@ class NatsServer:
     @property
     def url(self) -> str:
         """Where clients connect; only after `start`."""
-        return f"nats://{LOOPBACK}:{self.port}"
+        return f"nats://{self._host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -110,7 +111,7 @@ class NatsServer:
         self._store.mkdir(parents=True, exist_ok=True)
         for left_by_a_killed_server in self._store.glob("*.ports"):
             left_by_a_killed_server.unlink()
-        listen = ["--addr", LOOPBACK, "--port", str(self._port or -1)]
+        listen = ["--addr", self._host, "--port", str(self._port or -1)]
         storage = ["--jetstream", "--store_dir", str(self._store), "--ports_file_dir", str(self._store)]
         with self.log.open("ab") as output:
             return subprocess.Popen(

@@ -155,7 +155,8 @@ class StageWorker:
 
     def _start_linking(self, beat: Heartbeat) -> None:
         for target in self._targets - self._linking:
-            if target[0] == beat.stage and self._linked.get(target) != beat.instance:
+            if target[0] == beat.stage and not self._is_linked(target, beat.instance):
+                self._linked.pop(target, None)
                 self._linking.add(target)
                 self._group.create_task(self._link(target, beat.instance))
 
@@ -184,10 +185,13 @@ class StageWorker:
             self._refused.add(instance)
             log.warning("stage %d cannot read this stage's memory: %s. A connection is tried.", stage, reason)
 
+    def _is_linked(self, target: Target, instance: str) -> bool:
+        return self._linked.get(target) == instance and not self._executor.is_link_lost(*target)
+
     def _is_ready(self) -> bool:
         """Whether this stage can send tensors to every stage that it has to."""
         return all(
-            (beat := self._heard_lately(target[0])) is not None and self._linked.get(target) == beat.instance
+            (beat := self._heard_lately(target[0])) is not None and self._is_linked(target, beat.instance)
             for target in self._targets
         )
 

@@ -30,6 +30,11 @@ class OutgoingLink(Protocol):
         """Hand over a tensor that nobody writes to any more. Raises CarrierError when that cannot be done."""
         ...
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has broken, though both sides may live. Any thread may ask."""
+        ...
+
     def close(self) -> None:
         """Leave nothing behind, should the consumer never have come."""
         ...
@@ -60,6 +65,11 @@ class SharedMemoryLink:
         """Use the arena if the consumer has it, else send inline."""
         self._is_shared = answer.accepted
         self._arena.unlink()
+
+    @property
+    def is_lost(self) -> bool:
+        """Memory lasts as long as the two processes."""
+        return False
 
     def close(self) -> None:
         """Remove the arena's file if the consumer never came."""

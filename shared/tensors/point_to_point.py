@@ -93,6 +93,11 @@ class CollectiveLink:
             self._unread.pop(number, None)
             self._room.release()
 
+    @property
+    def is_lost(self) -> bool:
+        """Known when the connection ends under an unread tensor, or at the next `put`."""
+        return self._connection is not None and self._connection.is_lost
+
     def close(self) -> None:
         """Leave; what nobody has taken is gone, and whoever asks for it learns so."""
         self._sending.shutdown(wait=False, cancel_futures=True)
@@ -151,6 +156,11 @@ class _Connection:
         if self._why_lost:
             raise self._lost(self._why_lost)
         return self.run(lambda: self._group.result(self._timeout_s))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was lost, or the two never met."""
+        return bool(self._why_lost) or (self._group.done() and self._group.exception() is not None)
 
     def run(self, work: Callable[[], Any]) -> Any:
         """Have gloo do something. Raises PeerLostError, from then on at every call of `group`."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from shared import checkpoints, subjects
 from shared.bus.base import Incoming
 from shared.checkpoints import Manifest
 from shared.messages.inference import IterationForward
-from shared.messages.training import BatchStepped, MicrobatchEntered
+from shared.messages.training import BatchStepped, MicrobatchEntered, TrainingFailed
 from shared.tensors import inline
 from shared.tensors.point_to_point import CollectiveLink
 from tests.support.models import save_tiny_model
@@ -163,6 +164,53 @@ async def test_stages_that_share_no_memory_are_connected(
             links = worker._executor._handoff._outgoing.values()  # type: ignore[attr-defined]
             assert {type(link) for link in links} == {CollectiveLink}
         assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(("stage", "other"), [(0, 1), (1, 0)])
+async def test_a_connection_that_breaks_between_living_stages_is_made_anew(
+    stage: int, other: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    async with running_node(tmp_path / "model", 2, tmp_path) as node:
+        node.workers.settings_of[1] = {"shm_dir": tmp_path_factory.mktemp("elsewhere")}
+        await node.replace(1)
+        await node.ready()
+        prompt = PROMPT * 60  # too large to go inline
+        expected = await node.complete(prompt, max_tokens=12)
+        await node.restore(epoch=1)
+        expected_loss = await loss_of_step(node, "b0", epoch=1)
+        instances = {number: beat.instance for number, beat in node.heartbeats.items()}
+        links = node.workers.workers[stage]._executor._handoff._outgoing  # type: ignore[attr-defined]
+        broken = links[other, "activations"]
+        assert isinstance(broken, CollectiveLink)
+        break_connection(broken)
+        if stage == 0:
+            lost = await node.complete(prompt, max_tokens=12)
+            assert lost.failure is not None
+            assert (lost.failure.code, lost.finish) == (503, None)
+        else:
+            for message in messages("b0", random_batches(1, 1)[0], epoch=1):
+                await node.feed(message)
+            while not isinstance((await node.report()).event, TrainingFailed):
+                pass
+
+        def is_connected_anew() -> bool:
+            link = links.get((other, "activations"))
+            return link is not None and link._connection not in (None, broken._connection)
+
+        await node.heard(is_connected_anew)
+        await node.restore(epoch=2)
+        assert (await node.complete(prompt, max_tokens=12)).token_ids == expected.token_ids
+        assert await loss_of_step(node, "b0", epoch=2) == pytest.approx(expected_loss, abs=1e-6)
+        assert {number: beat.instance for number, beat in node.heartbeats.items()} == instances
+
+
+def break_connection(link: CollectiveLink) -> None:
+    """As a network does; gloo ends a connection when a wait ends without success."""
+    assert link._connection is not None
+    never_taken = link._connection.group().send([torch.zeros(1)], 1, 1_000_000)
+    with pytest.raises(RuntimeError):
+        never_taken.wait(timedelta(milliseconds=1))
 
 
 async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(tmp_path: Path) -> None:

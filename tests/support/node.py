@@ -14,7 +14,7 @@ from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.worker import StageWorker
 from shared import subjects
-from shared.bus.base import Incoming
+from shared.bus.base import Bus, Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import IdSource, SystemClock
 from shared.lifecycle import World
@@ -90,11 +90,13 @@ class Answer:
 class Node:
     """Plays the gateway, the scheduler and the trainer for one pipeline."""
 
-    def __init__(self, workers: "Workers", num_stages: int) -> None:
-        self.workers = workers
-        self.bus = workers.broker.connect()
-        self.number = workers.node
-        self.gateway = f"test-{workers.node}"
+    workers: "Workers"
+    """Its processes, where this one plays them."""
+
+    def __init__(self, bus: Bus, num_stages: int, *, number: int = 0) -> None:
+        self.bus = bus
+        self.number = number
+        self.gateway = f"test-{number}"
         self.num_stages = num_stages
         self.heartbeats: dict[int, Heartbeat] = {}
         self.reports: asyncio.Queue[StageReport] = asyncio.Queue()
@@ -363,7 +365,8 @@ async def running_node(
     async with asyncio.TaskGroup() as group:
         chosen = {"num_stages": num_stages, "model": str(model), "run_dir": run_dir, "shm_dir": run_dir}
         workers = Workers(group, {**chosen, **settings}, node=number, broker=broker or MemoryBroker())
-        node = Node(workers, num_stages)
+        node = Node(workers.broker.connect(), num_stages, number=number)
+        node.workers = workers
         await node.subscribe()
         first_stages = range(0, num_stages, settings.get("stages_held", 1))
         for stage in first_stages:

@@ -101,6 +101,9 @@ class EmulatedExecutor:
     async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
         pass
 
+    def is_link_lost(self, peer: int, purpose: LinkPurpose) -> bool:
+        return False
+
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         return LinkAnswer(accepted=True)
 

@@ -108,6 +108,10 @@ class Executor(Protocol[Snapshot, Copied]):
         """The peer has answered the offer."""
         ...
 
+    def is_link_lost(self, peer: int, purpose: LinkPurpose) -> bool:
+        """Whether the link to a peer has broken, though the peer may live: it wants another offer."""
+        ...
+
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         """Prepare to take tensors from a peer."""
         ...

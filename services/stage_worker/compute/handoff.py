@@ -76,6 +76,11 @@ class Handoff:
         if not answer.accepted:
             self._without_memory.add(self._offered_to[peer, purpose])
 
+    def is_lost(self, peer: int, purpose: LinkPurpose) -> bool:
+        """Whether the link has broken. Any thread may ask."""
+        link = self._outgoing.get((peer, purpose))
+        return link is not None and link.is_lost
+
     def accept(self, offer: LinkOffer) -> LinkAnswer:
         """Prepare to take tensors from a peer; messages must not lead this process to any file there is."""
         shm_dir = self._settings.shm_dir

@@ -135,6 +135,9 @@ class TorchExecutor:
     async def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
         await self._run(self._handoff.connect, peer, purpose, answer)
 
+    def is_link_lost(self, peer: int, purpose: LinkPurpose) -> bool:
+        return self._handoff.is_lost(peer, purpose)
+
     async def accept(self, offer: LinkOffer) -> LinkAnswer:
         return await self._run(self._handoff.accept, offer)
 
