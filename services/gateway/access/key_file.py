@@ -50,9 +50,12 @@ def remove_key(path: Path, key_id: str) -> Key:
 
     Raises ConfigurationError when there is no such key, or when the file cannot be read or written.
     """
+    unknown = ConfigurationError(f"no such key: {key_id!r} (`lemix keys list` shows those of {path})")
+    if not path.exists():  # nor is a folder made for it
+        raise unknown
     with _changing(path) as keys:
         if key_id not in keys:
-            raise ConfigurationError(f"no such key: {key_id!r} (`lemix keys list` shows those of {path})")
+            raise unknown
         return keys.pop(key_id)
 
 

@@ -102,3 +102,9 @@ def test_a_change_that_cannot_be_read_leaves_the_keys_as_they_were(
     clock.seconds += 1
     assert ring.keys() == {"a": key("a")}
     assert "keys.json" in caplog.text
+
+
+def test_no_folder_is_made_for_a_key_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no such key: 'a'"):
+        remove_key(tmp_path / "misspelt" / "keys.json", "a")
+    assert not any(tmp_path.iterdir())
