@@ -29,7 +29,7 @@ DURATION_S = 600.0
 NUM_CLIENTS = 12
 LEAVING_SHARE = 0.4
 LONGEST_STAY_S = 3.0
-"""Of a client that leaves."""
+"""The longest time that a client waits who leaves."""
 PROMPT_TOKENS, MAX_TOKENS = (1, 400), (1, 80)
 NUM_BEGINNINGS = 6
 LOOK_EVERY_S = 5.0

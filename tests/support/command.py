@@ -11,7 +11,7 @@ from lemix.cli import main
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """What a command left."""
+    """How a command ended."""
 
     status: int | str | None
     output: str

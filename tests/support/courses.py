@@ -98,7 +98,7 @@ class Node:
         self._num_begun = 0
         """Iterations."""
         self._iterations: dict[Iteration, StageOp] = {}
-        """What is told of each: one and the same, however often the course is made anew meanwhile."""
+        """The op that is told of each: one and the same, however often the course is made anew meanwhile."""
 
     @property
     def prediction(self) -> Prediction:

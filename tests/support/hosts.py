@@ -86,7 +86,7 @@ async def _join(hosts: TwoHosts, interface: str) -> None:
 
 
 async def output_of(*command: str) -> str:
-    """What the command prints. Raises OSError, with what it complained of, when it fails."""
+    """Run a command; returns what it prints. Raises OSError, with what it complained of, when it fails."""
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
