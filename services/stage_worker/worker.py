@@ -76,8 +76,8 @@ class StageWorker:
         self._linked: dict[Target, str] = {}
         """Where this stage can send tensors to, with the instance that accepted."""
         self._linking: set[Target] = set()
-        self._refused: set[str] = set()
-        """Instances whose refusal was logged."""
+        self._refused: set[tuple[str, str]] = set()
+        """(instance, carrier): refusals that were logged."""
         self._told_whole = False
         """Whether the last heartbeat said that the node is whole (stage 0)."""
 
@@ -174,16 +174,16 @@ class StageWorker:
         finally:  # not before: an offer replaces the link of the one before it
             self._linking.discard(target)
         if not answer.accepted:
-            self._log_refusal(stage, instance, answer.reason)
+            self._log_refusal(stage, instance, offer.carrier, answer.reason)
             return
         self._linked[target] = instance
         await self._publish_heartbeat()
         self._serving.pump()
 
-    def _log_refusal(self, stage: int, instance: str, reason: str) -> None:
-        if instance not in self._refused:
-            self._refused.add(instance)
-            log.warning("stage %d cannot read this stage's memory: %s. A connection is tried.", stage, reason)
+    def _log_refusal(self, stage: int, instance: str, carrier: str, reason: str) -> None:
+        if (instance, carrier) not in self._refused:
+            self._refused.add((instance, carrier))
+            log.warning("no %s to stage %d: %s. Another way is tried.", carrier, stage, reason)
 
     def _is_linked(self, target: Target, instance: str) -> bool:
         return self._linked.get(target) == instance and not self._executor.is_link_lost(*target)

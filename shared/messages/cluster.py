@@ -57,6 +57,18 @@ LinkPurpose = Literal["activations", "tied"]
 """The tensors on a link: rows of activations and their gradients, or the gradient of a tied embedding."""
 
 
+class GpuRing(Message):
+    """A ring of slots in a GPU's memory, by the handles that open it in another process (`cuda_ipc`)."""
+
+    gpu: str
+    """The hardware's own name."""
+    memory: bytes
+    written: tuple[bytes, ...]
+    """Handles of events: by slot, that it is written."""
+    read: tuple[bytes, ...]
+    """Handles of events: by slot, that it is read."""
+
+
 class LinkOffer(Message):
     """A producer offers a place for its tensors to their consumer."""
 
@@ -65,10 +77,12 @@ class LinkOffer(Message):
     purpose: LinkPurpose = "activations"
     carrier: str
     place: str
-    """Path of the arena's file (`shm`); a name (`local`); an address and a name (`collective`)."""
+    """Path of a file (`shm`, `cuda_ipc`); a name (`local`); an address and a name (`collective`)."""
     slot_bytes: Annotated[int, Meta(gt=0, le=1 << 36)] = 1
-    """The size of one slot of the arena (`shm`)."""
+    """The size of one slot (`shm`, `cuda_ipc`)."""
     num_slots: Annotated[int, Meta(gt=0, le=256)] = 1
+    ring: GpuRing | None = None
+    """`cuda_ipc` only."""
 
 
 class LinkAnswer(Message):

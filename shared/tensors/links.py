@@ -9,7 +9,8 @@ from torch import Tensor
 
 from shared.errors import CarrierError, StaleTensorError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.tensors import inline, local, point_to_point, shm
+from shared.tensors import cuda_ipc, inline, local, point_to_point, shm
+from shared.tensors.gpu_memory import FindGpu, gpu_named
 from shared.tensors.local import LocalTensors
 from shared.tensors.point_to_point import CollectiveReader
 from shared.tensors.ref import INLINE_LIMIT_BYTES, TensorRef
@@ -108,11 +109,13 @@ class IncomingLinks:
         *,
         host: str = "127.0.0.1",
         timeout_s: float = 60.0,
+        find_gpu: FindGpu = gpu_named,
     ) -> None:
         """`local_tensors`: None where no other stage is in this process.
 
         `host`: this machine's address where other hosts reach it. `timeout_s`: longest wait for one of them.
         """
+        self._find_gpu = find_gpu
         self._device = device
         self._local = local_tensors or LocalTensors()
         self._host = host
@@ -138,7 +141,16 @@ class IncomingLinks:
     def _opened(self, offer: LinkOffer) -> Reader:
         if offer.carrier == point_to_point.CARRIER:
             return CollectiveReader(offer.place, host=self._host, timeout_s=self._timeout_s)
+        if offer.carrier == cuda_ipc.CARRIER:
+            return self._ring_reader(offer)
         return shm.ArenaReader(Path(offer.place), slot_bytes=offer.slot_bytes, num_slots=offer.num_slots)
+
+    def _ring_reader(self, offer: LinkOffer) -> Reader:
+        name = offer.ring.gpu if offer.ring else ""
+        gpu = self._find_gpu(name, self._device)
+        if gpu is None:
+            raise CarrierError(f"this stage, on {self._device}, does not see GPU {name!r}")
+        return cuda_ipc.ring_reader(offer, gpu)
 
     def take(self, ref: TensorRef) -> Tensor:
         """The tensor on this stage's device, for this stage alone.

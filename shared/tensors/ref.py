@@ -13,13 +13,13 @@ class TensorRef(Message):
     """Where a tensor lies and what it is; small enough for any message."""
 
     carrier: str
-    """Which carrier wrote it: `local`, `shm`, `collective`, `inline`."""
+    """Which carrier wrote it: `local`, `shm`, `cuda_ipc`, `collective`, `inline`."""
     shape: tuple[int, ...]
     dtype: DtypeName
     """The torch name without its prefix: `float32`, `bfloat16`, `int64`."""
     size_bytes: Count
     place: str = ""
-    """The arena that holds it (`shm`), or the link."""
+    """The ring that holds it (`shm`, `cuda_ipc`), or the link."""
     slot: Count = 0
     generation: Count = 0
     """How often the slot was written; a reader of an older one must not take the newer. Else a number."""

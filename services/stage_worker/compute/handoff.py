@@ -1,5 +1,7 @@
 """The tensors of one stage on their way from and to the node's other stages."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,10 @@ from services.stage_worker.context import is_inside
 from services.stage_worker.settings import StageWorkerSettings
 from shared.errors import CarrierError
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
-from shared.tensors import shm
+from shared.tensors import cuda_ipc, shm
+from shared.tensors.collective import hardware_name
+from shared.tensors.cuda_ipc import CudaIpcLink
+from shared.tensors.gpu_memory import FindGpu, gpu_named
 from shared.tensors.links import IncomingLinks, OutgoingLink, SharedMemoryLink
 from shared.tensors.local import LocalLink
 from shared.tensors.point_to_point import CollectiveLink
@@ -18,24 +23,36 @@ NUM_TIED_SLOTS = 2
 """One end of the pipeline may gather its next batch while the other still reads the one before."""
 _ELEMENT_BYTES = 4
 
+log = logging.getLogger(__name__)
+
 
 class Handoff:
     """The links of one stage. Whatever touches tensors belongs to the compute thread."""
 
     def __init__(
-        self, settings: StageWorkerSettings, instance: str, device: torch.device, local: LocalStages
+        self,
+        settings: StageWorkerSettings,
+        instance: str,
+        device: torch.device,
+        local: LocalStages,
+        find_gpu: FindGpu = gpu_named,
     ) -> None:
         self._settings = settings
         self._instance = instance
         self._local = local
+        self._gpu = find_gpu(hardware_name(device), device)
         self._incoming = IncomingLinks(
-            device, local.tensors, host=settings.collective_host, timeout_s=settings.collective_timeout_s
+            device,
+            local.tensors,
+            host=settings.collective_host,
+            timeout_s=settings.collective_timeout_s,
+            find_gpu=find_gpu,
         )
         self._outgoing: dict[tuple[int, LinkPurpose], OutgoingLink] = {}
-        self._offered_to: dict[tuple[int, LinkPurpose], str] = {}
-        """The instance that each link was offered to last."""
-        self._without_memory: set[str] = set()
-        """Instances that cannot open an arena of this host."""
+        self._offered: dict[tuple[int, LinkPurpose], tuple[str, str]] = {}
+        """(instance, carrier) of each link's last offer."""
+        self._refused: set[tuple[str, str]] = set()
+        """(instance, carrier): what a peer cannot open, or this process cannot make."""
 
     def offer(
         self, peer: int, instance: str, purpose: LinkPurpose, *, hidden_size: int, vocab_size: int
@@ -47,34 +64,39 @@ class Handoff:
         if (peer, purpose) in self._outgoing:
             self._outgoing.pop((peer, purpose)).close()
         name = f"lemix-{self._instance}-{peer}-{instance}-{purpose}"
+        rows = vocab_size if purpose == "tied" else self._max_rows
         num_slots = NUM_TIED_SLOTS if purpose == "tied" else 2 * self._settings.num_stages + 2
-        link: OutgoingLink
+        link = self._cheapest(name, instance, rows * hidden_size * _ELEMENT_BYTES, num_slots)
+        offer = link.offer(self._settings.stage, self._instance, purpose)
+        self._outgoing[peer, purpose], self._offered[peer, purpose] = link, (instance, offer.carrier)
+        return offer
+
+    def _cheapest(self, name: str, instance: str, slot_bytes: int, num_slots: int) -> OutgoingLink:
+        """A link by the cheapest carrier that nobody has refused. Raises CarrierError."""
+        settings = self._settings
+        path = settings.shm_dir / f"{name}.arena"
         if instance in self._local:
-            link = LocalLink(self._local.tensors, name)
-        elif instance in self._without_memory:
-            link = CollectiveLink(
-                name,
-                host=self._settings.collective_host,
-                num_unread=num_slots,
-                timeout_s=self._settings.collective_timeout_s,
-            )
-        else:
-            rows = vocab_size if purpose == "tied" else self._max_rows
-            path = self._settings.shm_dir / f"{name}.arena"
-            slot_bytes = rows * hidden_size * _ELEMENT_BYTES
-            link = SharedMemoryLink(path, slot_bytes=slot_bytes, num_slots=num_slots)
-        self._outgoing[peer, purpose], self._offered_to[peer, purpose] = link, instance
-        return link.offer(self._settings.stage, self._instance, purpose)
+            return LocalLink(self._local.tensors, name)
+        if self._gpu is not None and (instance, cuda_ipc.CARRIER) not in self._refused:
+            try:
+                return CudaIpcLink(self._gpu, path, slot_bytes=slot_bytes, num_slots=num_slots)
+            except CarrierError as error:
+                self._refused.add((instance, cuda_ipc.CARRIER))
+                log.warning("%s; activations go through host memory", error)
+        if (instance, shm.CARRIER) not in self._refused:
+            return SharedMemoryLink(path, slot_bytes=slot_bytes, num_slots=num_slots)
+        host, timeout_s = settings.collective_host, settings.collective_timeout_s
+        return CollectiveLink(name, host=host, num_unread=num_slots, timeout_s=timeout_s)
 
     @property
     def _max_rows(self) -> int:
         return max(self._settings.max_iteration_tokens, self._settings.max_microbatch_tokens)
 
     def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
-        """The peer has answered the offer; what refuses shared memory is offered a connection next time."""
+        """The peer has answered the offer; who refuses is offered the next carrier next time."""
         self._outgoing[peer, purpose].connect(answer)
         if not answer.accepted:
-            self._without_memory.add(self._offered_to[peer, purpose])
+            self._refused.add(self._offered[peer, purpose])
 
     def is_lost(self, peer: int, purpose: LinkPurpose) -> bool:
         """Whether the link has broken. Any thread may ask."""
@@ -84,7 +106,7 @@ class Handoff:
     def accept(self, offer: LinkOffer) -> LinkAnswer:
         """Prepare to take tensors from a peer; messages must not lead this process to any file there is."""
         shm_dir = self._settings.shm_dir
-        if offer.carrier == shm.CARRIER and not is_inside(offer.place, shm_dir):
+        if offer.carrier in (shm.CARRIER, cuda_ipc.CARRIER) and not is_inside(offer.place, shm_dir):
             return LinkAnswer(accepted=False, reason=f"{offer.place} is not in this stage's {shm_dir}")
         return self._incoming.accept(offer)
 
