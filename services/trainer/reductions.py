@@ -103,7 +103,9 @@ class Reductions:
         for node in members:
             node.hold()
         if not all(node.is_quiet for node in members):
-            return self._begin_if_ready(members, now_s)
+            # Who is restored holds the newest checkpoint: it must step with those who begin to step from it.
+            is_awaited = any(node.phase == "restoring" for node in nodes.values())
+            return [] if is_awaited else self._begin_if_ready(members, now_s)
         if members and members[0].version != durable_version(nodes):
             return [told(members[0], members[0].save(now_s))] if members[0].may_save(now_s) else []
         return admit(nodes)
@@ -125,6 +127,7 @@ class Reductions:
 
     def _begin_if_ready(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
         """Begin when each node has gradients or nothing to compute them from, and at least one has some."""
+        assert len({node.version for node in members}) <= 1, "nodes that step together hold the same weights"
         for node in members:
             if node.squared_norm is not None and not isfinite(node.squared_norm):
                 return [told(node, node.skip(now_s))]

@@ -225,8 +225,10 @@ class FakeNode:
             message = incoming.message
             own = [message.batch_id] if message.batch_id else []
             name = message.batch_id or message.group.name
-            self._joint[name] = await self._meeting.union(message.group, number, self.node, own)
-            await self._gradients_ready(number, name, 1.0)
+            every = await self._meeting.union(message.group, number, self.node, own)
+            if self._is_of_now(message.epoch):
+                self._joint[name] = every
+                await self._gradients_ready(number, name, 1.0)
 
         return reduce
 

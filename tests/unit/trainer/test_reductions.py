@@ -241,6 +241,29 @@ def test_who_leaves_in_the_middle_takes_all_back() -> None:
     assert {node.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
 
 
+def test_who_is_restored_first_waits_with_its_step_for_the_others() -> None:
+    replicas = reducing().open()
+    replicas.learn(0, "a")
+    replicas.learn(1, "b")
+    replicas.look()
+    replicas.beat(1, instance="new")
+    replicas.look()
+    replicas.beat(0)
+    replicas.look()
+    assert {node.phase for node in replicas.nodes.values()} == {"restoring"}
+    for number, batch_id in enumerate("ab"):
+        replicas.nodes[number].place(batch_id, 0.0)
+
+    replicas.restored(1)
+    replicas.report(1, BatchReady(batch_id="b", squared_norm=1.0))
+    assert replicas.look() == [], "the other will hold the weights from before this step"
+    replicas.restored(0)
+    replicas.report(0, BatchReady(batch_id="a", squared_norm=1.0))
+
+    (reduce,) = (each for each in replicas.look() if isinstance(each, Reduce))
+    assert [member.batch_id for member in reduce.members] == ["a", "b"]
+
+
 def test_a_rollback_in_the_middle_of_a_step_ends_it() -> None:
     replicas = reducing().open()
     replicas.learn(0, "a")
