@@ -54,7 +54,7 @@ def test_after_a_publish_logprobs_under_graphs_are_the_eager_ones(
             eager = stage.forward(newest, places, PagedAttention(cache, chunks)).log_softmax(-1)
             bucket = step.bucket_of(chunks)
             assert bucket is not None
-            replayed = step.run(bucket, chunks, newest).log_softmax(-1)
+            replayed = step.run(bucket, chunks, newest.tolist()).log_softmax(-1)
         tolerance = 1e-4 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(replayed, eager, rtol=0, atol=tolerance)
         publish(stage, weights, number)

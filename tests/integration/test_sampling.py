@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from services.stage_worker.compute import torch_executor
+from services.stage_worker.compute.graphs import run_again
 from tests.support.models import VOCAB_SIZE, save_tiny_model
 from tests.support.node import Node, running_node
 from tests.support.reference import greedy_reference
@@ -118,6 +120,16 @@ async def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(
         among_others, others = await asyncio.gather(draw_all(node, seed=5), draw_all(node, seed=6))
     assert among_others == alone
     assert sum(one != other for one, other in zip(alone, others, strict=True)) >= 6
+
+
+async def test_steps_that_draw_and_go_ahead_of_the_host_give_the_same_text(
+    alone: list[list[int]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where nothing is captured: the steps are the ones that a GPU replays."""
+    monkeypatch.setattr(torch_executor, "capture_for", lambda device: run_again)
+    async with running_node(folder, 1, tmp_path, max_iteration_tokens=24) as node:
+        together = await draw_all(node, seed=5)
+    assert together == alone
 
 
 async def test_penalties_see_what_was_said(folder: Path, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ class ModelFacts:
     vocab_size: int
     context_length: int | None
     """Tokens that a prompt and its completion may have together; None: the model has no limit."""
+    num_rows_ahead: int = 0
+    """Rows of each sequence that the executor may run before it is asked for them, if they have blocks."""
 
 
 class Executor(Protocol[Snapshot, Copied]):

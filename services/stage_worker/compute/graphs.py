@@ -1,10 +1,13 @@
 """CUDA graphs: what a program launches, recorded once and replayed at a launch's cost."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Program: TypeAlias = Callable[[], Tensor]
+Capture: TypeAlias = Callable[[Program], Program]
 
 _NUM_WARM_UPS = 2
 """Runs before the capture: libraries take their memory and choose their kernels in the first."""
@@ -21,7 +24,7 @@ class GraphCapture:
         self._device = device
         self._pool: Any = None
 
-    def __call__(self, program: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, program: Program) -> Program:
         """Capture the program; returns its replay. Raises RuntimeError when it cannot be captured."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch is untyped here
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -42,6 +45,11 @@ class GraphCapture:
         return replay
 
 
-def run_again(program: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def run_again(program: Program) -> Program:
     """Captures nothing: the program runs anew each time."""
     return program
+
+
+def capture_for(device: torch.device) -> Capture | None:
+    """How static steps are captured on a device; None: there they would be no faster."""
+    return GraphCapture(device) if device.type == "cuda" else None

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.stage_worker.compute.executor import SequenceChunk
+from services.stage_worker.compute.sampling.adjust import is_adjusted
 from services.stage_worker.compute.sampling.draw import draw
 from services.stage_worker.compute.sampling.logprobs import logprobs
 from services.stage_worker.compute.sampling.sequences import SequenceState
+from services.stage_worker.compute.sampling.step import NO_TOKEN, Drawing
 from shared.messages.inference import (
     FinishReason,
     SequenceResult,
     TaskFailed,
     TokenLogprob,
 )
+
+Results = tuple[tuple[SequenceResult, ...], tuple[TaskFailed, ...]]
+"""The results of an iteration, and the sequences that cannot go on."""
 
 NOT_FINITE = "the model's logits are not finite"
 
@@ -29,6 +34,13 @@ class _Piece:
     """Rows that predict its targets."""
     drawing: int | None
     """The row that draws its token."""
+
+    @property
+    def drawing_in_step(self) -> Drawing | None:
+        """The draw, where it needs nothing but the logits, and nobody wants to know more of them."""
+        sampling, index = self.state.sampling, self.chunk.index
+        is_plain = not self.scored and sampling.num_logprobs is None and not is_adjusted(self.state, index)
+        return Drawing(sampling, index) if self.drawing is not None and is_plain else None
 
     @property
     def places(self) -> Sequence[int]:
@@ -74,27 +86,49 @@ class LogitPlan:
         if draws:
             self.rows.append(first + chunk.num_tokens - 1)
 
-    def results(self, logits_RV: Tensor) -> tuple[tuple[SequenceResult, ...], tuple[TaskFailed, ...]]:
+    @property
+    def drawings(self) -> list[Drawing] | None:
+        """The draw of each chunk, if all can be made in a static step."""
+        drawings = [piece.drawing_in_step for piece in self._pieces]
+        return [each for each in drawings if each is not None] if None not in drawings else None
+
+    def results(self, logits_RV: Tensor) -> Results:
         """A result for each chunk that has something to tell: scored prompt tokens, a new token, its end.
 
         Sequences that cannot go on fail instead. One whose grammar is not ready has no token yet.
         """
         sick = set((~logits_RV.amax(dim=-1).isfinite()).nonzero().flatten().tolist())
         drawing = {piece.drawing for piece in self._pieces if piece.state.is_ready()} - {None}
-        failures = {
+        failures = self._failures(sick, drawing)
+        pieces = [piece for piece in self._pieces if piece.chunk.task_id not in failures]
+        tokens = _targets(pieces) | _draw(logits_RV, [piece for piece in pieces if piece.drawing in drawing])
+        return _told(pieces, _with_logprobs(logits_RV, pieces, tokens)), tuple(failures.values())
+
+    def results_of(self, tokens: Sequence[int]) -> Results:
+        """The same where `drawings` were made: a token, or NO_TOKEN, for each chunk."""
+        sick = {place for place, token in enumerate(tokens) if token == NO_TOKEN}
+        failures = self._failures(sick, set())
+        pieces = [piece for piece in self._pieces if piece.chunk.task_id not in failures]
+        told = {place: TokenLogprob(token=token) for place, token in enumerate(tokens)}
+        return _told(pieces, told), tuple(failures.values())
+
+    def _failures(self, sick: Set[int], drawing: Set[int | None]) -> dict[str, TaskFailed]:
+        """By the task's id. `drawing`: rows that draw a token now."""
+        return {
             piece.chunk.task_id: failure
             for piece in self._pieces
             if (failure := _failure(piece, sick, draws=piece.drawing in drawing))
         }
-        pieces = [piece for piece in self._pieces if piece.chunk.task_id not in failures]
-        tokens = _targets(pieces) | _draw(logits_RV, [piece for piece in pieces if piece.drawing in drawing])
-        told = _with_logprobs(logits_RV, pieces, tokens)
-        results = [piece.result(told) for piece in pieces if piece.scored or piece.chunk.produces]
-        states = {piece.chunk.task_id: piece.state for piece in pieces}
-        for result in results:
-            if result.token is not None and result.finish is None:
-                states[result.task_id].drew(result.token.token)
-        return tuple(results), tuple(failures.values())
+
+
+def _told(pieces: Sequence[_Piece], told: Mapping[int, TokenLogprob]) -> tuple[SequenceResult, ...]:
+    """The results, after which the sequences go on with their tokens."""
+    results = tuple(piece.result(told) for piece in pieces if piece.scored or piece.chunk.produces)
+    states = {piece.chunk.task_id: piece.state for piece in pieces}
+    for result in results:
+        if result.token is not None and result.finish is None:
+            states[result.task_id].drew(result.token.token)
+    return results
 
 
 def _failure(piece: _Piece, sick: Set[int], *, draws: bool) -> TaskFailed | None:

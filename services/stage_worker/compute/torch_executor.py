@@ -23,14 +23,14 @@ from services.stage_worker.compute.executor import (
     SequenceChunk,
     ShardFiles,
 )
-from services.stage_worker.compute.graphs import GraphCapture
+from services.stage_worker.compute.graphs import capture_for
 from services.stage_worker.compute.handoff import Handoff
-from services.stage_worker.compute.iterations import IterationRunner
+from services.stage_worker.compute.iterations import Inputs, IterationRunner
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.local_stages import LocalStages
-from services.stage_worker.compute.logits import LogitPlan
 from services.stage_worker.compute.sampling.grammar import GrammarCompiler, Vocabulary
 from services.stage_worker.compute.sampling.sequences import SequenceState
+from services.stage_worker.compute.tokens import Asked, TokenRunner
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.settings import OF_TRAINING, StageWorkerSettings
 from services.stage_worker.training.microbatches import MicrobatchRunner
@@ -84,6 +84,7 @@ class _Loaded:
 
     stage: Stage
     iterations: IterationRunner
+    tokens: TokenRunner
     weights: StageWeights
     microbatches: MicrobatchRunner
     replica: Replica
@@ -103,6 +104,7 @@ class TorchExecutor:
         self._instance = instance
         self._local = local or LocalStages()
         self._device = torch.device(settings.device)
+        self._capture = capture_for(self._device)
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._thread = self._local.enter(instance, settings.device)
         self._peers = Peers(
@@ -251,7 +253,7 @@ class TorchExecutor:
             version=saved.version,
             stashing=settings.stashing,
             dtype=self._dtype,
-            in_place=self._captures,
+            in_place=self._capture is not None,
         )
         at_first = files.random_state(self._device)
         state = _optimizer_state(durable.folder, stage) if durable else {}
@@ -267,23 +269,20 @@ class TorchExecutor:
         )
         packed = enable_fast_inference(stage)
         packed.prepare()
-        self._model = _Loaded(stage, iterations, weights, microbatches, replica, packed, at_first)
+        tokens = TokenRunner(iterations, block_size=settings.kv_block_size)
+        self._model = _Loaded(stage, iterations, tokens, weights, microbatches, replica, packed, at_first)
         iterations.warm_up()
-        if self._captures:
-            iterations.use_steps(GraphCapture(self._device))
+        if self._capture is not None:
+            iterations.use_steps(self._capture)
         gc.collect()
         gc.freeze()  # what is loaded stays: collections under load need not look at it
         return ModelFacts(
+            num_rows_ahead=int(iterations.goes_ahead),
             is_tied_across_stages=stage.tied_across_stages is not None,
             weights=saved,
             vocab_size=stage.vocab_size,
             context_length=_context_length(stage),
         )
-
-    @property
-    def _captures(self) -> bool:
-        """Whether decode steps are captured as CUDA graphs."""
-        return self._device.type == "cuda"
 
     def _serving_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to serve until the trainer restores this stage: most likely served then, too."""
@@ -338,13 +337,13 @@ class TorchExecutor:
             device=self._settings.device,
         )
 
-    def _inputs(self, rows: Rows, num_rows: int) -> Tensor:
+    def _inputs(self, rows: Rows, num_rows: int) -> Inputs:
         """Raises CarrierError when activations are not there, or not those of `num_rows`; LemixError when
         tokens are none of the model's.
         """
         if not isinstance(rows, TensorRef):
             self._check_tokens(rows)
-            return torch.tensor(rows, dtype=torch.int64, device=self._device)
+            return rows
         return self._handoff.take_rows(rows, num_rows, self._loaded.stage.hidden_size)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
@@ -362,15 +361,16 @@ class TorchExecutor:
     ) -> IterationOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(chunk.num_tokens for chunk in chunks))
         layers = loaded.stage.layers
-        plan = LogitPlan(chunks, states) if layers.is_last else None
         self._served = version
-        outputs = loaded.iterations.run(chunks, inputs, plan.rows if plan else (), version)
-        if plan is None:
-            return IterationOutput(self._handoff.put(layers.stage + 1, outputs))
-        return IterationOutput(None, *plan.results(outputs))
+        if layers.is_last:
+            return IterationOutput(None, *loaded.tokens.run(Asked(chunks, states, inputs), version))
+        outputs = loaded.iterations.run(chunks, inputs, (), version)
+        return IterationOutput(self._handoff.put(layers.stage + 1, outputs))
 
     def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
         loaded, inputs = self._loaded, self._inputs(rows, sum(microbatch.lengths))
+        if not isinstance(inputs, Tensor):
+            inputs = torch.tensor(inputs, dtype=torch.int64, device=self._device)
         layers = loaded.stage.layers
         self._check_tokens(microbatch.labels)
         version, outputs = loaded.microbatches.forward(microbatch, inputs)
@@ -420,6 +420,7 @@ class TorchExecutor:
 
     def _note_new_weights(self) -> None:
         """Note that packed weights are stale, unless they are the base of an adapter, or a kept version."""
+        self._loaded.tokens.forget()
         if not self._adapter_kind and self._served is None:
             self._loaded.packed.invalidate()
 

@@ -46,7 +46,9 @@ class NodeScheduler:
         max_waiting: int,
         vocab_size: int,
         context_length: int | None = None,
+        num_rows_ahead: int = 0,
     ) -> None:
+        """`num_rows_ahead`: sequences get blocks for so many rows more, as long as some are free."""
         self.blocks = KVBlocks(num_blocks, block_size)
         self.admission = Admission(
             self.blocks, max_waiting=max_waiting, vocab_size=vocab_size, context_length=context_length
@@ -60,6 +62,7 @@ class NodeScheduler:
         self._token_budget = token_budget
         self._max_deferrable_tokens = max_deferrable_tokens
         self._max_waiting = max_waiting
+        self._num_rows_ahead = num_rows_ahead
         self._here: dict[str, Sequence] = {}
         """Every sequence by its task, in the order of arrival."""
         self._running: dict[int, Sequence] = {}
@@ -160,7 +163,10 @@ class NodeScheduler:
     def _with_blocks(self, rows: Rows) -> Rows:
         """The rows that have room in the cache, which the youngest sequences make where there is none."""
         if sum(self.blocks.num_missing(*row) for row in rows) <= self.blocks.num_free:
-            return [row for row in rows if self.blocks.grow(*row)]
+            with_blocks = [row for row in rows if self.blocks.grow(*row)]
+            for sequence, count in with_blocks if self._num_rows_ahead else ():
+                self.blocks.grow(sequence, count + self._num_rows_ahead)
+            return with_blocks
         with_room = {
             sequence.number
             for sequence, count in sorted(rows, key=lambda row: row[0].number)

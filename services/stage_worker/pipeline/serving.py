@@ -84,6 +84,7 @@ class Serving:
             max_waiting=settings.max_waiting,
             vocab_size=facts.vocab_size,
             context_length=facts.context_length,
+            num_rows_ahead=facts.num_rows_ahead,
         )
 
     async def subscribe(self) -> None:

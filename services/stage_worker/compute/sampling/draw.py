@@ -41,7 +41,9 @@ def _draw(logits_RV: Tensor, samplings: Sequence[Sampling], indices: Sequence[in
     if rows:
         drawing = [samplings[row] for row in rows]
         probabilities_RV = _probabilities(logits_RV[rows].float(), drawing)
-        chosen[rows] = _choose(probabilities_RV, [uniform(samplings[row].seed, indices[row]) for row in rows])
+        uniforms = [uniform(samplings[row].seed, indices[row]) for row in rows]
+        uniforms_R1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device).unsqueeze(1)
+        chosen[rows] = choose(probabilities_RV, uniforms_R1)
     tokens: list[int] = chosen.tolist()
     return tokens
 
@@ -51,15 +53,18 @@ def _probabilities(logits_RV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
     Divides by the temperature, then drops tokens by top-k, top-p and min-p.
     """
-    # Differences to the likeliest token, and no divisor of 0: the coldest temperature gives no infinities.
-    logits_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
-    temperatures = _column([sampling.temperature for sampling in samplings], logits_RV)
-    logits_RV /= temperatures.clamp(min=torch.finfo(torch.float32).tiny)
-    _cut(logits_RV, [sampling.top_k for sampling in samplings], 0, _drop_beyond_top_k)
-    probabilities_RV = torch.softmax(logits_RV, dim=-1)
-    _cut(probabilities_RV, [sampling.top_p for sampling in samplings], 1.0, _drop_beyond_top_p)
-    _cut(probabilities_RV, [sampling.min_p for sampling in samplings], 0.0, _drop_below_min_p)
+    scaled_RV = scale(logits_RV, _column([sampling.temperature for sampling in samplings], logits_RV))
+    _cut(scaled_RV, [sampling.top_k for sampling in samplings], 0, _drop_beyond_top_k)
+    probabilities_RV = torch.softmax(scaled_RV, dim=-1)
+    _cut(probabilities_RV, [sampling.top_p for sampling in samplings], 1.0, drop_beyond_top_p)
+    _cut(probabilities_RV, [sampling.min_p for sampling in samplings], 0.0, drop_below_min_p)
     return probabilities_RV
+
+
+def scale(logits_RV: Tensor, temperatures_R1: Tensor) -> Tensor:
+    """Differences to the likeliest token, divided by the temperature; the coldest gives no infinities."""
+    differences_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
+    return differences_RV.div_(temperatures_R1.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _cut(
@@ -75,10 +80,15 @@ def _cut(
 def _drop_beyond_top_k(logits_RV: Tensor, top_k_R1: Tensor) -> Tensor:
     places_R1 = top_k_R1.long().clamp(max=logits_RV.shape[1]) - 1
     likeliest_RK = logits_RV.topk(int(places_R1.max()) + 1, dim=-1).values
+    return drop_below_place(logits_RV, likeliest_RK, places_R1)
+
+
+def drop_below_place(logits_RV: Tensor, likeliest_RK: Tensor, places_R1: Tensor) -> Tensor:
+    """Keep the logits that reach the one at each row's place among its likeliest, first the highest."""
     return logits_RV.masked_fill(logits_RV < likeliest_RK.gather(1, places_R1), -torch.inf)
 
 
-def _drop_beyond_top_p(probabilities_RV: Tensor, top_p_R1: Tensor) -> Tensor:
+def drop_beyond_top_p(probabilities_RV: Tensor, top_p_R1: Tensor) -> Tensor:
     """Keep the nucleus: the likeliest tokens until their mass reaches top_p, the first one always."""
     sorted_RV, tokens_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
@@ -87,17 +97,18 @@ def _drop_beyond_top_p(probabilities_RV: Tensor, top_p_R1: Tensor) -> Tensor:
     return probabilities_RV.scatter(1, tokens_RV, sorted_RV.masked_fill(is_tail_RV, 0.0))
 
 
-def _drop_below_min_p(probabilities_RV: Tensor, min_p_R1: Tensor) -> Tensor:
+def drop_below_min_p(probabilities_RV: Tensor, min_p_R1: Tensor) -> Tensor:
+    """Keep tokens with at least this share of the likeliest one's probability."""
     least_R1 = min_p_R1 * probabilities_RV.amax(dim=-1, keepdim=True)
     return probabilities_RV.masked_fill(probabilities_RV < least_R1, 0.0)
 
 
-def _choose(probabilities_RV: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """The first token of each row up to which the mass is more than the uniform's share of the whole."""
+def choose(probabilities_RV: Tensor, uniforms_R1: Tensor) -> Tensor:
+    """The first token [R] of each row up to which the mass is more than the uniform's share of the whole."""
     # In float64 the order of the sum, which is the device's own business, has no say in the token.
     mass_RV = probabilities_RV.cumsum(dim=-1, dtype=torch.float64)
     whole_R1 = mass_RV[:, -1:]
-    share_R1 = torch.tensor(uniforms, dtype=torch.float64, device=mass_RV.device).unsqueeze(1) * whole_R1
+    share_R1 = uniforms_R1 * whole_R1
     below_whole_R1 = torch.nextafter(whole_R1, torch.zeros_like(whole_R1))
     return torch.searchsorted(mass_RV, torch.minimum(share_R1, below_whole_R1), right=True).squeeze(1)
 

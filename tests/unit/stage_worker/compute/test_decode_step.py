@@ -16,6 +16,7 @@ from services.stage_worker.compute.attention.iteration import PagedAttention
 from services.stage_worker.compute.decode_step import Bucket, DecodeStep, buckets
 from services.stage_worker.compute.graphs import run_again
 from services.stage_worker.compute.kv_cache import PagedKVCache
+from services.stage_worker.compute.sampling.step import Kind
 from shared.model.fast_inference import enable_fast_inference
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.stage import Stage
@@ -81,7 +82,8 @@ class Node:
             bucket = step.bucket_of(pieces) if self._uses_steps else None
             if bucket is not None:
                 self.num_steps += 1
-                hidden = step.run(bucket, pieces, hidden).clone()
+                inputs = rows if stage.layers.is_first else hidden
+                hidden = step.run(bucket, pieces, inputs).clone()
             else:
                 hidden = self._as_they_come(stage, cache, pieces, hidden)
         self._draw(chunks, hidden)
@@ -203,4 +205,8 @@ def test_a_step_reads_nothing_back(family: str, folder_of: Callable[[str], Path]
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
         node.steps[0].prepare(lambda program: lambda: program())
         outputs = node.steps[0]._programs[Bucket(4, 8)]()
+        sampler = node.steps[0]._sampler
+        assert sampler is not None
+        tokens = [sampler._programs[4, kind]() for kind in Kind]
     assert outputs.shape == (4, node.stages[0].vocab_size)
+    assert {each.shape for each in tokens} == {(4,)}

@@ -12,7 +12,9 @@ from tests.unit.stage_worker.support import task
 BLOCK_SIZE = 4
 
 
-def new_scheduler(*, num_in_flight: int = 2, token_budget: int = 8, num_blocks: int = 8) -> NodeScheduler:
+def new_scheduler(
+    *, num_in_flight: int = 2, token_budget: int = 8, num_blocks: int = 8, num_rows_ahead: int = 0
+) -> NodeScheduler:
     return NodeScheduler(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
@@ -21,6 +23,7 @@ def new_scheduler(*, num_in_flight: int = 2, token_budget: int = 8, num_blocks: 
         max_deferrable_tokens=10,
         max_waiting=64,
         vocab_size=128,
+        num_rows_ahead=num_rows_ahead,
     )
 
 
@@ -176,6 +179,14 @@ def test_a_sequence_is_registered_once_and_then_told_of_new_blocks_only() -> Non
     scheduler.finish_iteration(IterationDone(iteration=second.number, tokens=(token,)))
     third = start(scheduler).iteration
     assert [(new.first, len(new.blocks)) for new in third.new_blocks] == [(2, 1)]
+
+
+@pytest.mark.parametrize(("num_rows_ahead", "told"), [(0, (0,)), (1, (0, 1))])
+def test_stages_that_run_ahead_get_the_next_block_early(num_rows_ahead: int, told: tuple[int, ...]) -> None:
+    scheduler = new_scheduler(num_in_flight=1, num_rows_ahead=num_rows_ahead)
+    submit(scheduler, "a", prompt_length=BLOCK_SIZE)
+    (new,) = start(scheduler).iteration.new_blocks
+    assert new.blocks == told
 
 
 def test_a_cancel_in_mid_flight_frees_the_blocks_and_the_late_token_is_ignored() -> None:

@@ -161,7 +161,7 @@ def test_a_uniform_takes_the_token_in_whose_share_of_the_vocabulary_it_lies() ->
     weights = torch.tensor([[2.0, 0.0, 1.0, 5.0, 0.0]])
     places = [(0.0, 0), (0.249, 0), (0.25, 2), (0.374, 2), (0.375, 3), (1 - 2**-53, 3)]
     for uniform_, token in places:
-        assert drawing._choose(weights, [uniform_]).item() == token
+        assert drawing.choose(weights, torch.tensor([[uniform_]], dtype=torch.float64)).item() == token
 
 
 def test_a_draw_does_not_depend_on_its_company() -> None:
