@@ -17,7 +17,7 @@ from shared.bus.near import NearBus
 Connect = Callable[[], Awaitable[Bus]]
 
 
-CASE_TIMEOUT_S = 30.0
+CASE_TIMEOUT_S = 120.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:

@@ -2,7 +2,7 @@
 
 from shared.bus.base import StreamMessage, StreamReader
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 async def taken(reader: StreamReader, count: int) -> list[StreamMessage]:

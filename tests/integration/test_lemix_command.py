@@ -21,7 +21,7 @@ from tests.support.processes import marked_with
 
 LEMIX = (str(Path(sys.executable).with_name("lemix")),)
 START_DEADLINE_S = 120.0
-COMMAND_DEADLINE_S = 60.0
+COMMAND_DEADLINE_S = 180.0
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ from shared.subjects import (
 from shared.telemetry import Telemetry
 from tests.support.fake_node import FakeNode, Meeting, read_shard
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 TRACE_ID = "1" * 32
 TRACE = f"00-{TRACE_ID}-{'2' * 16}-01"
 EXAMPLES = [{"token_ids": [1, 2, 3]}, {"token_ids": [4, 5, 6, 7]}, {"token_ids": [8, 9]}]

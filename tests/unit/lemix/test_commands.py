@@ -25,7 +25,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(NatsBus, "connect", nobody)
 
 
-async def nobody(url: str, *, name: str) -> NatsBus:
+async def nobody(url: str, *, name: str, timeout_s: float) -> NatsBus:
     raise BusError(f"no connection to {url}")
 
 

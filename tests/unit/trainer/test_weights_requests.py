@@ -17,7 +17,7 @@ from shared.messages.weights import RollBackWeights
 from tests.unit.trainer.node.test_training import Driver
 from tests.unit.trainer.support import NO_FOLDER, manifest
 
-DEADLINE_S = 5.0
+DEADLINE_S = 60.0
 
 
 class FakeRollbacks:
