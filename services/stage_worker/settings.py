@@ -21,6 +21,7 @@ OF_TRAINING = (
 
 OptimizerName = Literal["adamw", "nadamw"]
 
+_KV_TOKENS = 16384
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -37,15 +38,21 @@ class StageWorkerSettings(LemixSettings):
     """`cpu` or `cuda:N`; several, separated by commas, are dealt out to the process's stages in turn."""
     emulate: str = ""
     """A profile, as `llama2-7b@a100` or a file: take its time and compute nothing. Empty: compute."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of weights, activations and KV cache; learning happens in float32 (docs/training.md)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The dtype of weights, activations and KV cache; learning happens in float32 (docs/training.md).
+
+    `auto`: on a GPU that of the model's weights, float32 elsewhere."""
     num_threads: int = Field(default=1, ge=1)
     """Compute threads on the CPU, where all stages of the process take turns."""
     shm_dir: Path = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(gettempdir())
     """Where arenas are made; stages that see the same folder share memory."""
 
-    kv_tokens: int = Field(default=16384, ge=1)
-    """Room in the KV cache, prompts and completions together."""
+    kv_tokens: int | None = Field(default=None, ge=1)
+    """Room in the KV cache, prompts and completions together; None: what fits a GPU's memory, else 16384."""
+    memory_share: float = Field(default=0.9, gt=0, le=1)
+    """The part of a GPU's memory that its stages may take, all together."""
+    stages_on_device: int = Field(default=1, ge=1)
+    """Stages that share a device's memory; those of one process are counted."""
     kv_block_size: int = Field(default=16, ge=1)
     max_iteration_tokens: int = Field(default=MAX_ITERATION_TOKENS, ge=1, le=4096)
     """Rows of one iteration: longer prompts are prefilled in pieces. Results of all must fit a message."""
@@ -97,15 +104,17 @@ class StageWorkerSettings(LemixSettings):
     def of_stages(self) -> list[Self]:
         """Each stage's own settings, as if a process held it alone."""
         devices = self.device.split(",")
+        dealt = [devices[place % len(devices)] for place in range(self.stages_held)]
         return [
             self.model_copy(
                 update={
                     "stage": self.stage + place,
                     "stages_held": 1,
-                    "device": devices[place % len(devices)],
+                    "device": device,
+                    "stages_on_device": max(self.stages_on_device, dealt.count(device)),
                 }
             )
-            for place in range(self.stages_held)
+            for place, device in enumerate(dealt)
         ]
 
     @property
@@ -115,5 +124,7 @@ class StageWorkerSettings(LemixSettings):
         return self.told(("optimizer", "adapter", *of_adapter))
 
     @property
-    def kv_blocks(self) -> int:
-        return -(-self.kv_tokens // self.kv_block_size)
+    def num_kv_blocks(self) -> int:
+        """Blocks of the KV cache where they do not follow from the device's memory."""
+        num_tokens = _KV_TOKENS if self.kv_tokens is None else self.kv_tokens
+        return -(-num_tokens // self.kv_block_size)

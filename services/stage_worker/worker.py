@@ -135,6 +135,7 @@ class StageWorker:
             return
         known = self._seen[beat.stage][0].instance if beat.stage in self._seen else None
         self._seen[beat.stage] = (beat, self._clock.now_s())
+        self._serving.scheduler.blocks.limit(beat.kv_blocks_total)
         if known != beat.instance:
             await self._meet(beat.stage, is_restart=known is not None)
         self._start_linking(beat)

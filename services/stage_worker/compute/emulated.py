@@ -87,6 +87,7 @@ class EmulatedExecutor:
             weights=SavedWeights(version=self._version, checkpoint=""),
             vocab_size=self._vocab_size,
             context_length=self._context_length,
+            num_kv_blocks=self._settings.num_kv_blocks,
         )
 
     async def offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:

@@ -14,8 +14,7 @@ def emulated_settings(settings: StageWorkerSettings) -> StageWorkerSettings:
     Raises ConfigurationError when there is no such profile.
     """
     profile = profile_named(settings.emulate, settings.num_stages)
-    is_set = "kv_tokens" in settings.model_fields_set
-    kv_tokens = settings.kv_tokens if is_set else profile.kv_tokens
+    kv_tokens = profile.kv_tokens if settings.kv_tokens is None else settings.kv_tokens
     return settings.model_copy(update={"device": settings.emulate, "kv_tokens": kv_tokens})
 
 

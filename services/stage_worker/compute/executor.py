@@ -3,8 +3,8 @@
 One call at a time; tensors stay on the executor's side and are named by their references.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -91,6 +91,10 @@ class ModelFacts:
     vocab_size: int
     context_length: int | None
     """Tokens that a prompt and its completion may have together; None: the model has no limit."""
+    num_kv_blocks: int
+    """Blocks of the stage's KV cache."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Those that were chosen by the model and the device, as they are told to people."""
     num_rows_ahead: int = 0
     """Rows of each sequence that the executor may run before it is asked for them, if they have blocks."""
 

@@ -28,6 +28,7 @@ from services.stage_worker.compute.handoff import Handoff
 from services.stage_worker.compute.iterations import Inputs, IterationRunner
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.local_stages import LocalStages
+from services.stage_worker.compute.memory import device_memory, num_kv_blocks
 from services.stage_worker.compute.sampling.grammar import GrammarCompiler, Vocabulary
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.tokens import Asked, TokenRunner
@@ -37,6 +38,7 @@ from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.stage_worker.training.optimizers import OptimizerSettings
 from services.stage_worker.training.outer import without_outer
 from services.stage_worker.training.peers import Peers
+from services.stage_worker.training.precision import chosen_dtype
 from services.stage_worker.training.replica import Copied, Replica
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
@@ -105,7 +107,8 @@ class TorchExecutor:
         self._local = local or LocalStages()
         self._device = torch.device(settings.device)
         self._capture = capture_for(self._device)
-        self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._dtype = torch.float32
+        """Chosen when the model is loaded, where the settings leave it open."""
         self._thread = self._local.enter(instance, settings.device)
         self._peers = Peers(
             node=settings.node,
@@ -247,6 +250,7 @@ class TorchExecutor:
         if durable:
             checkpoints.check_adapter(durable, self._adapter_kind)
         stage, saved = self._stage(durable), checkpoints.as_saved(durable)
+        self._dtype = chosen_dtype(settings.dtype, read_config(self._base), self._device)
         weights = StageWeights(
             stage,
             self._optimizer(),
@@ -258,12 +262,13 @@ class TorchExecutor:
         at_first = files.random_state(self._device)
         state = _optimizer_state(durable.folder, stage) if durable else {}
         if durable:
-            checkpoints.warn_of_other_settings(durable, settings.told(OF_TRAINING))
+            checkpoints.warn_of_other_settings(durable, settings.told(OF_TRAINING) | self._chosen_settings)
             files.set_random_state(files.read_random_state(durable.folder, stage.layers), self._device)
             trained = read_adapter(stage, durable.folder) if self._adapter_kind else weights.master_tensors()
             weights.load(trained, without_outer(state), version=weights.version)
         replica = Replica(weights, self._device, state, is_outer=settings.merge == "outer")
-        iterations = IterationRunner(stage, self._cache(stage), weights, self._dtype)
+        cache = self._cache(stage)
+        iterations = IterationRunner(stage, cache, weights, self._dtype)
         microbatches = MicrobatchRunner(
             stage, weights, self._device, checkpointing=settings.activation_checkpointing
         )
@@ -282,6 +287,8 @@ class TorchExecutor:
             weights=saved,
             vocab_size=stage.vocab_size,
             context_length=_context_length(stage),
+            num_kv_blocks=cache.dummy_block,
+            settings=self._chosen_settings,
         )
 
     def _serving_checkpoint(self) -> Checkpoint | None:
@@ -327,15 +334,27 @@ class TorchExecutor:
         config = stage.config
         num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        slot_bytes = 2 * num_kv_heads * head_dim * self._dtype.itemsize * stage.layers.num_layers
+        num_blocks = num_kv_blocks(
+            self._settings,
+            stage,
+            self._dtype,
+            block_bytes=slot_bytes * self._settings.kv_block_size,
+            memory=device_memory(self._device),
+        )
         return PagedKVCache(
             stage.layers.num_layers,
-            self._settings.kv_blocks,
+            num_blocks,
             self._settings.kv_block_size,
             num_kv_heads,
             head_dim,
             dtype=self._dtype,
             device=self._settings.device,
         )
+
+    @property
+    def _chosen_settings(self) -> dict[str, str]:
+        return {"dtype": str(self._dtype).removeprefix("torch.")}
 
     def _inputs(self, rows: Rows, num_rows: int) -> Inputs:
         """Raises CarrierError when activations are not there, or not those of `num_rows`; LemixError when

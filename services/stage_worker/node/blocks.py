@@ -17,6 +17,10 @@ class BlockAllocator:
     def num_free(self) -> int:
         return self.num_blocks - self._num_used_ever + len(self._given_back)
 
+    def limit(self, num_blocks: int) -> None:
+        """Hand out no block from this one on, unless it was taken before."""
+        self.num_blocks = max(min(self.num_blocks, num_blocks), self._num_used_ever)
+
     def needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens`."""
         return -(-num_tokens // self.block_size)

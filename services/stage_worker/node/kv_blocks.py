@@ -23,7 +23,6 @@ class KVBlocks:
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks = num_blocks
         self.block_size = block_size
         self._allocator = BlockAllocator(num_blocks, block_size)
         self._cache = PrefixCache(self._allocator)
@@ -31,6 +30,14 @@ class KVBlocks:
         """Contents that a sequence is computing, with its number."""
         self._settled: list[Key] = []
         """Promises that were kept or broken since they were asked for."""
+
+    @property
+    def num_blocks(self) -> int:
+        return self._allocator.num_blocks
+
+    def limit(self, num_blocks: int) -> None:
+        """Another stage of the node has room for so many only."""
+        self._allocator.limit(num_blocks)
 
     @property
     def num_free(self) -> int:

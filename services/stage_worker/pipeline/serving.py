@@ -76,7 +76,7 @@ class Serving:
             context.executor.begin if self._is_last else None, block_size=settings.kv_block_size
         )
         self.scheduler = NodeScheduler(
-            num_blocks=settings.kv_blocks,
+            num_blocks=facts.num_kv_blocks,
             block_size=settings.kv_block_size,
             num_in_flight=settings.num_stages,
             token_budget=settings.max_iteration_tokens,

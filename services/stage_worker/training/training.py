@@ -84,6 +84,7 @@ class Training:
         """The fence: set as soon as a restore is asked for."""
         self.restored_epoch = 0
         """The epoch of the last restore that is done."""
+        self._chosen_settings = dict(facts.settings)
         self.origin = facts.weights
         """The weights that were loaded last: the present ones are these, or descend from them."""
         self.version = facts.weights.version
@@ -343,7 +344,7 @@ class Training:
             file_by_tensor=shard.file_by_tensor,
             size_bytes=shard.size_bytes,
             adapter=shard.adapter,
-            settings=self._settings.told(OF_TRAINING),
+            settings=self._settings.told(OF_TRAINING) | self._chosen_settings,
         )
         await self._report(save.epoch, saved)
 

@@ -23,3 +23,14 @@ def test_a_block_is_handed_out_once_until_it_is_released() -> None:
 def test_more_blocks_than_are_free_are_not_handed_out() -> None:
     with pytest.raises(AssertionError):
         BlockAllocator(2, 4).allocate(3)
+
+
+def test_a_limit_leaves_what_was_taken_and_hands_out_no_more() -> None:
+    allocator = BlockAllocator(8, 4)
+    allocator.allocate(3)
+    allocator.limit(5)
+    assert (allocator.num_blocks, allocator.num_free) == (5, 2)
+    allocator.limit(1)
+    assert (allocator.num_blocks, allocator.num_free) == (3, 0)
+    allocator.limit(9)
+    assert allocator.num_blocks == 3

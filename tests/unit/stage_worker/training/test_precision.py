@@ -1,6 +1,8 @@
 """Weights in bfloat16 that are learned in float32."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.optim import AdamW
 
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.training.optimizers import OptimizerSettings
+from services.stage_worker.training.precision import chosen_dtype
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.stage import Stage
 from tests.support.models import save_tiny_model
@@ -117,3 +120,28 @@ def test_masters_and_optimizer_state_come_back(folder: Path) -> None:
     step(restored, TINY_RATE)
     for name, master in weights.master_tensors().items():
         assert torch.equal(restored.master_tensors()[name], master), name
+
+
+@pytest.mark.parametrize(
+    ("setting", "published", "device", "expected"),
+    [
+        ("auto", torch.bfloat16, "cuda:1", torch.bfloat16),
+        ("auto", torch.float16, "cuda:0", torch.bfloat16),
+        ("auto", torch.float32, "cuda:0", torch.float32),
+        ("auto", None, "cuda:0", torch.float32),
+        ("auto", torch.bfloat16, "cpu", torch.float32),
+        ("float32", torch.bfloat16, "cuda:0", torch.float32),
+        ("bfloat16", torch.float32, "cpu", torch.bfloat16),
+    ],
+)
+def test_the_dtype_follows_from_the_model_and_the_device_unless_it_is_set(
+    setting: str, published: torch.dtype | None, device: str, expected: torch.dtype
+) -> None:
+    config = SimpleNamespace(dtype=published)
+    assert chosen_dtype(setting, config, torch.device(device)) == expected
+
+
+def test_the_dtype_of_published_weights_is_in_the_config(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert chosen_dtype("auto", read_config(tmp_path), torch.device("cuda:0")) == torch.bfloat16
