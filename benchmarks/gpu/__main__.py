@@ -39,10 +39,11 @@ def steps(folder: Path, device: str) -> tuple[Step, ...]:
     junit = f"--junit-xml={folder / 'tests.xml'}"
     benchmark = ("benchmarks.gpu.step",)
     return (
-        Step("tests", 100.0, ("pytest", "-m", "gpu", "tests/gpu", "-q", "-x", junit)),
+        Step("tests", 100.0, ("pytest", "-m", "gpu", "tests/gpu", "-q", "--maxfail=5", junit)),
         Step("decode", 110.0, (*benchmark, "decode", str(folder), device)),
         Step("training", 80.0, (*benchmark, "training", str(folder), device)),
         Step("prefill", 40.0, (*benchmark, "prefill", str(folder), device)),
+        Step("hand_over", 30.0, (*benchmark, "hand_over", str(folder), device)),
     )
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.gpu import decode, prefill, training
+from benchmarks.gpu import decode, hand_over, prefill, training
 from benchmarks.report import setting, write
 
 BENCHMARKS: dict[str, Callable[[Path, str], Coroutine[Any, Any, dict[str, Any]]]] = {
     "decode": decode.main,
+    "hand_over": hand_over.main,
     "prefill": prefill.main,
     "training": training.main,
 }

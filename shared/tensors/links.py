@@ -140,7 +140,9 @@ class IncomingLinks:
 
     def _opened(self, offer: LinkOffer) -> Reader:
         if offer.carrier == point_to_point.CARRIER:
-            return CollectiveReader(offer.place, host=self._host, timeout_s=self._timeout_s)
+            return CollectiveReader(
+                offer.place, device=self._device, host=self._host, timeout_s=self._timeout_s
+            )
         if offer.carrier == cuda_ipc.CARRIER:
             return self._ring_reader(offer)
         return shm.ArenaReader(Path(offer.place), slot_bytes=offer.slot_bytes, num_slots=offer.num_slots)

@@ -40,6 +40,7 @@ class Handoff:
         self._settings = settings
         self._instance = instance
         self._local = local
+        self._device = device
         self._gpu = find_gpu(hardware_name(device), device)
         self._incoming = IncomingLinks(
             device,
@@ -85,8 +86,13 @@ class Handoff:
                 log.warning("%s; activations go through host memory", error)
         if (instance, shm.CARRIER) not in self._refused:
             return SharedMemoryLink(path, slot_bytes=slot_bytes, num_slots=num_slots)
-        host, timeout_s = settings.collective_host, settings.collective_timeout_s
-        return CollectiveLink(name, host=host, num_unread=num_slots, timeout_s=timeout_s)
+        return CollectiveLink(
+            name,
+            device=self._device,
+            host=settings.collective_host,
+            num_unread=num_slots,
+            timeout_s=settings.collective_timeout_s,
+        )
 
     @property
     def _max_rows(self) -> int:
