@@ -207,7 +207,8 @@ class MortalCluster:
         """The weights that all stages of the node hold; those that two of them hold are the same."""
         state: State = {}
         for stage in range(self.num_stages):
-            snapshot = await self._executors[f"stage {node}.{stage}"].snapshot()
+            copying = await self._executors[f"stage {node}.{stage}"].snapshot()
+            snapshot = copying.result()
             for name, tensor in (snapshot.weights | snapshot.optimizer).items():
                 assert name not in state or torch.equal(state[name], tensor), name
                 state[name] = tensor

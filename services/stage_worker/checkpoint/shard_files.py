@@ -8,7 +8,7 @@ file that describes it.
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,12 +41,15 @@ class Snapshot:
 
 
 def take_snapshot(
-    weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], lora: "LoraConfig | None" = None
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    to_host: Callable[[Tensor], Tensor],
+    lora: "LoraConfig | None" = None,
 ) -> Snapshot:
-    """Copy tensors that go on changing."""
+    """Copy tensors that go on changing; `to_host` copies one."""
 
-    def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    def copies(tensors: Mapping[str, Tensor]) -> Tensors:
+        return {name: to_host(tensor) for name, tensor in tensors.items()}
 
     return Snapshot(copies(weights), copies(optimizer), lora)
 

@@ -16,7 +16,7 @@ from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
 from shared.tensors.ref import TensorRef
 
 Snapshot = TypeVar("Snapshot")
-"""A copy of a stage's tensors, opaque to the worker."""
+"""A copy of a stage's tensors, made or being made; opaque to the worker."""
 
 Copied = TypeVar("Copied")
 """A stage's tensors for a mean with other nodes, and then the mean; opaque to the worker."""
@@ -216,7 +216,7 @@ class Executor(Protocol[Snapshot, Copied]):
         ...
 
     async def snapshot(self) -> Snapshot:
-        """Copy weights and optimizer state as they are now."""
+        """Begin to copy weights and optimizer state as they are now; what changes them waits for the copy."""
         ...
 
     async def write(self, snapshot: Snapshot, folder: Path) -> ShardFiles:

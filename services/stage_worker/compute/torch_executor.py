@@ -6,8 +6,9 @@ Shape letters: T rows, H hidden size, R rows of logits, V vocabulary.
 import asyncio
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from services.stage_worker.checkpoint import shard_files as files
+from services.stage_worker.checkpoint.staging import CpuLane, CudaLane, StateCopies
 from services.stage_worker.compute.executor import (
     ForwardOutput,
     IterationOutput,
@@ -117,6 +119,7 @@ class TorchExecutor:
             timeout_s=settings.collective_timeout_s,
         )
         self._peers_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="peers")
+        self._copies = StateCopies(CudaLane(self._device) if self._device.type == "cuda" else CpuLane())
         self._handoff = Handoff(settings, instance, self._device, self._local)
         self._grammars = GrammarCompiler(self._vocabulary)
         self._model: _Loaded | None = None
@@ -209,16 +212,18 @@ class TorchExecutor:
     async def restore(self, checkpoint: str, version: int) -> None:
         await self._run(self._restore, checkpoint, version)
 
-    async def snapshot(self) -> files.Snapshot:
+    async def snapshot(self) -> Future[files.Snapshot]:
         return await self._run(self._snapshot)
 
-    async def write(self, snapshot: files.Snapshot, folder: Path) -> ShardFiles:
-        return await asyncio.to_thread(files.write_shard, snapshot, folder, self._loaded.stage.layers)
+    async def write(self, snapshot: Future[files.Snapshot], folder: Path) -> ShardFiles:
+        layers = self._loaded.stage.layers
+        return await asyncio.to_thread(lambda: files.write_shard(snapshot.result(), folder, layers))
 
     async def close(self) -> None:
         self._handoff.close()
         self._peers.close()
         self._grammars.close()
+        self._copies.close()
         self._local.leave(self._instance)
         self._peers_thread.shutdown(wait=False, cancel_futures=True)
 
@@ -432,6 +437,7 @@ class TorchExecutor:
         if order.skip:
             loaded.weights.skip(order.batch_id)
             return
+        self._copies.settle()
         loaded.weights.step(
             order.batch_id, order.learning_rate, scale=order.gradient_scale, version=order.version
         )
@@ -444,6 +450,7 @@ class TorchExecutor:
             self._loaded.packed.invalidate()
 
     def _hold_state(self, mean: Copied, version: int) -> None:
+        self._copies.settle()
         self._loaded.replica.hold_state(mean, version=version)
         self._note_new_weights()
 
@@ -453,6 +460,7 @@ class TorchExecutor:
 
     def _restore(self, checkpoint: str, version: int) -> None:
         loaded, folder = self._loaded, Path(checkpoint) if checkpoint else None
+        self._copies.settle()
         loaded.microbatches.drop_all()
         self._served = None  # what is packed goes stale, whichever version it is of
         if folder and (manifest := checkpoints.read(folder)):
@@ -474,12 +482,15 @@ class TorchExecutor:
         folder = checkpoint or self._base
         return load_stage(folder, stage.layers, device=self._settings.device).named_tensors()
 
-    def _snapshot(self) -> files.Snapshot:
+    def _snapshot(self) -> Future[files.Snapshot]:
+        """Tensors are copied while other calls go on, but for those that change the weights."""
         stage, weights = self._loaded.stage, self._loaded.weights
         masters = weights.master_tensors()
         optimizer = weights.optimizer_state() | self._loaded.replica.named_state()
         optimizer |= files.random_state(self._device)
         if self._adapter_kind:
-            config = adapter_config(stage, self._settings.model)
-            return files.take_snapshot(in_adapter_names(masters), optimizer, config)
-        return files.take_snapshot(in_published_names(stage, masters), optimizer)
+            config, published = adapter_config(stage, self._settings.model), in_adapter_names(masters)
+        else:
+            config, published = None, in_published_names(stage, masters)
+        published = {name: tensor.contiguous() for name, tensor in published.items()}
+        return self._copies.start(partial(files.take_snapshot, published, optimizer, lora=config))

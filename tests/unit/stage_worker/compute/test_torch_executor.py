@@ -1,10 +1,14 @@
 """What the torch executor asks of the machine, apart from computing."""
 
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from services.stage_worker.checkpoint.shard_files import (
     random_state,
@@ -13,12 +17,16 @@ from services.stage_worker.checkpoint.shard_files import (
     take_snapshot,
     write_shard,
 )
+from services.stage_worker.checkpoint.staging import CpuLane
+from services.stage_worker.compute import torch_executor
 from services.stage_worker.compute.handoff import NUM_TIED_SLOTS
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
+from shared.messages.training import StepOrder
 from shared.model.index import write_index
 from shared.model.partition import LayerRange
 from tests.support.models import VOCAB_SIZE, save_tiny_model
+from tests.support.training import messages, random_batches
 
 HIDDEN_SIZE = 32
 ROWS = 16
@@ -52,7 +60,7 @@ async def test_only_the_tied_gradient_gets_slots_of_the_vocabularys_size(tmp_pat
 def test_a_stage_reads_the_optimizer_state_of_its_own_parameters(names: set[str], tmp_path: Path) -> None:
     for stage, name in enumerate(("a", "b.c")):
         state = {f"exp_avg.{name}": torch.ones(2), f"step.{name}": torch.ones(())}
-        snapshot = take_snapshot({name: torch.zeros(2)}, state)
+        snapshot = take_snapshot({name: torch.zeros(2)}, state, torch.clone)
         write_shard(snapshot, tmp_path, LayerRange(stage=stage, num_stages=2, first=stage, end=stage + 1))
     found = read_optimizer_state(tmp_path, names)
     assert found.keys() == {f"{kind}.{name}" for name in names for kind in ("exp_avg", "step")}
@@ -84,7 +92,44 @@ async def test_random_numbers_come_again_after_a_restore(tmp_path: Path) -> None
 def test_random_states_of_another_number_of_stages_are_not_taken(tmp_path: Path) -> None:
     layers = LayerRange(stage=0, num_stages=2, first=0, end=1)
     state = random_state(torch.device("cpu"))
-    write_shard(take_snapshot({"a": torch.zeros(2)}, state), tmp_path, layers)
+    write_shard(take_snapshot({"a": torch.zeros(2)}, state, torch.clone), tmp_path, layers)
 
     assert torch.equal(read_random_state(tmp_path, layers)["random.cpu"], state["random.cpu"])
     assert read_random_state(tmp_path, LayerRange(stage=0, num_stages=3, first=0, end=1)) == {}
+
+
+async def test_a_checkpoint_has_the_weights_before_a_step_that_comes_while_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    settings = StageWorkerSettings(
+        node=0, stage=0, num_stages=1, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
+    )
+    may_copy = threading.Event()
+
+    class WaitingLane(CpuLane):
+        def send(self, source: Tensor, buffer: Tensor) -> Callable[[], object]:
+            assert may_copy.wait(30)
+            return super().send(source, buffer)
+
+    monkeypatch.setattr(torch_executor, "CpuLane", WaitingLane)
+    executor = TorchExecutor(settings, "me")
+    await executor.load()
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    (batch,) = random_batches(1, 1)
+    (fed,) = messages("b0", batch)
+    await executor.forward(fed.microbatch, fed.tokens)
+    await executor.finish_batch("b0")
+    await executor.measure("b0", None)
+    copying, settle = await executor.snapshot(), executor._copies.settle
+
+    def settle_at_last() -> None:
+        may_copy.set()
+        settle()
+
+    monkeypatch.setattr(executor._copies, "settle", settle_at_last)
+    await executor.step(StepOrder(epoch=1, batch_id="b0", version=1, learning_rate=0.1))
+    saved, after = copying.result(30).weights, (await executor.snapshot()).result(30).weights
+    await executor.close()
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+    assert not any(torch.equal(after[name], before[name]) for name in before)
