@@ -53,6 +53,10 @@ class ClusterOptions:
         return min(chosen, self.stages)
 
     @property
+    def is_on_cpus(self) -> bool:
+        return set(self.devices) == {"cpu"}
+
+    @property
     def num_workers(self) -> int:
         """Stage worker processes of all nodes."""
         return self.nodes * -(-self.stages // self.stages_held)
@@ -140,17 +144,29 @@ def service_specs(
 
 def threads_of_worker(options: ClusterOptions, num_cores: int) -> int:
     """Compute threads of each stage worker: its share of the cores, one beside a GPU."""
-    is_on_cpu = options.emulate is None and set(options.devices) == {"cpu"}
+    is_on_cpu = options.emulate is None and options.is_on_cpus
     return max(1, num_cores // options.num_workers) if is_on_cpu else 1
 
 
 def layout_line(options: ClusterOptions, num_cores: int) -> str:
-    """How the stages are dealt out, for a person."""
+    """How the stages are dealt out, and why, for a person."""
     threads = threads_of_worker(options, num_cores)
     return (
         f"stage workers: {options.num_workers}, stages in each: {options.stages_held}, "
-        f"compute threads of each: {threads} (--stages-per-worker changes it)"
+        f"compute threads of each: {threads} ({_why_layout(options)})"
     )
+
+
+def _why_layout(options: ClusterOptions) -> str:
+    if options.stages_per_worker is not None:
+        return "as --stages-per-worker says"
+    if options.emulate is not None:
+        return "an emulated device has a process of its own"
+    if options.stages == 1:
+        return "a node has one stage"
+    if options.is_on_cpus:
+        return "a worker for each node, in which messages and tensors between its stages stay"
+    return "a worker for each node, whose stages hand tensors over on the GPUs"
 
 
 def _worker_name(node: int, stage: int, held: int) -> str:

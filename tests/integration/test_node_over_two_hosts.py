@@ -21,6 +21,8 @@ from tests.support.training import ADAMW, assert_equal, random_batches
 PROMPT = [3, 14, 15, 92, 65, 35] * 60
 """Its activations are too large for a message."""
 NUM_STAGES, NUM_BATCHES, MAX_TOKENS = 2, 3, 12
+START_DEADLINE_S = 240.0
+"""Each process imports for seconds, and for a minute where others use the cores."""
 
 
 @asynccontextmanager
@@ -46,7 +48,7 @@ async def node_over(hosts: TwoHosts, server: NatsServer, folder: Path) -> AsyncI
             await stack.enter_async_context(
                 hosts.service("stage_worker", environment, log, is_there=stage == 1)
             )
-        await node.ready()
+        await node.ready(timeout_s=START_DEADLINE_S)
         yield node
 
 

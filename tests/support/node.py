@@ -120,19 +120,20 @@ class Node:
         await self.bus.subscribe(subjects.HEARTBEAT.at(), self._on_heartbeat)
         await self.bus.subscribe(subjects.REPORT.at(), self._on_report)
 
-    async def ready(self) -> None:
+    async def ready(self, *, timeout_s: float = DEADLINE_S) -> None:
         """Wait until every stage says that it is ready, and the first that the node is whole."""
         await self.heard(
             lambda: (
                 len(self.heartbeats) == self.num_stages
                 and all(beat.ready for beat in self.heartbeats.values())
                 and self.heartbeats[0].whole
-            )
+            ),
+            timeout_s=timeout_s,
         )
 
-    async def heard(self, what: Callable[[], bool]) -> None:
+    async def heard(self, what: Callable[[], bool], *, timeout_s: float = DEADLINE_S) -> None:
         """Wait until the latest heartbeats of the stages fulfil `what`."""
-        async with asyncio.timeout(DEADLINE_S), self._beaten:
+        async with asyncio.timeout(timeout_s), self._beaten:
             await self._beaten.wait_for(what)
 
     async def replace(self, stage: int) -> None:

@@ -92,6 +92,25 @@ def test_stage_workers_share_the_cores(options: ClusterOptions, num_cores: int, 
     assert f"compute threads of each: {threads or 1} " in layout_line(options, num_cores)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (ClusterOptions(stages_per_worker=1), "as --stages-per-worker says"),
+        (ClusterOptions(emulate="llama2-7b@a100"), "an emulated device has a process of its own"),
+        (ClusterOptions(stages=1), "a node has one stage"),
+        (ClusterOptions(), "a worker for each node, in which messages and tensors"),
+        (
+            ClusterOptions(devices=("cuda:0", "cuda:1")),
+            "a worker for each node, whose stages hand",
+        ),
+    ],
+)
+def test_a_person_is_told_which_layout_was_picked_and_why(options: ClusterOptions, reason: str) -> None:
+    line = layout_line(options, 8)
+    assert f"stage workers: {options.num_workers}, stages in each: {options.stages_held}" in line
+    assert f"({reason}" in line
+
+
 def test_threads_that_the_person_has_set_stay() -> None:
     inherited = {**INHERITED, "LEMIX_NUM_THREADS": "3"}
     specs = specs_of(ClusterOptions(nodes=1, stages=2), inherited, num_cores=8)
