@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from shared.errors import UnsupportedModelError
+from shared.model.varlen import varlen_for
 
 ATTENTION_NAME: Final = "lemix"
 LAYER_ATTRIBUTE: Final = "lemix_layer"
@@ -147,6 +148,8 @@ class PackedSegments:
 
     lengths: tuple[int, ...]
     masks: CausalMasks = field(default_factory=CausalMasks, compare=False)
+    ends: dict[torch.device, Tensor] = field(default_factory=dict, compare=False)
+    """From 0 on, int32, made once for all layers."""
 
     def attend(
         self,
@@ -165,12 +168,30 @@ class PackedSegments:
                 query_BNLD, key_BKLD, value_BKLD, scaling, sliding_window, self.masks
             )
             return output_BNLD.transpose(1, 2).flatten(0, 1).unsqueeze(0)
+        if (varlen := varlen_for(query_1NTD)) is not None:
+            query, key, value = (rows[0].transpose(0, 1) for rows in (query_1NTD, key_1KTD, value_1KTD))
+            output_TND = varlen(
+                query,
+                key,
+                value,
+                self._ends_on(query.device),
+                max(self.lengths),
+                scaling=scaling,
+                sliding_window=sliding_window,
+            )
+            return output_TND.unsqueeze(0)
         segments = zip(*map(self._as_segments, (query_1NTD, key_1KTD, value_1KTD)), strict=True)
         outputs = [
             causal_attention(query, key, value, scaling, sliding_window, self.masks)
             for query, key, value in segments
         ]
         return torch.cat(outputs, 2).transpose(1, 2)
+
+    def _ends_on(self, device: torch.device) -> Tensor:
+        if device not in self.ends:
+            ends = [0, *accumulate(self.lengths)]
+            self.ends[device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self.ends[device]
 
     def _as_batch(self, rows_1HTD: Tensor) -> Tensor:
         _, num_heads, _, head_dim = rows_1HTD.shape

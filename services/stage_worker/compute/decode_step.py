@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from services.stage_worker.compute.attention.chunks import Chunk, slots_of
+from services.stage_worker.compute.attention.kernels import PagedKernel
 from services.stage_worker.compute.attention.static import StaticAttention
 from services.stage_worker.compute.graphs import Capture, Program
 from services.stage_worker.compute.kv_cache import PagedKVCache
@@ -64,8 +65,11 @@ class DecodeStep:
         max_rows: int,
         max_blocks: int,
         dtype: torch.dtype = torch.float32,
+        kernel: PagedKernel | None = None,
     ) -> None:
+        """`kernel`: reads blocks in place; None: they are gathered."""
         self._stage = stage
+        self._kernel = kernel
         self._cache = cache
         self._buckets = sorted(buckets(max_rows, max_blocks), key=lambda one: (one.num_rows, one.num_blocks))
         self._integers = torch.zeros(
@@ -136,7 +140,7 @@ class DecodeStep:
         """Everything that one step launches."""
         integers = self._integers[: bucket.num_rows, : _NUM_COLUMNS + bucket.num_blocks]
         token_R, position_R, slot_R, length_R = integers[:, :_NUM_COLUMNS].long().unbind(1)
-        attention = StaticAttention(self._cache, slot_R, length_R, integers[:, _NUM_COLUMNS:])
+        attention = StaticAttention(self._cache, slot_R, length_R, integers[:, _NUM_COLUMNS:], self._kernel)
         inputs = self._known(token_R) if self._stage.layers.is_first else self._hidden[: bucket.num_rows]
         outputs = self._stage.forward(inputs, position_R, attention)
         if self._sampler is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from services.stage_worker.compute.attention.choice import decoder_for
 from services.stage_worker.compute.attention.chunks import Chunk
 from services.stage_worker.compute.attention.iteration import PagedAttention
+from services.stage_worker.compute.attention.kernels import kernel_for
 from services.stage_worker.compute.decode_step import Bucket, DecodeStep
 from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.compute.graphs import Capture
@@ -42,7 +43,8 @@ class IterationRunner:
         self._cache = cache
         self._weights = weights
         self._dtype = dtype
-        self._decoder = decoder_for(cache, stage.layers.num_stages)
+        self._kernel = kernel_for(cache)
+        self._decoder = decoder_for(cache, stage.layers.num_stages, self._kernel)
         self._step: DecodeStep | None = None
 
     def warm_up(self) -> None:
@@ -62,7 +64,12 @@ class IterationRunner:
         """
         num_blocks = min(MAX_STEP_TOKENS // self._cache.block_size, self._cache.dummy_block)
         step = DecodeStep(
-            self._stage, self._cache, max_rows=MAX_STEP_ROWS, max_blocks=num_blocks, dtype=self._dtype
+            self._stage,
+            self._cache,
+            max_rows=MAX_STEP_ROWS,
+            max_blocks=num_blocks,
+            dtype=self._dtype,
+            kernel=self._kernel,
         )
         try:
             with torch.inference_mode():

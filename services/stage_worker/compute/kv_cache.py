@@ -53,6 +53,13 @@ class PagedKVCache:
         """A copy of the keys and values of `blocks` (int64, flat) in that order, [X, tokens, D]."""
         return self._by_block[layer].index_select(1, blocks).view(2 * self.num_kv_heads, -1, self.head_dim)
 
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and the values of one layer where they are, each [blocks, block size, heads, D]."""
+        num_heads = self.num_kv_heads
+        by_head = self._by_slot[layer].view(2, num_heads, -1, self.block_size, self.head_dim)
+        keys, values = by_head.permute(0, 2, 3, 1, 4).unbind()
+        return keys, values
+
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Other room for keys and values."""
         return _lazy_zeros(shape, self.dtype, self.device)

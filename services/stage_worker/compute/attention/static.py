@@ -1,4 +1,6 @@
-"""Decode rows over a copy of the blocks in a table: fixed shapes, so the launches are always the same.
+"""Decode rows over the blocks in a table: fixed shapes, so the launches are always the same.
+
+A kernel reads the blocks in place where there is one; else they are copied for each layer.
 
 Shape letters: T tokens of the flat row, R rows (as many), C blocks of context of each, L their tokens,
 N query heads, K heads of keys, X = 2K of keys and values, D head size.
@@ -7,15 +9,25 @@ N query heads, K heads of keys, X = 2K of keys and values, D head size.
 import torch
 from torch import Tensor
 
+from services.stage_worker.compute.attention.kernels import PagedKernel
 from services.stage_worker.compute.attention.rows import attend_rows, decode_mask
 from services.stage_worker.compute.kv_cache import PagedKVCache
 
 
 class StaticAttention:
-    """Attention of one step (an `AttentionContext`) over copies of the blocks in a table [R, C]."""
+    """Attention of one step (an `AttentionContext`) over the blocks in a table [R, C]."""
 
-    def __init__(self, cache: PagedKVCache, slot_R: Tensor, length_R: Tensor, block_RC: Tensor) -> None:
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        slot_R: Tensor,
+        length_R: Tensor,
+        block_RC: Tensor,
+        kernel: PagedKernel | None = None,
+    ) -> None:
         self._cache = cache
+        self._kernel = kernel
+        self._table = block_RC, length_R.int()
         self._slot_R = slot_R
         self._length_R111 = length_R.view(-1, 1, 1, 1)
         self._blocks = block_RC.flatten()
@@ -51,12 +63,26 @@ class StaticAttention:
         scaling: float,
         sliding_window: int | None,
     ) -> Tensor:
-        """The same with keys and values in one tensor, first the heads of the keys; returns [1, T, N, D].
+        """The same with keys and values in one tensor, first the heads of the keys; returns [1, T, N, D]."""
+        self._cache.write(layer, self._slot_R, key_value_TXD.transpose(0, 1))
+        if self._kernel is None:
+            return self._over_copies(layer, query_TND, scaling, sliding_window).unsqueeze(0)
+        block_RC, length_R = self._table
+        output_TND = self._kernel(
+            query_TND,
+            *self._cache.pages(layer),
+            length_R,
+            block_RC,
+            scaling=scaling,
+            sliding_window=sliding_window,
+        )
+        return output_TND.unsqueeze(0)
 
-        What lies behind a row's end is made zero: a mask takes no NaN away.
-        """
+    def _over_copies(
+        self, layer: int, query_TND: Tensor, scaling: float, sliding_window: int | None
+    ) -> Tensor:
+        """What lies behind a row's end is made zero: a mask takes no NaN away."""
         cache, num_rows = self._cache, self._num_rows
-        cache.write(layer, self._slot_R, key_value_TXD.transpose(0, 1))
         gathered = cache.gather(layer, self._blocks)
         gathered_XRLD = gathered.view(len(gathered), num_rows, -1, cache.head_dim)
         gathered_XRLD.masked_fill_(self._is_behind_RL1, 0.0)
@@ -66,4 +92,4 @@ class StaticAttention:
             self._masks[sliding_window] = decode_mask(
                 self._length_R111, self._num_tokens, sliding_window, key
             )
-        return attend_rows(query_TND, key, value, self._masks[sliding_window], scaling).unsqueeze(0)
+        return attend_rows(query_TND, key, value, self._masks[sliding_window], scaling)
