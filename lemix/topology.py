@@ -1,6 +1,7 @@
 """Which processes a local run consists of, and what each is told: a pure function of its options."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,12 +205,22 @@ def _stage_settings(
     devices = [options.devices[place % len(options.devices)] for place in range(first, first + held)]
     emulated = {"LEMIX_EMULATE": options.emulate} if options.emulate is not None else {}
     several = {"LEMIX_STAGES_HELD": str(held)} if held > 1 else {}
+    num_stages_on = _num_stages_on(options)
+    sharing = max(num_stages_on[device] for device in devices)
+    shared = {"LEMIX_STAGES_ON_DEVICE": str(sharing)} if sharing > 1 else {}
     return {
         **emulated,
         **several,
+        **shared,
         "LEMIX_NODE": str(node),
         "LEMIX_STAGE": str(stage),
         "LEMIX_NUM_STAGES": str(options.stages),
         "LEMIX_DEVICE": devices[0] if len(set(devices)) == 1 else ",".join(devices),
         "LEMIX_SHM_DIR": str(shm_dir),
     }
+
+
+def _num_stages_on(options: ClusterOptions) -> Counter[str]:
+    """The stages of all nodes that share each device's memory."""
+    dealt = (options.devices[place % len(options.devices)] for place in range(options.nodes * options.stages))
+    return Counter(device for device in dealt if device != "cpu")

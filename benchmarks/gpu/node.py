@@ -29,7 +29,8 @@ async def large_node(
         stages=stages,
         devices=(device,),
         model=str(model(work, device)),
-        extra_env={"LEMIX_DTYPE": DTYPES[MODEL], **settings},
+        # A fixed cache: what else is measured on the card needs memory, too.
+        extra_env={"LEMIX_DTYPE": DTYPES[MODEL], "LEMIX_KV_TOKENS": "16384", **settings},
     )
     clear(options.run_dir)
     async with LocalCluster(options) as cluster:

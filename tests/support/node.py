@@ -56,6 +56,8 @@ from tests.support.recording import Recorded, recording_executors
 from tests.support.training import LEARNING_RATE
 
 DEADLINE_S = 60.0
+KV_TOKENS = 16384
+"""Unless told otherwise: on a GPU each node of a test would take all the memory."""
 
 
 class Answer:
@@ -365,6 +367,7 @@ async def running_node(
     """
     async with asyncio.TaskGroup() as group:
         chosen = {"num_stages": num_stages, "model": str(model), "run_dir": run_dir, "shm_dir": run_dir}
+        chosen |= {"kv_tokens": KV_TOKENS}
         workers = Workers(group, {**chosen, **settings}, node=number, broker=broker or MemoryBroker())
         node = Node(workers.broker.connect(), num_stages, number=number)
         node.workers = workers

@@ -56,6 +56,14 @@ def test_devices_are_dealt_out_in_order_and_again_when_short() -> None:
     assert settings_of(replace(options, devices=("cuda:0",)), "LEMIX_DEVICE") == ["cuda:0", "cuda:0"]
 
 
+def test_stage_workers_know_how_many_stages_share_their_devices() -> None:
+    options = ClusterOptions(nodes=2, stages=2, devices=("cuda:0", "cuda:1", "cuda:2"))
+    assert settings_of(options, "LEMIX_STAGES_ON_DEVICE") == ["2", "2"]
+    alone = replace(options, stages_per_worker=1)
+    assert settings_of(alone, "LEMIX_STAGES_ON_DEVICE") == ["2", None, None, "2"]
+    assert settings_of(ClusterOptions(nodes=3), "LEMIX_STAGES_ON_DEVICE") == [None] * 3
+
+
 def test_a_worker_holds_all_stages_of_a_node_unless_told_otherwise() -> None:
     options = ClusterOptions(nodes=2, stages=3)
     assert list(specs_of(options))[3:] == ["node-0-stages-0-2", "node-1-stages-0-2"]
