@@ -12,7 +12,7 @@ from shared.errors import ConfigurationError
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "model" / "embedded")
 MAX_ITERATION_TOKENS = 512
-"""Rows that a stage puts into one iteration, unless told otherwise; the scheduler foresees it."""
+"""Rows that a stage puts into one iteration, unless told otherwise."""
 
 
 def split_commas(value: object) -> object:

@@ -207,12 +207,7 @@ class SimulatedCluster:
         await Scheduler(
             world,
             policy,
-            costs=costs_named(
-                options.costs,
-                profile if uses_profile(policy) else None,
-                options.hop_s,
-                self._stage_settings.max_iteration_tokens,
-            ),
+            costs=costs_named(options.costs, profile if uses_profile(policy) else None, options.hop_s),
             slo_s=slo_s,
             slo_factor=options.slo_factor,
             feeding=Feeding(

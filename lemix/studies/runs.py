@@ -13,8 +13,8 @@ from lemix.studies.bounds import Pipelines, Request
 from lemix.studies.grid import Cell
 from lemix.studies.rows import BOUND, Metrics
 from lemix.studies.verdicts import APPLIED, GOODPUT, IN_TIME, SLO, THROUGHPUT, TRAINING
-from services.stage_worker.settings import StageWorkerSettings
 from shared.schedule import is_synchronous
+from shared.settings import MAX_ITERATION_TOKENS
 
 
 def run_cell(cell: Cell) -> Metrics:
@@ -78,5 +78,4 @@ def _gate(cell: Cell, pipelines: Pipelines) -> Callable[[Sequence[int]], float]:
 
 
 def _max_iteration_tokens(cell: Cell) -> int:
-    default = StageWorkerSettings.model_fields["max_iteration_tokens"].default
-    return int(cell.cluster.stage_settings.get("max_iteration_tokens", default))
+    return int(cell.cluster.stage_settings.get("max_iteration_tokens", MAX_ITERATION_TOKENS))

@@ -19,12 +19,7 @@ def serving(settings: SchedulerSettings) -> ServiceMain:
     profile = profile_named(settings.profile, settings.num_stages) if settings.profile else None
     room = TrainingRoom.of(profile) if profile else None
     policy = policy_named(settings.policy, random.SystemRandom().random, room)
-    costs = costs_named(
-        settings.costs,
-        profile if uses_profile(policy) else None,
-        settings.hop_s,
-        settings.max_iteration_tokens,
-    )
+    costs = costs_named(settings.costs, profile if uses_profile(policy) else None, settings.hop_s)
     slo_s = settings.slo_factor * profile.model_forward_s(profile.reference_tokens) if profile else None
 
     async def serve(world: World) -> None:

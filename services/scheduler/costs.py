@@ -39,7 +39,7 @@ class Costs(Protocol):
     hop_s: float
     """Seconds from the end of an op on one stage until the next stage can start on its output."""
     max_iteration_tokens: int
-    """Rows that stages put into one iteration."""
+    """Rows that stages put into one iteration; learned from the nodes."""
 
     def iteration_s(self, stage: int, work: Work) -> float: ...
 
@@ -58,13 +58,11 @@ class Costs(Protocol):
         ...
 
 
-def costs_named(
-    name: str, profile: Profile | None, hop_s: float, max_iteration_tokens: int = MAX_ITERATION_TOKENS
-) -> Costs:
+def costs_named(name: str, profile: Profile | None, hop_s: float) -> Costs:
     """`affine` or `quadratic`. Raises ConfigurationError, naming the choices."""
     if name not in COSTS:
         raise ConfigurationError(f"costs {name!r} are not known; choices: {', '.join(COSTS)}")
-    return COSTS[name](profile, hop_s, max_iteration_tokens)
+    return COSTS[name](profile, hop_s)
 
 
 class QuadraticCosts:
@@ -74,12 +72,10 @@ class QuadraticCosts:
     decoding iteration has the same formula, and the optimizer's step costs nothing.
     """
 
-    def __init__(
-        self, profile: Profile | None, hop_s: float, max_iteration_tokens: int = MAX_ITERATION_TOKENS
-    ) -> None:
+    def __init__(self, profile: Profile | None, hop_s: float) -> None:
         self.num_stages = profile.num_stages if profile else None
         self.hop_s = hop_s
-        self.max_iteration_tokens = max_iteration_tokens
+        self.max_iteration_tokens = MAX_ITERATION_TOKENS
         self._forward_eta_s = _mean_eta_s(profile, "iteration") if profile else None
         self._backward_eta_s = _mean_eta_s(profile, "backward") if profile else None
 
@@ -116,13 +112,11 @@ class AffineCosts:
     to the first observations, and corrected from then on.
     """
 
-    def __init__(
-        self, profile: Profile | None, hop_s: float, max_iteration_tokens: int = MAX_ITERATION_TOKENS
-    ) -> None:
+    def __init__(self, profile: Profile | None, hop_s: float) -> None:
         load_solver()  # now, so that the first fit of a run does not hold the scheduler up
         self.num_stages = profile.num_stages if profile else None
         self.hop_s = hop_s
-        self.max_iteration_tokens = max_iteration_tokens
+        self.max_iteration_tokens = MAX_ITERATION_TOKENS
         self._curves: dict[tuple[int, OpKind], _CorrectedCurve] = {}
         for stage, measured in enumerate(profile.stages if profile else ()):
             self._curves[stage, "step"] = _CorrectedCurve(_constant(measured.step_s), None)
@@ -210,7 +204,7 @@ def _is_like_a_task(work: Work, reference_tokens: int) -> bool:
     return is_whole and shortest * reference_tokens <= length <= longest * reference_tokens
 
 
-COSTS: dict[str, Callable[[Profile | None, float, int], Costs]] = {
+COSTS: dict[str, Callable[[Profile | None, float], Costs]] = {
     "affine": AffineCosts,
     "quadratic": QuadraticCosts,
 }

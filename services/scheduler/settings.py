@@ -4,7 +4,7 @@ from pydantic import Field
 
 from services.scheduler.state import DEFAULT_SLO_FACTOR
 from shared.schedule import ScheduleName
-from shared.settings import MAX_ITERATION_TOKENS, LemixSettings
+from shared.settings import LemixSettings
 
 
 class SchedulerSettings(LemixSettings):
@@ -22,8 +22,6 @@ class SchedulerSettings(LemixSettings):
     """The time that a message takes from one service to another."""
     slo_factor: float = Field(default=DEFAULT_SLO_FACTOR, gt=0)
     """The objective for the time to first token, in forward times of a lone prompt of mean length."""
-    max_iteration_tokens: int = Field(default=MAX_ITERATION_TOKENS, ge=1)
-    """Rows of one iteration of the stages; the same for both."""
     extra_in_flight: int = Field(default=0, ge=0)
     """The trainer's; the same for both."""
     schedule: ScheduleName = "async"

@@ -258,6 +258,7 @@ class ClusterState:
         node.stages[heartbeat.stage] = heartbeat
         if heartbeat.stage == 0:
             node.kv_capacity = heartbeat.kv_blocks_total * heartbeat.kv_block_size
+            self.costs.max_iteration_tokens = heartbeat.max_iteration_tokens
         if self.costs.num_stages is None:
             self.costs.num_stages = heartbeat.num_stages
         self._list_readiness(heartbeat.node)

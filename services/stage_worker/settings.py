@@ -25,6 +25,10 @@ _KV_TOKENS = 16384
 _SHARED_MEMORY = Path("/dev/shm")
 
 
+_ON_CPU = 64
+"""Rows that a CPU computes in about the time of two decode steps: whoever decodes waits for no more."""
+
+
 class StageWorkerSettings(LemixSettings):
     """Which stages of which node this process holds, and how much it may hold of anything."""
 
@@ -54,8 +58,10 @@ class StageWorkerSettings(LemixSettings):
     stages_on_device: int = Field(default=1, ge=1)
     """Stages that share a device's memory; those of one process are counted."""
     kv_block_size: int = Field(default=16, ge=1)
-    max_iteration_tokens: int = Field(default=MAX_ITERATION_TOKENS, ge=1, le=4096)
-    """Rows of one iteration: longer prompts are prefilled in pieces. Results of all must fit a message."""
+    max_iteration_tokens: int | None = Field(default=None, ge=1, le=4096)
+    """Rows of one iteration: longer prompts are prefilled in pieces. Results of all must fit a message.
+
+    None: 64 on a CPU, 512 elsewhere."""
     max_microbatch_tokens: int = Field(default=2048, ge=2)
     """Rows of one microbatch; the trainer must use the same number."""
     max_waiting: int = Field(default=256, ge=1)
@@ -122,6 +128,12 @@ class StageWorkerSettings(LemixSettings):
         """Settings that must be the same on all merged nodes: they decide which tensors are averaged."""
         of_adapter = ("lora_rank", "lora_alpha", "lora_targets") if self.adapter == "lora" else ()
         return self.told(("optimizer", "adapter", *of_adapter))
+
+    @property
+    def iteration_tokens(self) -> int:
+        """Rows of one iteration at most."""
+        computes_on_cpu = self.device == "cpu" and not self.emulate
+        return self.max_iteration_tokens or (_ON_CPU if computes_on_cpu else MAX_ITERATION_TOKENS)
 
     @property
     def num_kv_blocks(self) -> int:

@@ -258,6 +258,7 @@ class StageWorker:
             kv_blocks_used=scheduler.blocks.num_blocks - scheduler.blocks.num_free,
             kv_blocks_total=scheduler.blocks.num_blocks,
             kv_block_size=settings.kv_block_size,
+            max_iteration_tokens=settings.iteration_tokens,
         )
         await self._bus.publish(subjects.HEARTBEAT.at(), beat)
         await self._bus.publish(subjects.NEIGHBOUR.at(node=settings.node), beat)

@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from shared.messages.base import Message
 from shared.messages.bounds import FileStem, PositiveInt
+from shared.settings import MAX_ITERATION_TOKENS
 
 
 class Heartbeat(Message):
@@ -43,6 +44,8 @@ class Heartbeat(Message):
     kv_blocks_total: int
     kv_block_size: PositiveInt = 1
     """Tokens of a block."""
+    max_iteration_tokens: PositiveInt = MAX_ITERATION_TOKENS
+    """Rows that an iteration has at most (stage 0)."""
 
 
 class StageStopped(Message):

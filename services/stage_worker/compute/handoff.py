@@ -96,7 +96,7 @@ class Handoff:
 
     @property
     def _max_rows(self) -> int:
-        return max(self._settings.max_iteration_tokens, self._settings.max_microbatch_tokens)
+        return max(self._settings.iteration_tokens, self._settings.max_microbatch_tokens)
 
     def connect(self, peer: int, purpose: LinkPurpose, answer: LinkAnswer) -> None:
         """The peer has answered the offer; who refuses is offered the next carrier next time."""
