@@ -17,7 +17,7 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP: Final = 8
 _MAX_HEAD_DIM: Final = 256
 _NEEDED: Final = {"scale", "window_size", "enable_gqa"}
-"""What torch's function must know: older ones lack some of it."""
+"""Parameters that torch's function must have: older ones lack some of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class Lane(Protocol):
     """A way from a device to the host."""
 
     def begin(self) -> None:
-        """What follows copies tensors as the work leaves them that this thread has launched so far."""
+        """Begin to copy: tensors are copied as the work leaves them that this thread has launched so far."""
         ...
 
     def buffer(self, num_bytes: int) -> Tensor:

@@ -32,7 +32,7 @@ MAX_STEP_TOKENS: Final = 4096
 """Iterations of more rows or longer contexts run as they come: their launches are a small part of them."""
 
 Inputs: TypeAlias = Sequence[int] | Tensor
-"""Of a stage: token ids at the first, hidden states [T, H] at the others."""
+"""Token ids at the first stage, hidden states [T, H] at the others."""
 
 
 class IterationRunner:

@@ -12,7 +12,7 @@ from shared.profiles.roofline import ACTIVATION_BYTES, LOGIT_BYTES, WEIGHT_BYTES
 
 _MASTER_BYTES = 4
 _LEARNING_BYTES = 12
-"""Of a parameter that trains: AdamW's moments and a batch's gradient, all in float32 (docs/training.md)."""
+"""For each parameter that trains: AdamW's moments and a batch's gradient, in float32 (docs/training.md)."""
 _GIB = 2**30
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ _PACKAGES: Final = (("flash_attn_interface", "page_table", 1), ("flash_attn", "b
 size must be a multiple of."""
 _HALF: Final = (torch.bfloat16, torch.float16)
 _TOLERANCE: Final = 0.03
-"""Of numbers about 1 in bfloat16."""
+"""The largest difference between numbers about 1 in bfloat16."""
 
 logger = logging.getLogger(__name__)
 

@@ -81,7 +81,7 @@ class StaticAttention:
     def _over_copies(
         self, layer: int, query_TND: Tensor, scaling: float, sliding_window: int | None
     ) -> Tensor:
-        """What lies behind a row's end is made zero: a mask takes no NaN away."""
+        """Attend over copies, with zeros behind each row's end: a mask takes no NaN away."""
         cache, num_rows = self._cache, self._num_rows
         gathered = cache.gather(layer, self._blocks)
         gathered_XRLD = gathered.view(len(gathered), num_rows, -1, cache.head_dim)
