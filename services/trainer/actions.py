@@ -227,6 +227,7 @@ class ActionRunner:
             version=step.version,
             learning_rate=self._rate_of(pending.batch),
             max_gradient_norm=limit if isfinite(limit) else None,
+            keep=step.is_kept,
         )
         self.outbox.post(STEP_AHEAD.at(node=node.node), message, traceparent=pending.traceparent)
 

@@ -97,6 +97,8 @@ class StepAhead(Message):
     learning_rate: NonNegativeFloat
     max_gradient_norm: PositiveFloat | None = None
     """Gradients whose norm over all stages is larger are scaled down to it; None: there is no limit."""
+    keep: bool = False
+    """Hold on to `version` for serving, until `ReleaseVersion`."""
 
 
 class StepOrder(Message):

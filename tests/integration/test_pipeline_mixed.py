@@ -24,6 +24,7 @@ from shared.messages.training import (
     BatchStepped,
     MicrobatchForward,
     SaveFailed,
+    ShardSaved,
     StageReport,
     StepDone,
     TrainingFailed,
@@ -428,6 +429,31 @@ async def test_a_version_that_is_gone_cannot_be_saved(folder: Path, tmp_path: Pa
         with pytest.raises(RefusedError, match="version 0 is gone, this stage holds 1") as refusal:
             await node.save(0, tmp_path / "checkpoints")
         assert refusal.value.code == 409
+
+
+async def saved_version(node: Node) -> int:
+    event = (await node.next(ShardSaved)).event
+    assert isinstance(event, ShardSaved)
+    return event.version
+
+
+async def test_a_save_of_the_present_version_takes_the_place_of_one_that_has_not_come(
+    folder: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "checkpoints"
+    folders = {version: root / str(version) for version in (0, 1, 2)}
+    for each in folders.values():
+        each.mkdir(parents=True)
+    async with running_node(folder, 1, tmp_path, **ADAMW) as node:
+        await node.restore()
+        await node.save(1, folders[1])
+        await node.save(0, folders[0])
+        assert await saved_version(node) == 0
+        await step(node, "b0", random_batches(1, 1)[0])
+        await node.save(2, folders[2])
+        await step(node, "b1", random_batches(1, 1)[0])
+        assert await saved_version(node) == 2
+    assert not list(folders[1].iterdir())
 
 
 async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_path: Path) -> None:

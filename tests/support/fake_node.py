@@ -143,6 +143,7 @@ class FakeNode:
             _check_epoch(message.epoch, stage)
             if self.refuses_saves or message.version < len(stage.contents):
                 raise RefusedError(f"version {message.version} is gone")
+            stage.saves = {version: at for version, at in stage.saves.items() if version < message.version}
             stage.saves[message.version] = Path(message.folder)
             self.happened("save")
             await self._save_if_due(number)

@@ -193,4 +193,5 @@ def _order_of(step: StepAhead, squared_norm: float) -> StepOrder:
         version=step.version,
         learning_rate=step.learning_rate,
         gradient_scale=limit / norm if norm > limit else 1.0,
+        keep=step.keep,
     )

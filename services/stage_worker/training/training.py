@@ -320,6 +320,8 @@ class Training:
             raise RefusedError(
                 f"version {message.version} is gone, this stage holds {self.version}", code=409
             )
+        # One is asked for at a time: a later version was to be made by a batch that has been skipped since.
+        self._saves = {version: save for version, save in self._saves.items() if version < message.version}
         self._saves[message.version] = message
         self._queue.put(WorkKind.CONTROL, self._save_if_due)
         return Done()

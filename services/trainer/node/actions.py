@@ -21,6 +21,8 @@ class StepsAhead:
     batch_id: str
     version: int
     """The version of the weights afterwards."""
+    is_kept: bool = False
+    """Stages hold on to the version, to serve it."""
 
 
 @dataclass(frozen=True, slots=True)

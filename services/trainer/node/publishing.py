@@ -133,6 +133,16 @@ class Publishing:
         self._kept.add(version)
         return True
 
+    def may_keep_later(self, version: int) -> bool:
+        """Whether `begin_keeping` may agree to that version when its gradients are there, if not now."""
+        return self.published is not None and not (self.is_guarded and version < self._next_due)
+
+    def revoke_from(self, version: int) -> None:
+        """The orders to step to that version, and to later ones, do not hold."""
+        self._kept = {kept for kept in self._kept if kept < version}
+        if self._evaluating is not None and self._evaluating >= version:
+            self._next_due, self._evaluating = self._evaluating, None
+
     def applied(self, version: int) -> list[PublishingAction]:
         """All stages have stepped to `version`."""
         if version in self._kept:

@@ -76,9 +76,13 @@ class NodeSaves:
     def request_if_idle(
         self, version: int, *, is_idle: bool, epoch: int, num_stages: int, now_s: float
     ) -> list[Action]:
-        """Time has passed for a node that holds that version."""
+        """Time has passed for a node that holds that version.
+
+        A later one, whose batch was skipped, is not waited for: no batch may follow.
+        """
         has_news = self._every is not None and version != self.durable_version
-        if not (is_idle and has_news) or self._save is not None:
+        is_saving = self._save is not None and not (self._save.answered and self._save.version > version)
+        if not (is_idle and has_news) or is_saving:
             self._idle_since_s = None
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
@@ -86,6 +90,11 @@ class NodeSaves:
             self._idle_since_s = None
             return self.request(version, epoch, num_stages, now_s)
         return []
+
+    def reached(self, version: int, now_s: float) -> None:
+        """The node's weights are of that version: if it is to be saved, stages write from now on."""
+        if self._save is not None and self._save.version == version:
+            self._save = replace(self._save, requested_s=now_s)
 
     def answered(self, refusals: Mapping[int, str]) -> None:
         """Every stage was asked; `refusals` says which do not save, and why."""
@@ -122,9 +131,9 @@ class NodeSaves:
         self.durable_version, self._save = self._save.version, None
         return []
 
-    def give_up_if_late(self, now_s: float) -> list[Action]:
-        """Time has passed."""
-        if not self.waits_for_stages or self._save is None:
+    def give_up_if_late(self, version: int, now_s: float) -> list[Action]:
+        """Time has passed for a node that holds that version."""
+        if not self.waits_for_stages or self._save is None or self._save.version > version:
             return []
         is_late = now_s - self._save.requested_s > SAVE_DEADLINE_S
         return self._abandon(f"not written within {SAVE_DEADLINE_S:g} s") if is_late else []

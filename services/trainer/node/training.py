@@ -229,7 +229,7 @@ class NodeTraining:
             return self._close(f"stages {lost} are silent")
         if self._is_stalled(now_s):
             return self._close(f"no report for {STALLED_AFTER_S:g} s") + self._restore_if_complete()
-        if abandoned := self._saves.give_up_if_late(now_s):
+        if abandoned := self._saves.give_up_if_late(self.version, now_s):
             return abandoned + self._advance(now_s)
         is_empty = self._batches.is_empty or (self.is_halted and self.has_nothing_begun)
         is_idle = self.phase == "open" and is_empty
@@ -273,14 +273,14 @@ class NodeTraining:
         if report.epoch != self.epoch or self.phase != "open":
             return []
         if isinstance(report.event, VersionsServed):
-            return list(self.publishing.served(report.event))
+            return [*self.publishing.served(report.event), *self._advance(now_s)]
         self._silent_since_s = None
         stage = report.stage
         match report.event:
             case BatchReady(batch_id=batch_id, squared_norm=squared_norm):
                 self._ready(batch_id, squared_norm)
             case BatchStepped():
-                return self._stepped(report.event) + self._advance(now_s)
+                return self._stepped(report.event, now_s) + self._advance(now_s)
             case TrainingFailed(batch_id=batch_id, reason=reason) as failure:
                 closed = self._close(
                     f"stage {stage} failed: {reason}",
@@ -418,9 +418,10 @@ class NodeTraining:
             if isfinite(squared_norm):
                 return
             self._batches = self._batches.revoke_from(batch_id)
+            self.publishing.revoke_from(batch.version)
         self._batches = self._batches.ready(batch_id, squared_norm)
 
-    def _stepped(self, event: BatchStepped) -> list[Action]:
+    def _stepped(self, event: BatchStepped, now_s: float) -> list[Action]:
         batch_id, loss = event.batch_id, event.loss
         batch = self._batches.find(batch_id)
         if batch is None:
@@ -430,6 +431,7 @@ class NodeTraining:
             return self._close(reason) + self._restore_if_complete()
         self._batches = self._batches.stepped(batch_id)
         self.version = batch.version
+        self._saves.reached(self.version, now_s)
         if batch.is_placeholder:
             return [] if batch.is_skipped else list(self.publishing.applied(self.version))
         if batch.is_skipped:
@@ -456,19 +458,26 @@ class NodeTraining:
             if self.is_save_unanswered:
                 break  # a stage must know that it has to save a version before it steps beyond it
             version = self._present_version + 1
+            may_save = not (self._rules.shares_weights or self.is_saving)
             if batch.squared_norm is not None:
-                may_save = not (self._rules.shares_weights or self.is_saving)
                 actions += self._order(version, now_s, may_save=may_save)
-            elif self._may_order_ahead(version):
-                self._batches = self._batches.order(batch.batch_id, version)
-                actions.append(StepsAhead(batch.batch_id, version))
+            elif ordered := self._order_ahead(batch.batch_id, version, now_s, may_save=may_save):
+                actions += ordered
             else:
                 break
         return actions
 
-    def _may_order_ahead(self, version: int) -> bool:
-        """Whether nothing follows from the step to that version: it is neither saved, nor kept to serve."""
-        return self.publishing.published is None and not self._saves.is_due(version)
+    def _order_ahead(self, batch_id: str, version: int, now_s: float, *, may_save: bool) -> list[Action]:
+        """Give the step ahead, and say whether that version is kept or saved; [] if this is known only later.
+
+        A version that is not saved by its own node alone is not guarded, whenever it is decided.
+        """
+        is_kept = self._begin_keeping(version, may_save=may_save)
+        is_merged_only = self._rules.shares_weights and self.publishing.is_guarded
+        if not (is_kept or is_merged_only) and self.publishing.may_keep_later(version):
+            return []
+        self._batches = self._batches.order(batch_id, version)
+        return [StepsAhead(batch_id, version, is_kept=is_kept), *self._save_if_due(version, now_s)]
 
     def _order(
         self,
@@ -489,10 +498,12 @@ class NodeTraining:
         squared_norm = batch.squared_norm if squared_norm is None else squared_norm
         step = replace(self._step_of(batch.batch_id, squared_norm, version, may_save), rate_of=rate_of)
         self._batches = self._batches.order(step.batch_id, step.version, is_skipped=step.is_skipped)
-        saves = self._saves.request_if_due(
-            step.version, self.epoch, self.num_stages, now_s, is_wanted=self._wants_saved(step.version)
-        )
-        return [step, *saves]
+        return [step, *self._save_if_due(step.version, now_s)]
+
+    def _save_if_due(self, version: int, now_s: float) -> list[Action]:
+        """A step to that version is ordered."""
+        is_wanted = self._wants_saved(version)
+        return self._saves.request_if_due(version, self.epoch, self.num_stages, now_s, is_wanted=is_wanted)
 
     def _begin_keeping(self, version: int, *, may_save: bool) -> bool:
         """Returns whether stages shall keep that version. A guard waits for one that is saved, too."""

@@ -35,13 +35,16 @@ def forward(batch_id: str, index: int = 0, count: int = 1, *, tokens: int = 1) -
     return MicrobatchForward(microbatch=microbatch, tokens=(0,) * tokens)
 
 
-def ahead(batch_id: str, version: int, *, max_gradient_norm: float | None = None) -> StepAhead:
+def ahead(
+    batch_id: str, version: int, *, max_gradient_norm: float | None = None, keep: bool = False
+) -> StepAhead:
     return StepAhead(
         epoch=1,
         batch_id=batch_id,
         version=version,
         learning_rate=0.5,
         max_gradient_norm=max_gradient_norm,
+        keep=keep,
     )
 
 
@@ -119,6 +122,13 @@ def test_gradients_are_scaled_down_to_the_largest_norm_over_all_stages() -> None
     it.feed(forward("a"))
     it.step_ahead(ahead("a", 1, max_gradient_norm=1.0))
     assert gather(it, "a", 9.0, 16.0) == [order("a", 1, gradient_scale=1 / 5)]
+
+
+def test_a_version_that_is_to_serve_is_kept_by_all_stages() -> None:
+    it = schedule()
+    it.feed(forward("a"))
+    it.step_ahead(ahead("a", 1, keep=True))
+    assert gather(it, "a", 1.0, 1.0) == [order("a", 1, keep=True)]
 
 
 def test_without_an_order_given_ahead_the_trainer_is_asked_once_and_its_order_goes_to_all() -> None:

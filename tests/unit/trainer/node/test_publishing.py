@@ -53,6 +53,26 @@ def test_the_newest_weights_need_no_publishing() -> None:
     assert publishing.published is None
 
 
+def test_an_order_that_does_not_hold_leaves_its_version_to_the_next() -> None:
+    publishing = pinned()
+    publishing.begin_keeping(1)
+    publishing.begin_keeping(2)
+    publishing.revoke_from(1)
+
+    assert publishing.applied(1) == []
+    assert publishing.begin_keeping(2)
+    assert publishing.applied(2) == [Publish(2)]
+
+
+def test_an_evaluation_whose_version_does_not_come_is_due_again() -> None:
+    publishing = guarded()
+    assert publishing.begin_keeping(4)
+    publishing.revoke_from(4)
+
+    assert publishing.begin_keeping(4)
+    assert publishing.applied(4) == [Evaluate(4)]
+
+
 def test_pinned_every_version_is_published_when_all_stages_have_it() -> None:
     publishing = pinned()
     assert publishing.begin_keeping(1)

@@ -22,7 +22,7 @@ from services.trainer.node.actions import (
     StepsAhead,
     WriteCheckpoint,
 )
-from services.trainer.node.publishing import Evaluate, Publish, PublishingRules
+from services.trainer.node.publishing import Evaluate, Publish, PublishingRules, Release
 from services.trainer.node.saves import SAVE_DEADLINE_S
 from services.trainer.node.training import STALLED_AFTER_S, NodeTraining, Rules
 from shared.messages.training import (
@@ -34,6 +34,7 @@ from shared.messages.training import (
     StageEvent,
     StageReport,
     TrainingFailed,
+    VersionsServed,
 )
 from shared.schedule import Feeding, ScheduleName
 from tests.support.cluster import heartbeat
@@ -257,24 +258,65 @@ def test_a_node_that_reports_nothing_while_it_has_work_starts_again() -> None:
 def test_a_step_beyond_a_version_that_is_to_be_saved_waits_until_every_stage_knows_of_it() -> None:
     driver = Driver(checkpoint_every=2).open()
     driver.apply("a", 1)
-    assert driver.place("b") == [Feed("b")], "what is saved is ordered when it is sure to come"
-    assert driver.gather("b") == [Step("b", 2), RequestSave(1, 2, 2)]
-    driver.step("b", 2)
+    assert driver.place("b") == [Feed("b"), StepsAhead("b", 2), RequestSave(1, 2, 2)]
     assert driver.place("c") == [Feed("c")]
+    driver.step("b", 2)
     assert driver.place("d") == [Feed("d")]
 
     assert driver.gather("c") == []
     assert driver.answer(2) == [Step("c", 3), StepsAhead("d", 4)]
 
 
+def test_a_version_that_is_to_be_saved_is_made_by_the_next_batch_when_one_is_skipped() -> None:
+    driver = Driver(checkpoint_every=2).open()
+    driver.apply("a", 1)
+    driver.place("b")
+    driver.place("c")
+    driver.answer(2)
+
+    assert driver.gather("b", nan) == [Step("b", 1, is_skipped=True), StepsAhead("c", 2)]
+    driver.step("b", 1)
+    driver.step("c", 2)
+    driver.saved(0, 2)
+    assert isinstance(driver.saved(1, 2)[0], WriteCheckpoint)
+
+
+def test_when_no_batch_makes_the_version_that_is_to_be_saved_the_present_one_is() -> None:
+    driver = Driver(checkpoint_every=2).open()
+    driver.apply("a", 1)
+    driver.place("b")
+    driver.answer(2)
+    driver.gather("b", nan)
+    driver.step("b", 1)
+
+    assert driver.tick(0) == []
+    assert driver.tick(2) == [RequestSave(1, 1, 2)]
+    driver.answer(1)
+    driver.saved(0, 1)
+    assert isinstance(driver.saved(1, 1)[0], WriteCheckpoint)
+
+
+def test_a_save_is_not_late_while_its_batch_is_computed() -> None:
+    driver = Driver(checkpoint_every=1).open()
+    driver.place("a")
+    driver.answer(1)
+    for _ in range(12):
+        assert driver.tick(SAVE_DEADLINE_S / 10) == []
+        driver.report(0, MicrobatchEntered(batch_id="a", index=0))
+    driver.step("a", 1)
+    assert driver.tick(SAVE_DEADLINE_S - 1) == []
+
+    assert isinstance(driver.tick(2)[0], SaveAbandoned)
+
+
 def test_gradients_are_scaled_down_to_the_largest_norm_over_all_stages() -> None:
     driver = Driver(max_gradient_norm=1.0, checkpoint_every=1).open()
     driver.place("a")
+    for batch_id, squared_norm in {"b": 25.0, "c": 0.25}.items():
+        driver.place(batch_id)
+        assert driver.gather(batch_id, squared_norm) == [], "no step may overtake the save"
 
-    assert driver.gather("a", 25.0)[0] == Step("a", 1, gradient_scale=1 / 5)
-    driver.place("b")
-    driver.gather("b", 0.25)
-    assert driver.answer(1) == [Step("b", 2)]
+    assert driver.answer(1) == [Step("b", 2, gradient_scale=1 / 5), Step("c", 3)]
 
 
 @pytest.mark.parametrize("squared_norm", [nan, inf])
@@ -398,17 +440,58 @@ def guarded(*, durable_version: int = 0, served: int | None = None) -> Driver:
     return driver
 
 
-def test_where_a_guard_serves_no_step_is_given_ahead() -> None:
+def test_a_step_that_a_guard_will_look_at_is_given_ahead_kept_and_saved() -> None:
     driver = guarded()
-    assert driver.place("a") + driver.place("b") == [Feed("a"), Feed("b")]
-    assert driver.gather("a") == [Step("a", 1)]
-    assert driver.gather("b") == [Step("b", 2, is_kept=True), RequestSave(1, 2, 2)]
+    assert driver.place("a") == [Feed("a"), StepsAhead("a", 1)]
+    assert driver.place("b") == [Feed("b"), StepsAhead("b", 2, is_kept=True), RequestSave(1, 2, 2)]
+
+
+def test_a_step_is_not_given_ahead_while_a_guard_cannot_say_whether_it_will_look_at_it() -> None:
+    driver = guarded()
+    driver.apply("a", 1)
+    driver.place("b")
+    driver.answer(2)
+    driver.place("c")
+    assert driver.place("d") == [Feed("d")], "4 is due, and 2 is not evaluated yet"
+    assert driver.step("b", 2) == [Applied("b", 2, 1.0), Evaluate(2)]
+
+    driver.step("c", 3)
+    assert driver.gather("d") == [Step("d", 4)]
+
+
+def test_a_kept_version_whose_batch_is_skipped_is_kept_when_the_next_makes_it() -> None:
+    driver = Driver(publishing=PublishingRules(serving="pinned")).open()
+    driver.place("a")
+    driver.place("b")
+
+    assert driver.gather("a", nan)[-1] == StepsAhead("b", 1, is_kept=True)
+    assert driver.step("a", 0) == [Skipped("a", 1.0)]
+    assert Publish(1) in driver.step("b", 1)
+
+
+def test_pinned_a_step_is_given_ahead_as_soon_as_there_is_room_for_its_version() -> None:
+    driver = Driver(publishing=PublishingRules(serving="pinned", max_kept=2)).open()
+    assert driver.place("a") == [Feed("a"), StepsAhead("a", 1, is_kept=True)]
+    assert driver.place("b") == [Feed("b")], "versions 0 and 1 are kept"
+    assert driver.step("a", 1) == [Applied("a", 1, 1.0), Publish(1)]
+
+    served = driver.report(0, VersionsServed(published=1, in_use=(1,)))
+
+    assert served == [Release(0), StepsAhead("b", 2, is_kept=True)]
+
+
+def test_pinned_without_room_the_step_is_made_and_its_version_not_kept() -> None:
+    driver = Driver(publishing=PublishingRules(serving="pinned", max_kept=2)).open()
+    driver.place("a")
+    driver.place("b")
+
+    assert driver.gather("b") == [Step("b", 2)]
 
 
 def test_what_a_guard_evaluates_is_saved_too() -> None:
     driver = guarded()
     driver.apply("a", 1)
-    assert driver.learn("b")[-2:] == [Step("b", 2, is_kept=True), RequestSave(1, 2, 2)]
+    assert driver.place("b")[-2:] == [StepsAhead("b", 2, is_kept=True), RequestSave(1, 2, 2)]
     driver.answer(2)
     assert driver.step("b", 2) == [Applied("b", 2, 1.0), Evaluate(2)]
     assert driver.node.evaluated(1, 2, 1.0) == [Publish(2)]
@@ -426,7 +509,7 @@ def test_a_guard_evaluates_no_version_that_cannot_be_saved_and_the_next_that_can
     assert isinstance(driver.saved(1, 1)[0], WriteCheckpoint)
     assert driver.written(1) == []
 
-    assert driver.learn("c")[-2:] == [Step("c", 3, is_kept=True), RequestSave(1, 3, 2)]
+    assert driver.place("c")[-2:] == [StepsAhead("c", 3, is_kept=True), RequestSave(1, 3, 2)]
 
 
 def test_a_durable_version_that_serves_is_not_saved_again_when_a_batch_is_skipped() -> None:
@@ -439,7 +522,7 @@ def test_a_durable_version_that_serves_is_not_saved_again_when_a_batch_is_skippe
 def test_after_a_restore_an_older_version_may_serve_than_the_one_that_trains_on() -> None:
     driver = guarded(durable_version=8, served=4)
     assert (driver.node.version, driver.node.publishing.published) == (8, 4)
-    assert driver.learn("a")[-2:] == [Step("a", 9, is_kept=True), RequestSave(1, 9, 2)]
+    assert driver.place("a")[-2:] == [StepsAhead("a", 9, is_kept=True), RequestSave(1, 9, 2)]
 
 
 def test_no_step_may_overtake_a_save_of_an_idle_node() -> None:
