@@ -126,7 +126,7 @@ async def test_sampled_answers_depend_on_their_seed_only(folder: Path, tmp_path:
 
 
 async def test_a_cancel_frees_all_blocks(folder: Path, tmp_path: Path) -> None:
-    """Of a request alone, of one that shares its beginning, and of one that waits for room to begin."""
+    """A request alone is cancelled, one that shares its beginning, and one that waits for room to begin."""
     all_but_one = (PROMPT * 510)[: 3072 - 16]
     async with running_node(folder, 2, tmp_path, kv_tokens=3072) as node:
         answer = await node.start(PROMPT * 6, **ENDLESS)
@@ -325,7 +325,7 @@ async def test_microbatches_of_an_older_epoch_are_ignored(folder: Path, tmp_path
 
 
 def losses(reports: list[StageReport]) -> list[float]:
-    """Of the batches that were stepped on."""
+    """The losses of the batches that were stepped on."""
     return [report.event.loss for report in reports if isinstance(report.event, BatchStepped)]
 
 
