@@ -1,7 +1,9 @@
 """Time and ids are handed in, so that a simulated run can own them."""
 
+import asyncio
 import random
 import time
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 
@@ -25,6 +27,18 @@ class SystemClock:
 
     def wall_s(self) -> float:
         return time.time()
+
+
+async def on_time(every_s: float, *, at_most_late_s: float, clock: Clock) -> AsyncGenerator[None]:
+    """Come back every `every_s`, for ever, but not where it is later than that by `at_most_late_s`.
+
+    For a look at who has fallen silent: who stood still has not yet read what others said meanwhile.
+    """
+    while True:
+        begun_s = clock.now_s()
+        await asyncio.sleep(every_s)
+        if clock.now_s() - begun_s <= every_s + at_most_late_s:
+            yield
 
 
 class IdSource:

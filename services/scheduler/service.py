@@ -17,6 +17,7 @@ from services.scheduler.state import (
     ClusterState,
     Event,
     HeartbeatSeen,
+    ListenedUntil,
     PlacedTask,
     StageLeft,
     StageProgressed,
@@ -27,6 +28,7 @@ from services.scheduler.state import (
 )
 from services.scheduler.tasks import shape_of
 from shared.bus.base import Incoming
+from shared.clock import on_time
 from shared.errors import RefusedError
 from shared.lifecycle import World
 from shared.messages.cluster import (
@@ -98,9 +100,9 @@ class Scheduler:
         await self._bus.respond(SUBMIT.at(), self._submit, queue=QUEUE, max_running=MAX_HELD)
         await self._bus.respond(PLACE.at(), self._place, queue=QUEUE, max_running=MAX_HELD)
         await self._bus.respond(STATUS.at(), self._status, queue=QUEUE)
-        while True:
-            await asyncio.sleep(CHECK_S)
+        async for _ in on_time(CHECK_S, at_most_late_s=HEARTBEAT_S, clock=self._clock):
             await self._pass_time()
+            await self._apply(ListenedUntil(self._clock.now_s()))
 
     async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         await self._apply(HeartbeatSeen(incoming.message, self._clock.now_s()))

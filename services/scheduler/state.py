@@ -65,6 +65,13 @@ class TimePassed:
 
 
 @dataclass(frozen=True, slots=True)
+class ListenedUntil:
+    """All that was said before has been heard: who was not heard for long is lost."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskArrived:
     """A task asks for a node. It may come again when it waits, or when its asker was told to ask again."""
 
@@ -92,7 +99,16 @@ class StageProgressed:
     now_s: float
 
 
-Event = HeartbeatSeen | StageLeft | TimePassed | TaskArrived | TaskAssigned | TasksEnded | StageProgressed
+Event = (
+    HeartbeatSeen
+    | StageLeft
+    | TimePassed
+    | ListenedUntil
+    | TaskArrived
+    | TaskAssigned
+    | TasksEnded
+    | StageProgressed
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +193,8 @@ class ClusterState:
                 return self._stage_left(stopped)
             case TimePassed(now_s):
                 self._drop_overdue(now_s)
+                return []
+            case ListenedUntil(now_s):
                 return self._drop_silent(now_s)
             case TaskArrived():
                 self._arrive(event)

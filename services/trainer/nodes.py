@@ -1,6 +1,5 @@
 """Listens to the stages of all nodes and hands their messages to the state of their node."""
 
-import asyncio
 import itertools
 
 from services.trainer.actions import ActionRunner
@@ -10,7 +9,7 @@ from services.trainer.node.training import NodeTraining, Rules
 from services.trainer.replicas import are_going_back
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Bus, Incoming
-from shared.clock import Clock
+from shared.clock import Clock, on_time
 from shared.errors import ConfigurationError
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import StageReport
@@ -111,8 +110,7 @@ class Nodes:
 
     async def tick(self) -> None:
         """Let time pass on every node, for ever."""
-        while True:
-            await asyncio.sleep(self._tick_s)
+        async for _ in on_time(self._tick_s, at_most_late_s=HEARTBEAT_S, clock=self._clock):
             is_back = self._num_reconnects != self._bus.num_reconnects
             self._num_reconnects = self._bus.num_reconnects
             for node in self.by_number.values():

@@ -9,6 +9,7 @@ from services.scheduler.state import (
     MAX_REMEMBERED,
     ClusterState,
     HeartbeatSeen,
+    ListenedUntil,
     LostTask,
     PlacedTask,
     StageLeft,
@@ -75,8 +76,8 @@ def test_a_silent_stage_takes_its_node_and_tasks_with_it() -> None:
     state.apply(HeartbeatSeen(heartbeat(1), 1.0))
     state.apply(TaskAssigned(task("t0", 0), 0.0))
     state.apply(TaskAssigned(task("t1", 1), 0.0))
-    assert state.apply(TimePassed(LOST_AFTER_S - 0.01)) == []
-    assert state.apply(TimePassed(LOST_AFTER_S)) == [
+    assert state.apply(ListenedUntil(LOST_AFTER_S - 0.01)) == []
+    assert state.apply(ListenedUntil(LOST_AFTER_S)) == [
         LostTask(task("t0", 0), "stage 0 of node 0 was silent for 3 s")
     ]
     assert state.ready_nodes == [1]
@@ -89,7 +90,7 @@ def test_one_silent_stage_of_two_leaves_the_other_in_the_status() -> None:
     state = ClusterState(costs=LinearCosts(None))
     state.apply(HeartbeatSeen(heartbeat(0, 0, num_stages=2), 0.0))
     state.apply(HeartbeatSeen(heartbeat(0, 1, num_stages=2), 2.0))
-    state.apply(TimePassed(LOST_AFTER_S))
+    state.apply(ListenedUntil(LOST_AFTER_S))
     (node,) = state.status()
     assert (node.ready, [beat.stage for beat in node.stages]) == (False, [1])
 
@@ -110,7 +111,7 @@ def test_a_stage_that_leaves_costs_the_tasks_of_its_node() -> None:
     lost = state.apply(StageLeft(StageStopped(node=0, stage=0, instance="a")))
     assert lost == [LostTask(task("t"), "stage 0 of node 0 was stopped")]
     assert state.num_nodes == 0
-    assert state.apply(TimePassed(100.0)) == []
+    assert state.apply(ListenedUntil(100.0)) == []
 
 
 @pytest.mark.parametrize(("node", "instance"), [(0, "earlier"), (9, "a")])
@@ -125,7 +126,7 @@ def test_the_end_of_a_stage_that_is_not_there_changes_nothing(node: int, instanc
 def test_training_tasks_leave_with_their_node_but_are_not_reported() -> None:
     state = with_nodes(0)
     state.apply(TaskAssigned(task("b", kind="training"), 0.0))
-    assert state.apply(TimePassed(LOST_AFTER_S)) == []
+    assert state.apply(ListenedUntil(LOST_AFTER_S)) == []
     assert state.placed("b") is None
 
 
