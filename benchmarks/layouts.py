@@ -17,7 +17,7 @@ from benchmarks.workload import LEARNING_RATE, prompt_tokens
 from lemix.devices import num_cpu_cores
 from lemix.launcher import LocalCluster
 from lemix.run_folder import clear
-from lemix.topology import ClusterOptions, threads_of_worker
+from lemix.topology import ClusterOptions, layout_of
 from lemix.waiting import AppliedBatches, wait_nodes_ready
 from shared.bus.nats import NatsBus
 
@@ -85,7 +85,7 @@ async def measure(nodes: int, work: Path) -> dict[str, Any]:
                 extra_env=SETTINGS,
             )
             sides[name] = await Side.start(options, stack)
-            threads[name] = threads_of_worker(options, num_cpu_cores())
+            threads[name] = layout_of(options, num_cpu_cores()).num_threads
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for number in range(NUM_ROUNDS + 1):  # the first one warms up
             for name in list(sides)[:: 1 if number % 2 else -1]:

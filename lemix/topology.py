@@ -22,7 +22,7 @@ class ClusterOptions:
     stages: int = 2
     """Pipeline stages of each node."""
     stages_per_worker: int | None = None
-    """Consecutive stages in one process; None: all of a node, or one where devices are emulated."""
+    """Consecutive stages in one process; None: as `layout_of` picks."""
     devices: tuple[str, ...] = ("cpu",)
     """`cpu` or `cuda:N`, dealt out to the stages of node 0, then node 1, ...; repeated when short."""
     emulate: str | None = None
@@ -48,19 +48,8 @@ class ClusterOptions:
     """Further settings for every service."""
 
     @property
-    def stages_held(self) -> int:
-        """The stages of each worker, but the last one of a node, which has what is left."""
-        chosen = self.stages_per_worker or (self.stages if self.emulate is None else 1)
-        return min(chosen, self.stages)
-
-    @property
     def is_on_cpus(self) -> bool:
         return set(self.devices) == {"cpu"}
-
-    @property
-    def num_workers(self) -> int:
-        """Stage worker processes of all nodes."""
-        return self.nodes * -(-self.stages // self.stages_held)
 
     @property
     def run_dir(self) -> Path:
@@ -92,6 +81,51 @@ class ServiceSpec:
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the stages are dealt out to stage workers."""
+
+    stages_held: int
+    """The stages of each worker, but the last one of a node, which has what is left."""
+    num_workers: int
+    """Stage worker processes of all nodes."""
+    num_threads: int
+    """Compute threads of each worker: its share of the cores, one beside a GPU."""
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """For a person."""
+        return (
+            f"stage workers: {self.num_workers}, stages in each: {self.stages_held}, "
+            f"compute threads of each: {self.num_threads} ({self.reason})"
+        )
+
+
+def layout_of(options: ClusterOptions, num_cores: int) -> Layout:
+    """The layout that the person chose, or the one that measures best."""
+    chosen, reason = _stages_held(options, num_cores)
+    held = min(chosen, options.stages)
+    num_workers = options.nodes * -(-options.stages // held)
+    computes_on_cpu = options.emulate is None and options.is_on_cpus
+    num_threads = max(1, num_cores // num_workers) if computes_on_cpu else 1
+    return Layout(stages_held=held, num_workers=num_workers, num_threads=num_threads, reason=reason)
+
+
+def _stages_held(options: ClusterOptions, num_cores: int) -> tuple[int, str]:
+    if options.stages_per_worker is not None:
+        return options.stages_per_worker, "as --stages-per-worker says"
+    if options.emulate is not None:
+        return 1, "an emulated device has a process of its own"
+    if options.stages == 1:
+        return 1, "a node has one stage"
+    if not options.is_on_cpus:
+        return options.stages, "a worker for each node, whose stages hand tensors over on the GPUs"
+    if options.nodes * options.stages <= num_cores:
+        return 1, "a worker for each stage, which has cores of its own"
+    return options.stages, "a worker for each node, as there are fewer cores than stages"
 
 
 CommandOf = Callable[[str], tuple[str, ...]]
@@ -128,46 +162,19 @@ def service_specs(
         spec("gateway", "gateway", _gateway_settings(options, port)),
         spec("trainer", "trainer", {}),
     ]
-    num_threads = threads_of_worker(options, num_cores)
+    layout = layout_of(options, num_cores)
     for node in range(options.nodes):
-        for stage in range(0, options.stages, options.stages_held):
-            held = min(options.stages_held, options.stages - stage)
+        for stage in range(0, options.stages, layout.stages_held):
+            held = min(layout.stages_held, options.stages - stage)
             settings = _stage_settings(options, node, stage, held, shm_dir)
-            if num_threads > 1:
-                settings["LEMIX_NUM_THREADS"] = common.get("LEMIX_NUM_THREADS", str(num_threads))
+            if layout.num_threads > 1:
+                settings["LEMIX_NUM_THREADS"] = common.get("LEMIX_NUM_THREADS", str(layout.num_threads))
                 # Threads that spin at a barrier hold the core that the last one waits for.
                 settings["OMP_WAIT_POLICY"] = common.get("OMP_WAIT_POLICY", "PASSIVE")
             # Threads of libraries beside the compute thread would only fight over the cores.
             settings["OMP_NUM_THREADS"] = common.get("OMP_NUM_THREADS", "1")
             specs.append(spec(_worker_name(node, stage, held), "stage_worker", settings))
     return specs
-
-
-def threads_of_worker(options: ClusterOptions, num_cores: int) -> int:
-    """Compute threads of each stage worker: its share of the cores, one beside a GPU."""
-    is_on_cpu = options.emulate is None and options.is_on_cpus
-    return max(1, num_cores // options.num_workers) if is_on_cpu else 1
-
-
-def layout_line(options: ClusterOptions, num_cores: int) -> str:
-    """How the stages are dealt out, and why, for a person."""
-    threads = threads_of_worker(options, num_cores)
-    return (
-        f"stage workers: {options.num_workers}, stages in each: {options.stages_held}, "
-        f"compute threads of each: {threads} ({_why_layout(options)})"
-    )
-
-
-def _why_layout(options: ClusterOptions) -> str:
-    if options.stages_per_worker is not None:
-        return "as --stages-per-worker says"
-    if options.emulate is not None:
-        return "an emulated device has a process of its own"
-    if options.stages == 1:
-        return "a node has one stage"
-    if options.is_on_cpus:
-        return "a worker for each node, in which messages and tensors between its stages stay"
-    return "a worker for each node, whose stages hand tensors over on the GPUs"
 
 
 def _worker_name(node: int, stage: int, held: int) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lemix.devices import num_cpu_cores
 from lemix.launcher import LocalCluster
-from lemix.topology import ClusterOptions, layout_line
+from lemix.topology import ClusterOptions, layout_of
 from services.gateway.access.exposure import is_loopback
 from shared.chat_template_files import load_chat_template
 from shared.clock import Clock
@@ -28,7 +28,7 @@ async def run_up(options: ClusterOptions, console: Console, clock: Clock) -> Non
     say(
         f"starting nodes: {options.nodes}, stages of each: {options.stages}; logs: {options.run_dir / 'logs'}"
     )
-    say(layout_line(options, num_cpu_cores()))
+    say(layout_of(options, num_cpu_cores()).line)
     async with LocalCluster(options, on_event=say) as cluster:
         settings = read_settings(LemixSettings)
         model = options.model or settings.model

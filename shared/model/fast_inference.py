@@ -3,7 +3,7 @@
 Three things cost most when few rows go through a layer, and each is replaced where the replacement gives the
 same numbers within 1e-5:
 
-- matrix products: each in the way that is fastest for its shape and rows (`shared.model.products`). The
+- matrix products: over copies of the weights in faster layouts (`shared.model.products`). The
   copies that this takes go stale when the weights change, which is noticed by itself, except for writes
   through `.data` (see `InferenceWeights.invalidate`), and are made again in the background. Adapters are not
   copied: they are added to the product, and a step that changes only them leaves the copies as they are;

@@ -1,35 +1,27 @@
-"""Matrix products of few rows on the CPU, each in the way that was the fastest when it was measured.
+"""Matrix products of few rows on the CPU, with weights laid out beforehand for them.
 
-A plain product is slow for 4 to 32 rows, where oneDNN takes weights laid out beforehand ("packed") at up to
-three times the speed; for a single row packed weights are slow, and a transposed copy is often the fastest.
-So each shape is measured once for some numbers of rows, and only the copies that win are kept.
+A plain product of a few rows is slow. oneDNN takes weights that it has laid out itself ("packed") at up to
+three times the speed for 2 rows and more, and uses every thread. For a single row a transposed copy is the
+fastest: 1.1 to 1.9 times as fast as packed weights (on two AVX2 cores, with the weights not in the caches).
 
 The packing operations are private to torch: `is_possible` says whether they are here.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal, TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from shared.model.lora import base_module, low_rank_of
 
-Way: TypeAlias = Literal["plain", "transposed", "packed"]
 Source: TypeAlias = tuple[Tensor | None, int]
 """A weight and the number of changes that torch has counted."""
 
-WAYS: Final[tuple[Way, ...]] = ("plain", "transposed", "packed")
-_MEASURED_ROWS: Final = (1, 2, 4, 8, 16, 64)
-_NUM_TRIES: Final = 5
-_BETTER: Final = 0.9
-"""Another way than packed weights takes less than this part of their time; else it is chance."""
 _PACKED_FOR_ROWS: Final = 8
 _PATIENCE_CALLS: Final = 2
 """Forwards for which fresh weights last before their copies are made: a step may change them at once."""
@@ -44,37 +36,33 @@ def is_possible() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """A weight [outputs, inputs] in the layouts that some number of rows is fastest with."""
+    """Two copies of a weight [outputs, inputs]: for a single row, and for more."""
 
     sources: tuple[Source, ...]
-    ways: tuple[Way, ...]
-    """By the bit length of the number of rows, less 1; the last one for all that are more."""
-    plain: Tensor | None
-    transposed: Tensor | None
-    packed: Tensor | None
+    transposed: Tensor
+    packed: Tensor
     bias: Tensor | None
 
     def product(self, inputs: Tensor) -> Tensor:
         """The product [..., outputs]."""
-        rows = inputs.numel() // inputs.size(-1)
-        way = self.ways[min(rows.bit_length(), len(self.ways)) - 1]
-        return _run(way, inputs, self)
+        if inputs.numel() > inputs.size(-1):
+            several: Tensor = torch.ops.mkldnn._linear_pointwise(
+                inputs, self.packed, self.bias, "none", [], ""
+            )
+            return several
+        single = inputs.flatten(0, -2) @ self.transposed
+        if self.bias is not None:
+            single += self.bias
+        return single.view(*inputs.shape[:-1], single.size(-1))
 
 
-def _run(way: Way, inputs: Tensor, copies: Copies) -> Tensor:
-    if way == "plain":
-        assert copies.plain is not None
-        return linear(inputs, copies.plain, copies.bias)
-    if way == "packed":
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, copies.packed, copies.bias, "none", [], ""
-        )
-        return product
-    assert copies.transposed is not None
-    outputs = inputs.flatten(0, -2) @ copies.transposed
-    if copies.bias is not None:
-        outputs += copies.bias
-    return outputs.view(*inputs.shape[:-1], outputs.size(-1))
+def _copies(sources: tuple[Source, ...], weight: Tensor, bias: Tensor | None) -> Copies:
+    return Copies(
+        sources,
+        transposed=weight.t().contiguous(),
+        packed=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS),
+        bias=bias,
+    )
 
 
 class Product:
@@ -153,7 +141,7 @@ class Product:
         assert len(biases) in (0, len(self._tables))
         self._widths = [weight.size(0) for weight in weights]
         together = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self._copies = self._workshop.copies(sources, together, torch.cat(biases) if biases else None)
+        self._copies = _copies(sources, together, torch.cat(biases) if biases else None)
 
     def invalidate(self) -> None:
         """Forget the copies."""
@@ -164,7 +152,7 @@ class Product:
     def layouts(self) -> tuple[Tensor, ...]:
         """The copies that there are."""
         copies = self._copies
-        return tuple(one for one in (copies.transposed, copies.packed) if one is not None) if copies else ()
+        return (copies.transposed, copies.packed) if copies else ()
 
     def _sources(self) -> tuple[Source, ...]:
         weights = [table["weight"] for table, _ in self._tables]
@@ -176,56 +164,7 @@ class Workshop:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
-        self._ways: dict[tuple[int, ...], tuple[Way, ...]] = {}
-        """By shape, once they are measured: most layers have the same shapes."""
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         """Do it in the thread."""
         return self._thread.submit(work)
-
-    def copies(self, sources: tuple[Source, ...], weight: Tensor, bias: Tensor | None) -> Copies:
-        """The copies of a weight in the layouts that are the fastest for its shape."""
-        shape = tuple(weight.shape)
-        if shape not in self._ways:
-            self._ways[shape] = _measured(_copies(sources, WAYS, weight, bias))
-        return _copies(sources, self._ways[shape], weight, bias)
-
-
-def _copies(
-    sources: tuple[Source, ...], ways: tuple[Way, ...], weight: Tensor, bias: Tensor | None
-) -> Copies:
-    packed = None
-    if "packed" in ways:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
-    return Copies(
-        sources,
-        ways,
-        plain=weight if "plain" in ways else None,
-        transposed=weight.t().contiguous() if "transposed" in ways else None,
-        packed=packed,
-        bias=bias,
-    )
-
-
-@torch.no_grad()
-def _measured(copies: Copies) -> tuple[Way, ...]:
-    """The fastest way for each number of rows."""
-    assert copies.plain is not None
-    ways: list[Way] = []
-    for num_rows in _MEASURED_ROWS:
-        inputs = torch.ones(num_rows, copies.plain.size(1))
-        times_s = _shortest_s(inputs, copies)
-        fastest = min(WAYS, key=times_s.__getitem__)
-        ways.append(fastest if times_s[fastest] < _BETTER * times_s["packed"] else "packed")
-    return tuple(ways)
-
-
-def _shortest_s(inputs: Tensor, copies: Copies) -> dict[Way, float]:
-    """The shortest of some tries of each way, which take turns: who else uses the machine meets them all."""
-    shortest_s = dict.fromkeys(WAYS, float("inf"))
-    for _ in range(_NUM_TRIES):
-        for way in WAYS:
-            start_s = time.perf_counter()
-            _run(way, inputs, copies)
-            shortest_s[way] = min(shortest_s[way], time.perf_counter() - start_s)
-    return shortest_s

@@ -56,6 +56,7 @@ async def running_cluster(runs_dir: Path) -> AsyncIterator[LocalCluster]:
         runs_dir=runs_dir,
         nodes=1,
         stages=2,
+        stages_per_worker=2,
         extra_env={
             "LEMIX_CHECKPOINT_EVERY": str(CHECKPOINT_EVERY),
             "LEMIX_CHECKPOINT_IDLE_S": "0.5",

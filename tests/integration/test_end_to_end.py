@@ -35,6 +35,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
         runs_dir=tmp_path_factory.mktemp("runs"),
         nodes=1,
         stages=2,
+        stages_per_worker=2,
         extra_env={"LEMIX_CHECKPOINT_EVERY": "4", "LEMIX_CHECKPOINT_IDLE_S": "0.2", "LEMIX_NATS_URL": ""},
     )
     async with LocalCluster(options) as running:

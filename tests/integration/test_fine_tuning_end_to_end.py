@@ -34,6 +34,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
         runs_dir=tmp_path_factory.mktemp("runs"),
         nodes=1,
         stages=2,
+        stages_per_worker=2,
         start_timeout_s=DEADLINE_S,
         extra_env={
             "LEMIX_CHECKPOINT_EVERY": "8",

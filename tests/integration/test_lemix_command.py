@@ -60,7 +60,8 @@ class Running:
 
 @asynccontextmanager
 async def lemix_up(folder: Path) -> AsyncIterator[Running]:
-    arguments = ("up", "--nodes", "1", "--stages", "2", "--port", "0", "--runs-dir", str(folder))
+    size = ("--nodes", "1", "--stages", "2", "--stages-per-worker", "2")
+    arguments = ("up", *size, "--port", "0", "--runs-dir", str(folder))
     process = await asyncio.create_subprocess_exec(
         *LEMIX, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lemix.topology import ClusterOptions, ServiceSpec, layout_line, module_command, service_specs
+from lemix.topology import ClusterOptions, ServiceSpec, layout_of, module_command, service_specs
 from shared.errors import ConfigurationError
 
 INHERITED = {"PATH": "/bin", "LEMIX_LEARNING_RATE": "0.5", "LEMIX_RUN_DIR": "/elsewhere"}
@@ -64,7 +64,7 @@ def test_stage_workers_know_how_many_stages_share_their_devices() -> None:
     assert settings_of(ClusterOptions(nodes=3), "LEMIX_STAGES_ON_DEVICE") == [None] * 3
 
 
-def test_a_worker_holds_all_stages_of_a_node_unless_told_otherwise() -> None:
+def test_a_worker_holds_all_stages_of_a_node_where_cores_are_short_unless_told_otherwise() -> None:
     options = ClusterOptions(nodes=2, stages=3)
     assert list(specs_of(options))[3:] == ["node-0-stages-0-2", "node-1-stages-0-2"]
     assert settings_of(options, "LEMIX_STAGES_HELD") == ["3", "3"]
@@ -85,10 +85,11 @@ def test_emulated_stages_have_a_process_each_as_they_have_a_device_each() -> Non
 @pytest.mark.parametrize(
     ("options", "num_cores", "threads"),
     [
-        (ClusterOptions(nodes=1, stages=2), 8, "8"),
-        (ClusterOptions(nodes=2, stages=2), 8, "4"),
-        (ClusterOptions(nodes=2, stages=2, stages_per_worker=1), 8, "2"),
+        (ClusterOptions(nodes=1, stages=2), 8, "4"),
+        (ClusterOptions(nodes=1, stages=2, stages_per_worker=2), 8, "8"),
+        (ClusterOptions(nodes=2, stages=2), 8, "2"),
         (ClusterOptions(nodes=2, stages=2), 3, None),
+        (ClusterOptions(nodes=1, stages=5), 4, "4"),
         (ClusterOptions(nodes=4, stages=2), 2, None),
         (ClusterOptions(nodes=1, stages=2, devices=("cuda:0",)), 8, None),
         (ClusterOptions(nodes=1, stages=4, emulate="llama2-7b@a100"), 16, None),
@@ -97,32 +98,32 @@ def test_emulated_stages_have_a_process_each_as_they_have_a_device_each() -> Non
 def test_stage_workers_share_the_cores(options: ClusterOptions, num_cores: int, threads: str | None) -> None:
     assert set(settings_of(options, "LEMIX_NUM_THREADS", num_cores)) == {threads}
     assert set(settings_of(options, "OMP_WAIT_POLICY", num_cores)) == {"PASSIVE" if threads else None}
-    assert f"compute threads of each: {threads or 1} " in layout_line(options, num_cores)
+    assert f"compute threads of each: {threads or 1} " in layout_of(options, num_cores).line
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "num_workers", "held", "reason"),
     [
-        (ClusterOptions(stages_per_worker=1), "as --stages-per-worker says"),
-        (ClusterOptions(emulate="llama2-7b@a100"), "an emulated device has a process of its own"),
-        (ClusterOptions(stages=1), "a node has one stage"),
-        (ClusterOptions(), "a worker for each node, in which messages and tensors"),
-        (
-            ClusterOptions(devices=("cuda:0", "cuda:1")),
-            "a worker for each node, whose stages hand",
-        ),
+        (ClusterOptions(stages_per_worker=2), 2, 2, "as --stages-per-worker says"),
+        (ClusterOptions(emulate="llama2-7b@a100"), 4, 1, "an emulated device has a process of its own"),
+        (ClusterOptions(stages=1), 2, 1, "a node has one stage"),
+        (ClusterOptions(), 4, 1, "a worker for each stage, which has cores of its own"),
+        (ClusterOptions(stages=3), 2, 3, "a worker for each node, as there are fewer cores than stages"),
+        (ClusterOptions(devices=("cuda:0", "cuda:1")), 2, 2, "a worker for each node, whose stages hand"),
     ],
 )
-def test_a_person_is_told_which_layout_was_picked_and_why(options: ClusterOptions, reason: str) -> None:
-    line = layout_line(options, 8)
-    assert f"stage workers: {options.num_workers}, stages in each: {options.stages_held}" in line
+def test_a_person_is_told_which_layout_was_picked_and_why(
+    options: ClusterOptions, num_workers: int, held: int, reason: str
+) -> None:
+    line = layout_of(options, 4).line
+    assert f"stage workers: {num_workers}, stages in each: {held}" in line
     assert f"({reason}" in line
 
 
 def test_threads_that_the_person_has_set_stay() -> None:
     inherited = {**INHERITED, "LEMIX_NUM_THREADS": "3"}
     specs = specs_of(ClusterOptions(nodes=1, stages=2), inherited, num_cores=8)
-    assert specs["node-0-stages-0-1"].environment["LEMIX_NUM_THREADS"] == "3"
+    assert specs["node-0-stage-0"].environment["LEMIX_NUM_THREADS"] == "3"
 
 
 def test_the_run_overrides_what_the_launcher_inherited_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_emulated_stages_and_the_scheduler_are_told_the_same_profile() -> None:
     assert specs["node-0-stage-1"].environment["LEMIX_EMULATE"] == "llama2-7b@a100"
     computing = specs_of(ClusterOptions(nodes=1, stages=2))
     assert "LEMIX_PROFILE" not in computing["scheduler"].environment
-    assert "LEMIX_EMULATE" not in computing["node-0-stages-0-1"].environment
+    assert "LEMIX_EMULATE" not in computing["node-0-stage-0"].environment
 
 
 def test_libraries_of_stage_workers_start_no_threads_of_their_own_unless_told_otherwise() -> None:

@@ -9,7 +9,7 @@ from shared.model.attention import PackedSegments
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import load_stage
 from shared.model.partition import partition
-from shared.model.products import WAYS, Product, Way, Workshop
+from shared.model.products import Product, Workshop
 from shared.model.stage import Stage
 
 FAMILIES = ["llama", "llama-tied", "qwen2-window", "qwen3", "mistral-window", "gpt2", "gpt-neox"]
@@ -53,11 +53,7 @@ def test_changed_weights_are_noticed(family: str, swap: bool, model_folder: Call
         torch.testing.assert_close(logits(stage), logits(reference), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_iteration_without_a_row_of_logits_has_none(
-    way: Way, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shared.model.products._measured", lambda copies: (way,) * 6)
+def test_an_iteration_without_a_row_of_logits_has_none(model_folder: Callable[[str], Path]) -> None:
     stage, weights = fast_stage(model_folder("llama"))
     weights.prepare()
     tokens, no_rows = torch.arange(9), torch.tensor([], dtype=torch.int64)
@@ -65,10 +61,7 @@ def test_an_iteration_without_a_row_of_logits_has_none(
         assert len(stage.forward(tokens, tokens, PackedSegments((9,)), no_rows)) == 0
 
 
-def test_weights_written_unseen_need_to_be_invalidated(
-    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shared.model.products._measured", lambda copies: ("packed",) * 6)
+def test_weights_written_unseen_need_to_be_invalidated(model_folder: Callable[[str], Path]) -> None:
     stage, weights = fast_stage(model_folder("llama"))
     weights.prepare()
     before = logits(stage)
@@ -127,11 +120,9 @@ def test_two_versions_in_turn_leave_the_copies_of_one_as_they_are() -> None:
     assert all(one is other for one, other in zip(product.layouts, before, strict=True))
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 70])
 @pytest.mark.parametrize("bias", [False, True])
-def test_all_ways_give_the_same(way: Way, num_rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.model.products._measured", lambda copies: (way,) * 6)
+def test_products_are_those_of_the_modules(num_rows: int, bias: bool) -> None:
     modules = [torch.nn.Linear(16, 24, bias=bias), torch.nn.Linear(16, 8, bias=bias)]
     product, inputs = Product(modules, Workshop()), torch.randn(1, num_rows, 16)
     product.prepare()
