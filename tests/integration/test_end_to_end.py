@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import pytest_asyncio
 from rich.console import Console
 
-from lemix.client import ApiClient, served_model
+from lemix.client import ApiClient, Score, served_model
 from lemix.launcher import LocalCluster
 from lemix.rejected_command import fetch_rejected, run_rejected
 from lemix.run_choice import Target
@@ -145,7 +146,7 @@ async def whole_trace_of_training(cluster: LocalCluster, worker_of: dict[int, st
 
 
 ONE_WORKER = dict.fromkeys((0, 1), "lemix.stage_worker.0.0-1")
-"""It holds all stages of its node, by default."""
+"""It holds all stages of its node."""
 
 
 async def test_one_request_is_one_trace_through_every_service_and_stage(cluster: LocalCluster) -> None:
@@ -171,17 +172,31 @@ async def test_traces_go_through_stages_that_each_have_a_worker(tmp_path: Path) 
         await whole_trace_of_training(apart, worker_of)
 
 
-async def test_training_changes_the_weights_that_answer(cluster: LocalCluster) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What six batches did."""
+
+    before: Score
+    after: Score
+    manifest: checkpoints.Manifest
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def trained(cluster: LocalCluster) -> Trained:
     async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client:
         before = await client.score(HELD_OUT)
         await train_traced(cluster, *map(bulletin_batch, range(6)))
         manifest = await durable_version(cluster, 6)
-        after = await client.score(HELD_OUT)
-    assert set(manifest.recent_batch_ids) == {f"bulletin-{number}" for number in range(6)}
-    assert after.nll_sum < 0.8 * before.nll_sum
+        return Trained(before, await client.score(HELD_OUT), manifest)
+
+
+async def test_training_changes_the_weights_that_answer(cluster: LocalCluster, trained: Trained) -> None:
+    assert set(trained.manifest.recent_batch_ids) == {f"bulletin-{number}" for number in range(6)}
+    assert trained.after.nll_sum < 0.8 * trained.before.nll_sum
     await whole_trace_of_training(cluster, ONE_WORKER)
 
 
+@pytest.mark.usefixtures("trained")
 async def test_a_batch_published_twice_is_applied_once(cluster: LocalCluster) -> None:
     again = msgpack.packb(bulletin_batch(3) | {"examples": [{"text": "Another body under an old id."}]})
     await publish(cluster, again, json.dumps(bulletin_batch(100)).encode())
@@ -232,6 +247,7 @@ async def test_malformed_and_oversize_messages_break_nothing(cluster: LocalClust
     assert cluster.pids == pids, "no service was restarted"
 
 
+@pytest.mark.usefixtures("trained")
 async def test_the_checkpoint_is_a_model_that_transformers_loads(cluster: LocalCluster) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
