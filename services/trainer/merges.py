@@ -113,7 +113,7 @@ class Merges:
             return False
         if self._idle_since_s is None:
             self._idle_since_s = now_s
-        return now_s - self._idle_since_s >= self._idle_s
+        return now_s - self._idle_since_s >= self._idle_s and members[0].may_save(now_s, is_idle=True)
 
     def _merge(self, members: list[NodeTraining], now: _Round) -> list[Decision]:
         base, num_apart = members[0].durable_version, _num_apart(members)

@@ -119,7 +119,8 @@ class Reductions:
             self._idle_since_s = None
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
-        has_rested = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
+        is_idle = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
+        has_rested = is_idle and leader.may_save(now_s, is_idle=True)
         if num_undurable >= self._save_every or has_rested:
             self._idle_since_s = None
             return [told(leader, leader.save(now_s))]

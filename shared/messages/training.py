@@ -190,6 +190,9 @@ class ShardSaved(Event, tag="saved"):
     file_by_tensor: dict[str, str]
     """Weights only, in Hugging Face names, or an adapter's in those of peft."""
     size_bytes: int
+    """Size of the weights."""
+    written_bytes: int = 0
+    """Size of all files."""
     adapter: AdapterKind = ""
     """The kind of these weights."""
     settings: dict[str, str] = field(default_factory=dict)

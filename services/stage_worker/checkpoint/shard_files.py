@@ -67,6 +67,7 @@ def write_shard(snapshot: Snapshot, folder: Path, layers: LayerRange) -> ShardFi
         sha256_by_file=digests,
         file_by_tensor=dict.fromkeys(snapshot.weights, weights_name),
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in snapshot.weights.values()),
+        written_bytes=sum((folder / name).stat().st_size for name in digests),
         adapter="lora" if snapshot.lora else "",
     )
 

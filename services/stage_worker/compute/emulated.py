@@ -220,6 +220,7 @@ class EmulatedExecutor:
             sha256_by_file={name: hashlib.sha256(content).hexdigest()},
             file_by_tensor={f"stage.{settings.stage}": name},
             size_bytes=len(content),
+            written_bytes=len(content),
         )
 
     async def close(self) -> None:

@@ -79,6 +79,9 @@ class ShardFiles:
     sha256_by_file: dict[str, str]
     file_by_tensor: dict[str, str]
     size_bytes: int
+    """Size of the weights."""
+    written_bytes: int
+    """Size of all files."""
     adapter: AdapterKind = ""
 
 

@@ -345,6 +345,7 @@ class Training:
             sha256_by_file=shard.sha256_by_file,
             file_by_tensor=shard.file_by_tensor,
             size_bytes=shard.size_bytes,
+            written_bytes=shard.written_bytes,
             adapter=shard.adapter,
             settings=self._settings.told(OF_TRAINING) | self._chosen_settings,
         )

@@ -28,6 +28,11 @@ class Save:
         return self.answered and len({*self.shards, *self.failures}) == self.num_stages
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes that the stages have written."""
+        return sum(shard.written_bytes for shard in self.shards.values())
+
+    @property
     def failure(self) -> str:
         """Why there will be no checkpoint; empty when nothing went wrong yet."""
         return "; ".join(f"stage {stage}: {reason}" for stage, reason in sorted(self.failures.items()))

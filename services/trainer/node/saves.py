@@ -14,13 +14,17 @@ SAVE_DEADLINE_S = 600.0
 class NodeSaves:
     """One checkpoint at a time: requested, answered and written by every stage, then made durable."""
 
-    def __init__(self, durable_version: int, *, every: int | None, idle_s: float) -> None:
+    def __init__(
+        self, durable_version: int, *, every: int | None, idle_s: float, idle_bytes_per_s: float = inf
+    ) -> None:
         """`every`: applied batches between two checkpoints; None: only when told. `idle_s`: without work for
-        so long there is one, too.
+        so long there is one, too, but the disk is not written faster than `idle_bytes_per_s` for those.
         """
         self.durable_version = durable_version
         self._every = every
         self._idle_s = idle_s
+        self._idle_bytes_per_s = idle_bytes_per_s
+        self._no_idle_one_before_s = -inf
         self._save: Save | None = None
         self._from_version = 0
         """After a failed checkpoint, the next occasion."""
@@ -51,9 +55,13 @@ class NodeSaves:
     def waits_for_stages(self) -> bool:
         return self._save is not None and not self._save.writing
 
-    def may_request(self, now_s: float) -> bool:
-        """None is on its way, and after a failure `idle_s` have passed since that one was requested."""
-        return self._save is None and now_s >= self._not_before_s
+    def may_request(self, now_s: float, *, is_idle: bool = False) -> bool:
+        """None is on its way, and after a failure `idle_s` have passed since that one was requested.
+
+        `is_idle`: only because there is no work, so that the bytes of the last one count, too.
+        """
+        is_in_bounds = not is_idle or now_s >= self._no_idle_one_before_s
+        return self._save is None and now_s >= self._not_before_s and is_in_bounds
 
     def is_due(self, version: int, *, is_wanted: bool = False) -> bool:
         """Whether to save that version when its step is ordered; `is_wanted`: it should be durable soon."""
@@ -86,7 +94,7 @@ class NodeSaves:
             self._idle_since_s = None
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
-        elif now_s - self._idle_since_s >= self._idle_s:
+        elif now_s >= max(self._idle_since_s + self._idle_s, self._no_idle_one_before_s):
             self._idle_since_s = None
             return self.request(version, epoch, num_stages, now_s)
         return []
@@ -128,6 +136,7 @@ class NodeSaves:
         assert self._save is not None
         if failure:
             return self._abandon(failure)
+        self._no_idle_one_before_s = self._save.requested_s + self._save.num_bytes / self._idle_bytes_per_s
         self.durable_version, self._save = self._save.version, None
         return []
 

@@ -50,6 +50,8 @@ class Rules:
     feeding: Feeding
     checkpoint_every: int
     checkpoint_idle_s: float
+    checkpoint_idle_bytes_per_s: float = inf
+    """Checkpoints for want of work are not written faster than that, in the mean."""
     microbatches: int = 1
     """Parts that a batch is cut into."""
     shares_weights: bool = False
@@ -101,6 +103,7 @@ class NodeTraining:
             durable_version,
             every=None if rules.shares_weights else rules.checkpoint_every,
             idle_s=rules.checkpoint_idle_s,
+            idle_bytes_per_s=rules.checkpoint_idle_bytes_per_s,
         )
         self._closing: Closed | None = None
         """Set while the node must close and a manifest is still being written."""
@@ -359,9 +362,9 @@ class NodeTraining:
         """Another node has written a checkpoint of just these weights."""
         self._saves.adopt(durable_version)
 
-    def may_save(self, now_s: float) -> bool:
-        """Whether it is time to: a full disk is not asked again at once."""
-        return self._saves.may_request(now_s)
+    def may_save(self, now_s: float, *, is_idle: bool = False) -> bool:
+        """Whether it is time to: a full disk is not asked again at once. `is_idle`: for want of work."""
+        return self._saves.may_request(now_s, is_idle=is_idle)
 
     def save(self, now_s: float) -> list[Action]:
         """Make the present version durable."""

@@ -98,8 +98,10 @@ class Driver:
     def answer(self, version: int, refusals: dict[int, str] | None = None) -> list[Action]:
         return self.node.save_answered(self.node.epoch, version, refusals or {}, self.now_s)
 
-    def saved(self, stage: int, version: int) -> list[Action]:
-        shard = ShardSaved(version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)
+    def saved(self, stage: int, version: int, *, num_bytes: int = 0) -> list[Action]:
+        shard = ShardSaved(
+            version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0, written_bytes=num_bytes
+        )
         return self.report(stage, shard)
 
     def written(self, version: int, failure: str = "") -> list[Action]:
@@ -424,6 +426,32 @@ def test_an_idle_node_saves_what_it_has_learnt_and_tries_again_when_that_fails()
     assert driver.answer(1, {0: "no", 1: "no"})[0] == SaveAbandoned(1, "stage 0: no; stage 1: no")
     assert driver.tick(0) == []
     assert driver.tick(2) == [RequestSave(1, 1, 2)]
+
+
+def make_durable(driver: Driver, version: int, *, num_bytes: int) -> None:
+    """Two stages write `num_bytes` each."""
+    driver.answer(version)
+    for stage in (0, 1):
+        driver.saved(stage, version, num_bytes=num_bytes)
+    driver.written(version)
+
+
+def test_after_a_large_save_an_idle_node_waits_until_its_bytes_are_within_bounds() -> None:
+    driver = Driver(checkpoint_idle_bytes_per_s=10.0, checkpoint_every=3).open()
+    driver.apply("a", 1)
+    assert driver.tick(0) == []
+    assert driver.tick(2) == [RequestSave(1, 1, 2)]  # at 2 s
+    make_durable(driver, 1, num_bytes=50)
+    assert not driver.node.may_save(driver.now_s, is_idle=True)
+    assert driver.node.may_save(driver.now_s)
+    driver.apply("b", 2)
+    assert driver.tick(0) == []
+    assert driver.tick(9) == []
+    assert driver.tick(1) == [RequestSave(1, 2, 2)]  # 100 bytes have 10 s
+    make_durable(driver, 2, num_bytes=50)
+    driver.apply("c", 3)
+    driver.apply("d", 4)
+    assert RequestSave(1, 5, 2) in driver.learn("e")  # as often as it is due
 
 
 GUARDED = PublishingRules(serving="published", evaluate_every=2, max_kept=3)
