@@ -1,6 +1,7 @@
 """`lemix train publish`: a file of training batches or examples, with a progress bar."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from rich.console import Console
 from rich.progress import Progress
@@ -9,26 +10,66 @@ from lemix.bus import open_bus
 from lemix.printing import say
 from lemix.publishing import BatchLine, publish_batches
 from lemix.run_choice import Target
-from shared.bus.base import Stored
+from lemix.waiting import AppliedBatches
+from services.trainer.intake import id_of
+from shared.bus.base import Bus, Stored
 
 MAX_SHOWN = 5
 """Places in the stream that are listed."""
+FOLLOW_STALL_S = 600.0
+"""Without a training step for so long, nobody waits any more."""
 
 
-async def run_publish(batches: Sequence[BatchLine], target: Target, console: Console) -> None:
-    """Publish all batches, and say where they are.
+async def run_publish(
+    batches: Sequence[BatchLine], target: Target, console: Console, *, follows: bool = False
+) -> None:
+    """Publish all batches, and say where they are; `follows`: wait until they are trained, too.
 
-    Raises InvalidBatchError naming the line that could not be published, BusError when no server answers.
+    Raises InvalidBatchError naming the line that could not be published, BusError when no server answers,
+    ProgressError for a batch that was rejected, or when training stands still for FOLLOW_STALL_S.
     """
-    stored: list[Stored] = []
     async with open_bus(target.nats_url) as bus:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("publishing", total=len(batches))
-            async for each in publish_batches(bus, batches):
-                stored.append(each)
-                progress.advance(bar)
-    for line in outcome(stored):
-        say(console, f"{target.label}: {line}")
+        applied = await AppliedBatches.following(bus)
+        stored = await _publish(bus, batches, console)
+        for line in outcome(stored):
+            say(console, f"{target.label}: {line}")
+        if follows:
+            ids = [batch.batch_id or id_of(at.sequence) for batch, at in zip(batches, stored, strict=True)]
+            await _follow(applied, ids, console)
+            say(console, f"{target.label}: {_lesson([applied.losses.get(each) for each in ids])}")
+
+
+async def _publish(bus: Bus, batches: Sequence[BatchLine], console: Console) -> list[Stored]:
+    stored: list[Stored] = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("publishing", total=len(batches))
+        async for each in publish_batches(bus, batches):
+            stored.append(each)
+            progress.advance(bar)
+    return stored
+
+
+async def _follow(applied: AppliedBatches, batch_ids: Sequence[str], console: Console) -> None:
+    """Show how far training is, and the loss of the batch that was trained last."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=len(set(batch_ids)))
+
+        def on_applied(number: int) -> None:
+            loss = next(reversed(applied.losses.values()), None)
+            told = "training" if loss is None else f"training, loss {loss:.3f}"
+            progress.update(bar, advance=number, description=told)
+
+        await applied.wait_for(batch_ids, on_applied=on_applied, stall_s=FOLLOW_STALL_S)
+
+
+def _lesson(losses: Sequence[float | None]) -> str:
+    """How the loss went from the first tenth of the batches to the last; None: trained before, unseen."""
+    seen = [loss for loss in losses if loss is not None]
+    if not seen:
+        return "trained before"
+    tenth = max(1, len(seen) // 10)
+    first, last = fmean(seen[:tenth]), fmean(seen[-tenth:])
+    return f"trained: loss {first:.3f} at first, {last:.3f} in the end"
 
 
 def outcome(stored: Sequence[Stored]) -> list[str]:

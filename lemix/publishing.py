@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import random
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class BatchLine:
     body: bytes
 
 
-def read_batches(file: Path, batch_size: int | None = None) -> list[BatchLine]:
+def read_batches(file: Path, batch_size: int | None = None, *, epochs: int = 1) -> list[BatchLine]:
     """The batches in `file`, as `batches_in` finds them; `-` is standard input.
 
     Raises InvalidBatchError, naming the file and the first line that is wrong.
@@ -45,13 +46,15 @@ def read_batches(file: Path, batch_size: int | None = None) -> list[BatchLine]:
     except OSError as error:
         raise InvalidBatchError(f"cannot read {name}: {error}") from error
     try:
-        return batches_in(content, batch_size)
+        return batches_in(content, batch_size, epochs=epochs)
     except InvalidBatchError as error:
         raise InvalidBatchError(f"{name}: {error}") from error
 
 
-def batches_in(content: bytes, batch_size: int | None) -> list[BatchLine]:
+def batches_in(content: bytes, batch_size: int | None, *, epochs: int = 1) -> list[BatchLine]:
     """One batch a line; or one example a line, cut into batches of `batch_size` in the order of the file.
+
+    All comes `epochs` times; examples in another order from the second time on, always the same.
 
     Raises InvalidBatchError, naming the first line that is wrong, or that is of another kind than the first.
     """
@@ -68,10 +71,12 @@ def batches_in(content: bytes, batch_size: int | None) -> list[BatchLine]:
                 f"line {lines[0][0]} is {kinds[0]} and line {number} {kinds[1]}: publish them as two files"
             )
     if holds_batches:
-        return [_read_batch(number, line) for number, line in lines]
+        batches = [_read_batch(number, line) for number, line in lines]
+        return batches + [_again(batch, epoch) for epoch in range(2, epochs + 1) for batch in batches]
     for number, line in lines:
         _check_example(number, line)
-    return list(_cut(lines, batch_size or DEFAULT_BATCH_SIZE))
+    orders = [lines, *(_shuffled(lines, epoch) for epoch in range(2, epochs + 1))]
+    return list(_cut(orders, batch_size or DEFAULT_BATCH_SIZE))
 
 
 def _is_batch(number: int, line: bytes) -> bool:
@@ -100,17 +105,33 @@ def _check_example(number: int, line: bytes) -> None:
         raise InvalidBatchError(f"line {number}: {error}") from error
 
 
-def _cut(lines: Sequence[tuple[int, bytes]], batch_size: int) -> Iterator[BatchLine]:
-    """Ids are made of the content, so that a file that is published again is not trained again; what a file
+def _again(batch: BatchLine, epoch: int) -> BatchLine:
+    """The batch under an id of the epoch; without an id it is new each time."""
+    if not batch.batch_id:
+        return batch
+    batch_id = f"{batch.batch_id}-epoch-{epoch}"
+    body = json.dumps({**from_json(batch.body), "id": batch_id}, ensure_ascii=False).encode()
+    return _read_batch(batch.number, body)
+
+
+def _shuffled(lines: Sequence[tuple[int, bytes]], epoch: int) -> Sequence[tuple[int, bytes]]:
+    return random.Random(epoch).sample(lines, len(lines))
+
+
+def _cut(orders: Iterable[Sequence[tuple[int, bytes]]], batch_size: int) -> Iterator[BatchLine]:
+    """Cut the lines of each epoch into batches.
+
+    Ids are made of the content, so that a file that is published again is not trained again; what a file
     itself repeats is trained as often as it stands there.
     """
     num_seen: Counter[bytes] = Counter()
-    for start in range(0, len(lines), batch_size):
-        examples = b",".join(line for _, line in lines[start : start + batch_size])
-        num_seen[examples] += 1
-        batch_id = hashlib.sha256(b"%d %b" % (num_seen[examples], examples)).hexdigest()[:32]
-        body = b'{"id":%b,"examples":[%b]}' % (json.dumps(batch_id).encode(), examples)
-        yield BatchLine(number=lines[start][0], batch_id=batch_id, body=body)
+    for lines in orders:
+        for start in range(0, len(lines), batch_size):
+            examples = b",".join(line for _, line in lines[start : start + batch_size])
+            num_seen[examples] += 1
+            batch_id = hashlib.sha256(b"%d %b" % (num_seen[examples], examples)).hexdigest()[:32]
+            body = b'{"id":%b,"examples":[%b]}' % (json.dumps(batch_id).encode(), examples)
+            yield BatchLine(number=lines[start][0], batch_id=batch_id, body=body)
 
 
 async def publish_batches(bus: Bus, batches: Sequence[BatchLine]) -> AsyncIterator[Stored]:

@@ -62,6 +62,8 @@ class AppliedBatches:
         self._bus = bus
         self._steps: dict[str, tuple[int, int | str]] = {}
         """By batch: the node, and the version or another name of the step."""
+        self.losses: dict[str, float] = {}
+        """By batch, before its step; in the order of the steps."""
         self._rejected: dict[str, str] = {}
         """Reasons."""
         self._news = asyncio.Event()
@@ -84,30 +86,34 @@ class AppliedBatches:
         return len(set(self._steps.values()))
 
     async def wait_for(
-        self, batch_ids: Collection[str], *, on_applied: Callable[[int], None] = lambda number: None
+        self,
+        batch_ids: Collection[str],
+        *,
+        on_applied: Callable[[int], None] = lambda number: None,
+        stall_s: float = STALL_DEADLINE_S,
     ) -> None:
         """Wait until the weights contain all these batches; `on_applied` hears of how many more do.
 
-        Raises ProgressError when one is rejected, or after STALL_DEADLINE_S without another one.
+        Raises ProgressError when one is rejected, or after `stall_s` without another one.
         """
         missing = set(batch_ids)
         while missing:
-            came = await self._some_of(missing)
+            came = await self._some_of(missing, stall_s)
             if not came:
                 applied = len(set(batch_ids)) - len(missing)
-                stalled = f"no training step for {STALL_DEADLINE_S:.0f} s"
+                stalled = f"no training step for {stall_s:.0f} s"
                 raise ProgressError(f"{stalled}: {applied} of {len(batch_ids)} batches were applied")
             missing -= came
             on_applied(len(came))
 
-    async def _some_of(self, missing: set[str]) -> set[str]:
-        """Those of the batches that are applied, once one is; none after STALL_DEADLINE_S.
+    async def _some_of(self, missing: set[str], stall_s: float) -> set[str]:
+        """Those of the batches that are applied, once one is; none after `stall_s`.
 
         Raises ProgressError when one is rejected.
         """
         ask_at_s = asyncio.get_running_loop().time() + SILENCE_S
         try:
-            async with asyncio.timeout(STALL_DEADLINE_S):
+            async with asyncio.timeout(stall_s):
                 while not (came := missing & self._steps.keys()):
                     self._check_rejected(missing)
                     if not await self._heard_before(ask_at_s):
@@ -146,8 +152,9 @@ class AppliedBatches:
 
     def _note(self, event: BatchEvent) -> None:
         match event:
-            case BatchApplied(batch_id=batch_id, node=node, version=version):
+            case BatchApplied(batch_id=batch_id, node=node, version=version, loss=loss):
                 self._steps[batch_id] = node, version
+                self.losses[batch_id] = loss
             case BatchDurable(batch_ids=batch_ids, node=node):
                 self._steps = {batch_id: (node, batch_id) for batch_id in batch_ids} | self._steps
             case BatchRejected(batch_id=batch_id, reason=reason):

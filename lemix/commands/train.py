@@ -25,6 +25,12 @@ def publish(
             min=1, max=MAX_EXAMPLES, help="Examples a batch, of a file of examples.", show_default="8"
         ),
     ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="How many times all of it is trained; examples change their order.")
+    ] = 1,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Wait until it is trained, and show the loss.")
+    ] = False,
     nats_url: NatsUrl = None,
     runs_dir: RunsDir = Path("runs"),
     name: RunName = None,
@@ -34,8 +40,9 @@ def publish(
     from lemix.publishing import read_batches
     from lemix.running import run_command
 
-    batches = read_batches(file, batch_size)
-    run_command(run_publish(batches, find_running(nats_url, runs_dir, name), Output()))
+    batches = read_batches(file, batch_size, epochs=epochs)
+    target = find_running(nats_url, runs_dir, name)
+    run_command(run_publish(batches, target, Output(), follows=follow))
 
 
 @app.command()

@@ -103,12 +103,14 @@ async def publish_and_look(runs_dir: Path) -> None:
     assert stored == "run default: 1 batch stored, as 3"
     assert repeated.startswith("run default: 1 batch already stored, as 1: ")
     examples = b'{"text": "Rain later."}\r\n{"prompt": "Wind? ", "completion": "West."}\r\n'
-    from_pipe = ("train", "publish", "-", "--batch-size", "1", "--name", "default")
+    from_pipe = ("train", "publish", "-", "--batch-size", "1", "--epochs", "2", "--follow")
     piped = await lemix(*from_pipe, "--runs-dir", str(runs_dir), standard_input=examples)
-    assert piped.output == "run default: 2 batches stored, as 4 and 5\n", piped.errors
-    async with asyncio.timeout(COMMAND_DEADLINE_S):
-        while "v5" not in (status := await lemix("status", "--runs-dir", str(runs_dir))).output:
-            assert (status.status, status.errors) == (0, "")
+    stored, trained = piped.output.splitlines()
+    assert stored == "run default: 4 batches stored, as 4, 5, 6 and 7", piped.errors
+    assert re.fullmatch(r"run default: trained: loss \d\.\d{3} at first, \d\.\d{3} in the end", trained)
+    status = await lemix("status", "--runs-dir", str(runs_dir))
+    assert (status.status, status.errors) == (0, "")
+    assert "v7" in status.output
     assert "run default: policy lemix, 1 of 1 nodes ready" in status.output
     assert "0/2" in status.output and "1/2" in status.output
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from lemix.demo_data import DemoData
 from lemix.publish_command import outcome
 from lemix.publishing import BatchLine, batches_in, publish_batches, read_batches
-from services.trainer.data import read_body
+from services.trainer.data import MAX_ID_CHARACTERS, read_body
 from shared.bus.base import Stored
 from shared.clock import SystemClock
 from shared.errors import BusError, InvalidBatchError, MessageTooLargeError
@@ -85,6 +86,33 @@ def test_ids_of_cut_batches_follow_from_their_content() -> None:
     assert len(set(ids)) == 3
     changed = [batch.batch_id for batch in batches_in(content.replace(b'"c"', b'"d"'), 2)]
     assert [one == other for one, other in zip(ids, changed, strict=True)] == [True, True, False]
+
+
+def test_every_epoch_has_all_examples_in_an_order_and_under_ids_of_its_own() -> None:
+    content = lines_of(*({"text": str(number)} for number in range(20)))
+    batches = batches_in(content, 6, epochs=3)
+    assert batches == batches_in(content, 6, epochs=3)
+    assert batches[:4] == batches_in(content, 6)
+    assert len({batch.batch_id for batch in batches}) == 12
+    texts = [[each["text"] for each in json.loads(batch.body)["examples"]] for batch in batches]
+    epochs = [list(chain(*texts[start : start + 4])) for start in (0, 4, 8)]
+    assert [sorted(epoch, key=int) for epoch in epochs] == [[str(number) for number in range(20)]] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_whole_batches_come_again_under_ids_of_the_epoch() -> None:
+    unnamed = '{"examples": [{"text": "é"}]}'.encode()
+    first, second, again, and_again = batches_in(BATCH + b"\n" + unnamed, None, epochs=2)
+    assert [first.batch_id, second.batch_id, again.batch_id] == ["a", "", "a-epoch-2"]
+    assert and_again == second
+    assert read_body(again.body).id == "a-epoch-2"
+    assert read_body(again.body).examples == read_body(first.body).examples
+
+
+def test_an_id_that_grows_too_long_by_its_epoch_is_refused() -> None:
+    batch = json.dumps({"id": "a" * MAX_ID_CHARACTERS, "examples": [{"text": "one"}]}).encode()
+    with pytest.raises(InvalidBatchError, match="line 1: id"):
+        batches_in(batch, None, epochs=2)
 
 
 @pytest.mark.parametrize(
