@@ -1,6 +1,5 @@
 """Settings of the trainer."""
 
-from math import inf
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
@@ -64,8 +63,8 @@ class TrainerSettings(LemixSettings):
     learning_rate_batches: int = Field(default=0, ge=0)
     """Batches of the run after which it has fallen to `final_learning_rate`."""
     final_learning_rate: float = Field(default=0.0, ge=0)
-    max_gradient_norm: float = Field(default=inf, gt=0)
-    """Gradients are scaled down to this norm over all stages."""
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm over all stages; `inf`: never."""
     max_skips: int = Field(default=3, ge=1)
     """Batches in a row without finite gradients, after which a node trains no more."""
     checkpoint_every: int = Field(default=16, ge=1)

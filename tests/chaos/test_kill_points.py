@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def trained(name: str, seed: int, kills: Sequence[Kill] = ()) -> Iterator[tuple[
                 "schedule": node.schedule,
                 "stashing": node.settings.get("stashing", "full"),
                 "learning_rate": LEARNING_RATE,
+                "max_gradient_norm": inf,
                 "microbatches": node.num_microbatches,
                 "checkpoint_every": 3,
                 "checkpoint_idle_s": 0.5,

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def train(
             "merge": merge,
             "merge_every": 1 if goes_back else 2,
             "learning_rate": LEARNING_RATE,
+            "max_gradient_norm": inf,
             "microbatches": 2,
             "checkpoint_every": 2 if goes_back else 3,
             "checkpoint_idle_s": 0.5,

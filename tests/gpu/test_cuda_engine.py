@@ -5,6 +5,7 @@ import torch
 
 from services.stage_worker.checkpoint.staging import CudaLane, StateCopies
 from services.stage_worker.compute.attention.kernels import is_right, kernel_for
+from services.stage_worker.compute.end_of_work import end_mark_for
 from services.stage_worker.compute.graphs import GraphCapture
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.memory import device_memory
@@ -53,6 +54,18 @@ def test_a_copy_of_the_state_is_as_it_was_when_the_copy_was_asked_for() -> None:
     copied = copying.result(DEADLINE_S)
     state.close()
     assert torch.equal(copied, torch.arange(50_000_000, dtype=torch.float32) + 1)
+
+
+def test_the_end_of_work_is_when_the_device_has_done_it() -> None:
+    factor = torch.randn(8192, 8192, device=DEVICE)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        factor @ factor
+    wait = end_mark_for(torch.device(DEVICE))()
+    assert wait is not None
+    assert not torch.cuda.current_stream().query(), "it is launched only"
+    wait()
+    assert torch.cuda.current_stream().query()
 
 
 @pytest.mark.parametrize("block_size", [16, 256])

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import cycle
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ async def running_trainer(bus: MemoryBus, folder: Path, **changes: Any) -> Async
         run_dir=folder,
         microbatches=1,
         learning_rate=LEARNING_RATE,
+        max_gradient_norm=inf,
         merge_every=2,
         checkpoint_every=2,
         checkpoint_idle_s=0.0,

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ async def running_trainer(node: Node, model: Path, run_dir: Path) -> AsyncIterat
         schedule="1f1b",
         microbatches=1,
         learning_rate=LEARNING_RATE,
+        max_gradient_norm=inf,
         checkpoint_every=2,
         checkpoint_idle_s=0.0,
     )

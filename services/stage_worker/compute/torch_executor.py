@@ -17,6 +17,7 @@ from torch import Tensor
 
 from services.stage_worker.checkpoint import shard_files as files
 from services.stage_worker.checkpoint.staging import CpuLane, CudaLane, StateCopies
+from services.stage_worker.compute.end_of_work import Wait, end_mark_for
 from services.stage_worker.compute.executor import (
     ForwardOutput,
     IterationOutput,
@@ -109,6 +110,7 @@ class TorchExecutor:
         self._local = local or LocalStages()
         self._device = torch.device(settings.device)
         self._capture = capture_for(self._device)
+        self._mark_end = end_mark_for(self._device)
         self._dtype = torch.float32
         """Chosen when the model is loaded, where the settings leave it open."""
         self._thread = self._local.enter(instance, settings.device)
@@ -164,10 +166,10 @@ class TorchExecutor:
         return await self._run(self._iteration, chunks, rows, version, states)
 
     async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
-        return await self._run(self._forward, microbatch, rows)
+        return await self._run_until_done(self._forward, microbatch, rows)
 
     async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
-        return await self._run(self._backward, batch_id, index, gradient)
+        return await self._run_until_done(self._backward, batch_id, index, gradient)
 
     async def discard(self, tensor: TensorRef) -> None:
         await self._run(self._handoff.discard, tensor)
@@ -179,7 +181,7 @@ class TorchExecutor:
         return await self._run(self._measure, batch_id, tied)
 
     async def step(self, order: StepOrder) -> None:
-        await self._run(self._step, order)
+        await self._run_until_done(self._step, order)
 
     async def keep(self) -> bool:
         return await self._run(self._loaded.weights.keep)
@@ -229,6 +231,19 @@ class TorchExecutor:
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
+
+    async def _run_until_done(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run it until the device has done it, too: an op's time is not that of its launch, and what decodes
+        next has no more than one op ahead of it.
+        """
+
+        def launch() -> tuple[T, Wait | None]:
+            return work(*args, **kwargs), self._mark_end()
+
+        result, wait = await self._run(launch)
+        if wait is not None:
+            await asyncio.to_thread(wait)
+        return result
 
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary.load(self._settings.model, self._loaded.stage.vocab_size)

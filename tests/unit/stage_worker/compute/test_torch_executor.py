@@ -1,5 +1,6 @@
 """What the torch executor asks of the machine, apart from computing."""
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable
@@ -133,3 +134,27 @@ async def test_a_checkpoint_has_the_weights_before_a_step_that_comes_while_it_is
     await executor.close()
     assert all(torch.equal(saved[name], before[name]) for name in before)
     assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
+async def test_a_training_op_is_over_when_the_device_has_done_it_and_others_are_launched_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    settings = StageWorkerSettings(
+        node=0, stage=0, num_stages=1, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
+    )
+    is_done = threading.Event()
+    monkeypatch.setattr(torch_executor, "end_mark_for", lambda device: lambda: lambda: is_done.wait(30))
+    executor = TorchExecutor(settings, "me")
+    await executor.load()
+    (batch,) = random_batches(1, 1)
+    (fed,) = messages("b0", batch)
+    forward = asyncio.create_task(executor.forward(fed.microbatch, fed.tokens))
+    await executor.keep()  # the compute thread has launched the forward, and is free
+    assert not forward.done()
+    is_done.set()
+    assert (await forward).loss is not None
+    await executor.finish_batch("b0")
+    await executor.measure("b0", None)
+    await executor.step(StepOrder(epoch=1, batch_id="b0", version=1, learning_rate=0.1))
+    await executor.close()
