@@ -14,6 +14,7 @@ from shared.errors import RefusedError
 from shared.messages.cluster import RendezvousRequest
 from shared.messages.training import TrainingFailed
 from shared.subjects import RENDEZVOUS
+from tests.support.dying_member import join_and_die
 from tests.support.models import save_tiny_model
 from tests.support.node import Answer, Node, running_node
 from tests.support.pair import NUM_STAGES, Pair, group, state_of, step_together, train, two_nodes
@@ -206,24 +207,6 @@ async def test_requests_are_answered_while_a_merge_waits_and_decode_through_it(t
         answers = [await node.complete([5, 9], max_tokens=20) for node in pair.nodes]
         assert answers[0].token_ids == answers[1].token_ids
         assert answers[0].token_ids[:8] == whole.token_ids
-
-
-def join_and_die(address: str, name: str) -> None:
-    """A member in a process of its own that gets as far as the mean."""
-    import os
-
-    from shared.tensors.collective import CollectiveGroup
-    from shared.tensors.rendezvous import join_store
-
-    CollectiveGroup(
-        join_store(address, timeout_s=60.0),
-        name,
-        member=1,
-        members=(0, 1),
-        device=torch.device("cpu"),
-        timeout_s=60.0,
-    )
-    os._exit(1)
 
 
 async def test_a_member_that_is_killed_in_a_merge_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
