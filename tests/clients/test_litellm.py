@@ -1,11 +1,11 @@
 """LiteLLM's functions with the provider `openai`, as its users and its proxy call them."""
 
 import gc
+import importlib
 import json
 from collections.abc import Iterator
 from typing import Any
 
-import litellm
 import pytest
 
 from tests.clients import weather
@@ -22,6 +22,12 @@ pytestmark = [
 ]
 
 MESSAGES = [{"role": "user", "content": "What does open() do?"}]
+
+
+@pytest.fixture(scope="module")
+def litellm() -> Any:
+    """Imported where it is used: it takes ten seconds, and every process of the suite reads this file."""
+    return importlib.import_module("litellm")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +48,7 @@ def asked(address: str, **options: Any) -> dict[str, Any]:
     }
 
 
-async def test_chat_gives_the_same_text_in_every_way(address: str) -> None:
+async def test_chat_gives_the_same_text_in_every_way(litellm: Any, address: str) -> None:
     fields = asked(address, max_tokens=12, temperature=0)
     whole = litellm.completion(**fields)
     async_whole = await litellm.acompletion(**fields)
@@ -59,7 +65,7 @@ async def test_chat_gives_the_same_text_in_every_way(address: str) -> None:
     assert whole.usage.completion_tokens == 12
 
 
-def test_a_stream_counts_its_tokens_when_asked(address: str) -> None:
+def test_a_stream_counts_its_tokens_when_asked(litellm: Any, address: str) -> None:
     fields = asked(address, max_tokens=12, temperature=0)
     whole = litellm.completion(**fields)
     chunks = list(litellm.completion(**fields, stream=True, stream_options={"include_usage": True}))
@@ -67,7 +73,7 @@ def test_a_stream_counts_its_tokens_when_asked(address: str) -> None:
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
 
 
-def test_completions_are_streamed_and_whole(address: str) -> None:
+def test_completions_are_streamed_and_whole(litellm: Any, address: str) -> None:
     fields = asked(address, max_tokens=12, temperature=0) | {"model": f"text-completion-openai/{MODEL}"}
     del fields["messages"]
     whole = litellm.text_completion(**fields, prompt="The open() function")
@@ -76,7 +82,7 @@ def test_completions_are_streamed_and_whole(address: str) -> None:
     assert whole.choices[0].text
 
 
-def test_a_tool_is_called_and_answered(weather_address: str) -> None:
+def test_a_tool_is_called_and_answered(litellm: Any, weather_address: str) -> None:
     messages: list[Any] = [{"role": "user", "content": weather.QUESTION}]
     fields = asked(weather_address, tools=[weather.TOOL], tool_choice="auto")
     first = litellm.completion(**fields | {"messages": messages}).choices[0]
@@ -89,13 +95,13 @@ def test_a_tool_is_called_and_answered(weather_address: str) -> None:
     )
 
 
-def test_an_answer_follows_the_schema_of_a_class(weather_address: str) -> None:
+def test_an_answer_follows_the_schema_of_a_class(litellm: Any, weather_address: str) -> None:
     fields = asked(weather_address, messages=[{"role": "user", "content": weather.QUESTION}])
     answer = litellm.completion(**fields, response_format=weather.Report)
     assert weather.Report.model_validate_json(answer.choices[0].message.content) == weather.REPORT
 
 
-def test_refusals_are_the_classes_of_litellm(address: str) -> None:
+def test_refusals_are_the_classes_of_litellm(litellm: Any, address: str) -> None:
     with pytest.raises(litellm.BadRequestError, match="temperature"):
         litellm.completion(**asked(address, temperature=3))
     with pytest.raises(litellm.NotFoundError):

@@ -6,10 +6,7 @@ The tasks are our own: no hub is asked.
 from collections.abc import Iterator
 from typing import Any
 
-import lm_eval
 import pytest
-from datasets import Dataset
-from lm_eval.tasks import TaskManager
 
 from shared.settings import EMBEDDED_MODEL
 from tests.clients.ways import MODEL
@@ -26,9 +23,18 @@ CHOICES = [
     {"question": "If the file cannot be", "choices": [" opened", " blue.", " read, an error"], "answer": 0},
     {"question": "A list is a", "choices": [" banana", " sequence of items", " mutable"], "answer": 2},
 ]
+
+
+def rows(examples: list[dict[str, Any]]) -> Any:
+    """A data set; what lm-eval brings is imported where it is used, as it takes long."""
+    from datasets import Dataset
+
+    return Dataset.from_list(examples)
+
+
 SCORED: Task = {
     "task": "choice",
-    "custom_dataset": lambda **_: {"test": Dataset.from_list(CHOICES)},
+    "custom_dataset": lambda **_: {"test": rows(CHOICES)},
     "test_split": "test",
     "output_type": "multiple_choice",
     "doc_to_text": "{{question}}",
@@ -37,7 +43,7 @@ SCORED: Task = {
 }
 ROLLING: Task = {
     "task": "perplexity",
-    "custom_dataset": lambda **_: {"test": Dataset.from_list([{"text": text} for text in TEXTS])},
+    "custom_dataset": lambda **_: {"test": rows([{"text": text} for text in TEXTS])},
     "test_split": "test",
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
@@ -46,7 +52,7 @@ ROLLING: Task = {
 }
 WRITTEN: Task = {
     "task": "written",
-    "custom_dataset": lambda **_: {"test": Dataset.from_list([{"text": text} for text in TEXTS])},
+    "custom_dataset": lambda **_: {"test": rows([{"text": text} for text in TEXTS])},
     "test_split": "test",
     "output_type": "generate_until",
     "doc_to_text": "{{text[:20]}}",
@@ -68,6 +74,9 @@ def evaluated(
     kind: str, tasks: list[dict[str, Any]], chat: bool = False, **options: Any
 ) -> dict[str, Scored]:
     """What lm-eval finds with that kind of model, by task."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     told = lm_eval.simple_evaluate(
         model=kind,
         model_args=options,
