@@ -16,7 +16,7 @@ from services.scheduler.costs import costs_named
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
-from services.stage_worker.compute.emulated import EmulatedExecutor
+from services.stage_worker.compute.emulated import EmulatedDevice, EmulatedExecutor
 from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
 from services.trainer.intake import Intake
@@ -152,7 +152,7 @@ class SimulatedCluster:
         self._start(self._broker.connect(), self._scheduler)
         self._start(self._broker.connect(), self._trainer)
         for node in range(self._options.nodes):
-            for stage in range(len(self._devices.times)):
+            for stage in range(0, len(self._devices.times), self._stage_settings.stages_held):
                 self.start(node, stage)
         async with asyncio.timeout(READY_DEADLINE_S):
             await asyncio.sleep(LOOK_EVERY_S)
@@ -165,7 +165,7 @@ class SimulatedCluster:
             task.cancel()
 
     def start(self, node: int, stage: int) -> None:
-        """Start a stage worker, the first one or a successor."""
+        """Start a stage worker, the first one or a successor; `stage`: the first one that it holds."""
         bus = self._broker.connect()
         serve = partial(self._stage_worker, node=node, stage=stage)
         self._stages[node, stage] = self._start(bus, serve), bus
@@ -245,10 +245,15 @@ class SimulatedCluster:
         )
 
     async def _stage_worker(self, world: World, node: int, stage: int) -> None:
-        settings = self._stage_settings.model_copy(update={"node": node, "stage": stage})
-        await StageProcess([settings], world, self._executor).run()
+        """One worker; its stages share one device."""
+        held = min(self._stage_settings.stages_held, len(self._devices.times) - stage)
+        settings = self._stage_settings.model_copy(update={"node": node, "stage": stage, "stages_held": held})
+        executor = partial(self._executor, device=EmulatedDevice())
+        await StageProcess(settings.of_stages, world, executor).run()
 
-    def _executor(self, settings: StageWorkerSettings, instance: str) -> EmulatedExecutor:
+    def _executor(
+        self, settings: StageWorkerSettings, instance: str, device: EmulatedDevice
+    ) -> EmulatedExecutor:
         profile = self._devices.profile
         return EmulatedExecutor(
             settings,
@@ -259,6 +264,7 @@ class SimulatedCluster:
             context_length=self._devices.context_length,
             hold_until=self._known_done,
             clock=self._clock,
+            device=device,
         )
 
     async def _known_done(self, end_s: float) -> None:

@@ -77,8 +77,11 @@ class Alone:
         return Forecast(_shifted(self.forward, now_s), _shifted(self.backward, now_s), self.idle_s)
 
 
-def inference_alone(costs: Costs, num_prompt_tokens: int) -> Alone:
-    """Forecast a request alone: as few iterations as hold its prompt. The scheduler's message takes a hop."""
+def inference_alone(costs: Costs, num_prompt_tokens: int, devices: Sequence[int] = ()) -> Alone:
+    """Forecast a request alone: as few iterations as hold its prompt. The scheduler's message takes a hop.
+
+    `devices`: as in `KnownWork`.
+    """
     num_stages = _num_stages(costs)
     most = costs.max_iteration_tokens
     pieces = [
@@ -89,6 +92,7 @@ def inference_alone(costs: Costs, num_prompt_tokens: int) -> Alone:
         num_stages=num_stages,
         hop_s=costs.hop_s,
         running=[None] * num_stages,
+        devices=devices,
         formed=[
             Iteration(work, durations_of(work, costs, num_stages), ready_s=costs.hop_s) for work in pieces
         ],
@@ -98,13 +102,17 @@ def inference_alone(costs: Costs, num_prompt_tokens: int) -> Alone:
     return Alone(costs, work_of_rows(0, num_prompt_tokens), forward, (), _idle_of(forward))
 
 
-def training_alone(costs: Costs, microbatches: Sequence[Work]) -> Alone:
-    """Forecast a batch alone: the scheduler's answer and the microbatch to stage 0 take a hop each."""
+def training_alone(costs: Costs, microbatches: Sequence[Work], devices: Sequence[int] = ()) -> Alone:
+    """Forecast a batch alone: the scheduler's answer and the microbatch to stage 0 take a hop each.
+
+    `devices`: as in `KnownWork`.
+    """
     num_stages = _num_stages(costs)
     known = KnownWork(
         num_stages=num_stages,
         hop_s=costs.hop_s,
         running=[None] * num_stages,
+        devices=devices,
         batches=[batch_of("", microbatches, costs, num_stages, ready_s=2 * costs.hop_s)],
         max_in_flight=num_stages,
     )
@@ -159,7 +167,7 @@ def _forecast_without_slot(prediction: Prediction, alone: Alone, now_s: float) -
             start_s = max(at_s, prediction.last_starts_s[stage])
         else:
             start_s = prediction.turn_of_iteration(stage, at_s, start_s)
-        at_s = start_s + duration_s + hop_s
+        at_s = start_s + duration_s + known.hop_between_s(stage, min(stage + 1, len(durations_s) - 1))
         forward.append(Interval(start_s, start_s + duration_s))
         idle_s += max(0.0, start_s - max(prediction.stage_ends_s[stage], now_s))
     return Forecast(tuple(forward), (), idle_s)
@@ -189,7 +197,7 @@ def forecast_training(prediction: Prediction, alone: Alone, now_s: float) -> For
 def _after_decodes(prediction: Prediction, stage: int, at_s: float) -> float:
     known = prediction.known
     if known.decode_gap_s and at_s < known.decode_until_s:
-        return at_s + known.decode_gap_s[stage]
+        return at_s + known.decode_gap_s[known.devices[stage] if known.devices else stage]
     return at_s
 
 

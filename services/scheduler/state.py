@@ -274,6 +274,7 @@ class ClusterState:
         node = self._nodes.get(heartbeat.node) or self._add(heartbeat)
         before = node.stages.get(heartbeat.stage)
         node.stages[heartbeat.stage] = heartbeat
+        node.timeline.put_on_device(heartbeat.stage, heartbeat.first_on_device)
         if heartbeat.stage == 0:
             node.kv_capacity = heartbeat.kv_blocks_total * heartbeat.kv_block_size
             self.costs.max_iteration_tokens = heartbeat.max_iteration_tokens

@@ -35,7 +35,10 @@ class StageProcess:
         self._world = world
         self._make_executor = make_executor
         self._bus = _bus_of(stages, world)
-        devices = {_device_key(stage): _device(stage, world.clock) for stage in stages}
+        devices: dict[Hashable, Device] = {}
+        for stage in stages:
+            if _device_key(stage) not in devices:
+                devices[_device_key(stage)] = _device(stage, world.clock)
         self._devices = tuple(devices.values())
         self.workers = {stage.stage: self._worker(stage, devices[_device_key(stage)]) for stage in stages}
         """By the number of the stage."""
@@ -84,4 +87,4 @@ def _device(settings: StageWorkerSettings, clock: Clock) -> Device:
     if settings.discipline not in DISCIPLINES:
         raise ConfigurationError(f"discipline {settings.discipline!r} is none of {', '.join(DISCIPLINES)}")
     discipline = DISCIPLINES[settings.discipline](settings.training_patience_s)
-    return Device(WorkQueue(clock, discipline, max_items=settings.max_queued))
+    return Device(settings.stage, WorkQueue(clock, discipline, max_items=settings.max_queued))

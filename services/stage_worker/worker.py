@@ -59,6 +59,7 @@ class StageWorker:
         self._clock = clock
         self._executor = executor
         self._queue = device.queue
+        self._first_on_device = device.first_stage
         self._progress = Progress(
             node=settings.node, stage=settings.stage, turns=device.turns, bus=bus, clock=clock
         )
@@ -244,6 +245,7 @@ class StageWorker:
             instance=self._instance,
             model=settings.model,
             device=settings.device,
+            first_on_device=self._first_on_device,
             ready=self._is_ready(),
             whole=self._told_whole,
             weights_version=training.version,

@@ -19,6 +19,8 @@ class Heartbeat(Message):
     """Changes with every start of the process. Part of file names."""
     model: str
     device: str
+    first_on_device: int | None = None
+    """The first of the process's stages on this device, which does one op at a time; None: its own."""
     ready: bool
     """The model is loaded and the links to both neighbours stand."""
     whole: bool = False

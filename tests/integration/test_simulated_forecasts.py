@@ -42,3 +42,13 @@ def test_response_times_are_foreseen_within_five_percent(profile: str, training_
     record, told = run_virtual(run(options, workload))
     assert record.response_error is not None and record.response_error < 0.05
     assert max(told.values()) <= 1 + (record.ended_s + 1) / PROGRESS_EVERY_S
+
+
+@pytest.mark.parametrize("profile", ["gpt2-large@rtx6000ada", "llama2-7b@a100"])
+def test_stages_on_one_device_are_foreseen_to_take_turns(profile: str) -> None:
+    options = SimulationOptions(
+        nodes=4, profile=profile, policy="lemix", seed=1, stage_settings={"stages_held": 2}
+    )
+    workload = WorkloadOptions(num_tasks=80, training_rate=0.5, rate_per_s=16.0)
+    record, _ = run_virtual(run(options, workload))
+    assert record.response_error is not None and record.response_error < 0.05

@@ -87,8 +87,10 @@ class Past:
 class Node:
     """A node whose stages do exactly what is predicted, and tell of it at once."""
 
-    def __init__(self, num_stages: int, hop_s: float) -> None:
+    def __init__(self, num_stages: int, hop_s: float, devices: Sequence[int] = ()) -> None:
         self.timeline = NodeTimeline(num_stages, UnevenCosts(num_stages, hop_s))
+        for stage, device in enumerate(devices[:num_stages]):
+            self.timeline.put_on_device(stage, device)
         self.now_s = 0.0
         self.done_s = [0.0] * num_stages
         """By stage: seconds in ops that are over."""
@@ -155,8 +157,9 @@ class Node:
         return _op(NAMES[op.kind], (op.flow.batch_id,), op.microbatch, task.shape.microbatches[op.microbatch])
 
 
-def node_after(past: Past, *, num_stages: int, hop_s: float) -> Node:
-    node = Node(num_stages, hop_s)
+def node_after(past: Past, *, num_stages: int, hop_s: float, devices: Sequence[int] = ()) -> Node:
+    """`devices`: by stage, the first one on its device; of stages that there are not, too."""
+    node = Node(num_stages, hop_s, devices)
     node.now_s = past.at_s
     node.place(past.first)
     node.go_on(past.at_s + past.pause_s)

@@ -1,17 +1,17 @@
 """The node's future with all known work, if nothing more comes: list scheduling, op by op. Pure.
 
-Rules, as stage workers follow them: a stage does one op at a time, to its end; inference goes
-first, then backwards, then training forwards, which take turns with backwards (discipline `slo_first`; its
-patience with training, half a second, is left out). Stage 0 orders all stages to step when it has done a
-batch's last backward; steps go before backwards. At most one iteration per stage is in flight, and as many
-microbatches as the schedule lets in.
+Rules, as stage workers follow them: a device does one op at a time, to its end, of whichever of its stages;
+inference goes first, then backwards, then training forwards, which take turns with backwards (discipline
+`slo_first`; its patience with training, half a second, is left out). Stage 0 orders all stages to step when
+it has done a batch's last backward; steps go before backwards. At most one iteration per stage is in flight,
+and as many microbatches as the schedule lets in.
 
 Decoding sequences are no ops here, but for their iterations that are in flight already: they would be
-hundreds. They come in between: after each training op, a stage gives `decode_gap_s` to them.
+hundreds. They come in between: after each training op, a device gives `decode_gap_s` to them.
 """
 
-from collections import deque
 from heapq import heappop, heappush
+from math import inf
 
 from services.scheduler.node.known_work import (
     BACKWARD,
@@ -22,6 +22,7 @@ from services.scheduler.node.known_work import (
     Iteration,
     KnownWork,
     Op,
+    Running,
 )
 from services.scheduler.node.prediction import Prediction
 
@@ -43,16 +44,19 @@ class _Course:
         self._now_s = now_s
         self._from_s = [min(told_s, now_s) for told_s in known.told_s] or [now_s for _ in stages]
         """By stage: nothing begins or ends there before."""
+        self._device_of = list(known.devices) or list(stages)
+        """By stage. What follows by device has a place for each stage, that of its first one."""
         self._last = known.num_stages - 1
-        self._hop_s = known.hop_s
-        self._events: list[tuple[float, int, int, int, Op | None]] = []
-        """(time, rank, tie, stage, op)."""
+        self._events: list[tuple[float, int, int, int, Op | None, float]] = []
+        """(time, rank, tie, stage, op, since when it waits)."""
         self._tie = 0
-        self._queues: list[list[tuple[int, int, Op]]] = [[] for _ in stages]
-        self._forwards: list[deque[Op]] = [deque() for _ in stages]
-        """The ops that wait at each stage: the training forwards here, all else in the queues."""
+        self._queues: list[list[tuple[int, float, int, int, Op]]] = [[] for _ in stages]
+        """By device: (rank, since when it waits, tie, stage, op), of all else."""
+        self._forwards: list[list[tuple[float, int, int, Op]]] = [[] for _ in stages]
+        """By device: (since when it waits, tie, stage, op), of training forwards only."""
         self._after_backward = list(known.after_backward) or [False for _ in stages]
-        self._is_busy = [False for _ in stages]
+        self._num_running = [0 for _ in stages]
+        """By device; several only where nobody has told yet that the earlier ones are over."""
         self._training_from_s = list(self._from_s)
         self._ops: list[list[Op]] = [[] for _ in stages]
         self._starts_s: list[list[float]] = [[] for _ in stages]
@@ -84,26 +88,27 @@ class _Course:
         self._begin_training()
 
     def prediction(self) -> Prediction:
-        events, is_busy = self._events, self._is_busy
+        events, num_running = self._events, self._num_running
         while events:
-            at_s, rank, tie, stage, op = heappop(events)
+            at_s, rank, tie, stage, op, since_s = heappop(events)
+            device = self._device_of[stage]
             if rank < _END:
                 assert op is not None
                 if rank == FORWARD:
-                    self._forwards[stage].append(op)
+                    heappush(self._forwards[device], (since_s, tie, stage, op))
                 else:
-                    heappush(self._queues[stage], (rank, tie, op))
-                if rank == BACKWARD and self._after_backward[stage]:  # a forward of this moment goes first
+                    heappush(self._queues[device], (rank, since_s, tie, stage, op))
+                if rank == BACKWARD and self._after_backward[device]:  # a forward of this moment goes first
                     self._wake(at_s, stage)
                     continue
             elif op is not None:
-                is_busy[stage] = False
+                num_running[device] -= 1
                 self._follow(op, stage, at_s)
                 if stage == 0:  # what follows comes in this very moment, and may go first
                     self._wake(at_s, stage)
                     continue
-            if not is_busy[stage]:
-                self._start_next(stage, at_s)
+            if not num_running[device]:
+                self._start_next(device, at_s)
         return Prediction(
             at_s=self._now_s,
             ops=self._ops,
@@ -124,18 +129,31 @@ class _Course:
     def _begin_running(self) -> None:
         for stage, running in enumerate(self._known.running):
             if running is not None:
-                end_s = max(self._from_s[stage], running.start_s + running.op.duration_s)
-                self._record(stage, running.op, running.start_s, end_s)
+                end_s = min(running.start_s + running.op.duration_s, self._next_start_s(stage, running))
+                self._record(stage, running.op, running.start_s, max(self._from_s[stage], end_s))
+
+    def _next_start_s(self, stage: int, running: Running) -> float:
+        """When another stage's op began on its device: then that one is over."""
+        device_of = self._device_of
+        return min(
+            (
+                other.start_s
+                for at, other in enumerate(self._known.running)
+                if other is not None and at != stage and device_of[at] == device_of[stage]
+                if other.start_s > running.start_s
+            ),
+            default=inf,
+        )
 
     def _begin_iterations(self) -> None:
         known, from_s = self._known, self._from_s
         running = {id(each.op.flow) for each in known.running if each is not None}
         for iteration in known.in_flight:
             if id(iteration) not in running:
-                self._iterate(iteration, iteration.stage, max(from_s[iteration.stage], iteration.ready_s))
+                self._iterate(iteration, iteration.stage, iteration.ready_s)
         num_free = max(0, known.num_stages - len(known.in_flight))
         for iteration in known.formed[:num_free]:
-            self._iterate(iteration, 0, max(from_s[0], iteration.ready_s))
+            self._iterate(iteration, 0, iteration.ready_s)
         self._waiting = known.formed[num_free:]
         self._last_waiting = self._waiting[-1] if self._waiting else None
         if len(known.formed) < num_free:
@@ -146,7 +164,7 @@ class _Course:
             for index, num_passes in enumerate(batch.passes):
                 self._begin_microbatch(place, batch, index, num_passes)
             self._begin_steps(batch)
-        self._feed(max(self._from_s[0], self._known.feed_s))
+        self._feed(self._known.feed_s)
 
     def _begin_microbatch(self, place: int, batch: Batch, index: int, num_passes: int) -> None:
         ops = [each.op for each in self._known.running if each is not None and each.op.flow is batch]
@@ -157,8 +175,7 @@ class _Course:
             self._num_in_flight += 1
             self._is_at_stage_0 |= num_passes == 0
             if not is_running:
-                stage = min(num_passes, 2 * self._last - num_passes)
-                self._pass(batch, index, num_passes, max(self._from_s[stage], batch.ready_s[index]))
+                self._pass(batch, index, num_passes, batch.ready_s[index])
 
     def _begin_steps(self, batch: Batch) -> None:
         self._steps_left[batch.batch_id] = self._known.num_stages - len(batch.stepped)
@@ -168,29 +185,31 @@ class _Course:
         for stage, running in enumerate(self._known.running):
             is_stepping = running is not None and running.op.flow is batch and running.op.kind == STEP
             if left == 0 and stage not in batch.stepped and not is_stepping:
-                self._step(batch, stage, max(self._from_s[stage], self._heard_s(stage, max(batch.ready_s))))
+                self._step(batch, stage, self._heard_s(stage, max(batch.ready_s)))
 
     # The future
 
     def _arrive(self, at_s: float, stage: int, op: Op) -> None:
+        """An op that has waited for long is first noticed when something may begin there."""
         self._tie += 1
-        heappush(self._events, (at_s, op.kind, self._tie, stage, op))
+        noticed_s = max(at_s, self._from_s[stage])
+        heappush(self._events, (noticed_s, op.kind, self._tie, stage, op, at_s))
 
     def _wake(self, at_s: float, stage: int) -> None:
         self._tie += 1
-        heappush(self._events, (at_s, _WAKE, self._tie, stage, None))
+        heappush(self._events, (at_s, _WAKE, self._tie, stage, None, at_s))
 
-    def _start_next(self, stage: int, at_s: float) -> None:
-        queue, forwards = self._queues[stage], self._forwards[stage]
+    def _start_next(self, device: int, at_s: float) -> None:
+        queue, forwards = self._queues[device], self._forwards[device]
         if not queue and not forwards:
             return
         kind = queue[0][0] if queue else FORWARD
-        if kind == BACKWARD and forwards and self._after_backward[stage]:
+        if kind == BACKWARD and forwards and self._after_backward[device]:
             kind = FORWARD
-        if kind != ITERATION and at_s < self._training_from_s[stage]:
-            self._wake(self._training_from_s[stage], stage)
+        if kind != ITERATION and at_s < self._training_from_s[device]:
+            self._wake(self._training_from_s[device], device)
             return
-        op = forwards.popleft() if kind == FORWARD else heappop(queue)[-1]
+        stage, op = heappop(forwards)[2:] if kind == FORWARD else heappop(queue)[3:]
         self._record(stage, op, at_s, at_s + op.duration_s)
 
     def _record(self, stage: int, op: Op, start_s: float, end_s: float) -> None:
@@ -199,26 +218,27 @@ class _Course:
         self._ends_s[stage].append(end_s)
         if op.flow is self._last_waiting is not None:
             self._last_starts_s.append(start_s)
-        self._is_busy[stage] = True
+        device = self._device_of[stage]
+        self._num_running[device] += 1
         if op.kind in (FORWARD, BACKWARD):
-            self._after_backward[stage] = op.kind == BACKWARD
+            self._after_backward[device] = op.kind == BACKWARD
         self._tie += 1
-        heappush(self._events, (end_s, _END, self._tie, stage, op))
+        heappush(self._events, (end_s, _END, self._tie, stage, op, end_s))
 
     def _follow(self, op: Op, stage: int, at_s: float) -> None:
         flow = op.flow
         if isinstance(flow, Iteration):
             self._inference_ends_s[stage] = at_s
             if stage < self._last:
-                self._iterate(flow, stage + 1, at_s + self._hop_s)
+                self._iterate(flow, stage + 1, at_s + self._known.hop_between_s(stage, stage + 1))
             else:
                 self._free_slot(flow, at_s)
             return
         if flow is None:
             return
-        gaps_s = self._known.decode_gap_s
+        gaps_s, device = self._known.decode_gap_s, self._device_of[stage]
         if gaps_s and at_s < self._known.decode_until_s:
-            self._training_from_s[stage] = at_s + gaps_s[stage]
+            self._training_from_s[device] = at_s + gaps_s[device]
         if op.kind == STEP:
             self._stepped(flow, stage, at_s)
         else:
@@ -230,7 +250,7 @@ class _Course:
     def _free_slot(self, done: Iteration, at_s: float) -> None:
         for task_id in done.completes:
             self._first_tokens_s[task_id] = at_s
-        free_s = at_s + (self._hop_s if self._last else 0.0)
+        free_s = self._heard_s(self._last, at_s)
         if self._next_waiting < len(self._waiting):
             waiting = self._waiting[self._next_waiting]
             self._last_entry_s = max(free_s, waiting.ready_s)
@@ -253,7 +273,9 @@ class _Course:
         is_backward = op.kind == BACKWARD
         num_passes = 2 * last + 1 - stage if is_backward else stage + 1
         if num_passes < 2 * last + 1:
-            self._pass(batch, op.microbatch, num_passes, at_s + self._hop_s)
+            to_stage = min(num_passes, 2 * last - num_passes)
+            sent_s = self._known.hop_between_s(stage, to_stage)
+            self._pass(batch, op.microbatch, num_passes, at_s + sent_s)
         else:
             self._num_in_flight -= 1
         if num_passes == 2 * last + 1:
@@ -268,7 +290,7 @@ class _Course:
 
     def _heard_s(self, stage: int, at_s: float) -> float:
         """When a stage hears of what is on stage 0, or the other way round."""
-        return at_s + (self._hop_s if stage else 0.0)
+        return at_s + self._known.hop_between_s(stage, 0)
 
     def _step(self, batch: Batch, stage: int, at_s: float) -> None:
         self._arrive(at_s, stage, Op(STEP, batch, 0, batch.step_s[stage]))
@@ -290,7 +312,7 @@ class _Course:
             return
         if self._next_unfed == len(self._unfed):
             if not (known.flushes and self._num_applied < len(known.batches)):
-                self._feed_s = min(self._feed_s, at_s)
+                self._feed_s = min(self._feed_s, max(at_s, self._from_s[0]))
             return
         place, batch, index = self._unfed[self._next_unfed]
         if known.flushes and place > self._num_applied:

@@ -12,6 +12,10 @@ ITERATION, STEP, BACKWARD, FORWARD = range(4)
 """In the order in which a stage prefers them."""
 
 
+NEAR_HOP_S = 1e-7
+"""Between stages of one process: enough for the device to take what waits there first."""
+
+
 @dataclass(slots=True, eq=False)
 class Iteration:
     """Rows that are under way through the stages, or will be."""
@@ -95,6 +99,8 @@ class KnownWork:
     hop_s: float
     running: list[Running | None]
     """By stage."""
+    devices: Sequence[int] = ()
+    """By stage: the first stage on its device, which does one op at a time; empty: each has its own."""
     told_s: Sequence[float] = ()
     """By stage: it has told of everything that happened there before; empty: all have, up to now."""
     in_flight: list[Iteration] = field(default_factory=list)
@@ -102,7 +108,7 @@ class KnownWork:
     formed: list[Iteration] = field(default_factory=list)
     """Not begun, in order: each enters when fewer than one per stage are in flight."""
     after_backward: Sequence[bool] = ()
-    """By stage: the last microbatch there went backward, so that a forward goes first; empty: none did."""
+    """By device: the last microbatch there went backward, so that a forward goes first; empty: none did."""
     batches: list[Batch] = field(default_factory=list)
     """In the order of their placement."""
     feed_s: float = 0.0
@@ -112,7 +118,14 @@ class KnownWork:
     flushes: bool = False
     """Whether a batch enters only when the one before it is applied."""
     decode_gap_s: Sequence[float] = ()
-    """By stage: what decoding sequences take between two training ops; empty: none decode."""
+    """By device: what decoding sequences take between two training ops; empty: none decode."""
     decode_until_s: float = 0.0
     joins: Work = NO_WORK
     """Rows that a newcomer's iteration also carries when it has to wait for a slot: its share of decodes."""
+
+    def hop_between_s(self, stage: int, other: int) -> float:
+        """Seconds for a message: hardly any where one process holds both, as it does those of one device."""
+        if stage == other:
+            return 0.0
+        is_near = bool(self.devices) and self.devices[stage] == self.devices[other]
+        return NEAR_HOP_S if is_near else self.hop_s

@@ -161,8 +161,9 @@ class Lineup:
             return
         carried = self._due_decodes()
         if place < len(self._formed):
-            self._formed[place].carried = carried
-            self._measure(self._formed[place])
+            formed = self._formed[place]
+            formed.carried, formed.iteration.ready_s = carried, max(ready_s, formed.iteration.ready_s)
+            self._measure(formed)
         elif carried.num_tokens:
             self._formed.append(_Formed(Iteration(NO_WORK, (), ready_s=ready_s), [], carried))
             self._measure(self._formed[place])

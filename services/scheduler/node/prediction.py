@@ -1,9 +1,20 @@
 """A node's predicted future, and questions about it: when could something new run there. Pure."""
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
+from typing import NamedTuple
 
 from services.scheduler.node.known_work import FORWARD, Batch, KnownWork, Op
+
+
+class _Ops(NamedTuple):
+    """Ops in the order of their starts, with these and their ends."""
+
+    ops: list[Op]
+    starts_s: list[float]
+    ends_s: list[float]
 
 
 @dataclass(slots=True)
@@ -29,6 +40,8 @@ class Prediction:
     last_starts_s: list[float]
     """When that iteration, where it has to wait to enter, starts on each stage."""
     known: KnownWork
+    on_devices: dict[int, "_Ops"] = field(default_factory=dict)
+    """By device, where stages share one and somebody has asked."""
 
     @property
     def is_idle(self) -> bool:
@@ -40,24 +53,52 @@ class Prediction:
 
         It waits for the op in progress and for inference ahead of it.
         """
-        ends_s = self.ends_s[stage]
-        place = bisect_left(self.starts_s[stage], at_s) - 1
+        ops, starts_s, ends_s = self._on_device_of(stage)
+        place = bisect_left(starts_s, at_s) - 1
         turn_s = at_s
-        if place >= 0 and ends_s[place] > at_s and not self._is_overtaken(stage, place, before_s):
-            turn_s = ends_s[place]
+        if place >= 0 and ends_s[place] > at_s:
+            is_overtaken = self._is_overtaken(stage, ops[place], starts_s[place], before_s)
+            turn_s = at_s if is_overtaken else ends_s[place]
         return max(turn_s, self.inference_ends_s[stage])
 
-    def _is_overtaken(self, stage: int, place: int, before_s: float) -> bool:
-        """Whether a training forward, ahead of the iteration on the stage before, is behind it here."""
-        op = self.ops[stage][place]
-        if op.kind != FORWARD or stage == 0 or not isinstance(op.flow, Batch):
+    def _is_overtaken(self, stage: int, op: Op, start_s: float, before_s: float) -> bool:
+        """Whether an op that would be in progress is behind the iteration: a training forward, ahead of it on
+        the stage before; or whatever would begin while the iteration was on that stage of the same device.
+        """
+        if stage == 0:
+            return False
+        devices = self.known.devices
+        if devices and devices[stage] == devices[stage - 1]:
+            return start_s >= before_s
+        if op.kind != FORWARD or not isinstance(op.flow, Batch):
             return False
         duration_s = op.flow.forward_s[op.microbatch][stage - 1]
-        return self.starts_s[stage][place] - self.known.hop_s - duration_s >= before_s
+        return start_s - self.known.hop_s - duration_s >= before_s
+
+    def _on_device_of(self, stage: int) -> "_Ops":
+        """All ops of the stage's device, in the order of their starts."""
+        devices = self.known.devices
+        device = devices[stage] if devices else stage
+        stages = [each for each, on in enumerate(devices) if on == device] if devices else [stage]
+        if len(stages) == 1:
+            return _Ops(self.ops[stage], self.starts_s[stage], self.ends_s[stage])
+        if device not in self.on_devices:
+            spans = sorted(
+                chain.from_iterable(
+                    zip(self.starts_s[each], self.ends_s[each], self.ops[each], strict=True)
+                    for each in stages
+                ),
+                key=itemgetter(0),
+            )
+            ops = [op for _, _, op in spans]
+            self.on_devices[device] = _Ops(
+                ops, [start for start, _, _ in spans], [end for _, end, _ in spans]
+            )
+        return self.on_devices[device]
 
     def first_idle(self, stage: int, at_s: float) -> float:
-        """The first time from `at_s` on when the stage has nothing to do."""
-        starts_s, ends_s = self.starts_s[stage], self.ends_s[stage]
+        """The first time from `at_s` on when the stage's device has nothing to do."""
+        _, starts_s, ends_s = self._on_device_of(stage)
         place = bisect_right(starts_s, at_s) - 1
         if place < 0 or ends_s[place] <= at_s:
             return at_s

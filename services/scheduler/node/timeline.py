@@ -74,8 +74,10 @@ class NodeTimeline:
         known of these still counts."""
         self._told_s = [0.0] * num_stages
         """By stage: when it sent its last report, which told of all before."""
+        self._devices = list(range(num_stages))
+        """By stage: the first stage on its device."""
         self._after_backward = [False] * num_stages
-        """By stage: the last microbatch there that it has told of went backward."""
+        """By device: the last microbatch there that it has told of went backward."""
         self._feed_s = 0.0
         """When the next microbatch can enter at the earliest."""
         self._prediction: Prediction | None = None
@@ -120,7 +122,19 @@ class NodeTimeline:
             self._agreement = Agreement(self._prediction)
         return self._prediction
 
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """By stage: the first stage on its device; empty: each has its own."""
+        shares = any(stage != device for stage, device in enumerate(self._devices))
+        return tuple(self._devices) if shares else ()
+
     # What changes it
+
+    def put_on_device(self, stage: int, first_stage: int | None) -> None:
+        """Note that a stage is on the device of another one; None: on its own."""
+        device = stage if first_stage is None else first_stage
+        if max(stage, device) < self.num_stages and self._devices[stage] != device:
+            self._devices[stage], self._prediction = device, None
 
     def assign(
         self,
@@ -271,7 +285,7 @@ class NodeTimeline:
             batch.stepped.add(stage)
             return
         is_forward, hop_s = op.kind == "forward", self._costs.hop_s
-        self._after_backward[stage] = not is_forward
+        self._after_backward[self._devices[stage]] = not is_forward
         self._reach(batch, op.index, self._pass_number(stage, is_forward) + 1, end_s + hop_s)
         if stage == 0:
             self._feed_s = end_s
@@ -304,6 +318,7 @@ class NodeTimeline:
             num_stages=self.num_stages,
             hop_s=self._costs.hop_s,
             running=list(self._running.by_stage),
+            devices=self.devices,
             told_s=[max(told_s, now_s - self._silence_s) for told_s in self._told_s],
             in_flight=self._lineup.in_flight,
             formed=self._lineup.formed,
@@ -318,7 +333,9 @@ class NodeTimeline:
             known.joins = self._lineup.decode_share()
             decode_s = durations_of(known.joins, self._costs, self.num_stages)
             num_parallel = min(1.0, len(decoding) / self.num_stages)
-            known.decode_gap_s = [num_parallel * seconds for seconds in decode_s]
+            known.decode_gap_s = [0.0] * self.num_stages
+            for device, seconds in zip(self._devices, decode_s, strict=True):
+                known.decode_gap_s[device] += num_parallel * seconds
             num_left = sum(task.shape.max_tokens - task.num_generated for task in decoding) / len(decoding)
             known.decode_until_s = now_s + num_left * (sum(decode_s) + self.num_stages * self._costs.hop_s)
         return known

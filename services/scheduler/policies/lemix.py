@@ -80,8 +80,9 @@ class Lemix:
             nodes = with_room
         length = len(task.prompt)
         found = self._shortlist(state, nodes, now_s)
-        alone = inference_alone(state.costs, length)
-        prospects = [_prospect_of_request(each, alone, now_s) for each in found]
+        alones = {devices: inference_alone(state.costs, length, devices) for devices in _layouts(found)}
+        prospects = [_prospect_of_request(each, alones[each.timeline.devices], now_s) for each in found]
+        alone = min(alones.values(), key=lambda each: each.forward[-1].end_s)
         spare_s = max(0.0, _objective_s(state) - waited_s - alone.forward[-1].end_s)
         question = Question(
             length=length,
@@ -114,8 +115,10 @@ class Lemix:
         self, state: ClusterState, nodes: Sequence[int], task: TrainingTask, waited_s: float, now_s: float
     ) -> Decision:
         found, shape = self._shortlist(state, nodes, now_s), shape_of(task)
-        alone = training_alone(state.costs, shape.microbatches)
-        prospects = [_prospect_of_batch(each, alone, now_s) for each in found]
+        alones = {
+            devices: training_alone(state.costs, shape.microbatches, devices) for devices in _layouts(found)
+        }
+        prospects = [_prospect_of_batch(each, alones[each.timeline.devices], now_s) for each in found]
         best = ranked(prospects, self._question_of_batch(state, prospects, shape, now_s), self._options)
         with_room = [each for each in best if self._has_room(each.candidate, task)]
         if not with_room and self._may_wait_for_room(found[0], task, waited_s / state.slo_s):
@@ -168,6 +171,11 @@ class Lemix:
         return shortlist(state, nodes, now_s=now_s, linger_s=self._options.linger * state.slo_s)
 
 
+def _layouts(found: Sequence[Candidate]) -> set[tuple[int, ...]]:
+    """The ways in which stages share devices."""
+    return {candidate.timeline.devices for candidate in found}
+
+
 def _prospect_of_request(candidate: Candidate, alone: Alone, now_s: float) -> Prospect:
     forecast = forecast_inference(candidate.timeline.prediction, alone, now_s)
     return Prospect(candidate, forecast, forecast.end_s - now_s, candidate.timeline.exposure_s)
@@ -192,10 +200,11 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
     """Expected requests, like those that came."""
     timelines = {candidate.node: candidate.timeline for candidate in found}
     length = max(1, round(state.inference_lengths.mean))
-    alone = inference_alone(state.costs, length)
+    alones = {devices: inference_alone(state.costs, length, devices) for devices in _layouts(found)}
 
     def response(node: int, at_s: float) -> float:
-        return forecast_inference(timelines[node].prediction, alone, at_s).end_s - at_s
+        timeline = timelines[node]
+        return forecast_inference(timeline.prediction, alones[timeline.devices], at_s).end_s - at_s
 
     return Expected(
         response=response,

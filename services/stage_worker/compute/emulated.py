@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.stage_worker.compute.executor import (
@@ -42,6 +43,14 @@ Snapshot = int
 """The version is all there is to a stage's weights."""
 
 
+@dataclass(slots=True)
+class EmulatedDevice:
+    """A device as its stages share it."""
+
+    free_at_s: float = 0.0
+    """When everything begun so far is over."""
+
+
 class EmulatedExecutor:
     """Implements `Executor`: one thing at a time, each for as long as `times` says.
 
@@ -63,8 +72,11 @@ class EmulatedExecutor:
         context_length: int,
         hold_until: Callable[[float], Awaitable[None]],
         clock: Clock,
+        device: EmulatedDevice | None = None,
     ) -> None:
-        """`hold_until` returns when `clock` shows the given time; `memory` None: there is no end of it."""
+        """`hold_until` returns when `clock` shows the given time; `memory` None: there is no end of it;
+        `device` None: the stage has its own.
+        """
         self._settings = settings
         self._instance = instance
         self._times = times
@@ -74,8 +86,7 @@ class EmulatedExecutor:
         self._hold_until = hold_until
         self._clock = clock
         self._is_last = settings.stage == settings.num_stages - 1
-        self._free_at_s = 0.0
-        """When everything begun so far is over."""
+        self._device = device or EmulatedDevice()
         self._version = 0
         self._kept: set[int] = set()
         self._in_flight: dict[tuple[str, int], Microbatch] = {}
@@ -228,8 +239,8 @@ class EmulatedExecutor:
 
     async def _hold(self, duration_s: float) -> None:
         """Occupy the device after its earlier ops."""
-        self._free_at_s = max(self._clock.now_s(), self._free_at_s) + duration_s
-        await self._hold_until(self._free_at_s)
+        self._device.free_at_s = max(self._clock.now_s(), self._device.free_at_s) + duration_s
+        await self._hold_until(self._device.free_at_s)
 
     def _check_room(self, microbatch: Microbatch) -> None:
         """Raises MemoryError when the microbatch's activations do not fit."""

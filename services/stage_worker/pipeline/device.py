@@ -32,5 +32,6 @@ class Turns:
 class Device:
     """The queue and the turns that stages on one device share."""
 
+    first_stage: int
     queue: WorkQueue
     turns: Turns = field(default_factory=Turns)

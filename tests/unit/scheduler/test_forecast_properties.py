@@ -1,9 +1,10 @@
 """What holds for every prediction, whatever lies on a node."""
 
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.forecast import forecast_inference, forecast_training, inference_alone, training_alone
@@ -21,6 +22,9 @@ from tests.support.courses import Load, Past, UnevenCosts, node_after, ops_after
 
 STAGES = st.integers(1, 4)
 HOPS = st.sampled_from([0.0, 0.0005])
+EACH_ITS_OWN = (0, 1, 2, 3)
+DEVICES = st.sampled_from([EACH_ITS_OWN, (0, 0, 0, 0), (0, 0, 2, 2), (0, 1, 1, 1)])
+"""By stage: the first one on its device."""
 PROMPTS = st.lists(st.integers(1, 1200), max_size=6)
 BATCHES = st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=4), max_size=3)
 LOADS = st.builds(Load, prompts=PROMPTS, batches=BATCHES)
@@ -43,18 +47,26 @@ def spans(course: Prediction) -> dict[tuple[int, int, int], dict[int, tuple[floa
 
 
 @quick
-@given(PASTS, STAGES, HOPS)
-def test_a_stage_does_one_thing_at_a_time(past: Past, num_stages: int, hop_s: float) -> None:
-    course = node_after(past, num_stages=num_stages, hop_s=hop_s).prediction
-    for starts_s, ends_s in zip(course.starts_s, course.ends_s, strict=True):
-        assert all(end_s <= start_s for end_s, start_s in zip(ends_s, starts_s[1:], strict=False))
+@given(PASTS, STAGES, HOPS, DEVICES)
+def test_a_device_does_one_thing_at_a_time(
+    past: Past, num_stages: int, hop_s: float, devices: tuple[int, ...]
+) -> None:
+    course = node_after(past, num_stages=num_stages, hop_s=hop_s, devices=devices).prediction
+    for device in set(devices[:num_stages]):
+        on_it = [stage for stage in range(num_stages) if devices[stage] == device]
+        spans = sorted(
+            span for stage in on_it for span in zip(course.starts_s[stage], course.ends_s[stage], strict=True)
+        )
+        assert all(end_s <= start_s for (_, end_s), (start_s, _) in pairwise(spans))
 
 
 @quick
-@given(PASTS, STAGES, HOPS)
-def test_everything_known_is_done_once(past: Past, num_stages: int, hop_s: float) -> None:
+@given(PASTS, STAGES, HOPS, DEVICES)
+def test_everything_known_is_done_once(
+    past: Past, num_stages: int, hop_s: float, devices: tuple[int, ...]
+) -> None:
     costs = UnevenCosts(num_stages, hop_s)
-    node = node_after(past, num_stages=num_stages, hop_s=hop_s)
+    node = node_after(past, num_stages=num_stages, hop_s=hop_s, devices=devices)
     course = node.prediction
     assert {task_id for task_id, at_s in course.first_tokens_s.items() if at_s > node.told_s} == node.waiting
     for stage in range(num_stages):
@@ -71,20 +83,28 @@ def test_everything_known_is_done_once(past: Past, num_stages: int, hop_s: float
 
 
 @quick
-@given(PASTS, STAGES, HOPS)
-def test_every_dependency_is_kept(past: Past, num_stages: int, hop_s: float) -> None:
+@given(PASTS, STAGES, HOPS, DEVICES)
+def test_every_dependency_is_kept(
+    past: Past, num_stages: int, hop_s: float, devices: tuple[int, ...]
+) -> None:
     last = num_stages - 1
-    course = node_after(past, num_stages=num_stages, hop_s=hop_s).prediction
+    course = node_after(past, num_stages=num_stages, hop_s=hop_s, devices=devices).prediction
+    hop_between_s = course.known.hop_between_s
     found = spans(course)
     for (kind, flow, microbatch), by_stage in found.items():
         if kind in (ITERATION, FORWARD):
             for stage in sorted(by_stage.keys() - {last}):  # those before are over
-                assert by_stage[stage + 1][0] >= by_stage[stage][1] + hop_s - SLACK_S
+                assert (
+                    by_stage[stage + 1][0] >= by_stage[stage][1] + hop_between_s(stage, stage + 1) - SLACK_S
+                )
         if kind == FORWARD and num_stages > 1:
-            assert found[BACKWARD, flow, microbatch][last - 1][0] >= by_stage[last][1] + hop_s - SLACK_S
+            turned_s = by_stage[last][1] + hop_between_s(last, last - 1)
+            assert found[BACKWARD, flow, microbatch][last - 1][0] >= turned_s - SLACK_S
         if kind == BACKWARD:
             for stage in range(max(by_stage)):
-                assert by_stage[stage][0] >= by_stage[stage + 1][1] + hop_s - SLACK_S
+                assert (
+                    by_stage[stage][0] >= by_stage[stage + 1][1] + hop_between_s(stage + 1, stage) - SLACK_S
+                )
         if kind == STEP:
             for stage, (start_s, _) in by_stage.items():
                 ends = [
@@ -96,9 +116,11 @@ def test_every_dependency_is_kept(past: Past, num_stages: int, hop_s: float) -> 
 
 
 @quick
-@given(PASTS, STAGES, HOPS)
-def test_no_more_is_in_flight_than_stages(past: Past, num_stages: int, hop_s: float) -> None:
-    course = node_after(past, num_stages=num_stages, hop_s=hop_s).prediction
+@given(PASTS, STAGES, HOPS, DEVICES)
+def test_no_more_is_in_flight_than_stages(
+    past: Past, num_stages: int, hop_s: float, devices: tuple[int, ...]
+) -> None:
+    course = node_after(past, num_stages=num_stages, hop_s=hop_s, devices=devices).prediction
     found, last = spans(course), num_stages - 1
     iterations = [
         (by[0][0] if 0 in by else course.at_s, by[last][1])
@@ -117,13 +139,14 @@ def test_no_more_is_in_flight_than_stages(past: Past, num_stages: int, hop_s: fl
 
 
 @quick
-@example(Past(second=Load(prompts=[1, 1, 1, 1021, 2])), 1, 0.0, 1.0)
-@example(Past(first=Load(prompts=[1, 987, 1, 512]), pause_s=1.0), 3, 0.0, 1.0)
-@given(PASTS, STAGES, HOPS, st.floats(0, 3))
+@example(Past(second=Load(prompts=[1, 1, 1, 1021, 2])), 1, 0.0, EACH_ITS_OWN, 1.0)
+@example(Past(first=Load(prompts=[1, 987, 1, 512]), pause_s=1.0), 3, 0.0, EACH_ITS_OWN, 1.0)
+@given(PASTS, STAGES, HOPS, DEVICES, st.floats(0, 3))
 def test_what_happens_as_predicted_leaves_the_rest_as_predicted(
-    past: Past, num_stages: int, hop_s: float, for_s: float
+    past: Past, num_stages: int, hop_s: float, devices: tuple[int, ...], for_s: float
 ) -> None:
-    node = node_after(past, num_stages=num_stages, hop_s=hop_s)
+    assume(hop_s or devices == EACH_ITS_OWN)  # else a message to another device comes sooner than a near one
+    node = node_after(past, num_stages=num_stages, hop_s=hop_s, devices=devices)
     before, until_s = node.prediction, node.now_s + for_s
     node.go_on(until_s)
     after = list(ops_after(node.prediction, until_s))

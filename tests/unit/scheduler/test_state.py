@@ -95,6 +95,18 @@ def test_one_silent_stage_of_two_leaves_the_other_in_the_status() -> None:
     assert (node.ready, [beat.stage for beat in node.stages]) == (False, [1])
 
 
+def test_heartbeats_tell_which_stages_share_a_device() -> None:
+    state = ClusterState(costs=LinearCosts(None))
+    for stage in range(3):
+        state.apply(HeartbeatSeen(heartbeat(0, stage, num_stages=3), 0.0))
+    assert state.timeline(0).devices == ()
+    shared = structs.replace(heartbeat(0, 2, num_stages=3), first_on_device=1)
+    state.apply(HeartbeatSeen(shared, 1.0))
+    assert state.timeline(0).devices == (0, 1, 1)
+    state.apply(HeartbeatSeen(heartbeat(0, 2, num_stages=3), 2.0))
+    assert state.timeline(0).devices == ()
+
+
 def test_a_restarted_stage_costs_the_tasks_of_its_node() -> None:
     state = with_nodes(0)
     state.apply(TaskAssigned(task("t"), 0.0))
