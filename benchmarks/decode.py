@@ -24,6 +24,7 @@ from shared.messages.inference import InferenceTask, Sampling, TokensProduced
 
 NUM_ROUNDS = {"small": 15, "big": 5, "huge": 3}
 KINDS = ("decode_tokens_per_s", "tokens_per_s")
+REQUEST_TIMEOUT_S = 300.0
 
 
 def rates(num_streams: int, start_s: float, first_s: float, last_s: float) -> dict[str, float]:
@@ -60,20 +61,26 @@ class BusStreams:
         await self._bus.subscribe(subjects.TOKENS.at(gateway="bench"), self._on_tokens)
 
     async def run(self, prompts: list[list[int]]) -> dict[str, float]:
+        """Raises TimeoutError when one of them fails."""
         self._num_tokens = {f"bench-{next(self._ids)}": 0 for _ in prompts}
         self._all_begun.clear()
         self._all_done.clear()
         start_s = time.monotonic()
-        await asyncio.gather(*(self._submit(*one) for one in zip(self._num_tokens, prompts, strict=True)))
-        await self._all_begun.wait()
-        first_s = time.monotonic()
-        await self._all_done.wait()
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            await asyncio.gather(*(self._submit(*one) for one in zip(self._num_tokens, prompts, strict=True)))
+            await self._all_begun.wait()
+            first_s = time.monotonic()
+            await self._all_done.wait()
         return rates(len(prompts), start_s, first_s, time.monotonic())
 
     async def _submit(self, task_id: str, prompt: list[int]) -> None:
         sampling = Sampling(max_tokens=self._max_tokens, temperature=0.0)
         task = InferenceTask(
-            task_id=task_id, gateway="bench", prompt=tuple(prompt), sampling=sampling, timeout_s=300.0
+            task_id=task_id,
+            gateway="bench",
+            prompt=tuple(prompt),
+            sampling=sampling,
+            timeout_s=REQUEST_TIMEOUT_S,
         )
         await self._bus.request(subjects.SUBMIT.at(), task, timeout_s=10.0)
 
