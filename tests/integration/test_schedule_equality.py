@@ -226,10 +226,10 @@ async def run_torch_pipeline(folder: Path, num_stages: int, batches: list[Batch]
     assert process.returncode == 0, errors.decode()
 
 
-@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 4), (3, 5)])
-async def test_schedules_equal_those_of_torch(num_stages: int, num_microbatches: int, tmp_path: Path) -> None:
+async def test_schedules_equal_those_of_torch(tmp_path: Path) -> None:
+    num_stages = 3
     save_tiny_model("llama", tmp_path / "model")
-    batches = batches_of_equal_lengths(NUM_BATCHES, num_microbatches)
+    batches = batches_of_equal_lengths(NUM_BATCHES, num_stages + 2)
     await run_torch_pipeline(tmp_path, num_stages, batches)
     theirs: dict[ScheduleName, str] = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}
     for schedule, name in theirs.items():

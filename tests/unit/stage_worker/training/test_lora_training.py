@@ -114,11 +114,8 @@ def values(stages: list[Stage]) -> list[tuple[int, Tensor]]:
 @pytest.mark.parametrize(
     ("family", "num_stages", "checkpointing"),
     [
-        *(
-            (family, num_stages, False)
-            for family in ("llama", "llama_tied", "gpt2", "qwen2")
-            for num_stages in (1, 2, 3, 4)
-        ),
+        *(("llama", num_stages, False) for num_stages in (1, 2, 3, 4)),
+        *((family, num_stages, False) for family in ("llama_tied", "gpt2", "qwen2") for num_stages in (1, 3)),
         ("llama", 3, True),
     ],
 )
