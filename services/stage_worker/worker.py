@@ -21,7 +21,7 @@ from services.stage_worker.training.merging import Merging
 from services.stage_worker.training.training import Training
 from shared import subjects
 from shared.bus.base import Bus, Incoming
-from shared.clock import Clock
+from shared.clock import Clock, on_time
 from shared.errors import BusError, ConfigurationError
 from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, LinkPurpose, StageStopped
 from shared.messages.weights import RestoreWeights
@@ -74,6 +74,8 @@ class StageWorker:
         )
         self._seen: dict[int, tuple[Heartbeat, float]] = {}
         """Other stages of the node: the last heartbeat, and when it came."""
+        self._silent: set[int] = set()
+        """Those that were not heard of lately."""
         self._linked: dict[Target, str] = {}
         """Where this stage can send tensors to, with the instance that accepted."""
         self._linking: set[Target] = set()
@@ -92,6 +94,7 @@ class StageWorker:
                 await self._subscribe(facts)
                 group.create_task(self._progress.run())
                 group.create_task(self._beat())
+                group.create_task(self._look_for_silence())
         finally:
             await self._executor.close()
             await self._say_goodbye()
@@ -136,6 +139,7 @@ class StageWorker:
             return
         known = self._seen[beat.stage][0].instance if beat.stage in self._seen else None
         self._seen[beat.stage] = (beat, self._clock.now_s())
+        self._silent.discard(beat.stage)
         self._serving.scheduler.blocks.limit(beat.kv_blocks_total)
         if known != beat.instance:
             await self._meet(beat.stage, is_restart=known is not None)
@@ -214,10 +218,16 @@ class StageWorker:
         return own == (beat.weights_version, beat.checkpoint, beat.checkpoint_digest)
 
     def _heard_lately(self, stage: int) -> Heartbeat | None:
-        if stage not in self._seen:
-            return None
-        beat, when_s = self._seen[stage]
-        return beat if self._clock.now_s() - when_s < LOST_AFTER_S else None
+        return None if stage in self._silent or stage not in self._seen else self._seen[stage][0]
+
+    async def _look_for_silence(self) -> None:
+        """Note who has fallen silent; runs until cancelled."""
+        every_s = subjects.HEARTBEAT_S / 2
+        async for _ in on_time(every_s, at_most_late_s=subjects.HEARTBEAT_S, clock=self._clock):
+            now_s = self._clock.now_s()
+            self._silent |= {
+                stage for stage, (_, when_s) in self._seen.items() if now_s - when_s >= LOST_AFTER_S
+            }
 
     # How it stands
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from msgspec import structs
 
+from services.stage_worker.worker import LOST_AFTER_S
 from shared import checkpoints, subjects
 from shared.bus.base import Incoming
 from shared.checkpoints import Manifest
+from shared.clock import SystemClock
+from shared.messages.cluster import Heartbeat
 from shared.messages.inference import IterationForward
 from shared.messages.training import BatchStepped, MicrobatchEntered, TrainingFailed
 from shared.tensors import inline
@@ -47,6 +51,38 @@ async def test_requests_in_flight_fail_once_and_later_ones_succeed(
         again = await node.complete(PROMPT, max_tokens=12)
         assert again.token_ids == expected.token_ids
         assert node.heartbeats.keys() == set(range(num_stages))
+
+
+class JumpingClock(SystemClock):
+    """Goes on as if the process had stood still."""
+
+    ahead_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.ahead_s
+
+
+@pytest.mark.parametrize("stages_held", [1, 2])
+async def test_stages_that_stood_still_do_not_take_each_other_for_lost(
+    stages_held: int, tmp_path: Path
+) -> None:
+    save_tiny_model("llama", tmp_path / "model")
+    clock = JumpingClock()
+    async with running_node(tmp_path / "model", 2, tmp_path, clock=clock, stages_held=stages_held) as node:
+        beats = Counter[int]()
+
+        async def on_heartbeat(incoming: Incoming[Heartbeat]) -> None:
+            beats[incoming.message.stage] += 1
+
+        await node.bus.subscribe(subjects.HEARTBEAT.at(), on_heartbeat)
+        await node.heard(lambda: min(beats[0], beats[1]) >= 2)  # each stage has found the other one ready
+        answer = await node.start(PROMPT, max_tokens=4000)
+        await answer.first_token()
+        clock.ahead_s += 2 * LOST_AFTER_S
+        await node.heard(lambda: min(beats[0], beats[1]) >= 4)
+        assert (answer.failure, answer.finish) == (None, None)
+        num_tokens = len(answer.tokens)
+        await node.heard(lambda: len(answer.tokens) > num_tokens)
 
 
 @pytest.mark.parametrize("stages_held", [1, 2])

@@ -16,7 +16,7 @@ from services.stage_worker.worker import StageWorker
 from shared import subjects
 from shared.bus.base import Bus, Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
-from shared.clock import IdSource, SystemClock
+from shared.clock import Clock, IdSource, SystemClock
 from shared.lifecycle import World
 from shared.messages.base import Message
 from shared.messages.cluster import Heartbeat
@@ -359,6 +359,7 @@ async def running_node(
     *,
     number: int = 0,
     broker: MemoryBroker | None = None,
+    clock: Clock | None = None,
     **settings: Any,
 ) -> AsyncIterator[Node]:
     """A ready node of `num_stages` stages; ends without leaving anything behind.
@@ -368,7 +369,13 @@ async def running_node(
     async with asyncio.TaskGroup() as group:
         chosen = {"num_stages": num_stages, "model": str(model), "run_dir": run_dir, "shm_dir": run_dir}
         chosen |= {"kv_tokens": KV_TOKENS}
-        workers = Workers(group, {**chosen, **settings}, node=number, broker=broker or MemoryBroker())
+        workers = Workers(
+            group,
+            {**chosen, **settings},
+            node=number,
+            broker=broker or MemoryBroker(),
+            clock=clock or SystemClock(),
+        )
         node = Node(workers.broker.connect(), num_stages, number=number)
         node.workers = workers
         await node.subscribe()
@@ -402,9 +409,16 @@ class Workers:
     """The stage worker processes of a node; one that fails fails the test."""
 
     def __init__(
-        self, group: asyncio.TaskGroup, settings: dict[str, Any], *, node: int, broker: MemoryBroker
+        self,
+        group: asyncio.TaskGroup,
+        settings: dict[str, Any],
+        *,
+        node: int,
+        broker: MemoryBroker,
+        clock: Clock,
     ) -> None:
         self.node = node
+        self._clock = clock
         self.broker = broker
         self.recorded = Recorded()
         self.buses: dict[int, MemoryBus] = {}
@@ -432,7 +446,7 @@ class Workers:
         stages = [own for own in settings.of_stages if own.stage < own.num_stages]
         bus = self.buses[stage] = self.broker.connect()
         telemetry = Telemetry("stage_worker", None)
-        world = World(bus=bus, clock=SystemClock(), ids=self._ids, telemetry=telemetry)
+        world = World(bus=bus, clock=self._clock, ids=self._ids, telemetry=telemetry)
         process = StageProcess(stages, world, recording_executors(self.recorded))
         self.workers |= process.workers
         try:
