@@ -67,6 +67,8 @@ def _lesson(losses: Sequence[float | None]) -> str:
     seen = [loss for loss in losses if loss is not None]
     if not seen:
         return "trained before"
+    if len(seen) == 1:
+        return f"trained: loss {seen[0]:.3f}"
     tenth = max(1, len(seen) // 10)
     first, last = fmean(seen[:tenth]), fmean(seen[-tenth:])
     return f"trained: loss {first:.3f} at first, {last:.3f} in the end"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from shared.messages.base import Message
-from shared.messages.bounds import FileStem, PositiveInt
+from shared.messages.bounds import Count, FileStem, PositiveInt
 from shared.settings import MAX_ITERATION_TOKENS
 
 
@@ -19,7 +19,7 @@ class Heartbeat(Message):
     """Changes with every start of the process. Part of file names."""
     model: str
     device: str
-    first_on_device: int | None = None
+    first_on_device: Count | None = None
     """The first of the process's stages on this device, which does one op at a time; None: its own."""
     ready: bool
     """The model is loaded and the links to both neighbours stand."""

@@ -1,8 +1,8 @@
 """Matrix products of few rows on the CPU, with weights laid out beforehand for them.
 
-A plain product of a few rows is slow. oneDNN takes weights that it has laid out itself ("packed") at up to
-three times the speed for 2 rows and more, and uses every thread. For a single row a transposed copy is the
-fastest: 1.1 to 1.9 times as fast as packed weights (on two AVX2 cores, with the weights not in the caches).
+A plain product of a few rows is slow. For 2 rows and more oneDNN takes weights that it has laid out itself
+("packed") in about half of the time where they are large; for a single row a transposed copy mostly takes
+less than those, down to a half. docs/benchmarks has the shapes and the exceptions.
 
 The packing operations are private to torch: `is_possible` says whether they are here.
 """

@@ -299,7 +299,7 @@ async def asked(node: Node) -> Answer:
 
 
 def logprobs(answer: Answer) -> list[float]:
-    """Of prompt and answer."""
+    """The log-probabilities of prompt and answer."""
     return [token.logprob for token in (*answer.prompt, *answer.tokens)]
 
 

@@ -22,7 +22,6 @@ from services.scheduler.node.known_work import (
     Iteration,
     KnownWork,
     Op,
-    Running,
 )
 from services.scheduler.node.prediction import Prediction
 
@@ -129,21 +128,8 @@ class _Course:
     def _begin_running(self) -> None:
         for stage, running in enumerate(self._known.running):
             if running is not None:
-                end_s = min(running.start_s + running.op.duration_s, self._next_start_s(stage, running))
+                end_s = min(running.start_s + running.op.duration_s, _next_start_s(self._known, stage))
                 self._record(stage, running.op, running.start_s, max(self._from_s[stage], end_s))
-
-    def _next_start_s(self, stage: int, running: Running) -> float:
-        """When another stage's op began on its device: then that one is over."""
-        device_of = self._device_of
-        return min(
-            (
-                other.start_s
-                for at, other in enumerate(self._known.running)
-                if other is not None and at != stage and device_of[at] == device_of[stage]
-                if other.start_s > running.start_s
-            ),
-            default=inf,
-        )
 
     def _begin_iterations(self) -> None:
         known, from_s = self._known, self._from_s
@@ -320,3 +306,16 @@ class _Course:
         self._next_unfed += 1
         self._is_at_stage_0, self._num_in_flight = True, self._num_in_flight + 1
         self._pass(batch, index, 0, max(at_s, batch.ready_s[index]))
+
+
+def _next_start_s(known: KnownWork, stage: int) -> float:
+    """When another stage's op began on the device of a stage that runs one: then that one is over."""
+    running = known.running[stage]
+    if running is None or not known.devices:
+        return inf
+    others = (
+        other
+        for at, other in enumerate(known.running)
+        if other is not None and at != stage and known.devices[at] == known.devices[stage]
+    )
+    return min((other.start_s for other in others if other.start_s > running.start_s), default=inf)

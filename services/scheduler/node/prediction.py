@@ -40,7 +40,7 @@ class Prediction:
     last_starts_s: list[float]
     """When that iteration, where it has to wait to enter, starts on each stage."""
     known: KnownWork
-    on_devices: dict[int, "_Ops"] = field(default_factory=dict)
+    _on_devices: dict[int, _Ops] = field(default_factory=dict, init=False)
     """By device, where stages share one and somebody has asked."""
 
     @property
@@ -75,14 +75,14 @@ class Prediction:
         duration_s = op.flow.forward_s[op.microbatch][stage - 1]
         return start_s - self.known.hop_s - duration_s >= before_s
 
-    def _on_device_of(self, stage: int) -> "_Ops":
+    def _on_device_of(self, stage: int) -> _Ops:
         """All ops of the stage's device, in the order of their starts."""
         devices = self.known.devices
         device = devices[stage] if devices else stage
         stages = [each for each, on in enumerate(devices) if on == device] if devices else [stage]
         if len(stages) == 1:
             return _Ops(self.ops[stage], self.starts_s[stage], self.ends_s[stage])
-        if device not in self.on_devices:
+        if device not in self._on_devices:
             spans = sorted(
                 chain.from_iterable(
                     zip(self.starts_s[each], self.ends_s[each], self.ops[each], strict=True)
@@ -91,10 +91,10 @@ class Prediction:
                 key=itemgetter(0),
             )
             ops = [op for _, _, op in spans]
-            self.on_devices[device] = _Ops(
+            self._on_devices[device] = _Ops(
                 ops, [start for start, _, _ in spans], [end for _, end, _ in spans]
             )
-        return self.on_devices[device]
+        return self._on_devices[device]
 
     def first_idle(self, stage: int, at_s: float) -> float:
         """The first time from `at_s` on when the stage's device has nothing to do."""

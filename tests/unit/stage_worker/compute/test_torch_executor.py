@@ -33,6 +33,14 @@ HIDDEN_SIZE = 32
 ROWS = 16
 
 
+def settings_of(family: str, num_stages: int, folder: Path) -> StageWorkerSettings:
+    """Settings of stage 0 of a tiny model, which is saved in the folder."""
+    save_tiny_model(family, folder / "model")
+    return StageWorkerSettings(
+        node=0, stage=0, num_stages=num_stages, model=str(folder / "model"), run_dir=folder, shm_dir=folder
+    )
+
+
 async def test_only_the_tied_gradient_gets_slots_of_the_vocabularys_size(tmp_path: Path) -> None:
     save_tiny_model("llama_tied", tmp_path / "model")
     settings = StageWorkerSettings(
@@ -69,10 +77,7 @@ def test_a_stage_reads_the_optimizer_state_of_its_own_parameters(names: set[str]
 
 async def test_random_numbers_come_again_after_a_restore(tmp_path: Path) -> None:
     """A model with dropout would else train otherwise after a crash."""
-    save_tiny_model("llama", tmp_path / "model")
-    settings = StageWorkerSettings(
-        node=0, stage=0, num_stages=2, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
-    )
+    settings = settings_of("llama", 2, tmp_path)
     executor = TorchExecutor(settings, "me")
     await executor.load()
     first = torch.rand(3)
@@ -102,10 +107,7 @@ def test_random_states_of_another_number_of_stages_are_not_taken(tmp_path: Path)
 async def test_a_checkpoint_has_the_weights_before_a_step_that_comes_while_it_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny_model("llama", tmp_path / "model")
-    settings = StageWorkerSettings(
-        node=0, stage=0, num_stages=1, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
-    )
+    settings = settings_of("llama", 1, tmp_path)
     may_copy = threading.Event()
 
     class WaitingLane(CpuLane):
@@ -139,10 +141,7 @@ async def test_a_checkpoint_has_the_weights_before_a_step_that_comes_while_it_is
 async def test_a_training_op_is_over_when_the_device_has_done_it_and_others_are_launched_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny_model("llama", tmp_path / "model")
-    settings = StageWorkerSettings(
-        node=0, stage=0, num_stages=1, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
-    )
+    settings = settings_of("llama", 1, tmp_path)
     is_done = threading.Event()
     monkeypatch.setattr(torch_executor, "end_mark_for", lambda device: lambda: lambda: is_done.wait(30))
     executor = TorchExecutor(settings, "me")

@@ -106,7 +106,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def values(stages: list[Stage]) -> list[tuple[int, Tensor]]:
-    """Of all that does not train: where it lies and what it is."""
+    """Where each tensor that does not train lies, and a copy of it."""
     tensors = [tensor for stage in stages for tensor in stage.base_tensors().values()]
     return [(tensor.data_ptr(), tensor.detach().clone()) for tensor in tensors]
 
