@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol, TypeVar
 
 from shared.bus.base import Handler, Incoming, Responder
@@ -12,6 +13,7 @@ from shared.subjects import RequestSubject, Subject
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 HEADERS_BYTES = 256
 """Room kept for headers below the size limit of a message."""
@@ -82,7 +84,7 @@ class Dispatcher:
             except MalformedMessageError as error:
                 self._count_malformed(subject.name, delivery, error)
             else:
-                await self.guard(subject.name, handler(Incoming(message, delivery.traceparent)))
+                await self.guard(subject.name, handler, Incoming(message, delivery.traceparent))
 
         return receive
 
@@ -98,8 +100,8 @@ class Dispatcher:
 
         async def receive(delivery: Delivery) -> None:
             await slots.acquire()
-            answer = self.guard(subject.name, self._answer(subject, responder, delivery))
-            task = asyncio.get_running_loop().create_task(answer)
+            answer = partial(self._answer, subject, responder)
+            task = asyncio.get_running_loop().create_task(self.guard(subject.name, answer, delivery))
             self._answering.add(task)
             task.add_done_callback(done)
 
@@ -130,10 +132,13 @@ class Dispatcher:
             await delivery.refuse(500, f"the responder of {subject.name} failed: {type(error).__name__}")
             raise
 
-    async def guard(self, name: str, work: Awaitable[None]) -> None:
-        """Turn whatever `work` raises into the bus's failure; only a real cancellation passes."""
+    async def guard(self, name: str, work: Callable[[T], Awaitable[None]], argument: T) -> None:
+        """Turn whatever `work(argument)` raises into the bus's failure; only a real cancellation passes.
+
+        It is called here, not by the caller: a task cancelled before it began leaves no coroutine behind.
+        """
         try:
-            await work
+            await work(argument)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():

@@ -171,7 +171,7 @@ class _Inbox:
         loop = asyncio.get_running_loop()
         while True:
             while self._waiting:
-                await self._dispatcher.guard(self.name, self.handle(self._waiting.popleft()))
+                await self._dispatcher.guard(self.name, self.handle, self._waiting.popleft())
             self._idle = loop.create_future()
             await self._idle
 
