@@ -50,6 +50,7 @@ async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
         "LEMIX_LEARNING_RATE": str(LEARNING_RATE),
         "LEMIX_CHECKPOINT_EVERY": "1000",
         "LEMIX_CHECKPOINT_IDLE_S": "1000",
+        "LEMIX_GUARD_SAMPLES": "0",
     }
     options = ClusterOptions(
         name=f"training-{name}",

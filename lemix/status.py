@@ -120,7 +120,7 @@ def weights_table(status: WeightsStatus) -> Table:
     versions the guard has kept from serving, and the last of them.
     """
     table = new_table("weights")
-    for heading in ("node", "newest", "durable", "serves", "loss", "withheld"):
+    for heading in ("node", "newest", "durable", "serves", "held-out", "own text", "withheld"):
         table.add_column(heading, no_wrap=True)
     for node in status.nodes:
         table.add_row(*_weights_row(node))
@@ -133,6 +133,6 @@ def _weights_row(node: NodeWeights) -> tuple[str, ...]:
         f"v{node.version}",
         f"v{node.durable_version}",
         "newest" if node.published is None else f"v{node.published}",
-        "" if node.held_out_loss is None else f"{node.held_out_loss:.4f}",
+        *("" if loss is None else f"{loss:.4f}" for loss in (node.held_out_loss, node.samples_loss)),
         f"{node.num_withheld} (v{node.last_withheld})" if node.num_withheld else "",
     )

@@ -62,7 +62,7 @@ def run_export(version: int, folder: Path, node: int | None, root: Path, console
 def versions_table(versions: tuple[DurableVersion, ...], label: str, now_wall_s: float) -> Table:
     """One row for each durable version of the run that is called `label`."""
     table = new_table(f"{label}: durable versions")
-    for heading in ("node", "version", "saved", "age", "newest batch", "held-out loss", "served"):
+    for heading in ("node", "version", "saved", "age", "newest batch", "held-out loss", "own text", "served"):
         table.add_column(heading, overflow="fold")
     for each in versions:
         table.add_row(*_row(each, now_wall_s))
@@ -75,14 +75,14 @@ def _row(each: DurableVersion, now_wall_s: float) -> tuple[str, ...]:
     else:
         saved = datetime.fromtimestamp(each.created_wall_s).astimezone().isoformat(" ", "seconds")
         age = age_of(now_wall_s - each.created_wall_s)
-    loss = "" if each.held_out_loss is None else f"{each.held_out_loss:.4f}"
+    losses = ("" if loss is None else f"{loss:.4f}" for loss in (each.held_out_loss, each.samples_loss))
     if each.num_ahead is None:
         served = "" if each.may_serve else "may not"
     elif each.num_ahead == 0:
         served = "yes"
     else:
         served = f"yes, and {each.num_ahead} batches more"
-    return (str(each.node), str(each.version), saved, age, each.newest_batch_id, loss, served)
+    return (str(each.node), str(each.version), saved, age, each.newest_batch_id, *losses, served)
 
 
 def age_of(seconds: float) -> str:

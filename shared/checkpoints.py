@@ -68,6 +68,10 @@ class Manifest(Document):
     """Ids of batches that a rollback has taken out of the weights, oldest first."""
     held_out_loss: float | None = None
     """Mean loss per label on held-out examples, in nats; None: not measured."""
+    samples_loss: float | None = None
+    """On what the model wrote itself before it learnt, per token, in nats; None: not measured."""
+    is_judged: bool = False
+    """A guard has evaluated this version."""
     held_out_rise: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How many times the lowest loss of all versions that had served that was. 1: later ones are compared
     with this one, as it was the best, was not evaluated, or was gone back to.
@@ -204,6 +208,7 @@ def _described(manifest: Manifest, served: int | None) -> DurableVersion:
         created_wall_s=manifest.created_wall_s,
         newest_batch_id=manifest.recent_batch_ids[-1] if manifest.recent_batch_ids else "",
         held_out_loss=manifest.held_out_loss,
+        samples_loss=manifest.samples_loss,
         may_serve=manifest.may_serve,
         num_ahead=None if served is None else served - manifest.version,
     )

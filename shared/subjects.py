@@ -41,6 +41,7 @@ from shared.messages.training import (
 from shared.messages.weights import (
     DurableVersions,
     DurableVersionsRequest,
+    KeepVersion,
     MergeWeights,
     PublishVersion,
     ReduceGradients,
@@ -172,6 +173,9 @@ DURABLE_VERSIONS = RequestTopic(
 )
 ROLLBACK = RequestTopic(
     "lemix.weights.rollback", RollBackWeights, RolledBack, "anyone -> trainer: go back to an older version"
+)
+KEEP = RequestTopic(
+    "lemix.node.{node}.stage.{stage}.keep", KeepVersion, Done, "trainer -> stage: keep these, to serve them"
 )
 PUBLISH = Topic("lemix.node.{node}.publish", PublishVersion, "trainer -> stage 0: serve this version")
 RELEASE = Topic(

@@ -30,7 +30,12 @@ async def large_node(
         devices=(device,),
         model=str(model(work, device)),
         # A fixed cache: what else is measured on the card needs memory, too.
-        extra_env={"LEMIX_DTYPE": DTYPES[MODEL], "LEMIX_KV_TOKENS": "16384", **settings},
+        extra_env={
+            "LEMIX_DTYPE": DTYPES[MODEL],
+            "LEMIX_KV_TOKENS": "16384",
+            "LEMIX_GUARD_SAMPLES": "0",
+            **settings,
+        },
     )
     clear(options.run_dir)
     async with LocalCluster(options) as cluster:

@@ -14,7 +14,6 @@ from services.trainer.checkpoints.manifests import Verdict
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.rollbacks import Rollbacks
 from services.trainer.checkpoints.verdicts import Verdicts
-from services.trainer.evaluator import Evaluator
 from services.trainer.learning_rate import LearningRate
 from services.trainer.microbatches import TrainingBatch
 from services.trainer.node.actions import (
@@ -32,15 +31,17 @@ from services.trainer.node.actions import (
     StepsAhead,
     WriteCheckpoint,
 )
-from services.trainer.node.publishing import Evaluate, Publish, Release, Withheld
 from services.trainer.node.training import NodeTraining
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
+from services.trainer.publication.evaluator import Evaluator
+from services.trainer.publication.losses import Losses
+from services.trainer.publication.publishing import Evaluate, Keep, Publish, Release, Withheld
 from services.trainer.rejections import Rejections
 from services.trainer.settings import TrainerSettings
+from services.trainer.waiting import ask_all
 from shared.bus.base import Bus
 from shared.clock import Clock
-from shared.encoding import LabelledTokens
 from shared.errors import BusError
 from shared.messages.inference import TaskEnded
 from shared.messages.training import (
@@ -51,9 +52,10 @@ from shared.messages.training import (
     StepAhead,
     StepOrder,
 )
-from shared.messages.weights import PublishVersion, ReleaseVersion
-from shared.subjects import ENDED, FORWARD, PUBLISH, RELEASE, STEP, STEP_AHEAD
+from shared.messages.weights import KeepVersion, PublishVersion, ReleaseVersion
+from shared.subjects import ENDED, FORWARD, KEEP, PUBLISH, RELEASE, STEP, STEP_AHEAD
 
+KEEP_TIMEOUT_S = 60.0
 MAX_FAILURES = 2
 """A batch whose computation fails so often is rejected: once may be the node's fault."""
 
@@ -75,12 +77,10 @@ class ActionRunner:
         stream: str,
         begun_after: int,
         tasks: asyncio.TaskGroup,
-        held_out: Sequence[LabelledTokens] = (),
-        name: str = "trainer",
+        outbox: Outbox,
+        evaluator: Evaluator,
     ) -> None:
-        """`stream`: identity of the training stream; `begun_after`: the sequence before the run's first;
-        `held_out`: examples that versions are evaluated on; `name`: this trainer's, as of a gateway.
-        """
+        """`stream`: identity of the training stream; `begun_after`: the sequence before the run's first."""
         self._settings = settings
         assert settings.learning_rate is not None, "the trainer has chosen one"
         self._learning_rate = LearningRate(
@@ -90,14 +90,15 @@ class ActionRunner:
             num_batches=settings.learning_rate_batches,
             final=settings.final_learning_rate,
         )
+        self._bus = bus
         self._book = book
         self._begun_after = begun_after
         self._tasks = tasks
-        self.outbox = Outbox(bus)
+        self.outbox = outbox
         self.progress = Progress(self.outbox, book, newest.folder_of)
         self.look: Callable[[], None] = lambda: None
         """Called after a node has decided something: whoever decides for several nodes looks at them."""
-        self.evaluator = Evaluator(held_out, name=name, bus=bus, clock=clock, outbox=self.outbox)
+        self._evaluator = evaluator
         self.changed = asyncio.Event()
         """Set when whoever waits for room, nodes or batches should look again."""
         self.rejections = Rejections(
@@ -108,7 +109,7 @@ class ActionRunner:
             tasks=tasks,
         )
         self._verdicts = Verdicts(
-            files, evaluator=self.evaluator, shares_weights=settings.shares_weights, tasks=tasks
+            files, evaluator=evaluator, shares_weights=settings.shares_weights, tasks=tasks
         )
         self._checkpointing = Checkpointing(
             settings,
@@ -157,17 +158,13 @@ class ActionRunner:
                     self.outbox.post(PUBLISH.at(node=node.node), message)
                 case Release(version=version):
                     self._release(node, version)
+                case Keep(version=version):
+                    self._tasks.create_task(self._keep(node, version))
                 case Evaluate(version=version):
                     told = partial(self._note_evaluated, node, node.epoch, version)
-                    self.evaluator.begin(node.node, version, told)
-                case Withheld(version=version, loss=loss, limit=limit):
-                    log.error(
-                        "node %d: version %d is not served: held-out loss %.4f is above %.4f",
-                        node.node,
-                        version,
-                        loss,
-                        limit,
-                    )
+                    self._evaluator.begin(node.node, version, told)
+                case Withheld(version=version, reason=reason):
+                    log.error("node %d: version %d is not served: %s", node.node, version, reason)
                 case SaveAbandoned(version=version, reason=reason):
                     log.error("node %d: no checkpoint of version %d: %s", node.node, version, reason)
                 case Restore():
@@ -254,11 +251,26 @@ class ActionRunner:
         for stage in range(node.num_stages):
             self.outbox.post(RELEASE.at(node=node.node, stage=stage), message)
 
-    def _note_evaluated(self, node: NodeTraining, epoch: int, version: int, loss: float | None) -> None:
-        self.run(node, node.evaluated(epoch, version, loss))
-        if loss is not None and epoch == node.epoch:
-            may_serve, rise = node.publishing.published == version, node.publishing.rise(loss)
-            self._verdicts.add(node.node, Verdict(version, loss, may_serve=may_serve, rise=rise))
+    async def _keep(self, node: NodeTraining, version: int) -> None:
+        epoch = node.epoch
+        refusals = await ask_all(
+            self._bus,
+            KEEP,
+            KeepVersion(epoch=epoch, version=version),
+            node=node.node,
+            num_stages=node.num_stages,
+            timeout_s=KEEP_TIMEOUT_S,
+        )
+        for stage, reason in refusals.items():
+            log.warning("node %d, stage %d does not keep version %d: %s", node.node, stage, version, reason)
+        self.run(node, node.kept(epoch, version, not refusals))
+
+    def _note_evaluated(self, node: NodeTraining, epoch: int, version: int, losses: Losses | None) -> None:
+        self.run(node, node.evaluated(epoch, version, losses))
+        if losses is not None and epoch == node.epoch:
+            publishing = node.publishing
+            may_serve, rise = publishing.published == version, publishing.rise(losses.held_out)
+            self._verdicts.add(node.node, Verdict(version, losses, may_serve=may_serve, rise=rise))
 
     def _skipped(self, skipped: Skipped) -> None:
         """Put the skipped batch aside: applied, it would have ruined the weights."""

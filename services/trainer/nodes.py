@@ -4,8 +4,8 @@ import itertools
 
 from services.trainer.actions import ActionRunner
 from services.trainer.batches import BatchBook
-from services.trainer.node.publishing import PublishingRules
 from services.trainer.node.training import NodeTraining, Rules
+from services.trainer.publication.publishing import PublishingRules
 from services.trainer.replicas import are_going_back
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Bus, Incoming
@@ -56,8 +56,9 @@ class Nodes:
             publishing=PublishingRules(
                 serving=settings.serving,
                 max_kept=settings.max_kept_versions,
-                evaluate_every=settings.evaluate_every if settings.held_out else 0,
+                evaluate_every=settings.evaluate_every if settings.is_guarded else 0,
                 max_rise=settings.max_held_out_rise,
+                max_samples_rise=settings.max_samples_rise,
             ),
         )
         self._settings = settings
@@ -153,13 +154,16 @@ class Nodes:
 
 def _weights_of(node: NodeTraining) -> NodeWeights:
     publishing, withheld = node.publishing, node.publishing.last_withheld
+    losses = None if publishing.published is None else publishing.losses.get(publishing.published)
     return NodeWeights(
         node=node.node,
         version=node.version,
         durable_version=node.durable_version,
         published=publishing.published,
-        held_out_loss=None if publishing.published is None else publishing.losses.get(publishing.published),
+        held_out_loss=losses.held_out if losses else None,
+        samples_loss=losses.samples if losses else None,
         num_withheld=publishing.num_withheld,
         last_withheld=withheld.version if withheld else None,
+        why_withheld=withheld.reason if withheld else "",
         halt_reason=node.halt_reason,
     )

@@ -9,7 +9,7 @@
     actions           carries out what nodes decide: messages (outbox), learning rates (learning_rate),
                       batches that are not used (rejections)
       checkpoints/      what is durable, and the way back to it
-      evaluator         has nodes score the held-out examples (evaluation, held_out)
+      publication/      which versions may serve: has nodes score examples
       progress          tells publishers what becomes of batches
     weights_requests  people ask for versions, or to go back to one
 
@@ -18,6 +18,7 @@ This file puts them together.
 
 import asyncio
 import logging
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,11 +30,16 @@ from services.trainer.checkpoints.files import CONFIG_FILE, MODEL_FILES, Checkpo
 from services.trainer.checkpoints.manifests import all_apart, ledger_of, only_newest
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.retention import Retention
-from services.trainer.held_out import read_held_out
 from services.trainer.intake import Intake
 from services.trainer.learning_rate import suitable_rate
 from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
+from services.trainer.outbox import Outbox
+from services.trainer.publication.evaluator import Evaluator, GuardExamples
+from services.trainer.publication.held_out import read_held_out
+from services.trainer.publication.openings import openings
+from services.trainer.publication.samples import Samples
+from services.trainer.publication.samples_file import read_samples, write_samples
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
 from services.trainer.weights_requests import WeightsRequests
@@ -41,9 +47,14 @@ from shared import checkpoints
 from shared.bus.base import Bus, Subscription
 from shared.clock import Clock
 from shared.disk import on_disk
+from shared.encoding import ExampleEncoder
 from shared.model_files import approximate_num_weights, resolve
+from shared.settings import EMBEDDED_MODEL
 from shared.subjects import DURABLE_VERSIONS, HEARTBEAT, NODE_WEIGHTS, REPORT, ROLLBACK, TRAIN_STATUS
 from shared.telemetry import Telemetry
+
+NUM_SAMPLES = 16
+"""Texts that a model writes to be guarded by, where nobody says how many."""
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +82,9 @@ class Trainer:
         self._clock = clock
         self._telemetry = telemetry
         self._intake = intake or Intake.load(settings, model_folder, clock)
-        self._held_out = (
-            read_held_out(Path(settings.held_out), self._intake.encoder) if settings.held_out else []
+        self._examples = _guard_examples(settings, self._intake.encoder)
+        settings = self._settings = settings.model_copy(
+            update={"guard_samples": len(self._examples.openings)}
         )
         self._files = CheckpointFiles(
             settings.checkpoint_dir,
@@ -98,7 +110,18 @@ class Trainer:
             partial(self._files.begun_after, stream, self._settings.train_from, has_checkpoints=bool(found))
         )
         book = BatchBook(ledger_of(found.values(), begun_after=begun_after))
+        read = partial(read_samples, self._files.root, model=self._settings.model)
+        samples = await on_disk(read) if self._examples.openings else None
         async with asyncio.TaskGroup() as tasks:
+            outbox = Outbox(self._bus)
+            evaluator = Evaluator(
+                replace(self._examples, samples=samples),
+                name=f"trainer-{term}",
+                bus=self._bus,
+                clock=self._clock,
+                outbox=outbox,
+                keep=lambda written: self._keep_samples(written, tasks),
+            )
             actions = ActionRunner(
                 self._settings,
                 bus=self._bus,
@@ -109,15 +132,23 @@ class Trainer:
                 stream=stream.identity,
                 begun_after=begun_after,
                 tasks=tasks,
-                held_out=self._held_out,
-                name=f"trainer-{term}",
+                outbox=outbox,
+                evaluator=evaluator,
             )
             nodes = Nodes(
                 self._settings, bus=self._bus, clock=self._clock, book=book, actions=actions, term=term
             )
             if self._settings.shares_weights:
                 actions.look = self._merging(book, actions, nodes, term, tasks).look
+            if self._examples:
+                await evaluator.subscribe()
+                tasks.create_task(evaluator.run())
             await self._work(book, actions, nodes, tasks, stream=stream.identity)
+
+    def _keep_samples(self, samples: Samples, tasks: asyncio.TaskGroup) -> None:
+        tasks.create_task(
+            on_disk(partial(write_samples, self._files.root, samples, model=self._settings.model))
+        )
 
     def _merging(
         self, book: BatchBook, actions: ActionRunner, nodes: Nodes, term: int, tasks: asyncio.TaskGroup
@@ -154,9 +185,6 @@ class Trainer:
             max_pending=self._settings.max_pending,
         )
         tasks.create_task(actions.outbox.run())
-        if self._held_out:
-            await actions.evaluator.subscribe()
-            tasks.create_task(actions.evaluator.run())
         tasks.create_task(nodes.tick())
         tasks.create_task(batches.place())
         subscriptions = await self._listen(actions, nodes, stream)
@@ -188,6 +216,15 @@ class Trainer:
             await self._bus.respond(ROLLBACK.at(), requests.roll_back),
             await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
         ]
+
+
+def _guard_examples(settings: TrainerSettings, encoder: ExampleEncoder) -> GuardExamples:
+    """Collect what versions are evaluated on. Raises ConfigurationError when the file cannot be used."""
+    held_out = read_held_out(Path(settings.held_out), encoder) if settings.held_out else []
+    num_samples = settings.guard_samples
+    if num_samples is None:
+        num_samples = 0 if settings.model == EMBEDDED_MODEL else NUM_SAMPLES
+    return GuardExamples(card=encoder.card, held_out=held_out, openings=openings(encoder, num_samples))
 
 
 def _with_learning_rate(settings: TrainerSettings, model_folder: Path) -> TrainerSettings:

@@ -89,11 +89,19 @@ class TrainerSettings(LemixSettings):
     Requests of so many versions take turns: with 2, a request waits for one other iteration at most.
     """
     held_out: str = ""
-    """A file of examples, one a line; versions that do much worse on them are not served. Empty: no guard."""
-    evaluate_every: int = Field(default=64, ge=1)
-    """Steps of a node between two versions that are evaluated and saved, and then served, with a guard."""
+    """A file of examples, one a line; versions that do much worse on them are not served. Empty: none."""
+    guard_samples: int | None = Field(default=None, ge=0)
+    """Texts that the model writes before it learns; versions that find them far less likely do not serve.
+
+    None: 16, and none of the model that comes with the project, which is there to learn."""
+    evaluate_every: int = Field(default=16, ge=1)
+    """Steps of a node between two versions that are evaluated and saved, and then served, with a guard.
+
+    One is too when there is no more work."""
     max_held_out_rise: float = Field(default=0.05, ge=0)
     """How much higher a version's held-out loss may be, as a share of the lowest that has served."""
+    max_samples_rise: float = Field(default=1.0, ge=0)
+    """How much higher its loss on the model's own samples may be than before any training, in nats."""
     max_pending: int = Field(default=1024, ge=1)
     """Batches held until a checkpoint contains them; reading stops there while checkpoints fail."""
     train_from: TrainFrom = "first"
@@ -119,7 +127,12 @@ class TrainerSettings(LemixSettings):
         """Which weights the stages serve."""
         if self.weights_consistency == "pinned":
             return "pinned"
-        return "published" if self.held_out else "newest"
+        return "published" if self.is_guarded else "newest"
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether versions are evaluated before they serve."""
+        return bool(self.held_out or self.guard_samples)
 
     @model_validator(mode="after")
     def _schedules_have_an_end(self) -> Self:

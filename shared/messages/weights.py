@@ -123,6 +123,8 @@ class DurableVersion(Message):
     """The last of its batches; empty when it has none that it knows the id of."""
     held_out_loss: float | None
     """Mean loss per label on held-out examples, in nats; None: not measured."""
+    samples_loss: float | None = None
+    """On what the model wrote itself before it learnt."""
     may_serve: bool
     """False: a guard has not let it serve."""
     num_ahead: int | None
@@ -155,6 +157,16 @@ class RolledBack(Message):
     """Batches that were in the weights of these nodes; they are done with, and in no weights any more."""
 
 
+class KeepVersion(Message):
+    """Hold on to the present weights, to serve them, until `ReleaseVersion`. trainer -> each stage.
+
+    Answered when they are kept. Refused with 409 when they are of another version than this.
+    """
+
+    epoch: int
+    version: int
+
+
 class PublishVersion(Message):
     """Serve this version, which every stage keeps. trainer -> stage 0."""
 
@@ -184,9 +196,12 @@ class NodeWeights(Message):
     """The version that serves; None: the newest."""
     held_out_loss: float | None
     """The loss of the served version, mean per learnt token, in nats; None: no guard, or not known yet."""
+    samples_loss: float | None
+    """On what the model wrote itself before it learnt."""
     num_withheld: int
     """Versions that the guard has not let serve."""
     last_withheld: int | None
+    why_withheld: str = ""
     halt_reason: str = ""
     """Why the node trains no more; empty: it does."""
 

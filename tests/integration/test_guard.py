@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from services.trainer.publication.samples_file import read_samples
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.clock import SystemClock
+from shared.encoding import LabelledTokens
 from shared.errors import NoResponderError
 from shared.messages.inference import Placed
 from shared.messages.training import TrainingTask
 from shared.messages.weights import NodeWeights, RollBackWeights, WeightsRequest
+from shared.settings import EMBEDDED_MODEL
 from shared.subjects import BATCHES, NODE_WEIGHTS, PLACE, ROLLBACK
 from shared.telemetry import Telemetry
 from tests.integration.test_trainer_with_stages import tensors_in
@@ -43,16 +46,25 @@ def examples_of(batch: Batch) -> list[dict[str, Any]]:
 async def guarded(
     node: Node, model: Path, run_dir: Path, *, num_nodes: int = 1, **settings: Any
 ) -> AsyncIterator[None]:
-    """A trainer with a guard, for which this test plays the scheduler."""
-    turns = cycle(range(num_nodes))
+    """A trainer that has held-out examples."""
     held_out = run_dir / "held_out.jsonl"
     held_out.write_text("\n".join(map(json.dumps, examples_of(HELD_OUT))))
+    given = {"held_out": str(held_out), **settings}
+    async with training(node, model, run_dir, num_nodes=num_nodes, **given):
+        yield
+
+
+@asynccontextmanager
+async def training(
+    node: Node, model: Path, run_dir: Path, *, num_nodes: int = 1, **settings: Any
+) -> AsyncIterator[None]:
+    """A trainer, for which this test plays the scheduler."""
+    turns = cycle(range(num_nodes))
     given: dict[str, Any] = {
         "evaluate_every": 2,
         "checkpoint_every": 2,
         "checkpoint_idle_s": 0.0,
         "keep_checkpoints": 100,
-        "held_out": str(held_out),
         **settings,
     }
     chosen = TrainerSettings(model=str(model), run_dir=run_dir, schedule="1f1b", microbatches=1, **given)
@@ -381,3 +393,51 @@ async def test_nodes_that_share_their_weights_serve_what_any_of_them_was_let_ser
     expected, _ = greedy_reference(model_in(good.folder, model), PROMPT, 12)
     for answer in answers:
         assert (set(answer.versions), answer.token_ids) == ({4}, expected)
+
+
+TEXTS = [{"prompt": "The harbour is", "completion": " closed today."}]
+"""For the model that comes with the project, which has a tokenizer."""
+
+
+async def publish_texts(node: Node, count: int, first: int = 0) -> None:
+    for number in range(first, first + count):
+        body = json.dumps({"id": f"t{number}", "examples": TEXTS}).encode()
+        await node.bus.publish_durable(BATCHES, body)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+async def test_without_a_file_a_version_is_judged_by_what_the_model_wrote_itself(
+    num_stages: int, tmp_path: Path
+) -> None:
+    """The first one is made in time, at rest; the others forget all, also over a restart."""
+    model = Path(EMBEDDED_MODEL)
+    settings = {"guard_samples": 4, "evaluate_every": 100}
+    async with running_node(model, num_stages, tmp_path, **ADAMW) as node:
+        async with training(node, model, tmp_path, learning_rate=1e-5, **settings):
+            first = await weights_when(node, lambda found: found.samples_loss is not None)
+            await publish_texts(node, 1)
+            good = await weights_when(node, lambda found: found.published == 1 and found.samples_loss)
+            assert good.samples_loss == pytest.approx(first.samples_loss, abs=0.05)
+            samples = read_samples(tmp_path / "checkpoints", model=str(model))
+            assert samples is not None and samples.loss == pytest.approx(first.samples_loss, abs=1e-3)
+        async with training(node, model, tmp_path, learning_rate=0.1, **settings):
+            await weights_when(node, lambda found: found.samples_loss == pytest.approx(good.samples_loss))
+            await publish_texts(node, 3, first=1)
+            bad = await weights_when(node, lambda found: found.last_withheld == found.durable_version == 4)
+            answer = await node.complete(PROMPT, max_tokens=8)
+        assert read_samples(tmp_path / "checkpoints", model=str(model)) == samples
+    assert bad.published == 1 and "own samples" in bad.why_withheld
+    served = model_in(folder_of(tmp_path, 1), model)
+    assert (set(answer.versions), answer.token_ids) == ({1}, greedy_reference(served, PROMPT, 8)[0])
+    alone = [loss_on(served, each) for each in samples.examples]
+    mean = sum(loss for loss, _ in alone) / sum(count for _, count in alone)
+    assert good.samples_loss == pytest.approx(mean, abs=1e-3)
+
+
+def loss_on(model: Any, example: LabelledTokens) -> tuple[float, int]:
+    """The summed loss of the labelled tokens by transformers' own forward, and their number."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([example.tokens])).logits[0].log_softmax(-1)
+    rows = torch.tensor(example.label_rows)
+    picked = logprobs[rows, torch.tensor(example.labels)]
+    return -picked.sum().item(), len(example.label_rows)

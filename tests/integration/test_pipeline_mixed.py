@@ -514,7 +514,7 @@ async def test_a_restore_that_takes_too_long_is_refused_and_done_later(
     async with running_node(folder, 2, tmp_path, **ADAMW) as node:
         with monkeypatch.context() as impatient:
             impatient.setattr(training, "RESTORE_DEADLINE_S", 0.0)
-            with pytest.raises(RefusedError, match="not restored within 0 s") as refusal:
+            with pytest.raises(RefusedError, match="not done within 0 s") as refusal:
                 await node.restore(epoch=1)
             assert refusal.value.code == 504
         await node.restore(epoch=2)

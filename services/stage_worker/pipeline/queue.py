@@ -45,6 +45,30 @@ class WorkQueue:
         self._items.append(Work(kind, self._clock.now_s(), run))
         self._wake_one()
 
+    async def do_in_turn(self, work: Callable[[], Awaitable[None]], *, within_s: float) -> None:
+        """Do this between two other ops, unless the asker has gone by then.
+
+        Raises what `work` raises, and TimeoutError.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            if done.done():
+                return
+            try:
+                await work()
+            except Exception as error:
+                if done.done():
+                    raise
+                done.set_exception(error)
+            else:
+                if not done.done():
+                    done.set_result(None)
+
+        self.put(WorkKind.CONTROL, run)
+        async with asyncio.timeout(within_s):
+            await done
+
     async def run(self) -> None:
         """Work for ever.
 

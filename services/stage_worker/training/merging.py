@@ -68,37 +68,13 @@ class Merging:
         self._training.check_epoch_is(order.epoch)  # else a restore may have changed what was being copied
         rendezvous = await self._rendezvous(order.group)
         await self._executor.average(copied, order.group, rendezvous, order.outer)
-        await self._in_turn(order.epoch, partial(self._hold_state, copied, order))
+        hold = partial(self._hold_state, copied, order)
+        await self._queue.do_in_turn(hold, within_s=MERGE_DEADLINE_S)
 
     async def _hold_state(self, mean: Any, order: MergeWeights) -> None:
+        self._training.check_epoch_is(order.epoch)
         await self._executor.hold_state(mean, order.version)
         await self._training.merged(order.version, keep=order.keep)
-
-    async def _in_turn(self, epoch: int, work: Callable[[], Awaitable[None]]) -> None:
-        """Do this between two other ops, unless its asker has gone by then.
-
-        Raises RefusedError when a restore has begun.
-        """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        async def run() -> None:
-            if done.done():
-                return
-            failure = None
-            try:
-                self._training.check_epoch_is(epoch)
-                await work()
-            except Exception as error:  # noqa: BLE001  # the asker gets it
-                failure = error
-            if done.done():
-                return
-            if failure is None:
-                done.set_result(None)
-            else:
-                done.set_exception(failure)
-
-        self._queue.put(WorkKind.CONTROL, run)
-        await done
 
     async def _rendezvous(self, group: MergeGroup) -> str:
         """The address where the members meet.

@@ -32,10 +32,11 @@ from shared.messages.training import (
     TiedGradient,
     TrainingFailed,
 )
-from shared.messages.weights import ReleaseVersion, RestoreWeights, SavedWeights, SaveWeights
+from shared.messages.weights import KeepVersion, ReleaseVersion, RestoreWeights, SavedWeights, SaveWeights
 from shared.tensors.ref import TensorRef
 
 RESTORE_DEADLINE_S = 600.0
+KEEP_DEADLINE_S = 60.0
 NO_ATTRIBUTES: Mapping[str, int] = {}
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class Training:
         await self._bus.subscribe(subjects.BACKWARD.at(**place), self._on_backward)
         await self._bus.respond(subjects.RESTORE.at(**place), self._on_restore)
         await self._bus.respond(subjects.SAVE.at(**place), self._on_save)
+        await self._bus.respond(subjects.KEEP.at(**place), self._on_keep)
         await self._bus.subscribe(subjects.RELEASE.at(**place), self._on_release)
         if self._tied_peer is not None:
             await self._bus.subscribe(subjects.TIED.at(**place), self._on_tied)
@@ -276,6 +278,25 @@ class Training:
         self._kept[self.version] = self.origin if self._is_untouched else None
         return await self._executor.keep()
 
+    async def _on_keep(self, incoming: Incoming[KeepVersion]) -> Done:
+        message = incoming.message
+        self.check_epoch_is(message.epoch)
+        return await self._done_in_turn(partial(self._keep_if_present, message), KEEP_DEADLINE_S)
+
+    async def _keep_if_present(self, message: KeepVersion) -> None:
+        self.check_epoch_is(message.epoch)
+        if message.version != self.version:
+            raise RefusedError(f"this stage is at version {self.version}, not {message.version}", code=409)
+        await self._keep()
+
+    async def _done_in_turn(self, work: Callable[[], Awaitable[None]], within_s: float) -> Done:
+        """Raises RefusedError when it is too late, or what `work` raises."""
+        try:
+            await self._queue.do_in_turn(work, within_s=within_s)
+        except TimeoutError as error:
+            raise RefusedError(f"not done within {within_s:g} s", code=504) from error
+        return Done()
+
     async def _on_release(self, incoming: Incoming[ReleaseVersion]) -> None:
         message = incoming.message
         if message.epoch == self.epoch:
@@ -362,16 +383,9 @@ class Training:
             if weights and weights.checkpoint:
                 self._check_folder(weights.checkpoint)
         self.epoch = message.epoch
-        done = asyncio.get_running_loop().create_future()
-        self._queue.put(WorkKind.CONTROL, partial(self._restore, message, done))
-        try:
-            async with asyncio.timeout(RESTORE_DEADLINE_S):
-                await done
-        except TimeoutError as error:
-            raise RefusedError(f"not restored within {RESTORE_DEADLINE_S:g} s", code=504) from error
-        return Done()
+        return await self._done_in_turn(partial(self._restore, message), RESTORE_DEADLINE_S)
 
-    async def _restore(self, message: RestoreWeights, done: asyncio.Future[None]) -> None:
+    async def _restore(self, message: RestoreWeights) -> None:
         for gradient in self._tied.values():
             await self._executor.discard(gradient)
         self._forget()
@@ -389,8 +403,6 @@ class Training:
         self._leader.begin(message)
         self.restored_epoch = message.epoch
         await self._tell_restored(message, is_same)
-        if not done.done():
-            done.set_result(None)
 
     async def _load(self, weights: SavedWeights) -> None:
         """Go on from these weights, which the stage may hold as they were loaded."""

@@ -64,8 +64,10 @@ class Checkpointing:
 
     async def restore(self, node: NodeTraining, action: Restore) -> None:
         """Have all stages hold the newest checkpoint."""
-        weights = checkpoints.as_saved(self._newest.of(node.node))
+        newest = self._newest.of(node.node)
+        weights = checkpoints.as_saved(newest)
         served, rise = await self._serving(node.node, weights.version)
+        is_judged = newest is None or await on_disk(partial(self._files.is_judged, newest))
         message = RestoreWeights(
             epoch=action.epoch,
             weights=weights,
@@ -83,7 +85,14 @@ class Checkpointing:
         )
         failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
         now_s = self._clock.now_s()
-        restored = node.restored(action.epoch, failure, now_s, served=message.served_version, rise=rise)
+        restored = node.restored(
+            action.epoch,
+            failure,
+            now_s,
+            served=message.served_version,
+            rise=rise,
+            is_judged=is_judged,
+        )
         self._run(node, restored)
 
     async def request_save(self, node: NodeTraining, action: RequestSave) -> None:
@@ -134,7 +143,7 @@ class Checkpointing:
             stream=self._stream,
             merge=self._settings.merging,
             settings=self._settings.told(OF_TRAINING) | _settings_of(action.shards.values()),
-            may_serve=not self._settings.held_out,
+            may_serve=not self._settings.is_guarded,
             wall_s=self._clock.wall_s(),
         )
 
@@ -143,7 +152,7 @@ class Checkpointing:
 
         The loss is given in multiples of the lowest loss.
         """
-        if not self._settings.held_out:
+        if not self._settings.is_guarded:
             return None, 1.0
         async with self._files.in_use:
             serving = await on_disk(partial(self._files.serving, node))

@@ -169,6 +169,11 @@ class CheckpointFiles:
             if manifest and (noted := verdict.noted_in(manifest)) != manifest:
                 checkpoints.write(folder, noted)
 
+    def is_judged(self, checkpoint: Checkpoint) -> bool:
+        """Whether a guard has evaluated it, since it was written perhaps."""
+        manifest = checkpoints.read(checkpoint.folder)
+        return manifest is not None and manifest.is_judged
+
     def prune(self, node: int, *, now_wall_s: float, undecided: Collection[int] = ()) -> None:
         """Remove the node's checkpoints that nothing needs; a guard is `undecided` about some versions."""
         found = checkpoints.checkpoints(self._root, node)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from services.trainer.publication.losses import Losses
 from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
 from shared.checkpoints import Checkpoint, Manifest
@@ -12,14 +13,14 @@ from shared.messages.weights import SavedWeights
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A version's result on the held-out examples."""
+    """A guard's finding about a version."""
 
     version: int
-    loss: float
+    losses: Losses
     may_serve: bool
     """It serves; else it was withheld."""
     rise: float = 1.0
-    """How many times the lowest loss of all that have served its own is."""
+    """How many times the lowest held-out loss of all that have served its own is."""
 
     def noted_in(self, manifest: Manifest) -> Manifest:
         """The version's manifest with this verdict.
@@ -28,7 +29,9 @@ class Verdict:
         each, and the lowest of all counts.
         """
         noted = {
-            "held_out_loss": self.loss,
+            "held_out_loss": self.losses.held_out,
+            "samples_loss": self.losses.samples,
+            "is_judged": True,
             "held_out_rise": max(manifest.held_out_rise, self.rise),
             "may_serve": manifest.may_serve or self.may_serve,
         }

@@ -6,7 +6,7 @@ from functools import partial
 
 from services.trainer.checkpoints.files import CheckpointFiles
 from services.trainer.checkpoints.manifests import Verdict
-from services.trainer.evaluator import Evaluator
+from services.trainer.publication.evaluator import Evaluator
 from shared.disk import on_disk
 
 log = logging.getLogger(__name__)

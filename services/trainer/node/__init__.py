@@ -3,6 +3,5 @@
 training        the node's life: closed, restoring, open; what to feed and when to step
   members         its stages, and which of them live
   saves           when it saves, and how far a checkpoint has come (`save`: one of them)
-  publishing      which weights versions its stages keep, and which one serves
 actions         what can come of that
 """

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.trainer.node.publishing import PublishingAction
+from services.trainer.publication.publishing import PublishingAction
 from shared.messages.training import ShardSaved
 
 

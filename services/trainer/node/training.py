@@ -25,8 +25,9 @@ from services.trainer.node.actions import (
 )
 from services.trainer.node.members import Members
 from services.trainer.node.placed_batches import FedBatch, PlacedBatches
-from services.trainer.node.publishing import Publishing, PublishingRules
 from services.trainer.node.saves import NodeSaves
+from services.trainer.publication.losses import Losses
+from services.trainer.publication.publishing import Publishing, PublishingRules
 from shared.messages.cluster import Heartbeat
 from shared.messages.training import (
     BatchReady,
@@ -236,9 +237,13 @@ class NodeTraining:
             return abandoned + self._advance(now_s)
         is_empty = self._batches.is_empty or (self.is_halted and self.has_nothing_begun)
         is_idle = self.phase == "open" and is_empty
-        return self._saves.request_if_idle(
+        saving = self._saves.request_if_idle(
             self.version, is_idle=is_idle, epoch=self.epoch, num_stages=self.num_stages, now_s=now_s
         )
+        is_at_rest = is_idle and not (self.is_saving or self._is_merging)
+        if is_at_rest and self.publishing.is_guarded and self.version == self.durable_version:
+            return list(self.publishing.at_rest(self.version))
+        return saving
 
     def messages_lost(self) -> list[Action]:
         """The connection was lost and is back: what is on its way may never be reported."""
@@ -256,11 +261,19 @@ class NodeTraining:
         return self._advance(now_s)
 
     def restored(
-        self, epoch: int, failure: str, now_s: float, *, served: int | None = None, rise: float = 1.0
+        self,
+        epoch: int,
+        failure: str,
+        now_s: float,
+        *,
+        served: int | None = None,
+        rise: float = 1.0,
+        is_judged: bool = True,
     ) -> list[Action]:
         """The stages hold the durable checkpoint, or do not (`failure` says why).
 
-        `served`: the version that serves, None: that of the checkpoint; `rise`: see `Publishing.restored`.
+        `served`: the version that serves, None: that of the checkpoint; `rise`: see `Publishing.restored`;
+        `is_judged`: a guard has evaluated the checkpoint's version.
         """
         if self.phase != "restoring" or epoch != self.epoch:
             return []
@@ -269,7 +282,9 @@ class NodeTraining:
             return self._close(f"the restore failed: {failure}")
         self.phase = "open"
         served = self.version if served is None else served
-        return [*self.publishing.restored(served, rise=rise), *self._advance(now_s)]
+        newest_tried = self.version if is_judged else served
+        restored = self.publishing.restored(served, rise=rise, newest_tried=newest_tried)
+        return [*restored, *self._advance(now_s)]
 
     def report(self, report: StageReport, now_s: float) -> list[Action]:
         """Something happened on a stage; what belongs to an earlier life of the node is ignored."""
@@ -296,9 +311,13 @@ class NodeTraining:
                 return self._saves.settle(self.version) + self._advance(now_s)
         return self._advance(now_s)
 
-    def evaluated(self, epoch: int, version: int, loss: float | None) -> list[Action]:
-        """Take the result of `Evaluate`; None: the loss could not be found."""
-        return list(self.publishing.evaluated(version, loss)) if epoch == self.epoch else []
+    def kept(self, epoch: int, version: int, is_kept: bool) -> list[Action]:
+        """Take the result of `Keep`."""
+        return list(self.publishing.kept(version, is_kept)) if epoch == self.epoch else []
+
+    def evaluated(self, epoch: int, version: int, losses: Losses | None) -> list[Action]:
+        """Take the result of `Evaluate`; None: the losses could not be found."""
+        return list(self.publishing.evaluated(version, losses)) if epoch == self.epoch else []
 
     def save_answered(
         self, epoch: int, version: int, refusals: Mapping[int, str], now_s: float

@@ -77,6 +77,7 @@ def weights(node: int, halt_reason: str = "") -> NodeWeights:
         durable_version=0,
         published=None,
         held_out_loss=None,
+        samples_loss=None,
         num_withheld=0,
         last_withheld=None,
         halt_reason=halt_reason,
@@ -90,6 +91,7 @@ def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
         durable_version=128,
         published=64,
         held_out_loss=1.25,
+        samples_loss=0.5,
         num_withheld=2,
         last_withheld=128,
     )
@@ -99,7 +101,7 @@ def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
         console.print(weights_table(WeightsStatus(nodes=(guarded, plain))))
     rows = [line.split() for line in capture.get().splitlines() if "v" in line]
     assert rows[1:] == [
-        ["0", "v130", "v128", "v64", "1.2500", "2", "(v128)"],
+        ["0", "v130", "v128", "v64", "1.2500", "0.5000", "2", "(v128)"],
         ["1", "v5", "v0", "newest"],
     ]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from services.trainer.actions import ActionRunner
@@ -12,6 +13,7 @@ from services.trainer.checkpoints.retention import Retention
 from services.trainer.microbatches import Rows, TrainingBatch
 from services.trainer.node.actions import Action, Closed, Halted
 from services.trainer.node.training import NodeTraining, Rules
+from services.trainer.outbox import Outbox
 from services.trainer.settings import TrainerSettings
 from services.trainer.versions import Ledger
 from shared.messages.training import RejectedBatch
@@ -47,6 +49,7 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
     rows = (Rows(lengths=(2,), tokens=(1, 2), label_rows=(0,), labels=(2,)),)
     pending = Pending(TrainingBatch("b", 1, rows, b"{}"), NoTelemetry(), parent="", ack=no_ack)
     book, bus = BatchBook(Ledger.restore({}, (), 0)), FakeBus()
+    outbox = Outbox(bus)
     rules = Rules(feeding=BY_DEFAULT, checkpoint_every=1, checkpoint_idle_s=1.0)
     node = NodeTraining(0, 1, rules=rules, durable_version=0, epochs=iter(()))
 
@@ -62,6 +65,8 @@ def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[Rejected
                 stream="s",
                 begun_after=0,
                 tasks=tasks,
+                outbox=outbox,
+                evaluator=SimpleNamespace(drop=lambda node: None),
             )
             book.admit(pending)
             for _ in range(times):

@@ -17,8 +17,9 @@ from services.trainer.node.actions import (
     Restore,
     StepsAhead,
 )
-from services.trainer.node.publishing import Evaluate, Publish, PublishingRules
 from services.trainer.node.training import NodeTraining, Rules
+from services.trainer.publication.losses import Losses
+from services.trainer.publication.publishing import Evaluate, Publish, PublishingRules
 from services.trainer.replicas import Decision, Joins, Member, Merge, NodeActions, Shared
 from shared.messages.training import (
     BatchReady,
@@ -335,7 +336,7 @@ def test_a_merged_version_is_kept_and_published() -> None:
 
 def test_a_guard_evaluates_what_nodes_have_merged_which_is_saved_and_nothing_of_one_node() -> None:
     replicas = averaging(1, every=3, publishing=PublishingRules(serving="published", evaluate_every=2)).open()
-    replicas.nodes[0].evaluated(1, 0, 2.0)
+    replicas.nodes[0].evaluated(1, 0, Losses(held_out=2.0))
     for number, batch_id in enumerate("abc", start=1):
         assert replicas.apply(0, batch_id, number) == [Applied(batch_id, number, 1.0)]
 

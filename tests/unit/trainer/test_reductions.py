@@ -14,7 +14,8 @@ from services.trainer.node.actions import (
     Skipped,
     Step,
 )
-from services.trainer.node.publishing import Publish, PublishingRules
+from services.trainer.publication.losses import Losses
+from services.trainer.publication.publishing import Publish, PublishingRules
 from services.trainer.reductions import Reductions
 from services.trainer.replicas import Decision, Joins, Member, NodeActions, Reduce, Shared
 from shared.messages.training import BatchReady, BatchStepped
@@ -132,7 +133,7 @@ def guarded(*, save_every: int, num_nodes: int = 2) -> Replicas:
     guard = PublishingRules(serving="published", evaluate_every=2, max_kept=3)
     replicas = reducing(num_nodes, save_every=save_every, publishing=guard).open(0, 1)
     for number in (0, 1):
-        replicas.nodes[number].evaluated(replicas.nodes[number].epoch, 0, 2.0)
+        replicas.nodes[number].evaluated(replicas.nodes[number].epoch, 0, Losses(held_out=2.0))
     return replicas
 
 

@@ -11,6 +11,8 @@ OF_WHAT_IS_SAVED_AND_SERVED = {
     "weights_consistency",
     "max_kept_versions",
     "held_out",
+    "guard_samples",
+    "max_samples_rise",
     "evaluate_every",
     "max_held_out_rise",
 }

@@ -15,6 +15,7 @@ from services.trainer.microbatches import TrainingBatch
 from services.trainer.node.actions import Action, Restore, WriteCheckpoint
 from services.trainer.outbox import Outbox
 from services.trainer.progress import Progress
+from services.trainer.publication.losses import Losses
 from services.trainer.settings import TrainerSettings
 from shared import checkpoints
 from shared.bus.memory import MemoryBroker, MemoryBus
@@ -39,8 +40,10 @@ class Node:
         self.has_heard.set()
         return []
 
-    def restored(self, epoch: int, failure: str, now_s: float, *, served: int, rise: float) -> list[Action]:
-        self.restored_to = (served, rise)
+    def restored(
+        self, epoch: int, failure: str, now_s: float, *, served: int, rise: float, is_judged: bool
+    ) -> list[Action]:
+        self.restored_to = (served, rise, is_judged)
         return []
 
 
@@ -116,8 +119,8 @@ async def test_what_is_evaluated_by_the_time_others_are_done_with_the_files_stay
 async def test_a_verdict_that_comes_before_its_checkpoint_is_in_it(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as tasks:
         run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
-        run.verdicts.add(0, Verdict(4, 0.5, may_serve=True))
-        run.verdicts.add(1, Verdict(3, 0.5, may_serve=True))
+        run.verdicts.add(0, Verdict(4, Losses(held_out=0.5), may_serve=True))
+        run.verdicts.add(1, Verdict(3, Losses(held_out=0.5), may_serve=True))
         await run.write()
 
     assert run.versions() == {4: True, 3: False}
@@ -127,7 +130,7 @@ async def test_a_verdict_that_comes_before_its_checkpoint_is_in_it(tmp_path: Pat
 async def test_a_node_that_goes_back_has_shown_nothing(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as tasks:
         run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
-        run.verdicts.add(0, Verdict(4, 0.5, may_serve=True))
+        run.verdicts.add(0, Verdict(4, Losses(held_out=0.5), may_serve=True))
     run.verdicts.forget(0)
     await run.write()
 
@@ -141,7 +144,7 @@ async def test_a_node_is_restored_to_serve_what_may_with_what_is_known_of_its_lo
 ) -> None:
     async with asyncio.TaskGroup() as tasks:
         run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
-        run.verdicts.add(0, Verdict(version, 0.5, may_serve=True, rise=1.25))
+        run.verdicts.add(0, Verdict(version, Losses(held_out=0.5), may_serve=True, rise=1.25))
     await run.checkpointing.restore(run.node, Restore(epoch=1, num_stages=0))
 
-    assert run.node.restored_to == (version, 1.25)
+    assert run.node.restored_to == (version, 1.25, version == 3)

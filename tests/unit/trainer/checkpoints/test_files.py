@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from services.trainer.checkpoints.files import CheckpointFiles
 from services.trainer.checkpoints.manifests import Verdict, ledger_of
 from services.trainer.checkpoints.retention import Retention
+from services.trainer.publication.losses import Losses
 from shared import checkpoints, disk
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint
@@ -198,7 +199,11 @@ def test_a_version_that_was_let_serve_says_so_with_its_loss_wherever_its_checkpo
     merged = files_of(tmp_path, merge="average")
     withhold(files, 1, 2, 3)
     withhold(files, 4, node=1)
-    for verdict in (Verdict(2, 0.5, True), Verdict(3, 0.9, False), Verdict(4, 0.4, True)):
+    for verdict in (
+        Verdict(2, Losses(held_out=0.5), True),
+        Verdict(3, Losses(held_out=0.9), False),
+        Verdict(4, Losses(held_out=0.4), True),
+    ):
         merged.note_verdict(0, verdict)
 
     def of_each(node: int) -> list[tuple[int, float | None, bool]]:

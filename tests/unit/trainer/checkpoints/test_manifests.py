@@ -10,6 +10,7 @@ from services.trainer.checkpoints.manifests import (
     rolled_back,
     served_instead,
 )
+from services.trainer.publication.losses import Losses
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
 from shared.errors import ConfigurationError
@@ -26,7 +27,7 @@ def test_the_newest_that_may_serve_serves_instead_of_a_newer_one() -> None:
 
 def test_a_checkpoint_is_known_by_what_its_files_contain() -> None:
     one = manifest(4, sha256_by_file={"a": "1", "b": "2"}, may_serve=False)
-    noted = Verdict(4, 1.5, may_serve=True).noted_in(one)
+    noted = Verdict(4, Losses(held_out=1.5), may_serve=True).noted_in(one)
     again = manifest(4, sha256_by_file={"b": "2", "a": "1"}, created_wall_s=9.0)
     other = manifest(4, sha256_by_file={"a": "1", "b": "3"})
 
@@ -36,9 +37,9 @@ def test_a_checkpoint_is_known_by_what_its_files_contain() -> None:
 def test_of_several_verdicts_on_one_version_the_lowest_loss_counts_and_whoever_lets_it_serve() -> None:
     noted = manifest(8, may_serve=False)
     for verdict in (
-        Verdict(8, 1.0, may_serve=True, rise=1.04),
-        Verdict(8, 1.0, may_serve=False, rise=1.2),
-        Verdict(8, 1.0, may_serve=True, rise=1.0),
+        Verdict(8, Losses(held_out=1.0), may_serve=True, rise=1.04),
+        Verdict(8, Losses(held_out=1.0), may_serve=False, rise=1.2),
+        Verdict(8, Losses(held_out=1.0), may_serve=True, rise=1.0),
     ):
         noted = verdict.noted_in(noted)
     assert (noted.may_serve, noted.held_out_rise) == (True, 1.2)

@@ -22,9 +22,10 @@ from services.trainer.node.actions import (
     StepsAhead,
     WriteCheckpoint,
 )
-from services.trainer.node.publishing import Evaluate, Publish, PublishingRules, Release
 from services.trainer.node.saves import SAVE_DEADLINE_S
 from services.trainer.node.training import STALLED_AFTER_S, NodeTraining, Rules
+from services.trainer.publication.losses import Losses
+from services.trainer.publication.publishing import Evaluate, Publish, PublishingRules, Release
 from shared.messages.training import (
     BatchReady,
     BatchStepped,
@@ -464,7 +465,7 @@ def guarded(*, durable_version: int = 0, served: int | None = None) -> Driver:
     driver.beat(1)
     served_version = durable_version if served is None else served
     assert driver.node.restored(1, "", 0.0, served=served) == [Evaluate(served_version)]
-    assert driver.node.evaluated(1, served_version, 2.0) == []
+    assert driver.node.evaluated(1, served_version, Losses(held_out=2.0)) == []
     return driver
 
 
@@ -522,7 +523,7 @@ def test_what_a_guard_evaluates_is_saved_too() -> None:
     assert driver.place("b")[-2:] == [StepsAhead("b", 2, is_kept=True), RequestSave(1, 2, 2)]
     driver.answer(2)
     assert driver.step("b", 2) == [Applied("b", 2, 1.0), Evaluate(2)]
-    assert driver.node.evaluated(1, 2, 1.0) == [Publish(2)]
+    assert driver.node.evaluated(1, 2, Losses(held_out=1.0)) == [Publish(2)]
 
 
 def test_a_guard_evaluates_no_version_that_cannot_be_saved_and_the_next_that_can() -> None:

@@ -2,7 +2,8 @@
 
 without a guard   kept by a step --applied--> published --no request uses it any more--> released
 with a guard      kept by a step --applied--> evaluated --not much worse--> published
-                  and saved                             '--worse--> withheld, released
+                  and saved, or  ------------^          '--worse--> withheld, released
+                  kept at rest
 
 Nothing here happens while the newest weights serve.
 """
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 
+from services.trainer.publication.losses import Losses
 from shared.messages.training import VersionsServed
 from shared.messages.weights import ServingRule
 
@@ -27,6 +29,10 @@ class PublishingRules:
     max_rise: float = 0.05
     """A version is withheld when its held-out loss is higher by more than this share than the lowest of those
     that have served.
+    """
+    max_samples_rise: float = inf
+    """Or when its loss on what the model wrote itself is higher by more nats per token than it was for the
+    weights that wrote it.
     """
 
 
@@ -45,22 +51,28 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Have every stage keep its weights, which are of this version, as nothing trains; answer with `kept`."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Find this version's loss on the held-out examples; answer with `evaluated`."""
+    """Find this version's losses; answer with `evaluated`."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Withheld:
-    """This version is not served: its held-out loss is above the limit."""
+    """This version is not served."""
 
     version: int
-    loss: float
-    limit: float
+    reason: str
 
 
-PublishingAction = Publish | Release | Evaluate | Withheld
+PublishingAction = Publish | Release | Keep | Evaluate | Withheld
 
 
 class Publishing:
@@ -69,10 +81,10 @@ class Publishing:
     def __init__(self, rules: PublishingRules) -> None:
         self.published: int | None = None
         """None: the newest weights serve."""
-        self.losses: dict[int, float] = {}
-        """Losses on the held-out examples, for kept versions that were evaluated."""
+        self.losses: dict[int, Losses] = {}
+        """Those of kept versions that were evaluated."""
         self._lowest_loss = inf
-        """The lowest loss of all that have served, back to a rollback: small rises must not add up."""
+        """The lowest held-out loss of all that have served, back to a rollback: rises must not add up."""
         self._restored_rise = 1.0
         """See `rise`: of the restored version, when it was let serve."""
         self.num_withheld = 0
@@ -84,6 +96,8 @@ class Publishing:
         self._evaluating: int | None = None
         """The version that is evaluated now, or as soon as its step is done."""
         self._next_due = 0
+        self._newest_tried = 0
+        """The newest version that was evaluated, or was to be."""
 
     @property
     def is_guarded(self) -> bool:
@@ -94,17 +108,21 @@ class Publishing:
         """Whether a guard may let it serve, or has: then it must be there after a crash, too."""
         return self.is_guarded and version in self._kept
 
-    def rise(self, loss: float) -> float:
-        """How many times the lowest loss of all that have served that is; where that is no number, as much as
-        was known of the restored version.
+    def rise(self, held_out: float | None) -> float:
+        """How many times the lowest held-out loss of all that have served that is.
+
+        Where that is no number, it is as much as was known of the restored version.
         """
-        rise = loss / self._lowest_loss if self._lowest_loss > 0 else nan
+        rise = nan if held_out is None or self._lowest_loss <= 0 else held_out / self._lowest_loss
         return rise if isfinite(rise) else self._restored_rise
 
-    def restored(self, version: int, *, rise: float = 1.0) -> list[PublishingAction]:
+    def restored(
+        self, version: int, *, rise: float = 1.0, newest_tried: int | None = None
+    ) -> list[PublishingAction]:
         """All stages serve this version, and keep no other; `rise`: of its loss, when it was let serve.
 
         The lowest loss so far is known by that, on whichever examples the version is evaluated now.
+        `newest_tried`: the newest version that was evaluated before; None: the one that serves.
         """
         if self._rules.serving == "newest":
             return []
@@ -112,6 +130,7 @@ class Publishing:
         self._restored_rise = rise
         self.published, self._kept = version, {version}
         self._next_due = version + self._rules.evaluate_every
+        self._newest_tried = version if newest_tried is None else newest_tried
         return self._evaluate(version) if self.is_guarded else []
 
     def closed(self) -> None:
@@ -128,8 +147,7 @@ class Publishing:
         if self.is_guarded:
             if not self._is_due(version) or self.published not in self.losses:
                 return False
-            self._evaluating = version
-            self._next_due = version + self._rules.evaluate_every
+            self._begin_evaluating(version)
         self._kept.add(version)
         return True
 
@@ -142,6 +160,7 @@ class Publishing:
         self._kept = {kept for kept in self._kept if kept < version}
         if self._evaluating is not None and self._evaluating >= version:
             self._next_due, self._evaluating = self._evaluating, None
+        self._newest_tried = min(self._newest_tried, version - 1)
 
     def applied(self, version: int) -> list[PublishingAction]:
         """All stages have stepped to `version`."""
@@ -153,24 +172,57 @@ class Publishing:
         self._next_due = version + self._rules.evaluate_every
         return self._evaluate(published)  # there is nothing to compare with: its evaluation failed
 
-    def evaluated(self, version: int, loss: float | None) -> list[PublishingAction]:
-        """The mean loss per learnt token of the held-out examples; None: it could not be found."""
+    def at_rest(self, version: int) -> list[PublishingAction]:
+        """Nothing trains, and the newest version is durable: it is evaluated now, if it was not before."""
+        is_ready = self.published in self.losses and len(self._kept) < self._rules.max_kept
+        if self._evaluating is not None or not is_ready or version <= self._newest_tried:
+            return []
+        self._kept.add(version)
+        self._begin_evaluating(version)
+        return [Keep(version)]
+
+    def kept(self, version: int, is_kept: bool) -> list[PublishingAction]:
+        """Every stage was asked to keep that version; `is_kept`: all do."""
+        if version != self._evaluating:
+            return []
+        if is_kept:
+            return [Evaluate(version)]
+        self._evaluating = None
+        return self._release([version])
+
+    def evaluated(self, version: int, losses: Losses | None) -> list[PublishingAction]:
+        """The version's losses; None: they could not be found."""
         if version != self._evaluating or self.published is None:
             return []
         self._evaluating = None
-        if loss is None:
+        if losses is None:
             return [] if version == self.published else self._release([version])
-        self.losses[version] = loss
+        self.losses[version] = losses
         if version == self.published:
-            self._lowest_loss = min(self._lowest_loss, loss / self._restored_rise)
+            self._has_served(losses, rise=self._restored_rise)
             return []
+        if reason := self._too_bad(losses):
+            self.num_withheld += 1
+            self.last_withheld = Withheld(version, reason)
+            return [self.last_withheld, *self._release([version])]
+        self._has_served(losses)
+        return self._publish(version)
+
+    def _too_bad(self, losses: Losses) -> str:
+        """Why a version with these losses must not serve; empty: it may."""
         limit = (1 + self._rules.max_rise) * self._lowest_loss
-        if isfinite(loss) and loss <= limit:
-            self._lowest_loss = min(self._lowest_loss, loss)
-            return self._publish(version)
-        self.num_withheld += 1
-        self.last_withheld = Withheld(version, loss, limit)
-        return [self.last_withheld, *self._release([version])]
+        if losses.held_out is not None and _exceeds(losses.held_out, limit):
+            return f"held-out loss {losses.held_out:.4f} is above {limit:.4f}"
+        if _exceeds(losses.samples_rise, self._rules.max_samples_rise):
+            return (
+                f"its loss on the model's own samples is {losses.samples_rise:.4f} above what it was, more "
+                f"than {self._rules.max_samples_rise:g}"
+            )
+        return ""
+
+    def _has_served(self, losses: Losses, *, rise: float = 1.0) -> None:
+        if losses.held_out is not None:
+            self._lowest_loss = min(self._lowest_loss, losses.held_out / rise)
 
     def served(self, event: VersionsServed) -> list[PublishingAction]:
         """Stage 0 tells what it serves."""
@@ -187,6 +239,10 @@ class Publishing:
     def _is_due(self, version: int) -> bool:
         return self._evaluating is None and version >= self._next_due
 
+    def _begin_evaluating(self, version: int) -> None:
+        self._evaluating = self._newest_tried = version
+        self._next_due = version + self._rules.evaluate_every
+
     def _evaluate(self, version: int) -> list[PublishingAction]:
         self._evaluating = version
         return [Evaluate(version)]
@@ -201,3 +257,8 @@ class Publishing:
         for version in released:
             self.losses.pop(version, None)
         return [Release(version) for version in released]
+
+
+def _exceeds(loss: float, limit: float) -> bool:
+    """Whether it is above the limit, or no number."""
+    return not (isfinite(loss) and loss <= limit)

@@ -1,4 +1,4 @@
-"""The loss of one weights version on the held-out examples: results in, prompts to score out."""
+"""The losses of one weights version on sets of examples: results in, prompts to score out."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,15 +10,21 @@ MAX_ASKED = 16
 
 
 class Evaluation:
-    """One pass over the examples; each is scored by one task, named after it."""
+    """One pass over all examples; each is scored by one task, named after it."""
 
-    def __init__(self, name: str, examples: Sequence[LabelledTokens]) -> None:
+    def __init__(self, name: str, *sets: Sequence[LabelledTokens]) -> None:
         """`name` is this pass's alone."""
-        self._examples = {f"{name}-{number}": example for number, example in enumerate(examples)}
+        self._sets = [
+            [f"{name}-{place}-{number}" for number in range(len(s))] for place, s in enumerate(sets)
+        ]
+        examples = [example for each in sets for example in each]
+        self._examples = dict(
+            zip((task_id for each in self._sets for task_id in each), examples, strict=True)
+        )
         self._unasked = list(reversed(self._examples))
         self._asked: set[str] = set()
-        self._negative_log_likelihood = 0.0
-        self._num_labels = sum(len(example.label_rows) for example in examples)
+        self._scores: dict[str, float] = {}
+        """Negative log-likelihoods, in nats."""
 
     @property
     def asked(self) -> Iterable[str]:
@@ -26,11 +32,11 @@ class Evaluation:
         return self._asked
 
     @property
-    def loss(self) -> float | None:
-        """Mean loss per learnt token, in nats, once everything is scored."""
+    def losses(self) -> list[float | None] | None:
+        """Mean loss per learnt token of each set (None: it is empty), in nats, once all is scored."""
         if self._asked or self._unasked:
             return None
-        return self._negative_log_likelihood / self._num_labels
+        return [self._mean_loss(each) if each else None for each in self._sets]
 
     def next(self) -> dict[str, tuple[int, ...]]:
         """The next prompts to score, by task."""
@@ -50,7 +56,7 @@ class Evaluation:
             self.failed(result.task_id)
             return False
         self._asked.remove(result.task_id)
-        self._negative_log_likelihood -= sum(known)
+        self._scores[result.task_id] = -sum(known)
         return True
 
     def failed(self, task_id: str) -> None:
@@ -58,3 +64,7 @@ class Evaluation:
         if task_id in self._asked:
             self._asked.remove(task_id)
             self._unasked.append(task_id)
+
+    def _mean_loss(self, task_ids: Sequence[str]) -> float:
+        num_labels = sum(len(self._examples[task_id].label_rows) for task_id in task_ids)
+        return sum(self._scores[task_id] for task_id in task_ids) / num_labels

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from services.trainer.node.publishing import (
+from services.trainer.publication.losses import Losses
+from services.trainer.publication.publishing import (
     Evaluate,
+    Keep,
     Publish,
     Publishing,
     PublishingRules,
@@ -28,7 +30,8 @@ def guarded(*, loss: float | None = 2.0, **rules: Any) -> Publishing:
     given = {"serving": "published", "evaluate_every": 4, "max_rise": 0.1, **rules}
     publishing = Publishing(PublishingRules(**given))
     assert publishing.restored(0) == [Evaluate(0)]
-    assert publishing.evaluated(0, loss) == []
+    losses = None if loss is None else Losses(held_out=loss)
+    assert publishing.evaluated(0, losses) == []
     return publishing
 
 
@@ -119,7 +122,7 @@ def test_a_closed_node_publishes_nothing() -> None:
     assert publishing.begin_keeping(4)
     publishing.applied(4)
     publishing.closed()
-    assert publishing.evaluated(4, 1.0) == []
+    assert publishing.evaluated(4, Losses(held_out=1.0)) == []
     assert publishing.served(served(0)) == []
     assert not publishing.begin_keeping(5)
 
@@ -128,7 +131,7 @@ def test_guarded_a_version_is_evaluated_every_so_many_steps_and_then_published()
     publishing = guarded()
     assert steps(publishing, 1, 6) == [Evaluate(4)]
     assert publishing.published == 0
-    assert publishing.evaluated(4, 2.2) == [Publish(4)]
+    assert publishing.evaluated(4, Losses(held_out=2.2)) == [Publish(4)]
     assert publishing.served(served(4, 4)) == [Release(0)]
     assert steps(publishing, 7, 9) == [Evaluate(8)]
 
@@ -137,37 +140,39 @@ def test_guarded_a_version_is_evaluated_every_so_many_steps_and_then_published()
 def test_guarded_a_worse_version_is_withheld(loss: float) -> None:
     publishing = guarded()
     steps(publishing, 1, 4)
-    withheld, release = publishing.evaluated(4, loss)
+    withheld, release = publishing.evaluated(4, Losses(held_out=loss))
     assert isinstance(withheld, Withheld)
     assert withheld.version == 4
-    assert withheld.limit == pytest.approx(2.2)
+    assert withheld.reason == f"held-out loss {loss:.4f} is above 2.2000"
     assert release == Release(4)
     assert (publishing.published, publishing.num_withheld) == (0, 1)
     assert steps(publishing, 5, 8) == [Evaluate(8)]
-    assert publishing.evaluated(8, 1.0) == [Publish(8)]
+    assert publishing.evaluated(8, Losses(held_out=1.0)) == [Publish(8)]
 
 
 def test_guarded_small_rises_do_not_add_up() -> None:
     publishing = guarded(loss=2.0)
     for version, loss in ((4, 2.1), (8, 2.19)):
         steps(publishing, version - 3, version)
-        assert publishing.evaluated(version, loss) == [Publish(version)]
+        assert publishing.evaluated(version, Losses(held_out=loss)) == [Publish(version)]
         publishing.served(served(version, version))
     steps(publishing, 9, 12)
-    withheld, release = publishing.evaluated(12, 2.25)
-    assert (withheld, release) == (Withheld(12, 2.25, pytest.approx(2.2)), Release(12))
+    withheld, release = publishing.evaluated(12, Losses(held_out=2.25))
+    assert (withheld, release) == (Withheld(12, "held-out loss 2.2500 is above 2.2000"), Release(12))
 
 
 def test_guarded_small_rises_do_not_add_up_over_a_restart_whatever_the_examples_are_then() -> None:
     publishing = guarded(loss=2.0)
     steps(publishing, 1, 4)
-    assert publishing.evaluated(4, 2.1) == [Publish(4)]
+    assert publishing.evaluated(4, Losses(held_out=2.1)) == [Publish(4)]
     rise = publishing.rise(2.1)
     publishing.restored(4, rise=rise)
-    assert publishing.evaluated(4, 4.2) == []
+    assert publishing.evaluated(4, Losses(held_out=4.2)) == []
     assert publishing.rise(4.2) == pytest.approx(rise)
     steps(publishing, 5, 8)
-    assert publishing.evaluated(8, 4.41)[0] == Withheld(8, 4.41, pytest.approx(4.4))
+    assert publishing.evaluated(8, Losses(held_out=4.41))[0] == Withheld(
+        8, "held-out loss 4.4100 is above 4.4000"
+    )
 
 
 def test_guarded_what_is_known_of_a_restored_version_stays_until_it_could_be_evaluated() -> None:
@@ -175,7 +180,7 @@ def test_guarded_what_is_known_of_a_restored_version_stays_until_it_could_be_eva
     publishing.restored(0, rise=1.25)
     assert publishing.evaluated(0, None) == []
     steps(publishing, 1, 4)
-    publishing.evaluated(0, 2.0)
+    publishing.evaluated(0, Losses(held_out=2.0))
     assert publishing.rise(2.0) == pytest.approx(1.25)
 
 
@@ -186,20 +191,22 @@ def test_guarded_any_number_is_better_than_a_served_version_without_one(
     publishing = guarded(loss=served_loss)
     assert publishing.rise(served_loss) == 1.0
     steps(publishing, 1, 4)
-    assert isinstance(publishing.evaluated(4, inf)[0], Withheld)
+    assert isinstance(publishing.evaluated(4, Losses(held_out=inf))[0], Withheld)
     steps(publishing, 5, 8)
-    assert publishing.evaluated(8, 5.0) == [Publish(8)]
+    assert publishing.evaluated(8, Losses(held_out=5.0)) == [Publish(8)]
     assert publishing.rise(5.0) == 1.0
 
 
 def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on() -> None:
     publishing = guarded()
     publishing.restored(8)
-    publishing.evaluated(8, 2.0)
+    publishing.evaluated(8, Losses(held_out=2.0))
     assert not publishing.begin_keeping(11)
     assert publishing.begin_keeping(15), "12 is over: training goes on from a later version"
     assert publishing.applied(15) == [Evaluate(15)]
-    assert publishing.evaluated(15, 9.0)[0] == Withheld(15, 9.0, pytest.approx(2.2))
+    assert publishing.evaluated(15, Losses(held_out=9.0))[0] == Withheld(
+        15, "held-out loss 9.0000 is above 2.2000"
+    )
     assert publishing.published == 8
 
 
@@ -209,7 +216,7 @@ def test_guarded_what_serves_or_may_yet_is_wanted_in_a_checkpoint() -> None:
     assert publishing.begin_keeping(4)
     assert publishing.wants_saved(4)
     steps(publishing, 4, 4)
-    publishing.evaluated(4, 9.0)
+    publishing.evaluated(4, Losses(held_out=9.0))
     assert not publishing.wants_saved(4)
     assert not pinned().wants_saved(0), "without a guard whatever is newest serves"
 
@@ -217,7 +224,7 @@ def test_guarded_what_serves_or_may_yet_is_wanted_in_a_checkpoint() -> None:
 def test_guarded_an_evaluation_that_finds_no_room_comes_as_soon_as_there_is() -> None:
     publishing = guarded(max_kept=2)
     steps(publishing, 1, 4)
-    publishing.evaluated(4, 1.0)
+    publishing.evaluated(4, Losses(held_out=1.0))
     assert steps(publishing, 5, 9) == [], "0 and 4 are kept"
     assert publishing.served(served(4, 4)) == [Release(0)]
     assert steps(publishing, 10, 10) == [Evaluate(10)]
@@ -227,7 +234,7 @@ def test_guarded_one_version_is_evaluated_at_a_time() -> None:
     publishing = guarded()
     steps(publishing, 1, 4)
     assert steps(publishing, 5, 9) == []
-    publishing.evaluated(4, 1.0)
+    publishing.evaluated(4, Losses(held_out=1.0))
     publishing.served(served(4, 4))
     assert steps(publishing, 10, 10) == [Evaluate(10)]
 
@@ -235,7 +242,7 @@ def test_guarded_one_version_is_evaluated_at_a_time() -> None:
 def test_guarded_nothing_is_published_before_there_is_something_to_compare_with() -> None:
     publishing = guarded(loss=None)
     assert steps(publishing, 1, 4) == [Evaluate(0)]
-    assert publishing.evaluated(0, 2.0) == []
+    assert publishing.evaluated(0, Losses(held_out=2.0)) == []
     assert steps(publishing, 5, 8) == [Evaluate(8)]
 
 
@@ -248,5 +255,60 @@ def test_guarded_a_version_whose_evaluation_came_to_nothing_is_not_served() -> N
 
 def test_guarded_results_of_other_versions_are_ignored() -> None:
     publishing = guarded()
-    assert publishing.evaluated(3, 0.1) == []
-    assert publishing.losses == {0: 2.0}
+    assert publishing.evaluated(3, Losses(held_out=0.1)) == []
+    assert publishing.losses == {0: Losses(held_out=2.0)}
+
+
+@pytest.mark.parametrize(("rise", "is_served"), [(0.5, True), (0.51, False), (nan, False), (inf, False)])
+def test_guarded_a_version_is_withheld_for_what_the_model_wrote_itself(rise: float, is_served: bool) -> None:
+    publishing = guarded(max_samples_rise=0.5)
+    steps(publishing, 1, 4)
+    first, *_ = publishing.evaluated(4, Losses(held_out=1.0, samples=3.0, samples_rise=rise))
+    assert first == Publish(4) if is_served else isinstance(first, Withheld)
+    assert is_served or "own samples" in first.reason
+
+
+def test_guarded_the_newest_version_is_evaluated_at_rest() -> None:
+    publishing = guarded()
+    steps(publishing, 1, 2)
+    assert publishing.at_rest(2) == [Keep(2)]
+    assert publishing.at_rest(2) == []
+    assert publishing.kept(2, is_kept=True) == [Evaluate(2)]
+    assert publishing.wants_saved(2)
+    assert publishing.evaluated(2, Losses(held_out=1.0)) == [Publish(2)]
+    assert publishing.at_rest(2) == []
+    publishing.served(served(2, 2))
+    assert steps(publishing, 3, 9) == [Evaluate(6)]
+
+
+def test_guarded_what_was_withheld_is_not_evaluated_again_at_rest() -> None:
+    publishing = guarded()
+    steps(publishing, 1, 4)
+    publishing.evaluated(4, Losses(held_out=9.0))
+    assert publishing.at_rest(4) == []
+    publishing.restored(0, newest_tried=4)
+    publishing.evaluated(0, Losses(held_out=2.0))
+    assert publishing.at_rest(4) == []
+    publishing.restored(0, newest_tried=0)
+    publishing.evaluated(0, Losses(held_out=2.0))
+    assert publishing.at_rest(4) == [Keep(4)], "it was never evaluated"
+
+
+def test_guarded_a_version_that_not_every_stage_keeps_at_rest_is_let_go() -> None:
+    publishing = guarded()
+    publishing.at_rest(2)
+    assert publishing.kept(2, is_kept=False) == [Release(2)]
+    assert publishing.kept(2, is_kept=True) == []
+    assert publishing.at_rest(2) == [], "it is not tried for ever"
+    assert publishing.at_rest(3) == [Keep(3)]
+
+
+def test_guarded_nothing_is_evaluated_at_rest_before_there_is_something_to_compare_with() -> None:
+    assert guarded(loss=None).at_rest(2) == []
+
+
+def test_guarded_a_version_made_again_by_another_batch_is_evaluated_at_rest() -> None:
+    publishing = guarded()
+    publishing.begin_keeping(4)
+    publishing.revoke_from(4)
+    assert publishing.at_rest(4) == [Keep(4)]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.evaluation import MAX_ASKED, Evaluation
-from services.trainer.held_out import read_held_out
+from services.trainer.publication.evaluation import MAX_ASKED, Evaluation
+from services.trainer.publication.held_out import read_held_out
 from shared.encoding import ExampleEncoder, LabelledTokens
 from shared.errors import ConfigurationError
 from shared.messages.inference import SequenceResult, TokenLogprob
@@ -22,42 +22,42 @@ def result(task_id: str, *logprobs: float | None) -> SequenceResult:
 
 def test_the_loss_is_the_mean_over_all_learnt_tokens() -> None:
     evaluation = Evaluation("e", EXAMPLES)
-    assert evaluation.next() == {"e-0": (5, 6, 7), "e-1": (1, 2, 3, 4)}
-    assert evaluation.scored(result("e-1", -100.0, -100.0, -4.0))
-    assert evaluation.loss is None
-    assert evaluation.scored(result("e-0", -1.0, -3.0))
-    assert evaluation.loss == pytest.approx((1 + 3 + 4) / 3)
+    assert evaluation.next() == {"e-0-0": (5, 6, 7), "e-0-1": (1, 2, 3, 4)}
+    assert evaluation.scored(result("e-0-1", -100.0, -100.0, -4.0))
+    assert evaluation.losses is None
+    assert evaluation.scored(result("e-0-0", -1.0, -3.0))
+    assert evaluation.losses == [pytest.approx((1 + 3 + 4) / 3)]
 
 
 def test_only_so_many_examples_are_out_at_once() -> None:
     evaluation = Evaluation("e", EXAMPLES[:1] * (MAX_ASKED + 1))
     assert len(evaluation.next()) == MAX_ASKED
     assert evaluation.next() == {}
-    evaluation.scored(result("e-3", -1.0, -1.0))
-    assert list(evaluation.next()) == [f"e-{MAX_ASKED}"]
+    evaluation.scored(result("e-0-3", -1.0, -1.0))
+    assert list(evaluation.next()) == [f"e-0-{MAX_ASKED}"]
 
 
 def test_a_task_that_comes_twice_counts_once() -> None:
     evaluation = Evaluation("e", EXAMPLES[:1])
     evaluation.next()
-    assert evaluation.scored(result("e-0", -1.0, -1.0))
-    assert not evaluation.scored(result("e-0", -9.0, -9.0))
+    assert evaluation.scored(result("e-0-0", -1.0, -1.0))
+    assert not evaluation.scored(result("e-0-0", -9.0, -9.0))
     assert not evaluation.scored(result("another", -9.0, -9.0))
-    assert evaluation.loss == pytest.approx(1.0)
+    assert evaluation.losses == [pytest.approx(1.0)]
 
 
 @pytest.mark.parametrize("logprobs", [(), (-1.0,), (-1.0, None)])
 def test_what_failed_or_came_in_part_is_asked_again(logprobs: tuple[float | None, ...]) -> None:
     evaluation = Evaluation("e", EXAMPLES[:1])
     evaluation.next()
-    assert not evaluation.scored(result("e-0", *logprobs))
-    assert evaluation.loss is None
-    assert list(evaluation.next()) == ["e-0"]
-    evaluation.failed("e-0")
-    evaluation.failed("e-0")
-    assert list(evaluation.next()) == ["e-0"]
-    evaluation.scored(result("e-0", -1.0, -2.0))
-    assert evaluation.loss == pytest.approx(1.5)
+    assert not evaluation.scored(result("e-0-0", *logprobs))
+    assert evaluation.losses is None
+    assert list(evaluation.next()) == ["e-0-0"]
+    evaluation.failed("e-0-0")
+    evaluation.failed("e-0-0")
+    assert list(evaluation.next()) == ["e-0-0"]
+    evaluation.scored(result("e-0-0", -1.0, -2.0))
+    assert evaluation.losses == [pytest.approx(1.5)]
 
 
 ENCODER = ExampleEncoder(

@@ -1,0 +1,10 @@
+"""Which weights versions serve: what has not forgotten too much.
+
+publishing   which versions stages keep, and which one they serve; pure
+evaluator    has nodes score examples (`evaluation`: one pass; pure)
+  samples    what the model wrote itself before it learnt: a guard that needs no file; pure
+               (`samples_file`: on the disk)
+  openings   prompts for that; pure
+  held_out   examples from a file
+losses       what came of it
+"""
