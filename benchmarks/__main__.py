@@ -17,6 +17,7 @@ from benchmarks import (
     forecasts,
     hop,
     layouts,
+    learning,
     merge,
     merge_under_load,
     messages,
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     "decode_step": decode_step.main,
     "hop": hop.main,
     "layouts": layouts.main,
+    "learning": learning.main,
     "between_hosts": between_hosts.main,
     "gateway": gateway.main,
     "messages": messages.main,
@@ -58,6 +60,8 @@ BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     "schedules": schedules.main,
     "delayed_gradients": delayed_gradients.main,
 }
+NEEDS_A_MODEL = {"learning"}
+"""Runs only where it is named."""
 WORK = Path("runs/bench")
 RESULTS = Path("docs/benchmarks")
 
@@ -72,7 +76,7 @@ def main() -> None:
     measures = BENCHMARKS if is_cpu else on_gpu
     if unknown := [name for name in chosen.names if name not in measures]:
         parser.error(f"no benchmark {unknown[0]!r} on {chosen.device}; there are {', '.join(measures)}")
-    for name in chosen.names or measures:
+    for name in chosen.names or measures.keys() - NEEDS_A_MODEL:
         before = report.setting(chosen.device)
         result = uvloop.run(measures[name](WORK))
         path = report.write(name if is_cpu else f"{name}_cuda", before, result, RESULTS)

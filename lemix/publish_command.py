@@ -10,14 +10,17 @@ from lemix.bus import open_bus
 from lemix.printing import say
 from lemix.publishing import BatchLine, publish_batches
 from lemix.run_choice import Target
-from lemix.waiting import AppliedBatches
+from lemix.waiting import AppliedBatches, is_judged, judged_weights
 from services.trainer.intake import id_of
 from shared.bus.base import Bus, Stored
+from shared.messages.weights import NodeWeights
 
 MAX_SHOWN = 5
 """Places in the stream that are listed."""
 FOLLOW_STALL_S = 600.0
 """Without a training step for so long, nobody waits any more."""
+VERDICT_S = 120.0
+"""How long the guard's verdict on what was learnt is waited for."""
 
 
 async def run_publish(
@@ -37,6 +40,8 @@ async def run_publish(
             ids = [batch.batch_id or id_of(at.sequence) for batch, at in zip(batches, stored, strict=True)]
             await _follow(applied, ids, console)
             say(console, f"{target.label}: {_lesson([applied.losses.get(each) for each in ids])}")
+            for line in map(verdict, await judged_weights(bus, VERDICT_S)):
+                say(console, f"{target.label}: {line}")
 
 
 async def _publish(bus: Bus, batches: Sequence[BatchLine], console: Console) -> list[Stored]:
@@ -72,6 +77,16 @@ def _lesson(losses: Sequence[float | None]) -> str:
     tenth = max(1, len(seen) // 10)
     first, last = fmean(seen[:tenth]), fmean(seen[-tenth:])
     return f"trained: loss {first:.3f} at first, {last:.3f} in the end"
+
+
+def verdict(node: NodeWeights) -> str:
+    """Which version a guarded node serves, and what became of its newest one."""
+    serves = f"node {node.node} serves version {node.published}"
+    if not is_judged(node, node.version):
+        return f"{serves}; version {node.version} is not judged yet (lemix status tells)"
+    if (node.last_withheld or 0) > (node.published or 0):
+        return f"{serves}; version {node.last_withheld} is withheld: {node.why_withheld}"
+    return serves
 
 
 def outcome(stored: Sequence[Stored]) -> list[str]:

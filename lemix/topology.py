@@ -152,7 +152,12 @@ def service_specs(
     `num_cores`: of this machine, for the stage workers to share. `inherited`: the launcher's environment;
     the run's settings override it.
     """
-    common = {**inherited, **options.extra_env, **_common_settings(options, nats_url)}
+    common = {
+        **_merge_settings(options),
+        **inherited,
+        **options.extra_env,
+        **_common_settings(options, nats_url),
+    }
 
     def spec(name: str, package: str, settings: Mapping[str, str]) -> ServiceSpec:
         return ServiceSpec(name=name, command=command_of(package), environment={**common, **settings})
@@ -180,6 +185,11 @@ def service_specs(
 def _worker_name(node: int, stage: int, held: int) -> str:
     last = stage + held - 1
     return f"node-{node}-stage-{stage}" if held == 1 else f"node-{node}-stages-{stage}-{last}"
+
+
+def _merge_settings(options: ClusterOptions) -> dict[str, str]:
+    """Several nodes are one model unless someone wants them apart: the same question gets the same answer."""
+    return {"LEMIX_MERGE": "average"} if options.nodes > 1 and options.emulate is None else {}
 
 
 def _common_settings(options: ClusterOptions, nats_url: str) -> dict[str, str]:

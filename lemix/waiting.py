@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Self
 
-from lemix.status import fetch_status
+from lemix.status import fetch_status, fetch_weights
 from shared.bus.base import Bus, Incoming
 from shared.errors import BusError, LemixError
 from shared.messages.cluster import NodeStatus
@@ -18,6 +19,7 @@ from shared.messages.training import (
     BatchProgress,
     BatchRejected,
 )
+from shared.messages.weights import NodeWeights
 from shared.subjects import TRAIN_PROGRESS, TRAIN_STATUS
 
 READY_DEADLINE_S = 60.0
@@ -53,6 +55,29 @@ async def _num_ready(bus: Bus) -> int:
 
 def _is_restored(node: NodeStatus) -> bool:
     return all(stage.epoch > 0 for stage in node.stages)
+
+
+async def judged_weights(bus: Bus, within_s: float) -> list[NodeWeights]:
+    """The weights of nodes with a guard, once it has judged the versions that they have now.
+
+    After `within_s` it may not have.
+    """
+    begun = (await fetch_weights(bus)).nodes
+    versions = {node.node: node.version for node in begun if node.published is not None}
+    found: list[NodeWeights] = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            while versions:
+                found = [node for node in (await fetch_weights(bus)).nodes if node.node in versions]
+                if all(is_judged(node, versions[node.node]) for node in found):
+                    break
+                await asyncio.sleep(POLL_S)
+    return found
+
+
+def is_judged(node: NodeWeights, version: int) -> bool:
+    """Whether the guard has let that version or a later one serve, or has withheld it."""
+    return max(node.published or 0, node.last_withheld or 0) >= version
 
 
 class AppliedBatches:

@@ -86,7 +86,7 @@ class ActionRunner:
         self._learning_rate = LearningRate(
             peak=settings.learning_rate,
             decay=settings.learning_rate_schedule,
-            warmup_batches=settings.warmup_batches,
+            warmup_batches=settings.warmup_batches or 0,
             num_batches=settings.learning_rate_batches,
             final=settings.final_learning_rate,
         )

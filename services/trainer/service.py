@@ -31,7 +31,7 @@ from services.trainer.checkpoints.manifests import all_apart, ledger_of, only_ne
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.retention import Retention
 from services.trainer.intake import Intake
-from services.trainer.learning_rate import suitable_rate
+from services.trainer.learning_rate import suitable_rate, suitable_warmup
 from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
 from services.trainer.outbox import Outbox
@@ -228,10 +228,18 @@ def _guard_examples(settings: TrainerSettings, encoder: ExampleEncoder) -> Guard
 
 
 def _with_learning_rate(settings: TrainerSettings, model_folder: Path) -> TrainerSettings:
-    """The settings with a learning rate, which is logged where nobody has chosen it."""
+    """The settings with a learning rate and a warm-up, which are logged where nobody has chosen the rate."""
     if settings.learning_rate is not None:
         return settings
     num_weights = approximate_num_weights(model_folder)
     rate = suitable_rate(num_weights, is_adapter=settings.adapter != "none")
-    log.info("learning rate %.1e, for about %s weights (LEMIX_LEARNING_RATE changes it)", rate, num_weights)
-    return settings.model_copy(update={"learning_rate": rate})
+    warmup_batches = settings.warmup_batches
+    if warmup_batches is None:
+        warmup_batches = suitable_warmup(settings.learning_rate_batches)
+    log.info(
+        "learning rate %.1e after %d batches of warm-up, for %s weights (LEMIX_LEARNING_RATE changes it)",
+        rate,
+        warmup_batches,
+        num_weights,
+    )
+    return settings.model_copy(update={"learning_rate": rate, "warmup_batches": warmup_batches})

@@ -58,8 +58,8 @@ class TrainerSettings(LemixSettings):
     """The same as on the stages: the learning rate that suits an adapter is another."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How it falls after the warm-up, until `learning_rate_batches`."""
-    warmup_batches: int = Field(default=0, ge=0)
-    """Batches of the run over which the learning rate rises from 0."""
+    warmup_batches: int | None = Field(default=None, ge=0)
+    """Batches of the run over which the learning rate rises from 0; None: a few, none for a given rate."""
     learning_rate_batches: int = Field(default=0, ge=0)
     """Batches of the run after which it has fallen to `final_learning_rate`."""
     final_learning_rate: float = Field(default=0.0, ge=0)
@@ -136,9 +136,10 @@ class TrainerSettings(LemixSettings):
 
     @model_validator(mode="after")
     def _schedules_have_an_end(self) -> Self:
-        if self.learning_rate_schedule != "constant" and self.learning_rate_batches <= self.warmup_batches:
+        warmup_batches = self.warmup_batches or 0
+        if self.learning_rate_schedule != "constant" and self.learning_rate_batches <= warmup_batches:
             raise ValueError(
                 f"learning_rate_schedule={self.learning_rate_schedule} needs learning_rate_batches above "
-                f"warmup_batches={self.warmup_batches}, not {self.learning_rate_batches}"
+                f"warmup_batches={warmup_batches}, not {self.learning_rate_batches}"
             )
         return self

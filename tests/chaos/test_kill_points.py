@@ -78,7 +78,6 @@ def examples(everyday: int) -> settings:
     return settings(
         max_examples=int(ASKED or everyday),
         derandomize=ASKED is None,
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lemix.client import ApiError, Completion
-from lemix.load import PlannedRequest, plan_requests, poisson_arrivals_s, run_requests
+from lemix.load import Outcome, PlannedRequest, plan_requests, poisson_arrivals_s, run_requests
+from lemix.simulation.loop import VirtualClock, run_virtual
 from shared.clock import SystemClock
 
 DONE = Completion(
@@ -79,16 +80,21 @@ class FakeApi:
         return DONE
 
 
-async def test_requests_go_out_at_their_times_whatever_became_of_the_earlier_ones() -> None:
+def test_requests_go_out_at_their_times_whatever_became_of_the_earlier_ones() -> None:
     api = FakeApi()
     plan = [
-        PlannedRequest(at_s=index / 1e4, prompt=p, max_tokens=1)
+        PlannedRequest(at_s=float(index), prompt=p, max_tokens=1)
         for index, p in enumerate(("wait", "bad", "last"))
     ]
     seen: list[str] = []
-    outcomes = await run_requests(
-        api, plan, clock=SystemClock(), on_outcome=lambda outcome: seen.append(outcome.error)
-    )
+
+    async def case() -> list[Outcome]:
+        clock = VirtualClock(asyncio.get_running_loop())
+        return await run_requests(
+            api, plan, clock=clock, on_outcome=lambda outcome: seen.append(outcome.error)
+        )
+
+    outcomes = run_virtual(case())
     assert api.prompts == ["wait", "bad", "last"]
     assert [outcome.error for outcome in outcomes] == ["", "refused", ""]
     assert [outcome.completion for outcome in outcomes] == [DONE, None, DONE]

@@ -176,3 +176,26 @@ def test_libraries_of_stage_workers_start_no_threads_of_their_own_unless_told_ot
 def test_a_wrong_option_is_named(options: ClusterOptions, fault: str) -> None:
     with pytest.raises(ConfigurationError, match=fault):
         options.validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "inherited", "merge"),
+    [
+        (ClusterOptions(nodes=2), {}, "average"),
+        (ClusterOptions(nodes=2), {"LEMIX_MERGE": "none"}, "none"),
+        (ClusterOptions(nodes=2, extra_env={"LEMIX_MERGE": "outer"}), {}, "outer"),
+        (ClusterOptions(nodes=1), {}, None),
+        (ClusterOptions(nodes=2, emulate="llama2-7b@a100"), {}, None),
+    ],
+)
+def test_several_nodes_are_one_model_unless_told_otherwise(
+    options: ClusterOptions, inherited: dict[str, str], merge: str | None
+) -> None:
+    merges = {spec.environment.get("LEMIX_MERGE") for spec in specs_of(options, inherited).values()}
+    assert merges == {merge}
+
+
+def test_emulated_devices_are_not_guarded() -> None:
+    emulated = specs_of(ClusterOptions(emulate="llama2-7b@a100"))["trainer"]
+    assert emulated.environment["LEMIX_GUARD_SAMPLES"] == "0"
+    assert "LEMIX_GUARD_SAMPLES" not in specs_of(ClusterOptions())["trainer"].environment

@@ -7,7 +7,7 @@ import pytest
 from msgspec import structs
 
 from lemix.simulation.loop import run_virtual
-from lemix.waiting import AppliedBatches, ProgressError, wait_nodes_ready
+from lemix.waiting import AppliedBatches, ProgressError, is_judged, judged_weights, wait_nodes_ready
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.messages.cluster import ClusterStatus, NodeStatus, StatusRequest
@@ -21,7 +21,8 @@ from shared.messages.training import (
     BatchProgress,
     BatchRejected,
 )
-from shared.subjects import STATUS, TRAIN_PROGRESS, TRAIN_STATUS
+from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
+from shared.subjects import NODE_WEIGHTS, STATUS, TRAIN_PROGRESS, TRAIN_STATUS
 from tests.support.cluster import heartbeat
 
 
@@ -41,6 +42,52 @@ def test_nodes_are_waited_for_until_the_trainer_has_restored_them() -> None:
 
     run_virtual(case())
     assert list(epochs) == []
+
+
+def weights(node: int, version: int, *, published: int | None, withheld: int | None = None) -> NodeWeights:
+    return NodeWeights(
+        node=node,
+        version=version,
+        durable_version=version,
+        published=published,
+        held_out_loss=None,
+        samples_loss=None,
+        num_withheld=0 if withheld is None else 1,
+        last_withheld=withheld,
+    )
+
+
+def judged_of(*answers: tuple[NodeWeights, ...]) -> list[NodeWeights]:
+    """The nodes, as the trainer tells of them from one time to the next; the last answer comes again."""
+    now = iter(answers)
+
+    async def case() -> list[NodeWeights]:
+        bus, last = MemoryBroker().connect(), answers[-1]
+
+        async def answer(incoming: Incoming[WeightsRequest]) -> WeightsStatus:
+            return WeightsStatus(nodes=next(now, last))
+
+        await bus.respond(NODE_WEIGHTS.at(), answer)
+        found = await judged_weights(bus, 60.0)
+        await bus.close()
+        return found
+
+    return run_virtual(case())
+
+
+def test_a_verdict_is_waited_for_on_every_guarded_node() -> None:
+    both_judged = (weights(0, 4, published=4), weights(1, 6, published=0, withheld=5))
+    waiting = (weights(0, 4, published=0), weights(1, 5, published=0))
+    assert judged_of(waiting, (both_judged[0], waiting[1]), both_judged) == list(both_judged)
+
+
+def test_a_verdict_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    (found,) = judged_of((weights(0, 4, published=0),))
+    assert not is_judged(found, 4)
+
+
+def test_there_is_no_verdict_without_a_guard() -> None:
+    assert judged_of((weights(0, 4, published=None),)) == []
 
 
 def applied(batch_id: str, *, node: int = 0, version: int = 1) -> BatchApplied:

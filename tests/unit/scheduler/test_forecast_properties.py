@@ -34,7 +34,7 @@ PASTS = st.builds(
 """The node is asked at some time, in the middle of what it does."""
 SLACK_S = 1e-9
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def spans(course: Prediction) -> dict[tuple[int, int, int], dict[int, tuple[float, float]]]:

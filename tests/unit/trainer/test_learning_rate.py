@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.trainer.learning_rate import LearningRate, suitable_rate
+from services.trainer.learning_rate import LearningRate, suitable_rate, suitable_warmup
 from services.trainer.settings import TrainerSettings
 from shared.errors import ConfigurationError
 from shared.settings import read_settings
@@ -16,9 +16,9 @@ def test_it_rises_over_the_warm_up_and_stays() -> None:
 @pytest.mark.parametrize(
     ("num_weights", "is_adapter", "rate"),
     [
-        (135_000_000, False, 2e-5),
+        (135_000_000, False, 1e-5),
         (135_000_000, True, 1e-4),
-        (67_500_000, False, 4e-5),
+        (67_500_000, False, 2e-5),
         (7_000_000_000, False, 1e-5),
         (1_000_000, False, 1e-3),
         (1_000_000, True, 1e-3),
@@ -27,6 +27,13 @@ def test_it_rises_over_the_warm_up_and_stays() -> None:
 )
 def test_larger_models_learn_more_gently(num_weights: int | None, is_adapter: bool, rate: float) -> None:
     assert suitable_rate(num_weights, is_adapter=is_adapter) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("num_batches", "expected"), [(0, 8), (100, 8), (5, 4)])
+def test_a_warm_up_that_nobody_chose_is_over_before_the_rate_has_fallen(
+    num_batches: int, expected: int
+) -> None:
+    assert suitable_warmup(num_batches) == expected
 
 
 def test_it_falls_in_a_line() -> None:

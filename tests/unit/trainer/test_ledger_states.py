@@ -278,4 +278,4 @@ class Merged(Batches):
 
 TestApart = Apart.TestCase
 TestMerged = Merged.TestCase
-TestApart.settings = TestMerged.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestApart.settings = TestMerged.settings = settings(max_examples=150, stateful_step_count=40)

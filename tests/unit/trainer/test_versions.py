@@ -96,7 +96,7 @@ IDS = st.one_of(st.none(), st.sampled_from("abcdefgh"))
 STREAM = st.lists(st.tuples(st.integers(1, 3), IDS), max_size=14)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(STREAM, st.lists(STEP, max_size=60))
 def test_each_batch_is_in_the_durable_lineages_exactly_once(messages, steps) -> None:
     sequences, last = [], 0

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -270,7 +270,6 @@ def happenings(draw: st.DrawFn) -> Any:
     )
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(happenings(), st.just("publish")), max_size=60), st.integers(1, 4))
 def test_whatever_happens_a_job_keeps_its_count(events: list[Any], window: int) -> None:
     job = running_job()
@@ -294,7 +293,6 @@ def test_whatever_happens_a_job_keeps_its_count(events: list[Any], window: int) 
         assert (job.status == "succeeded") == (ever_durable == set(range(1, 7)))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_job_whose_batches_come_through_succeeds_whatever_is_lost_on_the_way(data: st.DataObject) -> None:
     """The trainer applies what it gets and saves at times; a message arrives or is lost; asking heals."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import count, pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.openai.tool_calls import (
@@ -118,7 +118,7 @@ def test_a_call_is_given_out_with_its_last_brace() -> None:
     assert ToolCallParser(lambda: "call_1").push(f"<tool_call>{CALL}") == [weather()]
 
 
-on_a_busy_machine = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fifty = settings(max_examples=50)
 
 FRAGMENTS = st.sampled_from(
     [
@@ -142,7 +142,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@on_a_busy_machine
+@fifty
 @given(st.lists(FRAGMENTS, max_size=20).map("".join), st.lists(st.integers(0, 200), max_size=8))
 def test_cuts_change_nothing(text: str, cuts: list[int]) -> None:
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
@@ -171,7 +171,7 @@ SPACES = st.text(" \n", max_size=2)
 CALLS = st.tuples(NAMES, objects(VALUES))
 
 
-@on_a_busy_machine
+@fifty
 @given(st.lists(st.tuples(SPACES, WORDS | CALLS, SPACES), max_size=5))
 def test_tagged_calls_are_those_that_were_written(parts) -> None:
     """Calls and words in any order; words next to each other are one text."""
@@ -191,7 +191,7 @@ def test_tagged_calls_are_those_that_were_written(parts) -> None:
     assert contents(parsed([text])) == expected
 
 
-@on_a_busy_machine
+@fifty
 @given(st.lists(CALLS, min_size=1, max_size=3), SPACES, st.sampled_from(["", "<|python_tag|>"]))
 def test_bare_calls_are_those_that_were_written(calls, space: str, tag: str) -> None:
     written = [json.dumps({"name": name, "parameters": arguments}) for name, arguments in calls]

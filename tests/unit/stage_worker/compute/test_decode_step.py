@@ -146,7 +146,7 @@ def play(data: st.DataObject, nodes: list[Node]) -> None:
 
 
 @pytest.mark.parametrize(("family", "num_stages"), [("llama_tied", 1), ("gpt2", 2)])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_steps_change_no_token(
     data: st.DataObject, family: str, num_stages: int, folder_of: Callable[[str], Path]

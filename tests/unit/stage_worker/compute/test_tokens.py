@@ -200,7 +200,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(stages, {name: each.clone() for name, each in stages[0].named_tensors().items()})
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_steps_ahead_change_no_result(data: st.DataObject, models: Models) -> None:
     """With random arrivals, cancels, preemptions, prefix hits, pieces of prompts and published versions."""

@@ -121,7 +121,7 @@ FAULTS = st.lists(
 SERVING = st.sampled_from(["newest", "published", "pinned"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(COMMANDS, st.integers(1, 3), st.integers(1, 7))
 def test_answers_are_those_of_an_undisturbed_loop(
     commands: list[Command], num_in_flight: int, token_budget: int
@@ -132,7 +132,7 @@ def test_answers_are_those_of_an_undisturbed_loop(
     course.end()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(FAULTS, st.integers(1, 3), st.integers(1, 7), SERVING)
 def test_faults_and_new_weights_leave_nothing_behind_and_no_answer_wrong(
     commands: list[Command], num_in_flight: int, token_budget: int, serving: str
@@ -146,7 +146,7 @@ def test_faults_and_new_weights_leave_nothing_behind_and_no_answer_wrong(
     assert len(course.pipeline.table) == 1, "the stage still knows sequences that are gone"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(FAULTS, st.integers(1, 3), SERVING)
 def test_blocks_that_can_be_found_were_written_with_their_version_by_every_stage(
     commands: list[Command], num_in_flight: int, serving: str

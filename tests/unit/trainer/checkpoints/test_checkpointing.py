@@ -33,7 +33,7 @@ class Node:
 
     def __init__(self) -> None:
         self.has_heard = asyncio.Event()
-        self.restored_to: tuple[int, float] | None = None
+        self.restored_to: tuple[int, float, bool] | None = None
 
     def checkpoint_written(self, version: int, failure: str, now_s: float) -> list[Action]:
         assert failure == ""

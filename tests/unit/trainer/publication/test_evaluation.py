@@ -26,7 +26,7 @@ def test_the_loss_is_the_mean_over_all_learnt_tokens() -> None:
     assert evaluation.scored(result("e-0-1", -100.0, -100.0, -4.0))
     assert evaluation.losses is None
     assert evaluation.scored(result("e-0-0", -1.0, -3.0))
-    assert evaluation.losses == [pytest.approx((1 + 3 + 4) / 3)]
+    assert (evaluation.losses or []) == [pytest.approx((1 + 3 + 4) / 3)]
 
 
 def test_only_so_many_examples_are_out_at_once() -> None:
@@ -43,7 +43,7 @@ def test_a_task_that_comes_twice_counts_once() -> None:
     assert evaluation.scored(result("e-0-0", -1.0, -1.0))
     assert not evaluation.scored(result("e-0-0", -9.0, -9.0))
     assert not evaluation.scored(result("another", -9.0, -9.0))
-    assert evaluation.losses == [pytest.approx(1.0)]
+    assert (evaluation.losses or []) == [pytest.approx(1.0)]
 
 
 @pytest.mark.parametrize("logprobs", [(), (-1.0,), (-1.0, None)])
@@ -57,7 +57,7 @@ def test_what_failed_or_came_in_part_is_asked_again(logprobs: tuple[float | None
     evaluation.failed("e-0-0")
     assert list(evaluation.next()) == ["e-0-0"]
     evaluation.scored(result("e-0-0", -1.0, -2.0))
-    assert evaluation.losses == [pytest.approx(1.5)]
+    assert (evaluation.losses or []) == [pytest.approx(1.5)]
 
 
 ENCODER = ExampleEncoder(

@@ -74,7 +74,7 @@ def attend(
 
 
 @pytest.mark.parametrize("num_windows", [1, 2])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), sliding_window=st.sampled_from([None, 3]))
 def test_windows_change_nothing(data: st.DataObject, num_windows: int, sliding_window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)

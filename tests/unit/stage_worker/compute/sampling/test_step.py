@@ -33,7 +33,7 @@ def sampler_of(dtype: torch.dtype) -> StepSampler:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     samplings=st.lists(SAMPLINGS, min_size=1, max_size=MAX_ROWS),
     index=st.integers(0, 8),

@@ -1,0 +1,35 @@
+"""The lines that tell a person what became of what was published."""
+
+import pytest
+from msgspec import structs
+
+from lemix.publish_command import verdict
+from shared.messages.weights import NodeWeights
+
+WEIGHTS = NodeWeights(
+    node=1,
+    version=6,
+    durable_version=6,
+    published=6,
+    held_out_loss=None,
+    samples_loss=1.5,
+    num_withheld=1,
+    last_withheld=4,
+    why_withheld="it is bad",
+)
+
+
+@pytest.mark.parametrize(
+    ("published", "last_withheld", "line"),
+    [
+        (6, 4, "node 1 serves version 6"),
+        (3, 6, "node 1 serves version 3; version 6 is withheld: it is bad"),
+        (3, 4, "node 1 serves version 3; version 6 is not judged yet (lemix status tells)"),
+        (0, None, "node 1 serves version 0; version 6 is not judged yet (lemix status tells)"),
+    ],
+)
+def test_a_person_is_told_which_version_serves_and_why(
+    published: int, last_withheld: int | None, line: str
+) -> None:
+    now = structs.replace(WEIGHTS, published=published, last_withheld=last_withheld)
+    assert verdict(now) == line
