@@ -13,6 +13,8 @@ from shared.profiles.roofline import ACTIVATION_BYTES, LOGIT_BYTES, WEIGHT_BYTES
 _MASTER_BYTES = 4
 _LEARNING_BYTES = 12
 """For each parameter that trains: AdamW's moments and a batch's gradient, in float32 (docs/training.md)."""
+_NUM_KEPT_VERSIONS = 2
+"""Under a guard: one that serves, and one that is judged."""
 _GIB = 2**30
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ def training_bytes(stage: Stage, dtype: torch.dtype, settings: StageWorkerSettin
     """Bytes that a step needs at most beside the weights, and those of activations in flight."""
     num_trained = sum(tensor.numel() for tensor in stage.trainable_tensors().values())
     # Beside the moments: a microbatch's own gradients, and the copy of the weights that forwards use.
-    learning = num_trained * (_LEARNING_BYTES + 2 * dtype.itemsize)
+    copies = 2 + _NUM_KEPT_VERSIONS
+    learning = num_trained * (_LEARNING_BYTES + copies * dtype.itemsize)
     layers = stage.layers
     per_token = ACTIVATION_BYTES * stage.hidden_size * layers.num_layers
     per_token += layers.is_last * LOGIT_BYTES * stage.vocab_size
