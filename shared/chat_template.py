@@ -16,8 +16,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.clock import Clock
-from shared.errors import ChatTemplateError, ConfigurationError
-from shared.examples import ChatMessage
+from shared.errors import ChatTemplateError, ConfigurationError, RewrittenTurnsError
+from shared.examples import ChatMessage, Conversation
 
 DEFAULT = "default"
 """Name of the template of plain conversations."""
@@ -93,24 +93,60 @@ class ChatTemplate:
         """
         return self._render(messages, tools, add_generation_prompt, self._now(), variables)
 
-    def segments(self, messages: Sequence[ChatMessage]) -> list[Segment]:
+    def segments(self, conversation: Conversation) -> list[Segment]:
         """Cut the rendered conversation where the assistant begins and ends.
 
-        Raises ChatTemplateError when the template refuses the conversation, or when a shorter
-        conversation is not rendered as the beginning of a longer one.
+        Raises ChatTemplateError when the template refuses the conversation, has no words for part of it, or
+        does not render a shorter conversation as the beginning of a longer one.
         """
-        turns = [message.model_dump() for message in messages]
+        messages, tools = conversation.messages, conversation.tools
+        self._check_words_for(conversation)
+        turns = _turns(messages)
         now = self._now()  # one for all pieces: they are compared
         segments: list[Segment] = []
         text = ""
         for position, message in enumerate(messages):
             if message.role == "assistant":
-                for end, learnt in ((position, False), (position + 1, True)):
-                    longer = self._render(turns[:end], None, not learnt, now)
+                for end, is_said in ((position, False), (position + 1, True)):
+                    longer = self._render(turns[:end], tools, not is_said, now)
+                    learnt = is_said and message.is_learnt
                     segments.append(Segment(_continuation(text, longer, position), learnt))
                     text = longer
-        rest = _continuation(text, self._render(turns, None, False, now), len(messages))
+        rest = _continuation(text, self._render(turns, tools, False, now), len(messages))
         return [*segments, Segment(rest, learnt=False)]
+
+    def last_answer(self, conversation: Conversation) -> list[Segment]:
+        """Cut off what the assistant says last of what is learnt, after all before it as at inference.
+
+        For templates that render earlier turns otherwise once later ones follow. Where they also begin an
+        answer otherwise than they render it (with an opened thought), what they begin it with stays.
+        Raises ChatTemplateError when the template refuses the conversation, or nothing is learnt.
+        """
+        messages, tools = conversation.messages, conversation.tools
+        self._check_words_for(conversation)
+        learnt = [position for position, message in enumerate(messages) if message.is_learnt]
+        if not learnt:
+            raise ChatTemplateError("the assistant says nothing that is to be learnt")
+        turns, now, last = _turns(messages), self._now(), learnt[-1]
+        prompt = self._render(turns[:last], tools, True, now)
+        said = self._render(turns[: last + 1], tools, False, now)
+        begin = len(prompt) if said.startswith(prompt) else said.rfind(messages[last].content or "")
+        if begin <= 0:
+            raise ChatTemplateError(f"messages.{last}: the chat template does not render it as it was said")
+        return [Segment(prompt, learnt=False), Segment(said[begin:], learnt=True)]
+
+    def _check_words_for(self, conversation: Conversation) -> None:
+        """Raises ChatTemplateError, naming the field, for what the template would leave out unsaid."""
+        source = self.source(with_tools=bool(conversation.tools))
+        fields: list[tuple[str, str, object]] = [("tools", "tools", conversation.tools)]
+        for position, message in enumerate(conversation.messages):
+            place = f"messages.{position}"
+            fields.append((f"{place}.tool_calls", "tool_calls", message.tool_calls))
+            fields.append((f"{place}.name", "name", message.name))
+            fields.append((f"{place}.reasoning_content", "reasoning", message.reasoning_content))
+        for place, word, value in fields:
+            if value and word not in source:
+                raise ChatTemplateError(f"{place}: the model's chat template has no words for it")
 
     def _render(
         self,
@@ -141,9 +177,13 @@ class ChatTemplate:
         return datetime.fromtimestamp(self._clock.wall_s())
 
 
+def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
+    return [message.model_dump(exclude={"weight"}, exclude_none=True) for message in messages]
+
+
 def _continuation(text: str, longer: str, position: int) -> str:
     if not longer.startswith(text):
-        raise ChatTemplateError(
+        raise RewrittenTurnsError(
             f"messages.{position}: the chat template renders earlier messages differently once later ones "
             "follow, so what the assistant says cannot be told apart"
         )

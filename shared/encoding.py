@@ -1,17 +1,21 @@
 """Examples as tokens: what a stage computes on, and which next tokens count in the loss."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Self
 
-from shared.chat_template import ChatTemplate
+from shared.chat_template import ChatTemplate, Segment
 from shared.chat_template_files import load_chat_template
 from shared.clock import Clock
-from shared.errors import ChatTemplateError, InvalidBatchError
+from shared.errors import ChatTemplateError, InvalidBatchError, RewrittenTurnsError
 from shared.examples import Conversation, Example, PlainText, PromptCompletion, TokenIds
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class ExampleEncoder:
         if self.chat_template is None:
             raise InvalidBatchError("messages cannot be used: the model has no chat template")
         try:
-            segments = self.chat_template.segments(conversation.messages)
+            segments = _segments(self.chat_template, conversation)
         except ChatTemplateError as error:
             raise InvalidBatchError(str(error)) from error
         self._check_size(sum(len(part.text) for part in segments))
@@ -123,6 +127,24 @@ class ExampleEncoder:
                 raise InvalidBatchError(f"token id {token} is not in 0..{self.card.vocab_size - 1}")
         if not encoded.label_rows:
             raise InvalidBatchError("has nothing to learn: no token of a completion or of the assistant")
+
+
+def _segments(template: ChatTemplate, conversation: Conversation) -> list[Segment]:
+    """Cut out all answers, or the last one alone where the template rewrites earlier turns (Qwen 3's does).
+
+    Raises ChatTemplateError.
+    """
+    try:
+        return template.segments(conversation)
+    except RewrittenTurnsError as error:
+        _tell_of_rewriting(str(error))
+        return template.last_answer(conversation)
+
+
+@cache
+def _tell_of_rewriting(reason: str) -> None:
+    """Once for each reason, not for each conversation."""
+    log.warning("of some conversations only the last answer is learnt: %s", reason)
 
 
 def _all_but_first(tokens: Sequence[int]) -> LabelledTokens:

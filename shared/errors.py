@@ -17,6 +17,10 @@ class ChatTemplateError(LemixError):
     """The model's chat template refuses a conversation; the message says why, for the person who sent it."""
 
 
+class RewrittenTurnsError(ChatTemplateError):
+    """The template renders earlier turns otherwise once later ones follow."""
+
+
 class InvalidBatchError(LemixError):
     """A training batch cannot be used; the message is the reason given to its publisher."""
 

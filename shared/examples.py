@@ -2,9 +2,19 @@
 
 from codecs import BOM_UTF8
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from shared.errors import InvalidBatchError
 
@@ -27,17 +37,53 @@ class PromptCompletion(Strict):
     completion: str
 
 
+def _joined_text(content: object) -> object:
+    """Text parts as one text. Raises ValueError naming a part that is not text."""
+    if not isinstance(content, list):
+        return content
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+    if others := [kind for kind in kinds if kind != "text"]:
+        raise ValueError(f"a content part of type {others[0]!r} cannot be learnt, only text")
+    texts = [part.get("text") for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a content part of type 'text' has no text")
+    return "".join(texts)
+
+
 class ChatMessage(Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation, as in OpenAI's files of training examples."""
 
     role: str
-    content: str
+    content: Annotated[str | None, BeforeValidator(_joined_text)] = None
+    reasoning_content: str | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    weight: Literal[0, 1] | None = None
+    """0: the assistant says it, and it is not learnt."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("has neither content nor tool_calls")
+        if self.role != "assistant" and self.weight is not None:
+            raise ValueError(f"weight is for messages of the assistant, not of {self.role!r}")
+        if self.role != "assistant" and self.tool_calls:
+            raise ValueError(f"tool_calls are for messages of the assistant, not of {self.role!r}")
+        return self
+
+    @property
+    def is_learnt(self) -> bool:
+        return self.role == "assistant" and self.weight != 0
 
 
 class Conversation(Strict):
     """Learn what the assistant says."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    parallel_tool_calls: bool | None = None
+    """OpenAI's; what was called together is in the messages, so that it changes nothing."""
 
 
 class PlainText(Strict):
@@ -104,4 +150,5 @@ def first_fault(error: ValidationError, *, kind_at: int) -> str:
     """
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = [str(part) for position, part in enumerate(fault["loc"]) if position != kind_at]
-    return f"{'.'.join(place)}: {fault['msg']}" if place else str(fault["msg"])
+    reason = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{'.'.join(place)}: {reason}" if place else reason

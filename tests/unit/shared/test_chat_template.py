@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from shared.chat_template import ChatTemplate
+from shared.chat_template import ChatTemplate, Segment
 from shared.chat_template_files import load_chat_template
 from shared.clock import SystemClock
-from shared.errors import ChatTemplateError, ConfigurationError
-from shared.examples import ChatMessage
+from shared.errors import ChatTemplateError, ConfigurationError, RewrittenTurnsError
+from shared.examples import ChatMessage, Conversation
 from shared.settings import EMBEDDED_MODEL
 from tests.support.chat_templates import CHATML, GEMMA, LLAMA_3, MISTRAL, QWEN, WITH_GENERATION
 
@@ -196,7 +196,11 @@ def test_values_that_a_template_does_not_expect_are_refused(source: str, given: 
 def test_generation_blocks_do_not_stop_training() -> None:
     chat = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
 
-    learnt = [segment.text for segment in template(WITH_GENERATION).segments(chat) if segment.learnt]
+    learnt = [
+        segment.text
+        for segment in template(WITH_GENERATION).segments(Conversation(messages=chat))
+        if segment.learnt
+    ]
 
     assert learnt == ["b<|im_end|>\n"]
 
@@ -267,3 +271,82 @@ def test_a_chosen_file_that_cannot_be_used_is_named(content, reason: str, tmp_pa
 
 def test_a_model_may_have_no_template(tmp_path: Path) -> None:
     assert load_chat_template(model(tmp_path), FixedClock()) is None
+
+
+def conversation(*messages: dict[str, Any], tools: list[dict[str, Any]] | None = None) -> Conversation:
+    return Conversation.model_validate({"messages": list(messages), "tools": tools})
+
+
+def learnt_of(segments: list[Segment]) -> list[str]:
+    return [segment.text for segment in segments if segment.learnt]
+
+
+def text_of(segments: list[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+ANSWER = {"role": "assistant", "content": "Sunny."}
+LATER = {"role": "user", "content": "And tomorrow?"}
+
+
+def test_a_conversation_with_tools_is_learnt_as_it_is_rendered_at_inference() -> None:
+    qwen, chat = template(QWEN), [QUESTION, call('{"city": "Zürich"}'), RESULT, ANSWER]
+    segments = qwen.segments(conversation(*chat, tools=TOOLS))
+    assert text_of(segments) == qwen.render(chat, tools=TOOLS, add_generation_prompt=False)
+    called, answered = learnt_of(segments)
+    assert called.startswith('\n<tool_call>\n{"name": "weather"') and called.endswith("<|im_end|>\n")
+    assert answered == "Sunny.<|im_end|>\n"
+    for number, learnt in ((1, called), (3, answered)):
+        prompt = qwen.render(chat[:number], tools=TOOLS)
+        whole = qwen.render(chat[: number + 1], tools=TOOLS, add_generation_prompt=False)
+        assert whole == prompt + learnt
+
+
+def test_what_has_no_weight_is_read_and_not_learnt() -> None:
+    chat = [QUESTION, ANSWER | {"weight": 0}, LATER, ANSWER | {"content": "Rain.", "weight": 1}]
+    segments = template(CHATML).segments(conversation(*chat))
+    assert learnt_of(segments) == ["Rain.<|im_end|>\n"]
+    assert "Sunny.<|im_end|>" in text_of(segments)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "field"),
+    [
+        ([QUESTION, ANSWER], TOOLS, "tools"),
+        ([QUESTION, call("{}")], None, r"messages\.1\.tool_calls"),
+        ([QUESTION | {"name": "Anna"}, ANSWER], None, r"messages\.0\.name"),
+        ([QUESTION, ANSWER | {"reasoning_content": "It is June."}], None, r"messages\.1\.reasoning_content"),
+    ],
+)
+def test_what_a_template_has_no_words_for_is_refused_by_name(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, field: str
+) -> None:
+    with pytest.raises(ChatTemplateError, match=rf"^{field}: the model's chat template has no words"):
+        template(CHATML).segments(conversation(*messages, tools=tools))
+
+
+THOUGHTFUL = ANSWER | {"reasoning_content": "It is June."}
+OPENS_A_THOUGHT = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
+
+
+def test_of_a_template_that_drops_earlier_thoughts_the_last_answer_is_learnt() -> None:
+    qwen, chat = template(QWEN), [QUESTION, THOUGHTFUL, LATER, THOUGHTFUL]
+    with pytest.raises(RewrittenTurnsError, match="renders earlier messages differently"):
+        qwen.segments(conversation(*chat))
+    prompt, answer = qwen.last_answer(conversation(*chat))
+    assert prompt == Segment(qwen.render(chat[:3]), learnt=False)
+    assert answer == Segment("<think>\nIt is June.\n</think>\n\nSunny.<|im_end|>\n", learnt=True)
+
+
+def test_an_answer_follows_the_thought_that_the_prompt_opens() -> None:
+    r1, chat = template(OPENS_A_THOUGHT), [QUESTION, ANSWER]
+    with pytest.raises(RewrittenTurnsError):
+        r1.segments(conversation(*chat))
+    prompt, answer = r1.last_answer(conversation(*chat))
+    assert prompt.text == r1.render([QUESTION]) and prompt.text.endswith("<think>\n")
+    assert answer == Segment("Sunny.<|im_end|>\n", learnt=True)
+
+
+def test_a_conversation_without_anything_to_learn_has_no_last_answer() -> None:
+    with pytest.raises(ChatTemplateError, match="nothing that is to be learnt"):
+        template(CHATML).last_answer(conversation(QUESTION, ANSWER | {"weight": 0}))

@@ -124,11 +124,16 @@ def test_text_needs_a_tokenizer_and_messages_need_a_template() -> None:
         encoder(template=None).encode(chat(("assistant", "a")))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_of_a_template_that_rewrites_earlier_turns_the_last_answer_is_learnt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     only_last = "{{ messages[-1].content if messages else '' }}"
+    conversation = chat(("assistant", "a b"), ("user", "b"), ("assistant", "b c"))
 
-    with pytest.raises(InvalidBatchError, match="renders earlier messages differently"):
-        encoder(only_last).encode(chat(("assistant", "a"), ("user", "b")))
+    encoded = [encoder(only_last).encode(conversation) for _ in range(2)]
+
+    assert [each.labels for each in encoded] == [(C,), (C,)]
+    assert len([line for line in caplog.messages if "only the last answer is learnt" in line]) <= 1
 
 
 def test_a_template_may_refuse_a_conversation_and_cannot_reach_the_machine() -> None:
