@@ -80,7 +80,10 @@ def test_the_id_may_be_left_out_and_json_may_begin_with_space() -> None:
         (b'{"examples": [{"token_ids": [1, 2.0]}]}', "examples.0.token_ids.1: Input should be a valid int"),
         (b'{"examples": [{"token_ids": [true, 2]}]}', "examples.0.token_ids.0: Input should be a valid int"),
         (b'{"examples": [{"messages": []}]}', "examples.0.messages: List should have at least 1 item"),
-        (b'{"examples": [{"messages": [{"role": "user"}]}]}', "examples.0.messages.0: has neither content nor tool_calls"),
+        (
+            b'{"examples": [{"messages": [{"role": "user"}]}]}',
+            "examples.0.messages.0: has neither content nor",
+        ),
         (msgpack.packb({"examples": [{"text": b"a"}]}), "examples.0.text: Input should be a valid str"),
         (
             json.dumps({"examples": [{"text": "a"}] * (MAX_EXAMPLES + 1)}).encode(),
