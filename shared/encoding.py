@@ -79,6 +79,11 @@ class ExampleEncoder:
                 return _all_but_first(self._ended(self._text_tokenizer.encode(text)))
             case PromptCompletion(prompt=prompt, completion=completion):
                 self._check_size(len(prompt) + len(completion))
+                if prompt.endswith(" "):
+                    _warn_once(
+                        "some prompts end in a space: most models have it at the beginning of the next word, "
+                        "and learn less from such examples"
+                    )
                 tokenizer = self._text_tokenizer
                 answer = self._ended(tokenizer.encode_part(completion))
                 return _joined([(tokenizer.encode(prompt), False), (answer, True)])
@@ -137,14 +142,14 @@ def _segments(template: ChatTemplate, conversation: Conversation) -> list[Segmen
     try:
         return template.segments(conversation)
     except RewrittenTurnsError as error:
-        _tell_of_rewriting(str(error))
+        _warn_once(f"of some conversations only the last answer is learnt: {error}")
         return template.last_answer(conversation)
 
 
 @cache
-def _tell_of_rewriting(reason: str) -> None:
-    """Once for each reason, not for each conversation."""
-    log.warning("of some conversations only the last answer is learnt: %s", reason)
+def _warn_once(line: str) -> None:
+    """Log the line for the first of many examples."""
+    log.warning(line)
 
 
 def _all_but_first(tokens: Sequence[int]) -> LabelledTokens:

@@ -1,6 +1,7 @@
 """A model's files: where they lie, and what its config says. Never loads torch."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,15 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _SIZE_KEYS = (_LAYERS_KEYS, ("hidden_size", "n_embd", "d_model"), ("vocab_size",))
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
+
+
+FOLDER_ADVICE = "name the folder with config.json, tokenizer.json and the weights as safetensors"
+GGUF_ADVICE = (
+    "load it with transformers (from_pretrained(folder, gguf_file=...)), save_pretrained model and "
+    "tokenizer, and name that folder"
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +56,10 @@ def resolve(model: str, patterns: tuple[str, ...]) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise ConfigurationError(
+            f"{model} is a file: {GGUF_ADVICE if folder.suffix == '.gguf' else FOLDER_ADVICE}"
+        )
     if folder.is_absolute() or model.startswith(("./", "../")):
         raise ConfigurationError(f"model {model!r}: there is no such folder")
     try:
@@ -66,21 +80,79 @@ def name_of(model: str) -> str:
 def read_card(folder: Path, name: str) -> ModelCard:
     """Read the card of the model in `folder`.
 
-    Raises ConfigurationError when config.json is missing or no JSON object, and
-    UnsupportedModelError when it does not say the size of the vocabulary or of the context.
+    Raises ConfigurationError when config.json is missing or no JSON object, and UnsupportedModelError when it
+    does not say the size of the vocabulary or of the context, or that the weights are quantised.
     """
-    config = _read_object(folder / "config.json")
-    generation_file = folder / "generation_config.json"
-    generation = _read_object(generation_file) if generation_file.exists() else {}
-    bos = config.get("bos_token_id")
+    config = _read_config(folder)
+    _refuse_quantised(config, folder)
+    bos, vocab_size = config.get("bos_token_id"), _first_int(config, ("vocab_size",), folder)
     return ModelCard(
         name=name,
         model_type=str(config.get("model_type", "")),
-        vocab_size=_first_int(config, ("vocab_size",), folder),
+        vocab_size=vocab_size,
         context_length=_first_int(config, _CONTEXT_KEYS, folder),
         bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+        eos_token_ids=_end_tokens(config, folder, vocab_size),
     )
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    """Raises ConfigurationError; for what people have instead of a model's folder it says what to do."""
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ConfigurationError(
+                f"{folder} is an adapter without its model: merge them with peft (merge_and_unload, then "
+                "save_pretrained), and name that folder"
+            )
+        if any(folder.glob("*.gguf")):
+            raise ConfigurationError(f"{folder} holds a GGUF file: {GGUF_ADVICE}")
+    return _read_object(folder / "config.json")
+
+
+def _refuse_quantised(config: dict[str, object], folder: Path) -> None:
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict):
+        method = quantised.get("quant_method", "of an unknown kind")
+        raise UnsupportedModelError(
+            f"{folder} has quantised weights ({method}), which can be neither split nor trained: take the "
+            "model in float32, float16 or bfloat16 (or remove quantization_config, if its files are such)"
+        )
+
+
+def _end_tokens(config: dict[str, object], folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text: those of the configs, and the tokenizer's.
+
+    Models come with one that the other does not know, and would never stop.
+    """
+    generation_file = folder / "generation_config.json"
+    generation = _read_object(generation_file) if generation_file.exists() else {}
+    told = _token_ids(generation.get("eos_token_id")) or _token_ids(config.get("eos_token_id"))
+    of_tokenizer = _end_of_tokenizer(folder)
+    if of_tokenizer is None or of_tokenizer in told or not 0 <= of_tokenizer < vocab_size:
+        return told
+    if told:
+        log.warning(
+            "%s: configs end texts with %s, the tokenizer with %d: all do", folder, told, of_tokenizer
+        )
+    return (*told, of_tokenizer)
+
+
+def _end_of_tokenizer(folder: Path) -> int | None:
+    """The id of the tokenizer's end token; None where its files do not tell."""
+    config_file, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    config = _read_object(config_file) if config_file.exists() else {}
+    token = config.get("eos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str) or not file.exists():
+        return None
+    added = _read_object(file).get("added_tokens")
+    known = (
+        {each["content"]: each["id"] for each in added if isinstance(each, dict)}
+        if isinstance(added, list)
+        else {}
+    )
+    found = known.get(name)
+    return found if isinstance(found, int) else None
 
 
 def num_layers(folder: Path) -> int | None:

@@ -12,6 +12,7 @@ from tokenizers.models import BPE, Unigram
 
 from shared.errors import ConfigurationError
 
+_SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """The decoding of bytes that are no whole character."""
 
@@ -48,25 +49,36 @@ def _bytes_of(name: str) -> bytes:
 class TextTokenizer:
     """A `tokenizers.Tokenizer` as the services use it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, begins_texts: bool = True) -> None:
+        """`begins_texts`: whether it may put special tokens before a text, as its file says."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._begin = _before_a_text(tokenizer) if begins_texts else []
         self._tokens: dict[int, tuple[str, bytes]] = {}
         self._alone: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read `folder`/tokenizer.json. Raises ConfigurationError when that cannot be done."""
-        path = folder / "tokenizer.json"
+        """Read `folder`/tokenizer.json, and whether it begins texts from tokenizer_config.json.
+
+        Raises ConfigurationError when that cannot be done.
+        """
+        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
         try:
-            return cls(_showing_tool_calls(Tokenizer.from_file(str(path))))
+            options = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+            begins_texts = options.get("add_bos_token") is not False
+            return cls(_showing_tool_calls(Tokenizer.from_file(str(path))), begins_texts=begins_texts)
         except Exception as error:  # the library raises bare Exception
-            raise ConfigurationError(f"cannot read {path}: {error}") from error
+            raise ConfigurationError(f"cannot read {path}: {error}{_way_out(folder)}") from error
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, with the special tokens that this tokenizer itself puts around a text."""
-        return self._encode(text, add_special_tokens=True)
+        """Tokens of `text` after the special tokens that this tokenizer itself puts before a text, once.
+
+        None follow it: what the model is to go on with has no end yet.
+        """
+        ids = self._encode(text, add_special_tokens=False)
+        return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
 
     def encode_part(self, text: str) -> list[int]:
         """Tokens of a text that goes on another: without special tokens around it."""
@@ -132,6 +144,31 @@ class TextTokenizer:
     def stream(self, context: Sequence[int] = ()) -> "TextStream":
         """Decode tokens as they come, as the continuation of `context` (the prompt's tokens)."""
         return TextStream(self, list(context[-_NUM_CONTEXT_TOKENS:]))
+
+
+def _before_a_text(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    with_special, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    num_before = next(
+        (
+            place
+            for place in range(len(with_special.ids))
+            if with_special.ids[place:][: len(bare.ids)] == bare.ids
+        ),
+        0,
+    )
+    return list(with_special.ids[:num_before])
+
+
+def _way_out(folder: Path) -> str:
+    """Advice for who has other files of a tokenizer."""
+    others = [name for name in _SLOW_TOKENIZER_FILES if (folder / name).exists()]
+    if not others or (folder / "tokenizer.json").exists():
+        return ""
+    return (
+        f". From its {others[0]}, transformers makes one: "
+        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    )
 
 
 def _showing_tool_calls(tokenizer: Tokenizer) -> Tokenizer:

@@ -50,10 +50,13 @@ def load_stage(
         raise ConfigurationError(f"{layers} does not fit a model of {config.num_hidden_layers} layers")
     with _from_pretrained_lock, ExitStack() as files:
         files.enter_context(_no_progress_bar())
+        tensors = _lazy_tensors(folder, files)
+        if config.tie_word_embeddings and _has_own_head(tensors, model_class):
+            config.tie_word_embeddings = False
         model, info = _stage_class(model_class, layers).from_pretrained(
             None,
             config=config,
-            state_dict=_lazy_tensors(folder, files),
+            state_dict=tensors,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             output_loading_info=True,
@@ -220,6 +223,19 @@ def _lazy_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
         file = files.enter_context(safe_open(path, framework="pt"))
         tensors.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
     return tensors
+
+
+def _has_own_head(tensors: Mapping[str, Any], model_class: Any) -> bool:
+    """Whether the files have a head that is not the embedding, although the config calls them tied.
+
+    All stages must say the same: the first one would wait for the last one's gradient of a tied embedding.
+    """
+    for head, embedding in (model_class._tied_weights_keys or {}).items():
+        ending = "." + embedding.rpartition(".weight")[0].rpartition(".")[2] + ".weight"
+        of_embedding = next((name for name in tensors if f".{name}".endswith(ending)), None)
+        if head in tensors and of_embedding is not None:
+            return not torch.equal(tensors[head][:], tensors[of_embedding][:])
+    return False
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from shared.model.index import write_index
 from shared.model.loader import in_published_names, load_stage, model_partition, read_config
 from shared.model.partition import partition
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 ROUND_TRIP = ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gpt-neox", "mixtral"]
 
 
@@ -177,3 +178,21 @@ def test_parameters_are_swapped_in_place(family: str, model_folder: Callable[[st
     for name, parameter in first.items():
         stage.set_parameter(name, parameter)
     assert torch.equal(logits(), before)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_head_of_its_own_counts_on_all_stages_whatever_the_config_says(
+    family: str, is_same: bool, tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(family), folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = next(tensor for name, tensor in tensors.items() if name.endswith(EMBEDDINGS))
+    tensors["lm_head.weight"] = embedding.clone() if is_same else embedding.flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = read_config(folder)
+    stages = [load_stage(folder, layers) for layers in model_partition(config, 2)]
+    assert [stage.tied_embedding_name is not None for stage in stages] == [is_same, is_same]
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(stages[-1].model.get_output_embeddings().weight, whole.lm_head.weight)

@@ -163,3 +163,9 @@ def test_what_is_too_long_in_any_case_is_refused_untokenised(example) -> None:
     words = Untouched(Tokenizer(BPE({"a": 0, " ": 1, "a ": 2}, [("a", " ")])))
     with pytest.raises(InvalidBatchError, match=r"has 1\d+ characters, more than \d+ tokens of at most 2"):
         replace(encoder(), tokenizer=words).encode(example)
+
+
+def test_a_prompt_that_ends_in_a_space_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        encoder().encode(PromptCompletion(prompt="a ", completion="b"))
+    assert len([line for line in caplog.messages if "end in a space" in line]) <= 1

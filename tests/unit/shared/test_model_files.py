@@ -83,3 +83,58 @@ def test_the_number_of_weights_is_known_within_a_factor_of_two(
 def test_a_config_without_sizes_tells_no_number_of_weights(tmp_path: Path) -> None:
     write_config(tmp_path, hidden_size=64, vocab_size=100)
     assert approximate_num_weights(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 2}, {"eos_token_id": None}, (2, 5)),
+        ({"eos_token_id": 2}, None, (2, 5)),
+        ({"eos_token_id": 2}, {"eos_token_id": [3, 5]}, (3, 5)),
+        ({}, None, (5,)),
+    ],
+)
+def test_texts_end_where_the_configs_or_the_tokenizer_say(
+    config: dict[str, object],
+    generation: dict[str, object] | None,
+    expected: tuple[int, ...],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_config(tmp_path, vocab_size=10, n_ctx=8, **config)
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 5, "content": "</s>"}]}')
+    assert read_card(tmp_path, "m").eos_token_ids == expected
+    assert bool(caplog.messages) == (expected == (2, 5))
+
+
+def test_an_end_token_that_the_model_has_no_words_for_ends_nothing(tmp_path: Path) -> None:
+    write_config(tmp_path, vocab_size=5, n_ctx=8, eos_token_id=2)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 5, "content": "</s>"}]}')
+    assert read_card(tmp_path, "m").eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "a_new_one"])
+def test_quantised_weights_are_refused_by_name(method: str, tmp_path: Path) -> None:
+    write_config(tmp_path, vocab_size=5, n_ctx=8, quantization_config={"quant_method": method})
+    with pytest.raises(UnsupportedModelError, match=rf"quantised weights \({method}\)"):
+        read_card(tmp_path, "m")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("adapter_config.json", "merge them with peft"), ("m.gguf", "gguf_file=")]
+)
+def test_what_is_no_whole_model_is_named_with_a_way_out(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigurationError, match=advice):
+        read_card(tmp_path, "m")
+
+
+@pytest.mark.parametrize(("name", "advice"), [("m.gguf", "gguf_file="), ("m.safetensors", "name the folder")])
+def test_a_file_is_no_model(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(ConfigurationError, match=advice):
+        resolve(str(tmp_path / name), CONFIG_FILES)

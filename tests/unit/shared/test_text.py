@@ -1,10 +1,14 @@
 """Tokens to text, one by one: whole characters only, and in the end the same text."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from shared.errors import ConfigurationError
 from shared.settings import EMBEDDED_MODEL
@@ -125,3 +129,39 @@ def test_a_long_list_of_tokens_has_the_text_of_its_parts() -> None:
     ids = BYTE_LEVEL.encode("It was near the sea. ") * 100
     assert len(ids) > 256
     assert BYTE_LEVEL.decode(ids) == "".join(BYTE_LEVEL.decode([token]) for token in ids)
+
+
+def begun_and_ended(folder: Path, **config: object) -> TextTokenizer:
+    """A tokenizer whose file puts <s> before a text and </s> behind it."""
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "hi": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.add_special_tokens(["<s>", "</s>"])
+    words.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return TextTokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "ids"),
+    [
+        ("hi", {}, [0, 2]),
+        ("hi", {"add_bos_token": True}, [0, 2]),
+        ("<s>hi", {}, [0, 2]),
+        ("", {}, [0]),
+        ("hi", {"add_bos_token": False}, [2]),
+        ("<s>hi", {"add_bos_token": False}, [0, 2]),
+    ],
+)
+def test_a_text_begins_once_and_has_no_end(
+    text: str, config: dict[str, object], ids: list[int], tmp_path: Path
+) -> None:
+    assert begun_and_ended(tmp_path, **config).encode(text) == ids
+
+
+def test_who_has_other_files_of_a_tokenizer_is_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot read .*tokenizer\.json: (?!.*transformers makes)"):
+        TextTokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"From its vocab\.json, transformers makes one"):
+        TextTokenizer.load(tmp_path)
