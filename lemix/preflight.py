@@ -24,15 +24,7 @@ def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
     naming the value that is wrong.
     """
     options.validate()
-    specs = service_specs(
-        options,
-        nats_url=options.nats_url or "",
-        port=options.port,
-        shm_dir=default_base(),
-        num_cores=num_cpu_cores(),
-        inherited=inherited,
-    )
-    told = {spec.name: spec.environment for spec in specs}
+    told = environments(options, inherited)
     serving(read_settings(SchedulerSettings, told.pop("scheduler")))
     gateway = read_settings(GatewaySettings, told.pop("gateway"))
     read_settings(TrainerSettings, told.pop("trainer"))
@@ -41,6 +33,19 @@ def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
         check_devices(stage.device for worker in workers for stage in worker.of_stages)
     check_model(workers[0].model, None if options.emulate else options.stages)
     load_chat_template(resolve(gateway.model, CONFIG_FILES), SystemClock(), chosen=gateway.chat_template)
+
+
+def environments(options: ClusterOptions, inherited: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+    """The environment of each service, by its name, but for addresses that are known only at the start."""
+    specs = service_specs(
+        options,
+        nats_url=options.nats_url or "",
+        port=options.port,
+        shm_dir=default_base(),
+        num_cores=num_cpu_cores(),
+        inherited=inherited,
+    )
+    return {spec.name: spec.environment for spec in specs}
 
 
 def check_model(model: str, num_stages: int | None) -> None:

@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import os
 import shlex
+from collections.abc import Mapping
 
 from rich.console import Console
 
 from lemix.devices import num_cpu_cores
 from lemix.launcher import LocalCluster
+from lemix.preflight import environments
 from lemix.topology import ClusterOptions, layout_of
 from services.gateway.access.exposure import is_loopback
+from services.trainer.defaults import training_line, with_defaults
+from services.trainer.settings import TrainerSettings
 from shared.chat_template_files import load_chat_template
 from shared.clock import Clock
-from shared.model_files import TOKENIZER_FILES, name_of, resolve
+from shared.model_files import CONFIG_FILES, TOKENIZER_FILES, name_of, resolve
 from shared.settings import LemixSettings, read_settings
 
 EXAMPLE_PROMPT = "What is the capital of France?"
@@ -29,6 +34,7 @@ async def run_up(options: ClusterOptions, console: Console, clock: Clock) -> Non
         f"starting nodes: {options.nodes}, stages of each: {options.stages}; logs: {options.run_dir / 'logs'}"
     )
     say(layout_of(options, num_cpu_cores()).line)
+    say(await asyncio.to_thread(how_it_trains, options, os.environ))
     async with LocalCluster(options, on_event=say) as cluster:
         settings = read_settings(LemixSettings)
         model = options.model or settings.model
@@ -41,6 +47,12 @@ async def run_up(options: ClusterOptions, console: Console, clock: Clock) -> Non
         say(f"train it:  lemix train publish FILE.jsonl  (NATS is at {cluster.nats_url})")
         say("Ctrl-C stops everything.")
         await cluster.wait_failed()
+
+
+def how_it_trains(options: ClusterOptions, inherited: Mapping[str, str]) -> str:
+    """The learning rate and what else is chosen for the run's model. Blocks; raises ConfigurationError."""
+    settings = read_settings(TrainerSettings, environments(options, inherited)["trainer"])
+    return training_line(with_defaults(settings, resolve(settings.model, CONFIG_FILES)))
 
 
 def access_line(options: ClusterOptions, *, has_keys: bool) -> str:

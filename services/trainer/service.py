@@ -30,8 +30,8 @@ from services.trainer.checkpoints.files import CONFIG_FILE, MODEL_FILES, Checkpo
 from services.trainer.checkpoints.manifests import all_apart, ledger_of, only_newest
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.retention import Retention
+from services.trainer.defaults import training_line, with_defaults
 from services.trainer.intake import Intake
-from services.trainer.learning_rate import suitable_rate, suitable_warmup
 from services.trainer.merging import Merging
 from services.trainer.nodes import Nodes
 from services.trainer.outbox import Outbox
@@ -48,13 +48,9 @@ from shared.bus.base import Bus, Subscription
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.encoding import ExampleEncoder
-from shared.model_files import approximate_num_weights, resolve
-from shared.settings import EMBEDDED_MODEL
+from shared.model_files import resolve
 from shared.subjects import DURABLE_VERSIONS, HEARTBEAT, NODE_WEIGHTS, REPORT, ROLLBACK, TRAIN_STATUS
 from shared.telemetry import Telemetry
-
-NUM_SAMPLES = 16
-"""Texts that a model writes to be guarded by, where nobody says how many."""
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +73,14 @@ class Trainer:
     ) -> None:
         """`intake`: reads batches for another model than that of the settings (None: for that one)."""
         model_folder = resolve(settings.model, (CONFIG_FILE, *MODEL_FILES))
-        settings = self._settings = _with_learning_rate(settings, model_folder)
+        settings = with_defaults(settings, model_folder)
         self._bus = bus
         self._clock = clock
         self._telemetry = telemetry
         self._intake = intake or Intake.load(settings, model_folder, clock)
         self._examples = _guard_examples(settings, self._intake.encoder)
-        settings = self._settings = settings.model_copy(
-            update={"guard_samples": len(self._examples.openings)}
-        )
+        self._settings = settings.model_copy(update={"guard_samples": len(self._examples.openings)})
+        log.info(training_line(self._settings))
         self._files = CheckpointFiles(
             settings.checkpoint_dir,
             model_folder=model_folder,
@@ -221,25 +216,5 @@ class Trainer:
 def _guard_examples(settings: TrainerSettings, encoder: ExampleEncoder) -> GuardExamples:
     """Collect what versions are evaluated on. Raises ConfigurationError when the file cannot be used."""
     held_out = read_held_out(Path(settings.held_out), encoder) if settings.held_out else []
-    num_samples = settings.guard_samples
-    if num_samples is None:
-        num_samples = 0 if settings.model == EMBEDDED_MODEL else NUM_SAMPLES
-    return GuardExamples(card=encoder.card, held_out=held_out, openings=openings(encoder, num_samples))
-
-
-def _with_learning_rate(settings: TrainerSettings, model_folder: Path) -> TrainerSettings:
-    """The settings with a learning rate and a warm-up, which are logged where nobody has chosen the rate."""
-    if settings.learning_rate is not None:
-        return settings
-    num_weights = approximate_num_weights(model_folder)
-    rate = suitable_rate(num_weights, is_adapter=settings.adapter != "none")
-    warmup_batches = settings.warmup_batches
-    if warmup_batches is None:
-        warmup_batches = suitable_warmup(settings.learning_rate_batches)
-    log.info(
-        "learning rate %.1e after %d batches of warm-up, for %s weights (LEMIX_LEARNING_RATE changes it)",
-        rate,
-        warmup_batches,
-        num_weights,
-    )
-    return settings.model_copy(update={"learning_rate": rate, "warmup_batches": warmup_batches})
+    prompts = openings(encoder, settings.guard_samples or 0)
+    return GuardExamples(card=encoder.card, held_out=held_out, openings=prompts)

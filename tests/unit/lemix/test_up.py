@@ -7,7 +7,7 @@ import pytest
 
 from lemix.launcher import LocalCluster
 from lemix.topology import ClusterOptions
-from lemix.up import access_line, curl_line
+from lemix.up import access_line, curl_line, how_it_trains
 from shared.errors import ConfigurationError
 
 
@@ -42,3 +42,10 @@ def test_the_example_can_be_pasted_into_a_shell() -> None:
         "-H",
         "Authorization: Bearer $LEMIX_API_KEY",
     ]
+
+
+def test_the_start_says_how_the_run_trains() -> None:
+    options = ClusterOptions(extra_env={"LEMIX_LEARNING_RATE": "0.01"})
+    assert how_it_trains(options, {"LEMIX_GUARD_SAMPLES": "4"}).startswith(
+        "training: learning rate 1.0e-02, gradients clipped to 1, served once 4 texts"
+    )
