@@ -84,8 +84,9 @@ def verdict(node: NodeWeights) -> str:
     serves = f"node {node.node} serves version {node.published}"
     if not is_judged(node, node.version):
         return f"{serves}; version {node.version} is not judged yet (lemix status tells)"
-    if (node.last_withheld or 0) > (node.published or 0):
-        return f"{serves}; version {node.last_withheld} is withheld: {node.why_withheld}"
+    if node.newest_judged > (node.published or 0):
+        reason = node.why_withheld or "a guard has withheld it before"
+        return f"{serves}; version {node.newest_judged} is withheld: {reason}"
     return serves
 
 

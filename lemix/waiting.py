@@ -62,22 +62,23 @@ async def judged_weights(bus: Bus, within_s: float) -> list[NodeWeights]:
 
     After `within_s` it may not have.
     """
-    begun = (await fetch_weights(bus)).nodes
-    versions = {node.node: node.version for node in begun if node.published is not None}
+    versions: dict[int, int] = {}
     found: list[NodeWeights] = []
     with suppress(TimeoutError):
         async with asyncio.timeout(within_s):
-            while versions:
-                found = [node for node in (await fetch_weights(bus)).nodes if node.node in versions]
-                if all(is_judged(node, versions[node.node]) for node in found):
-                    break
+            while True:
+                with suppress(BusError):  # one answer is not waited for alone
+                    found = [node for node in (await fetch_weights(bus)).nodes if node.published is not None]
+                    versions = {node.node: node.version for node in found} | versions
+                    if all(is_judged(node, versions[node.node]) for node in found):
+                        break
                 await asyncio.sleep(POLL_S)
     return found
 
 
 def is_judged(node: NodeWeights, version: int) -> bool:
     """Whether the guard has let that version or a later one serve, or has withheld it."""
-    return max(node.published or 0, node.last_withheld or 0) >= version
+    return node.newest_judged >= version
 
 
 class AppliedBatches:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -130,23 +131,43 @@ class ChatTemplate:
         turns, now, last = _turns(messages), self._now(), learnt[-1]
         prompt = self._render(turns[:last], tools, True, now)
         said = self._render(turns[: last + 1], tools, False, now)
-        begin = len(prompt) if said.startswith(prompt) else said.rfind(messages[last].content or "")
+        if said.startswith(prompt):
+            begin = len(prompt)
+        else:
+            before = self._render(turns[:last], tools, False, now)
+            begin = _place_of(
+                messages[last], said, prompt, after=len(before) if said.startswith(before) else 0
+            )
         if begin <= 0:
             raise ChatTemplateError(f"messages.{last}: the chat template does not render it as it was said")
         return [Segment(prompt, learnt=False), Segment(said[begin:], learnt=True)]
 
     def _check_words_for(self, conversation: Conversation) -> None:
         """Raises ChatTemplateError, naming the field, for what the template would leave out unsaid."""
-        source = self.source(with_tools=bool(conversation.tools))
-        fields: list[tuple[str, str, object]] = [("tools", "tools", conversation.tools)]
-        for position, message in enumerate(conversation.messages):
-            place = f"messages.{position}"
-            fields.append((f"{place}.tool_calls", "tool_calls", message.tool_calls))
-            fields.append((f"{place}.name", "name", message.name))
-            fields.append((f"{place}.reasoning_content", "reasoning", message.reasoning_content))
-        for place, word, value in fields:
-            if value and word not in source:
-                raise ChatTemplateError(f"{place}: the model's chat template has no words for it")
+        messages, tools = conversation.messages, conversation.tools
+        source = self.source(with_tools=bool(tools))
+        unsaid = ["tools"] if tools and "tools" not in source else []
+        for position, message in enumerate(messages):
+            if message.tool_calls and "tool_calls" not in source:
+                unsaid.append(f"messages.{position}.tool_calls")
+            unsaid += [f"messages.{position}.{field}" for field in self._unsaid_of(messages, position, tools)]
+        if unsaid:
+            raise ChatTemplateError(f"{unsaid[0]}: the model's chat template has no words for it")
+
+    def _unsaid_of(
+        self, messages: Sequence[ChatMessage], position: int, tools: Sequence[Json] | None
+    ) -> list[str]:
+        """Fields of a message without which it would be rendered just the same."""
+        turns, now = _turns(messages[: position + 1]), self._now()
+        present = [field for field in ("name", "reasoning_content") if field in turns[-1]]
+        if not present:
+            return []
+        whole = self._render(turns, tools, False, now)
+        return [
+            field
+            for field in present
+            if self._render([*turns[:-1], _without(turns[-1], field)], tools, False, now) == whole
+        ]
 
     def _render(
         self,
@@ -179,6 +200,21 @@ class ChatTemplate:
 
 def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
     return [message.model_dump(exclude={"weight"}, exclude_none=True) for message in messages]
+
+
+def _place_of(message: ChatMessage, said: str, prompt: str, *, after: int) -> int:
+    """Where the message's text begins in `said`, which begins like the prompt, but not as far; -1: nowhere.
+
+    It is not taken for a mark around it that reads like it.
+    """
+    text = (message.content or "").strip()
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, said, strict=False)))
+    within = said.rfind(text, after, common + len(text))
+    return within if within >= 0 else said.find(text, common)
+
+
+def _without(turn: Json, field: str) -> Json:
+    return {key: value for key, value in turn.items() if key != field}
 
 
 def _continuation(text: str, longer: str, position: int) -> str:

@@ -85,7 +85,7 @@ class ExampleEncoder:
                         "and learn less from such examples"
                     )
                 tokenizer = self._text_tokenizer
-                answer = self._ended(tokenizer.encode_part(completion))
+                answer = self._ended(tokenizer.encode_next(completion))
                 return _joined([(tokenizer.encode(prompt), False), (answer, True)])
             case Conversation():
                 return self._encode_conversation(example)
@@ -99,7 +99,12 @@ class ExampleEncoder:
             raise InvalidBatchError(str(error)) from error
         self._check_size(sum(len(part.text) for part in segments))
         # The template writes the special tokens, so the tokenizer must not put its own around each piece.
-        return _joined([(self._text_tokenizer.encode_part(part.text), part.learnt) for part in segments])
+        tokenizer, parts, is_begun = self._text_tokenizer, [], False
+        for part in segments:
+            encode = tokenizer.encode_next if is_begun else tokenizer.encode_part
+            parts.append((encode(part.text), part.learnt))
+            is_begun = is_begun or bool(part.text)
+        return _joined(parts)
 
     def _check_size(self, num_characters: int) -> None:
         """Refuse before it costs time what has too many tokens in any case."""

@@ -126,7 +126,9 @@ def _end_tokens(config: dict[str, object], folder: Path, vocab_size: int) -> tup
     """
     generation_file = folder / "generation_config.json"
     generation = _read_object(generation_file) if generation_file.exists() else {}
-    told = _token_ids(generation.get("eos_token_id")) or _token_ids(config.get("eos_token_id"))
+    both = (_token_ids(each.get("eos_token_id")) for each in (generation, config))
+    known = ([token for token in each if 0 <= token < vocab_size] for each in both)
+    told = next((tuple(each) for each in known if each), ())
     of_tokenizer = _end_of_tokenizer(folder)
     if of_tokenizer is None or of_tokenizer in told or not 0 <= of_tokenizer < vocab_size:
         return told
@@ -147,7 +149,7 @@ def _end_of_tokenizer(folder: Path) -> int | None:
         return None
     added = _read_object(file).get("added_tokens")
     known = (
-        {each["content"]: each["id"] for each in added if isinstance(each, dict)}
+        {each.get("content"): each.get("id") for each in added if isinstance(each, dict)}
         if isinstance(added, list)
         else {}
     )
@@ -193,7 +195,10 @@ def _first_int(config: dict[str, object], keys: tuple[str, ...], folder: Path) -
         value = config.get(key)
         if isinstance(value, int):
             return value
-    raise UnsupportedModelError(f"{folder / 'config.json'} has none of {', '.join(keys)}")
+    several = (
+        " (it describes a text model among others, under text_config)" if "text_config" in config else ""
+    )
+    raise UnsupportedModelError(f"{folder / 'config.json'} has none of {', '.join(keys)}{several}")
 
 
 def _token_ids(value: object) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,9 @@ from tokenizers.models import BPE, Unigram
 from shared.errors import ConfigurationError
 
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_NUM_PROBES = 1000
+_BEFORE = "\n"
+"""Stands for the text before another one; tokens seldom span the end of a line."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """The decoding of bytes that are no whole character."""
 
@@ -81,8 +85,18 @@ class TextTokenizer:
         return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
 
     def encode_part(self, text: str) -> list[int]:
-        """Tokens of a text that goes on another: without special tokens around it."""
+        """Tokens of a text without special tokens around it."""
         return self._encode(text, add_special_tokens=False)
+
+    def encode_next(self, text: str) -> list[int]:
+        """Tokens of a text that goes on another one, without the space that some begin each text with."""
+        together = self.encode_part(_BEFORE + text)
+        before = self._before
+        return together[len(before) :] if together[: len(before)] == before else self.encode_part(text)
+
+    @cached_property
+    def _before(self) -> list[int]:
+        return self.encode_part(_BEFORE)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # A batch releases the interpreter's lock, which a single text holds: seconds for a long one.
@@ -148,16 +162,27 @@ class TextTokenizer:
 
 def _before_a_text(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that the tokenizer puts before a text."""
-    with_special, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-    num_before = next(
-        (
-            place
-            for place in range(len(with_special.ids))
-            if with_special.ids[place:][: len(bare.ids)] == bare.ids
-        ),
-        0,
-    )
-    return list(with_special.ids[:num_before])
+    if tokenizer.post_processor is None:
+        return []
+    marks: list[int] = tokenizer.encode("").ids
+    for text in ("a", "A", "0", *islice(tokenizer.get_vocab(), _NUM_PROBES)):
+        bare = _ids_or_none(tokenizer, text, add_special_tokens=False)
+        whole = _ids_or_none(tokenizer, text, add_special_tokens=True)
+        if not (bare and whole) or set(marks) & set(bare):
+            continue
+        if len(whole) == len(marks) + len(bare):
+            places = (place for place in range(len(marks) + 1) if whole[place:][: len(bare)] == bare)
+            return whole[: next(places, 0)]
+    return []
+
+
+def _ids_or_none(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int] | None:
+    """None where the tokenizer has no token for the text, and none for what is unknown."""
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except Exception:  # noqa: BLE001  # the library raises bare Exception
+        return None
+    return ids
 
 
 def _way_out(folder: Path) -> str:

@@ -164,6 +164,7 @@ def _weights_of(node: NodeTraining) -> NodeWeights:
         samples_loss=losses.samples if losses else None,
         num_withheld=publishing.num_withheld,
         last_withheld=withheld.version if withheld else None,
+        newest_judged=publishing.newest_judged,
         why_withheld=withheld.reason if withheld else "",
         halt_reason=node.halt_reason,
     )

@@ -115,7 +115,7 @@ class Trainer:
                 bus=self._bus,
                 clock=self._clock,
                 outbox=outbox,
-                keep=lambda written: self._keep_samples(written, tasks),
+                keep=lambda written: tasks.create_task(self._keep_samples(written)),
             )
             actions = ActionRunner(
                 self._settings,
@@ -140,10 +140,12 @@ class Trainer:
                 tasks.create_task(evaluator.run())
             await self._work(book, actions, nodes, tasks, stream=stream.identity)
 
-    def _keep_samples(self, samples: Samples, tasks: asyncio.TaskGroup) -> None:
-        tasks.create_task(
-            on_disk(partial(write_samples, self._files.root, samples, model=self._settings.model))
-        )
+    async def _keep_samples(self, samples: Samples) -> None:
+        """Without room on the disk they guard this trainer's life only, and are written anew in the next."""
+        try:
+            await on_disk(partial(write_samples, self._files.root, samples, model=self._settings.model))
+        except OSError as error:
+            log.error("the samples of version %d are not saved: %s", samples.version, error)
 
     def _merging(
         self, book: BatchBook, actions: ActionRunner, nodes: Nodes, term: int, tasks: asyncio.TaskGroup

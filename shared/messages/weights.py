@@ -202,6 +202,8 @@ class NodeWeights(Message):
     """Versions that the guard has not let serve."""
     last_withheld: int | None
     why_withheld: str = ""
+    newest_judged: int = 0
+    """The newest version that a guard has judged, in this or an earlier life of the trainer."""
     halt_reason: str = ""
     """Why the node trains no more; empty: it does."""
 

@@ -51,7 +51,7 @@ def load_stage(
     with _from_pretrained_lock, ExitStack() as files:
         files.enter_context(_no_progress_bar())
         tensors = _lazy_tensors(folder, files)
-        if config.tie_word_embeddings and _has_own_head(tensors, model_class):
+        if config.tie_word_embeddings and _has_own_head(folder, tensors, model_class):
             config.tie_word_embeddings = False
         model, info = _stage_class(model_class, layers).from_pretrained(
             None,
@@ -225,14 +225,22 @@ def _lazy_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
     return tensors
 
 
-def _has_own_head(tensors: Mapping[str, Any], model_class: Any) -> bool:
+def _has_own_head(folder: Path, tensors: Mapping[str, Any], model_class: Any) -> bool:
     """Whether the files have a head that is not the embedding, although the config calls them tied.
 
     All stages must say the same: the first one would wait for the last one's gradient of a tied embedding.
+    Raises ConfigurationError where the file that tells is absent.
     """
+    index = folder / INDEX_NAME
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {}
     for head, embedding in (model_class._tied_weights_keys or {}).items():
         ending = "." + embedding.rpartition(".weight")[0].rpartition(".")[2] + ".weight"
         of_embedding = next((name for name in tensors if f".{name}".endswith(ending)), None)
+        if head in listed and (head not in tensors or of_embedding is None):
+            raise ConfigurationError(
+                f"{folder}: config.json ties the head to the embedding, and the files have both: all stages "
+                f"need {listed[head]} and the embedding's file, to see whether they are the same"
+            )
         if head in tensors and of_embedding is not None:
             return not torch.equal(tensors[head][:], tensors[of_embedding][:])
     return False

@@ -363,7 +363,7 @@ async def test_wrong_lines_fail_the_job_with_their_numbers_and_reasons() -> None
     assert job.status == "failed" and job.finished_at is not None
     assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
     for fault in (
-        "line 2: messages.0.content: Field required",
+        "line 2: messages.0: has neither content nor tool_calls",
         "line 5: completion: Field required",
         "line 6: has ",
         "line 7: has nothing to learn",

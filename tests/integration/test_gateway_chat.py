@@ -76,6 +76,7 @@ async def test_an_answer_has_openais_shape() -> None:
                 "message": {"role": "assistant", "content": TEXT, "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
+                "lemix": {"versions": [{"version": VERSION, "first_token": 0, "last_token": num_tokens - 1}]},
             }
         ],
         "usage": {

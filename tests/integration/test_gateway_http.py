@@ -78,7 +78,15 @@ async def test_answer_has_openais_shape() -> None:
         "object": "text_completion",
         "model": MODEL,
         "system_fingerprint": f"weights-{VERSION}-{VERSION}",
-        "choices": [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}],
+        "choices": [
+            {
+                "index": 0,
+                "text": TEXT,
+                "logprobs": None,
+                "finish_reason": "stop",
+                "lemix": {"versions": [{"version": VERSION, "first_token": 0, "last_token": num_tokens - 1}]},
+            }
+        ],
         "usage": {
             "prompt_tokens": num_prompt_tokens,
             "prompt_tokens_details": {"cached_tokens": 0},
@@ -172,6 +180,10 @@ async def test_the_versions_of_the_first_and_the_last_token_are_told(stream: boo
     assert response.headers["lemix-weights-version"] == told
     last = events_of(response.text)[-1] if stream else response.json()
     assert last["system_fingerprint"] == f"weights-{VERSION}-{VERSION + 2}"
+    (first_range, last_range) = last["choices"][0]["lemix"]["versions"]
+    assert (first_range["version"], last_range["version"]) == (VERSION, VERSION + 2)
+    assert first_range["first_token"] == 0
+    assert last_range["first_token"] == first_range["last_token"] + 1
 
 
 # Streams

@@ -75,6 +75,7 @@ async def test_the_model_as_it_was_given_answers_again(
             await publish(node, 0, 2)
             await durable(run_dir, version=2)
             assert await logprobs(node) != pytest.approx(given, abs=1e-3)
+            await node.heard(lambda: all(beat.weights_version == 2 for beat in node.heartbeats.values()))
 
             answer = await node.bus.request(ROLLBACK.at(), RollBackWeights(version=0), timeout_s=DEADLINE_S)
             await node.heard(lambda: all(beat.weights_version == 0 for beat in node.heartbeats.values()))

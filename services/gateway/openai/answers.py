@@ -1,6 +1,6 @@
 """Common parts of the answers of all routes that generate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic_core import to_json
 from services.gateway.context import GatewayContext
 from services.gateway.generation import Usage, Versions
 from services.gateway.http.errors import ApiError
+from services.gateway.version_ranges import VersionRange
 
 Json = dict[str, object]
 
@@ -29,6 +30,20 @@ class UsageAnswer(BaseModel):
     prompt_tokens_details: PromptTokensDetails
     completion_tokens: int
     total_tokens: int
+
+
+class VersionsOfTokens(BaseModel):
+    """A weights version, and the tokens in a row that it made, counted from 0 within the choice."""
+
+    version: int
+    first_token: int
+    last_token: int
+
+
+class ChoiceDetails(BaseModel):
+    """Facts about a choice that OpenAI's API has no place for."""
+
+    versions: list[VersionsOfTokens]
 
 
 class Answer(BaseModel):
@@ -79,6 +94,11 @@ def new_heading(context: GatewayContext, prefix: str, kind: str) -> Heading:
 def fingerprint(versions: Versions | None) -> str | None:
     """The weights that made the answer's first and last token; None when nothing was computed."""
     return None if versions is None else f"weights-{versions.first}-{versions.last}"
+
+
+def details_of(ranges: Iterable[VersionRange]) -> Json:
+    """The fields of ChoiceDetails."""
+    return {"versions": [each._asdict() for each in ranges]}
 
 
 def usage_of(usage: Usage) -> Json:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isnan
 
 from services.gateway.text.stops import split_at_stop
+from services.gateway.version_ranges import VersionRange
 from shared.errors import RefusedError
 from shared.messages.inference import FinishReason, SequenceResult, TokenLogprob
 from shared.text import TextTokenizer
@@ -32,6 +33,8 @@ class Piece:
     text: str
     entries: tuple[TokenEntry, ...]
     finish: FinishReason | None
+    ranges: tuple[VersionRange, ...] = ()
+    """With the last piece: which weights made the tokens of the sequence."""
 
 
 class Detokeniser:

@@ -1,6 +1,7 @@
 """The stage's local queue: work in the order that a discipline chooses."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from shared.clock import Clock
 from shared.errors import LemixError
 
 MAX_STARTED = 2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,9 @@ class WorkQueue:
                 await work()
             except Exception as error:
                 if done.done():
-                    raise
-                done.set_exception(error)
+                    log.exception("nobody waits any more for what has failed")
+                else:
+                    done.set_exception(error)
             else:
                 if not done.done():
                     done.set_result(None)

@@ -66,8 +66,9 @@ class Checkpointing:
         """Have all stages hold the newest checkpoint."""
         newest = self._newest.of(node.node)
         weights = checkpoints.as_saved(newest)
-        served, rise = await self._serving(node.node, weights.version)
+        # First: a verdict that comes between the two must not be taken for one on what is served then.
         is_judged = newest is None or await on_disk(partial(self._files.is_judged, newest))
+        served, rise = await self._serving(node.node, weights.version)
         message = RestoreWeights(
             epoch=action.epoch,
             weights=weights,

@@ -242,7 +242,7 @@ class NodeTraining:
         )
         is_at_rest = is_idle and not (self.is_saving or self._is_merging)
         if is_at_rest and self.publishing.is_guarded and self.version == self.durable_version:
-            return list(self.publishing.at_rest(self.version))
+            return list(self.publishing.at_rest(self.version, now_s))
         return saving
 
     def messages_lost(self) -> list[Action]:

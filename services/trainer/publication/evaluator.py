@@ -68,7 +68,7 @@ class Evaluator:
         bus: Bus,
         clock: Clock,
         outbox: Outbox,
-        keep: Callable[[Samples], None],
+        keep: Callable[[Samples], object],
     ) -> None:
         """`name`: where results come back to, as a gateway's id; `keep`: is given samples, once written."""
         self._examples = examples

@@ -16,6 +16,9 @@ from services.trainer.publication.losses import Losses
 from shared.messages.training import VersionsServed
 from shared.messages.weights import ServingRule
 
+REST_S = 60.0
+"""Between two attempts to evaluate a version at rest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishingRules:
@@ -96,8 +99,14 @@ class Publishing:
         self._evaluating: int | None = None
         """The version that is evaluated now, or as soon as its step is done."""
         self._next_due = 0
+        self.newest_judged = 0
+        """The newest version that was evaluated."""
         self._newest_tried = 0
-        """The newest version that was evaluated, or was to be."""
+        """The newest version that was evaluated, or is."""
+        self._has_failed = False
+        """Something went wrong at rest, and was not tried again yet."""
+        self._rests_until_s = -inf
+        """When it may be."""
 
     @property
     def is_guarded(self) -> bool:
@@ -130,7 +139,10 @@ class Publishing:
         self._restored_rise = rise
         self.published, self._kept = version, {version}
         self._next_due = version + self._rules.evaluate_every
-        self._newest_tried = version if newest_tried is None else newest_tried
+        self.newest_judged = self._newest_tried = version if newest_tried is None else newest_tried
+        self._has_failed, self._rests_until_s = False, -inf
+        if self.last_withheld is not None and self.last_withheld.version > self.newest_judged:
+            self.last_withheld = None  # its number comes again with other weights
         return self._evaluate(version) if self.is_guarded else []
 
     def closed(self) -> None:
@@ -172,10 +184,18 @@ class Publishing:
         self._next_due = version + self._rules.evaluate_every
         return self._evaluate(published)  # there is nothing to compare with: its evaluation failed
 
-    def at_rest(self, version: int) -> list[PublishingAction]:
-        """Nothing trains, and the newest version is durable: it is evaluated now, if it was not before."""
-        is_ready = self.published in self.losses and len(self._kept) < self._rules.max_kept
-        if self._evaluating is not None or not is_ready or version <= self._newest_tried:
+    def at_rest(self, version: int, now_s: float) -> list[PublishingAction]:
+        """Nothing trains, and the newest version is durable: it is evaluated now, if it was not before.
+
+        What went wrong is tried again after REST_S.
+        """
+        if self._has_failed:
+            self._has_failed, self._rests_until_s = False, now_s + REST_S
+        if self.published is None or self._evaluating is not None or now_s < self._rests_until_s:
+            return []
+        if self.published not in self.losses:
+            return self._evaluate(self.published)
+        if version <= self._newest_tried or len(self._kept) >= self._rules.max_kept:
             return []
         self._kept.add(version)
         self._begin_evaluating(version)
@@ -187,16 +207,18 @@ class Publishing:
             return []
         if is_kept:
             return [Evaluate(version)]
-        self._evaluating = None
+        self._give_up(version)
         return self._release([version])
 
     def evaluated(self, version: int, losses: Losses | None) -> list[PublishingAction]:
         """The version's losses; None: they could not be found."""
         if version != self._evaluating or self.published is None:
             return []
-        self._evaluating = None
         if losses is None:
+            self._give_up(version)
             return [] if version == self.published else self._release([version])
+        self._evaluating = None
+        self.newest_judged = max(self.newest_judged, version)
         self.losses[version] = losses
         if version == self.published:
             self._has_served(losses, rise=self._restored_rise)
@@ -207,6 +229,11 @@ class Publishing:
             return [self.last_withheld, *self._release([version])]
         self._has_served(losses)
         return self._publish(version)
+
+    def _give_up(self, version: int) -> None:
+        """The evaluation of that version came to nothing; it may be tried again at rest."""
+        self._evaluating, self._has_failed = None, True
+        self._newest_tried = min(self._newest_tried, max(version - 1, self.newest_judged))
 
     def _too_bad(self, losses: Losses) -> str:
         """Why a version with these losses must not serve; empty: it may."""

@@ -1,5 +1,6 @@
 """Texts that a model wrote itself before it learnt: a version that finds them unlikely has forgotten."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log
@@ -40,15 +41,17 @@ class Drawing:
         stop_token_ids: tuple[int, ...],
     ) -> None:
         """`name` is this drawing's alone. `max_tokens`: those of prompt and sample together, at most."""
-        fitting = [opening[: max_tokens - 1] for opening in openings]
-        self._prompts = {f"{name}-{number}": opening for number, opening in enumerate(fitting)}
+        self._prompts = [opening[: max_tokens - 1] for opening in openings]
+        self._name = name
         self._version = version
         self._max_tokens = max_tokens
         self._stop_token_ids = stop_token_ids
-        self._asked: set[str] = set()
-        self._tokens: dict[str, list[int]] = {}
-        self._logprobs: dict[str, list[float]] = {}
-        self._finished: set[str] = set()
+        self._attempts = itertools.count()
+        self._asked: dict[str, int] = {}
+        """By task: the place of its prompt."""
+        self._tokens: dict[int, list[int]] = {}
+        self._logprobs: dict[int, list[float]] = {}
+        self._finished: set[int] = set()
 
     @property
     def asked(self) -> Iterable[str]:
@@ -61,46 +64,52 @@ class Drawing:
         if len(self._finished) < len(self._prompts):
             return None
         logprobs = [each for drawn in self._logprobs.values() for each in drawn]
-        examples = tuple(
-            LabelledTokens(
-                (*prompt, *self._tokens[task_id]),
-                tuple(range(len(prompt) - 1, len(prompt) - 1 + len(self._tokens[task_id]))),
-            )
-            for task_id, prompt in self._prompts.items()
-        )
+        examples = tuple(_example(prompt, self._tokens[place]) for place, prompt in enumerate(self._prompts))
         return Samples(self._version, -sum(logprobs) / len(logprobs), examples)
 
     def next(self) -> dict[str, tuple[tuple[int, ...], Sampling]]:
-        """The prompts to go on from, and how to draw, by task."""
-        unasked = [each for each in self._prompts if each not in self._asked | self._finished]
-        self._asked.update(unasked)
-        return {task_id: (self._prompts[task_id], self._sampling(task_id)) for task_id in unasked}
+        """The prompts to go on from, and how to draw, by task.
+
+        A task that failed may still run, so that another one has its prompt then.
+        """
+        busy = self._finished.union(self._asked.values())
+        new = {
+            f"{self._name}-{next(self._attempts)}": place
+            for place in range(len(self._prompts))
+            if place not in busy
+        }
+        self._asked |= new
+        for place in new.values():
+            self._tokens[place], self._logprobs[place] = [], []
+        return {task_id: (self._prompts[place], self._sampling(place)) for task_id, place in new.items()}
 
     def drew(self, result: SequenceResult) -> None:
         """Take a token of a task; one that has lost a token is drawn anew."""
-        task_id, token = result.task_id, result.token
-        if task_id not in self._asked or token is None:
+        place, token = self._asked.get(result.task_id), result.token
+        if place is None or token is None:
             return
-        drawn = self._tokens.setdefault(task_id, [])
-        if token.logprob is None or result.index != len(drawn):
-            self.failed(task_id)
+        if token.logprob is None or result.index != len(self._tokens[place]):
+            self.failed(result.task_id)
             return
-        drawn.append(token.token)
-        self._logprobs.setdefault(task_id, []).append(token.logprob)
+        self._tokens[place].append(token.token)
+        self._logprobs[place].append(token.logprob)
         if result.finish is not None:
-            self._asked.remove(task_id)
-            self._finished.add(task_id)
+            del self._asked[result.task_id]
+            self._finished.add(place)
 
     def failed(self, task_id: str) -> None:
-        """Note that a task under way will not come back: it is asked again, with the same outcome."""
-        self._asked.discard(task_id)
-        self._tokens.pop(task_id, None)
-        self._logprobs.pop(task_id, None)
+        """Note that a task under way will not come back: its prompt is asked again, with the same outcome."""
+        self._asked.pop(task_id, None)
 
-    def _sampling(self, task_id: str) -> Sampling:
+    def _sampling(self, place: int) -> Sampling:
         return Sampling(
-            max_tokens=min(MAX_NEW_TOKENS, self._max_tokens - len(self._prompts[task_id])),
-            seed=list(self._prompts).index(task_id),
+            max_tokens=min(MAX_NEW_TOKENS, self._max_tokens - len(self._prompts[place])),
+            seed=place,
             stop_token_ids=self._stop_token_ids,
             num_logprobs=0,
         )
+
+
+def _example(prompt: tuple[int, ...], drawn: list[int]) -> LabelledTokens:
+    first = len(prompt) - 1
+    return LabelledTokens((*prompt, *drawn), tuple(range(first, first + len(drawn))))

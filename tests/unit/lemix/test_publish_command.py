@@ -20,16 +20,13 @@ WEIGHTS = NodeWeights(
 
 
 @pytest.mark.parametrize(
-    ("published", "last_withheld", "line"),
+    ("published", "newest_judged", "line"),
     [
-        (6, 4, "node 1 serves version 6"),
+        (6, 6, "node 1 serves version 6"),
         (3, 6, "node 1 serves version 3; version 6 is withheld: it is bad"),
         (3, 4, "node 1 serves version 3; version 6 is not judged yet (lemix status tells)"),
-        (0, None, "node 1 serves version 0; version 6 is not judged yet (lemix status tells)"),
     ],
 )
-def test_a_person_is_told_which_version_serves_and_why(
-    published: int, last_withheld: int | None, line: str
-) -> None:
-    now = structs.replace(WEIGHTS, published=published, last_withheld=last_withheld)
+def test_a_person_is_told_which_version_serves_and_why(published: int, newest_judged: int, line: str) -> None:
+    now = structs.replace(WEIGHTS, published=published, newest_judged=newest_judged)
     assert verdict(now) == line

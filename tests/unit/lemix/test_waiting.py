@@ -10,6 +10,7 @@ from lemix.simulation.loop import run_virtual
 from lemix.waiting import AppliedBatches, ProgressError, is_judged, judged_weights, wait_nodes_ready
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
+from shared.errors import RefusedError
 from shared.messages.cluster import ClusterStatus, NodeStatus, StatusRequest
 from shared.messages.training import (
     BatchApplied,
@@ -54,17 +55,23 @@ def weights(node: int, version: int, *, published: int | None, withheld: int | N
         samples_loss=None,
         num_withheld=0 if withheld is None else 1,
         last_withheld=withheld,
+        newest_judged=max(published or 0, withheld or 0),
     )
 
 
 def judged_of(*answers: tuple[NodeWeights, ...]) -> list[NodeWeights]:
-    """The nodes, as the trainer tells of them from one time to the next; the last answer comes again."""
-    now = iter(answers)
+    """The nodes, as the trainer tells of them from one time to the next; the last answer comes again.
+
+    At first it cannot answer.
+    """
+    now, faults = iter(answers), iter([True])
 
     async def case() -> list[NodeWeights]:
         bus, last = MemoryBroker().connect(), answers[-1]
 
         async def answer(incoming: Incoming[WeightsRequest]) -> WeightsStatus:
+            if next(faults, False):
+                raise RefusedError("not now", code=503)
             return WeightsStatus(nodes=next(now, last))
 
         await bus.respond(NODE_WEIGHTS.at(), answer)

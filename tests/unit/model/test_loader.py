@@ -196,3 +196,16 @@ def test_a_head_of_its_own_counts_on_all_stages_whatever_the_config_says(
     assert [stage.tied_embedding_name is not None for stage in stages] == [is_same, is_same]
     whole = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(stages[-1].model.get_output_embeddings().weight, whole.lm_head.weight)
+
+
+def test_a_stage_that_cannot_see_whether_the_head_is_tied_says_so(
+    tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("llama-tied"), folder)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
+    write_index(folder, names | {"lm_head.weight": "b.safetensors"}, 1)
+    first, _ = model_partition(read_config(folder), 2)
+    with pytest.raises(ConfigurationError, match=r"need b\.safetensors"):
+        load_stage(folder, first)

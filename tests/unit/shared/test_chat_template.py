@@ -338,13 +338,20 @@ def test_of_a_template_that_drops_earlier_thoughts_the_last_answer_is_learnt() -
     assert answer == Segment("<think>\nIt is June.\n</think>\n\nSunny.<|im_end|>\n", learnt=True)
 
 
-def test_an_answer_follows_the_thought_that_the_prompt_opens() -> None:
-    r1, chat = template(OPENS_A_THOUGHT), [QUESTION, ANSWER]
+@pytest.mark.parametrize("said", ["Sunny.", "end", "im", "|"])
+def test_an_answer_follows_the_thought_that_the_prompt_opens(said: str) -> None:
+    r1, chat = template(OPENS_A_THOUGHT), [QUESTION, ANSWER | {"content": said}]
     with pytest.raises(RewrittenTurnsError):
         r1.segments(conversation(*chat))
     prompt, answer = r1.last_answer(conversation(*chat))
     assert prompt.text == r1.render([QUESTION]) and prompt.text.endswith("<think>\n")
-    assert answer == Segment("Sunny.<|im_end|>\n", learnt=True)
+    assert answer == Segment(f"{said}<|im_end|>\n", learnt=True)
+
+
+def test_thoughts_are_said_under_either_name() -> None:
+    thinking = CHATML.replace("message['content']", "(message.thinking or '') + message['content']")
+    chat = conversation(QUESTION, ANSWER | {"reasoning_content": "June. "})
+    assert learnt_of(template(thinking).segments(chat)) == ["June. Sunny.<|im_end|>\n"]
 
 
 def test_a_conversation_without_anything_to_learn_has_no_last_answer() -> None:

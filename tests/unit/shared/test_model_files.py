@@ -91,6 +91,8 @@ def test_a_config_without_sizes_tells_no_number_of_weights(tmp_path: Path) -> No
         ({"eos_token_id": 2}, {"eos_token_id": None}, (2, 5)),
         ({"eos_token_id": 2}, None, (2, 5)),
         ({"eos_token_id": 2}, {"eos_token_id": [3, 5]}, (3, 5)),
+        ({"eos_token_id": [2, None, -1]}, None, (2, 5)),
+        ({"eos_token_id": 2}, {"eos_token_id": 99}, (2, 5)),
         ({}, None, (5,)),
     ],
 )
@@ -138,3 +140,9 @@ def test_a_file_is_no_model(name: str, advice: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("")
     with pytest.raises(ConfigurationError, match=advice):
         resolve(str(tmp_path / name), CONFIG_FILES)
+
+
+def test_a_model_of_several_is_refused_with_the_reason(tmp_path: Path) -> None:
+    write_config(tmp_path, text_config={"vocab_size": 5})
+    with pytest.raises(UnsupportedModelError, match="under text_config"):
+        read_card(tmp_path, "m")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
@@ -165,3 +166,22 @@ def test_who_has_other_files_of_a_tokenizer_is_told_what_to_do(tmp_path: Path) -
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"From its vocab\.json, transformers makes one"):
         TextTokenizer.load(tmp_path)
+
+
+def test_a_text_that_goes_on_another_gets_no_space_of_its_own() -> None:
+    words = Tokenizer(BPE({"<unk>": 0, "\u2581": 1, "y": 2, "\n": 3, "\u2581y": 4}, [("\u2581", "y")]))
+    words.normalizer = Sequence([Prepend("\u2581"), Replace(" ", "\u2581")])
+    begins_with_a_space = TextTokenizer(words)
+    assert begins_with_a_space.encode_part("y") == [4]
+    assert begins_with_a_space.encode_next("y") == [2]
+    assert begins_with_a_space.encode_next(" y") == [4]
+    assert BYTE_LEVEL.encode_next(" sea") == BYTE_LEVEL.encode_part(" sea")
+
+
+@pytest.mark.parametrize("known", ["Z", "7"])
+def test_a_text_begins_whatever_the_vocabulary_knows(known: str) -> None:
+    """No letter is in all of them, and some have no token for what is unknown."""
+    words = Tokenizer(WordLevel({"<s>": 0, known: 1}))
+    words.add_special_tokens(["<s>"])
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert TextTokenizer(words).encode(known) == [0, 1]

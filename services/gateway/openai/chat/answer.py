@@ -7,10 +7,18 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from services.gateway.generation import Usage, Versions
-from services.gateway.openai.answers import Answer, ChunkEncoder, Heading, Json
+from services.gateway.openai.answers import (
+    Answer,
+    ChoiceDetails,
+    ChunkEncoder,
+    Heading,
+    Json,
+    details_of,
+)
 from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.tool_calls import Delta, TextDelta, ToolCallDelta, ToolCallParser
 from services.gateway.text.detokenise import Piece, TokenEntry
+from services.gateway.version_ranges import VersionRange
 from shared.clock import IdSource
 from shared.text import TextTokenizer
 
@@ -71,6 +79,7 @@ class ChatChoice(BaseModel):
     message: AssistantAnswer
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
+    lemix: ChoiceDetails
 
 
 class ChatCompletion(Answer):
@@ -128,6 +137,7 @@ def choice_of(
         "message": _message_of(deltas),
         "logprobs": logprobs_of(entries, tokenizer) if with_logprobs else None,
         "finish_reason": read[-1][1],
+        "lemix": details_of(pieces[-1].ranges),
     }
 
 
@@ -209,7 +219,7 @@ class ChatEvents(ChunkEncoder):
             for place, delta in enumerate(deltas)
         ]
         if finish is not None:
-            events.append(self._delta(index, {}, versions, finish=finish))
+            events.append(self._delta(index, {}, versions, finish=finish, ranges=piece.ranges))
         return b"".join(events)
 
     def _delta(
@@ -220,8 +230,10 @@ class ChatEvents(ChunkEncoder):
         *,
         logprobs: Json | None = None,
         finish: str | None = None,
+        ranges: Sequence[VersionRange] = (),
     ) -> bytes:
-        choice = to_json({"delta": delta, "logprobs": logprobs, "finish_reason": finish})
+        fields = {"delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        choice = to_json(fields if finish is None else {**fields, "lemix": details_of(ranges)})
         return self.chunk(index, choice[1:-1].decode(), versions)
 
 

@@ -8,7 +8,14 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from services.gateway.generation import Usage, Versions
-from services.gateway.openai.answers import Answer, ChunkEncoder, Heading, Json
+from services.gateway.openai.answers import (
+    Answer,
+    ChoiceDetails,
+    ChunkEncoder,
+    Heading,
+    Json,
+    details_of,
+)
 from services.gateway.text.detokenise import Piece, TokenEntry
 from shared.messages.inference import FinishReason
 from shared.text import TextTokenizer
@@ -31,6 +38,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    lemix: ChoiceDetails
 
 
 class Completion(Answer):
@@ -48,6 +56,7 @@ def choice_of(index: int, pieces: Sequence[Piece], tokenizer: TextTokenizer, *, 
         "text": "".join(piece.text for piece in pieces),
         "logprobs": logprobs_of(entries, tokenizer) if with_logprobs else None,
         "finish_reason": pieces[-1].finish,
+        "lemix": details_of(pieces[-1].ranges),
     }
 
 
@@ -97,4 +106,6 @@ class CompletionEvents(ChunkEncoder):
             scores = to_json(logprobs_of(piece.entries, self._tokenizer)).decode()
         finish = f'"{piece.finish}"' if piece.finish else "null"
         choice = f'"text":{quoted(piece.text)},"logprobs":{scores},"finish_reason":{finish}'
+        if piece.finish:
+            choice += f',"lemix":{to_json(details_of(piece.ranges)).decode()}'
         return self.chunk(index, choice, versions)

@@ -7,6 +7,7 @@ import pytest
 
 from services.trainer.publication.losses import Losses
 from services.trainer.publication.publishing import (
+    REST_S,
     Evaluate,
     Keep,
     Publish,
@@ -271,12 +272,12 @@ def test_guarded_a_version_is_withheld_for_what_the_model_wrote_itself(rise: flo
 def test_guarded_the_newest_version_is_evaluated_at_rest() -> None:
     publishing = guarded()
     steps(publishing, 1, 2)
-    assert publishing.at_rest(2) == [Keep(2)]
-    assert publishing.at_rest(2) == []
+    assert publishing.at_rest(2, 0.0) == [Keep(2)]
+    assert publishing.at_rest(2, 0.0) == []
     assert publishing.kept(2, is_kept=True) == [Evaluate(2)]
     assert publishing.wants_saved(2)
     assert publishing.evaluated(2, Losses(held_out=1.0)) == [Publish(2)]
-    assert publishing.at_rest(2) == []
+    assert publishing.at_rest(2, 0.0) == []
     publishing.served(served(2, 2))
     assert steps(publishing, 3, 9) == [Evaluate(6)]
 
@@ -285,30 +286,56 @@ def test_guarded_what_was_withheld_is_not_evaluated_again_at_rest() -> None:
     publishing = guarded()
     steps(publishing, 1, 4)
     publishing.evaluated(4, Losses(held_out=9.0))
-    assert publishing.at_rest(4) == []
+    assert publishing.at_rest(4, 0.0) == []
     publishing.restored(0, newest_tried=4)
     publishing.evaluated(0, Losses(held_out=2.0))
-    assert publishing.at_rest(4) == []
+    assert publishing.at_rest(4, 0.0) == []
     publishing.restored(0, newest_tried=0)
     publishing.evaluated(0, Losses(held_out=2.0))
-    assert publishing.at_rest(4) == [Keep(4)], "it was never evaluated"
+    assert publishing.at_rest(4, 0.0) == [Keep(4)], "it was never evaluated"
 
 
 def test_guarded_a_version_that_not_every_stage_keeps_at_rest_is_let_go() -> None:
     publishing = guarded()
-    publishing.at_rest(2)
+    publishing.at_rest(2, 0.0)
     assert publishing.kept(2, is_kept=False) == [Release(2)]
     assert publishing.kept(2, is_kept=True) == []
-    assert publishing.at_rest(2) == [], "it is not tried for ever"
-    assert publishing.at_rest(3) == [Keep(3)]
 
 
-def test_guarded_nothing_is_evaluated_at_rest_before_there_is_something_to_compare_with() -> None:
-    assert guarded(loss=None).at_rest(2) == []
+def test_guarded_what_came_to_nothing_at_rest_is_tried_again_after_a_while() -> None:
+    publishing = guarded()
+    publishing.at_rest(2, 0.0)
+    publishing.kept(2, is_kept=False)
+    assert publishing.at_rest(2, 10.0) == publishing.at_rest(2, 10.0 + REST_S / 2) == []
+    assert publishing.at_rest(2, 10.0 + REST_S) == [Keep(2)]
+    publishing.kept(2, is_kept=True)
+    assert publishing.evaluated(2, None) == [Release(2)]
+    assert publishing.newest_judged == 0
+    assert publishing.at_rest(2, 100.0) == []
+    assert publishing.at_rest(2, 100.0 + REST_S) == [Keep(2)]
+
+
+def test_guarded_what_serves_is_evaluated_at_rest_if_it_could_not_be_before() -> None:
+    publishing = guarded(loss=None)
+    assert publishing.at_rest(2, 0.0) == []
+    assert publishing.at_rest(2, REST_S) == [Evaluate(0)]
+    publishing.evaluated(0, Losses(held_out=2.0))
+    assert publishing.at_rest(2, REST_S) == [Keep(2)]
+
+
+def test_guarded_a_verdict_on_weights_that_are_gone_is_forgotten() -> None:
+    publishing = guarded()
+    steps(publishing, 1, 4)
+    publishing.evaluated(4, Losses(held_out=9.0))
+    assert (publishing.newest_judged, publishing.last_withheld.version) == (4, 4)
+    publishing.restored(0, newest_tried=4)
+    assert (publishing.newest_judged, publishing.last_withheld.version) == (4, 4)
+    publishing.restored(2)
+    assert (publishing.newest_judged, publishing.last_withheld) == (2, None)
 
 
 def test_guarded_a_version_made_again_by_another_batch_is_evaluated_at_rest() -> None:
     publishing = guarded()
     publishing.begin_keeping(4)
     publishing.revoke_from(4)
-    assert publishing.at_rest(4) == [Keep(4)]
+    assert publishing.at_rest(4, 0.0) == [Keep(4)]

@@ -61,11 +61,13 @@ def test_a_sample_ends_with_its_stop_token_which_counts() -> None:
 @pytest.mark.parametrize(("first", "logprob"), [(1, -0.5), (0, None)])
 def test_a_sample_that_lost_something_is_drawn_again(first: int, logprob: float | None) -> None:
     one = drawing((1,))
-    (asked,) = one.next().items()
+    (asked,) = one.next().values()
     drew(one, "d-0", [6, 6], first=first, logprob=logprob, finish="length")
     assert one.samples is None
-    assert list(one.next().items()) == [asked], "with the same seed"
-    drew(one, "d-0", [7], finish="length")
+    assert one.next() == {"d-1": asked}, "with the same seed"
+    drew(one, "d-0", [6], finish="length")
+    assert one.samples is None, "the task before may still run"
+    drew(one, "d-1", [7], finish="length")
     assert one.samples == Samples(3, 0.5, (LabelledTokens((1, 7), (0,)),))
 
 
