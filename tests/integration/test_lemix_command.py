@@ -102,7 +102,7 @@ async def publish_and_look(runs_dir: Path) -> None:
     stored, repeated = again.output.splitlines()
     assert stored == "run default: 1 batch stored, as 3"
     assert repeated.startswith("run default: 1 batch already stored, as 1: ")
-    examples = b'{"text": "Rain later."}\r\n{"prompt": "Wind? ", "completion": "West."}\r\n'
+    examples = b'{"text": "Rain later."}\r\n{"prompt": "Wind?", "completion": " West."}\r\n'
     from_pipe = ("train", "publish", "-", "--batch-size", "1", "--epochs", "2", "--follow")
     piped = await lemix(*from_pipe, "--runs-dir", str(runs_dir), standard_input=examples)
     stored, trained = piped.output.splitlines()
