@@ -19,6 +19,10 @@ MAX_SHOWN = 5
 """Places in the stream that are listed."""
 FOLLOW_STALL_S = 600.0
 """Without a training step for so long, nobody waits any more."""
+ADVICE = (
+    "lemix weights rollback takes the damage out, a lower LEMIX_LEARNING_RATE avoids it; "
+    "LEMIX_MAX_SAMPLES_RISE and LEMIX_MAX_HELD_OUT_RISE are the limits"
+)
 VERDICT_S = 120.0
 """How long the guard's verdict on what was learnt is waited for."""
 
@@ -86,7 +90,7 @@ def verdict(node: NodeWeights) -> str:
         return f"{serves}; version {node.version} is not judged yet (lemix status tells)"
     if node.newest_judged > (node.published or 0):
         reason = node.why_withheld or "a guard has withheld it before"
-        return f"{serves}; version {node.newest_judged} is withheld: {reason}"
+        return f"{serves}; version {node.newest_judged} is withheld: {reason} ({ADVICE})"
     return serves
 
 
@@ -98,7 +102,7 @@ def outcome(stored: Sequence[Stored]) -> list[str]:
     if repeated:
         lines.append(
             f"{_batches(repeated)} already stored, as {_listed(repeated)}: an id is not taken again for two "
-            "minutes; publish what you have changed under another id"
+            "minutes (--again gives new ones)"
         )
     return lines
 

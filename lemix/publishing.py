@@ -35,7 +35,9 @@ class BatchLine:
     body: bytes
 
 
-def read_batches(file: Path, batch_size: int | None = None, *, epochs: int = 1) -> list[BatchLine]:
+def read_batches(
+    file: Path, batch_size: int | None = None, *, epochs: int = 1, salt: str = ""
+) -> list[BatchLine]:
     """The batches in `file`, as `batches_in` finds them; `-` is standard input.
 
     Raises InvalidBatchError, naming the file and the first line that is wrong.
@@ -46,15 +48,16 @@ def read_batches(file: Path, batch_size: int | None = None, *, epochs: int = 1) 
     except OSError as error:
         raise InvalidBatchError(f"cannot read {name}: {error}") from error
     try:
-        return batches_in(content, batch_size, epochs=epochs)
+        return batches_in(content, batch_size, epochs=epochs, salt=salt)
     except InvalidBatchError as error:
         raise InvalidBatchError(f"{name}: {error}") from error
 
 
-def batches_in(content: bytes, batch_size: int | None, *, epochs: int = 1) -> list[BatchLine]:
+def batches_in(content: bytes, batch_size: int | None, *, epochs: int = 1, salt: str = "") -> list[BatchLine]:
     """One batch a line; or one example a line, cut into batches of `batch_size` in the order of the file.
 
-    All comes `epochs` times; examples in another order from the second time on, always the same.
+    All comes `epochs` times; examples in another order from the second time on, always the same. With a
+    `salt` ids are others, so that what was trained or rolled back before is trained again.
 
     Raises InvalidBatchError, naming the first line that is wrong, or that is of another kind than the first.
     """
@@ -72,11 +75,14 @@ def batches_in(content: bytes, batch_size: int | None, *, epochs: int = 1) -> li
             )
     if holds_batches:
         batches = [_read_batch(number, line) for number, line in lines]
-        return batches + [_again(batch, epoch) for epoch in range(2, epochs + 1) for batch in batches]
+        if salt:
+            batches = [_under_id(batch, salt) for batch in batches]
+        later = [_under_id(batch, f"epoch-{epoch}") for epoch in range(2, epochs + 1) for batch in batches]
+        return batches + later
     for number, line in lines:
         _check_example(number, line)
     orders = [lines, *(_shuffled(lines, epoch) for epoch in range(2, epochs + 1))]
-    return list(_cut(orders, batch_size or DEFAULT_BATCH_SIZE))
+    return list(_cut(orders, batch_size or DEFAULT_BATCH_SIZE, salt))
 
 
 def _is_batch(number: int, line: bytes) -> bool:
@@ -105,11 +111,11 @@ def _check_example(number: int, line: bytes) -> None:
         raise InvalidBatchError(f"line {number}: {error}") from error
 
 
-def _again(batch: BatchLine, epoch: int) -> BatchLine:
-    """The batch under an id of the epoch; without an id it is new each time."""
+def _under_id(batch: BatchLine, ending: str) -> BatchLine:
+    """The batch under an id with that ending; without an id it is new each time."""
     if not batch.batch_id:
         return batch
-    batch_id = f"{batch.batch_id}-epoch-{epoch}"
+    batch_id = f"{batch.batch_id}-{ending}"
     body = json.dumps({**from_json(batch.body), "id": batch_id}, ensure_ascii=False).encode()
     return _read_batch(batch.number, body)
 
@@ -118,7 +124,7 @@ def _shuffled(lines: Sequence[tuple[int, bytes]], epoch: int) -> Sequence[tuple[
     return random.Random(epoch).sample(lines, len(lines))
 
 
-def _cut(orders: Iterable[Sequence[tuple[int, bytes]]], batch_size: int) -> Iterator[BatchLine]:
+def _cut(orders: Iterable[Sequence[tuple[int, bytes]]], batch_size: int, salt: str) -> Iterator[BatchLine]:
     """Cut the lines of each epoch into batches.
 
     Ids are made of the content, so that a file that is published again is not trained again; what a file
@@ -129,7 +135,9 @@ def _cut(orders: Iterable[Sequence[tuple[int, bytes]]], batch_size: int) -> Iter
         for start in range(0, len(lines), batch_size):
             examples = b",".join(line for _, line in lines[start : start + batch_size])
             num_seen[examples] += 1
-            batch_id = hashlib.sha256(b"%d %b" % (num_seen[examples], examples)).hexdigest()[:32]
+            batch_id = hashlib.sha256(b"%d %b%b" % (num_seen[examples], examples, salt.encode())).hexdigest()[
+                :32
+            ]
             body = b'{"id":%b,"examples":[%b]}' % (json.dumps(batch_id).encode(), examples)
             yield BatchLine(number=lines[start][0], batch_id=batch_id, body=body)
 

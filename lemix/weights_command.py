@@ -43,7 +43,8 @@ async def run_rollback(version: int, node: int | None, target: Target, console: 
     order = RollBackWeights(version=version, node=node)
     done = await _ask(target, ROLLBACK.at(), order, ROLLBACK_TIMEOUT_S)
     nodes = ", ".join(map(str, done.nodes))
-    discarded = f"{done.num_discarded} batches are discarded"
+    count = done.num_discarded
+    discarded = f"{count} {'batch is' if count == 1 else 'batches are'} discarded"
     say(console, f"{target.label}, node {nodes}: back at version {version}; {discarded}")
 
 
@@ -81,7 +82,7 @@ def _row(each: DurableVersion, now_wall_s: float) -> tuple[str, ...]:
     elif each.num_ahead == 0:
         served = "yes"
     else:
-        served = f"yes, and {each.num_ahead} batches more"
+        served = f"yes, and {each.num_ahead} {'batch' if each.num_ahead == 1 else 'batches'} more"
     return (str(each.node), str(each.version), saved, age, each.newest_batch_id, *losses, served)
 
 

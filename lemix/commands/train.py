@@ -1,5 +1,6 @@
 """`lemix train`: training batches."""
 
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,9 @@ def publish(
     follow: Annotated[
         bool, typer.Option("--follow", help="Wait until it is trained, and show the loss.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Train it again, although it was trained or rolled back before.")
+    ] = False,
     nats_url: NatsUrl = None,
     runs_dir: RunsDir = Path("runs"),
     name: RunName = None,
@@ -40,7 +44,8 @@ def publish(
     from lemix.publishing import read_batches
     from lemix.running import run_command
 
-    batches = read_batches(file, batch_size, epochs=epochs)
+    salt = secrets.token_hex(4) if again else ""
+    batches = read_batches(file, batch_size, epochs=epochs, salt=salt)
     target = find_running(nats_url, runs_dir, name)
     run_command(run_publish(batches, target, Output(), follows=follow))
 

@@ -18,7 +18,9 @@ from shared.messages.training import (
 )
 from shared.subjects import TRAIN_PROGRESS
 
-DISCARDED = "a rollback to an older version took it out of the weights"
+DISCARDED = (
+    "a rollback to an older version took it out of the weights (lemix train publish --again trains it anew)"
+)
 MAX_REJECTIONS = 1024
 """Newest ones that are remembered for those who ask."""
 

@@ -3,7 +3,7 @@
 import pytest
 from msgspec import structs
 
-from lemix.publish_command import verdict
+from lemix.publish_command import ADVICE, verdict
 from shared.messages.weights import NodeWeights
 
 WEIGHTS = NodeWeights(
@@ -23,7 +23,7 @@ WEIGHTS = NodeWeights(
     ("published", "newest_judged", "line"),
     [
         (6, 6, "node 1 serves version 6"),
-        (3, 6, "node 1 serves version 3; version 6 is withheld: it is bad"),
+        (3, 6, f"node 1 serves version 3; version 6 is withheld: it is bad ({ADVICE})"),
         (3, 4, "node 1 serves version 3; version 6 is not judged yet (lemix status tells)"),
     ],
 )

@@ -88,6 +88,17 @@ def test_ids_of_cut_batches_follow_from_their_content() -> None:
     assert [one == other for one, other in zip(ids, changed, strict=True)] == [True, True, False]
 
 
+def test_what_was_published_before_can_be_under_new_ids() -> None:
+    examples, batches = lines_of({"text": "a"}, {"text": "b"}), b'{"id":"x","examples":[{"text":"a"}]}'
+    for content, size in ((examples, 1), (batches, None)):
+        before = [batch.batch_id for batch in batches_in(content, size, epochs=2)]
+        again = [batch.batch_id for batch in batches_in(content, size, epochs=2, salt="new")]
+        assert len({*before, *again}) == len(before) + len(again)
+        assert [
+            json.loads(each.body)["id"] for each in batches_in(content, size, epochs=2, salt="new")
+        ] == again
+
+
 def test_every_epoch_has_all_examples_in_an_order_and_under_ids_of_its_own() -> None:
     content = lines_of(*({"text": str(number)} for number in range(20)))
     batches = batches_in(content, 6, epochs=3)
@@ -210,7 +221,7 @@ def test_what_was_stored_before_is_told_and_what_to_do() -> None:
     new, old = outcome(stored(1, 2, is_repeat=True) + stored(3))
     assert new == "1 batch stored, as 3"
     assert old.startswith("2 batches already stored, as 1 and 2: an id is not taken again for two minutes")
-    assert old.endswith("publish what you have changed under another id")
+    assert old.endswith("(--again gives new ones)")
     assert len(outcome(stored(1, is_repeat=True))) == 1
 
 
