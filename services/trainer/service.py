@@ -12,6 +12,7 @@
       publication/      which versions may serve: has nodes score examples
       progress          tells publishers what becomes of batches
     weights_requests  people ask for versions, or to go back to one
+    defaults          settings that follow from the model
 
 This file puts them together.
 """
