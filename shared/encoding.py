@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -80,7 +80,7 @@ class ExampleEncoder:
             case PromptCompletion(prompt=prompt, completion=completion):
                 self._check_size(len(prompt) + len(completion))
                 if prompt.endswith(" "):
-                    _warn_once(
+                    warn_once(
                         "some prompts end in a space: most models have it at the beginning of the next word, "
                         "and learn less from such examples"
                     )
@@ -147,12 +147,12 @@ def _segments(template: ChatTemplate, conversation: Conversation) -> list[Segmen
     try:
         return template.segments(conversation)
     except RewrittenTurnsError as error:
-        _warn_once(f"of some conversations only the last answer is learnt: {error}")
+        warn_once(f"of some conversations only the last answer is learnt: {error}")
         return template.last_answer(conversation)
 
 
-@cache
-def _warn_once(line: str) -> None:
+@lru_cache(maxsize=128)
+def warn_once(line: str) -> None:
     """Log the line for the first of many examples."""
     log.warning(line)
 

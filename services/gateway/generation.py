@@ -20,7 +20,7 @@ from services.gateway.http.errors import ClientGoneError, as_api_error
 from services.gateway.record import Record
 from services.gateway.text.detokenise import Detokeniser, Piece
 from services.gateway.text.tokenise import TokenisedPrompt
-from services.gateway.version_ranges import VersionRange, extended
+from services.gateway.version_ranges import TokenVersions
 from shared.errors import LemixError
 from shared.messages.inference import Sampling
 from shared.telemetry import traceparent_of
@@ -120,7 +120,7 @@ class Generation:
         """By prompt: tokens that even its first choice found computed."""
         self._sequences = detokenisers_of(request, context.tokenizer)
         self._num_open = len(self._sequences)
-        self._ranges: list[list[VersionRange]] = [[] for _ in self._sequences]
+        self._token_versions = [TokenVersions() for _ in self._sequences]
         span = context.telemetry.span(
             "gateway.completion",
             traceparent=caller.traceparent,
@@ -211,13 +211,13 @@ class Generation:
             return None
         if arrival.result.token is not None:
             self._record.token(index, arrival.at_s, arrival.node)
-            self._ranges[index] = extended(self._ranges[index], arrival.weights_version)
+            self._token_versions[index].add(arrival.weights_version)
             if arrival.result.index == 0:
                 self._see_cached(index // self._num_choices, arrival.result.num_cached)
         piece = sequence.apply(arrival.result)
         self._see_version(arrival.weights_version)
         if piece.finish is not None:
-            piece = replace(piece, ranges=tuple(self._ranges[index]))
+            piece = replace(piece, ranges=self._token_versions[index].ranges)
             self._num_open -= 1
             if arrival.result.finish is None:
                 self._session.stop(index)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.gateway.version_ranges import VersionRange, extended
+from services.gateway.version_ranges import TokenVersions
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from services.gateway.version_ranges import VersionRange, extended
 def test_tokens_in_a_row_of_one_version_are_one_range(
     versions: list[int], ranges: list[tuple[int, int, int]]
 ) -> None:
-    found: list[VersionRange] = []
+    token_versions = TokenVersions()
     for version in versions:
-        found = extended(found, version)
-    assert found == ranges
+        token_versions.add(version)
+    assert list(token_versions.ranges) == ranges

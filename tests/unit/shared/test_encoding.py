@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from shared.chat_template import ChatTemplate
 from shared.clock import SystemClock
-from shared.encoding import ExampleEncoder
+from shared.encoding import ExampleEncoder, warn_once
 from shared.errors import InvalidBatchError
 from shared.examples import ChatMessage, Conversation, PlainText, PromptCompletion, TokenIds
 from shared.model_files import ModelCard
@@ -130,10 +130,11 @@ def test_of_a_template_that_rewrites_earlier_turns_the_last_answer_is_learnt(
     only_last = "{{ messages[-1].content if messages else '' }}"
     conversation = chat(("assistant", "a b"), ("user", "b"), ("assistant", "b c"))
 
+    warn_once.cache_clear()  # others may have met it in this process
     encoded = [encoder(only_last).encode(conversation) for _ in range(2)]
 
     assert [each.labels for each in encoded] == [(C,), (C,)]
-    assert len([line for line in caplog.messages if "only the last answer is learnt" in line]) <= 1
+    assert len([line for line in caplog.messages if "only the last answer is learnt" in line]) == 1
 
 
 def test_a_template_may_refuse_a_conversation_and_cannot_reach_the_machine() -> None:
@@ -166,6 +167,7 @@ def test_what_is_too_long_in_any_case_is_refused_untokenised(example) -> None:
 
 
 def test_a_prompt_that_ends_in_a_space_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()  # others may have met it in this process
     for _ in range(2):
         encoder().encode(PromptCompletion(prompt="a ", completion="b"))
-    assert len([line for line in caplog.messages if "end in a space" in line]) <= 1
+    assert len([line for line in caplog.messages if "end in a space" in line]) == 1
