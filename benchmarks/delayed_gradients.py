@@ -19,8 +19,8 @@ from benchmarks.virtual_pipeline import Part, VirtualPipeline, VirtualStage, los
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.settings import OptimizerName
 from services.stage_worker.training.optimizers import OptimizerSettings
-from services.trainer.learning_rate import LearningRate
-from services.trainer.microbatches import Rows, join, split
+from services.trainer.intake.microbatches import Rows, join, split
+from services.trainer.nodes.learning_rate import LearningRate
 from shared.encoding import LabelledTokens
 from shared.messages.training import Microbatch
 from shared.model.loader import load_stage, model_partition, read_config
@@ -159,7 +159,7 @@ def parts_of(batch_id: str, examples: Sequence[tuple[int, ...]], num_microbatche
 
 def _microbatch(batch_id: str, index: int, count: int, rows: Rows, loss_weight: float) -> Microbatch:
     return Microbatch(
-        epoch=1,
+        fence=1,
         batch_id=batch_id,
         index=index,
         count=count,

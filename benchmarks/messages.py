@@ -70,7 +70,7 @@ def progress() -> StageProgress:
 def microbatch(num_tokens: int) -> MicrobatchForward:
     rows = tuple(range(num_tokens))
     head = Microbatch(
-        epoch=1,
+        fence=1,
         batch_id="batch",
         index=0,
         count=4,

@@ -11,7 +11,7 @@ from lemix.printing import say
 from lemix.publishing import BatchLine, publish_batches
 from lemix.run_choice import Target
 from lemix.waiting import AppliedBatches, is_judged, judged_weights
-from services.trainer.intake import id_of
+from services.trainer.intake.reading import id_of
 from shared.bus.base import Bus, Stored
 from shared.messages.weights import NodeWeights
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
-from services.trainer.data import check_id, read_body
+from services.trainer.intake.data import check_id, read_body
 from shared.bus.base import Bus, Stored
 from shared.errors import BusError, InvalidBatchError
 from shared.examples import numbered_lines, read_example

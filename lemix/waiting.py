@@ -54,7 +54,7 @@ async def _num_ready(bus: Bus) -> int:
 
 
 def _is_restored(node: NodeStatus) -> bool:
-    return all(stage.epoch > 0 for stage in node.stages)
+    return all(stage.fence > 0 for stage in node.stages)
 
 
 async def judged_weights(bus: Bus, within_s: float) -> list[NodeWeights]:

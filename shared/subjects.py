@@ -204,6 +204,6 @@ STATUS = RequestTopic(
     "lemix.cluster.status", StatusRequest, ClusterStatus, "anyone -> scheduler: how do things stand"
 )
 
-# Durable: the body is the publisher's own JSON or MessagePack (services/trainer/data.py)
+# Durable: the body is the publisher's own JSON or MessagePack (services/trainer/intake/data.py)
 BATCHES = "lemix.train.batches"
 REJECTED = "lemix.train.rejected"

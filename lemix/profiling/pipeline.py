@@ -113,7 +113,7 @@ class ProfiledPipeline:
     async def _steps(self, batch_id: str) -> list[MeasuredOp]:
         gathered = [await executor.finish_batch(batch_id) for executor in self._executors]
         measured = list[MeasuredOp]()
-        order = StepOrder(epoch=1, batch_id=batch_id, version=1, learning_rate=0.0)
+        order = StepOrder(fence=1, batch_id=batch_id, version=1, learning_rate=0.0)
         for stage, (executor, tied) in enumerate(zip(self._executors, reversed(gathered), strict=True)):
             await executor.measure(batch_id, tied)
             _, op = await self._measured(stage, "step", NO_WORK, executor.step(order))
@@ -199,7 +199,7 @@ def _microbatch(batch_id: str, lengths: tuple[int, ...]) -> Microbatch:
     ranges = [range(first, first + length - 1) for first, length in zip(firsts, lengths, strict=True)]
     label_rows = tuple(row for rows in ranges for row in rows)
     return Microbatch(
-        epoch=1,
+        fence=1,
         batch_id=batch_id,
         index=0,
         count=1,

@@ -19,7 +19,7 @@ from services.scheduler.service import Scheduler
 from services.stage_worker.compute.emulated import EmulatedDevice, EmulatedExecutor
 from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
-from services.trainer.intake import Intake
+from services.trainer.intake.reading import Intake
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
 from shared.bus.memory import MemoryBroker, MemoryBus, Observer
@@ -196,7 +196,7 @@ class SimulatedCluster:
     async def _is_ready(self) -> bool:
         status = await self.world.bus.request(STATUS.at(), StatusRequest(), timeout_s=STATUS_TIMEOUT_S)
         return len(status.nodes) == self._options.nodes and all(
-            node.ready and all(beat.epoch for beat in node.stages) for node in status.nodes
+            node.ready and all(beat.fence for beat in node.stages) for node in status.nodes
         )
 
     async def _scheduler(self, world: World) -> None:

@@ -4,7 +4,7 @@
         --> training/training.py (microbatches, weights) --+--> pipeline/queue.py (one at a time) --> compute/
         --> training/merging.py  (means with other nodes) --'
 
-The halves know neither each other nor this file; merging.py goes by the training's epoch and version.
+The halves know neither each other nor this file; merging.py goes by the training's fence and version.
 """
 
 import asyncio
@@ -212,7 +212,7 @@ class StageWorker:
     def _has_same_weights(self, beat: Heartbeat) -> bool:
         """A restore puts all stages on one version; a stage that restarts falls back to an older one."""
         training = self._training
-        if training.restored_epoch and training.restored_epoch == beat.epoch:
+        if training.restored_fence and training.restored_fence == beat.fence:
             return True
         own = (training.version, training.origin.checkpoint, training.origin.digest)
         return own == (beat.weights_version, beat.checkpoint, beat.checkpoint_digest)
@@ -262,7 +262,7 @@ class StageWorker:
             sick_version=self._serving.sick_version,
             checkpoint=training.origin.checkpoint,
             checkpoint_digest=training.origin.digest,
-            epoch=training.restored_epoch,
+            fence=training.restored_fence,
             running=scheduler.num_running,
             waiting=len(scheduler.admission),
             queued=len(self._queue),

@@ -3,7 +3,7 @@
 from math import isfinite
 from pathlib import Path
 
-from services.trainer.learning_rate import suitable_rate, suitable_warmup
+from services.trainer.nodes.learning_rate import suitable_rate, suitable_warmup
 from services.trainer.settings import TrainerSettings
 from shared.model_files import approximate_num_weights
 from shared.settings import EMBEDDED_MODEL

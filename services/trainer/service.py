@@ -1,18 +1,13 @@
 """The trainer: durable training batches in, microbatches out, weights versions and checkpoints.
 
-    batch_flow        reads the stream and asks the scheduler for nodes
-      intake            a message -> a batch, or why not (data, microbatches; shared/examples, encoding)
-      batches           pending batches, and the ledger of what is durable (versions)
-    nodes             listens to stages
-      node/             per node: what to feed and restore (schedules), when to save, which version to serve
-      merging           for all nodes: when their weights become one (merges, reductions, replicas)
-    actions           carries out what nodes decide: messages (outbox), learning rates (learning_rate),
-                      batches that are not used (rejections)
-      checkpoints/      what is durable, and the way back to it
-      publication/      which versions may serve: has nodes score examples
-      progress          tells publishers what becomes of batches
-    weights_requests  people ask for versions, or to go back to one
-    defaults          settings that follow from the model
+    intake/       the durable stream -> batches on nodes
+    ledger/       which batches each version contains; what publishers are told
+    nodes/        each node: what to feed and restore, when to step and save
+    sharing/      for all nodes: when their weights become one
+    publication/  which versions may serve: has nodes score examples
+    checkpoints/  what is durable, and the way back to it
+    defaults      settings that follow from the model
+    outbox        sends messages in order
 
 This file puts them together.
 """
@@ -24,17 +19,17 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from services.trainer.actions import ActionRunner
-from services.trainer.batch_flow import BatchFlow
-from services.trainer.batches import BatchBook
 from services.trainer.checkpoints.files import CONFIG_FILE, MODEL_FILES, CheckpointFiles
 from services.trainer.checkpoints.manifests import all_apart, ledger_of, only_newest
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.retention import Retention
+from services.trainer.checkpoints.weights_requests import WeightsRequests
 from services.trainer.defaults import training_line, with_defaults
-from services.trainer.intake import Intake
-from services.trainer.merging import Merging
-from services.trainer.nodes import Nodes
+from services.trainer.intake.batch_flow import BatchFlow
+from services.trainer.intake.reading import Intake
+from services.trainer.ledger.pending_batches import BatchBook
+from services.trainer.nodes.runner import ActionRunner
+from services.trainer.nodes.stage_listener import Nodes
 from services.trainer.outbox import Outbox
 from services.trainer.publication.evaluator import Evaluator, GuardExamples
 from services.trainer.publication.held_out import read_held_out
@@ -42,8 +37,8 @@ from services.trainer.publication.openings import openings
 from services.trainer.publication.samples import Samples
 from services.trainer.publication.samples_file import read_samples, write_samples
 from services.trainer.settings import OF_TRAINING, TrainerSettings
+from services.trainer.sharing.runner import Merging
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
-from services.trainer.weights_requests import WeightsRequests
 from shared import checkpoints
 from shared.bus.base import Bus, Subscription
 from shared.clock import Clock
@@ -97,7 +92,7 @@ class Trainer:
         """
         stream = await self._bus.ensure_stream(TRAIN_STREAM)
         await self._bus.ensure_stream(REJECTED_STREAM)
-        term = await self._bus.next_epoch("trainer")
+        term = await self._bus.next_fence("trainer")
         found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
         found = only_newest(found) if self._settings.shares_weights else all_apart(found)
         for checkpoint in found.values():

@@ -166,7 +166,7 @@ class Bus(Protocol):
         """Read from the message after `after_sequence`; replaces an earlier reader of that name."""
         ...
 
-    async def next_epoch(self, name: str) -> int:
+    async def next_fence(self, name: str) -> int:
         """A durable number higher than every one given before for `name` (a fencing token)."""
         ...
 

@@ -66,7 +66,7 @@ class MemoryBroker:
         self.checks_sizes = checks_sizes
         self.streams: dict[str, _Stream] = {}
         self._interests: dict[str, _Interest] = {}
-        self._epochs: dict[str, int] = {}
+        self._fences: dict[str, int] = {}
         self._latency_s = latency_s
         self._carriage = carriage
         self._observe = observe
@@ -117,9 +117,9 @@ class MemoryBroker:
                 return stream
         raise BusError(f"{subject}: no stream takes it")
 
-    def next_epoch(self, name: str) -> int:
-        self._epochs[name] = self._epochs.get(name, 0) + 1
-        return self._epochs[name]
+    def next_fence(self, name: str) -> int:
+        self._fences[name] = self._fences.get(name, 0) + 1
+        return self._fences[name]
 
 
 class _Transit:
@@ -255,8 +255,8 @@ class MemoryBus:
             raise BusError(f"{name}: there is no such stream")
         return self.broker.streams[name]
 
-    async def next_epoch(self, name: str) -> int:
-        return self.broker.next_epoch(name)
+    async def next_fence(self, name: str) -> int:
+        return self.broker.next_fence(name)
 
     async def wait_failed(self) -> None:
         await self._dispatcher.failure.wait()

@@ -65,7 +65,7 @@ FETCH_SLICE_S = 1.0
 ACK_WAIT_S = 3600.0
 MAX_ACK_PENDING = 4096
 STREAM_NAME_IN_USE = 10058
-EPOCH_BUCKET = "lemix-epochs"
+FENCE_BUCKET = "lemix-fences"
 
 log = logging.getLogger(__name__)
 
@@ -255,9 +255,9 @@ class NatsBus:
         with _translated(stream):
             return await _NatsStreamReader.open(self._client, self._jetstream, stream, reader, after_sequence)
 
-    async def next_epoch(self, name: str) -> int:
+    async def next_fence(self, name: str) -> int:
         with _translated(name):
-            bucket = await self._jetstream.create_key_value(bucket=EPOCH_BUCKET, storage=StorageType.FILE)
+            bucket = await self._jetstream.create_key_value(bucket=FENCE_BUCKET, storage=StorageType.FILE)
             return await bucket.put(name, b"")
 
     async def wait_failed(self) -> None:

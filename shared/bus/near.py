@@ -116,8 +116,8 @@ class NearBus:
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         return await self._far.read_stream(stream, reader=reader, after_sequence=after_sequence)
 
-    async def next_epoch(self, name: str) -> int:
-        return await self._far.next_epoch(name)
+    async def next_fence(self, name: str) -> int:
+        return await self._far.next_fence(name)
 
     async def wait_failed(self) -> None:
         near, far = self._dispatcher.failure.wait(), self._far.wait_failed()

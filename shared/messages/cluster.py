@@ -32,8 +32,8 @@ class Heartbeat(Message):
     """The checkpoint that the weights descend from; empty: the model as published."""
     checkpoint_digest: str = ""
     """As in `SavedWeights`."""
-    epoch: int
-    """The epoch of the trainer's last restore on this stage; 0 before any."""
+    fence: int
+    """The fence of the trainer's last restore on this stage; 0 before any."""
     running: int
     """Sequences in the KV cache (stage 0)."""
     waiting: int

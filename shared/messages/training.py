@@ -28,7 +28,7 @@ class TrainingTask(Message):
 class Microbatch(Message):
     """The facts that every stage needs about a microbatch."""
 
-    epoch: Count
+    fence: Count
     """The trainer's fencing number; stages ignore lower ones than the last they saw."""
     batch_id: str
     index: Count
@@ -67,7 +67,7 @@ class MicrobatchForward(Message):
 class MicrobatchBackward(Message):
     """The gradient of a microbatch's activations. stage s -> stage s-1."""
 
-    epoch: int
+    fence: int
     batch_id: str
     index: int
     gradient: TensorRef
@@ -77,7 +77,7 @@ class MicrobatchBackward(Message):
 class TiedGradient(Message):
     """The gradient of a tied embedding, exchanged by first and last stage before a step."""
 
-    epoch: int
+    fence: int
     batch_id: str
     gradient: TensorRef
     """[vocab_size, hidden_size]."""
@@ -90,7 +90,7 @@ class StepAhead(Message):
     `BatchReady`, and the trainer sends a `StepOrder`, or this anew.
     """
 
-    epoch: int
+    fence: int
     batch_id: str
     version: int
     """The version of the weights after the step."""
@@ -104,7 +104,7 @@ class StepAhead(Message):
 class StepOrder(Message):
     """Step on a batch whose gradients every stage has, or skip it. trainer -> stage 0 -> each stage."""
 
-    epoch: int
+    fence: int
     batch_id: str
     version: int
     """The version of the weights after the step."""
@@ -139,7 +139,7 @@ class TrainedReport(Message):
     """A stage tells the first one of its node, which leads the training there."""
 
     stage: int
-    epoch: int
+    fence: int
     event: GradientsReady | StepDone
 
 
@@ -225,7 +225,7 @@ class StageReport(Message):
 
     node: int
     stage: int
-    epoch: int
+    fence: int
     event: StageEvent
 
 

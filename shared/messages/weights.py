@@ -28,7 +28,7 @@ class SavedWeights(Message):
 class RestoreWeights(Message):
     """Drop all training in progress and hold exactly these weights. trainer -> each stage."""
 
-    epoch: int
+    fence: int
     weights: SavedWeights
     serving: ServingRule = "newest"
     served: SavedWeights | None = None
@@ -49,7 +49,7 @@ class SaveWeights(Message):
     Refused when the stage is already past it. The shard is announced by `ShardSaved`.
     """
 
-    epoch: int
+    fence: int
     version: int
     folder: str
 
@@ -58,8 +58,8 @@ class MergeMember(Message):
     """One node of a merge."""
 
     node: int
-    epoch: int
-    """The epoch of its weights. When no member's epoch has changed, they know each other already."""
+    fence: int
+    """The fence of its weights. When no member's fence has changed, they know each other already."""
     share: Share
     """Its share of the mean; the shares of all members sum to 1."""
 
@@ -86,7 +86,7 @@ class MergeWeights(Message):
     No training is in flight there. Answered when the stage holds it; serving goes on meanwhile.
     """
 
-    epoch: int
+    fence: int
     version: int
     """The version of the merged weights: the number of batches that they contain."""
     keep: bool = False
@@ -101,7 +101,7 @@ class ReduceGradients(Message):
     Then `GradientsReady`, `BatchReady` and `StepOrder` speak of the group's name instead of the batch.
     """
 
-    epoch: int
+    fence: int
     batch_id: str
     """This node's; empty where it has none and adds nothing (its share is 0)."""
     group: MergeGroup
@@ -163,21 +163,21 @@ class KeepVersion(Message):
     Answered when they are kept. Refused with 409 when they are of another version than this.
     """
 
-    epoch: int
+    fence: int
     version: int
 
 
 class PublishVersion(Message):
     """Serve this version, which every stage keeps. trainer -> stage 0."""
 
-    epoch: int
+    fence: int
     version: int
 
 
 class ReleaseVersion(Message):
     """Serving needs this version no more: keep it no longer. trainer -> each stage."""
 
-    epoch: int
+    fence: int
     version: int
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lemix.simulation.loop import run_virtual
-from services.trainer.merges import MAX_FAILURES
+from services.trainer.sharing.average import MAX_FAILURES
 from shared.checkpoints import Checkpoint
 from shared.schedule import ScheduleName, is_synchronous
 from tests.chaos.test_kill_points import BATCHES, IDS, examples, model_folder, tensors_of

@@ -113,7 +113,7 @@ async def train_and_kill(runs_dir: Path) -> tuple[Checkpoint, Requests]:
         async with ApiClient(cluster.api_url, model=model, timeout_s=10.0) as api:
             asking = asyncio.create_task(requests.ask_on(api))
             for number, victim in enumerate(victims):
-                await steps.reach(number * 4 + rng.randint(2, 4), after_epoch=0)
+                await steps.reach(number * 4 + rng.randint(2, 4), after_fence=0)
                 await kill(cluster, victim)
             await until(lambda: durable_version(cluster) == len(RUN), timeout_s=DEADLINE_S)
             asking.cancel()

@@ -31,7 +31,7 @@ class Steps:
     """The optimizer steps of a node, as its first stage reports them."""
 
     def __init__(self) -> None:
-        self.epoch = 0
+        self.fence = 0
         self.version = 0
         self.lineage: list[str] = []
         """Batches in the stage's weights, in the order of their steps; a restore takes back the latest."""
@@ -40,12 +40,12 @@ class Steps:
     async def on_report(self, incoming: Incoming[StageReport]) -> None:
         report = incoming.message
         if isinstance(report.event, BatchStepped):
-            self.epoch, self.version = report.epoch, report.event.version
+            self.fence, self.version = report.fence, report.event.version
             self.lineage[self.version - 1 :] = [report.event.batch_id]
             self._stepped.set()
 
-    async def reach(self, version: int, *, after_epoch: int) -> None:
-        while self.version < version or self.epoch <= after_epoch:
+    async def reach(self, version: int, *, after_fence: int) -> None:
+        while self.version < version or self.fence <= after_fence:
             self._stepped.clear()
             await self._stepped.wait()
 
@@ -94,15 +94,15 @@ async def test_each_batch_is_once_in_the_durable_weights_however_often_the_train
 ) -> None:
     rng = random.Random(20)
     kill_at = [begin + rng.randint(2, CHECKPOINT_EVERY - 3) for begin in (0, CHECKPOINT_EVERY, 24)]
-    steps, epoch = Steps(), 0
+    steps, fence = Steps(), 0
     async with running_cluster(tmp_path) as cluster, open_bus(cluster.nats_url) as bus:
         await bus.subscribe(REPORT.at(), steps.on_report)
         async with asyncio.timeout(DEADLINE_S):
             await publish_all(bus)
             for version in kill_at:
-                await steps.reach(version, after_epoch=epoch)
+                await steps.reach(version, after_fence=fence)
                 await kill_trainer(cluster)
-                epoch = steps.epoch
+                fence = steps.fence
                 assert durable_version(cluster) < version, "nothing was at stake"
             await until(lambda: durable_version(cluster) >= NUM_BATCHES, timeout_s=DEADLINE_S)
     manifest = durable(cluster)

@@ -405,12 +405,12 @@ async def test_what_no_stream_takes_is_an_error(connect: Connect) -> None:
         await bus.read_stream("NOWHERE", reader="r", after_sequence=0)
 
 
-async def test_an_epoch_is_higher_than_all_before(connect: Connect) -> None:
+async def test_a_fence_is_higher_than_all_before(connect: Connect) -> None:
     one, other = await connect(), await connect()
-    epochs = [await bus.next_epoch("trainer") for bus in (one, other, one)]
-    await other.next_epoch("another")
-    epochs.append(await other.next_epoch("trainer"))
-    assert epochs == sorted(set(epochs))
+    fences = [await bus.next_fence("trainer") for bus in (one, other, one)]
+    await other.next_fence("another")
+    fences.append(await other.next_fence("trainer"))
+    assert fences == sorted(set(fences))
 
 
 async def test_closing_twice_is_harmless_and_ends_publishing(connect: Connect) -> None:

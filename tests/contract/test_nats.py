@@ -107,7 +107,7 @@ async def test_a_reader_goes_on_where_it_was_when_the_server_crashed(nats_server
         await bus.publish_durable("test.stored", body)
     reader = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
     assert [m.body for m in await taken(reader, 1)] == [b"1"]
-    epoch = await bus.next_epoch("trainer")
+    fence = await bus.next_fence("trainer")
 
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(taken(reader, 2))
@@ -119,7 +119,7 @@ async def test_a_reader_goes_on_where_it_was_when_the_server_crashed(nats_server
         await crash_and_restart(nats_server)
         await stored(bus, b"4")
     assert [m.body for m in waiting.result()] == [b"4"]
-    assert await bus.next_epoch("trainer") > epoch
+    assert await bus.next_fence("trainer") > fence
     await bus.close()
 
 

@@ -258,9 +258,9 @@ async def test_rises_do_not_add_up_over_a_restart_of_the_trainer(tmp_path: Path)
     assert (found.published, found.num_withheld) == (worse, 1), "as good as what is served, and yet too bad"
 
 
-async def restored(node: Node, epoch: int, durable_version: int) -> NodeWeights:
-    """What the trainer says when the stages are past that epoch, and it can compare again."""
-    await node.heard(lambda: all(beat.epoch > epoch for beat in node.heartbeats.values()))
+async def restored(node: Node, fence: int, durable_version: int) -> NodeWeights:
+    """What the trainer says when the stages are past that fence, and it can compare again."""
+    await node.heard(lambda: all(beat.fence > fence for beat in node.heartbeats.values()))
     return await weights_when(
         node,
         lambda found: found.held_out_loss is not None and found.durable_version == durable_version,
@@ -301,8 +301,8 @@ async def test_what_was_withheld_is_not_served_after_a_restart_and_trains_on(
     async def served(node: Node) -> Answer:
         return await node.complete(PROMPT, max_tokens=12)
 
-    async def goes_on(node: Node, before: NodeWeights, epoch: int) -> None:
-        after = await restored(node, epoch, before.durable_version)
+    async def goes_on(node: Node, before: NodeWeights, fence: int) -> None:
+        after = await restored(node, fence, before.durable_version)
         assert (after.version, after.published) == (before.durable_version, num_good)
         assert after.held_out_loss == pytest.approx(before.held_out_loss)
         answers.append(await served(node))
@@ -315,10 +315,10 @@ async def test_what_was_withheld_is_not_served_after_a_restart_and_trains_on(
             assert before.published == num_good
             good = model_in(folder_of(run_dir, num_good) if num_good else model, model)
             answers.append(await served(node))
-            epoch = node.heartbeats[0].epoch
+            fence = node.heartbeats[0].fence
             if restarts == "stage":
                 await node.replace(1)
-                await goes_on(node, before, epoch)
+                await goes_on(node, before, fence)
         if restarts == "all":
             for stage in range(2):
                 await node.replace(stage)
@@ -326,7 +326,7 @@ async def test_what_was_withheld_is_not_served_after_a_restart_and_trains_on(
             answers.append(await served(node))
         if restarts != "stage":
             async with guarded(node, model, run_dir, **WARY):
-                await goes_on(node, before, epoch)
+                await goes_on(node, before, fence)
         answers.append(await served(node))
     async with (
         running_node(model, 2, undisturbed, **of_stages) as node,

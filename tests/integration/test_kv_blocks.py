@@ -118,7 +118,7 @@ async def test_no_version_reads_what_another_has_written(
             await node.publish(1)
             await node.until_published(1)
         new = [await node.complete(prompt, max_tokens=12) for _ in range(2)]
-        await node.restore(epoch=2, serving=serving)
+        await node.restore(fence=2, serving=serving)
         back = [await node.complete(prompt, max_tokens=12) for _ in range(2)]
     assert [answer.num_cached for answer in (*old, *new, *back)] == [0, 32] * 3
     assert [set(answer.versions) for answer in (*old, *new)] == [{0}, {0}, {1}, {1}]

@@ -67,7 +67,7 @@ async def test_it_answers_and_trains_as_one_process_and_outlives_a_broken_connec
     ):
         await node.bus.subscribe(subjects.ITERATION.at(node=0, stage=1), note_carrier)
         assert (await node.complete(PROMPT, max_tokens=MAX_TOKENS)).token_ids == expected
-        await node.restore(epoch=1)
+        await node.restore(fence=1)
         feeder = Feeder(node)
         await feeder.sync(batches)
         weights = await weights_of(node, NUM_BATCHES, tmp_path / "checkpoints" / "end")
@@ -79,7 +79,7 @@ async def test_it_answers_and_trains_as_one_process_and_outlives_a_broken_connec
         await lost.end()
         assert lost.failure is not None
         assert (lost.failure.code, lost.finish) == (503, None)
-        await node.restore(epoch=2)
+        await node.restore(fence=2)
         assert (await node.complete(PROMPT, max_tokens=MAX_TOKENS)).token_ids == expected
         assert {stage: beat.instance for stage, beat in node.heartbeats.items()} == instances
     losses = train_in_one_process(model, batches)

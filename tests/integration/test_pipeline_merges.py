@@ -158,7 +158,7 @@ async def test_three_outer_steps_equal_a_plain_loop_of_diloco_across_a_restart(
             if number == 0:  # as one that comes back: from the other's checkpoint
                 await train(pair.nodes[1], "lost", BATCHES[7])
                 folder = tmp_path / "checkpoints" / f"step-{version}"
-                await pair.nodes[1].restore(epoch=2, version=version, checkpoint=str(folder))
+                await pair.nodes[1].restore(fence=2, version=version, checkpoint=str(folder))
         states = await pair.states()
 
     apart = [pair.plain(), pair.plain()]
@@ -212,7 +212,7 @@ async def test_requests_are_answered_while_a_merge_waits_and_decode_through_it(t
 async def test_a_member_that_is_killed_in_a_merge_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path / "model")
     async with running_node(tmp_path / "model", NUM_STAGES, tmp_path, **ADAMW) as node:
-        await node.restore(epoch=1)
+        await node.restore(fence=1)
         await train(node, "a0", BATCHES[0])
         before = await state_of(node, tmp_path, "before")
         spawn = get_context("spawn")
@@ -253,12 +253,12 @@ async def test_adapters_that_are_not_alike_are_not_merged(
     assert f"LEMIX_{name.upper()}={values[0]} on node 0 and {values[1]} on node 1" in str(refusals[1])
 
 
-async def test_a_merge_of_another_epoch_or_without_its_first_member_is_refused(tmp_path: Path) -> None:
+async def test_a_merge_of_another_fence_or_without_its_first_member_is_refused(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path / "model")
     async with running_node(tmp_path / "model", NUM_STAGES, tmp_path, number=1) as node:
-        await node.restore(epoch=2)
-        with pytest.raises(RefusedError, match="epoch 1 is not 2"):
-            await node.merge(group("m", 0.5, 0.5), 3, epoch=1)
+        await node.restore(fence=2)
+        with pytest.raises(RefusedError, match="fence 1 is not 2"):
+            await node.merge(group("m", 0.5, 0.5), 3, fence=1)
         with pytest.raises(RefusedError, match="node 0 does not say where to meet"):
             await node.merge(group("m", 0.5, 0.5), 3)
 
@@ -266,7 +266,7 @@ async def test_a_merge_of_another_epoch_or_without_its_first_member_is_refused(t
 async def test_gradients_that_find_no_peer_fail_the_batch_without_fault(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path / "model")
     async with running_node(tmp_path / "model", NUM_STAGES, tmp_path, number=1) as node:
-        await node.restore(epoch=2)
+        await node.restore(fence=2)
         await node.reduce(group("merge-1", 1.0, 0.0), "")
         report = await node.report()
     event = report.event
@@ -287,7 +287,7 @@ async def test_a_checkpoint_of_merged_weights_is_every_nodes(
         await train(first, "a1", BATCHES[2])
         await train(second, "lost", BATCHES[3])
         checkpoint = tmp_path / "checkpoints" / "merged"
-        await second.restore(epoch=2, version=2, checkpoint=str(checkpoint))
+        await second.restore(fence=2, version=2, checkpoint=str(checkpoint))
         await train(second, "a1", BATCHES[2])
         assert_identical(*await pair.states())
 
@@ -319,7 +319,7 @@ async def test_answers_after_a_merge_are_those_of_its_checkpoint(
         await pair.state(first, checkpoint.name)
         await train(second, "lost", BATCHES[2])
         apart.append(await asked(second))
-        await second.restore(epoch=2, version=2, checkpoint=str(checkpoint))
+        await second.restore(fence=2, version=2, checkpoint=str(checkpoint))
         loaded = await asked(second)
     assert logprobs(merged[0]) == pytest.approx(logprobs(merged[1]), abs=1e-5)
     assert logprobs(merged[0]) == pytest.approx(logprobs(loaded), abs=1e-5)
@@ -347,7 +347,7 @@ async def test_a_pinned_request_goes_on_with_its_version_through_a_merge(
         merged = [await asked(node) for node in pair.nodes]
         num_tokens = len(old.tokens)
         await first.cancel(old)
-        await second.restore(epoch=3)
+        await second.restore(fence=3)
         again = await second.complete(PROMPT, max_tokens=num_tokens)
     assert logprobs(merged[0]) == pytest.approx(logprobs(merged[1]), abs=1e-5)
     assert set(old.versions) == {0}

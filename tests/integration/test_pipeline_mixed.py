@@ -55,8 +55,8 @@ def prompt(number: int) -> list[int]:
     return tokens
 
 
-async def feed(node: Node, batch_id: str, batch: Batch, *, epoch: int = 1, **header: Any) -> None:
-    for message in messages(batch_id, batch, epoch=epoch, **header):
+async def feed(node: Node, batch_id: str, batch: Batch, *, fence: int = 1, **header: Any) -> None:
+    for message in messages(batch_id, batch, fence=fence, **header):
         await node.feed(message)
 
 
@@ -308,18 +308,18 @@ async def test_malformed_messages_are_counted_and_nothing_else_breaks(bad: Messa
             assert bus.num_malformed == sum(map(len, subjects_of(stage))) + 1
 
 
-async def test_microbatches_of_an_older_epoch_are_ignored(folder: Path, tmp_path: Path) -> None:
+async def test_microbatches_of_an_older_fence_are_ignored(folder: Path, tmp_path: Path) -> None:
     old, new = random_batches(2, 2)
     async with running_node(folder, 2, tmp_path, **ADAMW) as node:
-        await node.restore(epoch=2)
-        await feed(node, "old", old, epoch=1)
-        reports = await step(node, "new", new, epoch=2)
-        assert {report.epoch for report in reports} == {2}
+        await node.restore(fence=2)
+        await feed(node, "old", old, fence=1)
+        reports = await step(node, "new", new, fence=2)
+        assert {report.fence for report in reports} == {2}
         assert {report.event.batch_id for report in reports} == {"new"}  # type: ignore[union-attr]
-        with pytest.raises(RefusedError, match="epoch 1 is over") as refusal:
-            await node.restore(epoch=1)
+        with pytest.raises(RefusedError, match="fence 1 is over") as refusal:
+            await node.restore(fence=1)
         assert refusal.value.code == 409
-        reports = await step(node, "newer", old, epoch=2)
+        reports = await step(node, "newer", old, fence=2)
     versions = {report.event.version for report in reports if isinstance(report.event, BatchStepped)}
     assert versions == {2}
 
@@ -340,17 +340,17 @@ async def test_restores_in_mid_flight_leave_nothing_behind(tmp_path: Path) -> No
     num_restores = 12
     async with running_node(tmp_path / "model", 2, tmp_path, **ADAMW) as node:
         await node.restore()
-        (expected,) = losses(await step(node, "e1", batch[:1], epoch=1))
-        for epoch in range(2, 2 + num_restores):
-            await feed(node, f"e{epoch - 1}", batch, epoch=epoch - 1)
-            await until(partial(has_run, node, f"e{epoch - 1}", epoch % 4))
-            await node.restore(epoch=epoch)
+        (expected,) = losses(await step(node, "e1", batch[:1], fence=1))
+        for fence in range(2, 2 + num_restores):
+            await feed(node, f"e{fence - 1}", batch, fence=fence - 1)
+            await until(partial(has_run, node, f"e{fence - 1}", fence % 4))
+            await node.restore(fence=fence)
         while not node.reports.empty():
             report = await node.report()
-            assert report.event.batch_id == f"e{report.epoch}"  # type: ignore[union-attr]
+            assert report.event.batch_id == f"e{report.fence}"  # type: ignore[union-attr]
         await node.complete(PROMPT, max_tokens=4)
-        reports = await step(node, "last", batch[:1], epoch=epoch)
-    assert {report.epoch for report in reports} == {epoch}
+        reports = await step(node, "last", batch[:1], fence=fence)
+    assert {report.fence for report in reports} == {fence}
     (loss,) = losses(reports)
     assert loss == pytest.approx(expected, abs=1e-6)
 
@@ -374,8 +374,8 @@ async def test_a_batch_that_raises_fails_alone(folder: Path, tmp_path: Path) -> 
         assert failure.reason.startswith("LemixError: tokens ")
         assert failure.reason.endswith(f" to {VOCAB_SIZE} are not all in 0..{VOCAB_SIZE - 1}")
         await answer.end()
-        await node.restore(epoch=2)
-        reports = await step(node, "good", good, epoch=2)
+        await node.restore(fence=2)
+        reports = await step(node, "good", good, fence=2)
         assert {report.event.version for report in reports if isinstance(report.event, BatchStepped)} == {1}
     assert answer.token_ids == expected.token_ids
 
@@ -407,11 +407,11 @@ async def test_a_restored_node_goes_on_as_if_nothing_had_been(
         undisturbed = tensors_in(await save(node, model, 4, tmp_path / "checkpoints" / "undisturbed"))
         changed = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
 
-        await node.restore(epoch=2, version=2, checkpoint=str(checkpoint))
+        await node.restore(fence=2, version=2, checkpoint=str(checkpoint))
         after = await node.complete(PROMPT, max_tokens=16, num_logprobs=0)
         for number in (2, 3):
-            await step(node, f"b{number}", batches[number], epoch=2)
-        disturbed = tensors_in(await save(node, model, 4, tmp_path / "checkpoints" / "disturbed", epoch=2))
+            await step(node, f"b{number}", batches[number], fence=2)
+        disturbed = tensors_in(await save(node, model, 4, tmp_path / "checkpoints" / "disturbed", fence=2))
     assert after.token_ids == before.token_ids
     logprobs = [token.logprob for token in before.tokens]
     assert [token.logprob for token in after.tokens] == pytest.approx(logprobs, abs=1e-5)
@@ -468,7 +468,7 @@ async def test_a_save_that_a_step_overtakes_is_told_as_failed(folder: Path, tmp_
 
         # The step waits behind this, and the save behind the step.
         node.workers.workers[0]._queue.put(WorkKind.CONTROL, wait)
-        await node.order(ready.epoch, "b0")
+        await node.order(ready.fence, "b0")
         await node.save(0, tmp_path / "checkpoints")
         gate.set()
         stepped, failed = [(await node.report()).event for _ in range(2)]
@@ -515,7 +515,7 @@ async def test_a_restore_that_takes_too_long_is_refused_and_done_later(
         with monkeypatch.context() as impatient:
             impatient.setattr(training, "RESTORE_DEADLINE_S", 0.0)
             with pytest.raises(RefusedError, match="not done within 0 s") as refusal:
-                await node.restore(epoch=1)
+                await node.restore(fence=1)
             assert refusal.value.code == 504
-        await node.restore(epoch=2)
+        await node.restore(fence=2)
         assert (await node.complete(PROMPT, max_tokens=2)).finish == "length"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.trainer.checkpoints import rollback_files
-from services.trainer.progress import DISCARDED
+from services.trainer.ledger.progress import DISCARDED
 from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.errors import RefusedError

@@ -181,10 +181,10 @@ async def test_the_last_stage_forgets_who_is_gone(num_stages: int, folder: Path,
         await node.complete(prompt(3), max_tokens=2)
         assert node.num_remembered <= 1, "only the one that has just ended"
 
-        await node.restore(epoch=1, version=0, serving="published")
+        await node.restore(fence=1, version=0, serving="published")
         wanting = await node.start(prompt(1), changes={"weights_version": 0}, **ENDLESS)
         await wanting.first_token()
-        await node.restore(epoch=2, version=7, serving="published")
+        await node.restore(fence=2, version=7, serving="published")
         await wanting.end()
         assert wanting.failure is not None
         await node.complete(prompt(3), max_tokens=2)

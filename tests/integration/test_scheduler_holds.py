@@ -12,7 +12,7 @@ from services.gateway.cluster_client import SUBMIT_TIMEOUT_S
 from services.scheduler.policies.base import Arrival, Decision, Place, Refuse, Wait
 from services.scheduler.service import HOLD_S, Scheduler
 from services.scheduler.state import ClusterState
-from services.trainer.batch_flow import PLACE_TIMEOUT_S
+from services.trainer.intake.batch_flow import PLACE_TIMEOUT_S
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import IdSource

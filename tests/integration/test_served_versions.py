@@ -88,7 +88,7 @@ async def test_pinned_answers_in_bfloat16_are_those_of_a_node_that_holds_nothing
         answers = await pinned_while_training(node, folder, tmp_path, PROMPTS[:1])
         for version, prompt, answer in answers:
             checkpoint = str(tmp_path / "checkpoints" / f"v{version}") if version else ""
-            await node.restore(epoch=version + 2, version=version, checkpoint=checkpoint)
+            await node.restore(fence=version + 2, version=version, checkpoint=checkpoint)
             again = await node.complete(prompt, max_tokens=MAX_TOKENS)
             assert answer.token_ids == again.token_ids
 
@@ -171,7 +171,7 @@ async def test_requests_whose_version_is_gone_fail_once_and_clearly(
         await node.until_published(1)
         new = [await node.start(prompt, **ENDLESS) for prompt in PROMPTS]
         await asyncio.gather(*(answer.first_token() for answer in new))
-        await node.restore(epoch=2, serving="pinned")
+        await node.restore(fence=2, serving="pinned")
         for answer in new:
             await answer.end()
             assert answer.failure is not None
@@ -197,13 +197,13 @@ async def test_what_is_served_beside_newer_weights_answers_on_through_a_restore(
         await before.first_token()
         older, newer = (str(tmp_path / "checkpoints" / f"v{version}") for version in (1, 2))
         served = SavedWeights(version=1, checkpoint=older)
-        await node.restore(epoch=2, version=2, checkpoint=newer, serving="pinned", served=served)
+        await node.restore(fence=2, version=2, checkpoint=newer, serving="pinned", served=served)
         await before.end()
         after = await node.complete(PROMPT, max_tokens=80)
         trained_on = await node.complete(PROMPT, max_tokens=80, changes={"weights_version": 2})
         with pytest.raises(RefusedError, match="not in this run's folder"):
             outside = SavedWeights(version=1, checkpoint=str(folder))
-            await node.restore(epoch=3, version=2, checkpoint=newer, serving="pinned", served=outside)
+            await node.restore(fence=3, version=2, checkpoint=newer, serving="pinned", served=outside)
     for answer, version in ((before, 1), (after, 1), (trained_on, 2)):
         expected, _ = greedy_reference(model_of(folder, tmp_path, version), PROMPT, 80)
         assert answer.failure is None
@@ -225,8 +225,8 @@ async def test_what_was_gone_back_from_while_the_node_was_away_serves_no_more(
         await node.restore(serving="pinned")
         for version in (1, 2):
             await learn(node, folder, tmp_path, version)
-        await node.restore(epoch=2, serving="pinned")
-        await step(node, "other", random_batches(1, 2, seed=9)[0], epoch=2)
+        await node.restore(fence=2, serving="pinned")
+        await step(node, "other", random_batches(1, 2, seed=9)[0], fence=2)
         await node.publish(1)
         await node.until_published(1)
         before = await node.start(PROMPT, max_tokens=2000)
@@ -234,9 +234,9 @@ async def test_what_was_gone_back_from_while_the_node_was_away_serves_no_more(
 
         if is_guarded:
             served = SavedWeights(version=1, checkpoint=first)
-            await node.restore(epoch=3, version=2, checkpoint=second, serving="pinned", served=served)
+            await node.restore(fence=3, version=2, checkpoint=second, serving="pinned", served=served)
         else:
-            await node.restore(epoch=3, version=1, checkpoint=first, serving="pinned")
+            await node.restore(fence=3, version=1, checkpoint=first, serving="pinned")
         await before.end()
         after = await node.complete(PROMPT, max_tokens=MAX_TOKENS)
     assert before.failure is not None
@@ -259,7 +259,7 @@ async def test_a_checkpoint_that_has_taken_the_place_of_another_is_loaded(
         for version in (1, 2):
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(tmp_path / "checkpoints" / f"v{version}", place)
-            await node.restore(epoch=version + 1, version=5, checkpoint=str(place), digest=f"of {version}")
+            await node.restore(fence=version + 1, version=5, checkpoint=str(place), digest=f"of {version}")
             answers.append(await node.complete(PROMPT, max_tokens=MAX_TOKENS))
     for version, answer in zip((1, 2), answers, strict=True):
         expected, _ = greedy_reference(model_of(folder, tmp_path, version), PROMPT, MAX_TOKENS)

@@ -138,7 +138,7 @@ def test_the_error_of_one_service_ends_the_simulation() -> None:
             await cluster.world.bus.wait_failed()
 
         cluster._start(cluster.world.bus, serve)  # type: ignore[arg-type]
-        report = StageReport(node=0, stage=0, epoch=1, event=MicrobatchEntered(batch_id="b", index=0))
+        report = StageReport(node=0, stage=0, fence=1, event=MicrobatchEntered(batch_id="b", index=0))
         await asyncio.sleep(1.0)
         await cluster.world.bus.publish(REPORT.at(), report)
         await asyncio.sleep(1000)

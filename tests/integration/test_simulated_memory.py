@@ -45,7 +45,7 @@ def trained(policy: str, *, room_tokens: int) -> tuple[RunRecord, list[str]]:
     failures: list[str] = []
     is_done = asyncio.Event()
     stepped: defaultdict[int, set[str]] = defaultdict(set)
-    """By epoch, each of which begins anew: there are no checkpoints."""
+    """By fence, each of which begins anew: there are no checkpoints."""
 
     async def note(incoming: Incoming[StageReport]) -> None:
         report = incoming.message
@@ -53,8 +53,8 @@ def trained(policy: str, *, room_tokens: int) -> tuple[RunRecord, list[str]]:
             case TrainingFailed(reason=reason):
                 failures.append(reason)
             case BatchStepped(batch_id=batch_id):
-                stepped[report.epoch].add(batch_id)
-                if len(stepped[report.epoch]) == NUM_BATCHES:
+                stepped[report.fence].add(batch_id)
+                if len(stepped[report.fence]) == NUM_BATCHES:
                     is_done.set()
 
     async def main() -> RunRecord:

@@ -104,18 +104,18 @@ async def test_requests_wait_until_a_new_stage_is_linked(num_stages: int, tmp_pa
     save_tiny_model("llama", tmp_path / "model")
     last = num_stages - 1
     async with running_node(tmp_path / "model", num_stages, tmp_path) as node:
-        for epoch in (1, 3):
+        for fence in (1, 3):
             await node.replace(last)
             assert not node.heartbeats[last].ready
             early = [await node.start(PROMPT * 60, max_tokens=4) for _ in range(3)]
             for answer in early:
                 await answer.end()
                 assert answer.finish == "length"
-            await node.restore(epoch=epoch)
-            (first,) = messages(f"b{epoch}", random_batches(1, 1)[0], epoch=epoch)
+            await node.restore(fence=fence)
+            (first,) = messages(f"b{fence}", random_batches(1, 1)[0], fence=fence)
             await node.feed(first)
             await node.next(MicrobatchEntered)
-            await node.restore(epoch=epoch + 1)  # the batch is forgotten: the weights stay those of the model
+            await node.restore(fence=fence + 1)  # the batch is forgotten: the weights stay those of the model
 
 
 @pytest.mark.parametrize(("num_stages", "stage"), [(2, 0), (2, 1), (3, 1)])
@@ -125,8 +125,8 @@ async def test_a_node_with_mixed_weights_serves_nothing_until_it_is_restored(
     save_tiny_model("llama", tmp_path / "model")
     async with running_node(tmp_path / "model", num_stages, tmp_path) as node:
         expected = await node.complete(PROMPT, max_tokens=12)
-        await node.restore(epoch=1)
-        await step(node, "b0", epoch=1)
+        await node.restore(fence=1)
+        await step(node, "b0", fence=1)
         changed = await node.complete(PROMPT, max_tokens=12)
         await node.replace(stage)
         await node.heard(lambda: all(beat.ready for beat in node.heartbeats.values()))
@@ -136,7 +136,7 @@ async def test_a_node_with_mixed_weights_serves_nothing_until_it_is_restored(
         await node.heard(lambda: len(node.heartbeats) == num_stages)
         assert not node.heartbeats[0].whole
         assert early.tokens == []
-        await node.restore(epoch=2)
+        await node.restore(fence=2)
         await early.end()
         await node.ready()
     assert (early.token_ids, early.versions) == (expected.token_ids, [0] * 12)
@@ -186,15 +186,15 @@ async def test_stages_that_share_no_memory_are_connected(
     async with running_node(tmp_path / "model", 2, tmp_path) as node:
         prompt = PROMPT * 60  # too large to go inline
         expected = await node.complete(prompt, max_tokens=12)
-        await node.restore(epoch=1)
-        expected_loss = await loss_of_step(node, "b0", epoch=1)
+        await node.restore(fence=1)
+        expected_loss = await loss_of_step(node, "b0", fence=1)
         node.workers.settings_of[1] = {"shm_dir": elsewhere}
-        for epoch in (2, 3):  # the second time there is a connection that breaks
+        for fence in (2, 3):  # the second time there is a connection that breaks
             await node.replace(1)
             await node.heard(lambda: all(beat.ready for beat in node.heartbeats.values()))
-            await node.restore(epoch=epoch)
+            await node.restore(fence=fence)
             assert (await node.complete(prompt, max_tokens=12)).token_ids == expected.token_ids
-            assert await loss_of_step(node, "b0", epoch=epoch) == pytest.approx(expected_loss, abs=1e-6)
+            assert await loss_of_step(node, "b0", fence=fence) == pytest.approx(expected_loss, abs=1e-6)
         for worker in node.workers.workers.values():
             links = worker._executor._handoff._outgoing.values()  # type: ignore[attr-defined]
             assert {type(link) for link in links} == {CollectiveLink}
@@ -212,8 +212,8 @@ async def test_a_connection_that_breaks_between_living_stages_is_made_anew(
         await node.ready()
         prompt = PROMPT * 60  # too large to go inline
         expected = await node.complete(prompt, max_tokens=12)
-        await node.restore(epoch=1)
-        expected_loss = await loss_of_step(node, "b0", epoch=1)
+        await node.restore(fence=1)
+        expected_loss = await loss_of_step(node, "b0", fence=1)
         instances = {number: beat.instance for number, beat in node.heartbeats.items()}
         links = node.workers.workers[stage]._executor._handoff._outgoing  # type: ignore[attr-defined]
         broken = links[other, "activations"]
@@ -225,7 +225,7 @@ async def test_a_connection_that_breaks_between_living_stages_is_made_anew(
             assert lost.failure is not None
             assert (lost.failure.code, lost.finish) == (503, None)
         else:
-            for message in messages("b0", random_batches(1, 1)[0], epoch=1):
+            for message in messages("b0", random_batches(1, 1)[0], fence=1):
                 await node.feed(message)
             while not isinstance((await node.report()).event, TrainingFailed):
                 pass
@@ -235,9 +235,9 @@ async def test_a_connection_that_breaks_between_living_stages_is_made_anew(
             return link is not None and link._connection not in (None, broken._connection)
 
         await node.heard(is_connected_anew)
-        await node.restore(epoch=2)
+        await node.restore(fence=2)
         assert (await node.complete(prompt, max_tokens=12)).token_ids == expected.token_ids
-        assert await loss_of_step(node, "b0", epoch=2) == pytest.approx(expected_loss, abs=1e-6)
+        assert await loss_of_step(node, "b0", fence=2) == pytest.approx(expected_loss, abs=1e-6)
         assert {number: beat.instance for number, beat in node.heartbeats.items()} == instances
 
 
@@ -268,18 +268,18 @@ async def test_an_iteration_that_a_later_stage_loses_fails_its_requests_at_once(
         assert (await node.complete(PROMPT, max_tokens=4)).token_ids == expected.token_ids
 
 
-async def loss_of_step(node: Node, batch_id: str, *, epoch: int) -> float:
+async def loss_of_step(node: Node, batch_id: str, *, fence: int) -> float:
     """Train on one batch of one microbatch; returns its loss before the step."""
-    for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch):
+    for message in messages(batch_id, random_batches(1, 1)[0], fence=fence):
         await node.feed(message)
     event = (await node.next(BatchStepped)).event
     assert isinstance(event, BatchStepped)
     return event.loss
 
 
-async def step(node: Node, batch_id: str, *, epoch: int) -> None:
+async def step(node: Node, batch_id: str, *, fence: int) -> None:
     """Train on one batch, hard enough for other answers."""
     node.learning_rate = 0.1
-    for message in messages(batch_id, random_batches(1, 1)[0], epoch=epoch):
+    for message in messages(batch_id, random_batches(1, 1)[0], fence=fence):
         await node.feed(message)
     await node.next(BatchStepped)

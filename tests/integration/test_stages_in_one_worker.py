@@ -55,7 +55,7 @@ async def test_no_tensor_is_left_between_the_stages(tmp_path: Path) -> None:
         await node.restore()
         feeder = Feeder(node)
         await feeder.sync(random_batches(1, 2))
-        await node.restore(epoch=2)
+        await node.restore(fence=2)
         (worker, other) = node.workers.workers.values()
         assert worker._executor._local is other._executor._local  # type: ignore[attr-defined]
         unread: Sequence[dict[int, object]] = [*worker._executor._local.tensors._unread.values()]  # type: ignore[attr-defined]

@@ -15,8 +15,8 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from services.trainer import rejections
 from services.trainer.checkpoints.files import CheckpointFiles
+from services.trainer.ledger import rejections
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
@@ -560,7 +560,7 @@ async def test_what_was_on_its_way_when_the_connection_broke_runs_again(cluster:
     buses: list[MemoryBus] = []
     trainer = await cluster.trainer(buses)
     await cluster.news.until(lambda: len(node.restores) == 2)
-    node.stages[1].epoch += 1  # deaf to what is sent from now on
+    node.stages[1].fence += 1  # deaf to what is sent from now on
     await cluster.publish("a")
     await cluster.news.until(lambda: len(cluster.placements) == 1)
 
@@ -614,7 +614,7 @@ async def test_a_stage_that_restarts_is_restored_and_what_was_not_durable_runs_a
     saved = checkpoints.as_saved(checkpoints.latest(cluster.folder / "checkpoints", 0))
     assert saved.checkpoint.endswith("node-0/step-00000001")
     assert [restore.weights for restore in node.restores[-2:]] == [saved, saved]
-    assert node.restores[-1].epoch > node.restores[-3].epoch
+    assert node.restores[-1].fence > node.restores[-3].fence
 
 
 async def test_a_node_that_falls_silent_gives_its_batches_to_the_others(cluster: Cluster) -> None:

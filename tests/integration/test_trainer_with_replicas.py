@@ -98,7 +98,7 @@ async def state_of(node: Node, version: int, folder: Path) -> State:
     folder.mkdir()  # noqa: ASYNC240
     while node.reports.qsize():  # of the trainer's run
         node.reports.get_nowait()
-    await node.save(version, folder, epoch=node.heartbeats[0].epoch)
+    await node.save(version, folder, fence=node.heartbeats[0].fence)
     await node.told(ShardSaved)
     return tensors_in(folder)
 

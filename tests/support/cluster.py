@@ -24,7 +24,7 @@ def heartbeat(
         whole=ready and whole,
         weights_version=0,
         checkpoint="",
-        epoch=0,
+        fence=0,
         running=0,
         waiting=0,
         queued=0,

@@ -7,8 +7,8 @@ from math import inf, isfinite
 
 from msgspec import structs
 
-from services.trainer.node.actions import Action, Applied, Feed, Restore, Skipped, Step, StepsAhead
-from services.trainer.node.training import NodeTraining, Rules
+from services.trainer.nodes.decisions import Action, Applied, Feed, Restore, Skipped, Step, StepsAhead
+from services.trainer.nodes.node_training import NodeTraining, Rules
 from shared.messages.training import BatchStepped, MicrobatchForward, StageReport
 from shared.schedule import Feeding, ScheduleName
 from tests.support.node import Node
@@ -60,7 +60,7 @@ class Driver:
                 max_gradient_norm=max_gradient_norm,
             ),
             durable_version=0,
-            epochs=iter([1]),
+            fences=iter([1]),
         )
         self._messages: dict[str, Sequence[MicrobatchForward]] = {}
         self.trained = Trained()
@@ -68,14 +68,14 @@ class Driver:
     async def start(self) -> None:
         actions = [a for beat in self._node.heartbeats.values() for a in self._training.heartbeat(beat, 0.0)]
         assert [type(action) for action in actions] == [Restore]
-        await self._node.restore(epoch=self._training.epoch, feeding=self._feeding)
-        assert self._training.restored(self._training.epoch, "", 0.0) == []
+        await self._node.restore(fence=self._training.fence, feeding=self._feeding)
+        assert self._training.restored(self._training.fence, "", 0.0) == []
 
     async def train(self, batches: Mapping[str, Batch], *, loss_weight: float | None = None) -> Trained:
         """Returns when all batches are applied or skipped. `loss_weight`: another than the mean's."""
         changes = {"backward_after_all": self._schedule == "gpipe"}
         for batch_id, batch in batches.items():
-            forwards = messages(batch_id, batch, epoch=self._training.epoch)
+            forwards = messages(batch_id, batch, fence=self._training.fence)
             self._messages[batch_id] = [_changed(forward, loss_weight, **changes) for forward in forwards]
             await self._run(self._training.place(batch_id, 0.0))
         while self._training.num_unfinished:
@@ -96,7 +96,7 @@ class Driver:
                     await self._node.step_ahead(batch_id, version=version, max_gradient_norm=self._limit)
                 case Step():
                     await self._node.order(
-                        self._training.epoch,
+                        self._training.fence,
                         action.batch_id,
                         version=action.version,
                         gradient_scale=action.gradient_scale,

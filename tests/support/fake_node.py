@@ -43,7 +43,7 @@ class FakeStage:
     """One stage's state."""
 
     instance: str
-    epoch: int = 0
+    fence: int = 0
     contents: list[str] = field(default_factory=list)
     """Batches in its weights, in the order of their steps."""
     saves: dict[int, Path] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class FakeNode:
         """All stages are alive and ready."""
         for number, stage in enumerate(self.stages):
             beat = heartbeat(self.node, number, num_stages=len(self.stages), instance=stage.instance)
-            await self._bus.publish(HEARTBEAT.at(), structs.replace(beat, epoch=stage.epoch))
+            await self._bus.publish(HEARTBEAT.at(), structs.replace(beat, fence=stage.fence))
 
     def restart(self, stage: int) -> None:
         """The process dies and comes back with nothing of what it had learnt."""
@@ -117,8 +117,8 @@ class FakeNode:
     def _restorer(self, number: int) -> Callable[[Incoming[RestoreWeights]], "object"]:
         async def restore(incoming: Incoming[RestoreWeights]) -> Done:
             message, stage = incoming.message, self.stages[number]
-            _check_epoch(message.epoch, stage)
-            stage.epoch = message.epoch
+            _check_fence(message.fence, stage)
+            stage.fence = message.fence
             stage.saves.clear()
             weights = message.weights
             stage.contents = read_shard(Path(weights.checkpoint), number) if weights.checkpoint else []
@@ -140,7 +140,7 @@ class FakeNode:
     def _saver(self, number: int) -> Callable[[Incoming[SaveWeights]], "object"]:
         async def save(incoming: Incoming[SaveWeights]) -> Done:
             message, stage = incoming.message, self.stages[number]
-            _check_epoch(message.epoch, stage)
+            _check_fence(message.fence, stage)
             if self.refuses_saves or message.version < len(stage.contents):
                 raise RefusedError(f"version {message.version} is gone")
             stage.saves = {version: at for version, at in stage.saves.items() if version < message.version}
@@ -152,19 +152,19 @@ class FakeNode:
         return save
 
     async def _on_forward(self, incoming: Incoming[MicrobatchForward]) -> None:
-        if self._is_of_now(incoming.message.microbatch.epoch):
+        if self._is_of_now(incoming.message.microbatch.fence):
             await self._carry_out(self._schedule.feed(incoming.message))
 
     async def _on_step_ahead(self, incoming: Incoming[StepAhead]) -> None:
-        if self._is_of_now(incoming.message.epoch):
+        if self._is_of_now(incoming.message.fence):
             await self._carry_out(self._schedule.step_ahead(incoming.message))
 
     async def _on_order(self, incoming: Incoming[StepOrder]) -> None:
-        if self._is_of_now(incoming.message.epoch):
+        if self._is_of_now(incoming.message.fence):
             await self._carry_out(self._schedule.order(incoming.message))
 
-    def _is_of_now(self, epoch: int) -> bool:
-        return all(epoch == stage.epoch for stage in self.stages)
+    def _is_of_now(self, fence: int) -> bool:
+        return all(fence == stage.fence for stage in self.stages)
 
     async def _carry_out(self, leads: list[Lead]) -> None:
         for lead in leads:
@@ -193,7 +193,7 @@ class FakeNode:
             return
         await self._carry_out(self._schedule.left(batch_id, index, 0.0))
         self.happened("backward")
-        if not self._is_of_now(microbatch.epoch):
+        if not self._is_of_now(microbatch.fence):
             return  # a stage has died meanwhile
         await self._carry_out(self._schedule.came_back(batch_id, index))
         if index == microbatch.count - 1:
@@ -210,7 +210,7 @@ class FakeNode:
     def _merger(self, number: int) -> Callable[[Incoming[MergeWeights]], Awaitable[Done]]:
         async def merge(incoming: Incoming[MergeWeights]) -> Done:
             message, stage = incoming.message, self.stages[number]
-            _check_epoch(message.epoch, stage)
+            _check_fence(message.fence, stage)
             self.merges.append(message)
             self.happened("merge")
             stage.contents = await self._meeting.union(message.group, number, self.node, stage.contents)
@@ -227,7 +227,7 @@ class FakeNode:
             own = [message.batch_id] if message.batch_id else []
             name = message.batch_id or message.group.name
             every = await self._meeting.union(message.group, number, self.node, own)
-            if self._is_of_now(message.epoch):
+            if self._is_of_now(message.fence):
                 self._joint[name] = every
                 await self._gradients_ready(number, name, 1.0)
 
@@ -236,7 +236,7 @@ class FakeNode:
     async def _step(self, order: StepOrder) -> None:
         for number in range(len(self.stages)):
             stage = self.stages[number]
-            if order.epoch != stage.epoch:
+            if order.fence != stage.fence:
                 return  # it has died meanwhile, and never tells that it has stepped
             self.orders.append(order)
             if not order.skip:
@@ -245,7 +245,7 @@ class FakeNode:
             self.happened("step")
             await self._save_if_due(number)
         for number in range(len(self.stages)):
-            if not self._is_of_now(order.epoch):
+            if not self._is_of_now(order.fence):
                 return
             done = StepDone(batch_id=order.batch_id, version=order.version)
             await self._carry_out(self._schedule.step_done(number, done))
@@ -272,7 +272,7 @@ class FakeNode:
         self.happened("shard")
 
     async def _report(self, number: int, event: StageEvent) -> None:
-        report = StageReport(node=self.node, stage=number, epoch=self.stages[number].epoch, event=event)
+        report = StageReport(node=self.node, stage=number, fence=self.stages[number].fence, event=event)
         await self._bus.publish(REPORT.at(), report)
 
 
@@ -287,6 +287,6 @@ def read_shard(folder: Path, number: int) -> list[str]:
     return contents
 
 
-def _check_epoch(epoch: int, stage: FakeStage) -> None:
-    if epoch < stage.epoch:
-        raise RefusedError(f"epoch {epoch} is over", code=409)
+def _check_fence(fence: int, stage: FakeStage) -> None:
+    if fence < stage.fence:
+        raise RefusedError(f"fence {fence} is over", code=409)

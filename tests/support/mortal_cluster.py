@@ -112,7 +112,7 @@ class MortalCluster:
     _sizes: defaultdict[str, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     """Batch -> microbatch -> examples in it, as it entered the first stage."""
     _met: dict[tuple[int, int, str, int], int] = field(default_factory=dict)
-    """(epoch, stage, batch, microbatch) -> weights version of its forward."""
+    """(fence, stage, batch, microbatch) -> weights version of its forward."""
     _processes: dict[str, _Process] = field(default_factory=dict)
     _executors: dict[str, TorchExecutor] = field(default_factory=dict)
     _held: dict[str, int] = field(default_factory=dict)
@@ -156,8 +156,8 @@ class MortalCluster:
         """
         return {
             (stage, batch_id, index): version
-            for (epoch, stage, batch_id, index), version in self._met.items()
-            if epoch == self.orders[batch_id].epoch
+            for (fence, stage, batch_id, index), version in self._met.items()
+            if fence == self.orders[batch_id].fence
         }
 
     def cut(self, batch_id: str, batch: Batch) -> Batch:
@@ -232,7 +232,7 @@ class MortalCluster:
             self._kill(upcoming.victim)
 
     def _note_met(self, stage: int, microbatch: Microbatch, version: int) -> None:
-        self._met[microbatch.epoch, stage, microbatch.batch_id, microbatch.index] = version
+        self._met[microbatch.fence, stage, microbatch.batch_id, microbatch.index] = version
 
     def _kill(self, name: str) -> None:
         """At once, as the kernel does: what it was about to say is never said."""

@@ -111,7 +111,7 @@ class Node:
         self.learning_rate = LEARNING_RATE
         self.version = 0
         """The version of the weights after the last step that was ordered."""
-        self._epoch = 0
+        self._fence = 0
         self._beaten = asyncio.Condition()
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
@@ -196,7 +196,7 @@ class Node:
     async def restore(
         self,
         *,
-        epoch: int = 1,
+        fence: int = 1,
         version: int = 0,
         checkpoint: str = "",
         digest: str = "",
@@ -207,27 +207,27 @@ class Node:
         """As the trainer does at its start: opens the node for training."""
         weights = SavedWeights(version=version, checkpoint=checkpoint, digest=digest)
         message = RestoreWeights(
-            epoch=epoch, weights=weights, serving=serving, served=served, feeding=feeding
+            fence=fence, weights=weights, serving=serving, served=served, feeding=feeding
         )
         for stage in range(self.num_stages):
             await self.bus.request(
                 subjects.RESTORE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S
             )
-        self._epoch, self.version = epoch, version
+        self._fence, self.version = fence, version
 
-    async def save(self, version: int, folder: Path, *, epoch: int = 1) -> None:
-        message = SaveWeights(epoch=epoch, version=version, folder=str(folder))
+    async def save(self, version: int, folder: Path, *, fence: int = 1) -> None:
+        message = SaveWeights(fence=fence, version=version, folder=str(folder))
         for stage in range(self.num_stages):
             await self.bus.request(
                 subjects.SAVE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S
             )
 
     async def merge(
-        self, group: MergeGroup, version: int, outer: OuterStep | None = None, *, epoch: int | None = None
+        self, group: MergeGroup, version: int, outer: OuterStep | None = None, *, fence: int | None = None
     ) -> None:
         """Have all stages hold the mean. Raises the first refusal."""
         order = MergeWeights(
-            epoch=epoch or self._epoch, version=version, keep=self.keeps, group=group, outer=outer
+            fence=fence or self._fence, version=version, keep=self.keeps, group=group, outer=outer
         )
         async with asyncio.timeout(DEADLINE_S):
             asked = (
@@ -240,17 +240,17 @@ class Node:
         self.version = version
 
     async def reduce(self, group: MergeGroup, batch_id: str) -> None:
-        order = ReduceGradients(epoch=self._epoch, batch_id=batch_id, group=group)
+        order = ReduceGradients(fence=self._fence, batch_id=batch_id, group=group)
         for stage in range(self.num_stages):
             await self.bus.publish(subjects.REDUCE.at(node=self.number, stage=stage), order)
 
     async def publish(self, version: int) -> None:
         await self.bus.publish(
-            subjects.PUBLISH.at(node=self.number), PublishVersion(epoch=self._epoch, version=version)
+            subjects.PUBLISH.at(node=self.number), PublishVersion(fence=self._fence, version=version)
         )
 
     async def release(self, version: int) -> None:
-        message = ReleaseVersion(epoch=self._epoch, version=version)
+        message = ReleaseVersion(fence=self._fence, version=version)
         for stage in range(self.num_stages):
             await self.bus.publish(subjects.RELEASE.at(node=self.number, stage=stage), message)
 
@@ -312,11 +312,11 @@ class Node:
             self.heartbeats[incoming.message.stage] = incoming.message
             self._beaten.notify_all()
 
-    async def order(self, epoch: int, batch_id: str, **changes: Any) -> None:
+    async def order(self, fence: int, batch_id: str, **changes: Any) -> None:
         """Have every stage step on the batch, as the trainer orders when stage 0 asks."""
         self.version += 1
         order = StepOrder(
-            epoch=epoch,
+            fence=fence,
             batch_id=batch_id,
             version=self.version,
             learning_rate=self.learning_rate,
@@ -328,7 +328,7 @@ class Node:
     async def step_ahead(self, batch_id: str, *, version: int, max_gradient_norm: float | None) -> None:
         """Give the step before the gradients are there."""
         message = StepAhead(
-            epoch=self._epoch,
+            fence=self._fence,
             batch_id=batch_id,
             version=version,
             learning_rate=self.learning_rate,
@@ -347,8 +347,8 @@ class Node:
             return
         if not (self.orders_steps and isinstance(report.event, BatchReady)):
             self.reports.put_nowait(report)
-        elif report.epoch == self._epoch:
-            await self.order(report.epoch, report.event.batch_id)
+        elif report.fence == self._fence:
+            await self.order(report.fence, report.event.batch_id)
 
 
 @asynccontextmanager

@@ -53,12 +53,12 @@ class Pair:
 async def two_nodes(
     family: str, folder: Path, *, serving: ServingRule = "newest", **settings: Any
 ) -> AsyncIterator[Pair]:
-    """Open for training: node n follows epoch n + 1."""
+    """Open for training: node n follows fence n + 1."""
     model = save_tiny_model(family, folder / "model").to(settings.get("device", "cpu"))
     chosen = {**ADAMW, "optimizer_epsilon": EPSILON, **settings}
     async with running_nodes(2, folder / "model", NUM_STAGES, folder, **chosen) as nodes:
         for node in nodes:
-            await node.restore(epoch=node.number + 1, serving=serving)
+            await node.restore(fence=node.number + 1, serving=serving)
         if settings.get("adapter") == "lora":
             start = await save(nodes[0], folder / "model", 0, folder / "checkpoints" / "start")
             model = adapted(folder / "model", start)
@@ -68,19 +68,19 @@ async def two_nodes(
 async def state_of(node: Node, folder: Path, name: str) -> State:
     """All that a checkpoint of the node's holds; it is written to `checkpoints/<name>` of its folder."""
     checkpoint = folder / "checkpoints" / name
-    await save(node, folder / "model", node.version, checkpoint, epoch=node.number + 1)
+    await save(node, folder / "model", node.version, checkpoint, fence=node.number + 1)
     return {name_in_stages(name): tensor for name, tensor in tensors_in(checkpoint).items()}
 
 
-def group(name: str, *shares: float, epochs: Sequence[int] = (1, 2)) -> MergeGroup:
+def group(name: str, *shares: float, fences: Sequence[int] = (1, 2)) -> MergeGroup:
     """A group of the first nodes, each with its share."""
-    members = (MergeMember(node=node, epoch=epochs[node], share=share) for node, share in enumerate(shares))
+    members = (MergeMember(node=node, fence=fences[node], share=share) for node, share in enumerate(shares))
     return MergeGroup(name=name, members=tuple(members))
 
 
 async def train(node: Node, batch_id: str, batch: Batch) -> None:
     """One step of this node alone."""
-    for forward in messages(batch_id, batch, epoch=node.number + 1):
+    for forward in messages(batch_id, batch, fence=node.number + 1):
         await node.feed(forward)
     await node.next(BatchStepped)
 
@@ -94,7 +94,7 @@ async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int
         batch_id = f"b{number}-{node.number}" if batch else ""
         brought.append(batch_id)
         if batch:
-            for forward in messages(batch_id, batch, epoch=node.number + 1):
+            for forward in messages(batch_id, batch, fence=node.number + 1):
                 await node.feed(forward)
             await node.next(BatchReady)
     for node, batch_id in zip(pair.nodes, brought, strict=True):
@@ -105,6 +105,6 @@ async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int
         ready = await node.next(BatchReady)
         assert isinstance(ready.event, BatchReady) and ready.event.batch_id == name
         norms.append(ready.event.squared_norm)
-        await node.order(ready.epoch, name)
+        await node.order(ready.fence, name)
         await node.next(BatchStepped)
     assert norms[0] == norms[1]

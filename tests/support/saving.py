@@ -17,11 +17,11 @@ from shared.model.index import write_index
 from tests.support.node import Node
 
 
-async def save(node: Node, model: Path, version: int, checkpoint: Path, *, epoch: int = 1) -> Path:
+async def save(node: Node, model: Path, version: int, checkpoint: Path, *, fence: int = 1) -> Path:
     """A checkpoint as the trainer would have it, without its manifest."""
     checkpoint.mkdir(parents=True)  # noqa: ASYNC240
     shutil.copy(model / "config.json", checkpoint)
-    await node.save(version, checkpoint, epoch=epoch)
+    await node.save(version, checkpoint, fence=fence)
     shards = [report.event for report in await node.told(ShardSaved)]
     files = {name: file for shard in shards for name, file in shard.file_by_tensor.items()}
     if {shard.adapter for shard in shards} == {"lora"}:

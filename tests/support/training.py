@@ -57,11 +57,11 @@ def num_labels(batch: Batch) -> int:
     return sum(len(example) - 1 for microbatch in batch for example in microbatch)
 
 
-def messages(batch_id: str, batch: Batch, *, epoch: int = 1) -> list[MicrobatchForward]:
+def messages(batch_id: str, batch: Batch, *, fence: int = 1) -> list[MicrobatchForward]:
     """The batch as the trainer would feed it."""
     return [
         MicrobatchForward(
-            microbatch=_header(batch_id, index, len(batch), examples, num_labels(batch), epoch),
+            microbatch=_header(batch_id, index, len(batch), examples, num_labels(batch), fence),
             tokens=tuple(token for example in examples for token in example),
         )
         for index, examples in enumerate(batch)
@@ -69,13 +69,13 @@ def messages(batch_id: str, batch: Batch, *, epoch: int = 1) -> list[MicrobatchF
 
 
 def _header(
-    batch_id: str, index: int, count: int, examples: Sequence[Example], labels: int, epoch: int
+    batch_id: str, index: int, count: int, examples: Sequence[Example], labels: int, fence: int
 ) -> Microbatch:
     tokens = [token for example in examples for token in example]
     ends = torch.tensor([len(example) for example in examples]).cumsum(0).tolist()
     rows = [row for row in range(len(tokens)) if row + 1 not in ends]
     return Microbatch(
-        epoch=epoch,
+        fence=fence,
         batch_id=batch_id,
         index=index,
         count=count,

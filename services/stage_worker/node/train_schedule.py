@@ -188,7 +188,7 @@ class TrainSchedule:
 def _order_of(step: StepAhead, squared_norm: float) -> StepOrder:
     norm, limit = sqrt(squared_norm), step.max_gradient_norm or inf
     return StepOrder(
-        epoch=step.epoch,
+        fence=step.fence,
         batch_id=step.batch_id,
         version=step.version,
         learning_rate=step.learning_rate,

@@ -68,8 +68,8 @@ class Serving:
         self.sick_version: int | None = None
         """The last weights version whose logits were not finite (last stage)."""
         self._newest_version = 0
-        self._epoch = 0
-        """The epoch of the last restore."""
+        self._fence = 0
+        """The fence of the last restore."""
         self._told: VersionsServed | None = None
         """The versions that the trainer heard of last (stage 0)."""
         self.sequences = SequenceTable(
@@ -130,7 +130,7 @@ class Serving:
 
         `is_same`: see `NodeScheduler.restored`.
         """
-        self._epoch, self._told = message.epoch, None
+        self._fence, self._told = message.fence, None
         version = message.served_version
         for task in self.scheduler.restored(version, message.serving, is_same=is_same):
             await self._fail(task, 503, f"its weights are gone: the node went back to {version}")
@@ -193,7 +193,7 @@ class Serving:
             await self._fail(task, 503, reason)
 
     async def _on_publish(self, incoming: Incoming[PublishVersion]) -> None:
-        if incoming.message.epoch == self._epoch:
+        if incoming.message.fence == self._fence:
             self.scheduler.versions.publish(incoming.message.version)
             self.pump()
             await self._tell_versions()
@@ -206,7 +206,7 @@ class Serving:
         served = VersionsServed(published=published, in_use=self.scheduler.versions_in_use)
         if served != self._told:
             self._told = served
-            report = StageReport(node=settings.node, stage=settings.stage, epoch=self._epoch, event=served)
+            report = StageReport(node=settings.node, stage=settings.stage, fence=self._fence, event=served)
             await self._bus.publish(subjects.REPORT.at(), report)
 
     def pump(self) -> None:

@@ -40,7 +40,7 @@ class Leader(Protocol):
         """A microbatch has run backward here."""
         ...
 
-    async def hear(self, epoch: int, event: GradientsReady | StepDone) -> None: ...
+    async def hear(self, fence: int, event: GradientsReady | StepDone) -> None: ...
 
 
 class Following:
@@ -65,13 +65,13 @@ class Following:
     async def came_back(self, microbatch: Microbatch) -> None:
         """Nothing to do: stage 0 counts what comes back to it."""
 
-    async def hear(self, epoch: int, event: GradientsReady | StepDone) -> None:
-        report = TrainedReport(stage=self._settings.stage, epoch=epoch, event=event)
+    async def hear(self, fence: int, event: GradientsReady | StepDone) -> None:
+        report = TrainedReport(stage=self._settings.stage, fence=fence, event=event)
         await self._bus.publish(subjects.TRAINED.at(node=self._settings.node), report)
 
 
 class Leading:
-    """Carries out what the node's schedule decides; its epoch fences (stage 0)."""
+    """Carries out what the node's schedule decides, under one fence (stage 0)."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Leading:
         self._enter = enter
         self._step = step
         self._report = report
-        self._epoch = 0
+        self._fence = 0
         self._schedule = self._scheduled(BY_DEFAULT, 0)
 
     async def subscribe(self) -> None:
@@ -100,23 +100,23 @@ class Leading:
         await self._bus.subscribe(subjects.TRAINED.at(node=node), self._on_trained)
 
     def begin(self, message: RestoreWeights) -> None:
-        self._epoch = message.epoch
+        self._fence = message.fence
         self._schedule = self._scheduled(message.feeding, message.weights.version)
 
     def merged(self, version: int) -> None:
         self._schedule.merged(version)
 
     async def left(self, microbatch: Microbatch) -> None:
-        if microbatch.epoch == self._epoch:
+        if microbatch.fence == self._fence:
             now_s = self._clock.now_s()
             await self._carry_out(self._schedule.left(microbatch.batch_id, microbatch.index, now_s))
 
     async def came_back(self, microbatch: Microbatch) -> None:
-        if microbatch.epoch == self._epoch:
+        if microbatch.fence == self._fence:
             await self._carry_out(self._schedule.came_back(microbatch.batch_id, microbatch.index))
 
-    async def hear(self, epoch: int, event: GradientsReady | StepDone) -> None:
-        await self._heard(0, epoch, event)
+    async def hear(self, fence: int, event: GradientsReady | StepDone) -> None:
+        await self._heard(0, fence, event)
 
     def _scheduled(self, feeding: Feeding, version: int) -> TrainSchedule:
         settings = self._settings
@@ -125,23 +125,23 @@ class Leading:
         )
 
     async def _on_feed(self, incoming: Incoming[MicrobatchForward]) -> None:
-        if incoming.message.microbatch.epoch == self._epoch:
+        if incoming.message.microbatch.fence == self._fence:
             await self._carry_out(self._schedule.feed(incoming.message))
 
     async def _on_step_ahead(self, incoming: Incoming[StepAhead]) -> None:
-        if incoming.message.epoch == self._epoch:
+        if incoming.message.fence == self._fence:
             await self._carry_out(self._schedule.step_ahead(incoming.message))
 
     async def _on_order(self, incoming: Incoming[StepOrder]) -> None:
-        if incoming.message.epoch == self._epoch:
+        if incoming.message.fence == self._fence:
             await self._carry_out(self._schedule.order(incoming.message))
 
     async def _on_trained(self, incoming: Incoming[TrainedReport]) -> None:
         report = incoming.message
-        await self._heard(report.stage, report.epoch, report.event)
+        await self._heard(report.stage, report.fence, report.event)
 
-    async def _heard(self, stage: int, epoch: int, event: GradientsReady | StepDone) -> None:
-        if epoch != self._epoch:
+    async def _heard(self, stage: int, fence: int, event: GradientsReady | StepDone) -> None:
+        if fence != self._fence:
             return
         if isinstance(event, StepDone):
             await self._carry_out(self._schedule.step_done(stage, event))
@@ -156,7 +156,7 @@ class Leading:
                 case StepOrder():
                     await self._order(lead)
                 case _:
-                    await self._report(self._epoch, lead)
+                    await self._report(self._fence, lead)
 
     async def _order(self, order: StepOrder) -> None:
         for stage in range(1, self._settings.num_stages):

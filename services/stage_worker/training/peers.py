@@ -15,7 +15,7 @@ from shared.tensors.rendezvous import host_store, join_store, store_address
 class Peers:
     """All methods block; `mean_` belongs to one background thread.
 
-    A group is kept while its members are the same and none has begun a new epoch: a stage that was restarted
+    A group is kept while its members are the same and none has a new fence: a stage that was restarted
     or has lost touch is restored, and that begins one on every node.
     """
 
@@ -28,7 +28,7 @@ class Peers:
         self._making_store = Lock()
         self._group: CollectiveGroup | None = None
         self._met: tuple[tuple[int, int], ...] = ()
-        """Node and epoch of each of the group's members."""
+        """Node and fence of each of the group's members."""
 
     def rendezvous(self) -> str:
         """Address of a store in this process. Raises CarrierError if it cannot be served."""
@@ -56,12 +56,12 @@ class Peers:
         self._group, self._met = None, ()
 
     def _meet(self, group: MergeGroup, rendezvous: str) -> CollectiveGroup:
-        members = tuple((member.node, member.epoch) for member in group.members)
+        members = tuple((member.node, member.fence) for member in group.members)
         if self._group is None or members != self._met:
             self.close()
             self._group = CollectiveGroup(
                 join_store(rendezvous, timeout_s=self._timeout_s),
-                "-".join(f"{node}.{epoch}" for node, epoch in members),
+                "-".join(f"{node}.{fence}" for node, fence in members),
                 member=self._node,
                 members=[node for node, _ in members],
                 device=self._device,

@@ -46,14 +46,14 @@ log = logging.getLogger(__name__)
 class Item:
     """Work for a batch, and the tensor that came with it."""
 
-    epoch: int
+    fence: int
     batch_id: str
     tensor: TensorRef | None
     work: Callable[[], Awaitable[None]]
 
 
 class Training:
-    """Moves microbatches through this stage. The trainer's epoch fences: other epochs are ignored."""
+    """Moves microbatches through this stage. Messages under another fence than its own are ignored."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class Training:
         )
         last = settings.num_stages - 1
         self._tied_peer = (last if settings.stage == 0 else 0) if facts.is_tied_across_stages else None
-        self.epoch = 0
+        self.fence = 0
         """The fence: set as soon as a restore is asked for."""
-        self.restored_epoch = 0
-        """The epoch of the last restore that is done."""
+        self.restored_fence = 0
+        """The fence of the last restore that is done."""
         self._chosen_settings = dict(facts.settings)
         self.origin = facts.weights
         """The weights that were loaded last: the present ones are these, or descend from them."""
@@ -129,40 +129,40 @@ class Training:
 
     def _enter(self, message: MicrobatchForward) -> None:
         microbatch = message.microbatch
-        item = Item(microbatch.epoch, microbatch.batch_id, message.hidden, partial(self._forward, message))
+        item = Item(microbatch.fence, microbatch.batch_id, message.hidden, partial(self._forward, message))
         self.enqueue(WorkKind.TRAINING_FORWARD, item)
 
     async def _on_backward(self, incoming: Incoming[MicrobatchBackward]) -> None:
         message = incoming.message
         work = partial(self._backward, message.batch_id, message.index, message.gradient)
-        self.enqueue(WorkKind.BACKWARD, Item(message.epoch, message.batch_id, message.gradient, work))
+        self.enqueue(WorkKind.BACKWARD, Item(message.fence, message.batch_id, message.gradient, work))
 
     async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
         message = incoming.message
-        item = Item(message.epoch, message.batch_id, message.gradient, partial(self._take_tied, message))
+        item = Item(message.fence, message.batch_id, message.gradient, partial(self._take_tied, message))
         self.enqueue(WorkKind.STEP, item)
 
     async def _on_step(self, incoming: Incoming[StepOrder]) -> None:
         self._order(incoming.message)
 
     def _order(self, order: StepOrder) -> None:
-        item = Item(order.epoch, order.batch_id, None, partial(self._step, order))
+        item = Item(order.fence, order.batch_id, None, partial(self._step, order))
         self.enqueue(WorkKind.STEP, item)
 
     def enqueue(self, kind: WorkKind, item: Item) -> None:
-        """Have it done in its turn, if it is of the present epoch, then too."""
-        is_current = item.epoch == self.epoch
+        """Have it done in its turn, if it is of the present fence, then too."""
+        is_current = item.fence == self.fence
         self._queue.put(kind, partial(self._guarded if is_current else self._ignore, item))
 
     async def _ignore(self, item: Item) -> None:
-        """Drop an item of another epoch; its tensor's slot in a peer's arena must come free again."""
-        log.info("%s of epoch %d ignored in epoch %d", item.batch_id, item.epoch, self.epoch)
+        """Drop an item of another fence; its tensor's slot in a peer's arena must come free again."""
+        log.info("%s of fence %d ignored in fence %d", item.batch_id, item.fence, self.fence)
         if item.tensor is not None:
             await self._executor.discard(item.tensor)
 
     async def _guarded(self, item: Item) -> None:
         """A batch that fails is told of, loudly, and the node is restored; serving goes on."""
-        if item.epoch != self.epoch:  # a restore came while the item waited
+        if item.fence != self.fence:  # a restore came while the item waited
             await self._ignore(item)
             return
         self._is_untouched = False
@@ -170,11 +170,11 @@ class Training:
             await item.work()
         except Exception as error:
             log.exception("training on %s failed", item.batch_id)
-            await self.failed(item.epoch, item.batch_id, error)
+            await self.failed(item.fence, item.batch_id, error)
 
-    async def failed(self, epoch: int, batch_id: str, error: Exception) -> None:
+    async def failed(self, fence: int, batch_id: str, error: Exception) -> None:
         """Tell that what the batch needed cannot be done; the trainer restores the node."""
-        await self._report(epoch, _failure(batch_id, error))
+        await self._report(fence, _failure(batch_id, error))
 
     async def _forward(self, message: MicrobatchForward) -> None:
         microbatch = message.microbatch
@@ -203,7 +203,7 @@ class Training:
         if len(held) == microbatch.count:
             for each in self._held.pop(microbatch.batch_id):
                 turn = partial(self._backward, each.batch_id, each.index, None)
-                self.enqueue(WorkKind.BACKWARD, Item(each.epoch, each.batch_id, None, turn))
+                self.enqueue(WorkKind.BACKWARD, Item(each.fence, each.batch_id, None, turn))
 
     async def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> None:
         microbatch = self._in_flight[batch_id, index]
@@ -218,7 +218,7 @@ class Training:
         del self._in_flight[batch_id, index]
         if gradient is not None:
             passed_back = MicrobatchBackward(
-                epoch=microbatch.epoch, batch_id=batch_id, index=index, gradient=gradient
+                fence=microbatch.fence, batch_id=batch_id, index=index, gradient=gradient
             )
             preceding = subjects.BACKWARD.at(node=self._settings.node, stage=self._settings.stage - 1)
             await self._bus.publish(preceding, passed_back, traceparent=microbatch.traceparent)
@@ -235,7 +235,7 @@ class Training:
         gradient = await self._executor.finish_batch(batch_id)
         self._awaiting_tied[batch_id] = microbatch
         if gradient is not None and self._tied_peer is not None:
-            tied = TiedGradient(epoch=microbatch.epoch, batch_id=batch_id, gradient=gradient)
+            tied = TiedGradient(fence=microbatch.fence, batch_id=batch_id, gradient=gradient)
             other_end = subjects.TIED.at(node=self._settings.node, stage=self._tied_peer)
             await self._bus.publish(other_end, tied, traceparent=microbatch.traceparent)
         await self._measure_if_complete(batch_id)
@@ -252,14 +252,14 @@ class Training:
         microbatch, tied = self._awaiting_tied.pop(batch_id), self._tied.pop(batch_id, None)
         squared_norm = await self._executor.measure(batch_id, tied)
         self._awaiting_order[batch_id] = microbatch.traceparent
-        await self.gradients_ready(microbatch.epoch, batch_id, squared_norm)
+        await self.gradients_ready(microbatch.fence, batch_id, squared_norm)
 
-    async def gradients_ready(self, epoch: int, batch_id: str, squared_norm: float) -> None:
+    async def gradients_ready(self, fence: int, batch_id: str, squared_norm: float) -> None:
         """Wait for the order to step: on the batch, or on the mean under that name."""
         self._awaiting_order.setdefault(batch_id, "")
         loss = self._losses.pop(batch_id, 0.0)
         event = GradientsReady(batch_id=batch_id, squared_norm=squared_norm, loss=loss)
-        await self._leader.hear(epoch, event)
+        await self._leader.hear(fence, event)
 
     async def _step(self, order: StepOrder) -> None:
         traceparent = self._awaiting_order.pop(order.batch_id)
@@ -270,7 +270,7 @@ class Training:
         if order.keep:
             await self._keep()
         span.end()
-        await self._leader.hear(order.epoch, StepDone(batch_id=order.batch_id, version=self.version))
+        await self._leader.hear(order.fence, StepDone(batch_id=order.batch_id, version=self.version))
         await self._save_if_due()
 
     async def _keep(self) -> bool:
@@ -280,11 +280,11 @@ class Training:
 
     async def _on_keep(self, incoming: Incoming[KeepVersion]) -> Done:
         message = incoming.message
-        self.check_epoch_is(message.epoch)
+        self.check_fence_is(message.fence)
         return await self._done_in_turn(partial(self._keep_if_present, message), KEEP_DEADLINE_S)
 
     async def _keep_if_present(self, message: KeepVersion) -> None:
-        self.check_epoch_is(message.epoch)
+        self.check_fence_is(message.fence)
         if message.version != self.version:
             raise RefusedError(f"this stage is at version {self.version}, not {message.version}", code=409)
         await self._keep()
@@ -299,7 +299,7 @@ class Training:
 
     async def _on_release(self, incoming: Incoming[ReleaseVersion]) -> None:
         message = incoming.message
-        if message.epoch == self.epoch:
+        if message.fence == self.fence:
             self._queue.put(WorkKind.CONTROL, partial(self._release, message.version))
 
     async def _release(self, version: int) -> None:
@@ -326,16 +326,16 @@ class Training:
         attributes = {"lemix.node": self._settings.node, "lemix.stage": self._settings.stage, **more}
         return self._telemetry.span(name, traceparent=traceparent, attributes=attributes)
 
-    async def _report(self, epoch: int, event: StageEvent) -> None:
-        """Under the epoch of what is reported on: a restore may have begun another one meanwhile."""
-        report = StageReport(node=self._settings.node, stage=self._settings.stage, epoch=epoch, event=event)
+    async def _report(self, fence: int, event: StageEvent) -> None:
+        """Under the fence of what is reported on: a restore may have begun another one meanwhile."""
+        report = StageReport(node=self._settings.node, stage=self._settings.stage, fence=fence, event=event)
         await self._bus.publish(subjects.REPORT.at(), report)
 
     # Checkpoints
 
     async def _on_save(self, incoming: Incoming[SaveWeights]) -> Done:
         message = incoming.message
-        self._check_epoch(message.epoch)
+        self._check_fence(message.fence)
         self._check_folder(message.folder)
         if message.version < self.version:
             raise RefusedError(
@@ -370,19 +370,19 @@ class Training:
             adapter=shard.adapter,
             settings=self._settings.told(OF_TRAINING) | self._chosen_settings,
         )
-        await self._report(save.epoch, saved)
+        await self._report(save.fence, saved)
 
     async def _save_failed(self, save: SaveWeights, reason: str) -> None:
         log.error("checkpoint of version %d not written: %s", save.version, reason)
-        await self._report(save.epoch, SaveFailed(version=save.version, reason=reason))
+        await self._report(save.fence, SaveFailed(version=save.version, reason=reason))
 
     async def _on_restore(self, incoming: Incoming[RestoreWeights]) -> Done:
         message = incoming.message
-        self._check_epoch(message.epoch)
+        self._check_fence(message.fence)
         for weights in (message.weights, message.served):
             if weights and weights.checkpoint:
                 self._check_folder(weights.checkpoint)
-        self.epoch = message.epoch
+        self.fence = message.fence
         return await self._done_in_turn(partial(self._restore, message), RESTORE_DEADLINE_S)
 
     async def _restore(self, message: RestoreWeights) -> None:
@@ -401,7 +401,7 @@ class Training:
         if message.serving != "newest" and served is None:
             is_same = await self._keep()
         self._leader.begin(message)
-        self.restored_epoch = message.epoch
+        self.restored_fence = message.fence
         await self._tell_restored(message, is_same)
 
     async def _load(self, weights: SavedWeights) -> None:
@@ -429,14 +429,14 @@ class Training:
         if not is_inside(folder, allowed):
             raise RefusedError(f"{folder} is not in this run's folder of checkpoints {allowed}", code=403)
 
-    def check_epoch_is(self, epoch: int) -> None:
-        """Check the epoch. Raises RefusedError when it is not the present one."""
-        if epoch != self.epoch:
-            raise RefusedError(f"epoch {epoch} is not {self.epoch}, which this stage follows", code=409)
+    def check_fence_is(self, fence: int) -> None:
+        """Check the fence. Raises RefusedError when it is not the present one."""
+        if fence != self.fence:
+            raise RefusedError(f"fence {fence} is not {self.fence}, which this stage follows", code=409)
 
-    def _check_epoch(self, epoch: int) -> None:
-        if epoch < self.epoch:
-            raise RefusedError(f"epoch {epoch} is over, this stage follows {self.epoch}", code=409)
+    def _check_fence(self, fence: int) -> None:
+        if fence < self.fence:
+            raise RefusedError(f"fence {fence} is over, this stage follows {self.fence}", code=409)
 
 
 def _failure(batch_id: str, error: Exception) -> TrainingFailed:

@@ -4,17 +4,17 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from services.trainer.batches import Ack, BatchBook
 from services.trainer.checkpoints.files import CheckpointFiles
 from services.trainer.checkpoints.manifests import manifest_of, served_instead
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.verdicts import Verdicts
-from services.trainer.node.actions import Action, RequestSave, Restore, WriteCheckpoint
-from services.trainer.node.training import NodeTraining
-from services.trainer.progress import Progress
+from services.trainer.ledger.pending_batches import Ack, BatchBook
+from services.trainer.ledger.progress import Progress
+from services.trainer.nodes.ask_all import ask_all
+from services.trainer.nodes.decisions import Action, RequestSave, Restore, WriteCheckpoint
+from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
-from services.trainer.waiting import ask_all
 from shared import checkpoints
 from shared.bus.base import Bus
 from shared.checkpoints import Manifest
@@ -70,7 +70,7 @@ class Checkpointing:
         is_judged = newest is None or await on_disk(partial(self._files.is_judged, newest))
         served, rise = await self._serving(node.node, weights.version)
         message = RestoreWeights(
-            epoch=action.epoch,
+            fence=action.fence,
             weights=weights,
             serving=self._settings.serving,
             served=served,
@@ -87,7 +87,7 @@ class Checkpointing:
         failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
         now_s = self._clock.now_s()
         restored = node.restored(
-            action.epoch,
+            action.fence,
             failure,
             now_s,
             served=message.served_version,
@@ -98,7 +98,7 @@ class Checkpointing:
 
     async def request_save(self, node: NodeTraining, action: RequestSave) -> None:
         """Ask all stages to write their shards; they report when they have."""
-        folder = self._files.temporary(node.node, action.version, action.epoch)
+        folder = self._files.temporary(node.node, action.version, action.fence)
         try:
             await on_disk(partial(self._files.begin, folder))
         except OSError as error:
@@ -107,17 +107,17 @@ class Checkpointing:
             refusals = await ask_all(
                 self._bus,
                 SAVE,
-                SaveWeights(epoch=action.epoch, version=action.version, folder=str(folder)),
+                SaveWeights(fence=action.fence, version=action.version, folder=str(folder)),
                 node=node.node,
                 num_stages=action.num_stages,
                 timeout_s=SAVE_TIMEOUT_S,
             )
-        answered = node.save_answered(action.epoch, action.version, refusals, self._clock.now_s())
+        answered = node.save_answered(action.fence, action.version, refusals, self._clock.now_s())
         self._run(node, answered)
 
     async def write(self, node: NodeTraining, action: WriteCheckpoint) -> None:
         """Make the shards of all stages a checkpoint, and remove what is too old."""
-        folder = self._files.temporary(node.node, action.version, node.epoch)
+        folder = self._files.temporary(node.node, action.version, node.fence)
         manifest = self._manifest(node.node, action)
         failure = ""
         try:

@@ -114,9 +114,9 @@ class CheckpointFiles:
         replace_file(path, begins.model_dump_json() + "\n")
         return begins.after_sequence
 
-    def temporary(self, node: int, version: int, epoch: int) -> Path:
+    def temporary(self, node: int, version: int, fence: int) -> Path:
         """The folder into which the stages write their shards of `version`, in this life of the node."""
-        name = f"{_TEMPORARY}{checkpoints.checkpoint_name(version)}-{epoch}"
+        name = f"{_TEMPORARY}{checkpoints.checkpoint_name(version)}-{fence}"
         return checkpoints.node_folder(self._root, node) / name
 
     def begin(self, folder: Path) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from services.trainer.ledger.ledger import Ledger, Lineage
 from services.trainer.publication.losses import Losses
-from services.trainer.versions import Ledger, Lineage
 from shared import checkpoints
 from shared.checkpoints import Checkpoint, Manifest
 from shared.errors import ConfigurationError

@@ -5,14 +5,14 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
-from services.trainer.batches import Ack, BatchBook
 from services.trainer.checkpoints import rollback_files
 from services.trainer.checkpoints.files import CheckpointFiles
 from services.trainer.checkpoints.manifests import lineage_of, rolled_back
 from services.trainer.checkpoints.newest import NewestCheckpoints
-from services.trainer.node.actions import Action
-from services.trainer.node.training import NodeTraining
-from services.trainer.progress import Progress
+from services.trainer.ledger.pending_batches import Ack, BatchBook
+from services.trainer.ledger.progress import Progress
+from services.trainer.nodes.decisions import Action
+from services.trainer.nodes.node_training import NodeTraining
 from shared.checkpoints import Checkpoint
 from shared.disk import on_disk
 from shared.errors import RefusedError

@@ -11,7 +11,7 @@ import pytest
 from lemix.demo_data import DemoData
 from lemix.publish_command import outcome
 from lemix.publishing import BatchLine, batches_in, publish_batches, read_batches
-from services.trainer.data import MAX_ID_CHARACTERS, read_body
+from services.trainer.intake.data import MAX_ID_CHARACTERS, read_body
 from shared.bus.base import Stored
 from shared.clock import SystemClock
 from shared.errors import BusError, InvalidBatchError, MessageTooLargeError

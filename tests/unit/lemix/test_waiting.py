@@ -28,10 +28,10 @@ from tests.support.cluster import heartbeat
 
 
 def test_nodes_are_waited_for_until_the_trainer_has_restored_them() -> None:
-    epochs = iter([0, 0, 7])
+    fences = iter([0, 0, 7])
 
     async def status(incoming: Incoming[StatusRequest]) -> ClusterStatus:
-        stage = structs.replace(heartbeat(0), epoch=next(epochs))
+        stage = structs.replace(heartbeat(0), fence=next(fences))
         node = NodeStatus(node=0, ready=True, inference_tasks=0, training_tasks=0, stages=(stage,))
         return ClusterStatus(policy="p", nodes=(node,))
 
@@ -42,7 +42,7 @@ def test_nodes_are_waited_for_until_the_trainer_has_restored_them() -> None:
         await bus.close()
 
     run_virtual(case())
-    assert list(epochs) == []
+    assert list(fences) == []
 
 
 def weights(node: int, version: int, *, published: int | None, withheld: int | None = None) -> NodeWeights:

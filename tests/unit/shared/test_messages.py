@@ -15,7 +15,7 @@ from shared.messages.training import BatchesAsked, BatchStepped, Microbatch, Sta
 from shared.subjects import RequestTopic, Topic
 
 MICROBATCH = {
-    "epoch": 1,
+    "fence": 1,
     "batch_id": "b",
     "index": 0,
     "count": 1,
@@ -29,13 +29,13 @@ OFFER = {"stage": 0, "instance": "i", "carrier": "shm", "place": "/x", "slot_byt
 
 
 def test_a_message_travels_as_a_map_of_all_its_fields_in_their_order() -> None:
-    report = StageReport(node=0, stage=1, epoch=3, event=BatchStepped(batch_id="b", version=2, loss=0.5))
+    report = StageReport(node=0, stage=1, fence=3, event=BatchStepped(batch_id="b", version=2, loss=0.5))
     event = {"kind": "stepped", "batch_id": "b", "version": 2, "loss": 0.5}
-    assert report.pack() == msgpack.packb({"node": 0, "stage": 1, "epoch": 3, "event": event})
+    assert report.pack() == msgpack.packb({"node": 0, "stage": 1, "fence": 3, "event": event})
 
 
 def test_a_step_without_a_limit_travels() -> None:
-    step = StepAhead(epoch=1, batch_id="b", version=1, learning_rate=0.1)
+    step = StepAhead(fence=1, batch_id="b", version=1, learning_rate=0.1)
     assert StepAhead.unpack(step.pack()) == step
 
 
@@ -70,7 +70,7 @@ def test_what_was_packed_is_read_again_with_numbers_and_lists_as_their_types_say
         (Microbatch, MICROBATCH | {"lengths": []}, "length >= 1"),
         (Microbatch, MICROBATCH | {"index": 1}, "Microbatch: microbatch 1 of 1"),
         (Microbatch, MICROBATCH | {"labels": [1, 2]}, "Microbatch: 2 labels for 1 rows"),
-        (StageReport, {"node": 0, "stage": 0, "epoch": 0, "event": {"kind": "x"}}, "Invalid value 'x'"),
+        (StageReport, {"node": 0, "stage": 0, "fence": 0, "event": {"kind": "x"}}, "Invalid value 'x'"),
     ],
 )
 def test_a_body_of_another_shape_is_refused_with_the_type_and_the_fault(

@@ -13,7 +13,7 @@ from services.gateway.jobs.training_file import (
     examples_of,
     read_training_file,
 )
-from services.trainer.data import read_body
+from services.trainer.intake.data import read_body
 from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder
 from shared.examples import PlainText, TokenIds

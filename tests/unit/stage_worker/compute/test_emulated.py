@@ -100,7 +100,7 @@ async def results(
 
 def microbatch(index: int = 0) -> Microbatch:
     return Microbatch(
-        epoch=1,
+        fence=1,
         batch_id="b",
         index=index,
         count=2,
@@ -175,7 +175,7 @@ async def test_a_batch_runs_forward_backward_and_steps() -> None:
     assert await first.backward("b", 0, output.gradient) is None
     assert clock.s == 60.0 + 50.0
     assert await first.finish_batch("b") is None
-    await first.step(StepOrder(epoch=1, batch_id="b", version=1, learning_rate=0.1))
+    await first.step(StepOrder(fence=1, batch_id="b", version=1, learning_rate=0.1))
     assert clock.s == 210.0
     assert (await first.forward(microbatch(1), (1,))).version == 1
 
@@ -200,7 +200,7 @@ async def test_a_restore_drops_what_is_in_flight() -> None:
     await it.restore("", 7)
     with pytest.raises(LemixError, match="microbatch 0 of b"):
         await it.backward("b", 0, NO_TENSOR)
-    await it.step(StepOrder(epoch=1, batch_id="b", version=8, learning_rate=0.1))
+    await it.step(StepOrder(fence=1, batch_id="b", version=8, learning_rate=0.1))
 
 
 async def test_a_shard_is_a_file_of_its_own(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ async def test_a_restore_frees_the_room_and_loads_the_weights() -> None:
 async def test_only_kept_versions_and_the_newest_can_be_asked_for() -> None:
     it, rows = executor(Clock(), 0), [chunk("a", start=0, num_tokens=1)]
     await it.keep()
-    await it.step(StepOrder(epoch=1, batch_id="b", version=1, learning_rate=0.1))
+    await it.step(StepOrder(fence=1, batch_id="b", version=1, learning_rate=0.1))
     for version in (None, 0, 1):
         await it.iteration(rows, (1,), version)
     await it.release(0)
@@ -299,7 +299,7 @@ def test_a_mean_takes_what_the_weights_take_to_the_host_and_the_device_works_on(
             hold_until=clock.sleep_until,
             clock=clock,
         )
-        group = MergeGroup(name="m", members=(MergeMember(node=0, epoch=1, share=1.0),))
+        group = MergeGroup(name="m", members=(MergeMember(node=0, fence=1, share=1.0),))
         await it.copy_state()
         averaging = asyncio.create_task(it.average(None, group, await it.rendezvous()))
         await it.iteration([chunk("a", start=0, num_tokens=1)], (1,))

@@ -131,7 +131,7 @@ async def test_a_checkpoint_has_the_weights_before_a_step_that_comes_while_it_is
         settle()
 
     monkeypatch.setattr(executor._copies, "settle", settle_at_last)
-    await executor.step(StepOrder(epoch=1, batch_id="b0", version=1, learning_rate=0.1))
+    await executor.step(StepOrder(fence=1, batch_id="b0", version=1, learning_rate=0.1))
     saved, after = copying.result(30).weights, (await executor.snapshot()).result(30).weights
     await executor.close()
     assert all(torch.equal(saved[name], before[name]) for name in before)
@@ -155,5 +155,5 @@ async def test_a_training_op_is_over_when_the_device_has_done_it_and_others_are_
     assert (await forward).loss is not None
     await executor.finish_batch("b0")
     await executor.measure("b0", None)
-    await executor.step(StepOrder(epoch=1, batch_id="b0", version=1, learning_rate=0.1))
+    await executor.step(StepOrder(fence=1, batch_id="b0", version=1, learning_rate=0.1))
     await executor.close()

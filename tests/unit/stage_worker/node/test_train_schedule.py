@@ -23,7 +23,7 @@ from shared.schedule import Feeding, ScheduleName, StashingName
 
 def forward(batch_id: str, index: int = 0, count: int = 1, *, tokens: int = 1) -> MicrobatchForward:
     microbatch = Microbatch(
-        epoch=1,
+        fence=1,
         batch_id=batch_id,
         index=index,
         count=count,
@@ -39,7 +39,7 @@ def ahead(
     batch_id: str, version: int, *, max_gradient_norm: float | None = None, keep: bool = False
 ) -> StepAhead:
     return StepAhead(
-        epoch=1,
+        fence=1,
         batch_id=batch_id,
         version=version,
         learning_rate=0.5,
@@ -49,7 +49,7 @@ def ahead(
 
 
 def order(batch_id: str, version: int, **changes: float | bool) -> StepOrder:
-    return StepOrder(epoch=1, batch_id=batch_id, version=version, learning_rate=0.5, **changes)  # type: ignore[arg-type]
+    return StepOrder(fence=1, batch_id=batch_id, version=version, learning_rate=0.5, **changes)  # type: ignore[arg-type]
 
 
 def schedule(

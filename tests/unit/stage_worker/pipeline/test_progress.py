@@ -47,7 +47,7 @@ def test_an_iteration_is_named_after_the_prompts_that_it_completes() -> None:
 
 def test_training_ops_are_named_after_their_batch() -> None:
     microbatch = Microbatch(
-        epoch=1,
+        fence=1,
         batch_id="b",
         index=1,
         count=2,

@@ -33,7 +33,7 @@ def runner_of(folder: Path, stage: int, *, checkpointing: bool) -> tuple[Microba
 def microbatch(batch_id: str, lengths: tuple[int, ...] = LENGTHS, **changes: bool) -> Microbatch:
     rows = tuple(range(lengths[0] - 1))
     return Microbatch(
-        epoch=1,
+        fence=1,
         batch_id=batch_id,
         index=0,
         count=1,

@@ -15,9 +15,9 @@ def peers(node: int, timeout_s: float = 60.0) -> Peers:
     return Peers(node=node, device=torch.device("cpu"), host="127.0.0.1", timeout_s=timeout_s)
 
 
-def group(*epochs: int) -> MergeGroup:
+def group(*fences: int) -> MergeGroup:
     """Of nodes 0, 1, ..., which count the same."""
-    members = (MergeMember(node=node, epoch=epoch, share=0.5) for node, epoch in enumerate(epochs))
+    members = (MergeMember(node=node, fence=fence, share=0.5) for node, fence in enumerate(fences))
     return MergeGroup(name="m", members=tuple(members))
 
 
@@ -48,7 +48,7 @@ def test_a_group_is_used_again_without_meeting(pair: list[Peers]) -> None:
     assert mean_of(pair, group(1, 2), "127.0.0.1:1") == [0.5, 0.5]
 
 
-def test_a_member_of_a_new_epoch_makes_it_a_new_group(pair: list[Peers]) -> None:
+def test_a_member_of_a_new_fence_makes_it_a_new_group(pair: list[Peers]) -> None:
     address = pair[0].rendezvous()
     mean_of(pair, group(1, 2), address)
     pair[1] = peers(1)  # as after a restart

@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients_norm(tmp_path: Path) -
     weights = StageWeights(stage, OptimizerSettings(), version=0)
     runner = MicrobatchRunner(stage, weights, torch.device("cpu"))
     microbatch = Microbatch(
-        epoch=1,
+        fence=1,
         batch_id="a",
         index=0,
         count=1,

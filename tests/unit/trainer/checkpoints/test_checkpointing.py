@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.trainer.batches import BatchBook, Pending
 from services.trainer.checkpoints.checkpointing import Checkpointing
 from services.trainer.checkpoints.manifests import Verdict, ledger_of
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.verdicts import Verdicts
-from services.trainer.microbatches import TrainingBatch
-from services.trainer.node.actions import Action, Restore, WriteCheckpoint
+from services.trainer.intake.microbatches import TrainingBatch
+from services.trainer.ledger.pending_batches import BatchBook, Pending
+from services.trainer.ledger.progress import Progress
+from services.trainer.nodes.decisions import Action, Restore, WriteCheckpoint
 from services.trainer.outbox import Outbox
-from services.trainer.progress import Progress
 from services.trainer.publication.losses import Losses
 from services.trainer.settings import TrainerSettings
 from shared import checkpoints
@@ -29,7 +29,7 @@ DEADLINE_S = 60.0
 class Node:
     """One stage's worth of a node: only what a checkpoint needs of it."""
 
-    node, epoch, is_rolling_back = 0, 1, False
+    node, fence, is_rolling_back = 0, 1, False
 
     def __init__(self) -> None:
         self.has_heard = asyncio.Event()
@@ -41,7 +41,7 @@ class Node:
         return []
 
     def restored(
-        self, epoch: int, failure: str, now_s: float, *, served: int, rise: float, is_judged: bool
+        self, fence: int, failure: str, now_s: float, *, served: int, rise: float, is_judged: bool
     ) -> list[Action]:
         self.restored_to = (served, rise, is_judged)
         return []
@@ -85,7 +85,7 @@ class Run:
 
     async def write(self) -> None:
         """Version 4."""
-        folder = self.files.temporary(0, 4, epoch=1)
+        folder = self.files.temporary(0, 4, fence=1)
         self.files.begin(folder)
         action = WriteCheckpoint(4, 2, dict(enumerate(shards(folder))))
         await self.checkpointing.write(self.node, action)
@@ -145,6 +145,6 @@ async def test_a_node_is_restored_to_serve_what_may_with_what_is_known_of_its_lo
     async with asyncio.TaskGroup() as tasks:
         run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
         run.verdicts.add(0, Verdict(version, Losses(held_out=0.5), may_serve=True, rise=1.25))
-    await run.checkpointing.restore(run.node, Restore(epoch=1, num_stages=0))
+    await run.checkpointing.restore(run.node, Restore(fence=1, num_stages=0))
 
     assert run.node.restored_to == (version, 1.25, version == 3)

@@ -1,0 +1,103 @@
+"""Turns a message of the training stream into a batch that can be fed, or into the reason why not."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from services.trainer.intake.data import (
+    MAX_ID_CHARACTERS,
+    OWN_ID_PREFIX,
+    BatchBody,
+    check_id,
+    id_in,
+    read_body,
+)
+from services.trainer.intake.microbatches import TrainingBatch, join, split
+from services.trainer.settings import TrainerSettings
+from shared.bus.base import StreamMessage
+from shared.clock import Clock
+from shared.encoding import ExampleEncoder, LabelledTokens
+from shared.errors import InvalidBatchError
+from shared.messages.training import RejectedBatch
+from shared.model_files import name_of, read_card
+
+ID_HEADER = "Nats-Msg-Id"
+
+log = logging.getLogger(__name__)
+
+
+def id_of(sequence: int) -> str:
+    """The id of a batch whose publisher gave it none; no publisher may give one like it."""
+    return f"{OWN_ID_PREFIX}{sequence}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """Reads, checks, tokenises and cuts batches for one model."""
+
+    encoder: ExampleEncoder
+    microbatches: int
+    max_microbatch_tokens: int
+
+    @classmethod
+    def load(cls, settings: TrainerSettings, model_folder: Path, clock: Clock) -> Self:
+        """Build the intake for a model.
+
+        Raises ConfigurationError or UnsupportedModelError when the model's files cannot be used.
+        """
+        card = read_card(model_folder, name_of(settings.model))
+        return cls(
+            encoder=ExampleEncoder.load(
+                card,
+                model_folder,
+                clock,
+                max_tokens=settings.max_microbatch_tokens,
+                chat_template=settings.chat_template,
+            ),
+            microbatches=settings.microbatches,
+            max_microbatch_tokens=settings.max_microbatch_tokens,
+        )
+
+    def prepare(self, message: StreamMessage) -> TrainingBatch | RejectedBatch:
+        """Blocks while it tokenises."""
+        batch_id = message.headers.get(ID_HEADER, "")[:MAX_ID_CHARACTERS]
+        try:
+            body = read_body(message.body)
+            batch_id = body.id or batch_id
+            check_id(batch_id)
+            return self._cut(batch_id or id_of(message.sequence), message, body)
+        except InvalidBatchError as error:
+            batch_id = id_in(message.body) or batch_id
+            reason = str(error)
+        except Exception as error:  # a tokenizer or template may raise anything, and would again
+            log.exception("batch %s (%d) cannot be prepared", batch_id, message.sequence)
+            reason = f"{type(error).__name__}: {error}"
+        return RejectedBatch.of(
+            message.body,
+            batch_id=batch_id or id_of(message.sequence),
+            sequence=message.sequence,
+            reason=reason,
+        )
+
+    def _encode(self, body: BatchBody) -> list[LabelledTokens]:
+        encoded = []
+        for position, example in enumerate(body.examples):
+            try:
+                encoded.append(self.encoder.encode(example))
+            except InvalidBatchError as error:
+                raise InvalidBatchError(f"examples.{position}: {error}") from error
+        return encoded
+
+    def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch:
+        examples = self._encode(body)
+        lengths = [len(example.tokens) for example in examples]
+        groups = split(lengths, self.microbatches, self.max_microbatch_tokens)
+        rows = tuple(join(examples[group.start : group.stop]) for group in groups)
+        return TrainingBatch(
+            batch_id=batch_id,
+            sequence=message.sequence,
+            microbatches=rows,
+            body=message.body,
+            learning_rate_multiplier=body.learning_rate_multiplier,
+        )

@@ -1,0 +1,170 @@
+"""Listens to the stages of all nodes and hands their messages to the state of their node."""
+
+import itertools
+
+from services.trainer.ledger.pending_batches import BatchBook
+from services.trainer.nodes.node_training import NodeTraining, Rules
+from services.trainer.nodes.runner import ActionRunner
+from services.trainer.publication.publishing import PublishingRules
+from services.trainer.settings import TrainerSettings
+from services.trainer.sharing.decisions import are_going_back
+from shared.bus.base import Bus, Incoming
+from shared.clock import Clock, on_time
+from shared.errors import ConfigurationError
+from shared.messages.cluster import Heartbeat
+from shared.messages.training import StageReport
+from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
+from shared.subjects import HEARTBEAT_S
+
+FENCES_PER_TERM = 1 << 20
+"""A trainer's fences are its term (its durable number) times this, plus one more for each restore:
+what belongs to an earlier life of a node is refused by its stages, and so is an earlier trainer."""
+SHORTEST_TICK_S = 0.01
+
+
+class Nodes:
+    """All nodes that were ever heard of."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        *,
+        bus: Bus,
+        clock: Clock,
+        book: BatchBook,
+        actions: ActionRunner,
+        term: int,
+    ) -> None:
+        self.by_number: dict[int, NodeTraining] = {}
+        self._bus = bus
+        self._num_reconnects = bus.num_reconnects
+        self._clock = clock
+        self._book = book
+        self._actions = actions
+        self._term = term
+        self._fences = itertools.count(term * FENCES_PER_TERM + 1)
+        self._rules = Rules(
+            feeding=settings.feeding,
+            microbatches=settings.microbatches,
+            checkpoint_every=settings.checkpoint_every,
+            checkpoint_idle_s=settings.checkpoint_idle_s,
+            checkpoint_idle_bytes_per_s=settings.checkpoint_idle_mb_per_s * 1e6,
+            shares_weights=settings.shares_weights,
+            shares_steps=settings.merging == "allreduce",
+            max_gradient_norm=settings.max_gradient_norm,
+            max_skips=settings.max_skips,
+            publishing=PublishingRules(
+                serving=settings.serving,
+                max_kept=settings.max_kept_versions,
+                evaluate_every=settings.evaluate_every if settings.is_guarded else 0,
+                max_rise=settings.max_held_out_rise,
+                max_samples_rise=settings.max_samples_rise,
+            ),
+        )
+        self._settings = settings
+        self._tick_s = max(SHORTEST_TICK_S, min(HEARTBEAT_S, settings.checkpoint_idle_s) / 4)
+
+    @property
+    def num_wanted(self) -> int:
+        """Batches that may be placed and not applied: they fill the pipelines, and each node has its next."""
+        return sum(node.num_wanted for node in self._known)
+
+    @property
+    def have_room(self) -> bool:
+        """Whether one more batch may be placed."""
+        return sum(node.num_unfinished for node in self._known) < self.num_wanted
+
+    @property
+    def _known(self) -> list[NodeTraining]:
+        return [node for node in self.by_number.values() if node.is_known]
+
+    async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
+        """Take in a sign of life of a stage.
+
+        Raises ConfigurationError when it obeys a later trainer, or has no place in this run.
+        """
+        beat = incoming.message
+        if beat.fence >= (self._term + 1) * FENCES_PER_TERM:
+            raise ConfigurationError(f"another trainer has taken over node {beat.node} (fence {beat.fence})")
+        self._check_stages(beat)
+        if beat.node not in self.by_number and are_going_back(self.by_number):
+            return  # when the others are back, its next heartbeat finds where they are
+        node = self.by_number.get(beat.node) or self._add(beat)
+        self._actions.run(node, node.heartbeat(beat, self._clock.now_s()))
+
+    async def on_report(self, incoming: Incoming[StageReport]) -> None:
+        """Take in an event on a stage."""
+        report = incoming.message
+        if node := self.by_number.get(report.node):
+            self._actions.run(node, node.report(report, self._clock.now_s()))
+
+    async def on_status(self, incoming: Incoming[WeightsRequest]) -> WeightsStatus:
+        """Answer a question about the nodes' weights."""
+        return WeightsStatus(nodes=tuple(_weights_of(node) for _, node in sorted(self.by_number.items())))
+
+    def place(self, number: int, batch_id: str) -> bool:
+        """Give a batch to a node; False when the node is gone."""
+        node = self.by_number.get(number)
+        if node is None or not node.is_known:
+            return False
+        self._actions.run(node, node.place(batch_id, self._clock.now_s()))
+        return True
+
+    async def tick(self) -> None:
+        """Let time pass on every node, for ever."""
+        async for _ in on_time(self._tick_s, at_most_late_s=HEARTBEAT_S, clock=self._clock):
+            is_back = self._num_reconnects != self._bus.num_reconnects
+            self._num_reconnects = self._bus.num_reconnects
+            for node in self.by_number.values():
+                if is_back:
+                    self._actions.run(node, node.messages_lost())
+                self._actions.run(node, node.tick(self._clock.now_s()))
+
+    def _check_stages(self, beat: Heartbeat) -> None:
+        if self._settings.schedule == "dp" and beat.num_stages != 1:
+            raise ConfigurationError(
+                f"schedule=dp is for nodes of one stage, and node {beat.node} has {beat.num_stages}: "
+                "choose another schedule, with LEMIX_MERGE=allreduce"
+            )
+        others = (
+            node
+            for node in self.by_number.values()
+            if node.node != beat.node and node.phase != "closed" and node.num_stages != beat.num_stages
+        )
+        if self._rules.shares_weights and (other := next(others, None)):
+            raise ConfigurationError(
+                f"node {beat.node} has {beat.num_stages} stages, and node {other.node} has "
+                f"{other.num_stages}: nodes that share their weights need as many"
+            )
+
+    def _add(self, beat: Heartbeat) -> NodeTraining:
+        if self._rules.shares_weights:
+            self._book.join(beat.node)
+        durable_version = self._book.ledger.lineage(beat.node).durable_version
+        node = NodeTraining(
+            beat.node,
+            beat.num_stages,
+            rules=self._rules,
+            durable_version=durable_version,
+            fences=self._fences,
+        )
+        self.by_number[beat.node] = node
+        return node
+
+
+def _weights_of(node: NodeTraining) -> NodeWeights:
+    publishing, withheld = node.publishing, node.publishing.last_withheld
+    losses = None if publishing.published is None else publishing.losses.get(publishing.published)
+    return NodeWeights(
+        node=node.node,
+        version=node.version,
+        durable_version=node.durable_version,
+        published=publishing.published,
+        held_out_loss=losses.held_out if losses else None,
+        samples_loss=losses.samples if losses else None,
+        num_withheld=publishing.num_withheld,
+        last_withheld=withheld.version if withheld else None,
+        newest_judged=publishing.newest_judged,
+        why_withheld=withheld.reason if withheld else "",
+        halt_reason=node.halt_reason,
+    )

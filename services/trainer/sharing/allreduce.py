@@ -1,0 +1,153 @@
+"""Steps that all nodes make together, on the mean of their gradients: `allreduce`, and data-parallel. Pure.
+
+    train --each has gradients, or no batch--> reduce --all have the mean--> step --all have stepped--> ...
+
+All nodes always hold the same weights. A node that joins gets them from a checkpoint, for which the others
+wait; when one leaves in the middle of a step, all go back to the newest checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.sharing.decisions import (
+    Decision,
+    Member,
+    Nodes,
+    Reduce,
+    Shared,
+    admit,
+    are_going_back,
+    durable_version,
+    give_up,
+    open_nodes,
+    told,
+)
+
+
+@dataclass(slots=True)
+class _Round:
+    """One step that is under way."""
+
+    members: tuple[int, ...]
+    version: int
+    """The version of the weights after it: each batch counts."""
+    rate_of: tuple[str, ...]
+    """The batches of all, whose gradients and learning rates have the same share in the means."""
+    phase: Literal["reducing", "stepping"] = "reducing"
+
+
+class Reductions:
+    """Looks at the nodes after everything that happens."""
+
+    def __init__(self, *, save_every: int, idle_s: float, new_name: Callable[[], str]) -> None:
+        """`save_every`: batches between two checkpoints; without work for `idle_s` there is one, too."""
+        self._save_every = save_every
+        self._idle_s = idle_s
+        self._new_name = new_name
+        self._round: _Round | None = None
+        self._idle_since_s: float | None = None
+
+    def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        """The next things to do; look again until there are none."""
+        if are_going_back(nodes):
+            self._round = self._idle_since_s = None
+            return []
+        members = open_nodes(nodes)
+        if self._round is not None:
+            return self._go_on(self._round, nodes, now_s)
+        self._share_checkpoints(members, nodes)
+        if any(node.wants_save for node in members) and members[0].may_save(now_s):
+            return [told(members[0], members[0].save(now_s))]  # before a step leads away from that version
+        if any(node.waits_to_join or node.phase == "restoring" for node in nodes.values()):
+            return self._let_join(members, nodes, now_s)
+        released: list[Decision] = [told(node, node.release(now_s)) for node in members if node.is_held]
+        return released or self._save_if_due(members, now_s) or self._begin_if_ready(members, now_s)
+
+    def _go_on(self, now: _Round, nodes: Nodes, now_s: float) -> list[Decision]:
+        members = [nodes[number] for number in now.members]
+        if gone := [node.node for node in members if node.phase != "open"]:
+            self._round = None
+            return give_up(members, f"node {gone[0]} left during a step of all")
+        if now.phase == "reducing" and all(node.has_joint_gradients for node in members):
+            now.phase = "stepping"
+            return self._order_steps(now, members, now_s)
+        if now.phase == "stepping" and not any(node.has_joint_step for node in members):
+            self._round = None
+            return [Shared(now.members)]
+        return []
+
+    def _order_steps(self, now: _Round, members: list[NodeTraining], now_s: float) -> list[Decision]:
+        """Order all nodes alike: their norms for the same gradients may differ in the last bit."""
+        squared_norm, may_save = members[0].squared_norm, members[0].may_save(now_s)
+        assert squared_norm is not None
+        return [
+            told(
+                node,
+                node.order_step(
+                    now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm, may_save=may_save
+                ),
+            )
+            for node in members
+        ]
+
+    def _share_checkpoints(self, members: list[NodeTraining], nodes: Nodes) -> None:
+        version = durable_version(nodes)
+        for node in members:
+            node.adopt(version)
+
+    def _let_join(self, members: list[NodeTraining], nodes: Nodes, now_s: float) -> list[Decision]:
+        """Let newcomers join; the others wait with nothing under way until those hold the same weights."""
+        for node in members:
+            node.hold()
+        if not all(node.is_quiet for node in members):
+            # Who is restored holds the newest checkpoint: it must step with those who begin to step from it.
+            is_awaited = any(node.phase == "restoring" for node in nodes.values())
+            return [] if is_awaited else self._begin_if_ready(members, now_s)
+        if members and members[0].version != durable_version(nodes):
+            return [told(members[0], members[0].save(now_s))] if members[0].may_save(now_s) else []
+        return admit(nodes)
+
+    def _save_if_due(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
+        if not members or not members[0].may_save(now_s):
+            return []
+        leader = members[0]
+        num_undurable = leader.version - leader.durable_version
+        if not (num_undurable and all(node.is_idle for node in members)):
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        is_idle = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
+        has_rested = is_idle and leader.may_save(now_s, is_idle=True)
+        if num_undurable >= self._save_every or has_rested:
+            self._idle_since_s = None
+            return [told(leader, leader.save(now_s))]
+        return []
+
+    def _begin_if_ready(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
+        """Begin when each node has gradients or nothing to compute them from, and at least one has some."""
+        assert len({node.version for node in members}) <= 1, "nodes that step together hold the same weights"
+        for node in members:
+            if node.squared_norm is not None and not isfinite(node.squared_norm):
+                return [told(node, node.skip(now_s))]
+        ready = [node for node in members if node.complete is not None]
+        others_rest = all(node.complete is not None or node.has_nothing_begun for node in members)
+        if not ready or not others_rest or any(node.is_save_unanswered for node in members):
+            return []
+        name = self._new_name()
+        taking_part = tuple(
+            Member(
+                node.node,
+                node.fence,
+                node.num_stages,
+                1 / len(ready) if node in ready else 0.0,
+                node.join_step(name),
+            )
+            for node in members
+        )
+        version = members[0].version + len(ready)
+        rate_of = tuple(member.batch_id for member in taking_part if member.batch_id)
+        self._round = _Round(tuple(node.node for node in members), version, rate_of)
+        return [Reduce(name, taking_part)]

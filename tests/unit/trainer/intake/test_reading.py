@@ -1,0 +1,79 @@
+"""A message becomes a batch, or the reason why not: nothing that it says ends the trainer."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgpack
+import pytest
+
+from services.trainer.intake.microbatches import TrainingBatch
+from services.trainer.intake.reading import Intake
+from services.trainer.settings import TrainerSettings
+from shared.bus.base import StreamMessage
+from shared.clock import SystemClock
+from shared.encoding import ExampleEncoder
+from shared.messages.training import RejectedBatch
+from shared.settings import EMBEDDED_MODEL
+
+BODY = b'{"examples": [{"token_ids": [1, 2, 3]}]}'
+
+
+async def ack() -> None:
+    pass
+
+
+def prepared(body: bytes, **headers: str) -> object:
+    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL), SystemClock())
+    return intake.prepare(StreamMessage(7, body, headers, ack))
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [(BODY.replace(b"{", b'{"id": "seq-7", ', 1), {}), (BODY, {"Nats-Msg-Id": "seq-7"})],
+)
+def test_an_id_like_those_of_nameless_batches_is_refused(body: bytes, headers: dict[str, str]) -> None:
+    reason = "id: ids that begin with 'seq-' are kept for batches without one"
+    assert prepared(body, **headers) == RejectedBatch.of(body, batch_id="seq-7", sequence=7, reason=reason)
+
+
+WRONG = {"id": "mine", "examples": [{"text": 3}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "batch_id"),
+    [
+        (json.dumps(WRONG).encode(), {}, "mine"),
+        (b"\xef\xbb\xbf" + json.dumps(WRONG).encode(), {}, "mine"),
+        (msgpack.packb(WRONG), {}, "mine"),
+        (json.dumps(WRONG).encode(), {"Nats-Msg-Id": "header"}, "mine"),
+        (json.dumps(WRONG | {"id": 7}).encode(), {}, "seq-7"),
+        (json.dumps(WRONG | {"id": 7}).encode(), {"Nats-Msg-Id": "header"}, "header"),
+        (json.dumps(WRONG | {"id": "x" * 257}).encode(), {}, "seq-7"),
+        (b'{"id": "mine", "examples": [', {}, "seq-7"),
+        (msgpack.packb(WRONG)[:-1], {}, "seq-7"),
+        (b"[]", {}, "seq-7"),
+    ],
+)
+def test_a_batch_with_a_wrong_field_is_rejected_under_its_own_id(
+    body: bytes, headers: dict[str, str], batch_id: str
+) -> None:
+    """Under the place in the stream only where no id can be read."""
+    rejected = prepared(body, **headers)
+    assert isinstance(rejected, RejectedBatch)
+    assert (rejected.batch_id, rejected.sequence) == (batch_id, 7)
+
+
+def test_a_body_may_begin_with_a_byte_order_mark() -> None:
+    batch = prepared(b"\xef\xbb\xbf" + BODY)
+    assert isinstance(batch, TrainingBatch)
+    assert batch.microbatches[0].tokens == (1, 2, 3)
+
+
+def test_an_unexpected_error_rejects_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(encoder: ExampleEncoder, example: object) -> Sequence[int]:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(ExampleEncoder, "encode", broken)
+    reason = "RecursionError: too deep"
+    assert prepared(BODY) == RejectedBatch.of(BODY, batch_id="seq-7", sequence=7, reason=reason)
