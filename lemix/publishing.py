@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from services.trainer.intake.data import check_id, read_body
 from shared.bus.base import Bus, Stored
 from shared.errors import BusError, InvalidBatchError
-from shared.examples import numbered_lines, read_example
+from shared.examples import AnyExample, Preference, numbered_lines, read_example
 from shared.subjects import BATCHES
 
 STANDARD_INPUT = Path("-")
@@ -79,8 +79,7 @@ def batches_in(content: bytes, batch_size: int | None, *, epochs: int = 1, salt:
             batches = [_under_id(batch, salt) for batch in batches]
         later = [_under_id(batch, f"epoch-{epoch}") for epoch in range(2, epochs + 1) for batch in batches]
         return batches + later
-    for number, line in lines:
-        _check_example(number, line)
+    _check_examples(lines)
     orders = [lines, *(_shuffled(lines, epoch) for epoch in range(2, epochs + 1))]
     return list(_cut(orders, batch_size or DEFAULT_BATCH_SIZE, salt))
 
@@ -104,9 +103,19 @@ def _read_batch(number: int, line: bytes) -> BatchLine:
     return BatchLine(number=number, batch_id=batch_id, body=line)
 
 
-def _check_example(number: int, line: bytes) -> None:
+def _check_examples(lines: Sequence[tuple[int, bytes]]) -> None:
+    """Raises InvalidBatchError, naming the first line that is wrong, or of another kind than the first."""
+    first, *_ = are_preferences = [isinstance(_read_example(*line), Preference) for line in lines]
+    if len(set(are_preferences)) > 1:
+        other = lines[are_preferences.index(not first)][0]
+        raise InvalidBatchError(
+            f"of the lines {lines[0][0]} and {other} one is a preference: publish them as two files"
+        )
+
+
+def _read_example(number: int, line: bytes) -> AnyExample:
     try:
-        read_example(line)
+        return read_example(line)
     except InvalidBatchError as error:
         raise InvalidBatchError(f"line {number}: {error}") from error
 

@@ -11,7 +11,15 @@ from shared.chat_template import ChatTemplate, Segment
 from shared.chat_template_files import load_chat_template
 from shared.clock import Clock
 from shared.errors import ChatTemplateError, InvalidBatchError, RewrittenTurnsError
-from shared.examples import Conversation, Example, PlainText, PromptCompletion, TokenIds
+from shared.examples import (
+    AnyExample,
+    Conversation,
+    Example,
+    PlainText,
+    Preference,
+    PromptCompletion,
+    TokenIds,
+)
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
 
@@ -36,7 +44,7 @@ class ExampleEncoder:
 
     card: ModelCard
     max_tokens: int
-    """Tokens of an example at most."""
+    """Tokens that can be learnt at once; no sequence may be longer than the model's context either."""
     tokenizer: TextTokenizer | None
     """None: the model has none, so that only token ids can be learnt."""
     chat_template: ChatTemplate | None
@@ -51,7 +59,7 @@ class ExampleEncoder:
         max_tokens: int,
         chat_template: Path | None = None,
     ) -> Self:
-        """For the model in `model_folder`; examples may have no more tokens than its context either.
+        """For the model in `model_folder`.
 
         `chat_template` is a file to use instead of the model's own template.
         Raises ConfigurationError when the model's files cannot be used.
@@ -59,10 +67,30 @@ class ExampleEncoder:
         has_tokenizer = (model_folder / "tokenizer.json").exists()
         return cls(
             card=card,
-            max_tokens=min(card.context_length, max_tokens),
+            max_tokens=max_tokens,
             tokenizer=TextTokenizer.load(model_folder) if has_tokenizer else None,
             chat_template=load_chat_template(model_folder, clock, chosen=chat_template),
         )
+
+    def sequences(self, example: AnyExample) -> tuple[LabelledTokens, ...]:
+        """The sequences that an example is learnt from: one, or of a preference both answers', the preferred
+        one's first. Raises InvalidBatchError when it cannot be learnt from.
+        """
+        if not isinstance(example, Preference):
+            return (self.encode(example),)
+        pair = tuple(self._encode_output(*each) for each in example.conversations.items())
+        num_tokens = sum(len(each.tokens) for each in pair)
+        if num_tokens > self.max_tokens:
+            raise InvalidBatchError(
+                f"has {num_tokens} tokens with both outputs, at most {self.max_tokens} can be learnt at once"
+            )
+        return pair
+
+    def _encode_output(self, name: str, conversation: Conversation) -> LabelledTokens:
+        try:
+            return self.encode(conversation)
+        except InvalidBatchError as error:
+            raise InvalidBatchError(f"with {name}: {error}") from error
 
     def encode(self, example: Example) -> LabelledTokens:
         """The example as tokens. Raises InvalidBatchError when it cannot be learnt from."""
@@ -109,10 +137,15 @@ class ExampleEncoder:
     def _check_size(self, num_characters: int) -> None:
         """Refuse before it costs time what has too many tokens in any case."""
         longest = self._text_tokenizer.max_characters_per_token
-        if longest is not None and num_characters > self.max_tokens * longest:
+        if longest is not None and num_characters > self._max_length * longest:
             raise InvalidBatchError(
-                f"has {num_characters} characters, more than {self.max_tokens} tokens of at most {longest}"
+                f"has {num_characters} characters, more than {self._max_length} tokens of at most {longest}"
             )
+
+    @property
+    def _max_length(self) -> int:
+        """Most tokens of a sequence."""
+        return min(self.card.context_length, self.max_tokens)
 
     @property
     def _text_tokenizer(self) -> TextTokenizer:
@@ -126,9 +159,9 @@ class ExampleEncoder:
 
     def _check(self, encoded: LabelledTokens) -> None:
         num_tokens = len(encoded.tokens)
-        if num_tokens > self.max_tokens:
+        if num_tokens > self._max_length:
             raise InvalidBatchError(
-                f"has {num_tokens} tokens, at most {self.max_tokens} can be learnt at once"
+                f"has {num_tokens} tokens, at most {self._max_length} can be learnt at once"
             )
         if num_tokens < 2:
             raise InvalidBatchError(f"has {num_tokens} tokens, needs at least 2")

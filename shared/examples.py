@@ -1,4 +1,4 @@
-"""Training examples as people write them: four forms, read strictly; in files, one a line."""
+"""Training examples as people write them: five forms, read strictly; in files, one a line."""
 
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from pydantic import (
     Tag,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -22,6 +23,9 @@ MAX_EXAMPLES = 4096
 """Most examples in one batch."""
 MAX_LEARNING_RATE_MULTIPLIER = 1e6
 """Keeps every learning rate finite that a multiplier gives."""
+DEFAULT_BETA = 0.1
+MAX_BETA = 2.0
+"""As in OpenAI's API."""
 
 
 class Strict(BaseModel):
@@ -98,12 +102,52 @@ class TokenIds(Strict):
     token_ids: list[int]
 
 
+class Preference(Strict):
+    """Learn to give the one answer rather than the other; OpenAI's form. Nothing of the input is learnt."""
+
+    input: Conversation
+    preferred_output: list[ChatMessage] = Field(min_length=1, max_length=1)
+    non_preferred_output: list[ChatMessage] = Field(min_length=1, max_length=1)
+
+    @field_validator("preferred_output", "non_preferred_output")
+    @classmethod
+    def _is_an_answer(cls, output: list[ChatMessage]) -> list[ChatMessage]:
+        if not output[0].is_learnt:
+            raise ValueError("must be a message of the assistant, without weight 0")
+        return output
+
+    @model_validator(mode="after")
+    def _tells_something(self) -> Self:
+        if self.preferred_output == self.non_preferred_output:
+            raise ValueError("preferred_output and non_preferred_output are the same")
+        return self
+
+    @property
+    def conversations(self) -> dict[str, Conversation]:
+        """The input with either output, of which that alone is learnt; the preferred one comes first."""
+        said_before = [
+            message.model_copy(update={"weight": 0}) if message.is_learnt else message
+            for message in self.input.messages
+        ]
+        outputs = {
+            "preferred_output": self.preferred_output,
+            "non_preferred_output": self.non_preferred_output,
+        }
+        return {
+            name: self.input.model_copy(update={"messages": [*said_before, *output]})
+            for name, output in outputs.items()
+        }
+
+
 _KIND_BY_KEY = {
     "prompt": "completion",
     "completion": "completion",
     "messages": "messages",
     "text": "text",
     "token_ids": "token_ids",
+    "input": "preference",
+    "preferred_output": "preference",
+    "non_preferred_output": "preference",
 }
 
 
@@ -112,19 +156,24 @@ def _kind(example: object) -> str | None:
     return next((kind for key, kind in _KIND_BY_KEY.items() if key in keys), None)
 
 
-Example = Annotated[
+Example = PromptCompletion | Conversation | PlainText | TokenIds
+"""One sequence of tokens, parts of which are learnt."""
+
+AnyExample = Annotated[
     Annotated[PromptCompletion, Tag("completion")]
     | Annotated[Conversation, Tag("messages")]
     | Annotated[PlainText, Tag("text")]
-    | Annotated[TokenIds, Tag("token_ids")],
+    | Annotated[TokenIds, Tag("token_ids")]
+    | Annotated[Preference, Tag("preference")],
     Discriminator(
         _kind,
         custom_error_type="example",
-        custom_error_message="has none of the keys prompt and completion, messages, text, token_ids",
+        custom_error_message="has none of the keys prompt and completion, messages, text, token_ids, "
+        "input and preferred_output",
     ),
 ]
 
-_EXAMPLE: TypeAdapter[Example] = TypeAdapter(Example)
+_EXAMPLE: TypeAdapter[AnyExample] = TypeAdapter(AnyExample)
 
 
 def numbered_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -134,7 +183,7 @@ def numbered_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, stripped
 
 
-def read_example(line: bytes) -> Example:
+def read_example(line: bytes) -> AnyExample:
     """Read one example from JSON. Raises InvalidBatchError with the first fault."""
     try:
         return _EXAMPLE.validate_json(line)

@@ -109,7 +109,7 @@ def read_training_file(
 def _num_tokens(line: bytes, encoder: ExampleEncoder) -> int:
     example = read_example(line)
     try:
-        return len(encoder.encode(example).tokens)
+        return sum(len(each.tokens) for each in encoder.sequences(example))
     except InvalidBatchError:
         raise
     except Exception as error:  # a tokenizer or template may raise anything

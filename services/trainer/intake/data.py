@@ -1,17 +1,20 @@
 """The body of a training batch as publishers send it: JSON or MessagePack, one shape."""
 
 from codecs import BOM_UTF8
-from typing import Any
+from typing import Any, Self
 
 import msgspec
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from shared.errors import InvalidBatchError
 from shared.examples import (
+    DEFAULT_BETA,
+    MAX_BETA,
     MAX_EXAMPLES,
     MAX_LEARNING_RATE_MULTIPLIER,
-    Example,
+    AnyExample,
+    Preference,
     Strict,
     first_fault,
 )
@@ -26,11 +29,32 @@ class BatchBody(Strict):
 
     id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_CHARACTERS)
     """A batch whose id was seen before is not applied again."""
-    examples: list[Example] = Field(min_length=1, max_length=MAX_EXAMPLES)
+    examples: list[AnyExample] = Field(min_length=1, max_length=MAX_EXAMPLES)
+    """Either all of them are preferences, or none is."""
     learning_rate_multiplier: float = Field(
         default=1.0, gt=0, le=MAX_LEARNING_RATE_MULTIPLIER, allow_inf_nan=False
     )
     """The trainer's learning rate times this is the batch's."""
+    beta: float | None = Field(default=None, gt=0, le=MAX_BETA, allow_inf_nan=False)
+    """For preferences: how closely the weights are held to the model as it was given; None: DEFAULT_BETA."""
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Self:
+        kinds = [isinstance(example, Preference) for example in self.examples]
+        if len(set(kinds)) > 1:
+            other = kinds.index(not kinds[0])
+            raise ValueError(
+                f"of examples.0 and examples.{other} one is a preference: publish them as two batches"
+            )
+        if self.beta is not None and not kinds[0]:
+            raise ValueError("beta is for preferences, and these examples are none")
+        return self
+
+    @property
+    def beta_of_preferences(self) -> float | None:
+        """None where the examples are none."""
+        is_of_preferences = isinstance(self.examples[0], Preference)
+        return (self.beta or DEFAULT_BETA) if is_of_preferences else None
 
 
 def check_id(batch_id: str) -> None:

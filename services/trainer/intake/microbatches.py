@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from shared.encoding import LabelledTokens
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The examples of one microbatch, one after the other."""
+    """The sequences of one microbatch, one after the other; a preference has two, the preferred one first."""
 
     lengths: tuple[int, ...]
-    """Tokens of each example."""
+    """Tokens of each sequence."""
     tokens: tuple[int, ...]
     label_rows: tuple[int, ...]
     """Rows of `tokens` whose next token counts in the loss."""
@@ -29,10 +30,14 @@ class TrainingBatch:
     body: bytes
     """The batch as it was published, should it be rejected."""
     learning_rate_multiplier: float = 1.0
+    beta: float | None = None
+    """For preferences; None: there are none in it."""
 
     @property
     def loss_weight(self) -> float:
-        """Makes the sum of the labels' losses their mean."""
+        """Makes the sum of the losses their mean: of all labels, or of all preferences."""
+        if self.beta is not None:
+            return 2.0 / sum(len(rows.lengths) for rows in self.microbatches)
         return 1.0 / sum(len(rows.labels) for rows in self.microbatches)
 
     @property
@@ -70,8 +75,15 @@ def _end_of_group(
     return end
 
 
+def cut(examples: Sequence[tuple[LabelledTokens, ...]], num_groups: int, max_tokens: int) -> tuple[Rows, ...]:
+    """Cut a batch into microbatches, as `split` does; the sequences of an example stay together."""
+    lengths = [sum(len(each.tokens) for each in sequences) for sequences in examples]
+    groups = split(lengths, num_groups, max_tokens)
+    return tuple(join([*chain(*examples[group.start : group.stop])]) for group in groups)
+
+
 def join(examples: Sequence[LabelledTokens]) -> Rows:
-    """Put examples one after the other."""
+    """Put sequences one after the other."""
     starts: list[int] = []
     tokens: list[int] = []
     for example in examples:

@@ -13,7 +13,7 @@ from services.trainer.intake.data import (
     id_in,
     read_body,
 )
-from services.trainer.intake.microbatches import TrainingBatch, join, split
+from services.trainer.intake.microbatches import TrainingBatch, cut
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
 from shared.clock import Clock
@@ -80,24 +80,23 @@ class Intake:
             reason=reason,
         )
 
-    def _encode(self, body: BatchBody) -> list[LabelledTokens]:
+    def _encode(self, body: BatchBody) -> list[tuple[LabelledTokens, ...]]:
         encoded = []
         for position, example in enumerate(body.examples):
             try:
-                encoded.append(self.encoder.encode(example))
+                encoded.append(self.encoder.sequences(example))
             except InvalidBatchError as error:
                 raise InvalidBatchError(f"examples.{position}: {error}") from error
         return encoded
 
     def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch:
-        examples = self._encode(body)
-        lengths = [len(example.tokens) for example in examples]
-        groups = split(lengths, self.microbatches, self.max_microbatch_tokens)
-        rows = tuple(join(examples[group.start : group.stop]) for group in groups)
+        if body.beta_of_preferences is not None:
+            raise InvalidBatchError("preferences cannot be trained on yet")
         return TrainingBatch(
             batch_id=batch_id,
             sequence=message.sequence,
-            microbatches=rows,
+            microbatches=cut(self._encode(body), self.microbatches, self.max_microbatch_tokens),
             body=message.body,
             learning_rate_multiplier=body.learning_rate_multiplier,
+            beta=body.beta_of_preferences,
         )

@@ -19,6 +19,13 @@ from shared.settings import EMBEDDED_MODEL
 from shared.subjects import BATCHES
 
 BATCH = b'{"id": "a", "examples": [{"text": "one"}]}'
+PREFERENCE = json.dumps(
+    {
+        "input": {"messages": [{"role": "user", "content": "hi"}]},
+        "preferred_output": [{"role": "assistant", "content": "ho"}],
+        "non_preferred_output": [{"role": "assistant", "content": "hum"}],
+    }
+).encode()
 EXAMPLES = [
     {"text": "Sea calm."},
     {"prompt": "2+2=", "completion": "4"},
@@ -76,6 +83,12 @@ def test_a_file_of_examples_is_cut_into_batches_that_the_trainer_takes(
     assert [example for body in bodies for example in body["examples"]] == examples
     assert [body["id"] for body in bodies] == [batch.batch_id for batch in batches]
     assert batches[-1].number == 1 + sum(sizes[:-1])
+
+
+def test_a_file_of_preferences_is_cut_into_batches_too() -> None:
+    batches = batches_in(b"\n".join([PREFERENCE] * 3), 2)
+    bodies = [read_body(batch.body) for batch in batches]
+    assert [(len(body.examples), body.beta_of_preferences) for body in bodies] == [(2, 0.1), (1, 0.1)]
 
 
 def test_ids_of_cut_batches_follow_from_their_content() -> None:
@@ -138,6 +151,8 @@ def test_an_id_that_grows_too_long_by_its_epoch_is_refused() -> None:
         (b'{"text": "a"}\n{"txt": "b"}', "line 2: has none of the keys"),
         (b'{"text": "a"}\n{"prompt": "b"}', "line 2: completion: Field required"),
         (b'{"text": "a"}\n{"text": "b", "id": "x"}', "line 2: id: Extra inputs"),
+        (b'{"text": "a"}\n\n' + PREFERENCE, "of the lines 1 and 3 one is a preference: publish them as two"),
+        (PREFERENCE + b'\n{"input": {"messages": []}}', "line 2: input.messages: List should have at least"),
         (BATCH + b'\n{"text": "a"}', "line 1 is a batch and line 2 an example"),
         (b'{"text": "a"}\n\n' + BATCH, "line 1 is an example and line 3 a batch"),
         (b"\n \n", "there is no training batch and no example"),

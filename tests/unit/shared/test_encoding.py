@@ -12,7 +12,7 @@ from shared.chat_template import ChatTemplate
 from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder, warn_once
 from shared.errors import InvalidBatchError
-from shared.examples import ChatMessage, Conversation, PlainText, PromptCompletion, TokenIds
+from shared.examples import ChatMessage, Conversation, PlainText, Preference, PromptCompletion, TokenIds
 from shared.model_files import ModelCard
 from shared.text import TextTokenizer
 
@@ -141,6 +141,38 @@ def test_a_template_may_refuse_a_conversation_and_cannot_reach_the_machine() -> 
     for template in ("{{ raise_exception('roles must alternate') }}", "{{ messages.__class__.__mro__ }}"):
         with pytest.raises(InvalidBatchError, match="the chat template refuses the messages"):
             encoder(template).encode(chat(("assistant", "a")))
+
+
+def preference(*turns: tuple[str, str], preferred: str, other: str) -> Preference:
+    outputs = [[ChatMessage(role="assistant", content=content)] for content in (preferred, other)]
+    return Preference(input=chat(*turns), preferred_output=outputs[0], non_preferred_output=outputs[1])
+
+
+def test_of_a_preference_both_outputs_are_learnt_and_nothing_of_the_input() -> None:
+    example = preference(("user", "a"), ("assistant", "b"), ("user", "c"), preferred="a b", other="c")
+    spacious = replace(encoder(), max_tokens=64, card=replace(card(), context_length=32))
+    preferred, other = spacious.sequences(example)
+
+    asked = (USER, A, END, ASSISTANT, B, END, USER, C, END, ASSISTANT)
+    assert (preferred.tokens, preferred.labels) == ((*asked, A, B, END), (A, B, END))
+    assert (other.tokens, other.labels) == ((*asked, C, END), (C, END))
+
+
+def test_an_ordinary_example_is_one_sequence() -> None:
+    example = PlainText(text="a b")
+    assert encoder().sequences(example) == (encoder().encode(example),)
+
+
+def test_the_outputs_of_a_preference_are_learnt_at_once_so_they_must_fit_together() -> None:
+    example = preference(("user", "a"), preferred="b", other="c")
+    assert [len(each.tokens) for each in replace(encoder(), max_tokens=12).sequences(example)] == [6, 6]
+    with pytest.raises(InvalidBatchError, match="has 12 tokens with both outputs, at most 11 can"):
+        replace(encoder(), max_tokens=11).sequences(example)
+
+
+def test_the_output_that_is_too_long_is_named() -> None:
+    with pytest.raises(InvalidBatchError, match="with non_preferred_output: has 9 tokens, at most 8"):
+        replace(encoder(), max_tokens=64).sequences(preference(("user", "a"), preferred="b", other="c a b c"))
 
 
 class Untouched(TextTokenizer):

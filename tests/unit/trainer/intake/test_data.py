@@ -14,6 +14,7 @@ from shared.examples import (
     ChatMessage,
     Conversation,
     PlainText,
+    Preference,
     PromptCompletion,
     TokenIds,
 )
@@ -84,6 +85,10 @@ def test_the_id_may_be_left_out_and_json_may_begin_with_space() -> None:
             b'{"examples": [{"messages": [{"role": "user"}]}]}',
             "examples.0.messages.0: has neither content nor",
         ),
+        (
+            b'{"examples": [{"text": "a"}], "beta": 0.1}',
+            "beta is for preferences, and these examples are none",
+        ),
         (msgpack.packb({"examples": [{"text": b"a"}]}), "examples.0.text: Input should be a valid str"),
         (
             json.dumps({"examples": [{"text": "a"}] * (MAX_EXAMPLES + 1)}).encode(),
@@ -141,3 +146,60 @@ USER = {"role": "user", "content": "hi"}
 def test_messages_that_cannot_be_learnt_are_refused_by_field(message: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidBatchError, match=f"^examples.0.messages.{re.escape(reason)}"):
         read_body(to_json({"examples": [{"messages": [message]}]}))
+
+
+PREFERENCE: dict[str, Any] = {
+    "input": {"messages": [USER]},
+    "preferred_output": [{"role": "assistant", "content": "ho"}],
+    "non_preferred_output": [{"role": "assistant", "content": "hum"}],
+}
+
+
+@pytest.mark.parametrize("pack", [to_json, msgpack.packb])
+def test_a_batch_of_preferences_has_a_beta(pack) -> None:
+    told = read_body(pack({"examples": [PREFERENCE, PREFERENCE], "beta": 0.5}))
+    untold = read_body(pack({"examples": [PREFERENCE]}))
+    assert all(isinstance(example, Preference) for example in told.examples)
+    assert (told.beta_of_preferences, untold.beta_of_preferences) == (0.5, 0.1)
+    assert read_body(pack({"examples": [{"text": "a"}]})).beta_of_preferences is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"input": {"messages": []}}, r"\.input\.messages: List should have at least 1 item"),
+        ({"input": {"prompt": "hi"}}, r"\.input\.messages: Field required"),
+        ({"preferred_output": []}, r"\.preferred_output: List should have at least 1 item"),
+        ({"preferred_output": [USER]}, r"\.preferred_output: must be a message of the assistant"),
+        (
+            {"non_preferred_output": [{"role": "assistant", "content": "hum", "weight": 0}]},
+            r"\.non_preferred_output: must be a message of the assistant, without weight 0",
+        ),
+        (
+            {"non_preferred_output": PREFERENCE["preferred_output"]},
+            ": preferred_output and non_preferred_out",
+        ),
+        ({"weight": 1}, r"\.weight: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_preference_is_refused_by_field(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidBatchError, match=f"^examples.0{reason}"):
+        read_body(to_json({"examples": [PREFERENCE | changes]}))
+
+
+@pytest.mark.parametrize("missing", PREFERENCE)
+def test_a_preference_has_an_input_and_both_outputs(missing: str) -> None:
+    example = {key: value for key, value in PREFERENCE.items() if key != missing}
+    with pytest.raises(InvalidBatchError, match=f"examples.0.{missing}: Field required"):
+        read_body(to_json({"examples": [example]}))
+
+
+@pytest.mark.parametrize("beta", [0, 2.5, "auto"])
+def test_a_beta_out_of_range_is_refused(beta: object) -> None:
+    with pytest.raises(InvalidBatchError, match=r"^beta: Input should be"):
+        read_body(to_json({"examples": [PREFERENCE], "beta": beta}))
+
+
+def test_preferences_and_ordinary_examples_are_two_batches() -> None:
+    with pytest.raises(InvalidBatchError, match=r"examples\.0 and examples\.2 one is a preference"):
+        read_body(to_json({"examples": [{"text": "a"}, {"text": "b"}, PREFERENCE]}))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.intake.microbatches import TrainingBatch, join, split
+from services.trainer.intake.microbatches import TrainingBatch, cut, join, split
 from shared.encoding import LabelledTokens
 
 
@@ -41,6 +41,24 @@ def test_rows_and_labels_follow_their_examples() -> None:
     assert rows.tokens == (7, 8, 9, 4, 5, 6)
     assert rows.label_rows == (0, 1, 4)
     assert rows.labels == (8, 9, 6)
+
+
+def test_the_two_answers_of_a_preference_stay_together() -> None:
+    preferences = [(labelled(3), labelled(5)), (labelled(2), labelled(2)), (labelled(9), labelled(1))]
+
+    assert [rows.lengths for rows in cut(preferences, 2, 10)] == [(3, 5), (2, 2), (9, 1)]
+    assert [rows.lengths for rows in cut(preferences, 2, 12)] == [(3, 5, 2, 2), (9, 1)]
+
+
+def labelled(num_tokens: int) -> LabelledTokens:
+    return LabelledTokens(tuple(range(num_tokens)), (0,) if num_tokens > 1 else ())
+
+
+def test_the_loss_of_preferences_is_the_mean_over_the_pairs_of_the_whole_batch() -> None:
+    microbatches = cut([(labelled(3), labelled(2))] * 3, 2, 10)
+
+    assert len(microbatches) == 2
+    assert TrainingBatch("b", 1, microbatches, b"{}", beta=0.1).loss_weight == 1 / 3
 
 
 def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch() -> None:

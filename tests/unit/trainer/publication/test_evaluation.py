@@ -71,6 +71,13 @@ def test_held_out_examples_are_read_line_by_line(tmp_path: Path) -> None:
     assert [example.tokens for example in read_held_out(path, ENCODER)] == [(1, 2, 3), (4, 5)]
 
 
+PREFERENCE = (
+    '{"input": {"messages": [{"role": "user", "content": "hi"}]}, '
+    '"preferred_output": [{"role": "assistant", "content": "ho"}], '
+    '"non_preferred_output": [{"role": "assistant", "content": "hum"}]}'
+)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -78,6 +85,7 @@ def test_held_out_examples_are_read_line_by_line(tmp_path: Path) -> None:
         ('{"token_ids": [1, 2]}\n{"token_ids": 3}', "line 2: token_ids: Input should be a valid array"),
         ('{"words": 3}', "line 1: has none of the keys"),
         ("no json", "line 1: Invalid JSON"),
+        (PREFERENCE, "line 1: a preference has no loss without a reference"),
         ('{"token_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9]}', "line 1: .*8"),
     ],
 )
