@@ -10,7 +10,7 @@ from lemix.bus import open_bus
 from lemix.printing import say
 from lemix.publishing import BatchLine, publish_batches
 from lemix.run_choice import Target
-from lemix.waiting import AppliedBatches, is_judged, judged_weights
+from lemix.waiting import AppliedBatches, judged_weights
 from services.trainer.intake.reading import id_of
 from shared.bus.base import Bus, Stored
 from shared.messages.weights import NodeWeights
@@ -29,8 +29,10 @@ VERDICT_S = 120.0
 
 async def run_publish(
     batches: Sequence[BatchLine], target: Target, console: Console, *, follows: bool = False
-) -> None:
-    """Publish all batches, and say where they are; `follows`: wait until they are trained, too.
+) -> bool:
+    """Publish all batches, and say where they are; `follows`: wait until they are trained, too, and judged.
+
+    Returns False when a guard withholds what was learnt, or has not judged it after VERDICT_S.
 
     Raises InvalidBatchError naming the line that could not be published, BusError when no server answers,
     ProgressError for a batch that was rejected, or when training stands still for FOLLOW_STALL_S.
@@ -40,12 +42,15 @@ async def run_publish(
         stored = await _publish(bus, batches, console)
         for line in outcome(stored):
             say(console, f"{target.label}: {line}")
-        if follows:
-            ids = [batch.batch_id or id_of(at.sequence) for batch, at in zip(batches, stored, strict=True)]
-            await _follow(applied, ids, console)
-            say(console, f"{target.label}: {_lesson([applied.losses.get(each) for each in ids])}")
-            for line in map(verdict, await judged_weights(bus, VERDICT_S)):
-                say(console, f"{target.label}: {line}")
+        if not follows:
+            return True
+        ids = [batch.batch_id or id_of(at.sequence) for batch, at in zip(batches, stored, strict=True)]
+        await _follow(applied, ids, console)
+        say(console, f"{target.label}: {_lesson([applied.losses.get(each) for each in ids])}")
+        judged = await judged_weights(bus, VERDICT_S)
+        for node, version in judged:
+            say(console, f"{target.label}: {verdict(node, version)}")
+        return not any(node.awaits_verdict(version) or node.withholds(version) for node, version in judged)
 
 
 async def _publish(bus: Bus, batches: Sequence[BatchLine], console: Console) -> list[Stored]:
@@ -83,15 +88,16 @@ def _lesson(losses: Sequence[float | None]) -> str:
     return f"trained: loss {first:.3f} at first, {last:.3f} in the end"
 
 
-def verdict(node: NodeWeights) -> str:
-    """Which version a guarded node serves, and what became of its newest one."""
+def verdict(node: NodeWeights, version: int) -> str:
+    """Which version a guarded node serves, and what became of that newer one."""
+    if node.published is None:
+        return f"node {node.node} is being restored: what it learnt is not judged yet (lemix status tells)"
     serves = f"node {node.node} serves version {node.published}"
-    if not is_judged(node, node.version):
-        return f"{serves}; version {node.version} is not judged yet (lemix status tells)"
-    if node.newest_judged > (node.published or 0):
-        reason = node.why_withheld or "a guard has withheld it before"
-        return f"{serves}; version {node.newest_judged} is withheld: {reason} ({ADVICE})"
-    return serves
+    if node.awaits_verdict(version):
+        return f"{serves}; version {version} is not judged yet (lemix status tells)"
+    if not node.withholds(version):
+        return serves
+    return f"{serves}; version {node.newest_judged} is withheld: {node.why_newest_withheld} ({ADVICE})"
 
 
 def outcome(stored: Sequence[Stored]) -> list[str]:

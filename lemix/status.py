@@ -43,6 +43,8 @@ async def print_training(bus: Bus, console: Console) -> None:
         say(console, f"the trainer does not answer: {error}")
         return
     print_table(console, weights_table(weights))
+    if any(node.judged for node in weights.nodes):
+        print_table(console, judged_table(weights))
     for line in training_faults(weights):
         say(console, line)
 
@@ -116,11 +118,11 @@ def _version(stage: Heartbeat) -> str:
 def weights_table(status: WeightsStatus) -> Table:
     """One row for each node that the trainer knows; 80 columns wide at most.
 
-    serves: the version that requests get; loss: of that version on the held-out examples; withheld: how many
-    versions the guard has kept from serving, and the last of them.
+    training: the loss of the newest batch; serves: the version that requests get; held-out, own text: its
+    losses; withheld: how many versions the guard has kept from serving, and the last of them.
     """
     table = new_table("weights")
-    for heading in ("node", "newest", "durable", "serves", "held-out", "own text", "withheld"):
+    for heading in ("node", "newest", "durable", "training", "serves", "held-out", "own text", "withheld"):
         table.add_column(heading, no_wrap=True)
     for node in status.nodes:
         table.add_row(*_weights_row(node))
@@ -132,7 +134,33 @@ def _weights_row(node: NodeWeights) -> tuple[str, ...]:
         str(node.node),
         f"v{node.version}",
         f"v{node.durable_version}",
-        "newest" if node.published is None else f"v{node.published}",
-        *("" if loss is None else f"{loss:.4f}" for loss in (node.held_out_loss, node.samples_loss)),
+        _loss(node.training_loss),
+        _served(node),
+        _loss(node.held_out_loss),
+        _loss(node.samples_loss),
         f"{node.num_withheld} (v{node.last_withheld})" if node.num_withheld else "",
     )
+
+
+def _served(node: NodeWeights) -> str:
+    if node.published is not None:
+        return f"v{node.published}"
+    return "restoring" if node.is_guarded else "newest"
+
+
+def judged_table(status: WeightsStatus) -> Table:
+    """The newest verdicts of the guard on each node, oldest first: the curves of the three losses."""
+    table = new_table("versions that the guard has judged")
+    for heading in ("node", "version", "training", "held-out", "own text"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("verdict")
+    for node in status.nodes:
+        for each in node.judged:
+            losses = map(_loss, (each.training_loss, each.held_out_loss, each.samples_loss))
+            verdict = f"withheld: {each.why_withheld}" if each.why_withheld else "served"
+            table.add_row(str(node.node), f"v{each.version}", *losses, verdict)
+    return table
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"

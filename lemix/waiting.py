@@ -57,10 +57,10 @@ def _is_restored(node: NodeStatus) -> bool:
     return all(stage.fence > 0 for stage in node.stages)
 
 
-async def judged_weights(bus: Bus, within_s: float) -> list[NodeWeights]:
-    """The weights of nodes with a guard, once it has judged the versions that they have now.
+async def judged_weights(bus: Bus, within_s: float) -> list[tuple[NodeWeights, int]]:
+    """The nodes with a guard, once it has judged the versions that they have now; each with that version.
 
-    After `within_s` it may not have.
+    After `within_s` it may not have, or they may still be restored.
     """
     versions: dict[int, int] = {}
     found: list[NodeWeights] = []
@@ -68,17 +68,19 @@ async def judged_weights(bus: Bus, within_s: float) -> list[NodeWeights]:
         async with asyncio.timeout(within_s):
             while True:
                 with suppress(BusError):  # one answer is not waited for alone
-                    found = [node for node in (await fetch_weights(bus)).nodes if node.published is not None]
-                    versions = {node.node: node.version for node in found} | versions
-                    if all(is_judged(node, versions[node.node]) for node in found):
+                    nodes = (await fetch_weights(bus)).nodes
+                    found = [node for node in nodes if node.is_guarded]
+                    restored = {node.node: node.version for node in found if node.published is not None}
+                    versions = restored | versions
+                    if nodes and all(_is_judged(node, versions.get(node.node)) for node in found):
                         break
                 await asyncio.sleep(POLL_S)
-    return found
+    return [(node, versions.get(node.node, node.version)) for node in found]
 
 
-def is_judged(node: NodeWeights, version: int) -> bool:
-    """Whether the guard has let that version or a later one serve, or has withheld it."""
-    return node.newest_judged >= version
+def _is_judged(node: NodeWeights, version: int | None) -> bool:
+    """`version`: the one to judge; None: the node is not restored yet."""
+    return version is not None and not node.awaits_verdict(version)
 
 
 class AppliedBatches:

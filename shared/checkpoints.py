@@ -70,8 +70,12 @@ class Manifest(Document):
     """Mean loss per label on held-out examples, in nats; None: not measured."""
     samples_loss: float | None = None
     """On what the model wrote itself before it learnt, per token, in nats; None: not measured."""
+    training_loss: float | None = None
+    """The loss of the batch whose step made it, before that step, in nats; None: no guard has noted it."""
     is_judged: bool = False
     """A guard has evaluated this version."""
+    why_withheld: str = ""
+    """Why the guard did not let it serve: which loss is above which limit."""
     held_out_rise: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How many times the lowest loss of all versions that had served that was. 1: later ones are compared
     with this one, as it was the best, was not evaluated, or was gone back to.

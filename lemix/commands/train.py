@@ -12,6 +12,9 @@ from lemix.printing import Output
 from lemix.run_choice import find_running
 from shared.examples import MAX_EXAMPLES
 
+NOT_SERVED = 3
+"""Exit status: trained, and not served."""
+
 app = typer.Typer(help="Training batches.", no_args_is_help=True)
 
 
@@ -39,7 +42,11 @@ def publish(
     runs_dir: RunsDir = Path("runs"),
     name: RunName = None,
 ) -> None:
-    """Publish training batches durably; one whose id was published before is not trained again."""
+    """Publish training batches durably; one whose id was published before is not trained again.
+
+    With --follow, the exit status is 3 when what was learnt is not served: a guard withholds it, or has not
+    judged it yet.
+    """
     from lemix.publish_command import run_publish
     from lemix.publishing import read_batches
     from lemix.running import run_command
@@ -47,7 +54,8 @@ def publish(
     salt = secrets.token_hex(4) if again else ""
     batches = read_batches(file, batch_size, epochs=epochs, salt=salt)
     target = find_running(nats_url, runs_dir, name)
-    run_command(run_publish(batches, target, Output(), follows=follow))
+    if run_command(run_publish(batches, target, Output(), follows=follow)) is False:
+        raise typer.Exit(NOT_SERVED)
 
 
 @app.command()

@@ -23,7 +23,8 @@ from shared.messages.inference import (
     TaskFailed,
     TokensProduced,
 )
-from shared.subjects import CANCEL, FAILED, STATUS, SUBMIT, TOKENS
+from shared.messages.weights import WeightsRequest, WeightsStatus
+from shared.subjects import CANCEL, FAILED, NODE_WEIGHTS, STATUS, SUBMIT, TOKENS
 from shared.telemetry import Telemetry
 
 SUBMIT_TIMEOUT_S = 10.0
@@ -200,6 +201,15 @@ class ClusterClient:
         """Ask the scheduler for the cluster's status. Raises what `Bus.request` raises."""
         return await self._bus.request(
             STATUS.at(), StatusRequest(), timeout_s=STATUS_TIMEOUT_S, traceparent=self._telemetry.traceparent
+        )
+
+    async def weights_status(self) -> WeightsStatus:
+        """Ask the trainer for the nodes' weights. Raises what `Bus.request` raises."""
+        return await self._bus.request(
+            NODE_WEIGHTS.at(),
+            WeightsRequest(),
+            timeout_s=STATUS_TIMEOUT_S,
+            traceparent=self._telemetry.traceparent,
         )
 
     def end_sessions(self) -> None:

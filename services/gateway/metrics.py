@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from shared.messages.cluster import ClusterStatus, Heartbeat
+from shared.messages.weights import JudgedVersion, NodeWeights, WeightsStatus
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _STAGE_GAUGES = {
@@ -18,6 +19,18 @@ _LEADER_GAUGES = {
     "kv_blocks_total": "KV-cache blocks there are, on every stage of the node",
 }
 """Only stage 0 has them: it admits sequences and allots blocks for its node."""
+_NODE_GAUGES = {
+    "version": "Optimizer steps that the node's newest weights contain",
+    "durable_version": "Weights version of the node's newest checkpoint",
+    "published": "Weights version that requests get, where versions are served by number",
+    "newest_judged": "Newest weights version that the guard has judged",
+    "num_withheld": "Versions that the guard has not let serve, since the trainer's start",
+    "training_loss": "Mean loss of the node's newest batch per learnt token, before its step, in nats",
+}
+_LOSS_GAUGES = {
+    "held_out_loss": "Loss on held-out examples per learnt token, in nats",
+    "samples_loss": "Loss on what the model wrote itself before it learnt, per token, in nats",
+}
 
 
 class Metrics:
@@ -38,6 +51,14 @@ class Metrics:
         self.request_s = self._latency("lemix_request_seconds", "From arrival to the end")
         self._scheduler_up = self._gauge("lemix_scheduler_up", "1 when the scheduler answered this scrape")
         self._nodes_ready = self._gauge("lemix_nodes_ready", "Nodes that take requests")
+        self._trainer_up = self._gauge("lemix_trainer_up", "1 when the trainer answered this scrape")
+        self._nodes = {
+            field: self._gauge(f"lemix_weights_{field}", text, "node") for field, text in _NODE_GAUGES.items()
+        }
+        self._losses = {
+            field: self._gauge(f"lemix_weights_{field}", text, "node", "of")
+            for field, text in _LOSS_GAUGES.items()
+        }
         self._stages = {
             field: self._gauge(f"lemix_stage_{field}", text, "node", "stage")
             for field, text in (_STAGE_GAUGES | _LEADER_GAUGES).items()
@@ -54,6 +75,14 @@ class Metrics:
             for stage in node.stages:
                 self._show_stage(stage)
 
+    def show_weights(self, status: WeightsStatus | None) -> None:
+        """Set the gauges of the nodes' weights; None: the trainer did not answer, so nothing is known."""
+        for gauge in (*self._nodes.values(), *self._losses.values()):
+            gauge.clear()
+        self._trainer_up.set(status is not None)
+        for node in status.nodes if status is not None else ():
+            self._show_node(node)
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -62,6 +91,19 @@ class Metrics:
         for field in _STAGE_GAUGES if stage.stage else self._stages:
             if (value := getattr(stage, field)) is not None:
                 self._stages[field].labels(stage.node, stage.stage).set(value)
+
+    def _show_node(self, node: NodeWeights) -> None:
+        for field, gauge in self._nodes.items():
+            if (value := getattr(node, field)) is not None:
+                gauge.labels(node.node).set(value)
+        self._show_losses(node, "served", node)
+        if node.judged:
+            self._show_losses(node, "judged", node.judged[-1])
+
+    def _show_losses(self, node: NodeWeights, of: str, losses: NodeWeights | JudgedVersion) -> None:
+        for field, gauge in self._losses.items():
+            if (loss := getattr(losses, field)) is not None:
+                gauge.labels(node.node, of).set(loss)
 
     def _latency(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_LATENCY_BUCKETS, registry=self._registry)

@@ -185,6 +185,22 @@ class WeightsRequest(Message):
     """Ask for the weights of all nodes."""
 
 
+class JudgedVersion(Message):
+    """A version that a guard has judged. Losses are in nats per learnt token; None: not measured."""
+
+    version: int
+    judged_wall_s: float
+    """Unix time."""
+    training_loss: float | None = None
+    """Mean of the batch whose step made the version, before that step."""
+    held_out_loss: float | None = None
+    """On held-out examples."""
+    samples_loss: float | None = None
+    """On what the model wrote itself before it learnt."""
+    why_withheld: str = ""
+    """Which loss is above which limit; empty: it may serve."""
+
+
 class NodeWeights(Message):
     """The weights of one node as the trainer sees them."""
 
@@ -193,7 +209,9 @@ class NodeWeights(Message):
     """The newest."""
     durable_version: int
     published: int | None
-    """The version that serves; None: the newest."""
+    """The version that serves; None: the newest, or with a guard none before the node is restored."""
+    is_guarded: bool = False
+    """Versions are judged before they serve."""
     held_out_loss: float | None
     """The loss of the served version, mean per learnt token, in nats; None: no guard, or not known yet."""
     samples_loss: float | None
@@ -204,11 +222,32 @@ class NodeWeights(Message):
     why_withheld: str = ""
     newest_judged: int = 0
     """The newest version that a guard has judged, in this or an earlier life of the trainer."""
+    training_loss: float | None = None
+    """Mean of the newest batch per label, before its step, in nats; None: there was none yet."""
+    judged: tuple[JudgedVersion, ...] = ()
+    """The newest verdicts, oldest first."""
     halt_reason: str = ""
     """Why the node trains no more; empty: it does."""
+
+    def awaits_verdict(self, version: int) -> bool:
+        """Whether a guard has yet to judge that version, or a later one."""
+        return self.is_guarded and (self.published is None or self.newest_judged < version)
+
+    @property
+    def why_newest_withheld(self) -> str:
+        """Why the newest version that was judged does not serve, where it does not."""
+        newest = (each for each in reversed(self.judged) if each.version == self.newest_judged)
+        return next((each.why_withheld for each in newest), self.why_withheld)
+
+    def withholds(self, version: int) -> bool:
+        """Whether a guard has judged that version, or a later one, and still an older one serves."""
+        is_older = self.published is not None and self.published < version
+        return self.is_guarded and is_older and not self.awaits_verdict(version)
 
 
 class WeightsStatus(Message):
     """The trainer's answer."""
 
     nodes: tuple[NodeWeights, ...]
+    shares_weights: bool = False
+    """The nodes are one model: what one of them serves, all will."""

@@ -14,7 +14,10 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from lemix.simulation.loop import run_virtual
 from services.gateway.generation import REFUSALS_WITHIN_S
+from shared.bus.base import Incoming
 from shared.messages.inference import SequenceResult, TokenLogprob
+from shared.messages.weights import JudgedVersion, NodeWeights, WeightsRequest, WeightsStatus
+from shared.subjects import NODE_WEIGHTS
 from tests.support.gateway import (
     CARD,
     MODEL,
@@ -568,10 +571,47 @@ async def test_metrics_count_requests_and_show_the_cluster() -> None:
     assert of_stage_1 == {"lemix_stage_weights_version", "lemix_stage_queued"}, "the rest is the node's"
 
 
-async def test_metrics_say_when_the_scheduler_is_gone() -> None:
+async def test_metrics_show_the_losses_of_what_serves_and_of_what_the_guard_judged_last() -> None:
+    withheld = JudgedVersion(version=32, judged_wall_s=1.0, samples_loss=3.5, why_withheld="too high")
+    node = NodeWeights(
+        node=NODE,
+        version=33,
+        durable_version=32,
+        published=16,
+        held_out_loss=1.25,
+        samples_loss=0.5,
+        num_withheld=1,
+        last_withheld=32,
+        newest_judged=32,
+        training_loss=2.25,
+        judged=(withheld,),
+    )
+
+    async def answer(_: Incoming[WeightsRequest]) -> WeightsStatus:
+        return WeightsStatus(nodes=(node,))
+
+    async with gateway_world() as world:
+        await world.cluster.bus.respond(NODE_WEIGHTS.at(), answer)
+        text = (await world.http.get("/metrics")).text
+    told = {line for line in text.splitlines() if line.startswith(("lemix_weights_", "lemix_trainer_up"))}
+    assert told == {
+        "lemix_trainer_up 1.0",
+        f'lemix_weights_version{{node="{NODE}"}} 33.0',
+        f'lemix_weights_durable_version{{node="{NODE}"}} 32.0',
+        f'lemix_weights_published{{node="{NODE}"}} 16.0',
+        f'lemix_weights_newest_judged{{node="{NODE}"}} 32.0',
+        f'lemix_weights_num_withheld{{node="{NODE}"}} 1.0',
+        f'lemix_weights_training_loss{{node="{NODE}"}} 2.25',
+        f'lemix_weights_held_out_loss{{node="{NODE}",of="served"}} 1.25',
+        f'lemix_weights_samples_loss{{node="{NODE}",of="served"}} 0.5',
+        f'lemix_weights_samples_loss{{node="{NODE}",of="judged"}} 3.5',
+    }
+
+
+async def test_metrics_say_when_scheduler_and_trainer_are_gone() -> None:
     async with gateway_world(with_cluster=False) as world:
         lines = (await world.http.get("/metrics")).text.splitlines()
-    assert "lemix_scheduler_up 0.0" in lines
+    assert {"lemix_scheduler_up 0.0", "lemix_trainer_up 0.0"} <= set(lines)
     assert not any(line.startswith("lemix_stage_weights_version{") for line in lines)
 
 

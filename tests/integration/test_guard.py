@@ -135,6 +135,9 @@ async def test_a_good_version_is_served_and_its_loss_is_in_its_manifest(
         manifest = run_dir / "checkpoints" / "node-0" / "step-00000002"
         await until(lambda: (read := checkpoints.read(manifest)) and read.held_out_loss is not None)
     assert set(answer.versions) == {2}
+    newest = found.judged[-1]
+    assert (newest.version, newest.why_withheld, found.withholds(2)) == (2, "", False)
+    assert newest.held_out_loss == found.held_out_loss
     noted = checkpoints.read(manifest)
     assert noted is not None
     assert noted.held_out_loss == pytest.approx(found.held_out_loss)
@@ -173,6 +176,8 @@ async def test_a_version_that_does_worse_is_not_served_and_the_next_good_one_is(
         assert set(answer.versions) == {bad.published}
         assert bad.published is not None and bad.last_withheld is not None
         assert 0 < bad.published < bad.last_withheld
+        assert bad.withholds(bad.last_withheld) and "held-out loss" in bad.why_newest_withheld
+        assert bad.judged[-1].training_loss is not None
         last = bad.version
         good = await learn_until(
             node, lambda found: (found.published or 0) > last, [HELD_OUT] * 40, first=last

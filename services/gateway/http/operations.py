@@ -1,6 +1,8 @@
 """The routes of those who run the gateway: whether it answers, and in numbers."""
 
-from typing import Literal
+import asyncio
+from collections.abc import Awaitable
+from typing import Literal, TypeVar
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -10,6 +12,8 @@ from services.gateway.context import GatewayContext
 from services.gateway.health import HealthProbe
 from services.gateway.http.bodies import json_response
 from shared.errors import LemixError
+
+T = TypeVar("T")
 
 
 class Healthy(BaseModel):
@@ -50,8 +54,18 @@ def add_operations(app: FastAPI, context: GatewayContext) -> None:
 
     @app.get("/metrics", response_class=MetricsText)
     async def metrics() -> MetricsText:
-        try:
-            context.metrics.show_cluster(await context.cluster.cluster_status())
-        except LemixError:
-            context.metrics.show_cluster(None)
+        cluster = context.cluster
+        status, weights = await asyncio.gather(
+            _or_none(cluster.cluster_status()), _or_none(cluster.weights_status())
+        )
+        context.metrics.show_cluster(status)
+        context.metrics.show_weights(weights)
         return MetricsText(context.metrics.render())
+
+
+async def _or_none(answer: Awaitable[T]) -> T | None:
+    """The answer; None when there is none."""
+    try:
+        return await answer
+    except LemixError:
+        return None

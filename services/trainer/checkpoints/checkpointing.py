@@ -67,7 +67,9 @@ class Checkpointing:
         newest = self._newest.of(node.node)
         weights = checkpoints.as_saved(newest)
         # First: a verdict that comes between the two must not be taken for one on what is served then.
-        is_judged = newest is None or await on_disk(partial(self._files.is_judged, newest))
+        verdict = None if newest is None else await on_disk(partial(self._files.verdict_on, newest))
+        if verdict is not None:
+            self._verdicts.recall(node.node, verdict)
         served, rise = await self._serving(node.node, weights.version)
         message = RestoreWeights(
             fence=action.fence,
@@ -92,7 +94,7 @@ class Checkpointing:
             now_s,
             served=message.served_version,
             rise=rise,
-            is_judged=is_judged,
+            is_judged=newest is None or verdict is not None,
         )
         self._run(node, restored)
 

@@ -169,10 +169,10 @@ class CheckpointFiles:
             if manifest and (noted := verdict.noted_in(manifest)) != manifest:
                 checkpoints.write(folder, noted)
 
-    def is_judged(self, checkpoint: Checkpoint) -> bool:
-        """Whether a guard has evaluated it, since it was written perhaps."""
+    def verdict_on(self, checkpoint: Checkpoint) -> Verdict | None:
+        """The guard's, which it has given since the checkpoint was written, perhaps; None: there is none."""
         manifest = checkpoints.read(checkpoint.folder)
-        return manifest is not None and manifest.is_judged
+        return Verdict.in_manifest(manifest) if manifest else None
 
     def prune(self, node: int, *, now_wall_s: float, undecided: Collection[int] = ()) -> None:
         """Remove the node's checkpoints that nothing needs; a guard is `undecided` about some versions."""

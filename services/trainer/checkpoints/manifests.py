@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from services.trainer.ledger.ledger import Ledger, Lineage
 from services.trainer.publication.losses import Losses
@@ -21,6 +22,10 @@ class Verdict:
     """It serves; else it was withheld."""
     rise: float = 1.0
     """How many times the lowest held-out loss of all that have served its own is."""
+    why_withheld: str = ""
+    """Which loss is above which limit; empty: it serves."""
+    training_loss: float | None = None
+    """The loss of the batch whose step made the version, before that step; None: not known."""
 
     def noted_in(self, manifest: Manifest) -> Manifest:
         """The version's manifest with this verdict.
@@ -28,14 +33,32 @@ class Verdict:
         A version that was approved once may serve for good. Nodes that share their weights have a lowest loss
         each, and the lowest of all counts.
         """
+        may_serve = manifest.may_serve or self.may_serve
+        training_loss = manifest.training_loss if self.training_loss is None else self.training_loss
         noted = {
+            "training_loss": training_loss,
             "held_out_loss": self.losses.held_out,
             "samples_loss": self.losses.samples,
             "is_judged": True,
             "held_out_rise": max(manifest.held_out_rise, self.rise),
-            "may_serve": manifest.may_serve or self.may_serve,
+            "may_serve": may_serve,
+            "why_withheld": "" if may_serve else self.why_withheld,
         }
         return manifest.model_copy(update=noted)
+
+    @classmethod
+    def in_manifest(cls, manifest: Manifest) -> Self | None:
+        """The verdict that is noted there; None: the version was not judged."""
+        if not manifest.is_judged:
+            return None
+        return cls(
+            manifest.version,
+            Losses(held_out=manifest.held_out_loss, samples=manifest.samples_loss),
+            may_serve=manifest.may_serve,
+            rise=manifest.held_out_rise,
+            why_withheld=manifest.why_withheld,
+            training_loss=manifest.training_loss,
+        )
 
 
 def served_instead(serving: Checkpoint | None, version: int) -> SavedWeights | None:
@@ -147,6 +170,7 @@ def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
             "rejected": tuple(sorted(ledger.skipped)),
             "discarded_batch_ids": tuple(ledger.discarded_ids),
             "may_serve": True,
+            "why_withheld": "",
             "held_out_rise": 1.0,
         }
     )

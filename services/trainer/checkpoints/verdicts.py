@@ -2,12 +2,19 @@
 
 import asyncio
 import logging
+from collections import defaultdict, deque
 from functools import partial
 
 from services.trainer.checkpoints.files import CheckpointFiles
 from services.trainer.checkpoints.manifests import Verdict
 from services.trainer.publication.evaluator import Evaluator
+from shared.clock import Clock
 from shared.disk import on_disk
+from shared.messages.weights import JudgedVersion
+
+MAX_TOLD = 8
+"""Verdicts on each node that are remembered for those who ask."""
+WITHHELD_BEFORE = "a guard has withheld it before"
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +27,18 @@ class Verdicts:
         files: CheckpointFiles,
         *,
         evaluator: Evaluator,
+        clock: Clock,
         shares_weights: bool,
         tasks: asyncio.TaskGroup,
     ) -> None:
         """`shares_weights`: one node's verdict is about the checkpoints of all."""
         self._files = files
         self._evaluator = evaluator
+        self._clock = clock
         self._shares_weights = shares_weights
         self._tasks = tasks
         self._last: dict[int, Verdict] = {}
+        self._told: defaultdict[int, deque[JudgedVersion]] = defaultdict(lambda: deque(maxlen=MAX_TOLD))
 
     @property
     def undecided(self) -> set[int]:
@@ -39,7 +49,17 @@ class Verdicts:
     def add(self, node: int, verdict: Verdict) -> None:
         """Remember the verdict, and write it down if its version has a checkpoint."""
         self._last[node] = verdict
+        self._told[node].append(self._as_told(verdict))
         self._tasks.create_task(self._write(node, verdict))
+
+    def recall(self, node: int, verdict: Verdict) -> None:
+        """Tell of a verdict that an earlier life of the trainer has written down."""
+        if all(told.version != verdict.version for told in self._told[node]):
+            self._told[node].append(self._as_told(verdict))
+
+    def of(self, node: int) -> tuple[JudgedVersion, ...]:
+        """The newest verdicts on the node's versions, oldest first; those before a rollback, too."""
+        return tuple(self._told[node])
 
     async def write(self, node: int) -> None:
         """Write down the verdict on the node's new checkpoint, which may have come before it."""
@@ -51,6 +71,16 @@ class Verdicts:
         """Forget a node that goes back: the numbers of its newer versions come again with other weights."""
         self._evaluator.drop(node)
         self._last.pop(node, None)
+
+    def _as_told(self, verdict: Verdict) -> JudgedVersion:
+        return JudgedVersion(
+            version=verdict.version,
+            judged_wall_s=self._clock.wall_s(),
+            training_loss=verdict.training_loss,
+            held_out_loss=verdict.losses.held_out,
+            samples_loss=verdict.losses.samples,
+            why_withheld="" if verdict.may_serve else verdict.why_withheld or WITHHELD_BEFORE,
+        )
 
     async def _write(self, node: int, verdict: Verdict) -> None:
         try:

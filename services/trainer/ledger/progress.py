@@ -9,6 +9,7 @@ from services.trainer.outbox import Outbox
 from shared.bus.base import Incoming
 from shared.messages.training import (
     MAX_BATCHES_OF_MESSAGE,
+    BatchApplied,
     BatchDurable,
     BatchesAsked,
     BatchesNow,
@@ -33,12 +34,16 @@ class Progress:
         self._outbox = outbox
         self._book = book
         self._folder_of = folder_of
+        self.training_losses: dict[int, float] = {}
+        """The loss of the newest batch of each node, since it was restored."""
         self._rejections: dict[str, BatchRejected] = {}
 
     def tell(self, event: BatchEvent, *, traceparent: str = "") -> None:
         """Publish an event of a batch."""
         if isinstance(event, BatchRejected):
             self._remember(event)
+        elif isinstance(event, BatchApplied):
+            self.training_losses[event.node] = event.loss
         self._outbox.post(TRAIN_PROGRESS.at(), BatchProgress(event=event), traceparent)
 
     def tell_durable(self, batch_ids: Sequence[str], node: int, version: int) -> None:

@@ -108,8 +108,8 @@ class ActionRunner:
             acknowledge=self.acknowledge,
             tasks=tasks,
         )
-        self._verdicts = Verdicts(
-            files, evaluator=evaluator, shares_weights=settings.shares_weights, tasks=tasks
+        self.verdicts = Verdicts(
+            files, evaluator=evaluator, clock=clock, shares_weights=settings.shares_weights, tasks=tasks
         )
         self._checkpointing = Checkpointing(
             settings,
@@ -120,7 +120,7 @@ class ActionRunner:
             newest=newest,
             stream=stream,
             progress=self.progress,
-            verdicts=self._verdicts,
+            verdicts=self.verdicts,
             run=self.run,
             acknowledge=self.acknowledge,
         )
@@ -161,7 +161,8 @@ class ActionRunner:
                 case Keep(version=version):
                     self._tasks.create_task(self._keep(node, version))
                 case Evaluate(version=version):
-                    told = partial(self._note_evaluated, node, node.fence, version)
+                    loss = self.progress.training_losses.get(node.node)
+                    told = partial(self._note_evaluated, node, node.fence, version, loss)
                     self._evaluator.begin(node.node, version, told)
                 case Withheld(version=version, reason=reason):
                     log.error("node %d: version %d is not served: %s", node.node, version, reason)
@@ -174,7 +175,7 @@ class ActionRunner:
                 case WriteCheckpoint():
                     self._tasks.create_task(self._checkpointing.write(node, action))
                 case RollBack():
-                    self._verdicts.forget(node.node)
+                    self._forget(node.node)
                     self._give_back(action.unfinished)
                     self.rollbacks.note_closed(node.node)
         if actions:
@@ -265,12 +266,32 @@ class ActionRunner:
             log.warning("node %d, stage %d does not keep version %d: %s", node.node, stage, version, reason)
         self.run(node, node.kept(fence, version, not refusals))
 
-    def _note_evaluated(self, node: NodeTraining, fence: int, version: int, losses: Losses | None) -> None:
+    def _note_evaluated(
+        self,
+        node: NodeTraining,
+        fence: int,
+        version: int,
+        training_loss: float | None,
+        losses: Losses | None,
+    ) -> None:
         self.run(node, node.evaluated(fence, version, losses))
-        if losses is not None and fence == node.fence:
-            publishing = node.publishing
-            may_serve, rise = publishing.published == version, publishing.rise(losses.held_out)
-            self._verdicts.add(node.node, Verdict(version, losses, may_serve=may_serve, rise=rise))
+        if losses is None or fence != node.fence:
+            return
+        publishing = node.publishing
+        verdict = Verdict(
+            version,
+            losses,
+            may_serve=publishing.published == version,
+            rise=publishing.rise(losses.held_out),
+            why_withheld=publishing.why_withheld(version),
+            training_loss=training_loss,
+        )
+        self.verdicts.add(node.node, verdict)
+
+    def _forget(self, node: int) -> None:
+        """The node goes back: what its newer versions were is of no use."""
+        self.verdicts.forget(node)
+        self.progress.training_losses.pop(node, None)
 
     def _skipped(self, skipped: Skipped) -> None:
         """Put the skipped batch aside: applied, it would have ruined the weights."""
@@ -301,7 +322,7 @@ class ActionRunner:
         )
 
     def _closed(self, node: NodeTraining, closed: Closed) -> None:
-        self._verdicts.forget(node.node)
+        self._forget(node.node)
         lost = self._book.roll_back(node.node)
         given_back = lost + closed.unfinished
         log.warning("node %d: %s; %d batches will run again", node.node, closed.reason, len(given_back))

@@ -100,7 +100,8 @@ class Nodes:
 
     async def on_status(self, incoming: Incoming[WeightsRequest]) -> WeightsStatus:
         """Answer a question about the nodes' weights."""
-        return WeightsStatus(nodes=tuple(_weights_of(node) for _, node in sorted(self.by_number.items())))
+        nodes = tuple(self._weights_of(node) for _, node in sorted(self.by_number.items()))
+        return WeightsStatus(nodes=nodes, shares_weights=self._settings.shares_weights)
 
     def place(self, number: int, batch_id: str) -> bool:
         """Give a batch to a node; False when the node is gone."""
@@ -151,20 +152,22 @@ class Nodes:
         self.by_number[beat.node] = node
         return node
 
-
-def _weights_of(node: NodeTraining) -> NodeWeights:
-    publishing, withheld = node.publishing, node.publishing.last_withheld
-    losses = None if publishing.published is None else publishing.losses.get(publishing.published)
-    return NodeWeights(
-        node=node.node,
-        version=node.version,
-        durable_version=node.durable_version,
-        published=publishing.published,
-        held_out_loss=losses.held_out if losses else None,
-        samples_loss=losses.samples if losses else None,
-        num_withheld=publishing.num_withheld,
-        last_withheld=withheld.version if withheld else None,
-        newest_judged=publishing.newest_judged,
-        why_withheld=withheld.reason if withheld else "",
-        halt_reason=node.halt_reason,
-    )
+    def _weights_of(self, node: NodeTraining) -> NodeWeights:
+        publishing, withheld = node.publishing, node.publishing.last_withheld
+        losses = None if publishing.published is None else publishing.losses.get(publishing.published)
+        return NodeWeights(
+            node=node.node,
+            version=node.version,
+            durable_version=node.durable_version,
+            published=publishing.published,
+            is_guarded=publishing.is_guarded,
+            held_out_loss=losses.held_out if losses else None,
+            samples_loss=losses.samples if losses else None,
+            num_withheld=publishing.num_withheld,
+            last_withheld=withheld.version if withheld else None,
+            newest_judged=publishing.newest_judged,
+            why_withheld=withheld.reason if withheld else "",
+            training_loss=self._actions.progress.training_losses.get(node.node),
+            judged=self._actions.verdicts.of(node.node),
+            halt_reason=node.halt_reason,
+        )

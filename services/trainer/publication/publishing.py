@@ -117,6 +117,11 @@ class Publishing:
         """Whether a guard may let it serve, or has: then it must be there after a crash, too."""
         return self.is_guarded and version in self._kept
 
+    def why_withheld(self, version: int) -> str:
+        """Why that version must not serve; empty: it may, as far as is known."""
+        withheld = self.last_withheld
+        return withheld.reason if withheld is not None and withheld.version == version else ""
+
     def rise(self, held_out: float | None) -> float:
         """How many times the lowest held-out loss of all that have served that is.
 

@@ -4,8 +4,9 @@ import pytest
 from msgspec import structs
 
 from lemix.publish_command import ADVICE, verdict
-from shared.messages.weights import NodeWeights
+from shared.messages.weights import JudgedVersion, NodeWeights
 
+JUDGED = JudgedVersion(version=6, judged_wall_s=1.0, why_withheld="it is bad")
 WEIGHTS = NodeWeights(
     node=1,
     version=6,
@@ -15,7 +16,8 @@ WEIGHTS = NodeWeights(
     samples_loss=1.5,
     num_withheld=1,
     last_withheld=4,
-    why_withheld="it is bad",
+    is_guarded=True,
+    judged=(JudgedVersion(version=3, judged_wall_s=0.0), JUDGED),
 )
 
 
@@ -25,8 +27,11 @@ WEIGHTS = NodeWeights(
         (6, 6, "node 1 serves version 6"),
         (3, 6, f"node 1 serves version 3; version 6 is withheld: it is bad ({ADVICE})"),
         (3, 4, "node 1 serves version 3; version 6 is not judged yet (lemix status tells)"),
+        (None, 6, "node 1 is being restored: what it learnt is not judged yet (lemix status tells)"),
     ],
 )
-def test_a_person_is_told_which_version_serves_and_why(published: int, newest_judged: int, line: str) -> None:
+def test_a_person_is_told_which_version_serves_and_why(
+    published: int | None, newest_judged: int, line: str
+) -> None:
     now = structs.replace(WEIGHTS, published=published, newest_judged=newest_judged)
-    assert verdict(now) == line
+    assert verdict(now, 6) == line

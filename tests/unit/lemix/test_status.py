@@ -1,10 +1,11 @@
+from msgspec import structs
 from rich.console import Console
 
-from lemix.status import print_training, status_table, weights_table
+from lemix.status import judged_table, print_training, status_table, weights_table
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
-from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
+from shared.messages.weights import JudgedVersion, NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import NODE_WEIGHTS
 
 
@@ -94,6 +95,8 @@ def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
         samples_loss=0.5,
         num_withheld=2,
         last_withheld=128,
+        training_loss=2.5,
+        is_guarded=True,
     )
     plain = weights(node=1)
     console = Console(width=80)
@@ -101,8 +104,23 @@ def test_the_weights_table_shows_what_is_served_and_what_is_withheld() -> None:
         console.print(weights_table(WeightsStatus(nodes=(guarded, plain))))
     rows = [line.split() for line in capture.get().splitlines() if "v" in line]
     assert rows[1:] == [
-        ["0", "v130", "v128", "v64", "1.2500", "0.5000", "2", "(v128)"],
+        ["0", "v130", "v128", "2.5000", "v64", "1.2500", "0.5000", "2", "(v128)"],
         ["1", "v5", "v0", "newest"],
+    ]
+
+
+def test_the_curves_of_judged_versions_are_shown_with_the_verdicts() -> None:
+    judged = (
+        JudgedVersion(version=16, judged_wall_s=1.0, training_loss=2.0, held_out_loss=1.5, samples_loss=0.5),
+        JudgedVersion(version=32, judged_wall_s=2.0, training_loss=1.0, why_withheld="too high"),
+    )
+    node = structs.replace(weights(node=3), judged=judged)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(judged_table(WeightsStatus(nodes=(node,))))
+    assert [line.split() for line in capture.get().splitlines()][-3:-1] == [
+        ["3", "v16", "2.0000", "1.5000", "0.5000", "served"],
+        ["3", "v32", "1.0000", "withheld:", "too", "high"],
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 from msgspec import structs
 
 from lemix.simulation.loop import run_virtual
-from lemix.waiting import AppliedBatches, ProgressError, is_judged, judged_weights, wait_nodes_ready
+from lemix.waiting import AppliedBatches, ProgressError, judged_weights, wait_nodes_ready
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.errors import RefusedError
@@ -45,12 +45,15 @@ def test_nodes_are_waited_for_until_the_trainer_has_restored_them() -> None:
     assert list(fences) == []
 
 
-def weights(node: int, version: int, *, published: int | None, withheld: int | None = None) -> NodeWeights:
+def weights(
+    node: int, version: int, *, published: int | None, withheld: int | None = None, is_guarded: bool = True
+) -> NodeWeights:
     return NodeWeights(
         node=node,
         version=version,
         durable_version=version,
         published=published,
+        is_guarded=is_guarded,
         held_out_loss=None,
         samples_loss=None,
         num_withheld=0 if withheld is None else 1,
@@ -59,14 +62,14 @@ def weights(node: int, version: int, *, published: int | None, withheld: int | N
     )
 
 
-def judged_of(*answers: tuple[NodeWeights, ...]) -> list[NodeWeights]:
+def judged_of(*answers: tuple[NodeWeights, ...]) -> list[tuple[NodeWeights, int]]:
     """The nodes, as the trainer tells of them from one time to the next; the last answer comes again.
 
     At first it cannot answer.
     """
     now, faults = iter(answers), iter([True])
 
-    async def case() -> list[NodeWeights]:
+    async def case() -> list[tuple[NodeWeights, int]]:
         bus, last = MemoryBroker().connect(), answers[-1]
 
         async def answer(incoming: Incoming[WeightsRequest]) -> WeightsStatus:
@@ -85,16 +88,23 @@ def judged_of(*answers: tuple[NodeWeights, ...]) -> list[NodeWeights]:
 def test_a_verdict_is_waited_for_on_every_guarded_node() -> None:
     both_judged = (weights(0, 4, published=4), weights(1, 6, published=0, withheld=5))
     waiting = (weights(0, 4, published=0), weights(1, 5, published=0))
-    assert judged_of(waiting, (both_judged[0], waiting[1]), both_judged) == list(both_judged)
+    expected = [(both_judged[0], 4), (both_judged[1], 5)]
+    assert judged_of((), waiting, (both_judged[0], waiting[1]), both_judged) == expected
 
 
 def test_a_verdict_that_does_not_come_is_not_waited_for_for_ever() -> None:
-    (found,) = judged_of((weights(0, 4, published=0),))
-    assert not is_judged(found, 4)
+    ((found, version),) = judged_of((weights(0, 4, published=0),))
+    assert found.awaits_verdict(version)
+
+
+def test_nodes_that_are_all_being_restored_are_waited_for_and_told_of() -> None:
+    restoring, judged = weights(0, 2, published=None), weights(0, 4, published=4)
+    assert judged_of((restoring,)) == [(restoring, 2)]
+    assert judged_of((restoring,), (judged,)) == [(judged, 4)]
 
 
 def test_there_is_no_verdict_without_a_guard() -> None:
-    assert judged_of((weights(0, 4, published=None),)) == []
+    assert judged_of((weights(0, 4, published=None, is_guarded=False),)) == []
 
 
 def applied(batch_id: str, *, node: int = 0, version: int = 1) -> BatchApplied:

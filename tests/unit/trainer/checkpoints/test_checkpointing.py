@@ -67,7 +67,9 @@ class Run:
         book.apply(0, book.take().batch.batch_id)
         self.newest = NewestCheckpoints(newest, shares_weights=False)
         self.evaluator = SimpleNamespace(versions=set(), drop=lambda node: None)
-        self.verdicts = Verdicts(self.files, evaluator=self.evaluator, shares_weights=False, tasks=tasks)
+        self.verdicts = Verdicts(
+            self.files, evaluator=self.evaluator, clock=SystemClock(), shares_weights=False, tasks=tasks
+        )
         self.node = Node()
         self.checkpointing = Checkpointing(
             TrainerSettings(held_out="examples"),
@@ -148,3 +150,17 @@ async def test_a_node_is_restored_to_serve_what_may_with_what_is_known_of_its_lo
     await run.checkpointing.restore(run.node, Restore(fence=1, num_stages=0))
 
     assert run.node.restored_to == (version, 1.25, version == 3)
+
+
+async def test_why_a_version_was_withheld_is_known_after_a_restart(tmp_path: Path) -> None:
+    losses = Losses(held_out=0.5, samples=0.75)
+    withheld = Verdict(3, losses, may_serve=False, why_withheld="it is bad", training_loss=0.25)
+    async with asyncio.TaskGroup() as tasks:
+        run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
+        run.files.note_verdict(0, withheld)  # by the trainer before
+        for fence in (1, 2):
+            await run.checkpointing.restore(run.node, Restore(fence=fence, num_stages=0))
+
+    (told,) = run.verdicts.of(0)
+    assert (told.version, told.why_withheld) == (3, "it is bad")
+    assert (told.training_loss, told.held_out_loss, told.samples_loss) == (0.25, 0.5, 0.75)
