@@ -8,7 +8,8 @@ from math import inf, isfinite
 from msgspec import structs
 
 from services.trainer.nodes.decisions import Action, Applied, Feed, Restore, Skipped, Step, StepsAhead
-from services.trainer.nodes.node_training import NodeTraining, Rules
+from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.nodes.rules import Rules
 from shared.messages.training import BatchStepped, MicrobatchForward, StageReport
 from shared.schedule import Feeding, ScheduleName
 from tests.support.node import Node
@@ -77,8 +78,8 @@ class Driver:
         for batch_id, batch in batches.items():
             forwards = messages(batch_id, batch, fence=self._training.fence)
             self._messages[batch_id] = [_changed(forward, loss_weight, **changes) for forward in forwards]
-            await self._run(self._training.place(batch_id, 0.0))
-        while self._training.num_unfinished:
+            await self._run(self._training.work.place(batch_id, 0.0))
+        while self._training.work.steps.placed.batch_ids:
             report = await self._node.report()
             self.trained.note(report)
             await self._run(self._training.report(report, 0.0))

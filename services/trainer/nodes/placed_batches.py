@@ -54,6 +54,21 @@ class PlacedBatches:
         return batch if batch is not None and batch.squared_norm is not None else None
 
     @property
+    def squared_norm(self) -> float | None:
+        """The squared norm of the complete batch's gradients; None without one."""
+        return self.complete.squared_norm if self.complete else None
+
+    @property
+    def has_joint_gradients(self) -> bool:
+        """Whether every stage has the mean over several nodes, which waits for the order to step."""
+        return self.complete is not None and self.complete.is_joint
+
+    @property
+    def has_joint_step(self) -> bool:
+        """Whether a step that is made with other nodes is not done here."""
+        return any(batch.is_joint for batch in self.fed)
+
+    @property
     def ordered_version(self) -> int | None:
         """The version of the weights after all steps that are ordered and not done; None without any."""
         versions = [batch.version for batch in self.fed if batch.version is not None]

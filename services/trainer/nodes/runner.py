@@ -277,7 +277,7 @@ class ActionRunner:
         self.run(node, node.evaluated(fence, version, losses))
         if losses is None or fence != node.fence:
             return
-        publishing = node.publishing
+        publishing = node.work.publishing
         verdict = Verdict(
             version,
             losses,

@@ -31,6 +31,8 @@ class NodeSaves:
         self._not_before_s = -inf
         """After a failed checkpoint: when it may be told to try again."""
         self._idle_since_s: float | None = None
+        self._fence = 0
+        self._num_stages = 0
 
     @property
     def version(self) -> int | None:
@@ -63,27 +65,22 @@ class NodeSaves:
         is_in_bounds = not is_idle or now_s >= self._no_idle_one_before_s
         return self._save is None and now_s >= self._not_before_s and is_in_bounds
 
-    def is_due(self, version: int, *, is_wanted: bool = False) -> bool:
-        """Whether to save that version when its step is ordered; `is_wanted`: it should be durable soon."""
-        is_due = self._every is not None and (is_wanted or version - self.durable_version >= self._every)
-        return self._save is None and is_due and version >= self._from_version
+    def begin(self, fence: int, num_stages: int) -> None:
+        """Note the node's new life, to which saves belong from now on."""
+        self._fence, self._num_stages = fence, num_stages
 
-    def request(self, version: int, fence: int, num_stages: int, now_s: float) -> list[Action]:
+    def request(self, version: int, now_s: float) -> list[Action]:
         """Have every stage save that version."""
-        self._save = Save(version, num_stages, now_s)
-        return [RequestSave(fence, version, num_stages)]
+        self._save = Save(version, self._num_stages, now_s)
+        return [RequestSave(self._fence, version, self._num_stages)]
 
-    def request_if_due(
-        self, version: int, fence: int, num_stages: int, now_s: float, *, is_wanted: bool
-    ) -> list[Action]:
+    def request_if_due(self, version: int, now_s: float, *, is_wanted: bool) -> list[Action]:
         """A step to that version is ordered; `is_wanted`: save it now, unless saves wait to be told."""
-        if not self.is_due(version, is_wanted=is_wanted):
-            return []
-        return self.request(version, fence, num_stages, now_s)
+        is_due = self._every is not None and (is_wanted or version - self.durable_version >= self._every)
+        may_save = self._save is None and version >= self._from_version
+        return self.request(version, now_s) if is_due and may_save else []
 
-    def request_if_idle(
-        self, version: int, *, is_idle: bool, fence: int, num_stages: int, now_s: float
-    ) -> list[Action]:
+    def request_if_idle(self, version: int, *, is_idle: bool, now_s: float) -> list[Action]:
         """Time has passed for a node that holds that version.
 
         A later one, whose batch was skipped, is not waited for: no batch may follow.
@@ -96,7 +93,7 @@ class NodeSaves:
             self._idle_since_s = now_s
         elif now_s >= max(self._idle_since_s + self._idle_s, self._no_idle_one_before_s):
             self._idle_since_s = None
-            return self.request(version, fence, num_stages, now_s)
+            return self.request(version, now_s)
         return []
 
     def reached(self, version: int, now_s: float) -> None:
@@ -154,7 +151,7 @@ class NodeSaves:
     def closed(self, reason: str) -> list[Action]:
         """The node begins anew."""
         abandoned = self._abandon(reason) if self._save is not None else []
-        self._from_version = 0
+        self._from_version, self._idle_since_s = 0, None
         return abandoned
 
     def _abandon(self, reason: str) -> list[Action]:

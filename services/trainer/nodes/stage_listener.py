@@ -3,7 +3,8 @@
 import itertools
 
 from services.trainer.ledger.pending_batches import BatchBook
-from services.trainer.nodes.node_training import NodeTraining, Rules
+from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.runner import ActionRunner
 from services.trainer.publication.publishing import PublishingRules
 from services.trainer.settings import TrainerSettings
@@ -67,12 +68,12 @@ class Nodes:
     @property
     def num_wanted(self) -> int:
         """Batches that may be placed and not applied: they fill the pipelines, and each node has its next."""
-        return sum(node.num_wanted for node in self._known)
+        return sum(node.work.num_wanted for node in self._known)
 
     @property
     def have_room(self) -> bool:
         """Whether one more batch may be placed."""
-        return sum(node.num_unfinished for node in self._known) < self.num_wanted
+        return sum(len(node.work.steps.placed.batch_ids) for node in self._known) < self.num_wanted
 
     @property
     def _known(self) -> list[NodeTraining]:
@@ -108,7 +109,7 @@ class Nodes:
         node = self.by_number.get(number)
         if node is None or not node.is_known:
             return False
-        self._actions.run(node, node.place(batch_id, self._clock.now_s()))
+        self._actions.run(node, node.work.place(batch_id, self._clock.now_s()))
         return True
 
     async def tick(self) -> None:
@@ -153,7 +154,7 @@ class Nodes:
         return node
 
     def _weights_of(self, node: NodeTraining) -> NodeWeights:
-        publishing, withheld = node.publishing, node.publishing.last_withheld
+        publishing, withheld = node.work.publishing, node.work.publishing.last_withheld
         losses = None if publishing.published is None else publishing.losses.get(publishing.published)
         return NodeWeights(
             node=node.node,
@@ -169,5 +170,5 @@ class Nodes:
             why_withheld=withheld.reason if withheld else "",
             training_loss=self._actions.progress.training_losses.get(node.node),
             judged=self._actions.verdicts.of(node.node),
-            halt_reason=node.halt_reason,
+            halt_reason=node.work.halt_reason,
         )

@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Literal
 
 from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.nodes.placed_batches import PlacedBatches
 from services.trainer.sharing.decisions import (
     Decision,
     Member,
@@ -22,6 +23,7 @@ from services.trainer.sharing.decisions import (
     are_going_back,
     durable_version,
     give_up,
+    may_save,
     open_nodes,
     told,
 )
@@ -59,11 +61,13 @@ class Reductions:
         if self._round is not None:
             return self._go_on(self._round, nodes, now_s)
         self._share_checkpoints(members, nodes)
-        if any(node.wants_save for node in members) and members[0].may_save(now_s):
-            return [told(members[0], members[0].save(now_s))]  # before a step leads away from that version
+        if any(node.work.steps.wants_save for node in members) and may_save(members[0], now_s):
+            # Before a step leads away from that version.
+            return [told(members[0], members[0].work.save(now_s))]
         if any(node.waits_to_join or node.phase == "restoring" for node in nodes.values()):
             return self._let_join(members, nodes, now_s)
-        released: list[Decision] = [told(node, node.release(now_s)) for node in members if node.is_held]
+        held = [node for node in members if node.work.is_held]
+        released: list[Decision] = [told(node, node.work.release(now_s)) for node in held]
         return released or self._save_if_due(members, now_s) or self._begin_if_ready(members, now_s)
 
     def _go_on(self, now: _Round, nodes: Nodes, now_s: float) -> list[Decision]:
@@ -71,23 +75,23 @@ class Reductions:
         if gone := [node.node for node in members if node.phase != "open"]:
             self._round = None
             return give_up(members, f"node {gone[0]} left during a step of all")
-        if now.phase == "reducing" and all(node.has_joint_gradients for node in members):
+        if now.phase == "reducing" and all(_placed(node).has_joint_gradients for node in members):
             now.phase = "stepping"
             return self._order_steps(now, members, now_s)
-        if now.phase == "stepping" and not any(node.has_joint_step for node in members):
+        if now.phase == "stepping" and not any(_placed(node).has_joint_step for node in members):
             self._round = None
             return [Shared(now.members)]
         return []
 
     def _order_steps(self, now: _Round, members: list[NodeTraining], now_s: float) -> list[Decision]:
         """Order all nodes alike: their norms for the same gradients may differ in the last bit."""
-        squared_norm, may_save = members[0].squared_norm, members[0].may_save(now_s)
+        squared_norm, is_saved = _placed(members[0]).squared_norm, may_save(members[0], now_s)
         assert squared_norm is not None
         return [
             told(
                 node,
-                node.order_step(
-                    now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm, may_save=may_save
+                node.work.steps.order(
+                    now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm, may_save=is_saved
                 ),
             )
             for node in members
@@ -96,45 +100,46 @@ class Reductions:
     def _share_checkpoints(self, members: list[NodeTraining], nodes: Nodes) -> None:
         version = durable_version(nodes)
         for node in members:
-            node.adopt(version)
+            node.work.saves.adopt(version)
 
     def _let_join(self, members: list[NodeTraining], nodes: Nodes, now_s: float) -> list[Decision]:
         """Let newcomers join; the others wait with nothing under way until those hold the same weights."""
         for node in members:
-            node.hold()
-        if not all(node.is_quiet for node in members):
+            node.work.hold()
+        if not all(node.work.is_quiet for node in members):
             # Who is restored holds the newest checkpoint: it must step with those who begin to step from it.
             is_awaited = any(node.phase == "restoring" for node in nodes.values())
             return [] if is_awaited else self._begin_if_ready(members, now_s)
         if members and members[0].version != durable_version(nodes):
-            return [told(members[0], members[0].save(now_s))] if members[0].may_save(now_s) else []
+            return [told(members[0], members[0].work.save(now_s))] if may_save(members[0], now_s) else []
         return admit(nodes)
 
     def _save_if_due(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
-        if not members or not members[0].may_save(now_s):
+        if not members or not may_save(members[0], now_s):
             return []
         leader = members[0]
         num_undurable = leader.version - leader.durable_version
-        if not (num_undurable and all(node.is_idle for node in members)):
+        if not (num_undurable and all(node.work.is_idle for node in members)):
             self._idle_since_s = None
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
         is_idle = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
-        has_rested = is_idle and leader.may_save(now_s, is_idle=True)
+        has_rested = is_idle and may_save(leader, now_s, is_idle=True)
         if num_undurable >= self._save_every or has_rested:
             self._idle_since_s = None
-            return [told(leader, leader.save(now_s))]
+            return [told(leader, leader.work.save(now_s))]
         return []
 
     def _begin_if_ready(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
         """Begin when each node has gradients or nothing to compute them from, and at least one has some."""
         assert len({node.version for node in members}) <= 1, "nodes that step together hold the same weights"
         for node in members:
-            if node.squared_norm is not None and not isfinite(node.squared_norm):
-                return [told(node, node.skip(now_s))]
-        ready = [node for node in members if node.complete is not None]
-        others_rest = all(node.complete is not None or node.has_nothing_begun for node in members)
-        if not ready or not others_rest or any(node.is_save_unanswered for node in members):
+            squared_norm = _placed(node).squared_norm
+            if squared_norm is not None and not isfinite(squared_norm):
+                return [told(node, node.work.steps.skip(now_s))]
+        ready = [node for node in members if _placed(node).complete is not None]
+        others_rest = all(node in ready or node.work.steps.has_nothing_begun for node in members)
+        if not ready or not others_rest or any(node.work.saves.is_unanswered for node in members):
             return []
         name = self._new_name()
         taking_part = tuple(
@@ -143,7 +148,7 @@ class Reductions:
                 node.fence,
                 node.num_stages,
                 1 / len(ready) if node in ready else 0.0,
-                node.join_step(name),
+                node.work.steps.join(name),
             )
             for node in members
         )
@@ -151,3 +156,7 @@ class Reductions:
         rate_of = tuple(member.batch_id for member in taking_part if member.batch_id)
         self._round = _Round(tuple(node.node for node in members), version, rate_of)
         return [Reduce(name, taking_part)]
+
+
+def _placed(node: NodeTraining) -> PlacedBatches:
+    return node.work.steps.placed

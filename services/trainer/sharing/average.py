@@ -26,6 +26,7 @@ from services.trainer.sharing.decisions import (
     admit,
     are_going_back,
     give_up,
+    may_save,
     open_nodes,
     told,
 )
@@ -70,9 +71,9 @@ class Merges:
         if gone := [node.node for node in members if node.phase != "open"]:
             return self._fail(members, f"node {gone[0]} left during a merge", now_s)
         match self._round.phase:
-            case "holding" if all(node.is_quiet for node in members):
+            case "holding" if all(node.work.is_quiet for node in members):
                 return self._merge(members, self._round)
-            case "saving" if not members[0].is_saving:
+            case "saving" if not members[0].work.saves.is_saving:
                 return self._saved(members, self._round, now_s)
         return []
 
@@ -85,16 +86,16 @@ class Merges:
             return self._fail(members, f"a merge failed: {failure or 'a node left'}", now_s)
         self._num_failures = 0
         self._round.phase = "saving"
-        published = [told(node, node.merged(self._round.version)) for node in members]
-        return [Shared(self._round.members), *published, told(members[0], members[0].save(now_s))]
+        published = [told(node, node.work.merged(self._round.version)) for node in members]
+        return [Shared(self._round.members), *published, told(members[0], members[0].work.save(now_s))]
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
         members = open_nodes(nodes)
         is_due = bool(members) and _num_apart(members) >= self._every * len(members)
         if is_due:
             _hold(members)  # whatever the merge must wait for, nodes drift no further apart
-        elif held := [node for node in members if node.is_held]:  # then one more has come
-            return [told(node, node.release(now_s)) for node in held]
+        elif held := [node for node in members if node.work.is_held]:  # then one more has come
+            return [told(node, node.work.release(now_s)) for node in held]
         if now_s < self._not_before_s:
             return []
         if any(node.phase == "restoring" for node in nodes.values()):
@@ -108,12 +109,12 @@ class Merges:
 
     def _has_rested(self, members: list[NodeTraining], now_s: float) -> bool:
         """Whether there has been something to merge, and no work, for long enough."""
-        if not (_num_apart(members) and all(node.is_idle for node in members)):
+        if not (_num_apart(members) and all(node.work.is_idle for node in members)):
             self._idle_since_s = None
             return False
         if self._idle_since_s is None:
             self._idle_since_s = now_s
-        return now_s - self._idle_since_s >= self._idle_s and members[0].may_save(now_s, is_idle=True)
+        return now_s - self._idle_since_s >= self._idle_s and may_save(members[0], now_s, is_idle=True)
 
     def _merge(self, members: list[NodeTraining], now: _Round) -> list[Decision]:
         base, num_apart = members[0].durable_version, _num_apart(members)
@@ -124,7 +125,7 @@ class Merges:
                 node.fence,
                 node.num_stages,
                 (node.version - base) / num_apart,
-                is_kept=node.merge(now.version),
+                is_kept=node.work.merge(now.version),
             )
             for node in members
         )
@@ -133,10 +134,10 @@ class Merges:
     def _saved(self, members: list[NodeTraining], now: _Round, now_s: float) -> list[Decision]:
         leader, *others = members
         if leader.durable_version != now.version:
-            return [told(leader, leader.save(now_s))] if leader.may_save(now_s) else []
+            return [told(leader, leader.work.save(now_s))] if may_save(leader, now_s) else []
         for node in others:
-            node.adopt(now.version)
-        return self._end([told(node, node.release(now_s)) for node in members])
+            node.work.saves.adopt(now.version)
+        return self._end([told(node, node.work.release(now_s)) for node in members])
 
     def _fail(self, members: list[NodeTraining], reason: str, now_s: float) -> list[Decision]:
         self._not_before_s = now_s + self._idle_s * 2**self._num_failures
@@ -164,4 +165,4 @@ def _num_apart(members: list[NodeTraining]) -> int:
 
 def _hold(members: list[NodeTraining]) -> None:
     for node in members:
-        node.hold()
+        node.work.hold()

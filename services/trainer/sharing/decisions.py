@@ -97,6 +97,11 @@ def are_going_back(nodes: Nodes) -> bool:
     return any(node.is_rolling_back for node in nodes.values())
 
 
+def may_save(node: NodeTraining, now_s: float, *, is_idle: bool = False) -> bool:
+    """Whether it is time to: a full disk is not asked again at once. `is_idle`: for want of work."""
+    return node.work.saves.may_request(now_s, is_idle=is_idle)
+
+
 def give_up(members: Iterable[NodeTraining], reason: str) -> list[Decision]:
     """Take all nodes back to the newest checkpoint: some may be where others never came to."""
-    return [told(node, node.fail(reason)) for node in members]
+    return [told(node, node.close(reason)) for node in members]

@@ -22,7 +22,9 @@ from services.trainer.nodes.decisions import (
     StepsAhead,
     WriteCheckpoint,
 )
-from services.trainer.nodes.node_training import STALLED_AFTER_S, NodeTraining, Rules
+from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.nodes.node_work import STALLED_AFTER_S
+from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.saves import SAVE_DEADLINE_S
 from services.trainer.publication.losses import Losses
 from services.trainer.publication.publishing import Evaluate, Publish, PublishingRules, Release
@@ -75,7 +77,7 @@ class Driver:
         return self.node.tick(self.now_s)
 
     def place(self, batch_id: str) -> list[Action]:
-        return self.node.place(batch_id, self.now_s)
+        return self.node.work.place(batch_id, self.now_s)
 
     def report(self, stage: int, event: StageEvent, *, fence: int | None = None) -> list[Action]:
         fence = self.node.fence if fence is None else fence
@@ -126,7 +128,7 @@ def test_batches_are_fed_ahead_and_their_steps_ordered_until_the_pipeline_and_on
     assert driver.place("b") == [Feed("b"), StepsAhead("b", 2)]
     assert driver.place("c") == [Feed("c"), StepsAhead("c", 3)]  # two fill the pipeline of two stages
     assert driver.place("d") == []
-    assert driver.node.num_wanted == 3
+    assert driver.node.work.num_wanted == 3
 
     assert driver.step("a", 1) == [Applied("a", 1, 1.0), Feed("d"), StepsAhead("d", 4)]
 
@@ -443,8 +445,8 @@ def test_after_a_large_save_an_idle_node_waits_until_its_bytes_are_within_bounds
     assert driver.tick(0) == []
     assert driver.tick(2) == [RequestSave(1, 1, 2)]  # at 2 s
     make_durable(driver, 1, num_bytes=50)
-    assert not driver.node.may_save(driver.now_s, is_idle=True)
-    assert driver.node.may_save(driver.now_s)
+    assert not driver.node.work.saves.may_request(driver.now_s, is_idle=True)
+    assert driver.node.work.saves.may_request(driver.now_s)
     driver.apply("b", 2)
     assert driver.tick(0) == []
     assert driver.tick(9) == []
@@ -550,7 +552,7 @@ def test_a_durable_version_that_serves_is_not_saved_again_when_a_batch_is_skippe
 
 def test_after_a_restore_an_older_version_may_serve_than_the_one_that_trains_on() -> None:
     driver = guarded(durable_version=8, served=4)
-    assert (driver.node.version, driver.node.publishing.published) == (8, 4)
+    assert (driver.node.version, driver.node.work.publishing.published) == (8, 4)
     assert driver.place("a")[-2:] == [StepsAhead("a", 9, is_kept=True), RequestSave(1, 9, 2)]
 
 
@@ -672,7 +674,7 @@ def test_a_halted_node_trains_again_after_a_rollback() -> None:
     driver.place("a")
     driver.gather("a", nan)
     driver.step("a", 8)
-    assert driver.node.is_halted
+    assert driver.node.work.halt_reason
 
     driver.node.roll_back(4)
     driver.node.rolled_back("")

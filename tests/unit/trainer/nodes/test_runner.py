@@ -12,7 +12,8 @@ from services.trainer.intake.microbatches import Rows, TrainingBatch
 from services.trainer.ledger.ledger import Ledger
 from services.trainer.ledger.pending_batches import MAX_UNFIT, BatchBook, Pending
 from services.trainer.nodes.decisions import Action, Closed, Halted
-from services.trainer.nodes.node_training import NodeTraining, Rules
+from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.runner import ActionRunner
 from services.trainer.outbox import Outbox
 from services.trainer.settings import TrainerSettings

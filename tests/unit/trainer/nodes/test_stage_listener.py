@@ -43,8 +43,8 @@ def test_what_a_node_that_trains_no_more_ends_takes_no_room_from_others() -> Non
     them = nodes()
     them.by_number = {0: halted.node, 1: Driver(microbatches=4).open().node}
 
-    assert halted.node.is_halted
-    assert halted.node.num_unfinished == them.num_wanted == 2
+    assert halted.node.work.halt_reason
+    assert len(halted.node.work.steps.placed.batch_ids) == them.num_wanted == 2
     assert them.have_room
 
 

@@ -94,7 +94,7 @@ def test_every_node_publishes_the_common_version_also_one_without_a_batch() -> N
 
 def test_a_batch_on_its_way_is_waited_for() -> None:
     replicas = reducing().open()
-    replicas.nodes[1].place("b", 0.0)
+    replicas.nodes[1].work.place("b", 0.0)
     replicas.learn(0, "a")
 
     assert replicas.look() == []
@@ -169,7 +169,7 @@ def test_what_a_guard_evaluates_is_saved_before_the_others_step_on_while_one_wai
     replicas = guarded(save_every=100, num_nodes=3)
     guarded_step(replicas, 1)
     replicas.learn(1, "b2")
-    replicas.nodes[1].place("c", 0.0)  # begins when version 2 is there
+    replicas.nodes[1].work.place("c", 0.0)  # begins when version 2 is there
     replicas.look()
     for node, name in enumerate(("round-1", "b2")):
         replicas.report(node, BatchReady(batch_id=name, squared_norm=1.0))
@@ -223,12 +223,12 @@ def test_who_joins_gets_what_the_others_hold_and_they_wait() -> None:
     decided = replicas.look()
     assert decided[0] == Joins(1)
     assert (replicas.nodes[1].phase, replicas.nodes[1].version) == ("restoring", 1)
-    assert replicas.nodes[0].is_held
+    assert replicas.nodes[0].work.is_held
 
     replicas.restored(1)
     replicas.look()
 
-    assert not replicas.nodes[0].is_held
+    assert not replicas.nodes[0].work.is_held
 
 
 def test_who_leaves_in_the_middle_takes_all_back() -> None:
@@ -253,7 +253,7 @@ def test_who_is_restored_first_waits_with_its_step_for_the_others() -> None:
     replicas.look()
     assert {node.phase for node in replicas.nodes.values()} == {"restoring"}
     for number, batch_id in enumerate("ab"):
-        replicas.nodes[number].place(batch_id, 0.0)
+        replicas.nodes[number].work.place(batch_id, 0.0)
 
     replicas.restored(1)
     replicas.report(1, BatchReady(batch_id="b", squared_norm=1.0))

@@ -16,7 +16,8 @@ from services.trainer.nodes.decisions import (
     Restore,
     StepsAhead,
 )
-from services.trainer.nodes.node_training import NodeTraining, Rules
+from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.nodes.rules import Rules
 from services.trainer.publication.losses import Losses
 from services.trainer.publication.publishing import Evaluate, Publish, PublishingRules
 from services.trainer.sharing.average import MAX_FAILURES, Merges
@@ -88,7 +89,7 @@ class Replicas:
 
     def learn(self, node: int, batch_id: str, squared_norm: float = 1.0) -> list[Action]:
         """A batch is placed, and its gradients are there."""
-        actions = self.nodes[node].place(batch_id, self.now_s)
+        actions = self.nodes[node].work.place(batch_id, self.now_s)
         return actions + self.report(node, BatchReady(batch_id=batch_id, squared_norm=squared_norm))
 
     def apply(self, node: int, batch_id: str, version: int) -> list[Action]:
@@ -116,7 +117,7 @@ def merged(replicas: Replicas, name: str = "merge-0", failure: str = "") -> list
 
 def test_nodes_join_with_the_newest_checkpoint_of_any() -> None:
     replicas = averaging()
-    replicas.nodes[1].adopt(5)
+    replicas.nodes[1].work.saves.adopt(5)
     replicas.beat(0)
 
     joins, told = replicas.look()
@@ -134,12 +135,12 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
     replicas.apply(0, "c", 3)
     assert replicas.look() == []
     replicas.learn(1, "d")  # its step is on its way
-    replicas.nodes[1].place("e", 0.0)
+    replicas.nodes[1].work.place("e", 0.0)
     replicas.report(1, BatchStepped(batch_id="d", version=1, loss=1.0))
 
     # Node 1 has begun e meanwhile: the merge waits for it.
     assert replicas.look() == []
-    assert replicas.nodes[0].place("f", 0.0) == []
+    assert replicas.nodes[0].work.place("f", 0.0) == []
     replicas.report(1, BatchReady(batch_id="e", squared_norm=1.0))
     replicas.report(1, BatchStepped(batch_id="e", version=2, loss=1.0))
     assert replicas.look() == [Merge("merge-0", 5, (Member(0, 1, 1, 3 / 5), Member(1, 2, 1, 2 / 5)))]
@@ -202,11 +203,11 @@ def test_a_merged_version_that_cannot_be_saved_stays_and_is_saved_again_after_a_
     (again,) = replicas.look()
     assert isinstance(again, NodeActions)
     assert again.actions == (RequestSave(1, 2, 1),)
-    assert {(node.version, node.is_held) for node in replicas.nodes.values()} == {(2, True)}
+    assert {(node.version, node.work.is_held) for node in replicas.nodes.values()} == {(2, True)}
 
     replicas.save(0, 2)
     replicas.look()
-    assert {(node.durable_version, node.is_held) for node in replicas.nodes.values()} == {(2, False)}
+    assert {(node.durable_version, node.work.is_held) for node in replicas.nodes.values()} == {(2, False)}
 
 
 def fail_to_merge(replicas: Replicas) -> list[Decision]:
@@ -237,7 +238,7 @@ def test_after_a_merge_that_fails_the_next_one_waits_longer_each_time() -> None:
 def test_after_three_merges_in_a_row_that_fail_nodes_train_no_more_and_say_why() -> None:
     replicas = averaging(every=1).open()
     for _ in range(MAX_FAILURES):
-        assert not any(node.is_halted for node in replicas.nodes.values())
+        assert not any(node.work.halt_reason for node in replicas.nodes.values())
         decided = fail_to_merge(replicas)
         replicas.now_s += 100.0
         replicas.open()
@@ -245,7 +246,7 @@ def test_after_three_merges_in_a_row_that_fail_nodes_train_no_more_and_say_why()
     reason = "3 merges in a row failed; a merge failed: node 1, stage 0: no peer"
     halted = [each.actions for each in decided if isinstance(each, NodeActions)][2:4]
     assert halted == [(Halted(reason),), (Halted(reason),)]
-    assert {node.halt_reason for node in replicas.nodes.values()} == {reason}
+    assert {node.work.halt_reason for node in replicas.nodes.values()} == {reason}
     assert {node.phase for node in replicas.nodes.values()} == {"open"}, "they serve"
 
 
@@ -292,12 +293,12 @@ def test_merges_that_failed_before_a_rollback_count_no_more() -> None:
         fail_to_merge(replicas)
         replicas.now_s += 100.0
         replicas.open()
-    assert all(node.is_halted for node in replicas.nodes.values())
+    assert all(node.work.halt_reason for node in replicas.nodes.values())
 
     go_back(replicas, 0)
     fail_to_merge(replicas)
 
-    assert not any(node.is_halted for node in replicas.nodes.values())
+    assert not any(node.work.halt_reason for node in replicas.nodes.values())
 
 
 def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> None:
@@ -317,7 +318,7 @@ def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> 
 
 def test_a_merged_version_is_kept_and_published() -> None:
     replicas = averaging(publishing=PublishingRules(serving="pinned", max_kept=2)).open()
-    replicas.nodes[1].place("a", 0.0)
+    replicas.nodes[1].work.place("a", 0.0)
     replicas.report(1, BatchReady(batch_id="a", squared_norm=1.0))
     replicas.report(
         1, BatchStepped(batch_id="a", version=1, loss=1.0)
@@ -370,14 +371,14 @@ def test_no_merge_begins_while_a_node_loads_the_weights_of_the_last_one() -> Non
     replicas.look()
     replicas.apply(0, "a", 1)
     assert replicas.look() == []
-    assert replicas.nodes[0].place("b", replicas.now_s) == [], "it learns no more until they are one"
+    assert replicas.nodes[0].work.place("b", replicas.now_s) == [], "it learns no more until they are one"
 
     replicas.restored(1)
     (goes_on,) = replicas.look()
     replicas.apply(1, "c", 1)
 
     assert goes_on == NodeActions(0, (Feed("b"), StepsAhead("b", 2)))
-    assert (replicas.look(), replicas.nodes[0].is_held) == ([], True), (
+    assert (replicas.look(), replicas.nodes[0].work.is_held) == ([], True), (
         "batch b has begun, a merge waits for it"
     )
 
