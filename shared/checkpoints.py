@@ -74,6 +74,8 @@ class Manifest(Document):
     """The loss of the batch whose step made it, before that step, in nats; None: no guard has noted it."""
     is_judged: bool = False
     """A guard has evaluated this version."""
+    judged_wall_s: float = 0.0
+    """Unix time of its last verdict."""
     why_withheld: str = ""
     """Why the guard did not let it serve: which loss is above which limit."""
     held_out_rise: float = Field(default=1.0, gt=0, allow_inf_nan=False)

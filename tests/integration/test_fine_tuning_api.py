@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import pytest
 
 from shared.bus.memory import MemoryBroker
 from shared.clock import IdSource
+from shared.messages.weights import JudgedVersion
 from tests.integration.test_gateway_tokens import LONG, BlockedTokenizer
 from tests.support.fake_trainer import FakeTrainer
-from tests.support.gateway import MODEL, World, gateway_world, says, served
+from tests.support.gateway import MODEL, NODE, World, gateway_world, says, served
 from tests.support.waiting import LOOK_EVERY_S, until
 
 EXAMPLES = [{"prompt": f"What is {n}?", "completion": f" It is {n}."} for n in range(10)]
@@ -434,6 +436,63 @@ async def test_events_and_checkpoints_tell_the_story_page_by_page() -> None:
     assert checkpoints[0].fine_tuned_model_checkpoint == f"{MODEL}:weights-2"
     assert checkpoints[0].fine_tuning_job_id == job.id
     assert (checkpoints[1].metrics.step, checkpoints[1].metrics.train_loss) == (1, 2.0)
+
+
+def verdict_on(version: int, **fields: Any) -> JudgedVersion:
+    """A guard's verdict of now."""
+    return JudgedVersion(version=version, judged_wall_s=time.time(), **fields)
+
+
+async def durable_under_a_guard(here: Api) -> Any:
+    """A job whose one step is durable as version 1, which the guard has yet to judge."""
+    here.trainer.judge(published=0)
+    job = await here.create(hyperparameters={"n_epochs": 1, "batch_size": 10})
+    here.trainer.allow(1)
+    await here.until_applied(1)
+    await here.trainer.save()
+    await here.until_checkpoint(job.id)
+    return job
+
+
+async def test_a_job_succeeds_when_the_guard_lets_what_it_taught_serve() -> None:
+    losses = {"training_loss": 2.0, "held_out_loss": 1.5, "samples_loss": 0.5}
+    async with api() as here:
+        job = await durable_under_a_guard(here)
+        assert (await here.job(job.id)).status == "running", "durable, and not judged"
+        here.trainer.judge(verdict_on(1, **losses), published=1)
+        job = await here.until(job.id, *TERMINAL)
+        saved: Any = (await here.client.fine_tuning.jobs.checkpoints.list(job.id)).data[0]
+        events = await here.events(job.id)
+    assert (job.status, job.fine_tuned_model) == ("succeeded", MODEL)
+    assert saved.metrics.full_valid_loss == 1.5 and saved.metrics.train_loss == 2.0
+    assert saved.metrics.samples_loss == 0.5
+    assert saved.lemix == {"node": NODE, "weights_version": 1, "why_withheld": ""}
+    assert events[-2].message == "Version 1 is served"
+    assert events[-2].data == {
+        "weights_version": 1,
+        "train_loss": 2.0,
+        "full_valid_loss": 1.5,
+        "samples_loss": 0.5,
+    }
+
+
+async def test_a_job_fails_when_the_guard_withholds_what_it_taught_also_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    broker = MemoryBroker()
+    trainer = FakeTrainer(broker.connect())
+    running = asyncio.create_task(trainer.run())
+    async with api(broker, trainer, run_dir=tmp_path) as here:
+        job = await durable_under_a_guard(here)
+    trainer.judge(verdict_on(1, why_withheld="held-out loss 9 is above 1"), published=0)
+    async with api(broker, trainer, run_dir=tmp_path, seed=1) as here:
+        job = await here.until(job.id, *TERMINAL)
+        events = await here.events(job.id)
+    running.cancel()
+    await asyncio.wait([running])
+    assert (job.status, job.fine_tuned_model, job.error.code) == ("failed", None, "withheld_by_guard")
+    assert "held-out loss 9 is above 1" in job.error.message
+    assert [event.level for event in events[-2:]] == ["warn", "error"]
 
 
 async def test_jobs_are_listed_page_by_page_and_by_metadata() -> None:

@@ -17,7 +17,8 @@ from shared.messages.training import (
     BatchProgress,
     BatchRejected,
 )
-from shared.subjects import BATCHES, TRAIN_PROGRESS, TRAIN_STATUS
+from shared.messages.weights import JudgedVersion, NodeWeights, WeightsRequest, WeightsStatus
+from shared.subjects import BATCHES, NODE_WEIGHTS, TRAIN_PROGRESS, TRAIN_STATUS
 from tests.support.gateway import NODE
 
 STREAM = StreamSpec("LEMIX_TRAIN", (BATCHES,))
@@ -42,10 +43,13 @@ class FakeTrainer:
     num_repeated: int = 0
     rejected: list[str] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+    guard: NodeWeights | None = None
+    """The weights as a guard has judged them; None: there is no guard."""
 
     async def run(self) -> None:
         await self.bus.ensure_stream(STREAM)
         await self.bus.respond(TRAIN_STATUS.at(), self._answer)
+        await self.bus.respond(NODE_WEIGHTS.at(), self._weights)
         reader = await self.bus.read_stream(STREAM.name, reader="trainer", after_sequence=0)
         while True:
             if (message := await reader.next(timeout_s=5.0)) is not None:
@@ -98,6 +102,15 @@ class FakeTrainer:
     def _durable(self, batch_ids: tuple[str, ...]) -> BatchDurable:
         return BatchDurable(batch_ids=batch_ids, node=NODE, version=len(self.durable), checkpoint="/c")
 
+    def judge(self, *judged: JudgedVersion, published: int) -> None:
+        """A guard has judged these versions, of which one serves."""
+        self.guard = node_weights(
+            NODE, published=published, judged=judged, newest_judged=judged[-1].version if judged else 0
+        )
+
+    async def _weights(self, _: Incoming[WeightsRequest]) -> WeightsStatus:
+        return WeightsStatus(nodes=(self.guard or node_weights(NODE, is_guarded=False, published=None),))
+
     async def _answer(self, incoming: Incoming[BatchesAsked]) -> BatchesNow:
         asked = incoming.message.batch_ids
         durable = tuple(batch_id for batch_id in asked if batch_id in self.durable)
@@ -112,3 +125,18 @@ class FakeTrainer:
         unknown = tuple(batch_id for batch_id in asked if batch_id not in known)
         self.asked.set()
         return BatchesNow(events=tuple(events), unknown=unknown, read_up_to=self.num_read)
+
+
+def node_weights(node: int, **fields: Any) -> NodeWeights:
+    """The weights of a node with a guard, unless told otherwise."""
+    known: dict[str, Any] = {
+        "version": 0,
+        "durable_version": 0,
+        "published": 0,
+        "is_guarded": True,
+        "held_out_loss": None,
+        "samples_loss": None,
+        "num_withheld": 0,
+        "last_withheld": None,
+    }
+    return NodeWeights(node=node, **known | fields)

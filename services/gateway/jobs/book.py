@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 from pydantic_core import to_json
@@ -10,17 +9,14 @@ from pydantic_core import to_json
 from services.gateway.jobs import job as job_state
 from services.gateway.jobs import objects
 from services.gateway.jobs.job import Happening, Job, Outcome
-from services.gateway.jobs.store import CHECKPOINTS, EVENTS, JobStore
+from services.gateway.jobs.store import CHECKPOINTS, EVENTS, LISTS, VERDICTS, JobStore
+from services.gateway.jobs.verdicts import after_verdicts
 from shared.clock import Clock
 from shared.disk import on_disk
+from shared.messages.weights import WeightsStatus
 
-
-@dataclass(slots=True)
-class _Unsaved:
-    """New lines of a job's lists."""
-
-    events: list[bytes] = field(default_factory=list)
-    checkpoints: list[bytes] = field(default_factory=list)
+_Lines = dict[str, list[bytes]]
+"""New lines of a job's lists, by name."""
 
 
 class JobBook:
@@ -30,7 +26,7 @@ class JobBook:
         self._store = store
         self._clock = clock
         self._jobs: dict[str, Job] = {}
-        self._unsaved: dict[str, _Unsaved] = {}
+        self._unsaved: dict[str, _Lines] = {}
         self._saving = asyncio.Lock()
         self.next_number = 1
         """The number of the next job."""
@@ -57,22 +53,22 @@ class JobBook:
 
     def happen(self, job_id: str, happening: Happening) -> Job:
         """Apply an event to a job; returns the job after it."""
-        outcome = job_state.after(self._jobs[job_id], happening, int(self._clock.wall_s()))
-        return self._jobs[job_id] if outcome.job is self._jobs[job_id] else self._take(outcome)
+        return self._become(job_id, job_state.after(self._jobs[job_id], happening, self._now_s))
+
+    def judge(self, job_id: str, status: WeightsStatus) -> Job:
+        """Apply what the trainer tells of all weights; returns the job after it."""
+        return self._become(job_id, after_verdicts(self._jobs[job_id], status, self._now_s))
 
     async def save(self) -> None:
         """Write all changes so far. Raises OSError; unsaved changes stay so."""
         async with self._saving:
             for job_id in list(self._unsaved):
                 unsaved = self._unsaved.pop(job_id)
-                lines = {EVENTS: unsaved.events, CHECKPOINTS: unsaved.checkpoints}
                 try:
-                    await on_disk(partial(self._store.write, self._jobs[job_id], lines))
+                    await on_disk(partial(self._store.write, self._jobs[job_id], unsaved))
                 except BaseException:
-                    since = self._unsaved.get(job_id, _Unsaved())
-                    self._unsaved[job_id] = _Unsaved(
-                        unsaved.events + since.events, unsaved.checkpoints + since.checkpoints
-                    )
+                    since = self._unsaved.get(job_id, _no_lines())
+                    self._unsaved[job_id] = {name: unsaved[name] + since[name] for name in LISTS}
                     raise
 
     async def remove(self, job_id: str) -> None:
@@ -91,12 +87,24 @@ class JobBook:
         await self.save()
         return await on_disk(partial(self._store.lines, job_id, name, numbers))
 
+    @property
+    def _now_s(self) -> int:
+        return int(self._clock.wall_s())
+
+    def _become(self, job_id: str, outcome: Outcome) -> Job:
+        return self._jobs[job_id] if outcome.job is self._jobs[job_id] else self._take(outcome)
+
     def _take(self, outcome: Outcome) -> Job:
-        before, now_s = outcome.job, int(self._clock.wall_s())
-        unsaved = self._unsaved.setdefault(before.id, _Unsaved())
+        before, now_s = outcome.job, self._now_s
+        unsaved = self._unsaved.setdefault(before.id, _no_lines())
         for number, note in enumerate(outcome.notes, start=before.num_events):
-            unsaved.events.append(to_json(objects.event(before, number, note, now_s)))
+            unsaved[EVENTS].append(to_json(objects.event(before, number, note, now_s)))
         for number, saved in enumerate(outcome.saved, start=before.num_checkpoints):
-            unsaved.checkpoints.append(to_json(objects.checkpoint(before, number, saved, now_s)))
+            unsaved[CHECKPOINTS].append(to_json(objects.checkpoint(before, number, saved, now_s)))
+        unsaved[VERDICTS] += map(to_json, outcome.verdicts)
         self._jobs[before.id] = job_state.counted(outcome)
         return self._jobs[before.id]
+
+
+def _no_lines() -> _Lines:
+    return {name: [] for name in LISTS}

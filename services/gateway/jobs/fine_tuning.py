@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from services.gateway.http.errors import ApiError
 from services.gateway.jobs.book import JobBook
 from services.gateway.jobs.files import FileDeleted, FileLimits, FileStore
-from services.gateway.jobs.job import Cancelled, Job
+from services.gateway.jobs.job import Cancelled, Job, VersionVerdict
 from services.gateway.jobs.objects import (
     FineTuningJob,
     JobCheckpoint,
@@ -16,11 +16,12 @@ from services.gateway.jobs.objects import (
     checkpoint_id,
     event_id,
     job_object,
+    judged,
 )
 from services.gateway.jobs.paging import ObjectList, Page, cut, list_object
 from services.gateway.jobs.requests import MAX_SEED, JobRequest
 from services.gateway.jobs.runner import JobRunner
-from services.gateway.jobs.store import CHECKPOINTS, EVENTS, JobStore
+from services.gateway.jobs.store import CHECKPOINTS, EVENTS, VERDICTS, JobStore
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus
@@ -148,7 +149,9 @@ class FineTuning:
         ids = [checkpoint_id(job, number) for number in reversed(range(job.num_checkpoints))]
         numbers = cut(ids, page)
         lines = await self._lines(job_id, CHECKPOINTS, len(ids), numbers)
-        checkpoints = [JobCheckpoint.model_validate_json(line) for line in lines]
+        told = await self._lines(job_id, VERDICTS, job.num_verdicts, range(job.num_verdicts))
+        verdicts = [VersionVerdict.model_validate_json(line) for line in told]
+        checkpoints = [judged(JobCheckpoint.model_validate_json(line), verdicts) for line in lines]
         return list_object(checkpoints, has_more=numbers.stop < len(ids))
 
     async def delete_file(self, file_id: str) -> FileDeleted:

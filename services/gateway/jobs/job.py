@@ -1,8 +1,9 @@
 """A fine-tuning job as plain state: something happens to it, and it becomes another. Pure.
 
-validating_files --Validated--> queued --Started--> running --every step durable--> succeeded
+validating_files --Validated--> queued --Started--> running --every step durable, and served--> succeeded
         |                          |                   |
         '--Failed, Cancelled-------+-------------------+--a batch rejected, or taken out again--> failed
+                                                       '--what it taught is withheld (`verdicts`)--^
 
 A step is one training batch: `open` from when it is to be published until a durable checkpoint contains it.
 """
@@ -75,9 +76,23 @@ class SavedSteps(_Frozen):
 
     step_number: int
     """The highest of them."""
+    node: int
     version: int
     train_loss: float | None
     """The loss of the newest step whose loss is known."""
+
+
+class VersionVerdict(_Frozen):
+    """A guard's verdict on a version that holds steps of the job. Losses are in nats; None: not known."""
+
+    node: int | None
+    """None: the nodes are one model."""
+    version: int
+    train_loss: float | None
+    held_out_loss: float | None
+    samples_loss: float | None
+    why_withheld: str
+    """Empty: it serves."""
 
 
 class Job(_Frozen):
@@ -104,6 +119,10 @@ class Job(_Frozen):
     """The lowest that was never to be published."""
     newest_durable: dict[int, int] = {}
     """The highest durable step of each node that has one: what a rollback there takes out first."""
+    durable_versions: dict[int, int] = {}
+    """The version by which that step is durable."""
+    judged_versions: dict[int, int] = {}
+    """The newest version of each node on which the guard's verdict is known."""
     durable_tokens: int = 0
     train_loss: float | None = None
     """The loss of the newest step."""
@@ -114,10 +133,16 @@ class Job(_Frozen):
     late_requests: int = 0
     num_events: int = 0
     num_checkpoints: int = 0
+    num_verdicts: int = 0
 
     @property
     def has_ended(self) -> bool:
         return self.status in ("succeeded", "failed", "cancelled")
+
+    @property
+    def awaits_verdict(self) -> bool:
+        """Whether every step is durable, and it is not known yet that a version with all of them serves."""
+        return self.status == "running" and not self.open and self.next_step > self.total_steps
 
     @property
     def steps_per_epoch(self) -> int:
@@ -186,6 +211,11 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Succeeded:
+    """Every step is durable, and a version with all of them may serve."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """Somebody cancelled the job."""
 
@@ -222,16 +252,26 @@ class RequestAnswered:
 
 
 Happening = (
-    Validated | Failed | Started | Cancelled | ToPublish | Published | Unknown | RequestAnswered | BatchEvent
+    Validated
+    | Failed
+    | Started
+    | Succeeded
+    | Cancelled
+    | ToPublish
+    | Published
+    | Unknown
+    | RequestAnswered
+    | BatchEvent
 )
 
 
 class Outcome(NamedTuple):
-    """The job after an event, with new entries for its log and its list of checkpoints."""
+    """The job after an event, with new entries for its log and its other lists."""
 
     job: Job
     notes: tuple[Note, ...] = ()
     saved: tuple[SavedSteps, ...] = ()
+    verdicts: tuple[VersionVerdict, ...] = ()
 
 
 def created(job: Job) -> Outcome:
@@ -259,7 +299,7 @@ def due(job: Job, window: int) -> int | None:
 def after(job: Job, happening: Happening, now_s: int) -> Outcome:
     """The job after an event; events that do not concern it, or come again, change nothing."""
     match happening:
-        case Validated() | Failed() | Started() | Cancelled():
+        case Validated() | Failed() | Started() | Succeeded() | Cancelled():
             return Outcome(job) if job.has_ended else _moved_on(job, happening, now_s)
         case ToPublish(step=number, num_tokens=num_tokens):
             opened = {**job.open, number: Step(num_tokens=num_tokens)}
@@ -278,12 +318,14 @@ def after(job: Job, happening: Happening, now_s: int) -> Outcome:
         case BatchApplied():
             return _applied(job, happening)
         case BatchDurable():
-            return _durable(job, happening, now_s)
+            return _durable(job, happening)
         case BatchRejected():
             return _rejected(job, happening, now_s)
 
 
-def _moved_on(job: Job, happening: Validated | Failed | Started | Cancelled, now_s: int) -> Outcome:
+def _moved_on(
+    job: Job, happening: Validated | Failed | Started | Succeeded | Cancelled, now_s: int
+) -> Outcome:
     match happening:
         case Validated(num_examples=num_examples):
             note = Note(level="info", message="Files validated, moving job to queued state")
@@ -294,6 +336,9 @@ def _moved_on(job: Job, happening: Validated | Failed | Started | Cancelled, now
         case Failed(error=error):
             note = Note(level="error", message=error.message)
             return Outcome(_with(job, status="failed", error=error, finished_at=now_s), (note,))
+        case Succeeded():
+            note = Note(level="info", message="The job has successfully completed")
+            return Outcome(_with(job, status="succeeded", finished_at=now_s), (note,))
         case Cancelled():
             note = Note(level="info", message="The job was cancelled")
             return Outcome(_with(job, status="cancelled", finished_at=now_s), (note,))
@@ -318,7 +363,7 @@ def _applied(job: Job, applied: BatchApplied) -> Outcome:
     return Outcome(grown, (note,))
 
 
-def _durable(job: Job, durable: BatchDurable, now_s: int) -> Outcome:
+def _durable(job: Job, durable: BatchDurable) -> Outcome:
     numbers = {number for batch_id in durable.batch_ids if (number := _step_of(job, batch_id)) in job.open}
     if not numbers:
         return Outcome(job)
@@ -329,14 +374,14 @@ def _durable(job: Job, durable: BatchDurable, now_s: int) -> Outcome:
         job,
         open=left,
         newest_durable={**job.newest_durable, durable.node: newest},
+        durable_versions={**job.durable_versions, durable.node: durable.version},
         durable_tokens=job.durable_tokens + num_tokens,
     )
-    saved = SavedSteps(step_number=max(numbers), version=durable.version, train_loss=job.train_loss)
-    notes = [Note(level="info", message=f"Checkpoint created at step {saved.step_number}")]
-    if job.status == "running" and not job.open and job.next_step > job.total_steps:
-        job = _with(job, status="succeeded", finished_at=now_s)
-        notes.append(Note(level="info", message="The job has successfully completed"))
-    return Outcome(job, tuple(notes), (saved,))
+    saved = SavedSteps(
+        step_number=max(numbers), node=durable.node, version=durable.version, train_loss=job.train_loss
+    )
+    note = Note(level="info", message=f"Checkpoint created at step {saved.step_number}")
+    return Outcome(job, (note,), (saved,))
 
 
 def _rejected(job: Job, rejected: BatchRejected, now_s: int) -> Outcome:
@@ -388,9 +433,12 @@ def _with(job: Job, **changes: object) -> Job:
 
 def counted(outcome: Outcome) -> Job:
     """The job with its new entries counted."""
-    job, notes, saved = outcome
+    job, notes, saved, verdicts = outcome
     return _with(
-        job, num_events=job.num_events + len(notes), num_checkpoints=job.num_checkpoints + len(saved)
+        job,
+        num_events=job.num_events + len(notes),
+        num_checkpoints=job.num_checkpoints + len(saved),
+        num_verdicts=job.num_verdicts + len(verdicts),
     )
 
 

@@ -1,5 +1,6 @@
 """A job, its events and its checkpoints as OpenAI's objects."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -12,9 +13,11 @@ from services.gateway.jobs.job import (
     Note,
     SavedSteps,
     Status,
+    VersionVerdict,
     estimated_finish,
 )
 from services.gateway.jobs.paging import Listed
+from services.gateway.jobs.verdicts import metrics_of
 
 ORGANIZATION_ID = "org-lemix"
 """OpenAI's objects have one; there are none here."""
@@ -93,6 +96,15 @@ class JobEvent(Listed):
     data: dict[str, int | float]
 
 
+class WeightsOfCheckpoint(BaseModel):
+    """The weights of a checkpoint, and what a guard thinks of them."""
+
+    node: int
+    weights_version: int
+    why_withheld: str | None = None
+    """Null: not judged, or there is no guard; empty: the version is served."""
+
+
 class JobCheckpoint(Listed):
     """OpenAI's `fine_tuning.job.checkpoint`."""
 
@@ -102,6 +114,8 @@ class JobCheckpoint(Listed):
     fine_tuning_job_id: str
     step_number: int
     metrics: dict[str, int | float]
+    lemix: WeightsOfCheckpoint | None = None
+    """Null: an older gateway has noted it."""
 
 
 def job_object(job: Job, now_s: float) -> FineTuningJob:
@@ -162,7 +176,22 @@ def checkpoint(job: Job, number: int, saved: SavedSteps, now_s: int) -> JobCheck
         fine_tuning_job_id=job.id,
         step_number=saved.step_number,
         metrics={name: value for name, value in metrics.items() if value is not None},
+        lemix=WeightsOfCheckpoint(node=saved.node, weights_version=saved.version),
     )
+
+
+def judged(checkpoint: JobCheckpoint, verdicts: Iterable[VersionVerdict]) -> JobCheckpoint:
+    """The checkpoint with the losses of its version, once a guard has found them."""
+    weights = checkpoint.lemix
+    if weights is None:
+        return checkpoint
+    of_version = (each for each in verdicts if each.version == weights.weights_version)
+    found = next((each for each in of_version if each.node in (None, weights.node)), None)
+    if found is None:
+        return checkpoint
+    told = weights.model_copy(update={"why_withheld": found.why_withheld})
+    metrics = metrics_of(found) | checkpoint.metrics
+    return checkpoint.model_copy(update={"metrics": metrics, "lemix": told})
 
 
 def _suffix(job: Job) -> str:

@@ -29,6 +29,7 @@ from services.gateway.jobs.training_file import (
     TrainingFile,
     read_training_file,
 )
+from services.gateway.jobs.verdict_watch import VerdictWatch
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus, Incoming
@@ -80,6 +81,7 @@ class JobRunner:
         self._quiet_since_s: dict[str, float] = {}
         """When each job last heard of its batches, or asked; without an entry it asks at once."""
         self._overlap = JobOverlap()
+        self._verdicts = VerdictWatch(book, bus=bus, clock=clock)
         self._objective_s = 0.0
         """The scheduler's, for the time to first token; 0: not known."""
         self._objective_at_s = -math.inf
@@ -124,6 +126,7 @@ class JobRunner:
         for job in self._book:
             await self._publish(job.id)
             await self._ask_after_silence(job.id)
+        await self._verdicts.look()
         await self._learn_objective()
         await self._save()
 
@@ -211,7 +214,8 @@ class JobRunner:
         job = self._book[job_id]
         open_ids = [job.batch_id(number) for number, step in job.open.items() if step.sequence > 0]
         now_s = self._clock.now_s()
-        if not open_ids or now_s - self._quiet_since_s.get(job_id, -math.inf) < self._settings.ask_after_s:
+        is_open = bool(open_ids) or job.awaits_verdict
+        if not is_open or now_s - self._quiet_since_s.get(job_id, -math.inf) < self._settings.ask_after_s:
             return
         self._quiet_since_s[job_id] = now_s
         ids = [*open_ids, *map(job.batch_id, sorted(set(job.newest_durable.values())))]

@@ -13,6 +13,8 @@ from shared.errors import ConfigurationError
 
 EVENTS = "events"
 CHECKPOINTS = "checkpoints"
+VERDICTS = "verdicts"
+LISTS = (EVENTS, CHECKPOINTS, VERDICTS)
 
 
 class _Saved(NamedTuple):
@@ -21,8 +23,8 @@ class _Saved(NamedTuple):
 
 
 class JobStore:
-    """Jobs below `root`: `<id>.json` is the job; `<id>.events.jsonl` and `<id>.checkpoints.jsonl` are its
-    lists, of which as many lines count as the job says.
+    """Jobs below `root`: `<id>.json` is the job; `<id>.events.jsonl`, `<id>.checkpoints.jsonl` and
+    `<id>.verdicts.jsonl` are its lists, of which as many lines count as the job says.
 
     Ids are the gateway's own: no name from outside becomes a path.
     """
@@ -37,7 +39,7 @@ class JobStore:
         self._root.mkdir(parents=True, exist_ok=True)
         jobs = sorted(map(_read, self._root.glob("ftjob-*.json")), key=lambda job: job.number)
         for job in jobs:
-            for name, count in ((EVENTS, job.num_events), (CHECKPOINTS, job.num_checkpoints)):
+            for name, count in _counts(job).items():
                 path = self._list(job.id, name)
                 self._saved[path] = _Saved(count, sum(len(line) for line in _lines(path)[:count]))
         return jobs
@@ -48,7 +50,7 @@ class JobStore:
         Raises OSError; then the job is as it was before.
         """
         saved = {}
-        for name, total in ((EVENTS, job.num_events), (CHECKPOINTS, job.num_checkpoints)):
+        for name, total in _counts(job).items():
             path = self._list(job.id, name)
             saved[path] = self._append(path, lines_by_list.get(name, ()), total)
         replace_file(self._root / f"{job.id}.json", job.model_dump_json(indent=1) + "\n")
@@ -62,7 +64,7 @@ class JobStore:
     def remove(self, job_id: str) -> None:
         """Forget a job. Raises OSError."""
         (self._root / f"{job_id}.json").unlink(missing_ok=True)
-        for name in (EVENTS, CHECKPOINTS):
+        for name in LISTS:
             path = self._list(job_id, name)
             path.unlink(missing_ok=True)
             self._saved.pop(path, None)
@@ -81,6 +83,11 @@ class JobStore:
 
     def _list(self, job_id: str, name: str) -> Path:
         return self._root / f"{job_id}.{name}.jsonl"
+
+
+def _counts(job: Job) -> dict[str, int]:
+    """The lines of each list that count."""
+    return {EVENTS: job.num_events, CHECKPOINTS: job.num_checkpoints, VERDICTS: job.num_verdicts}
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -24,6 +24,8 @@ class Verdict:
     """How many times the lowest held-out loss of all that have served its own is."""
     why_withheld: str = ""
     """Which loss is above which limit; empty: it serves."""
+    judged_wall_s: float = 0.0
+    """Unix time of the verdict."""
     training_loss: float | None = None
     """The loss of the batch whose step made the version, before that step; None: not known."""
 
@@ -40,6 +42,7 @@ class Verdict:
             "held_out_loss": self.losses.held_out,
             "samples_loss": self.losses.samples,
             "is_judged": True,
+            "judged_wall_s": self.judged_wall_s,
             "held_out_rise": max(manifest.held_out_rise, self.rise),
             "may_serve": may_serve,
             "why_withheld": "" if may_serve else self.why_withheld,
@@ -56,6 +59,7 @@ class Verdict:
             Losses(held_out=manifest.held_out_loss, samples=manifest.samples_loss),
             may_serve=manifest.may_serve,
             rise=manifest.held_out_rise,
+            judged_wall_s=manifest.judged_wall_s,
             why_withheld=manifest.why_withheld,
             training_loss=manifest.training_loss,
         )

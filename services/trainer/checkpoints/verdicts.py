@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import defaultdict, deque
+from dataclasses import replace
 from functools import partial
 
 from services.trainer.checkpoints.files import CheckpointFiles
@@ -47,15 +48,16 @@ class Verdicts:
         return self._evaluator.versions | let_serve
 
     def add(self, node: int, verdict: Verdict) -> None:
-        """Remember the verdict, and write it down if its version has a checkpoint."""
+        """Remember the verdict, which is given now, and write it down if its version has a checkpoint."""
+        verdict = replace(verdict, judged_wall_s=self._clock.wall_s())
         self._last[node] = verdict
-        self._told[node].append(self._as_told(verdict))
+        self._told[node].append(_as_told(verdict))
         self._tasks.create_task(self._write(node, verdict))
 
     def recall(self, node: int, verdict: Verdict) -> None:
         """Tell of a verdict that an earlier life of the trainer has written down."""
         if all(told.version != verdict.version for told in self._told[node]):
-            self._told[node].append(self._as_told(verdict))
+            self._told[node].append(_as_told(verdict))
 
     def of(self, node: int) -> tuple[JudgedVersion, ...]:
         """The newest verdicts on the node's versions, oldest first; those before a rollback, too."""
@@ -72,19 +74,20 @@ class Verdicts:
         self._evaluator.drop(node)
         self._last.pop(node, None)
 
-    def _as_told(self, verdict: Verdict) -> JudgedVersion:
-        return JudgedVersion(
-            version=verdict.version,
-            judged_wall_s=self._clock.wall_s(),
-            training_loss=verdict.training_loss,
-            held_out_loss=verdict.losses.held_out,
-            samples_loss=verdict.losses.samples,
-            why_withheld="" if verdict.may_serve else verdict.why_withheld or WITHHELD_BEFORE,
-        )
-
     async def _write(self, node: int, verdict: Verdict) -> None:
         try:
             async with self._files.in_use:
                 await on_disk(partial(self._files.note_verdict, node, verdict))
         except OSError as error:
             log.warning("node %d: the verdict on version %d is not saved: %s", node, verdict.version, error)
+
+
+def _as_told(verdict: Verdict) -> JudgedVersion:
+    return JudgedVersion(
+        version=verdict.version,
+        judged_wall_s=verdict.judged_wall_s,
+        training_loss=verdict.training_loss,
+        held_out_loss=verdict.losses.held_out,
+        samples_loss=verdict.losses.samples,
+        why_withheld="" if verdict.may_serve else verdict.why_withheld or WITHHELD_BEFORE,
+    )

@@ -12,9 +12,11 @@ from services.gateway.jobs.job import (
     Failed,
     Job,
     JobError,
+    Outcome,
     Published,
     RequestAnswered,
     Started,
+    Succeeded,
     ToPublish,
     Unknown,
     Validated,
@@ -114,7 +116,7 @@ def test_an_applied_step_is_noted_once_and_counted_by_its_tokens() -> None:
     (note,) = first.notes
     assert note.metrics == {"step": 2, "train_loss": 0.5, "total_steps": 6}
     assert (first.job.trained_tokens, first.job.lag, first.job.num_applied) == (20, 1, 1)
-    assert again == (first.job, (), ())
+    assert again == Outcome(first.job)
 
 
 def test_a_step_that_its_node_lost_is_open_again_until_it_is_applied_anew() -> None:
@@ -131,25 +133,27 @@ def test_a_step_that_its_node_lost_is_open_again_until_it_is_applied_anew() -> N
     assert (steps[-1].job.first_version, steps[-1].job.last_version) == (4, 9)
 
 
-def test_a_job_succeeds_only_when_every_step_is_durable() -> None:
+def test_a_job_awaits_its_verdict_only_when_every_step_is_durable() -> None:
     job = published(running_job(num_examples=2, n_epochs=2), 1, 2)
     job = following(job, applied(job, 1, 1), applied(job, 2, 2))[-1].job
     first, last = following(job, durable(job, 1), durable(job, 2, version=2))
-    assert (first.job.status, last.job.status) == ("running", "succeeded")
-    assert (last.job.finished_at, last.job.trained_tokens) == (NOW_S, 30)
+    assert [outcome.job.awaits_verdict for outcome in (first, last)] == [False, True]
     assert [outcome.saved[0].step_number for outcome in (first, last)] == [1, 2]
     assert [outcome.saved[0].version for outcome in (first, last)] == [1, 2]
+    assert last.job.durable_versions == {0: 2}
+    ended = after(last.job, Succeeded(), NOW_S).job
+    assert (ended.status, ended.finished_at, ended.trained_tokens) == ("succeeded", NOW_S, 30)
 
 
-def test_a_job_with_steps_to_publish_does_not_succeed() -> None:
+def test_a_job_with_steps_to_publish_awaits_no_verdict() -> None:
     job = published(running_job(), 1)
-    assert after(job, durable(job, 1), NOW_S).job.status == "running"
+    assert not after(job, durable(job, 1), NOW_S).job.awaits_verdict
 
 
 def test_a_checkpoint_of_other_batches_is_none_of_the_job() -> None:
     job = published(running_job(), 1)
     others = BatchDurable(batch_ids=("b-1", "ftjob-0b-e1-b00001"), node=0, version=1, checkpoint="/c")
-    assert after(job, others, NOW_S) == (job, (), ())
+    assert after(job, others, NOW_S) == Outcome(job)
 
 
 def test_deferrals_of_its_own_batches_are_preemptions() -> None:
@@ -177,10 +181,10 @@ def test_a_durable_step_that_a_rollback_took_out_fails_the_job() -> None:
 
 def test_a_job_that_has_ended_stays_as_it_is_when_its_steps_are_taken_out() -> None:
     job = published(running_job(num_examples=2, n_epochs=1), 1)
-    job = following(job, applied(job, 1, 1), durable(job, 1))[-1].job
+    job = following(job, applied(job, 1, 1), durable(job, 1), Succeeded())[-1].job
     gone = BatchRejected(batch_id=job.batch_id(1), reason="a rollback")
     assert job.status == "succeeded"
-    assert after(job, gone, NOW_S) == (job, (), ())
+    assert after(job, gone, NOW_S) == Outcome(job)
 
 
 def test_the_newest_durable_step_of_each_node_is_remembered() -> None:
@@ -207,7 +211,7 @@ def test_a_job_that_has_ended_lets_go_of_what_the_trainer_does_not_know() -> Non
 def test_an_end_is_an_end(end: Any, begin: int) -> None:
     job = following(new_job(), *[Validated(5), Started()][:begin], end)[-1].job
     for happening in (Validated(9), Started(), Cancelled(), Failed(ERROR)):
-        assert after(job, happening, NOW_S + 5) == (job, (), ())
+        assert after(job, happening, NOW_S + 5) == Outcome(job)
 
 
 def test_what_was_published_before_the_end_is_still_counted() -> None:
@@ -290,11 +294,11 @@ def test_whatever_happens_a_job_keeps_its_count(events: list[Any], window: int) 
         assert job.durable_tokens == len(ever_durable)
         if isinstance(event, ToPublish):
             assert len(job.unapplied) <= max(window, len(before.unapplied))
-        assert (job.status == "succeeded") == (ever_durable == set(range(1, 7)))
+        assert job.awaits_verdict == (ever_durable == set(range(1, 7)))
 
 
 @given(st.data())
-def test_a_job_whose_batches_come_through_succeeds_whatever_is_lost_on_the_way(data: st.DataObject) -> None:
+def test_a_job_whose_batches_come_through_is_durable_whatever_is_lost_on_the_way(data: st.DataObject) -> None:
     """The trainer applies what it gets and saves at times; a message arrives or is lost; asking heals."""
     job, in_weights, saved = running_job(), [], set()
     for _ in range(200):
@@ -307,12 +311,12 @@ def test_a_job_whose_batches_come_through_succeeds_whatever_is_lost_on_the_way(d
         for step in list(job.open) if arrives else []:
             event = durable(job, step) if step in saved else applied(job, step, in_weights.index(step) + 1)
             job = after(job, event, NOW_S).job
-        if job.has_ended:
+        if job.awaits_verdict:
             break
     else:
         saved |= set(in_weights)
-    if not job.has_ended:  # chance has lost too much: the next answer of the trainer ends it
+    if not job.awaits_verdict:  # chance has lost too much: the next answer of the trainer ends it
         while (step := due(job, WINDOW)) is not None or job.open:
             job = published(job, step) if step is not None else after(job, durable(job, *job.open), NOW_S).job
-    assert job.status == "succeeded"
+    assert job.awaits_verdict
     assert job.durable_tokens == sum(10 * step for step in range(1, 7))
