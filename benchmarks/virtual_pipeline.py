@@ -16,6 +16,7 @@ from torch import Tensor
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.training.microbatches import MicrobatchRunner
+from services.stage_worker.training.preferences import Reference
 from shared.messages.training import Microbatch
 from shared.model.attention import PackedSegments
 from shared.model.stage import Stage
@@ -44,7 +45,9 @@ class VirtualStage:
     is_busy: bool = False
 
     def __post_init__(self) -> None:
-        self.runner = MicrobatchRunner(self.stage, self.weights, torch.device("cpu"))
+        self.runner = MicrobatchRunner(
+            self.stage, self.weights, torch.device("cpu"), reference=Reference(dict)
+        )
 
 
 class VirtualPipeline:

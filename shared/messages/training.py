@@ -35,13 +35,15 @@ class Microbatch(Message):
     count: int
     """Microbatches in the batch; a stage's gradients are complete after the last one's backward."""
     lengths: Annotated[tuple[PositiveInt, ...], Meta(min_length=1)]
-    """Tokens of each example; their sum is the number of rows T."""
+    """Tokens of each sequence; their sum is the number of rows T."""
     label_rows: tuple[int, ...]
     """Rows in 0..T-1 whose next token counts in the loss."""
     labels: tuple[int, ...]
     """The next token of each of `label_rows`."""
     loss_weight: NonNegativeFloat
-    """1 / (labels in the whole batch): the loss is the batch's mean over labels."""
+    """1 / (labels in the whole batch): the loss is the batch's mean over labels. Or 1 / (its preferences)."""
+    beta: PositiveFloat | None = None
+    """Given where the sequences are preferences: pairs of answers to one input, the preferred one first."""
     backward_after_all: bool = False
     """The last stage runs no backward of the batch before all its forwards (GPipe)."""
     offload: bool = False
@@ -53,6 +55,8 @@ class Microbatch(Message):
             raise ValueError(f"microbatch {self.index} of {self.count}")
         if len(self.labels) != len(self.label_rows):
             raise ValueError(f"{len(self.labels)} labels for {len(self.label_rows)} rows")
+        if self.beta is not None and len(self.lengths) % 2:
+            raise ValueError(f"{len(self.lengths)} sequences are no pairs")
 
 
 class MicrobatchForward(Message):
@@ -62,6 +66,17 @@ class MicrobatchForward(Message):
     tokens: tuple[int, ...] = ()
     hidden: TensorRef | None = None
     """[T, hidden_size]."""
+    reference: TensorRef | None = None
+    """[T, hidden_size]: with preferences, the activations of the model as it was given."""
+
+    def __post_init__(self) -> None:
+        is_wanted = self.hidden is not None and self.microbatch.beta is not None
+        if is_wanted != (self.reference is not None):
+            raise ValueError("activations of the reference come with those of preferences, and only there")
+
+    @property
+    def tensors(self) -> tuple[TensorRef, ...]:
+        return tuple(each for each in (self.hidden, self.reference) if each is not None)
 
 
 class MicrobatchBackward(Message):
@@ -125,7 +140,7 @@ class GradientsReady(Event, tag="gradients"):
     """Sum of the squares of this stage's gradients, a tied embedding's on the first stage only; not finite
     when one of them is not."""
     loss: float = 0.0
-    """Mean loss of the batch per label, in nats; of the last stage alone."""
+    """Mean loss of the batch per label, or per preference, in nats; of the last stage alone."""
 
 
 class StepDone(Event, tag="step"):
@@ -164,7 +179,7 @@ class BatchStepped(Event, tag="stepped"):
     batch_id: str
     version: int
     loss: float
-    """Mean of the batch per label, before the step, in nats."""
+    """Mean of the batch per label, or per preference, before the step, in nats."""
 
 
 class TrainingFailed(Event, tag="failed"):
@@ -291,7 +306,7 @@ class BatchApplied(Event, tag="applied"):
     version: int
     """The version of the node's weights, with the batch in them."""
     loss: float
-    """Mean over the batch's labels, before its step, in nats."""
+    """Mean over the batch's labels, or its preferences, before its step, in nats."""
     num_tokens: int
 
 

@@ -42,6 +42,7 @@ from shared.messages.training import (
 from shared.messages.weights import RollBackWeights
 from shared.subjects import BATCHES, PLACE, ROLLBACK
 from shared.telemetry import NoTelemetry
+from shared.tensors.ref import TensorRef
 from tests.support.meetings import MeetingExecutor, Meetings
 from tests.support.plain import State
 from tests.support.training import Batch, named
@@ -323,8 +324,10 @@ class _NotingExecutor(MeetingExecutor):
         super().__init__(settings, instance, meetings, local)
         self._note = note
 
-    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
-        output = await super().forward(microbatch, rows)
+    async def forward(
+        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+    ) -> ForwardOutput:
+        output = await super().forward(microbatch, rows, reference)
         self._note(microbatch, output.version)
         return output
 

@@ -32,8 +32,10 @@ class RecordingExecutor(TorchExecutor):
         self._stage_number = settings.stage
         self._recorded = recorded
 
-    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
-        output = await super().forward(microbatch, rows)
+    async def forward(
+        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+    ) -> ForwardOutput:
+        output = await super().forward(microbatch, rows, reference)
         self._recorded.versions[self._stage_number, microbatch.batch_id, microbatch.index] = output.version
         return output
 

@@ -142,11 +142,14 @@ class EmulatedExecutor:
         )
         return IterationOutput(None, told)
 
-    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
+    async def forward(
+        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+    ) -> ForwardOutput:
         """Raises MemoryError when what the backward will need does not fit."""
         self._check_room(microbatch)
-        version = self._version
-        forward_s = self._times.forward_s(work_of_microbatch(microbatch)) + self._offload_s(microbatch)
+        version, is_compared = self._version, microbatch.beta is not None
+        forward_s = (1 + is_compared) * self._times.forward_s(work_of_microbatch(microbatch))
+        forward_s += self._offload_s(microbatch)
         if self._is_last and not microbatch.backward_after_all:
             await self._hold(forward_s + self._backward_s(microbatch))
             return ForwardOutput(version, loss=self._loss(microbatch), gradient=self._inputs_gradient)
@@ -154,7 +157,7 @@ class EmulatedExecutor:
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         if self._is_last:
             return ForwardOutput(version, loss=self._loss(microbatch))
-        return ForwardOutput(version, hidden=NO_TENSOR)
+        return ForwardOutput(version, hidden=NO_TENSOR, reference=NO_TENSOR if is_compared else None)
 
     async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         """Raises LemixError when the microbatch is not in flight here."""
@@ -301,5 +304,7 @@ class EmulatedExecutor:
 
     def _loss(self, microbatch: Microbatch) -> float:
         """The microbatch's share of a mean loss that falls from that of a guess towards 0."""
-        share = len(microbatch.labels) * microbatch.loss_weight
-        return share * math.log(self._vocab_size) / (1 + self._version / 100)
+        num_guesses, num_choices = len(microbatch.labels), self._vocab_size
+        if microbatch.beta is not None:
+            num_guesses, num_choices = len(microbatch.lengths) // 2, 2
+        return num_guesses * microbatch.loss_weight * math.log(num_choices) / (1 + self._version / 100)

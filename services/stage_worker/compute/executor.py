@@ -62,12 +62,14 @@ class IterationOutput:
 class ForwardOutput:
     """The output of a microbatch's forward.
 
-    hidden: activations for the next stage. loss: of the last stage, which goes backward at once unless the
+    hidden: activations for the next stage. reference: with preferences, those of the model as it was given.
+    loss: of the last stage, which goes backward at once unless the
     microbatch says `backward_after_all`. gradient: of that backward (None when S = 1).
     """
 
     version: int
     hidden: TensorRef | None = None
+    reference: TensorRef | None = None
     loss: float | None = None
     gradient: TensorRef | None = None
 
@@ -143,7 +145,11 @@ class Executor(Protocol[Snapshot, Copied]):
         """
         ...
 
-    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput: ...
+    async def forward(
+        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+    ) -> ForwardOutput:
+        """`reference`: with preferences, what the stage before has made of the model as it was given."""
+        ...
 
     async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         """Gradient of the stage's inputs, None at stage 0. `gradient`: of its outputs, None at the last."""

@@ -43,8 +43,9 @@ def weight_bytes(stage: Stage, dtype: torch.dtype) -> int:
 def training_bytes(stage: Stage, dtype: torch.dtype, settings: StageWorkerSettings) -> int:
     """Bytes that a step needs at most beside the weights, and those of activations in flight."""
     num_trained = sum(tensor.numel() for tensor in stage.trainable_tensors().values())
-    # Beside the moments: a microbatch's own gradients, and the copy of the weights that forwards use.
-    copies = 2 + _NUM_KEPT_VERSIONS
+    # Beside the moments: a microbatch's own gradients, the copy of the weights that forwards use, and the
+    # reference of preferences.
+    copies = 3 + _NUM_KEPT_VERSIONS
     learning = num_trained * (_LEARNING_BYTES + copies * dtype.itemsize)
     layers = stage.layers
     per_token = ACTIVATION_BYTES * stage.hidden_size * layers.num_layers

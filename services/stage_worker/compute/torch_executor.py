@@ -42,6 +42,7 @@ from services.stage_worker.training.optimizers import OptimizerSettings
 from services.stage_worker.training.outer import without_outer
 from services.stage_worker.training.peers import Peers
 from services.stage_worker.training.precision import chosen_dtype
+from services.stage_worker.training.preferences import Reference
 from services.stage_worker.training.replica import Copied, Replica
 from shared import checkpoints
 from shared.checkpoints import Checkpoint
@@ -165,8 +166,10 @@ class TorchExecutor:
     ) -> IterationOutput:
         return await self._run(self._iteration, chunks, rows, version, states)
 
-    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
-        return await self._run_until_done(self._forward, microbatch, rows)
+    async def forward(
+        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+    ) -> ForwardOutput:
+        return await self._run_until_done(self._forward, microbatch, rows, reference)
 
     async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         return await self._run_until_done(self._backward, batch_id, index, gradient)
@@ -290,7 +293,11 @@ class TorchExecutor:
         cache = self._cache(stage)
         iterations = IterationRunner(stage, cache, weights, self._dtype)
         microbatches = MicrobatchRunner(
-            stage, weights, self._device, checkpointing=settings.activation_checkpointing
+            stage,
+            weights,
+            self._device,
+            reference=Reference(self._tensors_before_training),
+            checkpointing=settings.activation_checkpointing,
         )
         packed = enable_fast_inference(stage)
         packed.prepare()
@@ -406,19 +413,27 @@ class TorchExecutor:
         outputs = loaded.iterations.run(chunks, inputs, (), version)
         return IterationOutput(self._handoff.put(layers.stage + 1, outputs))
 
-    def _forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
-        loaded, inputs = self._loaded, self._inputs(rows, sum(microbatch.lengths))
-        if not isinstance(inputs, Tensor):
-            inputs = torch.tensor(inputs, dtype=torch.int64, device=self._device)
-        layers = loaded.stage.layers
+    def _forward(self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None) -> ForwardOutput:
+        loaded, layers = self._loaded, self._loaded.stage.layers
+        inputs = self._microbatch_inputs(microbatch, rows)
+        given = inputs if reference is None else self._microbatch_inputs(microbatch, reference)
         self._check_tokens(microbatch.labels)
-        version, outputs = loaded.microbatches.forward(microbatch, inputs)
+        has_pairs = microbatch.beta is not None
+        of_reference = loaded.microbatches.reference(microbatch, given) if has_pairs else None
+        version, outputs = loaded.microbatches.forward(microbatch, inputs, of_reference)
         if not layers.is_last:
             sent = self._handoff.put(layers.stage + 1, outputs)
-            return ForwardOutput(version, hidden=sent)
+            with_it = None if of_reference is None else self._handoff.put(layers.stage + 1, of_reference)
+            return ForwardOutput(version, hidden=sent, reference=with_it)
         turns = not microbatch.backward_after_all
         gradient = self._backward(microbatch.batch_id, microbatch.index, None) if turns else None
         return ForwardOutput(version, loss=outputs.item(), gradient=gradient)
+
+    def _microbatch_inputs(self, microbatch: Microbatch, rows: Rows) -> Tensor:
+        inputs = self._inputs(rows, sum(microbatch.lengths))
+        if isinstance(inputs, Tensor):
+            return inputs
+        return torch.tensor(inputs, dtype=torch.int64, device=self._device)
 
     def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         of_outputs = None if gradient is None else self._handoff.take(gradient)
@@ -496,6 +511,11 @@ class TorchExecutor:
             return read_adapter(stage, checkpoint) if checkpoint else initial_adapter(stage)
         folder = checkpoint or self._base
         return load_stage(folder, stage.layers, device=self._settings.device).named_tensors()
+
+    def _tensors_before_training(self) -> dict[str, Tensor]:
+        """As the stage computes with them."""
+        given = self._trainable_tensors(None)
+        return {name: tensor.detach().to(self._device, self._dtype) for name, tensor in given.items()}
 
     def _snapshot(self) -> Future[files.Snapshot]:
         """Tensors are copied while other calls go on, but for those that change the weights."""

@@ -128,7 +128,7 @@ class Merging:
         await self._training.gradients_ready(order.fence, _name(order), squared_norm)
 
     def _in_training(self, order: ReduceGradients, work: Callable[[], Awaitable[None]]) -> None:
-        self._training.enqueue(WorkKind.STEP, Item(order.fence, _name(order), None, work))
+        self._training.enqueue(WorkKind.STEP, Item(order.fence, _name(order), (), work))
 
 
 def _name(order: ReduceGradients) -> str:

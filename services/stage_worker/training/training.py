@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,11 +44,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Work for a batch, and the tensor that came with it."""
+    """Work for a batch, and the tensors that came with it."""
 
     fence: int
     batch_id: str
-    tensor: TensorRef | None
+    tensors: Sequence[TensorRef]
     work: Callable[[], Awaitable[None]]
 
 
@@ -129,24 +129,24 @@ class Training:
 
     def _enter(self, message: MicrobatchForward) -> None:
         microbatch = message.microbatch
-        item = Item(microbatch.fence, microbatch.batch_id, message.hidden, partial(self._forward, message))
+        item = Item(microbatch.fence, microbatch.batch_id, message.tensors, partial(self._forward, message))
         self.enqueue(WorkKind.TRAINING_FORWARD, item)
 
     async def _on_backward(self, incoming: Incoming[MicrobatchBackward]) -> None:
         message = incoming.message
         work = partial(self._backward, message.batch_id, message.index, message.gradient)
-        self.enqueue(WorkKind.BACKWARD, Item(message.fence, message.batch_id, message.gradient, work))
+        self.enqueue(WorkKind.BACKWARD, Item(message.fence, message.batch_id, (message.gradient,), work))
 
     async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
         message = incoming.message
-        item = Item(message.fence, message.batch_id, message.gradient, partial(self._take_tied, message))
+        item = Item(message.fence, message.batch_id, (message.gradient,), partial(self._take_tied, message))
         self.enqueue(WorkKind.STEP, item)
 
     async def _on_step(self, incoming: Incoming[StepOrder]) -> None:
         self._order(incoming.message)
 
     def _order(self, order: StepOrder) -> None:
-        item = Item(order.fence, order.batch_id, None, partial(self._step, order))
+        item = Item(order.fence, order.batch_id, (), partial(self._step, order))
         self.enqueue(WorkKind.STEP, item)
 
     def enqueue(self, kind: WorkKind, item: Item) -> None:
@@ -155,10 +155,10 @@ class Training:
         self._queue.put(kind, partial(self._guarded if is_current else self._ignore, item))
 
     async def _ignore(self, item: Item) -> None:
-        """Drop an item of another fence; its tensor's slot in a peer's arena must come free again."""
+        """Drop an item of another fence; its tensors' slots in a peer's arena must come free again."""
         log.info("%s of fence %d ignored in fence %d", item.batch_id, item.fence, self.fence)
-        if item.tensor is not None:
-            await self._executor.discard(item.tensor)
+        for tensor in item.tensors:
+            await self._executor.discard(tensor)
 
     async def _guarded(self, item: Item) -> None:
         """A batch that fails is told of, loudly, and the node is restored; serving goes on."""
@@ -181,10 +181,13 @@ class Training:
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         span = self._microbatch_span("stage.training_forward", microbatch)
         with self._progress.doing(microbatch_op("forward", microbatch)):
-            output = await self._executor.forward(microbatch, message.hidden or message.tokens)
+            rows = message.hidden or message.tokens
+            output = await self._executor.forward(microbatch, rows, message.reference)
         span.end()
         if output.hidden is not None:
-            passed_on = MicrobatchForward(microbatch=microbatch, hidden=output.hidden)
+            passed_on = MicrobatchForward(
+                microbatch=microbatch, hidden=output.hidden, reference=output.reference
+            )
             following = subjects.FORWARD.at(node=self._settings.node, stage=self._settings.stage + 1)
             await self._bus.publish(following, passed_on, traceparent=microbatch.traceparent)
         await self._leader.left(microbatch)
@@ -203,7 +206,7 @@ class Training:
         if len(held) == microbatch.count:
             for each in self._held.pop(microbatch.batch_id):
                 turn = partial(self._backward, each.batch_id, each.index, None)
-                self.enqueue(WorkKind.BACKWARD, Item(each.fence, each.batch_id, None, turn))
+                self.enqueue(WorkKind.BACKWARD, Item(each.fence, each.batch_id, (), turn))
 
     async def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> None:
         microbatch = self._in_flight[batch_id, index]

@@ -90,8 +90,6 @@ class Intake:
         return encoded
 
     def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch:
-        if body.beta_of_preferences is not None:
-            raise InvalidBatchError("preferences cannot be trained on yet")
         return TrainingBatch(
             batch_id=batch_id,
             sequence=message.sequence,

@@ -210,6 +210,7 @@ class ActionRunner:
                 label_rows=rows.label_rows,
                 labels=rows.labels,
                 loss_weight=pending.batch.loss_weight,
+                beta=pending.batch.beta,
                 backward_after_all=self._settings.schedule == "gpipe",
                 offload=pending.offload,
                 traceparent=pending.traceparent,

@@ -11,7 +11,14 @@ from shared.errors import MalformedMessageError
 from shared.messages.base import Message
 from shared.messages.cluster import LinkOffer
 from shared.messages.inference import CancelTask, InferenceTask, Sampling
-from shared.messages.training import BatchesAsked, BatchStepped, Microbatch, StageReport, StepAhead
+from shared.messages.training import (
+    BatchesAsked,
+    BatchStepped,
+    Microbatch,
+    MicrobatchForward,
+    StageReport,
+    StepAhead,
+)
 from shared.subjects import RequestTopic, Topic
 
 MICROBATCH = {
@@ -24,6 +31,8 @@ MICROBATCH = {
     "labels": [7],
     "loss_weight": 1.0,
 }
+PAIR = MICROBATCH | {"lengths": [2, 2], "label_rows": [0, 2], "labels": [7, 8], "beta": 0.1}
+HIDDEN = {"carrier": "inline", "shape": [4, 1], "dtype": "float32", "size_bytes": 16}
 TASK = {"task_id": "t", "gateway": "g", "prompt": [1], "sampling": {"max_tokens": 1}, "timeout_s": 1}
 OFFER = {"stage": 0, "instance": "i", "carrier": "shm", "place": "/x", "slot_bytes": 8, "num_slots": 1}
 
@@ -70,6 +79,11 @@ def test_what_was_packed_is_read_again_with_numbers_and_lists_as_their_types_say
         (Microbatch, MICROBATCH | {"lengths": []}, "length >= 1"),
         (Microbatch, MICROBATCH | {"index": 1}, "Microbatch: microbatch 1 of 1"),
         (Microbatch, MICROBATCH | {"labels": [1, 2]}, "Microbatch: 2 labels for 1 rows"),
+        (Microbatch, MICROBATCH | {"beta": 0.1}, "Microbatch: 1 sequences are no pairs"),
+        (Microbatch, MICROBATCH | {"beta": 0.0}, r"> 0.0 - at `\$.beta`"),
+        (MicrobatchForward, {"microbatch": PAIR, "hidden": HIDDEN}, "activations of the reference come with"),
+        (MicrobatchForward, {"microbatch": MICROBATCH, "reference": HIDDEN}, "and only there"),
+        (MicrobatchForward, {"microbatch": PAIR, "tokens": [1, 2], "reference": HIDDEN}, "and only there"),
         (StageReport, {"node": 0, "stage": 0, "fence": 0, "event": {"kind": "x"}}, "Invalid value 'x'"),
     ],
 )
@@ -102,6 +116,15 @@ def test_whatever_bytes_arrive_are_a_message_or_are_refused(kind: type[Message],
     except MalformedMessageError:
         return
     assert isinstance(message, kind)
+
+
+@pytest.mark.parametrize("rows", [{"tokens": [1, 2, 3, 4]}, {"hidden": HIDDEN, "reference": HIDDEN}])
+def test_a_microbatch_of_preferences_travels_with_its_reference_from_the_second_stage_on(
+    rows: dict[str, Any],
+) -> None:
+    forward = MicrobatchForward.unpack(msgpack.packb({"microbatch": PAIR, **rows}))
+    assert MicrobatchForward.unpack(forward.pack()) == forward
+    assert len(forward.tensors) == (0 if "tokens" in rows else 2)
 
 
 def test_what_is_made_here_must_be_consistent_too() -> None:

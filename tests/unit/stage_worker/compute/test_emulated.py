@@ -111,6 +111,14 @@ def microbatch(index: int = 0) -> Microbatch:
     )
 
 
+async def test_preferences_take_a_forward_more_and_begin_with_a_loss_of_chance() -> None:
+    clock, pairs = Clock(), structs.replace(microbatch(), beta=0.1, loss_weight=1.0)
+    output = await executor(clock, 0).forward(pairs, (1, 2, 3, 4, 5))
+    assert (output.hidden, output.reference, clock.s) == (NO_TENSOR, NO_TENSOR, 5.0 + 5.0)
+    last = await executor(Clock(), 1).forward(pairs, NO_TENSOR, NO_TENSOR)
+    assert last.loss == pytest.approx(math.log(2))
+
+
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 

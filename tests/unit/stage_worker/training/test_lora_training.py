@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.stage_worker.training.optimizers import OptimizerSettings
+from services.stage_worker.training.preferences import Reference
 from shared.messages.training import MicrobatchForward
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.lora import ALL_LINEAR, LoraSettings, adapter_config, add_adapter, in_adapter_names
@@ -47,7 +48,7 @@ class Pipeline:
             add_adapter(stage, LORA)
         self.weights = [StageWeights(stage, OPTIMIZER, version=0) for stage in self.stages]
         self._runners = [
-            MicrobatchRunner(stage, weights, CPU, checkpointing=checkpointing)
+            MicrobatchRunner(stage, weights, CPU, reference=Reference(dict), checkpointing=checkpointing)
             for stage, weights in zip(self.stages, self.weights, strict=True)
         ]
 

@@ -10,6 +10,7 @@ from torch.profiler import profile
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.stage_worker.training.optimizers import OptimizerSettings
+from services.stage_worker.training.preferences import Reference
 from shared.messages.training import Microbatch
 from shared.model.loader import load_stage, model_partition, read_config
 from tests.support.models import save_tiny_model
@@ -27,7 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runner_of(folder: Path, stage: int, *, checkpointing: bool) -> tuple[MicrobatchRunner, StageWeights]:
     stage_of = load_stage(folder, model_partition(read_config(folder), 2)[stage])
     weights = StageWeights(stage_of, OptimizerSettings(), version=0)
-    return MicrobatchRunner(stage_of, weights, torch.device("cpu"), checkpointing=checkpointing), weights
+    runner = MicrobatchRunner(
+        stage_of, weights, torch.device("cpu"), reference=Reference(dict), checkpointing=checkpointing
+    )
+    return runner, weights
 
 
 def microbatch(batch_id: str, lengths: tuple[int, ...] = LENGTHS, **changes: bool) -> Microbatch:

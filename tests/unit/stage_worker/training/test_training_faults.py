@@ -9,6 +9,7 @@ import torch
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.stage_worker.training.optimizers import OptimizerSettings
+from services.stage_worker.training.preferences import Reference
 from services.stage_worker.training.training import _failure
 from shared.errors import CarrierError, LemixError, StaleTensorError
 from shared.messages.training import Microbatch
@@ -42,7 +43,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients_norm(tmp_path: Path) -
     stage = load_stage(tmp_path, layers)
     next(iter(stage.named_tensors().values())).detach().fill_(float("nan"))
     weights = StageWeights(stage, OptimizerSettings(), version=0)
-    runner = MicrobatchRunner(stage, weights, torch.device("cpu"))
+    runner = MicrobatchRunner(stage, weights, torch.device("cpu"), reference=Reference(dict))
     microbatch = Microbatch(
         fence=1,
         batch_id="a",
