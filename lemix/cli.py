@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lemix.commands import cluster, keys, lab, train, weights
+from lemix.commands import cluster, keys, lab, lineage, train, weights
 from lemix.printing import Output, ReaderGoneError, say, say_error
 from shared.errors import LemixError
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 for command in (cluster.up, cluster.demo, lab.simulate, lab.study, lab.profile, cluster.status):
     app.command()(command)
+app.command()(lineage.lineage)
 app.add_typer(train.app, name="train")
 app.add_typer(weights.app, name="weights")
 app.add_typer(keys.app, name="keys")

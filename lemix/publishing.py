@@ -1,12 +1,15 @@
 """A file of training batches, or of examples to be cut into batches, to the durable subject."""
 
+import getpass
 import hashlib
 import json
+import os
 import random
+import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic_core import from_json
@@ -15,6 +18,7 @@ from services.trainer.intake.data import check_id, read_body
 from shared.bus.base import Bus, Stored
 from shared.errors import BusError, InvalidBatchError
 from shared.examples import AnyExample, Preference, numbered_lines, read_example
+from shared.messages.lineage import MAX_NAME_CHARACTERS
 from shared.subjects import BATCHES
 
 STANDARD_INPUT = Path("-")
@@ -149,6 +153,31 @@ def _cut(orders: Iterable[Sequence[tuple[int, bytes]]], batch_size: int, salt: s
             ]
             body = b'{"id":%b,"examples":[%b]}' % (json.dumps(batch_id).encode(), examples)
             yield BatchLine(number=lines[start][0], batch_id=batch_id, body=body)
+
+
+def this_person() -> str:
+    """Who runs this, and where: `user@host`."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # in containers, a number may be all that there is
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"[:MAX_NAME_CHARACTERS]
+
+
+def signed(batches: Sequence[BatchLine], producer: str) -> list[BatchLine]:
+    """The batches with their producer; those that name one keep it.
+
+    Raises InvalidBatchError when the name is too long.
+    """
+    if len(producer) > MAX_NAME_CHARACTERS:
+        raise InvalidBatchError(
+            f"--producer has {len(producer)} characters, at most {MAX_NAME_CHARACTERS} are allowed"
+        )
+    head = b'{"producer":%b,' % json.dumps(producer).encode()
+    return [
+        batch if "producer" in from_json(batch.body) else replace(batch, body=head + batch.body[1:])
+        for batch in batches
+    ]
 
 
 async def publish_batches(bus: Bus, batches: Sequence[BatchLine]) -> AsyncIterator[Stored]:

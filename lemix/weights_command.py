@@ -12,7 +12,6 @@ from lemix.export import export_checkpoint
 from lemix.printing import new_table, print_table, say
 from lemix.run_choice import Target
 from shared import checkpoints
-from shared.checkpoints import Checkpoint
 from shared.errors import ConfigurationError, NoResponderError
 from shared.messages.base import Message
 from shared.messages.weights import DurableVersion, DurableVersionsRequest, RollBackWeights
@@ -52,7 +51,7 @@ def run_export(version: int, folder: Path, node: int | None, root: Path, console
     """Copy a durable version out of the run whose checkpoints are in `root`. Raises ConfigurationError."""
     if version == checkpoints.GIVEN_VERSION:
         raise ConfigurationError("version 0 is the model as it was given to the run: it needs no export")
-    checkpoint = _find(root, version, node)
+    checkpoint = checkpoints.find(root, version, node)
     export_checkpoint(checkpoint, folder)
     say(
         console,
@@ -100,19 +99,3 @@ async def _ask(target: Target, subject: RequestSubject[M, R], message: M, timeou
             return await bus.request(subject, message, timeout_s=timeout_s)
         except NoResponderError:
             raise NoResponderError("NATS answers, but no trainer is connected to it") from None
-
-
-def _find(root: Path, version: int, node: int | None) -> Checkpoint:
-    """Find the checkpoint. Raises ConfigurationError without one, or with several and no `node`."""
-    every = [each for number in checkpoints.nodes(root) for each in checkpoints.checkpoints(root, number)]
-    found = [
-        each for each in every if each.manifest.version == version and node in (None, each.manifest.node)
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        nodes = ", ".join(str(each.manifest.node) for each in found)
-        raise ConfigurationError(f"nodes {nodes} each have a version {version}: choose one with --node")
-    there = ", ".join(f"{each.manifest.version} (node {each.manifest.node})" for each in every) or "none"
-    of_node = "" if node is None else f" of node {node}"
-    raise ConfigurationError(f"no durable version {version}{of_node} in {root}; there are: {there}")

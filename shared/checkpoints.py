@@ -7,6 +7,7 @@
                                 lemix.json                         the manifest, written last
                   rolled-back-step-00000032/                       a version that was gone back from
                   rollback.json                                    only while that happens
+           lineage.jsonl                                           what versions contain: shared/lineage.py
 
 Where an adapter is trained, `adapter_model.safetensors` and `adapter_config.json` stand in the place of the
 model's weights, index and config; `peft.PeftModel.from_pretrained` reads them beside the model.
@@ -66,6 +67,8 @@ class Manifest(Document):
     """Ids of the newest batches that these weights contain, oldest first."""
     discarded_batch_ids: tuple[str, ...] = ()
     """Ids of batches that a rollback has taken out of the weights, oldest first."""
+    lineage_entry: int | None = None
+    """The place of what the lineage file tells of these weights; None: it tells nothing of them."""
     held_out_loss: float | None = None
     """Mean loss per label on held-out examples, in nats; None: not measured."""
     samples_loss: float | None = None
@@ -174,6 +177,26 @@ def newer_folders(root: Path, node: int, version: int) -> list[Path]:
 def latest(root: Path, node: int) -> Checkpoint | None:
     """The newest whole checkpoint of `node`."""
     return next(iter(checkpoints(root, node)), None)
+
+
+def find(root: Path, version: int, node: int | None) -> Checkpoint:
+    """The checkpoint of that version.
+
+    Raises ConfigurationError without one, or with several and no `node`: nodes that train apart have
+    different ones under the same number.
+    """
+    every = [each for number in nodes(root) for each in checkpoints(root, number)]
+    found = [
+        each for each in every if each.manifest.version == version and node in (None, each.manifest.node)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = ", ".join(str(each.manifest.node) for each in found)
+        raise ConfigurationError(f"nodes {several} each have a version {version}: choose one with --node")
+    there = ", ".join(f"{each.manifest.version} (node {each.manifest.node})" for each in every) or "none"
+    of_node = "" if node is None else f" of node {node}"
+    raise ConfigurationError(f"no durable version {version}{of_node} in {root}; there are: {there}")
 
 
 def nodes_like(root: Path, node: int, *, merge: str) -> list[int]:

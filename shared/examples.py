@@ -191,11 +191,11 @@ def read_example(line: bytes) -> AnyExample:
         raise InvalidBatchError(first_fault(error, kind_at=0)) from error
 
 
-def first_fault(error: ValidationError, *, kind_at: int) -> str:
+def first_fault(error: ValidationError, *, kind_at: int | None) -> str:
     """Where in the JSON the first fault is, and what it is.
 
     The place of a fault within an example also has pydantic's name for its kind, which is no key of the
-    JSON; `kind_at` says where.
+    JSON; `kind_at` says where, None that there is none.
     """
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = [str(part) for position, part in enumerate(fault["loc"]) if position != kind_at]

@@ -25,6 +25,12 @@ from shared.messages.inference import (
     TaskFailed,
     TokensProduced,
 )
+from shared.messages.lineage import (
+    LineageEntry,
+    LineageEntryRequest,
+    LineageRequest,
+    VersionLineage,
+)
 from shared.messages.training import (
     BatchesAsked,
     BatchesNow,
@@ -173,6 +179,15 @@ DURABLE_VERSIONS = RequestTopic(
 )
 ROLLBACK = RequestTopic(
     "lemix.weights.rollback", RollBackWeights, RolledBack, "anyone -> trainer: go back to an older version"
+)
+LINEAGE = RequestTopic(
+    "lemix.weights.lineage", LineageRequest, VersionLineage, "anyone -> trainer: what a version has learnt"
+)
+LINEAGE_ENTRY = RequestTopic(
+    "lemix.weights.lineage.entry",
+    LineageEntryRequest,
+    LineageEntry,
+    "anyone -> trainer: what was learnt before that",
 )
 KEEP = RequestTopic(
     "lemix.node.{node}.stage.{stage}.keep", KeepVersion, Done, "trainer -> stage: keep these, to serve them"

@@ -38,6 +38,13 @@ def publish(
     again: Annotated[
         bool, typer.Option("--again", help="Train it again, although it was trained or rolled back before.")
     ] = False,
+    producer: Annotated[
+        str | None,
+        typer.Option(
+            help="Who publishes it, for `lemix lineage`; a batch may name its own.",
+            show_default="user@host",
+        ),
+    ] = None,
     nats_url: NatsUrl = None,
     runs_dir: RunsDir = Path("runs"),
     name: RunName = None,
@@ -48,11 +55,12 @@ def publish(
     judged it yet.
     """
     from lemix.publish_command import run_publish
-    from lemix.publishing import read_batches
+    from lemix.publishing import read_batches, signed, this_person
     from lemix.running import run_command
 
     salt = secrets.token_hex(4) if again else ""
     batches = read_batches(file, batch_size, epochs=epochs, salt=salt)
+    batches = signed(batches, this_person() if producer is None else producer)
     target = find_running(nats_url, runs_dir, name)
     if run_command(run_publish(batches, target, Output(), follows=follow)) is False:
         raise typer.Exit(NOT_SERVED)

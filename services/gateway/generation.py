@@ -13,6 +13,7 @@ from typing import NamedTuple
 from msgspec import structs
 from opentelemetry.trace import SpanKind
 
+from services.gateway.access.keys import Key
 from services.gateway.access.meter import Meter
 from services.gateway.cluster_client import Arrival, SequenceSpec
 from services.gateway.context import GatewayContext
@@ -39,6 +40,8 @@ class Caller:
     traceparent: str = ""
     meter: Meter | None = None
     """The meter of the key that asked; None: there are no keys."""
+    key: Key | None = None
+    """That key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,16 @@ from shared.clock import Clock
 from shared.disk import on_disk
 from shared.encoding import ExampleEncoder
 from shared.model_files import resolve
-from shared.subjects import DURABLE_VERSIONS, HEARTBEAT, NODE_WEIGHTS, REPORT, ROLLBACK, TRAIN_STATUS
+from shared.subjects import (
+    DURABLE_VERSIONS,
+    HEARTBEAT,
+    LINEAGE,
+    LINEAGE_ENTRY,
+    NODE_WEIGHTS,
+    REPORT,
+    ROLLBACK,
+    TRAIN_STATUS,
+)
 from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -206,6 +215,8 @@ class Trainer:
             await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat),
             await self._bus.subscribe(REPORT.at(), nodes.on_report),
             await self._bus.respond(DURABLE_VERSIONS.at(), requests.list_versions),
+            await self._bus.respond(LINEAGE.at(), requests.show_lineage),
+            await self._bus.respond(LINEAGE_ENTRY.at(), requests.show_lineage_entry),
             await self._bus.respond(ROLLBACK.at(), requests.roll_back),
             await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
         ]

@@ -126,6 +126,7 @@ def trained(name: str, seed: int, kills: Sequence[Kill] = ()) -> Iterator[tuple[
         assume(cluster.num_killed or not kills)
         assert cluster.rejected() == []
         assert sorted(found.manifest.recent_batch_ids) == sorted(IDS), "each batch once"
+        cluster.assert_lineage(found)
         yield cluster, found
 
 

@@ -94,6 +94,8 @@ def learnt(
     with tempfile.TemporaryDirectory() as run_dir:
         cluster = train(schedule, merge, seed, kills, Path(run_dir), goes_back=goes_back)
         durable = cluster.durable()
+        for checkpoint in durable:
+            cluster.assert_lineage(checkpoint)
         saved = {name.partition(":")[2]: tensor for name, tensor in tensors_of(durable[-1]).items()}
         stage_of = stage_of_tensors(durable[-1].folder)
     assert cluster.rejected() == []

@@ -15,9 +15,18 @@ from shared import checkpoints
 from shared.bus.base import Incoming
 from shared.errors import RefusedError
 from shared.messages.inference import InferenceTask, SequenceResult, TokenLogprob, TokensProduced
+from shared.messages.lineage import LineageEntryRequest, LineageRequest
 from shared.messages.training import BatchesAsked, BatchRejected
 from shared.messages.weights import DurableVersion, DurableVersionsRequest, RollBackWeights, RolledBack
-from shared.subjects import ASSIGN, DURABLE_VERSIONS, ROLLBACK, TOKENS, TRAIN_STATUS
+from shared.subjects import (
+    ASSIGN,
+    DURABLE_VERSIONS,
+    LINEAGE,
+    LINEAGE_ENTRY,
+    ROLLBACK,
+    TOKENS,
+    TRAIN_STATUS,
+)
 from tests.integration.test_trainer_service import DEADLINE_S, Cluster, Killed, stop
 from tests.support.waiting import until
 
@@ -38,6 +47,17 @@ async def listed(cluster: Cluster) -> tuple[DurableVersion, ...]:
     return (
         await cluster.bus.request(DURABLE_VERSIONS.at(), DurableVersionsRequest(), timeout_s=DEADLINE_S)
     ).versions
+
+
+async def lineage(cluster: Cluster, version: int) -> list[str]:
+    """The batches that the version has learnt, as the trainer tells."""
+    found = await cluster.bus.request(LINEAGE.at(), LineageRequest(version=version), timeout_s=DEADLINE_S)
+    entries = [found.newest]
+    while (place := entries[-1].older) is not None:
+        asked = LineageEntryRequest(place=place)
+        entries.append(await cluster.bus.request(LINEAGE_ENTRY.at(), asked, timeout_s=DEADLINE_S))
+    assert entries[-1].num_before == 0
+    return [batch.id for entry in reversed(entries) for batch in entry.batches]
 
 
 async def rejections(cluster: Cluster) -> dict[str, str]:
@@ -81,14 +101,16 @@ async def test_batches_of_newer_versions_are_discarded_and_training_goes_on(clus
     assert [each.version for each in await listed(cluster)] == [1, 0]
     await cluster.publish("b")
     await train(cluster, "d")
-    assert cluster.durable() == ["a", "d"]
+    assert cluster.durable() == await lineage(cluster, 2) == ["a", "d"]
     await stop(trainer)
 
     trainer = await cluster.trainer(keep_checkpoints=9)
     assert await rejections(cluster) == {"b": DISCARDED, "c": DISCARDED}
     await cluster.publish("c")
     await train(cluster, "e")
-    assert cluster.durable() == ["a", "d", "e"]
+    assert cluster.durable() == await lineage(cluster, 3) == ["a", "d", "e"]
+    with pytest.raises(RefusedError, match="no durable version 4"):
+        await lineage(cluster, 4)
     await cluster.news.until(lambda: len(set(cluster.acked)) == 7)
     await stop(trainer)
 

@@ -1,6 +1,7 @@
 """Nodes of real stages and a real trainer in virtual time, whose parts die in the middle of a message."""
 
 import asyncio
+import hashlib
 import json
 import random
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lemix.lineage_command import read_lineage
 from lemix.simulation.loop import VirtualClock
 from services.stage_worker.compute.executor import ForwardOutput, Rows
 from services.stage_worker.compute.local_stages import LocalStages
@@ -168,6 +170,15 @@ class MortalCluster:
 
     def rejected(self) -> list[bytes]:
         return [body for body, _ in self._broker.streams["LEMIX_REJECTED"].messages]
+
+    def assert_lineage(self, found: Checkpoint) -> None:
+        """The lineage file tells of all batches of a checkpoint, in their order, as they were published."""
+        told = read_lineage(self.run_dir / "checkpoints", found.manifest.version, found.manifest.node)
+        published = (body for body, _ in self._broker.streams[TRAIN_STREAM.name].messages)
+        hashes = {json.loads(body)["id"]: hashlib.sha256(body).hexdigest() for body in published}
+        expected = [(batch_id, hashes[batch_id]) for batch_id in found.manifest.recent_batch_ids]
+        assert told.num_unknown == 0
+        assert [(batch.id, batch.sha256) for batch in told.batches] == expected
 
     def durable(self) -> list[Checkpoint]:
         """The checkpoints of all nodes, oldest first."""

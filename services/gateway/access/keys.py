@@ -12,6 +12,9 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 SECRET_BYTES = 32
 """Random bytes of a secret."""
 
+MAX_LABEL_NAME = 64
+"""Characters of a key's name that its label has."""
+
 _PREFIX = "sk-lemix-"
 
 _OPEN = ("/health", "/docs", "/openapi.json")
@@ -43,6 +46,11 @@ class Key(BaseModel):
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
     """Tokens of prompts and completions together. None: no limit."""
+
+    @property
+    def label(self) -> str:
+        """How people know it; as short as a producer's name must be."""
+        return f"{self.name[:MAX_LABEL_NAME]} ({self.id})"
 
     def allows(self, scope: Scope) -> bool:
         """Whether the key may do what needs `scope`; an admin may do everything."""

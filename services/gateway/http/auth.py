@@ -17,7 +17,7 @@ from shared.clock import Clock
 
 
 class Gate:
-    """A middleware. It tells routes the meter of the key, and each answer what the key has left."""
+    """A middleware. It tells routes the key and its meter, and each answer what the key has left."""
 
     def __init__(self, app: ASGIApp, *, settings: GatewaySettings, ring: KeyRing, clock: Clock) -> None:
         self._app = app
@@ -36,8 +36,9 @@ class Gate:
             self._check_neighbour(headers)
             await self._app(scope, receive, send)
             return
-        meter = self._meter(_key_for(needed, headers, keys))
-        scope.setdefault("state", {}).update({"meter": meter, ANSWER_HEADERS: meter.headers})
+        key = _key_for(needed, headers, keys)
+        meter = self._meter(key)
+        scope.setdefault("state", {}).update({"key": key, "meter": meter, ANSWER_HEADERS: meter.headers})
         meter.count_request()
         await self._app(scope, receive, send)
 
@@ -69,8 +70,9 @@ def _route_of(scope: Scope) -> str:
 
 def caller_of(request: Request) -> Caller:
     """On whose behalf a request is answered."""
-    meter = request.scope.get("state", {}).get("meter")
-    return Caller(traceparent=request.headers.get("traceparent", ""), meter=meter)
+    state = request.scope.get("state", {})
+    traceparent = request.headers.get("traceparent", "")
+    return Caller(traceparent=traceparent, meter=state.get("meter"), key=state.get("key"))
 
 
 def _key_for(needed: KeyScope, headers: Headers, keys: Keys) -> Key:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from services.gateway.access.keys import Key
 from services.gateway.http.errors import ApiError
 from services.gateway.jobs.book import JobBook
 from services.gateway.jobs.files import FileDeleted, FileLimits, FileStore
@@ -82,8 +83,8 @@ class FineTuning:
         """A request has its first tokens."""
         self._runner.first_tokens(answered)
 
-    async def create(self, request: JobRequest) -> FineTuningJob:
-        """A new job. Raises ApiError when it cannot be taken."""
+    async def create(self, request: JobRequest, key: Key | None) -> FineTuningJob:
+        """A new job that `key` asks for. Raises ApiError when it cannot be taken."""
         if request.model != self._model:
             message = f"the model {request.model!r} does not exist"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -101,6 +102,7 @@ class FineTuning:
                 hyperparameters=request.chosen_hyperparameters,
                 seed=self._ids.seed() & MAX_SEED if request.seed is None else request.seed,
                 metadata=request.metadata,
+                asked_by=key.label if key else "",
             )
         )
         try:

@@ -107,6 +107,8 @@ class Job(_Frozen):
     hyperparameters: Hyperparameters
     seed: int
     metadata: dict[str, str] | None = None
+    asked_by: str = ""
+    """The API key that asked for it, as people know it; empty: there were no keys."""
     status: Status = "validating_files"
     started_at: int | None = None
     finished_at: int | None = None
@@ -178,6 +180,11 @@ class Job(_Frozen):
         """Nodes that compute on the job's batches."""
         placed = (self.open[number].node for number in self.unapplied)
         return {node for node in placed if node is not None}
+
+    @property
+    def producer(self) -> str:
+        """Whom the lineage of weights names for the job's batches."""
+        return f"{self.id}, key {self.asked_by}" if self.asked_by else self.id
 
     def batch_id(self, step: int) -> str:
         """The id of the step's batch: the same at every publication, so that it is applied once."""

@@ -15,7 +15,7 @@ from shared.examples import numbered_lines, read_example
 
 MAX_FAULTS_SHOWN = 10
 MAX_FAULT_CHARACTERS = 300
-ENVELOPE_BYTES = 512
+ENVELOPE_BYTES = 1024
 """More than a batch has around its examples, headers of its message included."""
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class TrainingFile:
         """The body of a step's batch, and its number of tokens."""
         places = examples_of(job, step)
         multiplier = job.hyperparameters.learning_rate_multiplier
-        head = json.dumps({"id": job.batch_id(step), "learning_rate_multiplier": multiplier})
+        about = {"id": job.batch_id(step), "learning_rate_multiplier": multiplier, "producer": job.producer}
+        head = json.dumps(about, ensure_ascii=False)
         examples = b",".join(self.lines[place] for place in places)
         body = head[:-1].encode() + b',"examples":[' + examples + b"]}"
         return body, sum(self.num_tokens[place] for place in places)

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Request
 from pydantic import ConfigDict, Field
 
+from services.gateway.http.auth import caller_of
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.jobs.job import Job, matches
 from services.gateway.jobs.objects import FineTuningJob, JobCheckpoint, JobEvent
@@ -56,9 +57,9 @@ def add_jobs(app: FastAPI, fine_tuning: FineTuning) -> None:
 
 def _add_jobs(app: FastAPI, fine_tuning: FineTuning) -> None:
     @app.post("/v1/fine_tuning/jobs")
-    async def create_job(asked: JobRequest) -> FineTuningJob:
+    async def create_job(asked: JobRequest, request: Request) -> FineTuningJob:
         asked.check_method()
-        return await fine_tuning.create(asked)
+        return await fine_tuning.create(asked, caller_of(request).key)
 
     @app.get("/v1/fine_tuning/jobs/{job_id}")
     async def show_job(job_id: str) -> FineTuningJob:

@@ -120,17 +120,19 @@ class Checkpointing:
     async def write(self, node: NodeTraining, action: WriteCheckpoint) -> None:
         """Make the shards of all stages a checkpoint, and remove what is too old."""
         folder = self._files.temporary(node.node, action.version, node.fence)
-        manifest = self._manifest(node.node, action)
+        manifest, learnt = self._manifest(node.node, action), self._book.learnt_by(node.node, action.version)
         failure = ""
         try:
-            checkpoint = await on_disk(partial(self._files.finish, folder, manifest, action.shards.values()))
+            finish = partial(self._files.finish, folder, manifest, action.shards.values(), learnt)
+            checkpoint = await on_disk(finish)
         except OSError as error:
             failure = str(error)
         else:
             await self._verdicts.write(node.node)
             self._newest.add(checkpoint)
             saved = self._book.saved_by(node.node, action.version)
-            self._acknowledge(self._book.make_durable(node.node, action.version))
+            entry = checkpoint.manifest.lineage_entry
+            self._acknowledge(self._book.make_durable(node.node, action.version, entry=entry))
             self._progress.tell_durable(saved, node.node, action.version)
         self._run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
         if not node.is_rolling_back:  # which may need the oldest of them

@@ -16,12 +16,13 @@ from services.trainer.checkpoints.adapter_file import join_adapter
 from services.trainer.checkpoints.manifests import Verdict
 from services.trainer.checkpoints.retention import Retention
 from services.trainer.settings import TrainFrom
-from shared import checkpoints
+from shared import checkpoints, lineage
 from shared.bus.base import StreamState
 from shared.checkpoints import Checkpoint, Manifest
 from shared.disk import make_folder, replace_file, sync
 from shared.documents import Document
 from shared.errors import ConfigurationError
+from shared.messages.lineage import LearntBatch
 from shared.messages.training import AdapterKind, ShardSaved
 from shared.model.index import write_index
 
@@ -128,8 +129,17 @@ class CheckpointFiles:
             shutil.rmtree(old, ignore_errors=True)
         make_folder(folder)
 
-    def finish(self, folder: Path, manifest: Manifest, shards: Iterable[ShardSaved]) -> Checkpoint:
-        """Make the stages' shards in `folder` the node's newest durable checkpoint."""
+    def finish(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shards: Iterable[ShardSaved],
+        learnt: Sequence[LearntBatch] = (),
+    ) -> Checkpoint:
+        """Make the stages' shards in `folder` the node's newest durable checkpoint.
+
+        `learnt`: the batches that it contains beyond the one before, whose lineage `manifest` still names.
+        """
         shards = list(shards)
         digests = {name: digest for shard in shards for name, digest in shard.sha256_by_file.items()}
         _check_shards(folder, digests)
@@ -142,7 +152,11 @@ class CheckpointFiles:
         digests |= {
             path.name: checkpoints.sha256_of(path) for path in folder.iterdir() if path.name not in digests
         }
-        manifest = manifest.model_copy(update={"adapter": adapter, "sha256_by_file": digests})
+        num_before, older = manifest.version - len(learnt), manifest.lineage_entry
+        entry = lineage.append(self._root, learnt, num_before=num_before, older=older)
+        manifest = manifest.model_copy(
+            update={"adapter": adapter, "sha256_by_file": digests, "lineage_entry": entry}
+        )
         checkpoints.write(folder, manifest)
         final = folder.with_name(checkpoints.checkpoint_name(manifest.version))
         if checkpoints.read(final):

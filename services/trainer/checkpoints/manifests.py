@@ -121,6 +121,7 @@ def lineage_of(manifest: Manifest) -> Lineage:
         durable_version=manifest.version,
         sequences=frozenset(manifest.sequences),
         recent_ids=dict.fromkeys(manifest.recent_batch_ids),
+        entry=manifest.lineage_entry,
     )
 
 
@@ -137,7 +138,10 @@ def manifest_of(
     may_serve: bool = True,
     wall_s: float,
 ) -> Manifest:
-    """The manifest of a checkpoint of the node at `version`, without its files."""
+    """The manifest of a checkpoint of the node at `version`, without its files.
+
+    Its lineage is still that of the checkpoint before.
+    """
     durable = ledger.make_durable(node, version)
     lineage = durable.lineage(node)
     return Manifest(
@@ -154,6 +158,7 @@ def manifest_of(
         rejected=tuple(sorted(durable.skipped)),
         recent_batch_ids=tuple(lineage.recent_ids),
         discarded_batch_ids=tuple(durable.discarded_ids),
+        lineage_entry=ledger.lineage(node).entry,
         sha256_by_file={},
         created_wall_s=wall_s,
     )

@@ -1,4 +1,6 @@
-"""Answers people's requests about weights: which durable versions there are, and to go back to one."""
+"""Answers people's requests about weights: which durable versions there are, what they have learnt, and to go
+back to one.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,11 +9,12 @@ from pathlib import Path
 
 from services.trainer.checkpoints.rollbacks import Rollbacks
 from services.trainer.nodes.stage_listener import Nodes
-from shared import checkpoints
+from shared import checkpoints, lineage
 from shared.bus.base import Incoming
 from shared.checkpoints import Checkpoint
 from shared.disk import on_disk
-from shared.errors import RefusedError
+from shared.errors import ConfigurationError, RefusedError
+from shared.messages.lineage import LineageEntry, LineageEntryRequest, LineageRequest, VersionLineage
 from shared.messages.weights import DurableVersions, DurableVersionsRequest, RollBackWeights, RolledBack
 
 
@@ -37,6 +40,24 @@ class WeightsRequests:
         served = {number: version for number, version in of_all.items() if version is not None}
         versions = await on_disk(partial(checkpoints.durable_versions, self._root, served))
         return DurableVersions(versions=tuple(versions))
+
+    async def show_lineage(self, incoming: Incoming[LineageRequest]) -> VersionLineage:
+        """Raises RefusedError (404) when there is no such version, or several nodes each have one."""
+        return await on_disk(partial(self._lineage, incoming.message))
+
+    def _lineage(self, asked: LineageRequest) -> VersionLineage:
+        try:
+            manifest = checkpoints.find(self._root, asked.version, asked.node).manifest
+            return VersionLineage(node=manifest.node, newest=lineage.newest_entry(self._root, manifest))
+        except ConfigurationError as error:
+            raise RefusedError(str(error), code=404) from error
+
+    async def show_lineage_entry(self, incoming: Incoming[LineageEntryRequest]) -> LineageEntry:
+        """Raises RefusedError (404) when there is none at that place."""
+        try:
+            return await on_disk(partial(lineage.read_entry, self._root, incoming.message.place))
+        except ConfigurationError as error:
+            raise RefusedError(str(error), code=404) from error
 
     async def roll_back(self, incoming: Incoming[RollBackWeights]) -> RolledBack:
         """Roll back.

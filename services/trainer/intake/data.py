@@ -1,10 +1,10 @@
 """The body of a training batch as publishers send it: JSON or MessagePack, one shape."""
 
 from codecs import BOM_UTF8
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import from_json
 
 from shared.errors import InvalidBatchError
@@ -18,10 +18,24 @@ from shared.examples import (
     Strict,
     first_fault,
 )
+from shared.messages.lineage import MAX_NAME_CHARACTERS, MAX_SOURCES
 
 MAX_ID_CHARACTERS = 256
 OWN_ID_PREFIX = "seq-"
 """Prefix of the ids that batches without one are given."""
+
+
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARACTERS)]
+
+
+class Source(Strict):
+    """Where an example comes from, for the lineage of what learns it."""
+
+    id: Name
+    producer: Name = ""
+    """Who has written it; empty: not told."""
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+    """Digest of the example, in hex."""
 
 
 class BatchBody(Strict):
@@ -37,6 +51,10 @@ class BatchBody(Strict):
     """The trainer's learning rate times this is the batch's."""
     beta: float | None = Field(default=None, gt=0, le=MAX_BETA, allow_inf_nan=False)
     """For preferences: how closely the weights are held to the model as it was given; None: DEFAULT_BETA."""
+    producer: Name = ""
+    """Who publishes it; empty: not told."""
+    sources: list[Source] = Field(default_factory=list, max_length=MAX_SOURCES)
+    """One for each of the examples, in their order; empty: not told."""
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Self:
@@ -48,6 +66,12 @@ class BatchBody(Strict):
             )
         if self.beta is not None and not kinds[0]:
             raise ValueError("beta is for preferences, and these examples are none")
+        return self
+
+    @model_validator(mode="after")
+    def _names_each_source(self) -> Self:
+        if self.sources and len(self.sources) != len(self.examples):
+            raise ValueError(f"sources: {len(self.sources)} for {len(self.examples)} examples")
         return self
 
     @property
@@ -101,5 +125,6 @@ def _unpack_map(body: bytes) -> dict[str, Any]:
 
 def _described(error: ValidationError) -> str:
     """Describe a fault. The kind of an example follows `examples` and its number."""
-    fault = first_fault(error, kind_at=2)
-    return fault if error.errors()[0]["loc"] else f"the body: {fault}"
+    place = error.errors()[0]["loc"]
+    fault = first_fault(error, kind_at=2 if place[:1] == ("examples",) else None)
+    return fault if place else f"the body: {fault}"

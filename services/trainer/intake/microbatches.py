@@ -1,10 +1,12 @@
 """A batch cut into microbatches: flat rows, as stages take them."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from shared.encoding import LabelledTokens
+from shared.messages.lineage import ExampleSource, LearntBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,20 @@ class TrainingBatch:
     learning_rate_multiplier: float = 1.0
     beta: float | None = None
     """For preferences; None: there are none in it."""
+    producer: str = ""
+    """Who has published it, as it says; empty: not told."""
+    sources: tuple[ExampleSource, ...] = ()
+    """Where its examples come from, as it says; empty: not told."""
+
+    def as_learnt(self) -> LearntBatch:
+        """The batch as the lineage of weights tells of it."""
+        return LearntBatch(
+            id=self.batch_id,
+            sequence=self.sequence,
+            producer=self.producer,
+            sha256=hashlib.sha256(self.body).hexdigest(),
+            sources=self.sources,
+        )
 
     @property
     def loss_weight(self) -> float:

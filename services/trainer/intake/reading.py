@@ -19,6 +19,7 @@ from shared.bus.base import StreamMessage
 from shared.clock import Clock
 from shared.encoding import ExampleEncoder, LabelledTokens
 from shared.errors import InvalidBatchError
+from shared.messages.lineage import ExampleSource
 from shared.messages.training import RejectedBatch
 from shared.model_files import name_of, read_card
 
@@ -97,4 +98,6 @@ class Intake:
             body=message.body,
             learning_rate_multiplier=body.learning_rate_multiplier,
             beta=body.beta_of_preferences,
+            producer=body.producer,
+            sources=tuple(ExampleSource(**source.model_dump()) for source in body.sources),
         )

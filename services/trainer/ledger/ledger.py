@@ -26,6 +26,8 @@ class Lineage:
     """Sequences above the watermark in that checkpoint."""
     recent_ids: Mapping[str, None] = field(default_factory=dict)
     """Ids in that checkpoint, oldest first: a set that keeps its order."""
+    entry: int | None = None
+    """The newest entry of that checkpoint in the lineage file; None: there is none."""
     applied: tuple[str, ...] = ()
     """Batches applied since then, in order."""
 
@@ -147,28 +149,30 @@ class Ledger:
         newest = max(self.lineages.values(), key=attrgetter("durable_version"), default=Lineage())
         return self._with(node, replace(newest, applied=()))
 
-    def make_durable(self, node: int, version: int) -> Self:
+    def make_durable(self, node: int, version: int, *, entry: int | None = None) -> Self:
         """Note that a durable checkpoint of the node contains its first `version` steps.
 
-        It is one of every node whose weights consist of the same steps.
+        It is one of every node whose weights consist of the same steps. `entry`: its newest one in the
+        lineage file.
         """
         lineage = self.lineage(node)
         num_saved = version - lineage.durable_version
         assert 0 <= num_saved <= len(lineage.applied)
         saved = lineage.applied[:num_saved]
         lineages = {
-            other: self._grown(each, saved) if each.begins_like(lineage, num_saved) else each
+            other: self._grown(each, saved, entry) if each.begins_like(lineage, num_saved) else each
             for other, each in {**self.lineages, node: lineage}.items()
         }
         pending = {batch_id: each for batch_id, each in self.pending.items() if batch_id not in saved}
         return replace(self, lineages=lineages, pending=pending)._pruned()
 
-    def _grown(self, lineage: Lineage, saved: tuple[str, ...]) -> Lineage:
+    def _grown(self, lineage: Lineage, saved: tuple[str, ...], entry: int | None) -> Lineage:
         ids = [*lineage.recent_ids, *saved][-MAX_RECENT_IDS:]
         return Lineage(
             durable_version=lineage.durable_version + len(saved),
             sequences=lineage.sequences | {self.pending[batch_id] for batch_id in saved},
             recent_ids=dict.fromkeys(ids),
+            entry=entry,
             applied=lineage.applied[len(saved) :],
         )
 
@@ -191,7 +195,7 @@ class Ledger:
         applied = self.applied_by(nodes)
         ids = [*(each for lineage in lineages for each in lineage.recent_ids), *applied]
         discarded = [*self.discarded_ids, *(each for each in ids if each not in target.recent_ids)]
-        older = Lineage(target.durable_version, sequences & target.sequences, target.recent_ids)
+        older = replace(target, sequences=sequences & target.sequences, applied=())
         done = {self.pending[batch_id] for batch_id in applied} | (sequences - target.sequences)
         return replace(
             self,

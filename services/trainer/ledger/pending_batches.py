@@ -9,6 +9,7 @@ from opentelemetry.trace import Span
 from services.trainer.intake.microbatches import TrainingBatch
 from services.trainer.intake.reading import id_of
 from services.trainer.ledger.ledger import Ledger, Lineage
+from shared.messages.lineage import LearntBatch
 from shared.messages.training import BatchApplied
 from shared.telemetry import Attributes, Telemetry, traceparent_of
 
@@ -134,10 +135,17 @@ class BatchBook:
         lineage = self.ledger.lineage(node)
         return lineage.applied[: version - lineage.durable_version]
 
-    def make_durable(self, node: int, version: int) -> list[Ack]:
-        """Note a durable checkpoint of the node with `version` steps; returns the messages to acknowledge."""
+    def learnt_by(self, node: int, version: int) -> list[LearntBatch]:
+        """The same batches, as the lineage file tells of them."""
+        return [self.pending[batch_id].batch.as_learnt() for batch_id in self.saved_by(node, version)]
+
+    def make_durable(self, node: int, version: int, *, entry: int | None) -> list[Ack]:
+        """Note a durable checkpoint of the node with `version` steps; returns the messages to acknowledge.
+
+        `entry`: its newest one in the lineage file.
+        """
         before = self.ledger.pending
-        self.ledger = self.ledger.make_durable(node, version)
+        self.ledger = self.ledger.make_durable(node, version, entry=entry)
         saved = [batch_id for batch_id in before if batch_id not in self.ledger.pending]
         return [ack for batch_id in saved for ack in self.pending.pop(batch_id).acks]
 

@@ -12,7 +12,14 @@ from shared.errors import BusError
 from tests.unit.lemix.test_run_folder import described
 
 BATCH = '{"id": "a", "examples": [{"text": "one"}]}\n'
-ASKING = ["status", "train publish batches.jsonl", "train rejected", "weights list", "weights rollback 0"]
+ASKING = [
+    "status",
+    "train publish batches.jsonl",
+    "train rejected",
+    "weights list",
+    "weights rollback 0",
+    "lineage 7",
+]
 """Commands that speak to a run."""
 EXPORT = "weights export 7 exported"
 """Reads the files of a run."""

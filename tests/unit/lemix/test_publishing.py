@@ -10,7 +10,7 @@ import pytest
 
 from lemix.demo_data import DemoData
 from lemix.publish_command import outcome
-from lemix.publishing import BatchLine, batches_in, publish_batches, read_batches
+from lemix.publishing import BatchLine, batches_in, publish_batches, read_batches, signed, this_person
 from services.trainer.intake.data import MAX_ID_CHARACTERS, read_body
 from shared.bus.base import Stored
 from shared.clock import SystemClock
@@ -110,6 +110,22 @@ def test_what_was_published_before_can_be_under_new_ids() -> None:
         assert [
             json.loads(each.body)["id"] for each in batches_in(content, size, epochs=2, salt="new")
         ] == again
+
+
+def test_batches_are_signed_and_those_that_name_a_producer_keep_it() -> None:
+    named = b'{"id":"b","producer":"the sensor","examples":[{"text":"a"}]}'
+    batches = batches_in(BATCH + b"\n" + named, None)
+    first, second = signed(batches, 'ann "the\n1st"')
+    assert second == batches[1]
+    read, before = read_body(first.body), read_body(batches[0].body)
+    assert read == before.model_copy(update={"producer": 'ann "the\n1st"'})
+    assert (first.number, first.batch_id) == (1, "a")
+
+
+def test_who_publishes_has_a_name_that_batches_may_have() -> None:
+    assert read_body(signed(batches_in(BATCH, None), this_person())[0].body).producer == this_person()
+    with pytest.raises(InvalidBatchError, match="--producer has 129 characters, at most 128"):
+        signed(batches_in(BATCH, None), "x" * 129)
 
 
 def test_every_epoch_has_all_examples_in_an_order_and_under_ids_of_its_own() -> None:

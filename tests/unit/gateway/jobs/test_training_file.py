@@ -109,6 +109,6 @@ def test_a_batch_is_what_the_trainer_reads() -> None:
 
 def test_batches_are_checked_by_their_longest_lines() -> None:
     file = TrainingFile((b"x" * 1000, b"x" * 10, b"x" * 1000), (1, 1, 1))
-    file.check_batches(batch_size=2, max_bytes=2002 + 512)
+    file.check_batches(batch_size=2, max_bytes=2002 + 1024)
     with pytest.raises(InvalidFileError, match="2 longest lines have 2002 bytes"):
-        file.check_batches(batch_size=2, max_bytes=2001 + 512)
+        file.check_batches(batch_size=2, max_bytes=2001 + 1024)

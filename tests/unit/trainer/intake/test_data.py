@@ -89,6 +89,18 @@ def test_the_id_may_be_left_out_and_json_may_begin_with_space() -> None:
             b'{"examples": [{"text": "a"}], "beta": 0.1}',
             "beta is for preferences, and these examples are none",
         ),
+        (
+            b'{"examples": [{"text": "a"}], "producer": "%b"}' % (b"x" * 129),
+            "producer: String should have at most 128 characters",
+        ),
+        (
+            to_json({"examples": [{"text": "a"}] * 2, "sources": [{"id": "1", "sha256": "0" * 64}]}),
+            "the body: sources: 1 for 2 examples",
+        ),
+        (
+            b'{"examples": [{"text": "a"}], "sources": [{"id": "1", "sha256": "0"}]}',
+            "sources.0.sha256: String should match pattern",
+        ),
         (msgpack.packb({"examples": [{"text": b"a"}]}), "examples.0.text: Input should be a valid str"),
         (
             json.dumps({"examples": [{"text": "a"}] * (MAX_EXAMPLES + 1)}).encode(),

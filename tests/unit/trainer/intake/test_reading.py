@@ -1,5 +1,6 @@
 """A message becomes a batch, or the reason why not: nothing that it says ends the trainer."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
 from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder
+from shared.messages.lineage import ExampleSource, LearntBatch
 from shared.messages.training import RejectedBatch
 from shared.settings import EMBEDDED_MODEL
 
@@ -77,3 +79,21 @@ def test_an_unexpected_error_rejects_the_batch(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ExampleEncoder, "encode", broken)
     reason = "RecursionError: too deep"
     assert prepared(BODY) == RejectedBatch.of(BODY, batch_id="seq-7", sequence=7, reason=reason)
+
+
+def test_the_lineage_of_weights_tells_who_has_published_a_batch_and_its_hash() -> None:
+    source = {"id": "feedback-1", "producer": "ann", "sha256": "1" * 64}
+    examples = [{"token_ids": [1, 2, 3]}]
+    body = json.dumps({"id": "b", "producer": "bob", "examples": examples, "sources": [source]}).encode()
+    batch = prepared(body)
+    assert isinstance(batch, TrainingBatch)
+    assert batch.as_learnt() == LearntBatch(
+        id="b",
+        sequence=7,
+        producer="bob",
+        sha256=hashlib.sha256(body).hexdigest(),
+        sources=(ExampleSource(**source),),
+    )
+    unsigned = prepared(BODY)
+    assert isinstance(unsigned, TrainingBatch)
+    assert (unsigned.as_learnt().producer, unsigned.as_learnt().sources) == ("", ())

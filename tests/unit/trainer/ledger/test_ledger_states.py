@@ -26,6 +26,8 @@ class Batches(RuleBasedStateMachine):
         """Every id that was ever accepted."""
         self.skipped: set[str] = set()
         self.discarded: set[str] = set()
+        self.lineage_file: list[tuple[int | None, tuple[str, ...]]] = []
+        """The place of the entry before, and batches."""
         self.applied: dict[int, list[str]] = {node: [] for node in NODES}
         """Since the node's newest checkpoint."""
 
@@ -48,7 +50,18 @@ class Batches(RuleBasedStateMachine):
         return [batch_id for batch_id in self.ledger.pending if batch_id not in held]
 
     def manifest(self, node: int, version: int) -> Manifest:
-        return manifest_of(self.ledger, node, version, num_stages=1, model="m", stream="s", wall_s=0.0)
+        """With the batches that it is the first to contain in a new entry of the lineage file."""
+        lineage = self.ledger.lineage(node)
+        made = manifest_of(self.ledger, node, version, num_stages=1, model="m", stream="s", wall_s=0.0)
+        self.lineage_file.append((made.lineage_entry, lineage.applied[: version - lineage.durable_version]))
+        return made.model_copy(update={"lineage_entry": len(self.lineage_file) - 1})
+
+    def told(self, entry: int | None) -> list[str]:
+        """The batches that the lineage file tells of, back from that entry."""
+        if entry is None:
+            return []
+        older, batch_ids = self.lineage_file[entry]
+        return [*self.told(older), *batch_ids]
 
     def restart(self, newest: Iterable[Manifest]) -> None:
         """The trainer starts from the disk; what was skipped and not written there may come again."""
@@ -100,7 +113,7 @@ class Batches(RuleBasedStateMachine):
     def the_ledger_says_the_same(self) -> None:
         for node in filter(self.trains, NODES):
             lineage = self.ledger.lineage(node)
-            assert list(lineage.recent_ids) == self.durable(node)
+            assert list(lineage.recent_ids) == self.durable(node) == self.told(lineage.entry)
             assert list(lineage.applied) == self.applied[node]
             assert lineage.version == len(self.durable(node)) + len(self.applied[node])
         done = {each for each in self.fed if each not in self.ledger.pending}
@@ -135,11 +148,12 @@ class Apart(Batches):
         num_saved = max(0, len(self.applied[node]) - num_left)
         saved, self.applied[node] = self.applied[node][:num_saved], self.applied[node][num_saved:]
         version = len(self.durable(node)) + num_saved
-        self.disk[node].append((self.manifest(node, version), self.durable(node) + saved))
+        manifest = self.manifest(node, version)
+        self.disk[node].append((manifest, self.durable(node) + saved))
         if dies:
             self.crash()
         else:
-            self.ledger = self.ledger.make_durable(node, version)
+            self.ledger = self.ledger.make_durable(node, version, entry=manifest.lineage_entry)
 
     @precondition(lambda self: any(self.disk.values()))
     @rule(data=st.data(), dies=st.booleans())
@@ -219,7 +233,7 @@ class Merged(Batches):
         if dies:
             self.crash()
             return
-        self.ledger = self.ledger.make_durable(leader, version)
+        self.ledger = self.ledger.make_durable(leader, version, entry=manifest.lineage_entry)
         self.num_shared -= num_saved
         for node in self.joined:
             self.applied[node] = self.applied[node][num_saved:]
