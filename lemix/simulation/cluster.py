@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
 from services.stage_worker.compute.emulated import EmulatedDevice, EmulatedExecutor
+from services.stage_worker.compute.executor import Executor
 from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
 from services.trainer.intake.reading import Intake
@@ -98,6 +99,15 @@ def devices_of(options: SimulationOptions) -> Devices:
     )
 
 
+Compute = Callable[[EmulatedExecutor, StageWorkerSettings, str], Executor[Any, Any]]
+"""(what takes a stage's time, the stage's settings, its instance) -> the stage's executor."""
+
+
+def nothing(timed: EmulatedExecutor, settings: StageWorkerSettings, instance: str) -> EmulatedExecutor:
+    """Compute nothing: only take the time."""
+    return timed
+
+
 class SimulatedCluster:
     """All services of a cluster but the gateway; made by `running_cluster`."""
 
@@ -109,10 +119,12 @@ class SimulatedCluster:
         group: asyncio.TaskGroup,
         folder: Path,
         observe: Observer | None,
+        compute: Compute,
     ) -> None:
         rng = random.Random(options.seed)
         self._options = options
         self._devices = devices
+        self._compute = compute
         self._group = group
         self._policy_rng = random.Random(rng.random())
         self._clock = VirtualClock(asyncio.get_running_loop())
@@ -253,9 +265,9 @@ class SimulatedCluster:
 
     def _executor(
         self, settings: StageWorkerSettings, instance: str, device: EmulatedDevice
-    ) -> EmulatedExecutor:
+    ) -> Executor[Any, Any]:
         profile = self._devices.profile
-        return EmulatedExecutor(
+        timed = EmulatedExecutor(
             settings,
             instance,
             times=self._devices.times[settings.stage],
@@ -266,6 +278,7 @@ class SimulatedCluster:
             clock=self._clock,
             device=device,
         )
+        return self._compute(timed, settings, instance)
 
     async def _known_done(self, end_s: float) -> None:
         """Return when a stage knows that its device was done at `end_s`."""
@@ -274,14 +287,18 @@ class SimulatedCluster:
 
 @asynccontextmanager
 async def running_cluster(
-    options: SimulationOptions, *, devices: Devices, observe: Observer | None = None
+    options: SimulationOptions,
+    *,
+    devices: Devices,
+    observe: Observer | None = None,
+    compute: Compute = nothing,
 ) -> AsyncIterator[SimulatedCluster]:
     """A cluster that is ready to serve and to train. Raises the first error that ends one of its services."""
     with TemporaryDirectory(prefix="lemix-simulation-") as folder:
         try:
             async with asyncio.TaskGroup() as group:
                 cluster = SimulatedCluster(
-                    options, devices, group=group, folder=Path(folder), observe=observe
+                    options, devices, group=group, folder=Path(folder), observe=observe, compute=compute
                 )
                 await cluster.begin()
                 yield cluster
@@ -298,7 +315,7 @@ def first_of(error: BaseException) -> BaseException:
 
 
 @asynccontextmanager
-async def simulated_cluster(options: SimulationOptions) -> AsyncIterator[World]:
+async def simulated_cluster(options: SimulationOptions, compute: Compute = nothing) -> AsyncIterator[World]:
     """The world of a cluster that is ready to serve and to train."""
-    async with running_cluster(options, devices=devices_of(options)) as cluster:
+    async with running_cluster(options, devices=devices_of(options), compute=compute) as cluster:
         yield cluster.world

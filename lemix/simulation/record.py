@@ -20,7 +20,8 @@ DIGITS = 9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """A request and what became of it. By sequence: `lengths`, `nodes`, `token_times_s`."""
+    """A request and what became of it. By sequence: `lengths`, `nodes`, `token_times_s`, `versions`,
+    `losses`."""
 
     arrived_s: float
     lengths: tuple[int, ...]
@@ -30,6 +31,11 @@ class RequestRecord:
     """Where each sequence ran; None when it was never placed."""
     token_times_s: tuple[tuple[float, ...], ...]
     """When each token reached the gateway."""
+    versions: tuple[int | None, ...] = ()
+    """The weights version that answered last; None: none did."""
+    losses: tuple[float | None, ...] = ()
+    """Mean over the prompt's tokens but the first, in nats, by the weights that served it; None: it was not
+    scored, or not to its end."""
     error: str = ""
     """Why there is no full answer; empty when there is one."""
 

@@ -2,7 +2,7 @@
 
 import random
 
-from lemix.simulation.cluster import SimulationOptions, simulated_cluster
+from lemix.simulation.cluster import Compute, SimulationOptions, nothing, simulated_cluster
 from lemix.simulation.drive import DriveOptions, drive
 from lemix.simulation.loop import run_virtual
 from lemix.simulation.metrics import RunMetrics, metrics_of
@@ -17,8 +17,16 @@ def simulate(options: SimulationOptions, workload: WorkloadOptions) -> tuple[Run
 
     Raises ConfigurationError naming the option that is wrong.
     """
-    record = run_virtual(_drive(options, planned(workload, options.seed)))
+    record = simulated(options, planned(workload, options.seed))
     return record, metrics_of(record, slo_s=slo_s(options))
+
+
+def simulated(options: SimulationOptions, workload: Workload, compute: Compute = nothing) -> RunRecord:
+    """Run this very workload in virtual time, on devices that also `compute`.
+
+    Raises ConfigurationError naming the option that is wrong.
+    """
+    return run_virtual(_drive(options, workload, compute))
 
 
 def planned(workload: WorkloadOptions, seed: int) -> Workload:
@@ -38,6 +46,6 @@ def drive_options(options: SimulationOptions) -> DriveOptions:
     return DriveOptions(schedule=options.schedule, microbatches=microbatches)
 
 
-async def _drive(options: SimulationOptions, workload: Workload) -> RunRecord:
-    async with simulated_cluster(options) as world:
+async def _drive(options: SimulationOptions, workload: Workload, compute: Compute) -> RunRecord:
+    async with simulated_cluster(options, compute) as world:
         return await drive(world, workload, drive_options(options))

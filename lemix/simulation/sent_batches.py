@@ -1,7 +1,7 @@
 """The training batches of a workload, published at their times and followed until they are applied."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -101,7 +101,7 @@ class SentBatches:
     async def _publish(self, batch: PlannedBatch) -> _Sent:
         batch_id = f"{self._run_id}-{len(self._sent)}"
         sent = self._sent[batch_id] = _Sent(batch, self._now_s())
-        await self._bus.publish_durable(BATCHES, _body(batch_id, batch.lengths), message_id=batch_id)
+        await self._bus.publish_durable(BATCHES, _body(batch_id, batch), message_id=batch_id)
         return sent
 
     async def _until(self, condition: Callable[[], bool]) -> None:
@@ -113,6 +113,6 @@ class SentBatches:
         return self._clock.now_s() - self._began_s
 
 
-def _body(batch_id: str, lengths: Sequence[int]) -> bytes:
-    examples = [{"token_ids": [TOKEN] * length} for length in lengths]
-    return msgspec.msgpack.encode({"id": batch_id, "examples": examples})
+def _body(batch_id: str, batch: PlannedBatch) -> bytes:
+    examples = batch.examples or [(TOKEN,) * length for length in batch.lengths]
+    return msgspec.msgpack.encode({"id": batch_id, "examples": [{"token_ids": each} for each in examples]})

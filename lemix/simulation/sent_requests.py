@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 
 from lemix.simulation.record import RequestRecord
 from lemix.simulation.workload import PlannedRequest
@@ -15,6 +17,17 @@ TOKEN = 1
 """The token that prompts and examples consist of: only their lengths matter."""
 NUM_BEGINNINGS = 97
 """Prompts begin with three tokens below it, no two alike: none finds another in the KV cache."""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """All that has come of one sequence."""
+
+    times_s: list[float] = field(default_factory=list)
+    """When its tokens came, after the beginning."""
+    version: int | None = None
+    logprobs: list[float] = field(default_factory=list)
+    """One for each of the prompt's tokens but the first."""
 
 
 async def send_requests(
@@ -43,10 +56,10 @@ async def _send(
 ) -> RequestRecord:
     arrived_s = clock.now_s() - began_s
     session = gateway.submit(specs)
-    times_s: list[list[float]] = [[] for _ in request.lengths]
+    answers = [_Answer() for _ in request.lengths]
     error = ""
     try:
-        await _collect(session, times_s, began_s)
+        await _collect(session, answers, began_s)
     except LemixError as failure:
         error = str(failure) or type(failure).__name__
     finally:
@@ -56,16 +69,18 @@ async def _send(
         lengths=request.lengths,
         ended_s=clock.now_s() - began_s,
         nodes=session.nodes,
-        token_times_s=tuple(map(tuple, times_s)),
+        token_times_s=tuple(tuple(answer.times_s) for answer in answers),
+        versions=tuple(answer.version for answer in answers),
+        losses=tuple(map(_loss, answers, request.lengths)),
         error=error,
     )
 
 
 def _specs(request: PlannedRequest, numbers: Iterator[int]) -> list[SequenceSpec]:
-    sampling = Sampling(max_tokens=request.max_tokens, temperature=0)
-    return [
-        SequenceSpec(prompt=prompt_of(next(numbers), length), sampling=sampling) for length in request.lengths
-    ]
+    is_scored = bool(request.prompts)
+    prompts = request.prompts or [prompt_of(next(numbers), length) for length in request.lengths]
+    sampling = Sampling(max_tokens=request.max_tokens, temperature=0, num_logprobs=0 if is_scored else None)
+    return [SequenceSpec(prompt=prompt, sampling=sampling, prompt_logprobs=is_scored) for prompt in prompts]
 
 
 def prompt_of(number: int, length: int) -> tuple[int, ...]:
@@ -74,11 +89,19 @@ def prompt_of(number: int, length: int) -> tuple[int, ...]:
     return (*beginning, *(TOKEN,) * (length - 3))[:length]
 
 
-async def _collect(session: Session, times_s: list[list[float]], began_s: float) -> None:
-    """Note when each token comes, until every sequence is finished. Raises what ends the session."""
-    num_running = len(times_s)
+async def _collect(session: Session, answers: Sequence[_Answer], began_s: float) -> None:
+    """Note what comes, and when, until every sequence is finished. Raises what ends the session."""
+    num_running = len(answers)
     while num_running:
         for arrival in await session.next():
-            if arrival.result.token is not None:
-                times_s[arrival.place].append(arrival.at_s - began_s)
-            num_running -= arrival.result.finish is not None
+            answer, result = answers[arrival.place], arrival.result
+            answer.version = arrival.weights_version
+            answer.logprobs += [told.logprob for told in result.prompt if told.logprob is not None]
+            if result.token is not None:
+                answer.times_s.append(arrival.at_s - began_s)
+            num_running -= result.finish is not None
+
+
+def _loss(answer: _Answer, length: int) -> float | None:
+    is_scored = length > 1 and len(answer.logprobs) == length - 1
+    return -fmean(answer.logprobs) if is_scored else None

@@ -152,6 +152,8 @@ class PlannedRequest:
     """Tokens of the prompt of each of its sequences."""
     max_tokens: int
     """Generated for each sequence."""
+    prompts: tuple[tuple[int, ...], ...] = ()
+    """The tokens of each prompt, to be scored by the model. Empty: only their lengths matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,8 @@ class PlannedBatch:
     """Tokens of each example."""
     at_s: float = 0.0
     """After the beginning; not before."""
+    examples: tuple[tuple[int, ...], ...] = ()
+    """The tokens of each. Empty: only their lengths matter."""
 
     @property
     def num_tokens(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from lemix.studies import variations
 from lemix.studies.generation import generation
 from lemix.studies.grid import Study
+from lemix.studies.learning import learning
 from lemix.studies.live import live
 from lemix.studies.main_grid import DATA_PARALLEL, MAIN, SYNCHRONOUS
 from shared.errors import ConfigurationError
@@ -17,6 +18,7 @@ STUDIES: Mapping[str, Callable[..., Study]] = {
     "synchronous": SYNCHRONOUS.study,
     "generation": generation,
     "data-parallel": DATA_PARALLEL.study,
+    "learning": learning,
     "live": live,
 }
 

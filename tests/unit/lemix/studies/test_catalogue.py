@@ -13,7 +13,7 @@ from shared.profiles.profile import profile_named
 
 NAMES = {
     *("main", "heterogeneity", "ablation", "sensitivity"),
-    *("synchronous", "generation", "data-parallel", "live"),
+    *("synchronous", "generation", "data-parallel", "learning", "live"),
 }
 
 

@@ -1,0 +1,21 @@
+"""One run of the learning study: the embedded model learns and serves bulletins, in virtual time."""
+
+from random import Random
+
+from lemix.simulation.computing import embedded_model
+from lemix.simulation.metrics import metrics_of
+from lemix.simulation.run import planned, simulated, slo_s
+from lemix.studies.grid import Cell
+from lemix.studies.learning_metrics import loss_metrics
+from lemix.studies.learning_texts import bulletins, with_texts
+from lemix.studies.rows import Metrics
+from lemix.studies.runs import as_numbers
+
+
+def run_learning(cell: Cell) -> Metrics:
+    """The metrics of a simulated run, and what it learnt."""
+    seed = cell.cluster.seed
+    workload = with_texts(planned(cell.workload, seed), bulletins(), Random(f"texts {seed}"))
+    record = simulated(cell.cluster, workload, embedded_model())
+    metrics = metrics_of(record, slo_s=slo_s(cell.cluster))
+    return {**as_numbers(metrics, cell.workload), **loss_metrics(record.requests)}
