@@ -103,9 +103,11 @@ class ComputingExecutor(TorchExecutor):
         await self._timed.iteration(chunks, rows, None, states)
         return output
 
-    async def forward(self, microbatch: Microbatch, rows: Rows) -> ForwardOutput:
-        output = await super().forward(microbatch, rows)
-        await self._timed.forward(microbatch, rows)
+    async def forward(
+        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+    ) -> ForwardOutput:
+        output = await super().forward(microbatch, rows, reference)
+        await self._timed.forward(microbatch, rows, reference)
         return output
 
     async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
