@@ -14,22 +14,29 @@ This file puts them together.
 
 import asyncio
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 
+from services.trainer.checkpoints.checkpointing import Checkpointing
 from services.trainer.checkpoints.files import CONFIG_FILE, MODEL_FILES, CheckpointFiles
 from services.trainer.checkpoints.manifests import all_apart, ledger_of, only_newest
 from services.trainer.checkpoints.newest import NewestCheckpoints
 from services.trainer.checkpoints.retention import Retention
+from services.trainer.checkpoints.rollbacks import Rollbacks
+from services.trainer.checkpoints.verdicts import Verdicts
 from services.trainer.checkpoints.weights_requests import WeightsRequests
 from services.trainer.defaults import training_line, with_defaults
 from services.trainer.intake.batch_flow import BatchFlow
 from services.trainer.intake.reading import Intake
+from services.trainer.ledger.fates import BatchFates
 from services.trainer.ledger.pending_batches import BatchBook
+from services.trainer.ledger.progress import Progress
+from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.nodes.runner import ActionRunner
 from services.trainer.nodes.stage_listener import Nodes
+from services.trainer.nodes.stage_orders import StageOrders
 from services.trainer.outbox import Outbox
 from services.trainer.publication.evaluator import Evaluator, GuardExamples
 from services.trainer.publication.held_out import read_held_out
@@ -37,7 +44,7 @@ from services.trainer.publication.openings import openings
 from services.trainer.publication.samples import Samples
 from services.trainer.publication.samples_file import read_samples, write_samples
 from services.trainer.settings import OF_TRAINING, TrainerSettings
-from services.trainer.sharing.runner import Merging
+from services.trainer.sharing.runner import Sharing
 from services.trainer.streams import REJECTED_STREAM, TRAIN_STREAM
 from shared import checkpoints
 from shared.bus.base import Bus, Subscription
@@ -58,6 +65,16 @@ from shared.subjects import (
 from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The parts that others speak to."""
+
+    fates: BatchFates
+    rollbacks: Rollbacks
+    actions: ActionRunner
+    nodes: Nodes
 
 
 class Trainer:
@@ -109,6 +126,7 @@ class Trainer:
         begun_after = await on_disk(
             partial(self._files.begun_after, stream, self._settings.train_from, has_checkpoints=bool(found))
         )
+        newest = NewestCheckpoints(found, shares_weights=self._settings.shares_weights)
         book = BatchBook(ledger_of(found.values(), begun_after=begun_after))
         read = partial(read_samples, self._files.root, model=self._settings.model)
         samples = await on_disk(read) if self._examples.openings else None
@@ -122,28 +140,78 @@ class Trainer:
                 outbox=outbox,
                 keep=lambda written: tasks.create_task(self._keep_samples(written)),
             )
-            actions = ActionRunner(
-                self._settings,
-                bus=self._bus,
-                clock=self._clock,
-                book=book,
-                files=self._files,
-                newest=NewestCheckpoints(found, shares_weights=self._settings.shares_weights),
+            parts = self._parts(
+                book,
+                newest,
+                evaluator,
+                outbox,
+                tasks,
                 stream=stream.identity,
                 begun_after=begun_after,
-                tasks=tasks,
-                outbox=outbox,
-                evaluator=evaluator,
+                term=term,
             )
-            nodes = Nodes(
-                self._settings, bus=self._bus, clock=self._clock, book=book, actions=actions, term=term
-            )
-            if self._settings.shares_weights:
-                actions.look = self._merging(book, actions, nodes, term, tasks).look
+            tasks.create_task(outbox.run())
             if self._examples:
                 await evaluator.subscribe()
                 tasks.create_task(evaluator.run())
-            await self._work(book, actions, nodes, tasks, stream=stream.identity)
+            await self._work(book, parts, tasks, stream=stream.identity)
+
+    def _parts(
+        self,
+        book: BatchBook,
+        newest: NewestCheckpoints,
+        evaluator: Evaluator,
+        outbox: Outbox,
+        tasks: asyncio.TaskGroup,
+        *,
+        stream: str,
+        begun_after: int,
+        term: int,
+    ) -> "_Parts":
+        settings, bus, clock, files = self._settings, self._bus, self._clock, self._files
+        progress = Progress(outbox, book, newest.folder_of)
+        fates = BatchFates(bus, book=book, outbox=outbox, progress=progress, tasks=tasks)
+        verdicts = Verdicts(
+            files, evaluator=evaluator, clock=clock, shares_weights=settings.shares_weights, tasks=tasks
+        )
+        nodes: dict[int, NodeTraining] = {}
+        checkpointing = Checkpointing(
+            settings,
+            bus=bus,
+            clock=clock,
+            book=book,
+            files=files,
+            newest=newest,
+            stream=stream,
+            progress=progress,
+            verdicts=verdicts,
+            acknowledge=fates.acknowledge,
+        )
+        rollbacks = Rollbacks(
+            files, book=book, newest=newest, progress=progress, acknowledge=fates.acknowledge, tasks=tasks
+        )
+        actions = ActionRunner(
+            orders=StageOrders(settings, bus=bus, book=book, outbox=outbox, begun_after=begun_after),
+            fates=fates,
+            checkpointing=checkpointing,
+            rollbacks=rollbacks,
+            evaluator=evaluator,
+            verdicts=verdicts,
+            sharing=self._sharing(book, outbox, nodes, tasks, term) if settings.shares_weights else None,
+            tasks=tasks,
+        )
+        listener = Nodes(
+            settings,
+            bus=bus,
+            clock=clock,
+            book=book,
+            actions=actions,
+            progress=progress,
+            verdicts=verdicts,
+            by_number=nodes,
+            term=term,
+        )
+        return _Parts(fates, rollbacks, actions, listener)
 
     async def _keep_samples(self, samples: Samples) -> None:
         """Without room on the disk they guard this trainer's life only, and are written anew in the next."""
@@ -152,44 +220,40 @@ class Trainer:
         except OSError as error:
             log.error("the samples of version %d are not saved: %s", samples.version, error)
 
-    def _merging(
-        self, book: BatchBook, actions: ActionRunner, nodes: Nodes, term: int, tasks: asyncio.TaskGroup
-    ) -> Merging:
+    def _sharing(
+        self,
+        book: BatchBook,
+        outbox: Outbox,
+        nodes: dict[int, NodeTraining],
+        tasks: asyncio.TaskGroup,
+        term: int,
+    ) -> Sharing:
         names = (f"merge-{term}-{number}" for number in count())
-        return Merging(
+        return Sharing(
             self._settings,
             bus=self._bus,
             clock=self._clock,
             book=book,
-            actions=actions,
-            nodes=nodes.by_number,
+            outbox=outbox,
+            nodes=nodes,
             new_name=partial(next, names),
             tasks=tasks,
         )
 
-    async def _work(
-        self,
-        book: BatchBook,
-        actions: ActionRunner,
-        nodes: Nodes,
-        tasks: asyncio.TaskGroup,
-        *,
-        stream: str,
-    ) -> None:
+    async def _work(self, book: BatchBook, parts: "_Parts", tasks: asyncio.TaskGroup, *, stream: str) -> None:
         """Read the stream for ever, and place, send, evaluate and answer meanwhile."""
         batches = BatchFlow(
             self._intake,
             bus=self._bus,
             telemetry=self._telemetry,
             book=book,
-            actions=actions,
-            nodes=nodes,
+            fates=parts.fates,
+            nodes=parts.nodes,
             max_pending=self._settings.max_pending,
         )
-        tasks.create_task(actions.outbox.run())
-        tasks.create_task(nodes.tick())
+        tasks.create_task(parts.nodes.tick())
         tasks.create_task(batches.place())
-        subscriptions = await self._listen(actions, nodes, stream)
+        subscriptions = await self._listen(parts, stream)
         try:
             await batches.read(
                 await self._bus.read_stream(
@@ -200,14 +264,16 @@ class Trainer:
             for subscription in subscriptions:
                 await subscription.unsubscribe()
 
-    async def _listen(self, actions: ActionRunner, nodes: Nodes, stream: str) -> list[Subscription]:
+    async def _listen(self, parts: "_Parts", stream: str) -> list[Subscription]:
         """Listen to stages, and to requests from anyone."""
+        nodes = parts.nodes
         requests = WeightsRequests(
             root=self._files.root,
             model=self._settings.model,
             stream=stream,
             nodes=nodes,
-            rollbacks=actions.rollbacks,
+            rollbacks=parts.rollbacks,
+            run_all=parts.actions.run_all,
             shares_weights=self._settings.shares_weights,
         )
         return [
@@ -218,7 +284,7 @@ class Trainer:
             await self._bus.respond(LINEAGE.at(), requests.show_lineage),
             await self._bus.respond(LINEAGE_ENTRY.at(), requests.show_lineage_entry),
             await self._bus.respond(ROLLBACK.at(), requests.roll_back),
-            await self._bus.respond(TRAIN_STATUS.at(), actions.progress.answer),
+            await self._bus.respond(TRAIN_STATUS.at(), parts.fates.progress.answer),
         ]
 
 

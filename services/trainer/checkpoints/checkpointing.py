@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointing:
-    """Loads and saves. Each method takes its time, and then reports the result to the node."""
+    """Loads and saves. Each method takes its time, tells the node of it, and returns what that decides."""
 
     def __init__(
         self,
@@ -46,10 +46,9 @@ class Checkpointing:
         stream: str,
         progress: Progress,
         verdicts: Verdicts,
-        run: Callable[[NodeTraining, Sequence[Action]], None],
         acknowledge: Callable[[Iterable[Ack]], None],
     ) -> None:
-        """`stream`: identity of the training stream; `run`: carries out what nodes decide."""
+        """`stream`: identity of the training stream."""
         self._settings = settings
         self._bus = bus
         self._clock = clock
@@ -59,10 +58,9 @@ class Checkpointing:
         self._stream = stream
         self._progress = progress
         self._verdicts = verdicts
-        self._run = run
         self._acknowledge = acknowledge
 
-    async def restore(self, node: NodeTraining, action: Restore) -> None:
+    async def restore(self, node: NodeTraining, action: Restore) -> Sequence[Action]:
         """Have all stages hold the newest checkpoint."""
         newest = self._newest.of(node.node)
         weights = checkpoints.as_saved(newest)
@@ -88,7 +86,7 @@ class Checkpointing:
         )
         failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
         now_s = self._clock.now_s()
-        restored = node.restored(
+        return node.restored(
             action.fence,
             failure,
             now_s,
@@ -96,9 +94,8 @@ class Checkpointing:
             rise=rise,
             is_judged=newest is None or verdict is not None,
         )
-        self._run(node, restored)
 
-    async def request_save(self, node: NodeTraining, action: RequestSave) -> None:
+    async def request_save(self, node: NodeTraining, action: RequestSave) -> Sequence[Action]:
         """Ask all stages to write their shards; they report when they have."""
         folder = self._files.temporary(node.node, action.version, action.fence)
         try:
@@ -114,11 +111,10 @@ class Checkpointing:
                 num_stages=action.num_stages,
                 timeout_s=SAVE_TIMEOUT_S,
             )
-        answered = node.save_answered(action.fence, action.version, refusals, self._clock.now_s())
-        self._run(node, answered)
+        return node.save_answered(action.fence, action.version, refusals, self._clock.now_s())
 
-    async def write(self, node: NodeTraining, action: WriteCheckpoint) -> None:
-        """Make the shards of all stages a checkpoint, and remove what is too old."""
+    async def write(self, node: NodeTraining, action: WriteCheckpoint) -> Sequence[Action]:
+        """Make the shards of all stages a checkpoint."""
         folder = self._files.temporary(node.node, action.version, node.fence)
         manifest, learnt = self._manifest(node.node, action), self._book.learnt_by(node.node, action.version)
         failure = ""
@@ -134,9 +130,19 @@ class Checkpointing:
             entry = checkpoint.manifest.lineage_entry
             self._acknowledge(self._book.make_durable(node.node, action.version, entry=entry))
             self._progress.tell_durable(saved, node.node, action.version)
-        self._run(node, node.checkpoint_written(action.version, failure, self._clock.now_s()))
-        if not node.is_rolling_back:  # which may need the oldest of them
-            await self._prune(node.node)
+        return node.checkpoint_written(action.version, failure, self._clock.now_s())
+
+    async def prune(self, node: int) -> None:
+        """Remove old checkpoints, and then the messages that none of those left would need again."""
+        try:
+            async with self._files.in_use:
+                undecided = self._verdicts.undecided
+                now_wall_s = self._clock.wall_s()
+                await on_disk(partial(self._files.prune, node, now_wall_s=now_wall_s, undecided=undecided))
+                watermark = await on_disk(self._files.oldest_watermark)
+            await self._bus.purge_stream(TRAIN_STREAM.name, watermark)
+        except (OSError, BusError) as error:
+            log.warning("node %d: old checkpoints or messages stay: %s", node, error)
 
     def _manifest(self, node: int, action: WriteCheckpoint) -> Manifest:
         return manifest_of(
@@ -162,18 +168,6 @@ class Checkpointing:
         async with self._files.in_use:
             serving = await on_disk(partial(self._files.serving, node))
         return served_instead(serving, version), serving.manifest.held_out_rise if serving else 1.0
-
-    async def _prune(self, node: int) -> None:
-        """Remove old checkpoints, and then the messages that none of those left would need again."""
-        try:
-            async with self._files.in_use:
-                undecided = self._verdicts.undecided
-                now_wall_s = self._clock.wall_s()
-                await on_disk(partial(self._files.prune, node, now_wall_s=now_wall_s, undecided=undecided))
-                watermark = await on_disk(self._files.oldest_watermark)
-            await self._bus.purge_stream(TRAIN_STREAM.name, watermark)
-        except (OSError, BusError) as error:
-            log.warning("node %d: old checkpoints or messages stay: %s", node, error)
 
 
 def _settings_of(shards: Iterable[ShardSaved]) -> dict[str, str]:

@@ -20,11 +20,15 @@ from shared.errors import RefusedError
 log = logging.getLogger(__name__)
 
 
+RunAll = Callable[[Iterable[tuple[NodeTraining, Sequence[Action]]]], None]
+
+
 class _Rollback:
     """An order to go back, and its answer."""
 
-    def __init__(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> None:
+    def __init__(self, nodes: Sequence[NodeTraining], target: Checkpoint, run_all: RunAll) -> None:
         self.nodes = nodes
+        self.run_all = run_all
         self.target = target
         self.unclosed = {node.node for node in nodes}
         """Until none is, the disk stays as it is."""
@@ -50,31 +54,28 @@ class Rollbacks:
         book: BatchBook,
         newest: NewestCheckpoints,
         progress: Progress,
-        run_all: Callable[[Iterable[tuple[NodeTraining, Sequence[Action]]]], None],
         acknowledge: Callable[[Iterable[Ack]], None],
         tasks: asyncio.TaskGroup,
     ) -> None:
-        """`run_all`: carries out what nodes decide."""
         self._files = files
         self._book = book
         self._newest = newest
         self._progress = progress
-        self._run_all = run_all
         self._acknowledge = acknowledge
         self._tasks = tasks
         self._ordered: dict[int, _Rollback] = {}
         """Rollbacks by node that is not closed yet."""
 
-    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
+    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint, run_all: RunAll) -> int:
         """Have one node, or all that share their weights, go back to `target`; returns how many batches are
-        discarded.
+        discarded. `run_all`: carries out what they decide.
 
         Raises RefusedError when the disk refuses: then they are as they were.
         """
         decided = [(node, node.roll_back(target.manifest.version)) for node in nodes]
-        rollback = _Rollback(nodes, target)
+        rollback = _Rollback(nodes, target, run_all)
         self._ordered |= {node.node: rollback for node in nodes}
-        self._run_all(decided)
+        run_all(decided)
         return await rollback.num_discarded
 
     def note_closed(self, node: int) -> None:
@@ -100,7 +101,7 @@ class Rollbacks:
             failure = str(error)
         else:
             self._go_back(numbers, rollback.target)
-        self._run_all([(node, node.rolled_back(failure)) for node in rollback.nodes])
+        rollback.run_all([(node, node.rolled_back(failure)) for node in rollback.nodes])
         rollback.answer(num_discarded, failure)
 
     def _go_back(self, numbers: Collection[int], target: Checkpoint) -> None:

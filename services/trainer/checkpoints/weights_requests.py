@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from services.trainer.checkpoints.rollbacks import Rollbacks
+from services.trainer.checkpoints.rollbacks import Rollbacks, RunAll
 from services.trainer.nodes.stage_listener import Nodes
 from shared import checkpoints, lineage
 from shared.bus.base import Incoming
@@ -22,10 +22,18 @@ class WeightsRequests:
     """Answers requests side by side. A node that goes back is busy from the search for its checkpoint on."""
 
     def __init__(
-        self, *, root: Path, model: str, stream: str, nodes: Nodes, rollbacks: Rollbacks, shares_weights: bool
+        self,
+        *,
+        root: Path,
+        model: str,
+        stream: str,
+        nodes: Nodes,
+        rollbacks: Rollbacks,
+        run_all: RunAll,
+        shares_weights: bool,
     ) -> None:
-        """`root`: the folder of all checkpoints; `stream`: identity of the training stream; `shares_weights`:
-        the nodes do.
+        """`root`: the folder of all checkpoints; `stream`: identity of the training stream;
+        `run_all`: carries out what nodes decide; `shares_weights`: the nodes do.
         """
         self._model = model
         self._stream = stream
@@ -33,6 +41,7 @@ class WeightsRequests:
         self._root = root
         self._nodes = nodes
         self._rollbacks = rollbacks
+        self._run_all = run_all
         self._going_back: set[int] = set()
 
     async def list_versions(self, incoming: Incoming[DurableVersionsRequest]) -> DurableVersions:
@@ -89,12 +98,13 @@ class WeightsRequests:
         if self._shares_weights:
             target = await on_disk(lambda: self._find(numbers, version))
             numbers = sorted(known)  # with those that have come meanwhile
-            num_discarded = await self._rollbacks.order([known[number] for number in numbers], target)
+            nodes = [known[number] for number in numbers]
+            num_discarded = await self._rollbacks.order(nodes, target, self._run_all)
             return RolledBack(nodes=tuple(numbers), num_discarded=num_discarded)
         targets = await on_disk(lambda: [self._find([number], version) for number in numbers])
         outcomes = await asyncio.gather(
             *(
-                self._rollbacks.order([known[number]], target)
+                self._rollbacks.order([known[number]], target, self._run_all)
                 for number, target in zip(numbers, targets, strict=True)
             ),
             return_exceptions=True,  # until all have answered, none of them may be asked again

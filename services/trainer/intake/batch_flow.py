@@ -7,8 +7,8 @@ from functools import partial
 
 from services.trainer.intake.microbatches import TrainingBatch
 from services.trainer.intake.reading import Intake
+from services.trainer.ledger.fates import BatchFates
 from services.trainer.ledger.pending_batches import BatchBook, Pending
-from services.trainer.nodes.runner import ActionRunner
 from services.trainer.nodes.stage_listener import Nodes
 from shared.bus.base import TRACE_HEADER, Bus, StreamMessage, StreamReader
 from shared.errors import BusError, RefusedError
@@ -37,7 +37,7 @@ class BatchFlow:
         bus: Bus,
         telemetry: Telemetry,
         book: BatchBook,
-        actions: ActionRunner,
+        fates: BatchFates,
         nodes: Nodes,
         max_pending: int,
     ) -> None:
@@ -45,7 +45,7 @@ class BatchFlow:
         self._bus = bus
         self._telemetry = telemetry
         self._book = book
-        self._actions = actions
+        self._fates = fates
         self._nodes = nodes
         self._max_pending = max_pending
 
@@ -55,7 +55,7 @@ class BatchFlow:
             await self._until(self._has_room)
             if (message := await reader.next(timeout_s=READ_TIMEOUT_S)) is not None:
                 await self._take_in(message)
-                self._actions.changed.set()
+                self._fates.changed.set()
 
     async def place(self) -> None:
         """Give waiting batches to nodes, for ever."""
@@ -71,14 +71,14 @@ class BatchFlow:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            self._actions.changed.clear()
-            await self._actions.changed.wait()
+            self._fates.changed.clear()
+            await self._fates.changed.wait()
 
     async def _take_in(self, message: StreamMessage) -> None:
         ledger = self._book.ledger
         if ledger.is_done(message.sequence):
             self._book.pass_over(message.sequence)
-            self._actions.acknowledge([message.ack])
+            self._fates.acknowledge([message.ack])
         elif message.sequence not in ledger.pending.values():  # else the stream gives it a second time
             prepared = await asyncio.to_thread(partial(self._intake.prepare, message))
             self._decide(message, prepared)
@@ -86,12 +86,12 @@ class BatchFlow:
     def _decide(self, message: StreamMessage, prepared: TrainingBatch | RejectedBatch) -> None:
         if isinstance(prepared, RejectedBatch):
             self._book.hold(message.sequence)
-            self._actions.rejections.add(prepared, [message.ack])
+            self._fates.rejections.add(prepared, [message.ack])
         elif self._book.ledger.knows(prepared.batch_id):
             log.warning(
                 "batch %s (%d) was published before: not applied again", prepared.batch_id, message.sequence
             )
-            self._actions.acknowledge(self._book.repeat(message.sequence, prepared.batch_id, message.ack))
+            self._fates.acknowledge(self._book.repeat(message.sequence, prepared.batch_id, message.ack))
         else:
             parent = message.headers.get(TRACE_HEADER, "")
             self._book.admit(Pending(prepared, self._telemetry, parent=parent, ack=message.ack))
@@ -109,14 +109,14 @@ class BatchFlow:
         pending.offload = placed.offload or pending.must_offload
         if self._book.has_waiting_before(batch.sequence):
             # A node has failed meanwhile, and its batches go first: else the weights would depend on that.
-            self._actions.end([pending])
+            self._fates.end([pending])
             return False
         if self._nodes.place(placed.node, batch.batch_id):
-            self._actions.progress.tell(
+            self._fates.progress.tell(
                 BatchPlaced(batch_id=batch.batch_id, node=placed.node), traceparent=pending.traceparent
             )
             return True
-        self._actions.end([pending])
+        self._fates.end([pending])
         await asyncio.sleep(PLACE_RETRY_S)
         return False
 
@@ -124,7 +124,7 @@ class BatchFlow:
         """The scheduler holds a batch that it defers: that was the pause."""
         if isinstance(error, RefusedError) and error.reason.startswith(DEFERRED):
             log.debug("batch %s: %s", batch_id, error)
-            self._actions.progress.tell(BatchDeferred(batch_id=batch_id))
+            self._fates.progress.tell(BatchDeferred(batch_id=batch_id))
             return
         log.info("batch %s finds no node: %s", batch_id, error)
         await asyncio.sleep(PLACE_RETRY_S)

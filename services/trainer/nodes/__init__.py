@@ -8,7 +8,8 @@ node_training   a node's life: closed, restoring, open; pure
     saves           when it saves, and how far a checkpoint has come (`save`: one of them); pure
   decisions       what can come of an event; pure
 rules           for every node; pure
-runner          carries decisions out: messages, the ledger, what takes time
-learning_rate   the rate of each batch; pure
+runner          carries decisions out
+  stage_orders    sends stages what they are to do
+  learning_rate   the rate of each batch; pure
 ask_all         asks every stage of a node the same
 """

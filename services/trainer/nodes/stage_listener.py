@@ -2,7 +2,9 @@
 
 import itertools
 
+from services.trainer.checkpoints.verdicts import Verdicts
 from services.trainer.ledger.pending_batches import BatchBook
+from services.trainer.ledger.progress import Progress
 from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.runner import ActionRunner
@@ -34,14 +36,20 @@ class Nodes:
         clock: Clock,
         book: BatchBook,
         actions: ActionRunner,
+        progress: Progress,
+        verdicts: Verdicts,
+        by_number: dict[int, NodeTraining],
         term: int,
     ) -> None:
-        self.by_number: dict[int, NodeTraining] = {}
+        """`by_number`: empty at first; whoever decides for several nodes looks at them there."""
+        self.by_number = by_number
         self._bus = bus
         self._num_reconnects = bus.num_reconnects
         self._clock = clock
         self._book = book
         self._actions = actions
+        self._progress = progress
+        self._verdicts = verdicts
         self._term = term
         self._fences = itertools.count(term * FENCES_PER_TERM + 1)
         self._rules = Rules(
@@ -168,7 +176,7 @@ class Nodes:
             last_withheld=withheld.version if withheld else None,
             newest_judged=publishing.newest_judged,
             why_withheld=withheld.reason if withheld else "",
-            training_loss=self._actions.progress.training_losses.get(node.node),
-            judged=self._actions.verdicts.of(node.node),
+            training_loss=self._progress.training_losses.get(node.node),
+            judged=self._verdicts.of(node.node),
             halt_reason=node.work.halt_reason,
         )

@@ -1,12 +1,13 @@
 """Carries out what is decided for several nodes together."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from services.trainer.ledger.pending_batches import BatchBook
 from services.trainer.nodes.ask_all import ask_all
+from services.trainer.nodes.decisions import Action
 from services.trainer.nodes.node_training import NodeTraining
-from services.trainer.nodes.runner import ActionRunner
+from services.trainer.outbox import Outbox
 from services.trainer.settings import TrainerSettings
 from services.trainer.sharing.allreduce import Reductions
 from services.trainer.sharing.average import Merges
@@ -17,9 +18,10 @@ from shared.messages.weights import MergeGroup, MergeMember, MergeWeights, Outer
 from shared.subjects import MERGE, REDUCE
 
 MERGE_TIMEOUT_S = 600.0
+Run = Callable[[NodeTraining, Sequence[Action]], None]
 
 
-class Merging:
+class Sharing:
     """Looks at the nodes after everything that happens, until there is nothing to decide."""
 
     def __init__(
@@ -29,7 +31,7 @@ class Merging:
         bus: Bus,
         clock: Clock,
         book: BatchBook,
-        actions: ActionRunner,
+        outbox: Outbox,
         nodes: Mapping[int, NodeTraining],
         new_name: Callable[[], str],
         tasks: asyncio.TaskGroup,
@@ -37,7 +39,7 @@ class Merging:
         self._bus = bus
         self._clock = clock
         self._book = book
-        self._actions = actions
+        self._outbox = outbox
         self._nodes = nodes
         self._tasks = tasks
         self._is_looking = False
@@ -54,26 +56,26 @@ class Merging:
             else Merges(every=settings.merge_every, idle_s=settings.checkpoint_idle_s, new_name=new_name)
         )
 
-    def look(self) -> None:
-        """Decide what can be decided now. What is carried out calls this again, which then does nothing."""
+    def look(self, run: Run) -> None:
+        """Decide what can be decided now. `run` carries it out; it may call this again, to no effect."""
         if not self._is_looking:
-            self._work_off([])
+            self._work_off([], run)
 
-    def _work_off(self, decisions: list[Decision]) -> None:
+    def _work_off(self, decisions: list[Decision], run: Run) -> None:
         """Carry these out, and what can be decided then."""
         self._is_looking = True
         try:
-            self._carry_out(decisions)
+            self._carry_out(decisions, run)
             while decisions := self._replicas.look(self._nodes, self._clock.now_s()):
-                self._carry_out(decisions)
+                self._carry_out(decisions, run)
         finally:
             self._is_looking = False
 
-    def _carry_out(self, decisions: list[Decision]) -> None:
+    def _carry_out(self, decisions: list[Decision], run: Run) -> None:
         for decision in decisions:
             match decision:
                 case NodeActions(node=node, actions=actions):
-                    self._actions.run(self._nodes[node], actions)
+                    run(self._nodes[node], actions)
                 case Shared(nodes=nodes):
                     self._book.share(nodes)
                 case Joins(node=node):
@@ -81,22 +83,22 @@ class Merging:
                 case Reduce():
                     self._reduce(decision)
                 case Merge():
-                    self._tasks.create_task(self._merge(decision))
+                    self._tasks.create_task(self._merge(decision, run))
 
     def _reduce(self, reduce: Reduce) -> None:
         group = _group(reduce.name, reduce.members)
         for member in reduce.members:
             order = ReduceGradients(fence=member.fence, batch_id=member.batch_id, group=group)
             for stage in range(member.num_stages):
-                self._actions.outbox.post(REDUCE.at(node=member.node, stage=stage), order)
+                self._outbox.post(REDUCE.at(node=member.node, stage=stage), order)
 
-    async def _merge(self, merge: Merge) -> None:
+    async def _merge(self, merge: Merge, run: Run) -> None:
         group = _group(merge.name, merge.members)
         failures = await asyncio.gather(*(self._ask(member, merge, group) for member in merge.members))
         failure = "; ".join(filter(None, failures))
         assert isinstance(self._replicas, Merges)
         decided = self._replicas.merged(merge.name, failure, self._nodes, self._clock.now_s())
-        self._work_off(decided)
+        self._work_off(decided, run)
 
     async def _ask(self, member: Member, merge: Merge, group: MergeGroup) -> str:
         """Why a stage of the member does not hold the mean; empty when all do."""

@@ -81,7 +81,6 @@ class Run:
             stream="s",
             progress=Progress(Outbox(bus), book, self.newest.folder_of),
             verdicts=self.verdicts,
-            run=lambda node, actions: None,
             acknowledge=lambda acks: None,
         )
 
@@ -91,6 +90,7 @@ class Run:
         self.files.begin(folder)
         action = WriteCheckpoint(4, 2, dict(enumerate(shards(folder))))
         await self.checkpointing.write(self.node, action)
+        await self.checkpointing.prune(0)
 
     def versions(self) -> dict[int, bool]:
         """Of the checkpoints that there are, and whether they may serve."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from services.trainer.checkpoints.rollbacks import RunAll
 from services.trainer.checkpoints.weights_requests import WeightsRequests
 from services.trainer.nodes.node_training import NodeTraining
 from shared import checkpoints
@@ -26,7 +27,7 @@ class FakeRollbacks:
     def __init__(self) -> None:
         self.asked: list[NodeTraining] = []
 
-    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
+    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint, run_all: RunAll) -> int:
         self.asked += nodes
         return 3
 
@@ -39,12 +40,12 @@ class Uneven(FakeRollbacks):
         self.slow = slow
         self.has_refused, self.may_end = asyncio.Event(), asyncio.Event()
 
-    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint) -> int:
+    async def order(self, nodes: Sequence[NodeTraining], target: Checkpoint, run_all: RunAll) -> int:
         if self.slow not in nodes:
             self.has_refused.set()
             raise RefusedError("the disk is full", code=503)
         await self.may_end.wait()
-        return await super().order(nodes, target)
+        return await super().order(nodes, target, run_all)
 
 
 async def test_nodes_are_not_asked_again_while_one_of_them_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +57,7 @@ async def test_nodes_are_not_asked_again_while_one_of_them_goes_back(monkeypatch
         stream="s",
         nodes=SimpleNamespace(by_number=known),
         rollbacks=rollbacks,
+        run_all=lambda decided: None,
         shares_weights=False,
     )
     monkeypatch.setattr(checkpoints, "checkpoints", lambda *_: [Checkpoint(manifest(1), NO_FOLDER)])
@@ -82,6 +84,7 @@ async def test_a_node_that_comes_while_the_version_is_looked_for_goes_back_with_
         stream="s",
         nodes=SimpleNamespace(by_number=known),
         rollbacks=rollbacks,
+        run_all=lambda decided: None,
         shares_weights=True,
     )
 

@@ -59,7 +59,7 @@ class FakeProgress:
 
 
 @dataclass
-class FakeActions:
+class FakeFates:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     progress: FakeProgress = field(default_factory=FakeProgress)
     ended: list[str] = field(default_factory=list)
@@ -80,13 +80,13 @@ def pending(batch_id: str = "b", sequence: int = 1) -> Pending:
     return Pending(TrainingBatch(batch_id, sequence, rows, b"{}"), NoTelemetry(), parent="", ack=no_ack)
 
 
-def flow_of(book: BatchBook, scheduler: Any, actions: Any, nodes: Any) -> BatchFlow:
+def flow_of(book: BatchBook, scheduler: Any, fates: Any, nodes: Any) -> BatchFlow:
     return BatchFlow(
         None,
         bus=scheduler,
         telemetry=NoTelemetry(),
         book=book,
-        actions=actions,
+        fates=fates,
         nodes=nodes,
         max_pending=8,
     )
@@ -95,16 +95,16 @@ def flow_of(book: BatchBook, scheduler: Any, actions: Any, nodes: Any) -> BatchF
 def placed_after(
     answers: list[Placed | RefusedError],
     batch: Pending | None = None,
-    actions: FakeActions | None = None,
+    fates: FakeFates | None = None,
 ) -> tuple[FakeScheduler, FakeNodes, Pending]:
     """Place one batch with a scheduler that answers so."""
     scheduler, nodes, batch = FakeScheduler(answers), FakeNodes(), batch or pending()
-    actions = actions or FakeActions()
+    fates = fates or FakeFates()
 
     async def case() -> None:
         book = BatchBook(Ledger.restore({}, (), 0))
         book.admit(batch)
-        placing = asyncio.create_task(flow_of(book, scheduler, actions, nodes).place())
+        placing = asyncio.create_task(flow_of(book, scheduler, fates, nodes).place())
         await asyncio.sleep(60)
         placing.cancel()
 
@@ -142,21 +142,21 @@ def test_a_pause_follows_a_refusal_but_not_a_deferral(reason: str, pause_s: floa
 
 
 def test_publishers_are_told_of_deferrals_and_of_the_node_but_not_of_other_refusals() -> None:
-    actions = FakeActions()
+    fates = FakeFates()
     answers = [RefusedError(f"{DEFERRED}: x"), RefusedError("no node is ready"), Placed(node=3)]
-    placed_after(answers, actions=actions)
-    assert actions.progress.told == [BatchDeferred(batch_id="b"), BatchPlaced(batch_id="b", node=3)]
+    placed_after(answers, fates=fates)
+    assert fates.progress.told == [BatchDeferred(batch_id="b"), BatchPlaced(batch_id="b", node=3)]
 
 
 def test_a_batch_that_was_given_back_meanwhile_goes_before_a_later_one() -> None:
-    scheduler, nodes, actions = FakeScheduler([Placed(node=0)] * 2), FakeNodes(), FakeActions()
+    scheduler, nodes, fates = FakeScheduler([Placed(node=0)] * 2), FakeNodes(), FakeFates()
 
     async def case() -> None:
         book = BatchBook(Ledger.restore({}, (), 0))
         for each in (pending("first", 1), pending("second", 2)):
             book.admit(each)
         assert book.take().batch.batch_id == "first"
-        placing = asyncio.create_task(flow_of(book, scheduler, actions, nodes).place())
+        placing = asyncio.create_task(flow_of(book, scheduler, fates, nodes).place())
         await asyncio.sleep(HELD_S / 2)
         book.wait(["first"])
         await asyncio.sleep(60)
@@ -165,4 +165,4 @@ def test_a_batch_that_was_given_back_meanwhile_goes_before_a_later_one() -> None
     run_virtual(case())
     assert [task.task_id for _, task in scheduler.asked] == ["second", "first"]
     assert [batch_id for _, batch_id in nodes.placed] == ["first"]
-    assert actions.ended == ["second"]
+    assert fates.ended == ["second"]

@@ -24,6 +24,9 @@ def nodes(**settings: Any) -> Nodes:
         clock=SimpleNamespace(now_s=lambda: 0.0),  # type: ignore[arg-type]
         book=BatchBook(Ledger()),
         actions=SimpleNamespace(run=lambda node, actions: None),  # type: ignore[arg-type]
+        progress=SimpleNamespace(),  # type: ignore[arg-type]
+        verdicts=SimpleNamespace(),  # type: ignore[arg-type]
+        by_number={},
         term=1,
     )
 

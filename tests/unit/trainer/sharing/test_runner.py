@@ -11,10 +11,11 @@ from services.trainer.ledger.ledger import Ledger
 from services.trainer.ledger.pending_batches import BatchBook
 from services.trainer.nodes.decisions import Action, Closed
 from services.trainer.nodes.node_training import NodeTraining
+from services.trainer.outbox import Outbox
 from services.trainer.settings import TrainerSettings
 from services.trainer.sharing.average import Merges
 from services.trainer.sharing.decisions import Decision, Nodes
-from services.trainer.sharing.runner import Merging
+from services.trainer.sharing.runner import Sharing
 from shared.clock import Clock
 from shared.errors import BusError
 from tests.unit.trainer.sharing.test_average import averaging
@@ -33,12 +34,12 @@ class Runner:
     def __init__(self) -> None:
         self.closed: list[int] = []
         self.is_running = False
-        self.merging: Merging
+        self.sharing: Sharing
 
     def run(self, node: NodeTraining, actions: Sequence[Action]) -> None:
         self.closed += [node.node for action in actions if isinstance(action, Closed)]
         self.is_running = True
-        self.merging.look()
+        self.sharing.look(self.run)
         self.is_running = False
 
 
@@ -59,15 +60,15 @@ async def test_all_are_closed_after_a_merge_that_fails_before_anything_is_decide
     monkeypatch.setattr(Merges, "look", decide)
     clock: Clock = SimpleNamespace(now_s=lambda: 0.0)  # type: ignore[assignment]
     async with asyncio.TaskGroup() as tasks:
-        runner.merging = Merging(
+        runner.sharing = Sharing(
             TrainerSettings(merge="average", merge_every=1),
             bus=LostBus(),  # type: ignore[arg-type]
             clock=clock,
             book=BatchBook(Ledger()),
-            actions=runner,  # type: ignore[arg-type]
+            outbox=Outbox(LostBus()),  # type: ignore[arg-type]
             nodes=replicas.nodes,
             new_name=lambda: "merge",
             tasks=tasks,
         )
-        runner.merging.look()
+        runner.sharing.look(runner.run)
     assert runner.closed == [0, 1]

@@ -1,26 +1,19 @@
 """What becomes of a batch for which a node's memory gave out."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
-from services.trainer.checkpoints.files import CheckpointFiles
-from services.trainer.checkpoints.newest import NewestCheckpoints
-from services.trainer.checkpoints.retention import Retention
 from services.trainer.intake.microbatches import Rows, TrainingBatch
+from services.trainer.ledger.fates import BatchFates
 from services.trainer.ledger.ledger import Ledger
 from services.trainer.ledger.pending_batches import MAX_UNFIT, BatchBook, Pending
-from services.trainer.nodes.decisions import Action, Closed, Halted
-from services.trainer.nodes.node_training import NodeTraining
-from services.trainer.nodes.rules import Rules
-from services.trainer.nodes.runner import ActionRunner
+from services.trainer.ledger.progress import Progress
+from services.trainer.nodes.decisions import Closed
 from services.trainer.outbox import Outbox
-from services.trainer.settings import TrainerSettings
 from shared.messages.training import RejectedBatch
-from shared.schedule import BY_DEFAULT
 from shared.telemetry import NoTelemetry
-from tests.unit.trainer.support import NO_FOLDER
 
 
 @dataclass
@@ -40,39 +33,29 @@ async def no_ack() -> None:
     pass
 
 
+Event = Callable[[BatchFates], None]
+
+
 def after_failures(num_failures: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
     """No memory for the only batch, each time."""
-    return after(Closed("no memory", ("b",), unfit="b"), num_failures)
+    return after(lambda fates: fates.closed(0, Closed("no memory", ("b",), unfit="b")), num_failures)
 
 
-def after(action: Action, times: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
+def after(event: Event, times: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
     """Place the only batch so often, offloaded when it has to be, and have that happen to it each time."""
     rows = (Rows(lengths=(2,), tokens=(1, 2), label_rows=(0,), labels=(2,)),)
     pending = Pending(TrainingBatch("b", 1, rows, b"{}"), NoTelemetry(), parent="", ack=no_ack)
     book, bus = BatchBook(Ledger.restore({}, (), 0)), FakeBus()
     outbox = Outbox(bus)
-    rules = Rules(feeding=BY_DEFAULT, checkpoint_every=1, checkpoint_idle_s=1.0)
-    node = NodeTraining(0, 1, rules=rules, durable_version=0, fences=iter(()))
 
     async def case() -> None:
         async with asyncio.TaskGroup() as tasks:
-            actions = ActionRunner(
-                TrainerSettings(learning_rate=1e-3),
-                bus=bus,
-                clock=None,
-                book=book,
-                files=CheckpointFiles(NO_FOLDER, model_folder=NO_FOLDER, keep=Retention(1), merge="none"),
-                newest=NewestCheckpoints({}, shares_weights=False),
-                stream="s",
-                begun_after=0,
-                tasks=tasks,
-                outbox=outbox,
-                evaluator=SimpleNamespace(drop=lambda node: None),
-            )
+            progress = Progress(outbox, book, lambda node: None)
+            fates = BatchFates(bus, book=book, outbox=outbox, progress=progress, tasks=tasks)
             book.admit(pending)
             for _ in range(times):
                 book.take().offload = pending.must_offload
-                actions.run(node, [action])
+                event(fates)
 
     asyncio.run(case())
     return pending, book, bus.rejected
@@ -85,7 +68,7 @@ def test_a_batch_that_finds_no_memory_runs_again_as_it_was() -> None:
 
 
 def test_what_a_node_that_halts_has_not_begun_waits_for_another() -> None:
-    _, book, rejected = after(Halted("why", ("b",)), 1)
+    _, book, rejected = after(lambda fates: fates.give_back(["b"]), 1)
     assert book.num_waiting == 1
     assert rejected == []
 
