@@ -13,6 +13,7 @@ from typing import Any, cast
 import openai
 import pytest
 
+from services.trainer.intake.data import read_body
 from shared.bus.memory import MemoryBroker
 from shared.clock import IdSource
 from shared.messages.weights import JudgedVersion
@@ -22,6 +23,14 @@ from tests.support.gateway import MODEL, NODE, World, gateway_world, says, serve
 from tests.support.waiting import LOOK_EVERY_S, until
 
 EXAMPLES = [{"prompt": f"What is {n}?", "completion": f" It is {n}."} for n in range(10)]
+PREFERENCES: list[dict[str, Any]] = [
+    {
+        "input": {"messages": [{"role": "user", "content": f"What is {n}?"}]},
+        "preferred_output": [{"role": "assistant", "content": f"It is {n}."}],
+        "non_preferred_output": [{"role": "assistant", "content": "Who knows."}],
+    }
+    for n in range(3)
+]
 TERMINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -310,12 +319,62 @@ async def test_hyperparameters_may_stand_in_the_method_or_be_left_out() -> None:
         assert 0 <= plain.seed < 2**31
 
 
+def dpo(**hyperparameters: object) -> dict[str, Any]:
+    return {"method": {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}}
+
+
+@pytest.mark.parametrize(("asked", "beta"), [(0.5, 0.5), (1, 1.0), ("auto", 0.1), (None, 0.1)])
+async def test_a_dpo_job_publishes_preferences_with_its_beta(asked: object, beta: float) -> None:
+    hyperparameters = {"n_epochs": 1, "batch_size": 2}
+    given = hyperparameters if asked is None else hyperparameters | {"beta": asked}
+    async with api() as here:
+        job = await here.create(training_file=await here.upload(jsonl(*PREFERENCES)), **dpo(**given))
+        here.trainer.allow(2)
+        await here.until_applied(2)
+        await here.trainer.save()
+        ended = await here.until(job.id, *TERMINAL)
+    assert ended.status == "succeeded", ended.error
+    told = {**hyperparameters, "learning_rate_multiplier": 1.0, "beta": beta}
+    assert (ended.method.type, ended.method.supervised) == ("dpo", None)
+    assert ended.method.dpo.hyperparameters.model_dump() == told
+    bodies = [read_body(json.dumps(body).encode()) for body in here.trainer.bodies]
+    assert [len(body.examples) for body in bodies] == [2, 1]
+    assert {body.beta_of_preferences for body in bodies} == {beta}
+
+
+@pytest.mark.parametrize(
+    ("method", "lines", "reason"),
+    [
+        ("dpo", [PREFERENCES[0], EXAMPLES[0]], "line 2: is no preference"),
+        ("supervised", [EXAMPLES[0], PREFERENCES[0]], "line 2: is a preference, which a supervised job"),
+        ("dpo", [PREFERENCES[0] | {"preferred_output": []}], "line 1: preferred_output: List should have"),
+    ],
+)
+async def test_a_line_that_the_method_cannot_learn_fails_the_job_by_its_number(
+    method: str, lines: list[object], reason: str
+) -> None:
+    async with api() as here:
+        job = await here.create(
+            training_file=await here.upload(jsonl(*lines)), method=cast(Any, {"type": method})
+        )
+        failed = await here.until(job.id, *TERMINAL)
+    assert (failed.status, failed.error.param) == ("failed", "training_file")
+    assert reason in failed.error.message
+    assert not here.trainer.bodies
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"validation_file": "file-1"}, "validation_file"),
     ({"suffix": "mine"}, "suffix"),
     ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
-    ({"method": {"type": "dpo"}}, "method.type"),
+    ({"method": {"type": "reinforcement"}}, "method.type"),
     ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
+    ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+    (
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.5}}}},
+        "method.dpo.hyperparameters.beta",
+    ),
     ({"method": {"type": "supervised"}, "hyperparameters": {}}, "hyperparameters"),
     ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
     ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs"),

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,6 +17,9 @@ from lemix.client import ApiClient, served_model
 from lemix.launcher import LocalCluster
 from lemix.topology import ClusterOptions
 from shared import checkpoints
+from shared.chat_template_files import load_chat_template
+from shared.clock import SystemClock
+from shared.settings import EMBEDDED_MODEL
 from tests.support.processes import is_alive
 from tests.support.waiting import LOOK_EVERY_S, until
 
@@ -136,6 +141,49 @@ async def test_a_job_succeeds_and_the_served_model_has_learnt(cluster: LocalClus
     losses = [event.data["train_loss"] for event in reversed(events) if event.type == "metrics"]
     assert len(losses) == 12
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def preference(place: str) -> dict[str, Any]:
+    return {
+        "input": {"messages": [{"role": "user", "content": f"How is the sea off {place}?"}]},
+        "preferred_output": [{"role": "assistant", "content": "Sea rough, with rain."}],
+        "non_preferred_output": [{"role": "assistant", "content": "Sea calm, and no wind."}],
+    }
+
+
+async def margin(scorer: ApiClient, place: str) -> float:
+    """By how much the model makes the preferred answer likelier than the other one, in nats."""
+    folder, example = Path(EMBEDDED_MODEL), preference(place)
+    template = load_chat_template(folder, SystemClock())
+    assert template is not None
+    losses = []
+    for output in ("preferred_output", "non_preferred_output"):
+        turns = [*example["input"]["messages"], *example[output]]
+        losses.append((await scorer.score(template.render(turns, add_generation_prompt=False))).nll_sum)
+    return losses[1] - losses[0]
+
+
+async def test_a_dpo_job_makes_the_preferred_answers_likelier(cluster: LocalCluster) -> None:
+    model = await served_model(cluster.api_url)
+    content = b"".join(json.dumps(preference(place)).encode() + b"\n" for place in PLACES[:5])
+    async with client_of(cluster, max_retries=0) as client, ApiClient(cluster.api_url, model=model) as scorer:
+        before = await margin(scorer, PLACES[5])
+        file = await client.files.create(file=("preferences.jsonl", content), purpose="fine-tune")
+        hyperparameters = {"beta": 0.5, "n_epochs": 3, "batch_size": 2}
+        created = await client.fine_tuning.jobs.create(
+            model=model,
+            training_file=file.id,
+            method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+            seed=3,
+        )
+        job = await Jobs(client, created).until(lambda job: job.status in TERMINAL)
+        after = await margin(scorer, PLACES[5])
+        events: list[Any] = [each async for each in client.fine_tuning.jobs.list_events(job.id)]
+    assert job.status == "succeeded", job.error
+    losses = [event.data["train_loss"] for event in reversed(events) if event.type == "metrics"]
+    assert len(losses) == 9
+    assert losses[-1] < 0.5 * math.log(2)
+    assert after > before + 1.0
 
 
 async def test_a_gateway_killed_in_a_job_goes_on_with_it_and_each_batch_is_applied_once(

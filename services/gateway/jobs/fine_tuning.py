@@ -100,6 +100,7 @@ class FineTuning:
                 model=request.model,
                 training_file=request.training_file,
                 hyperparameters=request.chosen_hyperparameters,
+                beta=request.chosen_beta,
                 seed=self._ids.seed() & MAX_SEED if request.seed is None else request.seed,
                 metadata=request.metadata,
                 asked_by=key.label if key else "",

@@ -43,6 +43,13 @@ class Hyperparameters(_Frozen):
     learning_rate_multiplier: float
 
 
+class DpoHyperparameters(Hyperparameters):
+    """The values that a job with preferences trains with."""
+
+    beta: float
+    """How closely the weights are held to the model as it was given."""
+
+
 class JobError(_Frozen):
     """Why a job failed."""
 
@@ -105,6 +112,8 @@ class Job(_Frozen):
     model: str
     training_file: str
     hyperparameters: Hyperparameters
+    beta: float | None = None
+    """Given where the job learns preferences, by method `dpo`; else it is supervised."""
     seed: int
     metadata: dict[str, str] | None = None
     asked_by: str = ""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from services.gateway.jobs.job import (
+    DpoHyperparameters,
     Hyperparameters,
     Job,
     JobError,
@@ -29,11 +30,18 @@ class Supervised(BaseModel):
     hyperparameters: Hyperparameters
 
 
-class Method(BaseModel):
-    """The newer place of hyperparameters."""
+class Dpo(BaseModel):
+    """How a job with preferences trains."""
 
-    type: Literal["supervised"] = "supervised"
-    supervised: Supervised
+    hyperparameters: DpoHyperparameters
+
+
+class Method(BaseModel):
+    """The newer place of hyperparameters; the one of its type is given."""
+
+    type: Literal["supervised", "dpo"]
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
 
 
 class VersionsOfJob(BaseModel):
@@ -129,7 +137,7 @@ def job_object(job: Job, now_s: float) -> FineTuningJob:
         status=job.status,
         training_file=job.training_file,
         hyperparameters=job.hyperparameters,
-        method=Method(supervised=Supervised(hyperparameters=job.hyperparameters)),
+        method=_method(job),
         trained_tokens=job.trained_tokens if job.has_ended else None,
         seed=job.seed,
         estimated_finish=estimated_finish(job, now_s),
@@ -142,6 +150,13 @@ def job_object(job: Job, now_s: float) -> FineTuningJob:
             slo_cost=CostOfJob(late_requests=job.late_requests, requests=job.requests),
         ),
     )
+
+
+def _method(job: Job) -> Method:
+    if job.beta is None:
+        return Method(type="supervised", supervised=Supervised(hyperparameters=job.hyperparameters))
+    chosen = DpoHyperparameters(**job.hyperparameters.model_dump(), beta=job.beta)
+    return Method(type="dpo", dpo=Dpo(hyperparameters=chosen))
 
 
 def event_id(job: Job, number: int) -> str:

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 
 from services.gateway.jobs.job import Hyperparameters
 from services.gateway.openai.schema import AS_WHOLE, RequestModel, at_most, invalid
-from shared.examples import MAX_EXAMPLES, MAX_LEARNING_RATE_MULTIPLIER
+from shared.examples import DEFAULT_BETA, MAX_BETA, MAX_EXAMPLES, MAX_LEARNING_RATE_MULTIPLIER
 
 MAX_EPOCHS = 50
 MAX_METADATA = 16
@@ -19,6 +19,7 @@ Auto = Literal["auto"]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), AS_WHOLE]
 Epochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS), AS_WHOLE]
 BatchSize = Annotated[int, Field(ge=1, le=MAX_EXAMPLES), AS_WHOLE]
+Beta = Annotated[float, Field(gt=0, le=MAX_BETA)]
 Multiplier = Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE_MULTIPLIER)]
 
 
@@ -54,11 +55,30 @@ class SupervisedAsked(RequestModel):
     hyperparameters: HyperparametersAsked | None = None
 
 
+class DpoHyperparametersAsked(HyperparametersAsked):
+    """The same, for preferences."""
+
+    beta: Annotated[Beta | None, BeforeValidator(_auto_is_none, json_schema_input_type=Beta | Auto)] = None
+
+
+class DpoAsked(RequestModel):
+    """How a job with preferences trains."""
+
+    hyperparameters: DpoHyperparametersAsked | None = None
+
+
 class MethodAsked(RequestModel):
     """The newer place of hyperparameters."""
 
-    type: Literal["supervised"]
+    type: Literal["supervised", "dpo"]
     supervised: SupervisedAsked | None = None
+    dpo: DpoAsked | None = None
+
+    @property
+    def asked(self) -> HyperparametersAsked | None:
+        """Those of its type."""
+        chosen = self.dpo if self.type == "dpo" else self.supervised
+        return chosen.hyperparameters if chosen else None
 
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
@@ -85,11 +105,24 @@ class JobRequest(RequestModel):
     @property
     def chosen_hyperparameters(self) -> Hyperparameters:
         """From whichever place they were given in."""
-        supervised = self.method.supervised if self.method else None
-        asked = self.hyperparameters or (supervised.hyperparameters if supervised else None)
+        asked = self.hyperparameters or (self.method.asked if self.method else None)
         return (asked or HyperparametersAsked()).chosen()
 
+    @property
+    def chosen_beta(self) -> float | None:
+        """None: the job is supervised."""
+        if self.method is None or self.method.type != "dpo":
+            return None
+        asked = self.method.dpo.hyperparameters if self.method.dpo else None
+        return (asked.beta if asked else None) or DEFAULT_BETA
+
     def check_method(self) -> None:
-        """Raises ApiError when the hyperparameters are given in both places."""
-        if self.hyperparameters is not None and self.method is not None:
+        """Raises ApiError when hyperparameters are given in two places, or for another method."""
+        method = self.method
+        if method is None:
+            return
+        if self.hyperparameters is not None:
             raise invalid("hyperparameters", "'method' is given too")
+        for name, given in (("supervised", method.supervised), ("dpo", method.dpo)):
+            if given is not None and name != method.type:
+                raise invalid(f"method.{name}", f"the type of the method is {method.type!r}")

@@ -175,7 +175,12 @@ class JobRunner:
             content = self._files.path(job.training_file).read_bytes()
         except (OSError, ApiError) as error:
             raise InvalidFileError(_unreadable(job, error)) from error
-        file = read_training_file(content, self._encoder, is_wanted=lambda: self._wants(job.id))
+        file = read_training_file(
+            content,
+            self._encoder,
+            of_preferences=job.beta is not None,
+            is_wanted=lambda: self._wants(job.id),
+        )
         if job.num_examples not in (0, len(file.lines)):
             raise InvalidFileError(_unreadable(job, "it is not what it was when the job began"))
         file.check_batches(job.hyperparameters.batch_size, self._bus.max_message_bytes)

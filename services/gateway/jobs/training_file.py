@@ -11,7 +11,7 @@ from functools import lru_cache
 from services.gateway.jobs.job import Job, JobError
 from shared.encoding import ExampleEncoder
 from shared.errors import InvalidBatchError, LemixError
-from shared.examples import numbered_lines, read_example
+from shared.examples import AnyExample, Preference, numbered_lines, read_example
 
 MAX_FAULTS_SHOWN = 10
 MAX_FAULT_CHARACTERS = 300
@@ -46,7 +46,8 @@ class TrainingFile:
         places = examples_of(job, step)
         multiplier = job.hyperparameters.learning_rate_multiplier
         about = {"id": job.batch_id(step), "learning_rate_multiplier": multiplier, "producer": job.producer}
-        head = json.dumps(about, ensure_ascii=False)
+        beta = {} if job.beta is None else {"beta": job.beta}
+        head = json.dumps(about | beta, ensure_ascii=False)
         examples = b",".join(self.lines[place] for place in places)
         body = head[:-1].encode() + b',"examples":[' + examples + b"]}"
         return body, sum(self.num_tokens[place] for place in places)
@@ -81,9 +82,11 @@ def _order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def read_training_file(
-    content: bytes, encoder: ExampleEncoder, *, is_wanted: Callable[[], bool]
+    content: bytes, encoder: ExampleEncoder, *, of_preferences: bool, is_wanted: Callable[[], bool]
 ) -> TrainingFile:
     """Check and tokenise every line; blocks meanwhile, for a thread beside the event loop.
+
+    `of_preferences`: every line must hold one; else none may.
 
     Raises InvalidFileError naming the first wrong lines, each with its reason, and AbandonedError once the
     file is no longer wanted.
@@ -96,7 +99,9 @@ def read_training_file(
             raise AbandonedError("the file is no longer wanted")
         time.sleep(0)  # lets the event loop have the interpreter at once: it has tokens to stream
         try:
-            num_tokens.append(_num_tokens(line, encoder))
+            example = read_example(line)
+            _check_kind(example, of_preferences=of_preferences)
+            num_tokens.append(_num_tokens(example, encoder))
             lines.append(line)
         except InvalidBatchError as error:
             faults.append(f"line {number}: {str(error)[:MAX_FAULT_CHARACTERS]}")
@@ -107,8 +112,17 @@ def read_training_file(
     return TrainingFile(tuple(lines), tuple(num_tokens))
 
 
-def _num_tokens(line: bytes, encoder: ExampleEncoder) -> int:
-    example = read_example(line)
+def _check_kind(example: AnyExample, *, of_preferences: bool) -> None:
+    """Raises InvalidBatchError."""
+    if isinstance(example, Preference) and not of_preferences:
+        raise InvalidBatchError("is a preference, which a supervised job cannot learn: choose method dpo")
+    if of_preferences and not isinstance(example, Preference):
+        raise InvalidBatchError(
+            "is no preference (input, preferred_output, non_preferred_output), as dpo needs"
+        )
+
+
+def _num_tokens(example: AnyExample, encoder: ExampleEncoder) -> int:
     try:
         return sum(len(each.tokens) for each in encoder.sequences(example))
     except InvalidBatchError:

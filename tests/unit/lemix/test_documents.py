@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.gateway.jobs.requests import HyperparametersAsked, JobRequest
+from services.gateway.jobs.requests import DpoHyperparametersAsked, JobRequest
 from services.gateway.openai.chat.request import ChatRequest
 from services.gateway.openai.completions.request import CompletionRequest
 from services.gateway.settings import GatewaySettings
@@ -67,7 +67,7 @@ def _default(setting: str) -> str:
 
 def test_every_parameter_of_the_api_is_in_its_document() -> None:
     chat, completion = ChatRequest.model_fields, CompletionRequest.model_fields
-    fields = [*chat, *completion, *JobRequest.model_fields, *HyperparametersAsked.model_fields]
+    fields = [*chat, *completion, *JobRequest.model_fields, *DpoHyperparametersAsked.model_fields]
     assert [name for name in fields if f"`{name}" not in _page("api")] == []
 
 

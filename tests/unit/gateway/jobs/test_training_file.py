@@ -26,7 +26,7 @@ ENCODER = ExampleEncoder.load(read_card(FOLDER, "m"), FOLDER, SystemClock(), max
 
 
 def read(content: bytes) -> TrainingFile:
-    return read_training_file(content, ENCODER, is_wanted=lambda: True)
+    return read_training_file(content, ENCODER, of_preferences=False, is_wanted=lambda: True)
 
 
 def refusal(content: bytes) -> str:
@@ -78,7 +78,9 @@ def test_a_tokenizer_that_breaks_is_the_lines_fault(monkeypatch: pytest.MonkeyPa
 def test_a_file_that_nobody_waits_for_is_left() -> None:
     answers = iter((True, False))
     with pytest.raises(AbandonedError):
-        read_training_file(b'{"text": "a"}\nno\nno', ENCODER, is_wanted=lambda: next(answers))
+        read_training_file(
+            b'{"text": "a"}\nno\nno', ENCODER, of_preferences=False, is_wanted=lambda: next(answers)
+        )
 
 
 def test_every_example_is_in_each_epoch_once_in_an_order_of_its_own() -> None:
