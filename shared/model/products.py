@@ -116,7 +116,8 @@ class Product:
             self._seen, self._calls = self._sources(), 0
         self._calls += 1
         if self._calls > self._patience_calls:
-            self._making = self._workshop.submit(partial(self._prepare, self._seen))
+            # Read now: while the thread works, the modules may run with the weights of another version.
+            self._making = self._workshop.submit(partial(self._prepare, self._seen, self._biases()))
         return False
 
     def _are_in_place(self, sources: tuple[Source, ...]) -> bool:
@@ -128,20 +129,18 @@ class Product:
 
     def prepare(self) -> None:
         """Copy the weights now in the modules, at once."""
-        self._prepare(self._sources())
+        self._prepare(self._sources(), self._biases())
 
-    def _prepare(self, sources: tuple[Source, ...]) -> None:
+    def _prepare(self, sources: tuple[Source, ...], biases: Sequence[Tensor]) -> None:
         """Copy these weights; when they change meanwhile, the copies are not theirs any more."""
         weights = [
             weight.detach().t() if is_transposed else weight.detach()
             for (weight, _), (_, is_transposed) in zip(sources, self._tables, strict=True)
             if weight is not None
         ]
-        biases = [bias.detach() for table, _ in self._tables if (bias := table.get("bias")) is not None]
-        assert len(biases) in (0, len(self._tables))
         self._widths = [weight.size(0) for weight in weights]
         together = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self._copies = _copies(sources, together, torch.cat(biases) if biases else None)
+        self._copies = _copies(sources, together, torch.cat(list(biases)) if biases else None)
 
     def invalidate(self) -> None:
         """Forget the copies."""
@@ -153,6 +152,11 @@ class Product:
         """The copies that there are."""
         copies = self._copies
         return (copies.transposed, copies.packed) if copies else ()
+
+    def _biases(self) -> list[Tensor]:
+        biases = [bias.detach() for table, _ in self._tables if (bias := table.get("bias")) is not None]
+        assert len(biases) in (0, len(self._tables))
+        return biases
 
     def _sources(self) -> tuple[Source, ...]:
         weights = [table["weight"] for table, _ in self._tables]

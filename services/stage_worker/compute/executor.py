@@ -63,8 +63,8 @@ class ForwardOutput:
     """The output of a microbatch's forward.
 
     hidden: activations for the next stage. reference: with preferences, those of the model as it was given.
-    loss: of the last stage, which goes backward at once unless the
-    microbatch says `backward_after_all`. gradient: of that backward (None when S = 1).
+    loss: of the last stage, which goes backward at once unless the microbatch says `backward_after_all`.
+    gradient: of that backward (None when S = 1).
     """
 
     version: int

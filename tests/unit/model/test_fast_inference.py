@@ -108,6 +108,26 @@ def test_weights_that_change_while_they_are_copied_are_copied_again() -> None:
     torch.testing.assert_close(product(inputs), module(inputs))
 
 
+def test_copies_have_the_bias_of_their_weights_whatever_the_module_runs_with_meanwhile() -> None:
+    module, later = torch.nn.Linear(8, 8), []
+    bias, other = module.bias, torch.nn.Parameter(torch.full((8,), 9.0))
+
+    class Later(Workshop):
+        def submit(self, work: Callable[[], None]) -> Future[None]:
+            later.append(work)
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+    product, inputs = Product([module], Later(), patience_calls=0), torch.ones(2, 8)
+    assert not product.ready()
+    module.bias = other
+    later[0]()
+    module.bias = bias
+    assert product.ready()
+    torch.testing.assert_close(product(inputs), module(inputs))
+
+
 def test_two_versions_in_turn_leave_the_copies_of_one_as_they_are() -> None:
     module = torch.nn.Linear(8, 8)
     product, weights = Product([module], AtOnce()), [module.weight, torch.nn.Parameter(torch.ones(8, 8))]
