@@ -31,6 +31,15 @@ def num_cuda_devices() -> int:
     return count.value
 
 
+def cuda_memory_bytes(index: int) -> int | None:
+    """The whole memory of a GPU, as the driver counts GPUs; None without that GPU."""
+    if index >= num_cuda_devices():
+        return None
+    driver, device, size = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.c_size_t(0)
+    got = driver.cuDeviceGet(ctypes.byref(device), index) == 0
+    return size.value if got and driver.cuDeviceTotalMem_v2(ctypes.byref(size), device) == 0 else None
+
+
 def check_devices(
     devices: Iterable[str],
     *,

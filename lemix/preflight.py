@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from lemix.adapter_choice import memory_bytes, with_suitable_adapter
 from lemix.arenas import default_base
 from lemix.devices import check_devices, num_cpu_cores
 from lemix.topology import ClusterOptions, service_specs
@@ -13,8 +14,8 @@ from services.trainer.settings import TrainerSettings
 from shared.chat_template_files import load_chat_template
 from shared.clock import SystemClock
 from shared.model.partition import partition
-from shared.model_files import CONFIG_FILES, name_of, num_layers, read_card, resolve
-from shared.settings import read_settings
+from shared.model_files import CONFIG_FILES, approximate_num_weights, name_of, num_layers, read_card, resolve
+from shared.settings import LemixSettings, read_settings
 
 
 def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
@@ -33,6 +34,16 @@ def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
         check_devices(stage.device for worker in workers for stage in worker.of_stages)
     check_model(workers[0].model, None if options.emulate else options.stages)
     load_chat_template(resolve(gateway.model, CONFIG_FILES), SystemClock(), chosen=gateway.chat_template)
+
+
+def with_fitting_adapter(options: ClusterOptions, inherited: Mapping[str, str]) -> tuple[ClusterOptions, str]:
+    """Choose LoRA where all weights cannot learn on the run's devices; returns why, empty where they can.
+
+    Blocks; raises ConfigurationError when the model's config cannot be read.
+    """
+    model = read_settings(LemixSettings, environments(options, inherited)["trainer"]).model
+    num_weights = approximate_num_weights(resolve(model, CONFIG_FILES))
+    return with_suitable_adapter(options, inherited, num_weights, memory_bytes)
 
 
 def environments(options: ClusterOptions, inherited: Mapping[str, str]) -> dict[str, Mapping[str, str]]:

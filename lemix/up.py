@@ -23,8 +23,11 @@ from shared.settings import LemixSettings, read_settings
 EXAMPLE_PROMPT = "What is the capital of France?"
 
 
-async def run_up(options: ClusterOptions, console: Console, clock: Clock) -> None:
-    """Start the cluster, say how to reach it, and wait; ends only with an error or by cancellation."""
+async def run_up(options: ClusterOptions, console: Console, clock: Clock, *, why_adapter: str = "") -> None:
+    """Start the cluster, say how to reach it, and wait; ends only with an error or by cancellation.
+
+    `why_adapter`: why an adapter trains although nobody asked for one.
+    """
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -34,6 +37,8 @@ async def run_up(options: ClusterOptions, console: Console, clock: Clock) -> Non
         f"starting nodes: {options.nodes}, stages of each: {options.stages}; logs: {options.run_dir / 'logs'}"
     )
     say(layout_of(options, num_cpu_cores()).line)
+    if why_adapter:
+        say(why_adapter)
     say(await asyncio.to_thread(how_it_trains, options, os.environ))
     async with LocalCluster(options, on_event=say) as cluster:
         settings = read_settings(LemixSettings)

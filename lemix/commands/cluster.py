@@ -84,7 +84,7 @@ def up(
     start_timeout: StartTimeout = 600.0,
 ) -> None:
     """Start everything on this machine, and keep it running until Ctrl-C."""
-    from lemix.preflight import check_start
+    from lemix.preflight import check_start, with_fitting_adapter
     from lemix.running import run_command
     from lemix.topology import ClusterOptions
     from lemix.up import run_up
@@ -108,7 +108,8 @@ def up(
         start_timeout_s=start_timeout,
     )
     check_start(options, os.environ)
-    run_command(run_up(options, Output(), SystemClock()))
+    options, why_adapter = with_fitting_adapter(options, os.environ)
+    run_command(run_up(options, Output(), SystemClock(), why_adapter=why_adapter))
 
 
 def demo(

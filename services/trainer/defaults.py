@@ -36,7 +36,9 @@ def training_line(settings: TrainerSettings) -> str:
     warmup = f" after {settings.warmup_batches} batches of warm-up" if settings.warmup_batches else ""
     limit = settings.max_gradient_norm
     clipping = f"gradients clipped to {limit:g}" if isfinite(limit) else "gradients not clipped"
-    return f"training: learning rate {settings.learning_rate:.1e}{warmup}, {clipping}, {_guard(settings)}"
+    what = "all weights" if settings.adapter == "none" else "a LoRA adapter"
+    rate = f"learning rate {settings.learning_rate:.1e}{warmup}"
+    return f"training: {what}, {rate}, {clipping}, {_guard(settings)}"
 
 
 def _guard(settings: TrainerSettings) -> str:

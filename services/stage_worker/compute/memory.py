@@ -9,12 +9,8 @@ from services.stage_worker.settings import StageWorkerSettings
 from shared.errors import ConfigurationError
 from shared.model.stage import Stage
 from shared.profiles.roofline import ACTIVATION_BYTES, LOGIT_BYTES, WEIGHT_BYTES
+from shared.training_memory import MASTER_BYTES, bytes_beside
 
-_MASTER_BYTES = 4
-_LEARNING_BYTES = 12
-"""For each parameter that trains: AdamW's moments and a batch's gradient, in float32 (docs/training.md)."""
-_NUM_KEPT_VERSIONS = 2
-"""Under a guard: one that serves, and one that is judged."""
 _GIB = 2**30
 
 logger = logging.getLogger(__name__)
@@ -36,17 +32,14 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 def weight_bytes(stage: Stage, dtype: torch.dtype) -> int:
     """Bytes of the weights that serve, and of their masters in float32 where these are others."""
     num_trained = sum(tensor.numel() for tensor in stage.trainable_tensors().values())
-    masters = 0 if dtype == torch.float32 else _MASTER_BYTES * num_trained
+    masters = 0 if dtype == torch.float32 else MASTER_BYTES * num_trained
     return masters + sum(tensor.nbytes for tensor in stage.named_tensors().values())
 
 
 def training_bytes(stage: Stage, dtype: torch.dtype, settings: StageWorkerSettings) -> int:
     """Bytes that a step needs at most beside the weights, and those of activations in flight."""
     num_trained = sum(tensor.numel() for tensor in stage.trainable_tensors().values())
-    # Beside the moments: a microbatch's own gradients, the copy of the weights that forwards use, and the
-    # reference of preferences.
-    copies = 3 + _NUM_KEPT_VERSIONS
-    learning = num_trained * (_LEARNING_BYTES + copies * dtype.itemsize)
+    learning = num_trained * bytes_beside(dtype.itemsize)
     layers = stage.layers
     per_token = ACTIVATION_BYTES * stage.hidden_size * layers.num_layers
     per_token += layers.is_last * LOGIT_BYTES * stage.vocab_size
