@@ -11,7 +11,7 @@ from lemix.topology import ClusterOptions
 from shared.training_memory import bytes_in_all
 
 USABLE_SHARE = 0.9
-"""Of a device's memory: the rest is for keys and values, activations and everything else there."""
+"""A device's share for it: the rest is for keys and values, activations and everything else there."""
 _ADAPTER = "LEMIX_ADAPTER"
 _GB = 1e9
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")

@@ -13,7 +13,7 @@ _NUM_CPU_COPIES = 4
 
 
 def bytes_beside(itemsize: int) -> int:
-    """What learning takes beside the weight itself and its master; `itemsize`: bytes of the weight."""
+    """Bytes that learning takes beside the weight and its master; `itemsize`: bytes of the weight."""
     return LEARNING_BYTES + _NUM_COPIES * itemsize
 
 
