@@ -1,15 +1,17 @@
 """Eight concurrent streams through one node, against `generate()` at batch 8, same device.
 
-On a CPU two stages, on a GPU one: stages that share a GPU take turns on it.
+On a CPU with one stage and with two, on a GPU with one: stages that share a GPU take turns on it. On a CPU
+LEMIX_BENCH_CHAT_MODEL adds the model of that folder.
 """
 
 import asyncio
 import itertools
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import DTYPES, SHAPES, model_folder, models_for
+from benchmarks.models import DTYPES, endless_folder, model_folder, models_for, vocab_size
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import MAX_TOKENS, prompt_tokens
@@ -23,6 +25,7 @@ from shared.bus.nats import NatsBus
 from shared.messages.inference import InferenceTask, Sampling, TokensProduced
 
 NUM_ROUNDS = {"small": 15, "big": 5, "huge": 3}
+CHAT_MODEL = "LEMIX_BENCH_CHAT_MODEL"
 KINDS = ("decode_tokens_per_s", "tokens_per_s")
 REQUEST_TIMEOUT_S = 300.0
 
@@ -93,31 +96,32 @@ class BusStreams:
             self._all_done.set()
 
 
-async def measure(name: str, work: Path, device: str, stages: int) -> dict[str, Any]:
+async def measure(
+    folder: Path, work: Path, device: str, stages: int, *, dtype: str, num_rounds: int
+) -> dict[str, Any]:
     """Alternate rounds of both sides; medians, ranges and ratios of medians."""
-    folder = model_folder(name, work / "models")
-    prompts = (prompt_tokens(SHAPES[name]["vocab_size"], number) for number in itertools.count(1))
+    prompts = (prompt_tokens(vocab_size(folder), number) for number in itertools.count(1))
     options = ClusterOptions(
-        name=f"decode-{name}",
+        name=f"decode-{folder.name}-1x{stages}",
         runs_dir=work,
         nodes=1,
         stages=stages,
         devices=(device,),
         model=str(folder),
-        extra_env={"LEMIX_DTYPE": DTYPES[name]},
+        extra_env={"LEMIX_DTYPE": dtype},
     )
     clear(options.run_dir)
     rounds: dict[str, list[dict[str, float]]] = {"node": [], "http": [], "generate": []}
     async with (
         LocalCluster(options) as cluster,
-        running_peer("generate", folder, device, DTYPES[name]) as peer,
+        running_peer("generate", folder, device, dtype) as peer,
         ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client,
     ):
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         streams = BusStreams(bus)
         await streams.start()
         await stream_over_http(client, next(prompts))
-        for _ in range(NUM_ROUNDS[name]):
+        for _ in range(num_rounds):
             rounds["node"].append(await streams.run(next(prompts)))
             rounds["generate"].append(await peer.measure())
             rounds["http"].append(await stream_over_http(client, next(prompts)))
@@ -140,5 +144,19 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 async def main(work: Path, device: str = "cpu") -> dict[str, Any]:
-    stages = 2 if device == "cpu" else 1
-    return {name: await measure(name, work, device, stages) for name in models_for(device)}
+    """Measure each model with each number of stages."""
+    folders = {name: model_folder(name, work / "models") for name in models_for(device)}
+    if device == "cpu" and CHAT_MODEL in os.environ:
+        folders["chat"] = endless_folder(Path(os.environ[CHAT_MODEL]), work / "models")
+    return {
+        f"{name} 1x{stages}": await measure(
+            folder,
+            work,
+            device,
+            stages,
+            dtype=DTYPES.get(name, "float32"),
+            num_rounds=NUM_ROUNDS.get(name, NUM_ROUNDS["big"]),
+        )
+        for name, folder in folders.items()
+        for stages in ((1, 2) if device == "cpu" else (1,))
+    }

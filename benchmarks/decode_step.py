@@ -1,4 +1,4 @@
-"""One decode step: a stage's forward alone against `generate()`, in turn in one process; then a whole node.
+"""One decode step: a stage's forward alone against `generate()`, in turn in one process.
 
 The forward has one thread, as a stage worker by default. Both sides count the processor time of the thread
 that computes, too, which says more than the clock where others use the machine.
@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks import decode
 from benchmarks.models import model_folder
 from services.stage_worker.compute.attention.iteration import PagedAttention
 from services.stage_worker.compute.attention.windows import WindowedDecoder
@@ -129,8 +128,5 @@ def _summaries(measured: dict[tuple[str, int, int], Times]) -> Iterator[tuple[st
 
 
 async def main(work: Path) -> dict[str, Any]:
-    """The forward of each model alone; then the node of one stage, over the bus and over HTTP."""
-    names = list(NUM_ROUNDS)
-    alone = {name: forward(name, model_folder(name, work / "models")) for name in names}
-    nodes = {name: await decode.measure(name, work, "cpu", stages=1) for name in names}
-    return {"forward": alone, "node_1x1": nodes}
+    """Measure each model."""
+    return {name: forward(name, model_folder(name, work / "models")) for name in NUM_ROUNDS}

@@ -30,6 +30,24 @@ def models_for(device: str) -> tuple[str, ...]:
     return ("small", "big") if device == "cpu" else ("big", "huge")
 
 
+def endless_folder(folder: Path, base: Path) -> Path:
+    """That model, but for its end token: greedy answers of a real model would end before they are timed."""
+    endless = base / f"{folder.name}-endless"
+    if not (endless / "config.json").exists():
+        endless.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("*"):
+            if file.name not in ("config.json", "generation_config.json"):
+                (endless / file.name).symlink_to(file.absolute())
+        config = json.loads((folder / "config.json").read_text())
+        (endless / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    return endless
+
+
+def vocab_size(folder: Path) -> int:
+    """Tokens of a saved model."""
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
 def model_folder(name: str, base: Path, device: str = "cpu") -> Path:
     """The saved model, made at first use: seeded, never ending a completion by itself.
 

@@ -1,8 +1,9 @@
 """The price of publishing weights versions for running requests: time between tokens, under training.
 
-Three clusters of one node serve and train the embedded model, in turns, with the same load: `withheld` serves
+Four clusters of one node serve and train the embedded model, in turns, with the same load: `withheld` serves
 its first version for ever (a guard whose evaluation never comes), `pinned` publishes every version, and
-`latest` takes each stage's newest weights from one iteration to the next.
+`latest` takes each stage's newest weights from one iteration to the next. `guarded` publishes every eighth
+version, once it has scored the model's own samples.
 """
 
 import json
@@ -28,6 +29,7 @@ async def main(work: Path) -> dict[str, Any]:
         "withheld": {"LEMIX_EVALUATE_EVERY": NEVER, "LEMIX_HELD_OUT": str(held_out_file(work).absolute())},
         "pinned": {"LEMIX_WEIGHTS_CONSISTENCY": "pinned"},
         "latest": {},
+        "guarded": {"LEMIX_GUARD_SAMPLES": "16", "LEMIX_EVALUATE_EVERY": "8"},
     }
     async with AsyncExitStack() as stack:
         clusters = {
@@ -35,5 +37,5 @@ async def main(work: Path) -> dict[str, Any]:
             for kind, settings in kinds.items()
         }
         results = await measure_in_turns(clusters, NUM_ROUNDS)
-    added = {kind: added_at_p99(results, kind, to="withheld") for kind in ("pinned", "latest")}
+    added = {kind: added_at_p99(results, kind, to="withheld") for kind in ("pinned", "latest", "guarded")}
     return {**results, "added_at_p99_in_median_tbt": added}
