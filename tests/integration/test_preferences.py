@@ -1,5 +1,6 @@
 """A node that learns preferences, against the formula of their loss in one process."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from shared.messages.training import BatchStepped
 from tests.support.models import save_tiny_model
 from tests.support.node import Node, running_node
+from tests.support.pair import train, two_nodes
 from tests.support.preferences import Pair, dpo_loss, preference_messages, random_pairs
 from tests.support.saving import adapted, model_in, save
 from tests.support.training import ADAMW, LORA, adamw, assert_equal, messages, random_batches, settings_id
@@ -61,6 +63,19 @@ async def test_preferences_are_learnt_as_in_one_process_also_after_a_restart(
         optimizer.zero_grad()
     learnt = model.merge_and_unload() if settings else model
     assert_equal(model_in(end, folder).state_dict(), learnt.state_dict())
+
+
+async def test_after_a_merge_the_reference_is_still_the_model_as_it_was_given(tmp_path: Path) -> None:
+    async with two_nodes("llama", tmp_path) as pair:
+        for node, batch in zip(pair.nodes, random_batches(2, 1), strict=True):
+            await train(node, "b", batch)
+        await pair.merge("mean", 0.5, 0.5, version=1)
+        await pair.state(pair.nodes[0], "merged")
+        losses = [await learn(node, "p", BATCHES[0], fence=node.number + 1) for node in pair.nodes]
+    merged = model_in(tmp_path / "checkpoints" / "merged", tmp_path / "model")
+    expected = dpo_loss(merged, pair.model, BATCHES[0]).item()
+    assert losses == pytest.approx([expected] * 2, abs=1e-5)
+    assert abs(expected - math.log(2)) > 1e-3, "the merged weights are those of the reference"
 
 
 async def test_preferences_and_other_batches_follow_each_other_and_a_restore_drops_what_is_under_way(
