@@ -16,6 +16,7 @@ from shared.messages.training import (
     BatchDurable,
     BatchesAsked,
     BatchEvent,
+    BatchHeldOut,
     BatchProgress,
     BatchRejected,
 )
@@ -28,6 +29,8 @@ STALL_DEADLINE_S = 60.0
 SILENCE_S = 2.0
 """Events can be lost: after so long without one the trainer is asked."""
 ANSWER_DEADLINE_S = 5.0
+NO_NODE = -1
+"""Where a batch trained that trained nothing."""
 
 
 class ProgressError(LemixError):
@@ -185,6 +188,8 @@ class AppliedBatches:
                 self.losses[batch_id] = loss
             case BatchDurable(batch_ids=batch_ids, node=node):
                 self._steps = {batch_id: (node, batch_id) for batch_id in batch_ids} | self._steps
+            case BatchHeldOut(batch_id=batch_id):
+                self._steps[batch_id] = NO_NODE, batch_id
             case BatchRejected(batch_id=batch_id, reason=reason):
                 self._rejected[batch_id] = reason
         self._news.set()

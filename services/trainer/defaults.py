@@ -47,6 +47,8 @@ def _guard(settings: TrainerSettings) -> str:
         judges.append(f"{settings.guard_samples} texts of the model's own")
     if settings.held_out:
         judges.append(settings.held_out)
+    if settings.hold_out_share:
+        judges.append(f"{settings.hold_out_share:.1%} of what is published")
     if not judges:
         return "served at once (LEMIX_GUARD_SAMPLES has new versions judged first)"
     return f"served once {' and '.join(judges)} show no damage"

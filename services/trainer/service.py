@@ -14,6 +14,7 @@ This file puts them together.
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -40,6 +41,7 @@ from services.trainer.nodes.stage_orders import StageOrders
 from services.trainer.outbox import Outbox
 from services.trainer.publication.evaluator import Evaluator, GuardExamples
 from services.trainer.publication.held_out import read_held_out
+from services.trainer.publication.hold_out import HoldOut
 from services.trainer.publication.openings import openings
 from services.trainer.publication.samples import Samples
 from services.trainer.publication.samples_file import read_samples, write_samples
@@ -50,7 +52,7 @@ from shared import checkpoints
 from shared.bus.base import Bus, Subscription
 from shared.clock import Clock
 from shared.disk import on_disk
-from shared.encoding import ExampleEncoder
+from shared.encoding import ExampleEncoder, LabelledTokens
 from shared.model_files import resolve
 from shared.subjects import (
     DURABLE_VERSIONS,
@@ -99,7 +101,9 @@ class Trainer:
         self._bus = bus
         self._clock = clock
         self._telemetry = telemetry
-        self._intake = intake or Intake.load(settings, model_folder, clock)
+        self._hold_out = HoldOut(settings.checkpoint_dir, model=settings.model, share=settings.hold_out_share)
+        intake = intake or Intake.load(settings, model_folder, clock)
+        self._intake = replace(intake, hold_out=self._hold_out)
         self._examples = _guard_examples(settings, self._intake.encoder)
         self._settings = settings.model_copy(update={"guard_samples": len(self._examples.openings)})
         log.info(training_line(self._settings))
@@ -130,6 +134,7 @@ class Trainer:
         book = BatchBook(ledger_of(found.values(), begun_after=begun_after))
         read = partial(read_samples, self._files.root, model=self._settings.model)
         samples = await on_disk(read) if self._examples.openings else None
+        await on_disk(self._hold_out.load)
         async with asyncio.TaskGroup() as tasks:
             outbox = Outbox(self._bus)
             evaluator = Evaluator(
@@ -139,6 +144,7 @@ class Trainer:
                 clock=self._clock,
                 outbox=outbox,
                 keep=lambda written: tasks.create_task(self._keep_samples(written)),
+                held_out=lambda: self._held_out_by_itself(tasks),
             )
             parts = self._parts(
                 book,
@@ -151,7 +157,7 @@ class Trainer:
                 term=term,
             )
             tasks.create_task(outbox.run())
-            if self._examples:
+            if self._settings.is_guarded:
                 await evaluator.subscribe()
                 tasks.create_task(evaluator.run())
             await self._work(book, parts, tasks, stream=stream.identity)
@@ -212,6 +218,21 @@ class Trainer:
             term=term,
         )
         return _Parts(fates, rollbacks, actions, listener)
+
+    def _held_out_by_itself(self, tasks: asyncio.TaskGroup) -> Sequence[LabelledTokens]:
+        """The examples that versions are compared on from now on."""
+        was_frozen = self._hold_out.is_frozen
+        examples = self._hold_out.freeze()
+        if examples and not was_frozen:
+            tasks.create_task(self._keep_hold_out())
+        return examples
+
+    async def _keep_hold_out(self) -> None:
+        """Without room on the disk the set is frozen for this trainer's life only."""
+        try:
+            await on_disk(self._hold_out.save)
+        except OSError as error:
+            log.error("that the held-out examples are frozen is not saved: %s", error)
 
     async def _keep_samples(self, samples: Samples) -> None:
         """Without room on the disk they guard this trainer's life only, and are written anew in the next."""

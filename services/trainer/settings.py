@@ -28,6 +28,7 @@ OF_TRAINING = (
     "learning_rate_batches",
     "final_learning_rate",
     "max_gradient_norm",
+    "hold_out_share",
 )
 """Settings that the weights depend on."""
 
@@ -90,6 +91,8 @@ class TrainerSettings(LemixSettings):
     """
     held_out: str = ""
     """A file of examples, one a line; versions that do much worse on them are not served. Empty: none."""
+    hold_out_share: float = Field(default=0.0, ge=0, lt=1)
+    """So much of the published examples is held out by the run itself, up to a number, and not trained."""
     guard_samples: int | None = Field(default=None, ge=0)
     """Texts that the model writes before it learns; versions that find them far less likely do not serve.
 
@@ -132,7 +135,7 @@ class TrainerSettings(LemixSettings):
     @property
     def is_guarded(self) -> bool:
         """Whether versions are evaluated before they serve."""
-        return bool(self.held_out or self.guard_samples)
+        return bool(self.held_out or self.hold_out_share or self.guard_samples)
 
     @model_validator(mode="after")
     def _schedules_have_an_end(self) -> Self:

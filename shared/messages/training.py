@@ -327,7 +327,13 @@ class BatchRejected(Event, tag="rejected"):
     reason: str
 
 
-BatchEvent = BatchPlaced | BatchDeferred | BatchApplied | BatchDurable | BatchRejected
+class BatchHeldOut(Event, tag="held_out"):
+    """All examples of the batch are held out: it trains nothing, and is done with. This is final."""
+
+    batch_id: str
+
+
+BatchEvent = BatchPlaced | BatchDeferred | BatchApplied | BatchDurable | BatchRejected | BatchHeldOut
 
 
 class BatchProgress(Message):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from services.trainer.publication.hold_out import is_chosen
 from services.trainer.publication.samples_file import read_samples
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
@@ -446,3 +447,38 @@ def loss_on(model: Any, example: LabelledTokens) -> tuple[float, int]:
     rows = torch.tensor(example.label_rows)
     picked = logprobs[rows, torch.tensor(example.labels)]
     return -picked.sum().item(), len(example.label_rows)
+
+
+async def test_a_share_of_what_is_published_is_held_out_and_judges_also_over_a_restart(
+    tmp_path: Path,
+) -> None:
+    """Each batch is one example. Those to hold out come first, before anything could freeze the set."""
+    model, run_dir = tmp_path / "model", tmp_path / "run"
+    run_dir.mkdir()
+    save_tiny_model("llama", model)
+    share = 0.4
+    settings = {"hold_out_share": share, "max_held_out_rise": 9.0, "learning_rate": 0.003}
+    examples = [microbatch[0] for (microbatch,) in random_batches(60, 1, seed=3)]
+
+    def is_held_out(tokens: list[int]) -> bool:
+        return is_chosen(LabelledTokens(tuple(tokens), tuple(range(len(tokens) - 1))), share)
+
+    held_out = [tokens for tokens in examples if is_held_out(tokens)]
+    trained = [tokens for tokens in examples if not is_held_out(tokens)]
+    batches: list[Batch] = [[[tokens]] for tokens in held_out + trained]
+    async with running_node(model, 2, run_dir) as node:
+        async with training(node, model, run_dir, **settings):
+            await publish(node, batches)
+            found = await weights_when(node, lambda found: found.published == len(trained))
+        async with training(node, model, run_dir, **settings):
+            again = await first_evaluated(node)
+            await publish(node, batches, first=len(batches))
+            last = await weights_when(node, lambda found: found.published == 2 * len(trained))
+    stored = json.loads((run_dir / "checkpoints" / "held_out.json").read_bytes())
+    assert stored["is_frozen"] and [each["tokens"] for each in stored["examples"]] == held_out
+    assert found.held_out_loss is not None and again.held_out_loss == pytest.approx(found.held_out_loss)
+    served = model_in(folder_of(run_dir, 2 * len(trained)), model)
+    with torch.no_grad():
+        num = sum(len(tokens) - 1 for tokens in held_out)
+        expected = loss_of(served, dict(served.named_parameters()), held_out, num).item()
+    assert last.held_out_loss == pytest.approx(expected, abs=1e-4)

@@ -20,6 +20,7 @@ from shared.messages.training import (
     BatchDeferred,
     BatchDurable,
     BatchEvent,
+    BatchHeldOut,
     BatchPlaced,
     BatchRejected,
 )
@@ -337,6 +338,8 @@ def after(job: Job, happening: Happening, now_s: int) -> Outcome:
             return _durable(job, happening)
         case BatchRejected():
             return _rejected(job, happening, now_s)
+        case BatchHeldOut(batch_id=batch_id):
+            return _held_out(job, _step_of(job, batch_id))
 
 
 def _moved_on(
@@ -415,6 +418,13 @@ def _rejected(job: Job, rejected: BatchRejected, now_s: int) -> Outcome:
     return after(_without(job, number), Failed(error), now_s)
 
 
+def _held_out(job: Job, number: int | None) -> Outcome:
+    if number not in job.open:
+        return Outcome(job)
+    message = f"Step {number}/{job.total_steps}: all of its examples are held out (LEMIX_HOLD_OUT_SHARE)"
+    return Outcome(_without(job, number), (Note(level="info", message=message),))
+
+
 def _without_unknown(job: Job, number: int | None, read_up_to: int) -> Job:
     """Publish batches again that the trainer has passed by; drop those that are no longer wanted."""
     if number not in job.open or job.open[number].sequence > read_up_to:
@@ -438,7 +448,7 @@ def _with_step(job: Job, number: int | None, **changes: object) -> Job:
     return _with(job, open={**job.open, number: changed})
 
 
-def _without(job: Job, number: int) -> Job:
+def _without(job: Job, number: int | None) -> Job:
     return _with(job, open={other: step for other, step in job.open.items() if other != number})
 
 

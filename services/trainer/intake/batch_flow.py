@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from services.trainer.intake.microbatches import TrainingBatch
+from services.trainer.intake.microbatches import HeldOutBatch, TrainingBatch
 from services.trainer.intake.reading import Intake
 from services.trainer.ledger.fates import BatchFates
 from services.trainer.ledger.pending_batches import BatchBook, Pending
@@ -13,7 +13,7 @@ from services.trainer.nodes.stage_listener import Nodes
 from shared.bus.base import TRACE_HEADER, Bus, StreamMessage, StreamReader
 from shared.errors import BusError, RefusedError
 from shared.messages.inference import DEFERRED
-from shared.messages.training import BatchDeferred, BatchPlaced, RejectedBatch, TrainingTask
+from shared.messages.training import BatchDeferred, BatchHeldOut, BatchPlaced, RejectedBatch, TrainingTask
 from shared.subjects import PLACE
 from shared.telemetry import Telemetry
 
@@ -83,7 +83,7 @@ class BatchFlow:
             prepared = await asyncio.to_thread(partial(self._intake.prepare, message))
             self._decide(message, prepared)
 
-    def _decide(self, message: StreamMessage, prepared: TrainingBatch | RejectedBatch) -> None:
+    def _decide(self, message: StreamMessage, prepared: TrainingBatch | HeldOutBatch | RejectedBatch) -> None:
         if isinstance(prepared, RejectedBatch):
             self._book.hold(message.sequence)
             self._fates.rejections.add(prepared, [message.ack])
@@ -92,6 +92,11 @@ class BatchFlow:
                 "batch %s (%d) was published before: not applied again", prepared.batch_id, message.sequence
             )
             self._fates.acknowledge(self._book.repeat(message.sequence, prepared.batch_id, message.ack))
+        elif isinstance(prepared, HeldOutBatch):
+            log.info("batch %s (%d) trains nothing: it is held out", prepared.batch_id, message.sequence)
+            self._book.skip(message.sequence)
+            self._fates.progress.tell(BatchHeldOut(batch_id=prepared.batch_id))
+            self._fates.acknowledge([message.ack])
         else:
             parent = message.headers.get(TRACE_HEADER, "")
             self._book.admit(Pending(prepared, self._telemetry, parent=parent, ack=message.ack))

@@ -61,6 +61,13 @@ class TrainingBatch:
         return sum(len(rows.tokens) for rows in self.microbatches)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOutBatch:
+    """A batch without an example to train on: all are held out."""
+
+    batch_id: str
+
+
 def split(lengths: Sequence[int], num_groups: int, max_tokens: int) -> list[range]:
     """Cut examples, in order, into about `num_groups` groups of about equal tokens.
 

@@ -1,7 +1,9 @@
 """Turns a message of the training stream into a batch that can be fed, or into the reason why not."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +15,8 @@ from services.trainer.intake.data import (
     id_in,
     read_body,
 )
-from services.trainer.intake.microbatches import TrainingBatch, cut
+from services.trainer.intake.microbatches import HeldOutBatch, TrainingBatch, cut
+from services.trainer.publication.hold_out import HoldOut
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
 from shared.clock import Clock
@@ -40,6 +43,8 @@ class Intake:
     encoder: ExampleEncoder
     microbatches: int
     max_microbatch_tokens: int
+    hold_out: HoldOut | None = None
+    """Examples that do not train; None: all train."""
 
     @classmethod
     def load(cls, settings: TrainerSettings, model_folder: Path, clock: Clock) -> Self:
@@ -60,8 +65,8 @@ class Intake:
             max_microbatch_tokens=settings.max_microbatch_tokens,
         )
 
-    def prepare(self, message: StreamMessage) -> TrainingBatch | RejectedBatch:
-        """Blocks while it tokenises."""
+    def prepare(self, message: StreamMessage) -> TrainingBatch | HeldOutBatch | RejectedBatch:
+        """Blocks while it tokenises, and while examples that are held out are written to the disk."""
         batch_id = message.headers.get(ID_HEADER, "")[:MAX_ID_CHARACTERS]
         try:
             body = read_body(message.body)
@@ -90,14 +95,25 @@ class Intake:
                 raise InvalidBatchError(f"examples.{position}: {error}") from error
         return encoded
 
-    def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch:
+    def _trained(self, body: BatchBody, encoded: Sequence[tuple[LabelledTokens, ...]]) -> list[bool]:
+        """Which of the examples train: those that are not held out, and all preferences."""
+        if self.hold_out is None or body.beta_of_preferences is not None:
+            return [True] * len(encoded)
+        return [not is_held_out for is_held_out in self.hold_out.take([example for (example,) in encoded])]
+
+    def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch | HeldOutBatch:
+        encoded = self._encode(body)
+        trained = self._trained(body, encoded)
+        if not any(trained):
+            return HeldOutBatch(batch_id)
+        examples = list(compress(encoded, trained))
         return TrainingBatch(
             batch_id=batch_id,
             sequence=message.sequence,
-            microbatches=cut(self._encode(body), self.microbatches, self.max_microbatch_tokens),
+            microbatches=cut(examples, self.microbatches, self.max_microbatch_tokens),
             body=message.body,
             learning_rate_multiplier=body.learning_rate_multiplier,
             beta=body.beta_of_preferences,
             producer=body.producer,
-            sources=tuple(ExampleSource(**source.model_dump()) for source in body.sources),
+            sources=tuple(ExampleSource(**source.model_dump()) for source in compress(body.sources, trained)),
         )

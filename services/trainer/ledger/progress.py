@@ -14,6 +14,7 @@ from shared.messages.training import (
     BatchesAsked,
     BatchesNow,
     BatchEvent,
+    BatchHeldOut,
     BatchProgress,
     BatchRejected,
 )
@@ -22,8 +23,8 @@ from shared.subjects import TRAIN_PROGRESS
 DISCARDED = (
     "a rollback to an older version took it out of the weights (lemix train publish --again trains it anew)"
 )
-MAX_REJECTIONS = 1024
-"""Newest ones that are remembered for those who ask."""
+MAX_REMEMBERED = 1024
+"""Newest batches that no weights contain whose end is remembered for those who ask."""
 
 
 class Progress:
@@ -36,11 +37,12 @@ class Progress:
         self._folder_of = folder_of
         self.training_losses: dict[int, float] = {}
         """The loss of the newest batch of each node, since it was restored."""
-        self._rejections: dict[str, BatchRejected] = {}
+        self._without_weights: dict[str, BatchRejected | BatchHeldOut] = {}
+        """By batch: how it ended, where no weights will contain it."""
 
     def tell(self, event: BatchEvent, *, traceparent: str = "") -> None:
         """Publish an event of a batch."""
-        if isinstance(event, BatchRejected):
+        if isinstance(event, BatchRejected | BatchHeldOut):
             self._remember(event)
         elif isinstance(event, BatchApplied):
             self.training_losses[event.node] = event.loss
@@ -65,7 +67,7 @@ class Progress:
         unknown = []
         for batch_id in incoming.message.batch_ids:
             node = ledger.node_of_durable(batch_id)
-            newest = pending[batch_id].applied if batch_id in pending else self._rejections.get(batch_id)
+            newest = pending[batch_id].applied if batch_id in pending else self._without_weights.get(batch_id)
             if node is not None:
                 durable[node].append(batch_id)
             elif newest is not None:
@@ -84,7 +86,7 @@ class Progress:
             batch_ids=batch_ids, node=node, version=version, checkpoint=str(self._folder_of(node))
         )
 
-    def _remember(self, rejected: BatchRejected) -> None:
-        self._rejections[rejected.batch_id] = rejected
-        if len(self._rejections) > MAX_REJECTIONS:
-            del self._rejections[next(iter(self._rejections))]
+    def _remember(self, ended: BatchRejected | BatchHeldOut) -> None:
+        self._without_weights[ended.batch_id] = ended
+        if len(self._without_weights) > MAX_REMEMBERED:
+            del self._without_weights[next(iter(self._without_weights))]

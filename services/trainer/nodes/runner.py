@@ -142,12 +142,15 @@ class ActionRunner:
         if losses is None or fence != node.fence:
             return
         publishing = node.work.publishing
+        may_serve, why_withheld = publishing.published == version, publishing.why_withheld(version)
+        if not (may_serve or why_withheld):
+            return  # it could not be compared with what serves
         verdict = Verdict(
             version,
             losses,
-            may_serve=publishing.published == version,
+            may_serve=may_serve,
             rise=publishing.rise(losses.held_out),
-            why_withheld=publishing.why_withheld(version),
+            why_withheld=why_withheld,
             training_loss=training_loss,
         )
         self._verdicts.add(node.node, verdict)

@@ -6,5 +6,6 @@ evaluator    has nodes score examples (`evaluation`: one pass; pure)
                (`samples_file`: on the disk)
   openings   prompts for that; pure
   held_out   examples from a file
+  hold_out   examples that the run holds out by itself, on the disk (`stored_example`)
 losses       what came of it
 """

@@ -45,15 +45,13 @@ class GuardExamples:
     samples: Samples | None = None
     """Those that it has written."""
 
-    def __bool__(self) -> bool:
-        return bool(self.held_out or self.openings)
-
 
 @dataclass(slots=True)
 class _Running:
     version: int
     deadline_s: float
     work: Drawing | Evaluation
+    held_out: Sequence[LabelledTokens]
     tell: Outcome
 
 
@@ -69,9 +67,14 @@ class Evaluator:
         clock: Clock,
         outbox: Outbox,
         keep: Callable[[Samples], object],
+        held_out: Callable[[], Sequence[LabelledTokens]] = tuple,
     ) -> None:
-        """`name`: where results come back to, as a gateway's id; `keep`: is given samples, once written."""
+        """`name`: where results come back to, as a gateway's id; `keep`: is given samples, once written.
+
+        `held_out`: the examples that the run holds out by itself, beside those of `examples`.
+        """
         self._examples = examples
+        self._held_out = held_out
         self._samples = examples.samples
         self._name = name
         self._bus = bus
@@ -103,8 +106,9 @@ class Evaluator:
         """
         self.drop(node)
         is_first = self._examples.openings and self._samples is None
-        work = self._drawing(version) if is_first else self._evaluation()
-        running = _Running(version, self._clock.now_s() + DEADLINE_S, work, tell)
+        held_out = (*self._examples.held_out, *self._held_out())
+        work = self._drawing(version) if is_first else self._evaluation(held_out)
+        running = _Running(version, self._clock.now_s() + DEADLINE_S, work, held_out, tell)
         self._running[node] = running
         self._advance(node, running)
 
@@ -129,11 +133,11 @@ class Evaluator:
             stop_token_ids=card.eos_token_ids,
         )
 
-    def _evaluation(self) -> Evaluation:
+    def _evaluation(self, held_out: Sequence[LabelledTokens]) -> Evaluation:
         samples = self._samples
         is_of_use = samples is not None and not samples.are_noise(self._examples.card.vocab_size)
         own = samples.examples if samples is not None and is_of_use else ()
-        return Evaluation(self._new_name(), self._examples.held_out, own)
+        return Evaluation(self._new_name(), held_out, own)
 
     def _new_name(self) -> str:
         return f"{self._name}-{next(self._numbers)}"
@@ -142,7 +146,7 @@ class Evaluator:
         """Ask for what there is to ask, and tell what is known."""
         if isinstance(running.work, Drawing) and (samples := running.work.samples):
             self._wrote(samples)
-            running.work = self._evaluation()
+            running.work = self._evaluation(running.held_out)
         if isinstance(running.work, Evaluation) and (losses := running.work.losses):
             self._evaluated(node, running, *losses)
             return
@@ -191,7 +195,10 @@ class Evaluator:
         del self._running[node]
         first = self._samples.loss if self._samples is not None else nan
         losses = Losses(
-            held_out=held_out, samples=samples, samples_rise=0.0 if samples is None else samples - first
+            held_out=held_out,
+            num_held_out=len(running.held_out),
+            samples=samples,
+            samples_rise=0.0 if samples is None else samples - first,
         )
         log.info("node %d: version %d: %s", node, running.version, losses)
         running.tell(losses)
@@ -206,10 +213,14 @@ class Evaluator:
                 elif failed.code == 500:  # its logits are not finite, and will not be
                     log.error("node %d: version %d: %s", node, running.version, failed.reason)
                     self.drop(node)
-                    running.tell(Losses(held_out=nan, samples=nan, samples_rise=nan))
+                    running.tell(_not_finite(running))
 
     def _give_up(self, node: int, reason: str) -> None:
         running = self._running[node]
         log.error("node %d: version %d is not evaluated: %s", node, running.version, reason)
         self.drop(node)
         running.tell(None)
+
+
+def _not_finite(running: _Running) -> Losses:
+    return Losses(held_out=nan, num_held_out=len(running.held_out), samples=nan, samples_rise=nan)

@@ -8,7 +8,9 @@ class Losses:
     """Mean losses of one version per learnt token, in nats; None where there are no such examples."""
 
     held_out: float | None = None
-    """On the examples of a file."""
+    """On the examples of a file, and those that the run holds out by itself."""
+    num_held_out: int = 0
+    """How many these are: losses on others cannot be compared."""
     samples: float | None = None
     """On what the model wrote itself before it learnt."""
     samples_rise: float = 0.0

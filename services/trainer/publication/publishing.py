@@ -223,6 +223,8 @@ class Publishing:
             self._give_up(version)
             return [] if version == self.published else self._release([version])
         self._evaluating = None
+        if version != self.published and losses.num_held_out != self.losses[self.published].num_held_out:
+            return self._compare_anew(version)
         self.newest_judged = max(self.newest_judged, version)
         self.losses[version] = losses
         if version == self.published:
@@ -234,6 +236,15 @@ class Publishing:
             return [self.last_withheld, *self._release([version])]
         self._has_served(losses)
         return self._publish(version)
+
+    def _compare_anew(self, version: int) -> list[PublishingAction]:
+        """The held-out examples are others from now on: what serves is evaluated on them first."""
+        assert self.published is not None
+        losses = self.losses.pop(self.published)
+        self._restored_rise, self._lowest_loss = self.rise(losses.held_out), inf
+        self._next_due = version
+        self._newest_tried = min(self._newest_tried, version - 1)
+        return self._release([version])
 
     def _give_up(self, version: int) -> None:
         """The evaluation of that version came to nothing; it may be tried again at rest."""

@@ -6,36 +6,28 @@ from typing import Self
 from pydantic import ValidationError
 
 from services.trainer.publication.samples import Samples
+from services.trainer.publication.stored_example import StoredExample
 from shared.disk import replace_file
 from shared.documents import Document
-from shared.encoding import LabelledTokens
 from shared.errors import ConfigurationError
 
 SAMPLES_FILE = "samples.json"
-
-
-class _Example(Document):
-    tokens: tuple[int, ...]
-    label_rows: tuple[int, ...]
 
 
 class _Stored(Document):
     model: str
     version: int
     loss: float
-    examples: tuple[_Example, ...]
+    examples: tuple[StoredExample, ...]
 
     @classmethod
     def of(cls, samples: Samples, model: str) -> Self:
-        examples = tuple(
-            _Example(tokens=each.tokens, label_rows=each.label_rows) for each in samples.examples
-        )
+        examples = tuple(map(StoredExample.of, samples.examples))
         return cls(model=model, version=samples.version, loss=samples.loss, examples=examples)
 
     @property
     def samples(self) -> Samples:
-        examples = tuple(LabelledTokens(each.tokens, each.label_rows) for each in self.examples)
-        return Samples(self.version, self.loss, examples)
+        return Samples(self.version, self.loss, tuple(each.labelled for each in self.examples))
 
 
 def write_samples(folder: Path, samples: Samples, *, model: str) -> None:

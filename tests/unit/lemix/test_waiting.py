@@ -19,6 +19,7 @@ from shared.messages.training import (
     BatchesAsked,
     BatchesNow,
     BatchEvent,
+    BatchHeldOut,
     BatchProgress,
     BatchRejected,
 )
@@ -157,6 +158,14 @@ def test_after_a_silence_the_trainer_is_asked_for_those_that_are_missing() -> No
 
     with_batches(case)
     assert asked == [("b", "c")]
+
+
+def test_a_batch_that_is_held_out_is_waited_for_no_longer() -> None:
+    async def case(trainer: MemoryBus, batches: AppliedBatches) -> None:
+        await tell(trainer, applied("a"), BatchHeldOut(batch_id="b"))
+        await batches.wait_for(["a", "b"])
+
+    with_batches(case)
 
 
 def test_a_rejected_batch_ends_the_wait_at_once() -> None:

@@ -32,6 +32,7 @@ from shared.messages.training import (
     BatchApplied,
     BatchDeferred,
     BatchDurable,
+    BatchHeldOut,
     BatchPlaced,
     BatchRejected,
 )
@@ -169,6 +170,18 @@ def test_a_rejected_step_fails_the_job_with_its_reason() -> None:
     assert (failed.job.status, failed.job.error.message) == ("failed", "Step 2 was rejected: NaN")
     assert again.notes == ()
     assert list(failed.job.open) == [1]
+
+
+def test_a_step_whose_examples_are_all_held_out_is_done_without_weights() -> None:
+    job = published(running_job(num_examples=2, n_epochs=2), 1, 2)
+    first, again, last = following(
+        job, *[BatchHeldOut(batch_id=job.batch_id(1))] * 2, BatchHeldOut(batch_id=job.batch_id(2))
+    )
+    assert [note.message for note in first.notes] == [
+        "Step 1/2: all of its examples are held out (LEMIX_HOLD_OUT_SHARE)"
+    ]
+    assert again == Outcome(first.job)
+    assert last.job.awaits_verdict and last.job.durable_versions == {}
 
 
 def test_a_durable_step_that_a_rollback_took_out_fails_the_job() -> None:

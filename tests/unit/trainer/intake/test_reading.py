@@ -3,17 +3,20 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
 import pytest
 
-from services.trainer.intake.microbatches import TrainingBatch
+from services.trainer.intake.microbatches import HeldOutBatch, TrainingBatch
 from services.trainer.intake.reading import Intake
+from services.trainer.publication.hold_out import HoldOut, is_chosen
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import StreamMessage
 from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder
+from shared.examples import TokenIds
 from shared.messages.lineage import ExampleSource, LearntBatch
 from shared.messages.training import RejectedBatch
 from shared.settings import EMBEDDED_MODEL
@@ -97,3 +100,44 @@ def test_the_lineage_of_weights_tells_who_has_published_a_batch_and_its_hash() -
     unsigned = prepared(BODY)
     assert isinstance(unsigned, TrainingBatch)
     assert (unsigned.as_learnt().producer, unsigned.as_learnt().sources) == ("", ())
+
+
+def test_examples_that_are_held_out_do_not_train_and_the_rest_is_cut_as_without_them(tmp_path: Path) -> None:
+    plain = Intake.load(TrainerSettings(microbatches=3), Path(EMBEDDED_MODEL), SystemClock())
+    holding = replace(plain, hold_out=HoldOut(tmp_path, model="m", share=0.3))
+    examples = [{"token_ids": [number, 7, *range(number % 5)]} for number in range(20)]
+
+    def batch_of(kept: Sequence[dict[str, list[int]]], intake: Intake) -> object:
+        sources = [{"id": str(each), "producer": "ann", "sha256": "1" * 64} for each in kept]
+        body = json.dumps({"examples": kept, "sources": sources}).encode()
+        return intake.prepare(StreamMessage(7, body, {}, ack))
+
+    encoded = [plain.encoder.encode(TokenIds.model_validate(each)) for each in examples]
+    kept = [each for each, rows in zip(examples, encoded, strict=True) if not is_chosen(rows, 0.3)]
+    assert 0 < len(kept) < len(examples)
+    trained, expected = batch_of(examples, holding), batch_of(kept, plain)
+    assert isinstance(trained, TrainingBatch) and isinstance(expected, TrainingBatch)
+    assert trained.microbatches == expected.microbatches
+    assert (trained.loss_weight, trained.sources) == (expected.loss_weight, expected.sources)
+    held = [each for each in examples if each not in kept]
+    assert batch_of(held, holding) == HeldOutBatch("seq-7")
+
+
+def test_preferences_are_never_held_out(tmp_path: Path) -> None:
+    class Unused(HoldOut):
+        def take(self, examples: object) -> list[bool]:
+            raise AssertionError
+
+    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL), SystemClock())
+    intake = replace(intake, hold_out=Unused(tmp_path, model="m", share=0.5))
+    user, answers = (
+        {"role": "user", "content": "a"},
+        [{"role": "assistant", "content": each} for each in "bc"],
+    )
+    pair = {
+        "input": {"messages": [user]},
+        "preferred_output": answers[:1],
+        "non_preferred_output": answers[1:],
+    }
+    body = json.dumps({"examples": [pair]}).encode()
+    assert not isinstance(intake.prepare(StreamMessage(7, body, {}, ack)), HeldOutBatch)

@@ -339,3 +339,42 @@ def test_guarded_a_version_made_again_by_another_batch_is_evaluated_at_rest() ->
     publishing.begin_keeping(4)
     publishing.revoke_from(4)
     assert publishing.at_rest(4, 0.0) == [Keep(4)]
+
+
+def test_guarded_when_the_held_out_examples_become_others_what_serves_is_evaluated_on_them_first() -> None:
+    publishing = guarded(loss=2.0)
+    steps(publishing, 1, 4)
+    assert publishing.evaluated(4, Losses(held_out=9.0, num_held_out=16)) == [Release(4)]
+    assert (publishing.published, publishing.last_withheld) == (0, None)
+    assert steps(publishing, 5, 5) == [Evaluate(0)]
+    assert publishing.evaluated(0, Losses(held_out=8.5, num_held_out=16)) == []
+    assert steps(publishing, 6, 9) == [Evaluate(9)]
+    assert publishing.evaluated(9, Losses(held_out=9.0, num_held_out=16)) == [Publish(9)]
+
+
+def test_guarded_at_rest_both_are_evaluated_on_the_new_examples() -> None:
+    publishing = Publishing(PublishingRules(serving="published", evaluate_every=4))
+    publishing.restored(0)
+    publishing.evaluated(0, Losses())
+    assert publishing.at_rest(2, now_s=REST_S) == [Keep(2)]
+    assert publishing.kept(2, True) == [Evaluate(2)]
+    assert publishing.evaluated(2, Losses(held_out=1.0, num_held_out=16)) == [Release(2)]
+    assert publishing.at_rest(2, now_s=REST_S) == [Evaluate(0)]
+    publishing.evaluated(0, Losses(held_out=2.0, num_held_out=16))
+    assert publishing.at_rest(2, now_s=REST_S) == [Keep(2)]
+    assert publishing.kept(2, True) == [Evaluate(2)]
+    assert publishing.evaluated(2, Losses(held_out=1.0, num_held_out=16)) == [Publish(2)]
+
+
+def test_guarded_rises_do_not_add_up_when_the_examples_become_others() -> None:
+    publishing = guarded(loss=2.0)
+    steps(publishing, 1, 4)
+    publishing.evaluated(4, Losses(held_out=2.2))
+    publishing.served(served(4, 4))
+    steps(publishing, 5, 8)
+    publishing.evaluated(8, Losses(held_out=1.0, num_held_out=16))
+    assert steps(publishing, 9, 9) == [Evaluate(4)]
+    publishing.evaluated(4, Losses(held_out=4.4, num_held_out=16))
+    steps(publishing, 10, 13)
+    withheld, _ = publishing.evaluated(13, Losses(held_out=4.5, num_held_out=16))
+    assert withheld == Withheld(13, "held-out loss 4.5000 is above 4.4000")
