@@ -104,7 +104,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="main, heterogeneity, ablation, sensitivity, synchronous, generation, data-parallel, live."
+            help="main, heterogeneity, ablation, sensitivity, synchronous, generation, data-parallel,"
+            " learning, live."
         ),
     ],
     quick: Annotated[
