@@ -38,7 +38,8 @@ def training_line(settings: TrainerSettings) -> str:
     clipping = f"gradients clipped to {limit:g}" if isfinite(limit) else "gradients not clipped"
     what = "all weights" if settings.adapter == "none" else "a LoRA adapter"
     rate = f"learning rate {settings.learning_rate:.1e}{warmup}"
-    return f"training: {what}, {rate}, {clipping}, {_guard(settings)}"
+    bound = f"checkpoints of at most {settings.checkpoint_gb_per_hour:g} GB an hour"
+    return f"training: {what}, {rate}, {clipping}, {bound}, {_guard(settings)}"
 
 
 def _guard(settings: TrainerSettings) -> str:

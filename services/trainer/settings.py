@@ -72,8 +72,8 @@ class TrainerSettings(LemixSettings):
     """Applied batches of a node between two of its checkpoints."""
     checkpoint_idle_s: float = Field(default=2.0, ge=0)
     """A node without training for so long saves what it has learnt since its last checkpoint."""
-    checkpoint_idle_mb_per_s: float = Field(default=50.0, gt=0)
-    """Such checkpoints write no more than so many megabytes a second in the mean: the next one waits."""
+    checkpoint_gb_per_hour: float = Field(default=180.0, gt=0)
+    """A node's checkpoints write no more than so many gigabytes an hour in the mean: the next one waits."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints of each node that are kept; with a guard also the newest that may serve."""
     keep_checkpoint_ages_s: Annotated[tuple[PositiveFloat, ...], NoDecode, BeforeValidator(split_commas)] = (

@@ -116,7 +116,8 @@ class BatchSteps:
 
     def _order_next(self, batch: FedBatch, now_s: float) -> list[Action]:
         version = self._present_version + 1
-        may_save = not (self._rules.shares_weights or self._saves.is_saving)
+        is_apart = not self._rules.shares_weights
+        may_save = is_apart and not self._saves.is_saving and self._saves.is_within_bound(now_s)
         if batch.squared_norm is not None:
             return self.order(version, now_s, may_save=may_save)
         return self._order_ahead(batch.batch_id, version, now_s, may_save=may_save)

@@ -22,7 +22,7 @@ class NodeWork:
             durable_version,
             every=None if rules.shares_weights else rules.checkpoint_every,
             idle_s=rules.checkpoint_idle_s,
-            idle_bytes_per_s=rules.checkpoint_idle_bytes_per_s,
+            bytes_per_s=rules.checkpoint_bytes_per_s,
         )
         self.steps = BatchSteps(durable_version, rules=rules, saves=self.saves, publishing=self.publishing)
         self.is_open = False

@@ -14,8 +14,8 @@ class Rules:
     feeding: Feeding
     checkpoint_every: int
     checkpoint_idle_s: float
-    checkpoint_idle_bytes_per_s: float = inf
-    """Checkpoints for want of work are not written faster than that, in the mean."""
+    checkpoint_bytes_per_s: float = inf
+    """Checkpoints are not written faster than that, in the mean, but for those that others wait for."""
     microbatches: int = 1
     """Parts that a batch is cut into."""
     shares_weights: bool = False

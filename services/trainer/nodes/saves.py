@@ -15,16 +15,16 @@ class NodeSaves:
     """One checkpoint at a time: requested, answered and written by every stage, then made durable."""
 
     def __init__(
-        self, durable_version: int, *, every: int | None, idle_s: float, idle_bytes_per_s: float = inf
+        self, durable_version: int, *, every: int | None, idle_s: float, bytes_per_s: float = inf
     ) -> None:
         """`every`: applied batches between two checkpoints; None: only when told. `idle_s`: without work for
-        so long there is one, too, but the disk is not written faster than `idle_bytes_per_s` for those.
+        so long there is one, too. Neither comes before the last one's bytes are `bytes_per_s` in the mean.
         """
         self.durable_version = durable_version
         self._every = every
         self._idle_s = idle_s
-        self._idle_bytes_per_s = idle_bytes_per_s
-        self._no_idle_one_before_s = -inf
+        self._bytes_per_s = bytes_per_s
+        self._within_bound_from_s = -inf
         self._save: Save | None = None
         self._from_version = 0
         """After a failed checkpoint, the next occasion."""
@@ -57,13 +57,13 @@ class NodeSaves:
     def waits_for_stages(self) -> bool:
         return self._save is not None and not self._save.writing
 
-    def may_request(self, now_s: float, *, is_idle: bool = False) -> bool:
-        """None is on its way, and after a failure `idle_s` have passed since that one was requested.
+    def may_request(self, now_s: float) -> bool:
+        """None is on its way, and after a failure `idle_s` have passed since that one was requested."""
+        return self._save is None and now_s >= self._not_before_s
 
-        `is_idle`: only because there is no work, so that the bytes of the last one count, too.
-        """
-        is_in_bounds = not is_idle or now_s >= self._no_idle_one_before_s
-        return self._save is None and now_s >= self._not_before_s and is_in_bounds
+    def is_within_bound(self, now_s: float) -> bool:
+        """Whether another checkpoint would not write too many bytes a second."""
+        return now_s >= self._within_bound_from_s
 
     def begin(self, fence: int, num_stages: int) -> None:
         """Note the node's new life, to which saves belong from now on."""
@@ -77,7 +77,7 @@ class NodeSaves:
     def request_if_due(self, version: int, now_s: float, *, is_wanted: bool) -> list[Action]:
         """A step to that version is ordered; `is_wanted`: save it now, unless saves wait to be told."""
         is_due = self._every is not None and (is_wanted or version - self.durable_version >= self._every)
-        may_save = self._save is None and version >= self._from_version
+        may_save = self._save is None and version >= self._from_version and self.is_within_bound(now_s)
         return self.request(version, now_s) if is_due and may_save else []
 
     def request_if_idle(self, version: int, *, is_idle: bool, now_s: float) -> list[Action]:
@@ -91,7 +91,7 @@ class NodeSaves:
             self._idle_since_s = None
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
-        elif now_s >= max(self._idle_since_s + self._idle_s, self._no_idle_one_before_s):
+        elif now_s >= self._idle_since_s + self._idle_s and self.is_within_bound(now_s):
             self._idle_since_s = None
             return self.request(version, now_s)
         return []
@@ -133,7 +133,7 @@ class NodeSaves:
         assert self._save is not None
         if failure:
             return self._abandon(failure)
-        self._no_idle_one_before_s = self._save.requested_s + self._save.num_bytes / self._idle_bytes_per_s
+        self._within_bound_from_s = self._save.requested_s + self._save.num_bytes / self._bytes_per_s
         self.durable_version, self._save = self._save.version, None
         return []
 

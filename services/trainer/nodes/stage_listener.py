@@ -57,7 +57,7 @@ class Nodes:
             microbatches=settings.microbatches,
             checkpoint_every=settings.checkpoint_every,
             checkpoint_idle_s=settings.checkpoint_idle_s,
-            checkpoint_idle_bytes_per_s=settings.checkpoint_idle_mb_per_s * 1e6,
+            checkpoint_bytes_per_s=settings.checkpoint_gb_per_hour * 1e9 / 3600,
             shares_weights=settings.shares_weights,
             shares_steps=settings.merging == "allreduce",
             max_gradient_norm=settings.max_gradient_norm,

@@ -61,7 +61,8 @@ class Reductions:
         if self._round is not None:
             return self._go_on(self._round, nodes, now_s)
         self._share_checkpoints(members, nodes)
-        if any(node.work.steps.wants_save for node in members) and may_save(members[0], now_s):
+        is_wanted = any(node.work.steps.wants_save for node in members)
+        if is_wanted and may_save(members[0], now_s, is_awaited=True):
             # Before a step leads away from that version.
             return [told(members[0], members[0].work.save(now_s))]
         if any(node.waits_to_join or node.phase == "restoring" for node in nodes.values()):
@@ -111,11 +112,12 @@ class Reductions:
             is_awaited = any(node.phase == "restoring" for node in nodes.values())
             return [] if is_awaited else self._begin_if_ready(members, now_s)
         if members and members[0].version != durable_version(nodes):
-            return [told(members[0], members[0].work.save(now_s))] if may_save(members[0], now_s) else []
+            leader = members[0]
+            return [told(leader, leader.work.save(now_s))] if may_save(leader, now_s, is_awaited=True) else []
         return admit(nodes)
 
     def _save_if_due(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
-        if not members or not may_save(members[0], now_s):
+        if not members:
             return []
         leader = members[0]
         num_undurable = leader.version - leader.durable_version
@@ -124,8 +126,7 @@ class Reductions:
         elif self._idle_since_s is None:
             self._idle_since_s = now_s
         is_idle = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
-        has_rested = is_idle and may_save(leader, now_s, is_idle=True)
-        if num_undurable >= self._save_every or has_rested:
+        if (num_undurable >= self._save_every or is_idle) and may_save(leader, now_s):
             self._idle_since_s = None
             return [told(leader, leader.work.save(now_s))]
         return []

@@ -92,6 +92,7 @@ class Merges:
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
         members = open_nodes(nodes)
         is_due = bool(members) and _num_apart(members) >= self._every * len(members)
+        is_due = is_due and members[0].work.saves.is_within_bound(now_s)
         if is_due:
             _hold(members)  # whatever the merge must wait for, nodes drift no further apart
         elif held := [node for node in members if node.work.is_held]:  # then one more has come
@@ -114,7 +115,7 @@ class Merges:
             return False
         if self._idle_since_s is None:
             self._idle_since_s = now_s
-        return now_s - self._idle_since_s >= self._idle_s and may_save(members[0], now_s, is_idle=True)
+        return now_s - self._idle_since_s >= self._idle_s and may_save(members[0], now_s)
 
     def _merge(self, members: list[NodeTraining], now: _Round) -> list[Decision]:
         base, num_apart = members[0].durable_version, _num_apart(members)
@@ -134,7 +135,7 @@ class Merges:
     def _saved(self, members: list[NodeTraining], now: _Round, now_s: float) -> list[Decision]:
         leader, *others = members
         if leader.durable_version != now.version:
-            return [told(leader, leader.work.save(now_s))] if may_save(leader, now_s) else []
+            return [told(leader, leader.work.save(now_s))] if may_save(leader, now_s, is_awaited=True) else []
         for node in others:
             node.work.saves.adopt(now.version)
         return self._end([told(node, node.work.release(now_s)) for node in members])

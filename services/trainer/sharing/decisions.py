@@ -97,9 +97,13 @@ def are_going_back(nodes: Nodes) -> bool:
     return any(node.is_rolling_back for node in nodes.values())
 
 
-def may_save(node: NodeTraining, now_s: float, *, is_idle: bool = False) -> bool:
-    """Whether it is time to: a full disk is not asked again at once. `is_idle`: for want of work."""
-    return node.work.saves.may_request(now_s, is_idle=is_idle)
+def may_save(node: NodeTraining, now_s: float, *, is_awaited: bool = False) -> bool:
+    """Whether it is time to: a full disk is not asked again at once, nor written too fast.
+
+    `is_awaited`: training rests until it is done, so that its bytes do not count.
+    """
+    saves = node.work.saves
+    return saves.may_request(now_s) and (is_awaited or saves.is_within_bound(now_s))
 
 
 def give_up(members: Iterable[NodeTraining], reason: str) -> list[Decision]:

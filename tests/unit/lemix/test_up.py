@@ -47,5 +47,5 @@ def test_the_example_can_be_pasted_into_a_shell() -> None:
 def test_the_start_says_how_the_run_trains() -> None:
     options = ClusterOptions(extra_env={"LEMIX_LEARNING_RATE": "0.01"})
     assert how_it_trains(options, {"LEMIX_GUARD_SAMPLES": "4"}).startswith(
-        "training: all weights, learning rate 1.0e-02, gradients clipped to 1, served once 4 texts"
+        "training: all weights, learning rate 1.0e-02, gradients clipped to 1, checkpoints of at "
     )

@@ -37,8 +37,8 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     )
     assert (settings.learning_rate, settings.warmup_batches, settings.guard_samples) == (0.5, 0, 3)
     assert training_line(settings) == (
-        "training: all weights, learning rate 5.0e-01, gradients not clipped, served once 3 texts of the "
-        "model's own and mine.jsonl show no damage"
+        "training: all weights, learning rate 5.0e-01, gradients not clipped, checkpoints of at most 180 "
+        "GB an hour, served once 3 texts of the model's own and mine.jsonl show no damage"
     )
 
 

@@ -5,7 +5,7 @@ from shared.settings import LemixSettings
 
 OF_WHAT_IS_SAVED_AND_SERVED = {
     "checkpoint_every",
-    "checkpoint_idle_mb_per_s",
+    "checkpoint_gb_per_hour",
     "keep_checkpoints",
     "keep_checkpoint_ages_s",
     "weights_consistency",

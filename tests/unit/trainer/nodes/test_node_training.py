@@ -439,22 +439,24 @@ def make_durable(driver: Driver, version: int, *, num_bytes: int) -> None:
     driver.written(version)
 
 
-def test_after_a_large_save_an_idle_node_waits_until_its_bytes_are_within_bounds() -> None:
-    driver = Driver(checkpoint_idle_bytes_per_s=10.0, checkpoint_every=3).open()
+def test_after_a_large_save_the_next_one_waits_until_its_bytes_are_within_the_bound() -> None:
+    driver = Driver(checkpoint_bytes_per_s=10.0, checkpoint_every=3).open()
     driver.apply("a", 1)
     assert driver.tick(0) == []
     assert driver.tick(2) == [RequestSave(1, 1, 2)]  # at 2 s
     make_durable(driver, 1, num_bytes=50)
-    assert not driver.node.work.saves.may_request(driver.now_s, is_idle=True)
-    assert driver.node.work.saves.may_request(driver.now_s)
     driver.apply("b", 2)
     assert driver.tick(0) == []
     assert driver.tick(9) == []
     assert driver.tick(1) == [RequestSave(1, 2, 2)]  # 100 bytes have 10 s
     make_durable(driver, 2, num_bytes=50)
-    driver.apply("c", 3)
-    driver.apply("d", 4)
-    assert RequestSave(1, 5, 2) in driver.learn("e")  # as often as it is due
+    for batch_id, version in (("c", 3), ("d", 4), ("e", 5)):
+        driver.apply(batch_id, version)
+    assert not any(isinstance(action, RequestSave) for action in driver.learn("f"))  # due since the third one
+    driver.step("f", 6)
+    driver.tick(1)
+    driver.now_s += 9
+    assert RequestSave(1, 7, 2) in driver.learn("g")
 
 
 GUARDED = PublishingRules(serving="published", evaluate_every=2, max_kept=3)

@@ -96,11 +96,13 @@ class Replicas:
         self.learn(node, batch_id)
         return self.report(node, BatchStepped(batch_id=batch_id, version=version, loss=1.0))
 
-    def save(self, node: int, version: int, failure: str = "") -> None:
+    def save(self, node: int, version: int, failure: str = "", *, num_bytes: int = 0) -> None:
         """The checkpoint that was asked for is written."""
         it = self.nodes[node]
         it.save_answered(it.fence, version, {}, self.now_s)
-        shard = ShardSaved(version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0)
+        shard = ShardSaved(
+            version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0, written_bytes=num_bytes
+        )
         self.report(node, shard)
         it.checkpoint_written(version, failure, self.now_s)
 
@@ -156,6 +158,23 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
     released = [decision.actions for decision in replicas.look() if isinstance(decision, NodeActions)]
     assert released == [(Feed("f"), StepsAhead("f", 6)), ()]
     assert {node.durable_version for node in replicas.nodes.values()} == {5}
+
+
+def test_a_merge_waits_until_the_bytes_of_the_last_ones_checkpoint_are_within_the_bound() -> None:
+    replicas = averaging(every=1, checkpoint_bytes_per_s=10.0).open()
+    for node in (0, 1):
+        replicas.apply(node, f"a{node}", 1)
+    assert isinstance(replicas.look()[-1], Merge)
+    merged(replicas)
+    replicas.save(0, 2, num_bytes=100)
+    replicas.look()
+    for node in (0, 1):
+        replicas.apply(node, f"b{node}", 3)
+    replicas.now_s = 9.0
+    assert replicas.look() == []
+    assert not any(node.work.is_held for node in replicas.nodes.values())
+    replicas.now_s = 10.0
+    assert isinstance(replicas.look()[-1], Merge)
 
 
 def test_without_work_nodes_merge_what_they_have() -> None:
