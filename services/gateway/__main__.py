@@ -8,6 +8,7 @@ from services.gateway.access.exposure import check_exposure, is_loopback
 from services.gateway.access.key_file import read_keys
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
+from services.gateway.feedback.service import Feedback
 from services.gateway.http.app import build_app
 from services.gateway.http.request_log import show_request_ids
 from services.gateway.http.server import allow_many_connections, listen, serve, server_config
@@ -70,10 +71,14 @@ async def run(world: World, settings: GatewaySettings) -> None:
         request_timeout_s=settings.request_timeout_s,
     )
     fine_tuning = FineTuning(settings, bus=world.bus, clock=world.clock, ids=world.ids, encoder=encoder)
+    text_threads = TextThreads(settings.max_concurrent_requests)
+    feedback = Feedback(
+        settings, bus=world.bus, clock=world.clock, encoder=encoder, text_threads=text_threads
+    )
     context = GatewayContext(
         cluster=cluster,
         tokenizer=tokenizer,
-        text_threads=TextThreads(settings.max_concurrent_requests),
+        text_threads=text_threads,
         chat_template=encoder.chat_template,
         card=encoder.card,
         settings=settings,
@@ -88,8 +93,9 @@ async def run(world: World, settings: GatewaySettings) -> None:
     allow_many_connections()
     listener = listen(settings.host, settings.port)
     await asyncio.to_thread(fine_tuning.load)
-    async with cluster.running(), fine_tuning.running():
-        config = server_config(build_app(context, fine_tuning), settings)
+    await asyncio.to_thread(feedback.load)
+    async with cluster.running(), fine_tuning.running(), feedback.running():
+        config = server_config(build_app(context, fine_tuning, feedback), settings)
         await serve(config, listener, before_end=cluster.end_sessions)
 
 

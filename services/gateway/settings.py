@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
+from shared.messages.lineage import MAX_SOURCES
 from shared.settings import LemixSettings, split_commas
 
 KEYS_FILE = "keys.json"
@@ -75,6 +76,18 @@ class GatewaySettings(LemixSettings):
     """Batches of a job that are published and not yet applied."""
     ask_after_s: float = Field(default=10.0, gt=0)
     """A job that has heard nothing of its batches for so long asks the trainer."""
+    feedback: bool = False
+    """Remember answers that are asked for with `store`, and train on corrections of them."""
+    feedback_max_answers: int = Field(default=10_000, gt=0)
+    """Answers that are remembered; the oldest make room."""
+    feedback_max_bytes: int = Field(default=256 << 20, gt=0)
+    """Their size together."""
+    feedback_max_age_s: float = Field(default=30 * 86_400.0, gt=0)
+    """How long one is remembered."""
+    feedback_batch_size: int = Field(default=8, gt=0, le=MAX_SOURCES)
+    """Corrections that are trained in one step."""
+    feedback_batch_after_s: float = Field(default=60.0, ge=0)
+    """A correction that has waited for so long for others is trained without them."""
 
     @property
     def keys_path(self) -> Path:

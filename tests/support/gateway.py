@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
+from services.gateway.feedback.service import Feedback
 from services.gateway.http.app import build_app
 from services.gateway.http.server import listen, serve, server_config
 from services.gateway.jobs.fine_tuning import FineTuning
@@ -201,16 +202,21 @@ async def gateway_world(
     with TemporaryDirectory() as folder:
         chosen = GatewaySettings.model_validate({"run_dir": run_dir or folder, **settings})
         ids = ids or IdSource(random.Random(0))
-        encoder = _encoder_of(model) if model else _embedded_encoder(template, tokenizer)
+        encoder = _encoder_of(model) if model else embedded_encoder(template, tokenizer)
         fine_tuning = FineTuning(chosen, bus=bus, clock=SystemClock(), ids=ids, encoder=encoder)
         fine_tuning.load()
         context = _context(bus, telemetry, chosen, ids, fine_tuning, encoder)
-        app = build_app(context, fine_tuning)
+        feedback = Feedback(
+            chosen, bus=bus, clock=context.clock, encoder=encoder, text_threads=context.text_threads
+        )
+        feedback.load()
+        app = build_app(context, fine_tuning, feedback)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
             asyncio.timeout(deadline_s),
             context.cluster.running(),
             fine_tuning.running(),
+            feedback.running(),
             httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
         ):
             yield World(cluster, context.cluster, app, http, chosen)
@@ -224,7 +230,7 @@ def _encoder_of(model: Path) -> ExampleEncoder:
     return ExampleEncoder.load(card, model, SystemClock(), max_tokens=card.context_length)
 
 
-def _embedded_encoder(template: str | None, tokenizer: TextTokenizer) -> ExampleEncoder:
+def embedded_encoder(template: str | None, tokenizer: TextTokenizer) -> ExampleEncoder:
     return ExampleEncoder(
         card=CARD,
         max_tokens=CARD.context_length,

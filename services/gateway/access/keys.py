@@ -25,6 +25,7 @@ _ROUTES: Mapping[Scope, tuple[str, ...]] = {
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/responses",
+        "/v1/feedback",
         "/tokenize",
         "/detokenize",
     ),

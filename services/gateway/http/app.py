@@ -10,6 +10,7 @@ from starlette.routing import Match, Route
 
 from services.gateway.access.key_file import KeyRing
 from services.gateway.context import GatewayContext
+from services.gateway.feedback.service import Feedback
 from services.gateway.generation import Generations
 from services.gateway.http.auth import Gate
 from services.gateway.http.bodies import error_response
@@ -22,6 +23,7 @@ from services.gateway.http.request_log import RequestLog
 from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.openai.chat.route import add_chat
 from services.gateway.openai.completions.route import add_completions
+from services.gateway.openai.feedback import add_feedback
 from services.gateway.openai.files import add_files
 from services.gateway.openai.jobs import add_jobs
 from services.gateway.openai.models import add_models
@@ -35,7 +37,7 @@ _ERRORS: dict[int | str, dict[str, object]] = {
 }
 
 
-def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
+def build_app(context: GatewayContext, fine_tuning: FineTuning, feedback: Feedback) -> FastAPI:
     """The application that serves `context.card` through `context.cluster`, and has it trained."""
     app = DocumentedApp(
         title="LeMix",
@@ -50,15 +52,16 @@ def build_app(context: GatewayContext, fine_tuning: FineTuning) -> FastAPI:
     _add_refusals(app, context)
     _add_middlewares(app, context)
     generations = Generations(context)
-    add_completions(app, context, generations)
-    add_chat(app, context, generations)
-    add_responses(app, context, generations)
+    add_completions(app, context, generations, feedback)
+    add_chat(app, context, generations, feedback)
+    add_responses(app, context, generations, feedback)
     add_models(app, context)
     add_tokens(app, context)
     add_operations(app, context)
     add_documentation(app)
     add_files(app, fine_tuning, context.settings)
     add_jobs(app, fine_tuning)
+    add_feedback(app, feedback)
     return app
 
 

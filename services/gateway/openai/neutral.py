@@ -27,7 +27,6 @@ class NeutralParameters(RequestModel):
     metadata: Metadata = Field(default_factory=dict)
 
     # OpenAI's
-    store: Literal[False] = False
     service_tier: Literal["auto", "default"] = "auto"
 
     # vLLM's

@@ -70,6 +70,8 @@ class GenerationParameters(RequestModel):
     )
     seed: Seed | None = None
     ignore_eos: bool = False
+    store: bool = False
+    """Remember the answer, so that it can be corrected."""
     min_tokens: Whole = Field(default=0, ge=0)
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list, max_length=MAX_STOP_TOKENS

@@ -3,24 +3,33 @@
 from fastapi import FastAPI, Request, Response
 
 from services.gateway.context import GatewayContext
+from services.gateway.feedback.recording import recorded
+from services.gateway.feedback.service import Feedback
 from services.gateway.generation import GenerationRequest, Generations
 from services.gateway.http.auth import caller_of
 from services.gateway.http.bodies import json_response
 from services.gateway.http.streaming import stream, version_header, whole
 from services.gateway.openai.answers import documented, new_heading, usage_of
 from services.gateway.openai.completions.answer import Completion, CompletionEvents, choice_of
+from services.gateway.openai.completions.remembered import completion_recorder
 from services.gateway.openai.completions.request import CompletionRequest
 from services.gateway.openai.parameters import check_parameters, sampling_of
 from services.gateway.text.tokenise import tokenise
 
 
-def add_completions(app: FastAPI, context: GatewayContext, generations: Generations) -> None:
+def add_completions(
+    app: FastAPI, context: GatewayContext, generations: Generations, feedback: Feedback
+) -> None:
     """Serve completions of texts."""
 
     @app.post("/v1/completions", responses=documented(Completion))
     async def complete(http: Request, asked: CompletionRequest) -> Response:
         heading = new_heading(context, "cmpl", "text_completion")
-        with generations.admitted(caller_of(http)) as begin:
+        caller = caller_of(http)
+        with generations.admitted(caller) as begin:
+            recorder = completion_recorder(
+                asked, heading.answer_id, caller=caller, context=context, feedback=feedback
+            )
             generation = begin(await generation_request(asked, heading.answer_id, context))
         with_logprobs = asked.logprobs is not None
         if asked.stream:
@@ -31,10 +40,13 @@ def add_completions(app: FastAPI, context: GatewayContext, generations: Generati
                 with_logprobs=with_logprobs,
                 usage_so_far=(lambda: generation.usage) if asked.stream_options.counts_always else None,
             )
-            return await stream(http, context, generation, events)
+            return await stream(http, context, generation, recorded(events, recorder))
+        pieces = await whole(http, context, generation)
+        if recorder is not None:
+            recorder.whole(pieces, generation.versions)
         choices = [
-            choice_of(index, pieces, context.tokenizer, with_logprobs=with_logprobs)
-            for index, pieces in enumerate(await whole(http, context, generation))
+            choice_of(index, of_choice, context.tokenizer, with_logprobs=with_logprobs)
+            for index, of_choice in enumerate(pieces)
         ]
         answer = {"choices": choices, "usage": usage_of(generation.usage)}
         return json_response(

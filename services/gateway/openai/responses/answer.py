@@ -108,6 +108,7 @@ class ResponseObject(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     parallel_tool_calls: bool
+    store: bool
     temperature: float
     text: Json
     tool_choice: str | Json
@@ -120,7 +121,6 @@ class ResponseObject(BaseModel):
     previous_response_id: None = None
     reasoning: dict[str, None] = Field(default_factory=lambda: {"effort": None, "summary": None})
     service_tier: Literal["default"] = "default"
-    store: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
     user: None = None
 

@@ -148,8 +148,10 @@ class ResponseRequest(NeutralParameters):
     top_logprobs: TopLogprobs = 0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    store: bool = False
+    """Remember the answer, so that it can be corrected; no other request sees it."""
 
-    # Answers are not stored.
+    # Answers are not stored for later requests.
     previous_response_id: Unstored = None
     conversation: Unstored = None
     prompt: Unstored = None

@@ -7,6 +7,8 @@ from fastapi import FastAPI, Request, Response
 from pydantic_core import to_jsonable_python
 
 from services.gateway.context import GatewayContext
+from services.gateway.feedback.recording import recorded
+from services.gateway.feedback.service import Feedback
 from services.gateway.generation import Generations
 from services.gateway.http.auth import caller_of
 from services.gateway.http.bodies import json_response
@@ -15,6 +17,7 @@ from services.gateway.http.streaming import stream, version_header, whole
 from services.gateway.openai.answers import documented
 from services.gateway.openai.chat.answer import reader_of, scored_tokens
 from services.gateway.openai.chat.prompt import generation_request
+from services.gateway.openai.chat.remembered import chat_recorder
 from services.gateway.openai.responses.answer import ResponseEvents, ResponseObject
 from services.gateway.openai.responses.request import ResponseRequest
 
@@ -28,13 +31,19 @@ _NAMES = {
 """Parameters of a chat, and what they are called here."""
 
 
-def add_responses(app: FastAPI, context: GatewayContext, generations: Generations) -> None:
-    """Serve responses, of which nothing is stored."""
+def add_responses(
+    app: FastAPI, context: GatewayContext, generations: Generations, feedback: Feedback
+) -> None:
+    """Serve responses; the next one knows nothing of the last."""
 
     @app.post("/v1/responses", responses=documented(ResponseObject))
     async def respond(http: Request, asked: ResponseRequest) -> Response:
         answer_id, chat = context.ids.new("resp"), asked.for_chat()
-        with _own_names(), generations.admitted(caller_of(http)) as begin:
+        caller = caller_of(http)
+        with _own_names(), generations.admitted(caller) as begin:
+            recorder = chat_recorder(
+                chat, answer_id, store=asked.store, caller=caller, context=context, feedback=feedback
+            )
             generation = begin(await generation_request(chat, answer_id, context))
         events = ResponseEvents(
             _response_of(asked, answer_id, context),
@@ -43,8 +52,10 @@ def add_responses(app: FastAPI, context: GatewayContext, generations: Generation
             logprobs_of=lambda entries: scored_tokens(entries, context.tokenizer),
         )
         if asked.stream:
-            return await stream(http, context, generation, events)
+            return await stream(http, context, generation, recorded(events, recorder))
         [pieces] = await whole(http, context, generation)
+        if recorder is not None:
+            recorder.whole([pieces], generation.versions)
         for piece in pieces:
             events.piece(0, piece, generation.versions)
         events.ending(generation.versions, generation.usage)
@@ -61,6 +72,7 @@ def _response_of(asked: ResponseRequest, answer_id: str, context: GatewayContext
         max_output_tokens=asked.max_output_tokens,
         metadata=asked.metadata,
         parallel_tool_calls=asked.parallel_tool_calls,
+        store=asked.store,
         temperature=asked.temperature,
         text=asked.text.model_dump(by_alias=True),
         tool_choice=to_jsonable_python(asked.tool_choice),

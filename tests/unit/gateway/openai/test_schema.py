@@ -70,7 +70,7 @@ def test_null_is_the_same_as_not_given(model: type[RequestModel]) -> None:
         (ResponseRequest, {"text": {"format": {"type": "json_schema", "name": "f", "schema": {}}}}, True),
         (ResponseRequest, {"text": {"format": {"type": "json_schema"}}}, False),
         (ResponseRequest, {"previous_response_id": "x"}, False),
-        (ResponseRequest, {"store": True}, False),
+        (ResponseRequest, {"store": "yes"}, False),
         (JobRequest, {"hyperparameters": {"n_epochs": "auto"}}, True),
         (JobRequest, {"hyperparameters": {"n_epochs": 51}}, False),
     ],

@@ -93,7 +93,7 @@ def prompt_of(**fields: Any) -> str:
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"prompt": "x"}, "prompt"),
-        ({"store": True}, "store"),
+        ({"store": "yes"}, "store"),
         ({"service_tier": "flex"}, "service_tier"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"verbosity": "low"}, "verbosity"),
