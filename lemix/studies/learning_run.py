@@ -1,5 +1,6 @@
 """One run of the learning study: the embedded model learns and serves bulletins, in virtual time."""
 
+import gc
 from random import Random
 
 from lemix.simulation.computing import embedded_model
@@ -17,5 +18,7 @@ def run_learning(cell: Cell) -> Metrics:
     seed = cell.cluster.seed
     workload = with_texts(planned(cell.workload, seed), bulletins(), Random(f"texts {seed}"))
     record = simulated(cell.cluster, workload, embedded_model())
+    gc.unfreeze()  # stages freeze all that they load, as if their process ended with them
+    gc.collect()
     metrics = metrics_of(record, slo_s=slo_s(cell.cluster))
     return {**as_numbers(metrics, cell.workload), **loss_metrics(record.requests)}

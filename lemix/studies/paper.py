@@ -74,12 +74,12 @@ DP   lemix        4.19 3.97 3.81 3.70 3.64 | 3.14 2.81 2.68 2.62 2.58 | 3.45 3.1
 """Nats a token at TRAINING_RATES, by model."""
 
 LOSS_OVER_TIME: dict[str, dict[int, tuple[float, float, float]]] = {
-    "separate": {22: (7.0, 6.0, 8.0)},
+    "separate": {5: (7.0, 6.0, 8.0), 22: (7.0, 6.0, 8.0)},
     "round_robin": {20: (4.0, 4.0, 4.0)},
 }
 """Nats a token (middle, lowest, highest) of Llama2-7B on eight A100s by percent of the run, from the figure
-of its motivation: Separate stays at about 6 to 8 for 30 s of about 135, NaiveMix is at about 4 after 22 s of
-about 110. Later both are equal, at a value that we could not read.
+of its motivation: Separate stays at about 6 to 8 until 30 s of about 135, NaiveMix is at about 4 after 22 s
+of about 110. Later both are equal, at a value that we could not read.
 """
 
 GENERATION: dict[str, dict[str, dict[int, float]]] = {
