@@ -45,8 +45,13 @@ MAX_MICROBATCH_TOKENS = 1 << 16
 NO_FOLDER = Path("/simulated")
 """Where arenas would lie; named in messages, which must not differ between runs."""
 NEVER = 10**9
-"""Checkpoints would only take the machine's time: the runs are short, and nothing is learnt. For merges of
-what is left at the end, set `checkpoint_idle_s`."""
+CHECKPOINTS = {
+    "checkpoint_every": NEVER,
+    "checkpoint_idle_s": NEVER,
+    "checkpoint_gb_per_hour": float(NEVER),
+}
+"""Checkpoints would only take the machine's time: the runs are short. Those of merges are written, as often
+as there are merges. For merges of what is left at the end, set `checkpoint_idle_s`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +157,7 @@ class SimulatedCluster:
             run_dir=folder,
             max_microbatch_tokens=MAX_MICROBATCH_TOKENS,
             max_pending=NEVER,
-            **{"checkpoint_every": NEVER, "checkpoint_idle_s": NEVER, **options.trainer_settings},
+            **{**CHECKPOINTS, **options.trainer_settings},
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._stages: dict[tuple[int, int], tuple[asyncio.Task[None], MemoryBus]] = {}
