@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from services.gateway.feedback.answers import Json, LessonKind, as_trained
-from services.gateway.feedback.store import FeedbackRecord, TaughtLesson
+from services.gateway.feedback.feedback_store import FeedbackRecord, TaughtLesson
 from services.gateway.jobs.paging import Listed
 from services.gateway.openai.chat.messages import AssistantMessage, for_template
 from services.gateway.openai.schema import RequestModel, Whole, invalid

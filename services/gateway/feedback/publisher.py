@@ -10,8 +10,8 @@ from functools import partial
 from typing import get_args
 
 from services.gateway.feedback.answers import LessonKind
+from services.gateway.feedback.batch_store import BatchStore
 from services.gateway.feedback.batches import Batch, BatchState, after, after_unknown, due
-from services.gateway.feedback.store import FeedbackStore
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
@@ -38,7 +38,7 @@ class FeedbackPublisher:
     dies, the trainer takes it once.
     """
 
-    def __init__(self, settings: GatewaySettings, *, bus: Bus, clock: Clock, store: FeedbackStore) -> None:
+    def __init__(self, settings: GatewaySettings, *, bus: Bus, clock: Clock, store: BatchStore) -> None:
         self._settings = settings
         self._bus = bus
         self._clock = clock
@@ -53,7 +53,7 @@ class FeedbackPublisher:
 
     async def run(self) -> None:
         """Work until cancelled. Raises BusError when the bus cannot be listened to."""
-        self._states = {state.id: state for state in await on_disk(self._store.batches)}
+        self._states = {state.id: state for state in await on_disk(self._store.states)}
         subscription = await self._bus.subscribe(TRAIN_PROGRESS.at(), self._on_progress)
         try:
             await self._ask(self._states)  # what happened while there was no gateway: also rollbacks
@@ -91,7 +91,7 @@ class FeedbackPublisher:
         while True:
             size = settings.feedback_batch_size
             lessons = due(
-                await on_disk(partial(self._store.waiting_lessons, kind, size)),
+                await on_disk(partial(self._store.waiting, kind, size)),
                 now_s=self._clock.wall_s(),
                 size=size,
                 after_s=settings.feedback_batch_after_s,
@@ -103,7 +103,7 @@ class FeedbackPublisher:
 
     async def _publish(self) -> None:
         """Publish what is assigned; if the bus refuses, it is tried again at the next look."""
-        for batch in await on_disk(self._store.batches_to_publish):
+        for batch in await on_disk(self._store.to_publish):
             state = self._states.setdefault(batch.id, BatchState(batch.id, "assigned"))
             if state.status == "assigned" and not await self._publish_batch(batch):
                 return
