@@ -23,6 +23,9 @@ MAX_EXAMPLES = 4096
 """Most examples in one batch."""
 MAX_LEARNING_RATE_MULTIPLIER = 1e6
 """Keeps every learning rate finite that a multiplier gives."""
+DEFAULT_MULTIPLIER = 1.0
+DEFAULT_MULTIPLIER_OF_PREFERENCES = 0.2
+"""A factor of the learning rate; docs/training.md says why it is so low."""
 DEFAULT_BETA = 0.1
 MAX_BETA = 2.0
 """As in OpenAI's API."""

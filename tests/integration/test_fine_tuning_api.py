@@ -334,7 +334,7 @@ async def test_a_dpo_job_publishes_preferences_with_its_beta(asked: object, beta
         await here.trainer.save()
         ended = await here.until(job.id, *TERMINAL)
     assert ended.status == "succeeded", ended.error
-    told = {**hyperparameters, "learning_rate_multiplier": 1.0, "beta": beta}
+    told = {**hyperparameters, "learning_rate_multiplier": 0.2, "beta": beta}
     assert (ended.method.type, ended.method.supervised) == ("dpo", None)
     assert ended.method.dpo.hyperparameters.model_dump() == told
     bodies = [read_body(json.dumps(body).encode()) for body in here.trainer.bodies]

@@ -1,19 +1,25 @@
 """The parameters of a request for a fine-tuning job, in OpenAI's shape."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from services.gateway.jobs.job import Hyperparameters
 from services.gateway.openai.schema import AS_WHOLE, RequestModel, at_most, invalid
-from shared.examples import DEFAULT_BETA, MAX_BETA, MAX_EXAMPLES, MAX_LEARNING_RATE_MULTIPLIER
+from shared.examples import (
+    DEFAULT_BETA,
+    DEFAULT_MULTIPLIER,
+    DEFAULT_MULTIPLIER_OF_PREFERENCES,
+    MAX_BETA,
+    MAX_EXAMPLES,
+    MAX_LEARNING_RATE_MULTIPLIER,
+)
 
 MAX_EPOCHS = 50
 MAX_METADATA = 16
 MAX_SEED = 2**31 - 1
 DEFAULT_EPOCHS = 3
 DEFAULT_BATCH_SIZE = 8
-DEFAULT_LEARNING_RATE_MULTIPLIER = 1.0
 
 Auto = Literal["auto"]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), AS_WHOLE]
@@ -30,6 +36,8 @@ def _auto_is_none(value: object) -> object:
 class HyperparametersAsked(RequestModel):
     """None: `auto`, which is LeMix's default."""
 
+    default_multiplier: ClassVar[float] = DEFAULT_MULTIPLIER
+
     n_epochs: Annotated[
         Epochs | None, BeforeValidator(_auto_is_none, json_schema_input_type=Epochs | Auto)
     ] = None
@@ -45,7 +53,7 @@ class HyperparametersAsked(RequestModel):
         return Hyperparameters(
             n_epochs=self.n_epochs or DEFAULT_EPOCHS,
             batch_size=self.batch_size or DEFAULT_BATCH_SIZE,
-            learning_rate_multiplier=self.learning_rate_multiplier or DEFAULT_LEARNING_RATE_MULTIPLIER,
+            learning_rate_multiplier=self.learning_rate_multiplier or self.default_multiplier,
         )
 
 
@@ -57,6 +65,8 @@ class SupervisedAsked(RequestModel):
 
 class DpoHyperparametersAsked(HyperparametersAsked):
     """The same, for preferences."""
+
+    default_multiplier: ClassVar[float] = DEFAULT_MULTIPLIER_OF_PREFERENCES
 
     beta: Annotated[Beta | None, BeforeValidator(_auto_is_none, json_schema_input_type=Beta | Auto)] = None
 
@@ -75,10 +85,11 @@ class MethodAsked(RequestModel):
     dpo: DpoAsked | None = None
 
     @property
-    def asked(self) -> HyperparametersAsked | None:
+    def asked(self) -> HyperparametersAsked:
         """Those of its type."""
-        chosen = self.dpo if self.type == "dpo" else self.supervised
-        return chosen.hyperparameters if chosen else None
+        if self.type == "dpo":
+            return (self.dpo and self.dpo.hyperparameters) or DpoHyperparametersAsked()
+        return (self.supervised and self.supervised.hyperparameters) or HyperparametersAsked()
 
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
@@ -103,18 +114,15 @@ class JobRequest(RequestModel):
     integrations: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
 
     @property
-    def chosen_hyperparameters(self) -> Hyperparameters:
-        """From whichever place they were given in."""
-        asked = self.hyperparameters or (self.method.asked if self.method else None)
-        return (asked or HyperparametersAsked()).chosen()
+    def asked(self) -> HyperparametersAsked:
+        """The hyperparameters, from whichever place they were given in."""
+        return self.method.asked if self.method else self.hyperparameters or HyperparametersAsked()
 
     @property
-    def chosen_beta(self) -> float | None:
+    def beta(self) -> float | None:
         """None: the job is supervised."""
-        if self.method is None or self.method.type != "dpo":
-            return None
-        asked = self.method.dpo.hyperparameters if self.method.dpo else None
-        return (asked.beta if asked else None) or DEFAULT_BETA
+        asked = self.asked
+        return (asked.beta or DEFAULT_BETA) if isinstance(asked, DpoHyperparametersAsked) else None
 
     def check_method(self) -> None:
         """Raises ApiError when hyperparameters are given in two places, or for another method."""

@@ -10,6 +10,8 @@ from pydantic_core import from_json
 from shared.errors import InvalidBatchError
 from shared.examples import (
     DEFAULT_BETA,
+    DEFAULT_MULTIPLIER,
+    DEFAULT_MULTIPLIER_OF_PREFERENCES,
     MAX_BETA,
     MAX_EXAMPLES,
     MAX_LEARNING_RATE_MULTIPLIER,
@@ -45,10 +47,10 @@ class BatchBody(Strict):
     """A batch whose id was seen before is not applied again."""
     examples: list[AnyExample] = Field(min_length=1, max_length=MAX_EXAMPLES)
     """Either all of them are preferences, or none is."""
-    learning_rate_multiplier: float = Field(
-        default=1.0, gt=0, le=MAX_LEARNING_RATE_MULTIPLIER, allow_inf_nan=False
+    learning_rate_multiplier: float | None = Field(
+        default=None, gt=0, le=MAX_LEARNING_RATE_MULTIPLIER, allow_inf_nan=False
     )
-    """The trainer's learning rate times this is the batch's."""
+    """The trainer's learning rate times this is the batch's; None: the default of its kind."""
     beta: float | None = Field(default=None, gt=0, le=MAX_BETA, allow_inf_nan=False)
     """For preferences: how closely the weights are held to the model as it was given; None: DEFAULT_BETA."""
     producer: Name = ""
@@ -75,10 +77,19 @@ class BatchBody(Strict):
         return self
 
     @property
+    def holds_preferences(self) -> bool:
+        return isinstance(self.examples[0], Preference)
+
+    @property
     def beta_of_preferences(self) -> float | None:
         """None where the examples are none."""
-        is_of_preferences = isinstance(self.examples[0], Preference)
-        return (self.beta or DEFAULT_BETA) if is_of_preferences else None
+        return (self.beta or DEFAULT_BETA) if self.holds_preferences else None
+
+    @property
+    def chosen_multiplier(self) -> float:
+        """The factor of the trainer's learning rate."""
+        default = DEFAULT_MULTIPLIER_OF_PREFERENCES if self.holds_preferences else DEFAULT_MULTIPLIER
+        return self.learning_rate_multiplier or default
 
 
 def check_id(batch_id: str) -> None:

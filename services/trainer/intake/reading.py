@@ -97,7 +97,7 @@ class Intake:
 
     def _trained(self, body: BatchBody, encoded: Sequence[tuple[LabelledTokens, ...]]) -> list[bool]:
         """Which of the examples train: those that are not held out, and all preferences."""
-        if self.hold_out is None or body.beta_of_preferences is not None:
+        if self.hold_out is None or body.holds_preferences:
             return [True] * len(encoded)
         return [not is_held_out for is_held_out in self.hold_out.take([example for (example,) in encoded])]
 
@@ -112,7 +112,7 @@ class Intake:
             sequence=message.sequence,
             microbatches=cut(examples, self.microbatches, self.max_microbatch_tokens),
             body=message.body,
-            learning_rate_multiplier=body.learning_rate_multiplier,
+            learning_rate_multiplier=body.chosen_multiplier,
             beta=body.beta_of_preferences,
             producer=body.producer,
             sources=tuple(ExampleSource(**source.model_dump()) for source in compress(body.sources, trained)),

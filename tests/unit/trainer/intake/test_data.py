@@ -176,6 +176,15 @@ def test_a_batch_of_preferences_has_a_beta(pack) -> None:
     assert read_body(pack({"examples": [{"text": "a"}]})).beta_of_preferences is None
 
 
+@pytest.mark.parametrize(("example", "default"), [({"text": "a"}, 1.0), (PREFERENCE, 0.2)])
+def test_preferences_are_learnt_at_a_lower_rate_unless_told_otherwise(
+    example: dict[str, Any], default: float
+) -> None:
+    body = {"examples": [example]}
+    assert read_body(to_json(body)).chosen_multiplier == default
+    assert read_body(to_json(body | {"learning_rate_multiplier": 3})).chosen_multiplier == 3.0
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
