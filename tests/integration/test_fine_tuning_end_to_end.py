@@ -169,7 +169,7 @@ async def test_a_dpo_job_makes_the_preferred_answers_likelier(cluster: LocalClus
     async with client_of(cluster, max_retries=0) as client, ApiClient(cluster.api_url, model=model) as scorer:
         before = await margin(scorer, PLACES[5])
         file = await client.files.create(file=("preferences.jsonl", content), purpose="fine-tune")
-        hyperparameters = {"beta": 0.5, "n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 1}
+        hyperparameters = {"beta": 0.5, "n_epochs": 3, "batch_size": 2}
         created = await client.fine_tuning.jobs.create(
             model=model,
             training_file=file.id,
