@@ -10,6 +10,7 @@ from services.stage_worker.pipeline.queue import WorkQueue
 from services.stage_worker.settings import StageWorkerSettings
 from shared.bus.base import Bus
 from shared.clock import Clock
+from shared.errors import RefusedError
 from shared.telemetry import Telemetry
 
 
@@ -29,3 +30,9 @@ class WorkerContext:
 def is_inside(path: str, folder: Path) -> bool:
     """Whether a path that a message names lies in `folder`, links followed."""
     return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+def check_in_run(folder: str, checkpoints: Path) -> None:
+    """Raises RefusedError: messages must not lead this process to any file there is."""
+    if not is_inside(folder, checkpoints):
+        raise RefusedError(f"{folder} is not in this run's folder of checkpoints {checkpoints}", code=403)

@@ -214,7 +214,7 @@ class StageWorker:
         training = self._training
         if training.restored_fence and training.restored_fence == beat.fence:
             return True
-        own = (training.version, training.origin.checkpoint, training.origin.digest)
+        own = (training.held.version, training.held.origin.checkpoint, training.held.origin.digest)
         return own == (beat.weights_version, beat.checkpoint, beat.checkpoint_digest)
 
     def _heard_lately(self, stage: int) -> Heartbeat | None:
@@ -258,10 +258,10 @@ class StageWorker:
             first_on_device=self._first_on_device,
             ready=self._is_ready(),
             whole=self._told_whole,
-            weights_version=training.version,
+            weights_version=training.held.version,
             sick_version=self._serving.sick_version,
-            checkpoint=training.origin.checkpoint,
-            checkpoint_digest=training.origin.digest,
+            checkpoint=training.held.origin.checkpoint,
+            checkpoint_digest=training.held.origin.digest,
             fence=training.restored_fence,
             running=scheduler.num_running,
             waiting=len(scheduler.admission),

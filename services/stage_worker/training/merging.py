@@ -13,7 +13,8 @@ from typing import Any
 
 from services.stage_worker.context import WorkerContext
 from services.stage_worker.pipeline.disciplines import WorkKind
-from services.stage_worker.training.training import Item, Training
+from services.stage_worker.training.fenced_work import Item
+from services.stage_worker.training.training import Training
 from shared.bus.base import Incoming
 from shared.errors import BusError, CarrierError, PeerLostError, RefusedError
 from shared.messages.base import Done
@@ -63,16 +64,16 @@ class Merging:
         return Done()
 
     async def _merge(self, order: MergeWeights) -> None:
-        self._training.check_fence_is(order.fence)
+        self._training.work.check_is(order.fence)
         copied = await self._executor.copy_state()
-        self._training.check_fence_is(order.fence)  # else a restore may have changed what was being copied
+        self._training.work.check_is(order.fence)  # else a restore may have changed what was being copied
         rendezvous = await self._rendezvous(order.group)
         await self._executor.average(copied, order.group, rendezvous, order.outer)
         hold = partial(self._hold_state, copied, order)
         await self._queue.do_in_turn(hold, within_s=MERGE_DEADLINE_S)
 
     async def _hold_state(self, mean: Any, order: MergeWeights) -> None:
-        self._training.check_fence_is(order.fence)
+        self._training.work.check_is(order.fence)
         await self._executor.hold_state(mean, order.version)
         await self._training.merged(order.version, keep=order.keep)
 
@@ -119,16 +120,16 @@ class Merging:
             await self._executor.average(copied, order.group, await self._rendezvous(order.group))
         except Exception as error:
             log.exception("no mean of gradients %s", order.group.name)
-            await self._training.failed(order.fence, _name(order), error)
+            await self._training.work.failed(order.fence, _name(order), error)
             return
         self._in_training(order, partial(self._hold_gradients, order, copied))
 
     async def _hold_gradients(self, order: ReduceGradients, mean: Any) -> None:
         squared_norm = await self._executor.hold_gradients(mean, _name(order))
-        await self._training.gradients_ready(order.fence, _name(order), squared_norm)
+        await self._training.gradients.ready(order.fence, _name(order), squared_norm)
 
     def _in_training(self, order: ReduceGradients, work: Callable[[], Awaitable[None]]) -> None:
-        self._training.enqueue(WorkKind.STEP, Item(order.fence, _name(order), (), work))
+        self._training.work.enqueue(WorkKind.STEP, Item(order.fence, _name(order), (), work))
 
 
 def _name(order: ReduceGradients) -> str:

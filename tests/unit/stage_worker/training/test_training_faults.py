@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from services.stage_worker.compute.weights import StageWeights
+from services.stage_worker.training.fenced_work import _failure
 from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.stage_worker.training.optimizers import OptimizerSettings
 from services.stage_worker.training.preferences import Reference
-from services.stage_worker.training.training import _failure
 from shared.errors import CarrierError, LemixError, StaleTensorError
 from shared.messages.training import Microbatch
 from shared.model.loader import load_stage, model_partition, read_config

@@ -1,0 +1,102 @@
+"""Training on a stage under its trainer's fence: done in turn, ignored under another, told of if it fails."""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from services.stage_worker.context import WorkerContext
+from services.stage_worker.pipeline.disciplines import WorkKind
+from shared import subjects
+from shared.errors import CarrierError, RefusedError
+from shared.messages.base import Done
+from shared.messages.training import StageEvent, StageReport, TrainingFailed
+from shared.tensors.ref import TensorRef
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Work for a batch, and the tensors that came with it."""
+
+    fence: int
+    batch_id: str
+    tensors: Sequence[TensorRef]
+    work: Callable[[], Awaitable[None]]
+
+
+class FencedWork:
+    """The way of all training through this stage's queue, and of its reports to the trainer."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self.fence = 0
+        """Set as soon as a restore is asked for."""
+        self.has_begun = False
+        """Whether any has been done since this was last set to False."""
+        self._settings = context.settings
+        self._bus = context.bus
+        self._executor = context.executor
+        self._queue = context.queue
+
+    def check_is(self, fence: int) -> None:
+        """Check the fence. Raises RefusedError when it is not the present one."""
+        if fence != self.fence:
+            raise RefusedError(f"fence {fence} is not {self.fence}, which this stage follows", code=409)
+
+    def check_is_not_over(self, fence: int) -> None:
+        """Raises RefusedError when there has been a later one."""
+        if fence < self.fence:
+            raise RefusedError(f"fence {fence} is over, this stage follows {self.fence}", code=409)
+
+    def enqueue(self, kind: WorkKind, item: Item) -> None:
+        """Have it done in its turn, if it is of the present fence, then too."""
+        is_current = item.fence == self.fence
+        self._queue.put(kind, partial(self._guarded if is_current else self._ignore, item))
+
+    async def done_in_turn(self, work: Callable[[], Awaitable[None]], within_s: float) -> Done:
+        """Raises RefusedError when it is too late, or what `work` raises."""
+        try:
+            await self._queue.do_in_turn(work, within_s=within_s)
+        except TimeoutError as error:
+            raise RefusedError(f"not done within {within_s:g} s", code=504) from error
+        return Done()
+
+    async def failed(self, fence: int, batch_id: str, error: Exception) -> None:
+        """Tell that what the batch needed cannot be done; the trainer restores the node."""
+        await self.report(fence, _failure(batch_id, error))
+
+    async def report(self, fence: int, event: StageEvent) -> None:
+        """Tell the trainer, under the fence of what is told of: a restore may have begun another since."""
+        report = StageReport(node=self._settings.node, stage=self._settings.stage, fence=fence, event=event)
+        await self._bus.publish(subjects.REPORT.at(), report)
+
+    async def _guarded(self, item: Item) -> None:
+        """A batch that fails is told of, loudly, and the node is restored; serving goes on."""
+        if item.fence != self.fence:  # a restore came while the item waited
+            await self._ignore(item)
+            return
+        self.has_begun = True
+        try:
+            await item.work()
+        except Exception as error:
+            log.exception("training on %s failed", item.batch_id)
+            await self.failed(item.fence, item.batch_id, error)
+
+    async def _ignore(self, item: Item) -> None:
+        """Drop an item of another fence; its tensors' slots in a peer's arena must come free again."""
+        log.info("%s of fence %d ignored in fence %d", item.batch_id, item.fence, self.fence)
+        for tensor in item.tensors:
+            await self._executor.discard(tensor)
+
+
+def _failure(batch_id: str, error: Exception) -> TrainingFailed:
+    """torch is not loaded here: its out-of-memory error is known by name."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    lacks_memory = isinstance(error, MemoryError) or "OutOfMemoryError" in names
+    return TrainingFailed(
+        batch_id=batch_id,
+        reason=f"{type(error).__name__}: {error}",
+        is_batch_at_fault=not (lacks_memory or isinstance(error, CarrierError)),
+        lacks_memory=lacks_memory,
+    )
