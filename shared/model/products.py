@@ -42,6 +42,8 @@ class Copies:
     transposed: Tensor
     packed: Tensor
     bias: Tensor | None
+    widths: tuple[int, ...]
+    """Outputs of each of the modules."""
 
     def product(self, inputs: Tensor) -> Tensor:
         """The product [..., outputs]."""
@@ -56,12 +58,15 @@ class Copies:
         return single.view(*inputs.shape[:-1], single.size(-1))
 
 
-def _copies(sources: tuple[Source, ...], weight: Tensor, bias: Tensor | None) -> Copies:
+def _copies(sources: tuple[Source, ...], weights: Sequence[Tensor], bias: Tensor | None) -> Copies:
+    """Copies of `weights`, each [outputs, inputs], one after the other."""
+    together = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     return Copies(
         sources,
-        transposed=weight.t().contiguous(),
-        packed=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS),
+        transposed=together.t().contiguous(),
+        packed=torch.ops.mkldnn._reorder_linear_weight(together.contiguous(), _PACKED_FOR_ROWS),
         bias=bias,
+        widths=tuple(weight.size(0) for weight in weights),
     )
 
 
@@ -81,21 +86,20 @@ class Product:
         self._seen: tuple[Source, ...] = ()
         """Fresh weights, which `_calls` forwards in a row have found."""
         self._calls = 0
-        self._widths: list[int] = []
         self._copies: Copies | None = None
-        self._making: Future[None] | None = None
+        self._making: Future[Copies] | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The product [..., sum of outputs]; only after `ready()`."""
         assert self._copies is not None
         product = self._copies.product(inputs)
         if self._is_adapted:
-            self._add_adapters(product, inputs)
+            self._add_adapters(product, inputs, self._copies.widths)
         return product
 
-    def _add_adapters(self, product: Tensor, inputs: Tensor) -> None:
+    def _add_adapters(self, product: Tensor, inputs: Tensor, widths: Sequence[int]) -> None:
         rows = inputs.flatten(0, -2)
-        parts = product.flatten(0, -2).split_with_sizes(self._widths, 1)
+        parts = product.flatten(0, -2).split_with_sizes(list(widths), 1)
         for part, adapter in zip(parts, self._adapters, strict=True):
             if adapter is not None:
                 adapter.add_to(part, rows)
@@ -109,15 +113,14 @@ class Product:
         if self._making is not None:
             if not self._making.done():
                 return False
-            self._making.result()
-            self._making = None
+            self._copies, self._making = self._making.result(), None
             return self.ready()
         if not self._are_in_place(self._seen):
             self._seen, self._calls = self._sources(), 0
         self._calls += 1
         if self._calls > self._patience_calls:
             # Read now: while the thread works, the modules may run with the weights of another version.
-            self._making = self._workshop.submit(partial(self._prepare, self._seen, self._biases()))
+            self._making = self._workshop.submit(partial(self._copied, self._seen, self._biases()))
         return False
 
     def _are_in_place(self, sources: tuple[Source, ...]) -> bool:
@@ -129,22 +132,20 @@ class Product:
 
     def prepare(self) -> None:
         """Copy the weights now in the modules, at once."""
-        self._prepare(self._sources(), self._biases())
+        self._copies = self._copied(self._sources(), self._biases())
 
-    def _prepare(self, sources: tuple[Source, ...], biases: Sequence[Tensor]) -> None:
+    def _copied(self, sources: tuple[Source, ...], biases: Sequence[Tensor]) -> Copies:
         """Copy these weights; when they change meanwhile, the copies are not theirs any more."""
         weights = [
             weight.detach().t() if is_transposed else weight.detach()
             for (weight, _), (_, is_transposed) in zip(sources, self._tables, strict=True)
             if weight is not None
         ]
-        self._widths = [weight.size(0) for weight in weights]
-        together = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self._copies = _copies(sources, together, torch.cat(list(biases)) if biases else None)
+        return _copies(sources, weights, torch.cat(list(biases)) if biases else None)
 
     def invalidate(self) -> None:
-        """Forget the copies."""
-        self._copies = None
+        """Forget the copies, and those that are being made: their weights may change meanwhile."""
+        self._copies = self._making = None
         self._seen = ()
 
     @property
@@ -169,6 +170,6 @@ class Workshop:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
 
-    def submit(self, work: Callable[[], None]) -> Future[None]:
+    def submit(self, work: Callable[[], Copies]) -> Future[Copies]:
         """Do it in the thread."""
         return self._thread.submit(work)

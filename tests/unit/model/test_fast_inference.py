@@ -1,15 +1,17 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from shared.model import products
 from shared.model.attention import PackedSegments
 from shared.model.fast_inference import InferenceWeights, enable_fast_inference
 from shared.model.loader import load_stage
 from shared.model.partition import partition
-from shared.model.products import Product, Workshop
+from shared.model.products import Copies, Product, Workshop
 from shared.model.stage import Stage
 
 FAMILIES = ["llama", "llama-tied", "qwen2-window", "qwen3", "mistral-window", "gpt2", "gpt-neox"]
@@ -74,11 +76,26 @@ def test_weights_written_unseen_need_to_be_invalidated(model_folder: Callable[[s
 class AtOnce(Workshop):
     """Has no thread."""
 
-    def submit(self, work: Callable[[], None]) -> Future[None]:
-        done: Future[None] = Future()
-        work()
-        done.set_result(None)
+    def submit(self, work: Callable[[], Copies]) -> Future[Copies]:
+        done: Future[Copies] = Future()
+        done.set_result(work())
         return done
+
+
+class Later(Workshop):
+    """Works when it is told to."""
+
+    def __init__(self) -> None:
+        self._submitted: list[tuple[Callable[[], Copies], Future[Copies]]] = []
+
+    def submit(self, work: Callable[[], Copies]) -> Future[Copies]:
+        done: Future[Copies] = Future()
+        self._submitted.append((work, done))
+        return done
+
+    def work(self) -> None:
+        work, done = self._submitted.pop()
+        done.set_result(work())
 
 
 def test_fresh_weights_are_copied_only_after_some_calls() -> None:
@@ -94,7 +111,7 @@ def test_weights_that_change_while_they_are_copied_are_copied_again() -> None:
     module = torch.nn.Linear(8, 8)
 
     class Changing(AtOnce):
-        def submit(self, work: Callable[[], None]) -> Future[None]:
+        def submit(self, work: Callable[[], Copies]) -> Future[Copies]:
             done = super().submit(work)
             if module.weight._version < 1:
                 with torch.no_grad():
@@ -109,21 +126,37 @@ def test_weights_that_change_while_they_are_copied_are_copied_again() -> None:
 
 
 def test_copies_have_the_bias_of_their_weights_whatever_the_module_runs_with_meanwhile() -> None:
-    module, later = torch.nn.Linear(8, 8), []
+    module, workshop = torch.nn.Linear(8, 8), Later()
     bias, other = module.bias, torch.nn.Parameter(torch.full((8,), 9.0))
-
-    class Later(Workshop):
-        def submit(self, work: Callable[[], None]) -> Future[None]:
-            later.append(work)
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
-
-    product, inputs = Product([module], Later(), patience_calls=0), torch.ones(2, 8)
+    product, inputs = Product([module], workshop, patience_calls=0), torch.ones(2, 8)
     assert not product.ready()
     module.bias = other
-    later[0]()
+    workshop.work()
     module.bias = bias
+    assert product.ready()
+    torch.testing.assert_close(product(inputs), module(inputs))
+
+
+def test_what_is_being_copied_when_all_copies_are_forgotten_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fused optimizer's step is not counted by torch: the stage forgets the copies instead."""
+    module, workshop = torch.nn.Linear(8, 8), Later()
+    product, inputs = Product([module], workshop, patience_calls=0), torch.ones(2, 8)
+    assert not product.ready()
+    copied = products._copies
+
+    def overtaken_by_a_step(*args: Any) -> Copies:
+        copies = copied(*args)
+        module.weight.data.mul_(2.0)
+        product.invalidate()
+        return copies
+
+    with monkeypatch.context() as during_the_step:
+        during_the_step.setattr(products, "_copies", overtaken_by_a_step)
+        workshop.work()
+    assert not product.ready()
+    workshop.work()
     assert product.ready()
     torch.testing.assert_close(product(inputs), module(inputs))
 
