@@ -82,9 +82,12 @@ def read_entry(root: Path, place: int) -> LineageEntry:
     try:
         with (root / FILE_NAME).open("rb") as file:
             file.seek(place)
-            return _ENTRY.decode(file.readline())
+            entry = _ENTRY.decode(file.readline())
     except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
         raise _damaged(root, f"there is no entry at {place}: {error}") from error
+    if entry.older is not None and entry.older >= place:
+        raise _damaged(root, f"the entry at {place} says that an older one is at {entry.older}")
+    return entry
 
 
 def _damaged(root: Path, reason: str) -> ConfigurationError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from services.gateway.feedback import service
 from services.gateway.feedback.service import FILE_NAME, MAX_OF_ANSWER
 from services.trainer.intake.data import read_body
 from shared.bus.memory import MemoryBroker
@@ -407,3 +408,14 @@ async def test_of_one_answer_not_too_much_is_said() -> None:
             await correct(here, answer_id, f"{number}")
         assert (await refusal(correct(here, answer_id, "one more")))["param"] == "id"
         await correct(here, answer_id, "0")
+
+
+async def test_while_too_much_is_on_its_way_corrections_wait_and_ratings_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "MAX_UNFINISHED", 2)
+    async with feedback_api(feedback_batch_after_s=3600.0) as here:
+        await correct(here, await ask(here))
+        answer_id = await ask(here)
+        assert (await refusal(correct(here, answer_id)))["status"] == 429
+        assert (await correct(here, answer_id, None, score=1))["status"] == "rated"

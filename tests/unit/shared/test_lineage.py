@@ -80,6 +80,13 @@ def test_an_entry_of_another_version_is_damage(tmp_path: Path) -> None:
         lineage.newest_entry(tmp_path, manifest(7, lineage_entry=place))
 
 
+def test_an_entry_that_leads_back_to_itself_is_damage(tmp_path: Path) -> None:
+    place = lineage.append(tmp_path, batches("a"), num_before=1, older=0)
+    assert place == 0
+    with pytest.raises(ConfigurationError, match="the entry at 0 says that an older one is at 0"):
+        lineage.read_entry(tmp_path, place)
+
+
 def test_an_entry_is_a_line_of_json_that_anyone_reads(tmp_path: Path) -> None:
     lineage.append(tmp_path, batches("a"), num_before=0, older=None)
     assert (tmp_path / lineage.FILE_NAME).read_text() == (

@@ -98,6 +98,13 @@ def test_the_order_of_a_seed_stays_what_it_is_or_jobs_that_run_would_change_unde
     assert examples_of(job, 1) == (3, 4, 1, 0, 2, 5)
 
 
+@pytest.mark.parametrize(("asked_by", "producer"), [("", "{id}"), ("Zoë (k1)", "{id}, key Zoë (k1)")])
+def test_a_batch_names_its_job_and_the_key_that_asked_for_it(asked_by: str, producer: str) -> None:
+    job = running_job(num_examples=1, batch_size=1, n_epochs=1).model_copy(update={"asked_by": asked_by})
+    content, _ = TrainingFile((b'{"text": "a"}',), (2,)).batch_of(job, 1)
+    assert read_body(content).producer == producer.format(id=job.id)
+
+
 def test_a_batch_is_what_the_trainer_reads() -> None:
     lines = (b'{"text": "a ' + "ü😀".encode() + b'"}', b'{ "token_ids" : [1, 2] }')
     job = running_job(num_examples=2, batch_size=2, n_epochs=1)
