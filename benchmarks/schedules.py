@@ -27,8 +27,6 @@ FORWARD_S, BACKWARD_S, STEP_S = 0.02, 0.04, 0.02
 """About those of a quarter of a 7B model on one big GPU."""
 HOP_S = 0.0005
 SCHEDULES: tuple[ScheduleName, ...] = ("async", "1f1b", "gpipe")
-EXTRA_IN_FLIGHT = (0, 2)
-"""Microbatches beyond one per stage under `async`: they hide messages and steps, and take memory."""
 MICROBATCHES = (4, 16)
 NUM_BATCHES = 24
 MEASURED = slice(6, 18)
@@ -58,13 +56,8 @@ async def main(work: Path) -> dict[str, Any]:
 
 
 def _measure_all() -> dict[str, Any]:
-    rows = [
-        measure(schedule, count, extra_in_flight=extra)
-        for count in MICROBATCHES
-        for schedule in SCHEDULES
-        for extra in (EXTRA_IN_FLIGHT if schedule == "async" else (0,))
-    ]
-    found = {(row["schedule"], row["microbatches"]): row for row in rows if not row["extra_in_flight"]}
+    rows = [measure(schedule, count) for count in MICROBATCHES for schedule in SCHEDULES]
+    found = {(row["schedule"], row["microbatches"]): row for row in rows}
     few, many = MICROBATCHES
     return {
         "stages": STAGES,
@@ -93,16 +86,15 @@ def textbook_idle_share(schedule: ScheduleName, microbatches: int) -> float:
     return 0.0 if schedule == "async" else (STAGES - 1) / (microbatches + STAGES - 1)
 
 
-def measure(schedule: ScheduleName, microbatches: int, *, extra_in_flight: int = 0) -> dict[str, Any]:
+def measure(schedule: ScheduleName, microbatches: int) -> dict[str, Any]:
     """One run of equal batches, one after the other."""
-    record = run_virtual(_run(schedule, microbatches, extra_in_flight))
+    record = run_virtual(_run(schedule, microbatches))
     start_s, end_s = _measured_span_s(record)
     tokens = (MEASURED.stop - MEASURED.start) * microbatches * TOKENS
     idle = [1 - _busy_s(record.ops, stage, start_s, end_s) / (end_s - start_s) for stage in range(STAGES)]
     return {
         "schedule": schedule,
         "microbatches": microbatches,
-        "extra_in_flight": extra_in_flight,
         "tokens_per_s": tokens / (end_s - start_s),
         "idle_share": sum(idle) / STAGES,
         "idle_share_by_stage": idle,
@@ -111,7 +103,7 @@ def measure(schedule: ScheduleName, microbatches: int, *, extra_in_flight: int =
     }
 
 
-async def _run(schedule: ScheduleName, microbatches: int, extra_in_flight: int) -> RunRecord:
+async def _run(schedule: ScheduleName, microbatches: int) -> RunRecord:
     options = SimulationOptions(
         nodes=1,
         stages=STAGES,
@@ -119,7 +111,7 @@ async def _run(schedule: ScheduleName, microbatches: int, extra_in_flight: int) 
         policy="round_robin",
         schedule=schedule,
         hop_s=HOP_S,
-        trainer_settings={"microbatches": microbatches, "extra_in_flight": extra_in_flight},
+        trainer_settings={"microbatches": microbatches},
     )
     devices = Devices(
         times=(EqualTimes(),) * STAGES, vocab_size=32000, context_length=4096, kv_tokens=1 << 18

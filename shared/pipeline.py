@@ -58,8 +58,6 @@ class Pipeline:
     """The microbatches that are under way through one node, and the batches that wait for it."""
 
     num_stages: int
-    extra_in_flight: int = 0
-    """Microbatches that may be in flight beyond one per stage, without a flush."""
     queue: tuple[Shape, ...] = ()
     """Batches not wholly fed."""
     next_index: int = 0
@@ -152,13 +150,13 @@ Schedule = Callable[[Pipeline], bool]
 
 
 def asynchronous(pipeline: Pipeline) -> bool:
-    """A-PP: when its predecessor has left stage 0, and not one per stage and the extra are in flight.
+    """A-PP: when its predecessor has left stage 0, and not one per stage is in flight.
 
     One stage alone has no bubble to fill: there a batch sees the step of the one before.
     """
     if pipeline.num_stages == 1:
         return one_forward_one_backward(pipeline)
-    return _has_room(pipeline, extra=pipeline.extra_in_flight)
+    return _has_room(pipeline)
 
 
 def one_forward_one_backward(pipeline: Pipeline) -> bool:
@@ -174,8 +172,8 @@ def gpipe(pipeline: Pipeline) -> bool:
     return pipeline.at_stage_0 is None and _is_flushed(pipeline)
 
 
-def _has_room(pipeline: Pipeline, *, extra: int = 0) -> bool:
-    return pipeline.at_stage_0 is None and len(pipeline.in_flight) < pipeline.num_stages + extra
+def _has_room(pipeline: Pipeline) -> bool:
+    return pipeline.at_stage_0 is None and len(pipeline.in_flight) < pipeline.num_stages
 
 
 def _is_flushed(pipeline: Pipeline) -> bool:

@@ -31,8 +31,6 @@ class Feeding:
     """How the trainer feeds nodes, as far as one must know it to foresee what they will do."""
 
     schedule: ScheduleName = "async"
-    extra_in_flight: int = 0
-    """Microbatches in flight beyond one per stage, without a flush."""
 
     def flushes(self, num_stages: int) -> bool:
         """Whether a batch enters only when the one before it is in the weights."""
@@ -40,9 +38,7 @@ class Feeding:
 
     def max_in_flight(self, num_stages: int) -> int:
         """Microbatches between their entry and their last backward."""
-        if self.schedule == "gpipe":
-            return maxsize
-        return num_stages if self.flushes(num_stages) else num_stages + self.extra_in_flight
+        return maxsize if self.schedule == "gpipe" else num_stages
 
 
 BY_DEFAULT = Feeding()

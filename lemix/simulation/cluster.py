@@ -227,9 +227,7 @@ class SimulatedCluster:
             costs=costs_named(options.costs, profile if uses_profile(policy) else None, options.hop_s),
             slo_s=slo_s,
             slo_factor=options.slo_factor,
-            feeding=Feeding(
-                schedule=options.schedule, extra_in_flight=self._trainer_settings.extra_in_flight
-            ),
+            feeding=Feeding(schedule=options.schedule),
         ).run()
 
     async def _trainer(self, world: World) -> None:

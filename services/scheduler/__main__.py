@@ -29,7 +29,7 @@ def serving(settings: SchedulerSettings) -> ServiceMain:
             costs=costs,
             slo_s=slo_s,
             slo_factor=settings.slo_factor,
-            feeding=Feeding(schedule=settings.schedule, extra_in_flight=settings.extra_in_flight),
+            feeding=Feeding(schedule=settings.schedule),
         ).run()
 
     return serve

@@ -22,7 +22,5 @@ class SchedulerSettings(LemixSettings):
     """The time that a message takes from one service to another."""
     slo_factor: float = Field(default=DEFAULT_SLO_FACTOR, gt=0)
     """The objective for the time to first token, in forward times of a lone prompt of mean length."""
-    extra_in_flight: int = Field(default=0, ge=0)
-    """The trainer's; the same for both."""
     schedule: ScheduleName = "async"
     """How the trainer feeds batches; the same for both."""

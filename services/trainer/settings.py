@@ -14,7 +14,6 @@ TrainFrom = Literal["first", "next"]
 OF_TRAINING = (
     "schedule",
     "stashing",
-    "extra_in_flight",
     "microbatches",
     "max_microbatch_tokens",
     "merge",
@@ -40,8 +39,6 @@ class TrainerSettings(LemixSettings):
     """`async` (A-PP): no flush between batches; `1f1b`, `gpipe` (S-PP): a batch waits for the last step."""
     stashing: StashingName = "full"
     """Old weights kept for microbatches in flight; `double`: two versions, so that batches wait for room."""
-    extra_in_flight: int = Field(default=0, ge=0)
-    """Microbatches in flight beyond one per stage (`async`): they hide messages and steps, at some memory."""
     microbatches: int = Field(default=4, ge=1)
     """Parts that a batch is cut into; more when they would be too large."""
     max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)
@@ -118,7 +115,7 @@ class TrainerSettings(LemixSettings):
     @property
     def feeding(self) -> Feeding:
         """How microbatches enter nodes."""
-        return Feeding(schedule=self.schedule, extra_in_flight=self.extra_in_flight)
+        return Feeding(schedule=self.schedule)
 
     @property
     def shares_weights(self) -> bool:

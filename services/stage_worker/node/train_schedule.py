@@ -48,7 +48,7 @@ class TrainSchedule:
 
     def __init__(self, num_stages: int, *, feeding: Feeding, stashing: StashingName, version: int) -> None:
         """`version`: of the weights that all stages hold now."""
-        self._pipeline = Pipeline(num_stages, feeding.extra_in_flight)
+        self._pipeline = Pipeline(num_stages)
         self._may_enter = schedule_named(feeding.schedule, stashing)
         self._version = version
         """After every step that is ordered."""

@@ -29,10 +29,10 @@ class Rules:
     publishing: PublishingRules = field(default_factory=PublishingRules)
 
     def num_filling(self, num_stages: int) -> int:
-        """Batches that fill the pipeline: without a flush, one microbatch for each stage, and the extra."""
+        """Batches that fill the pipeline: without a flush, one microbatch for each stage."""
         if is_synchronous(self.feeding.schedule):
             return 1
-        return -(-(num_stages + self.feeding.extra_in_flight) // self.microbatches)
+        return -(-num_stages // self.microbatches)
 
     def max_fed(self, num_stages: int) -> int:
         """Batches at stage 0 that are not done: those that fill the pipeline, and the next one.

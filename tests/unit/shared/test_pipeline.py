@@ -14,7 +14,6 @@ from shared.pipeline import (
     asynchronous,
     double_buffered,
     gpipe,
-    one_forward_one_backward,
 )
 from shared.schedule import ScheduleName
 
@@ -158,15 +157,6 @@ def test_double_buffering_lets_a_batch_enter_when_at_most_one_other_has_not_step
 
     assert full == ["a0", "b0", "c0", "d0"]
     assert double == ["a0", "b0", "", "", "", "", "", "c0", ""]
-
-
-def test_more_than_one_per_stage_may_be_in_flight() -> None:
-    pipeline = Pipeline(2, extra_in_flight=1).add(Shape("a", 4))
-    for index in range(3):
-        assert asynchronous(pipeline)
-        assert one_forward_one_backward(pipeline) == (index < 2)
-        pipeline = pipeline.feed().forward_done(0, "a", index)
-    assert not asynchronous(pipeline)
 
 
 def test_a_batch_is_complete_when_every_stage_has_its_gradients_and_all_before_it_are_ordered() -> None:

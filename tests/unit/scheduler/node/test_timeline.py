@@ -263,13 +263,11 @@ def test_a_request_that_was_forecast_is_expected_when_the_node_predicts_it() -> 
     assert expected == {"a": None, "b": pytest.approx(0.3)}
 
 
-def test_more_microbatches_enter_where_the_trainer_lets_them() -> None:
-    for extra, expected_s in ((0, [0.0, 0.1, 0.4]), (1, [0.0, 0.1, 0.2])):
-        feeding = Feeding(schedule="async", extra_in_flight=extra)
-        timeline = NodeTimeline(2, LinearCosts(2), feeding=feeding)
-        place_batch(timeline, "b", 100, 100, 100)
-        assert starts(timeline, 0)[:3] == expected_s
-        assert timeline.max_in_flight == 2 + extra
+def test_as_many_microbatches_enter_as_there_are_stages() -> None:
+    timeline = NodeTimeline(2, LinearCosts(2), feeding=Feeding(schedule="async"))
+    place_batch(timeline, "b", 100, 100, 100)
+    assert starts(timeline, 0)[:3] == [0.0, 0.1, 0.4]
+    assert timeline.max_in_flight == 2
 
 
 def test_what_policies_read() -> None:
