@@ -50,12 +50,18 @@ async def print_training(bus: Bus, console: Console) -> None:
 
 
 def training_faults(weights: WeightsStatus) -> list[str]:
-    """Faults of training that a person should know: a line for each node that has stopped."""
-    return [
+    """Faults that a person should know: nodes that train no more, or serve other weights than they train."""
+    stopped = [
         f"node {node.node} trains no more: {node.halt_reason}; restart the trainer or roll back"
         for node in weights.nodes
         if node.halt_reason
     ]
+    differing = [
+        f"node {node.node} serves other weights than it trains: {node.why_differing}; restart its stages"
+        for node in weights.nodes
+        if node.why_differing
+    ]
+    return stopped + differing
 
 
 async def require_unused(nats_url: str) -> None:

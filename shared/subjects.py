@@ -35,6 +35,7 @@ from shared.messages.training import (
     BatchesAsked,
     BatchesNow,
     BatchProgress,
+    CheckForward,
     MicrobatchBackward,
     MicrobatchForward,
     StageReport,
@@ -136,6 +137,9 @@ ITERATION_DONE = Topic(
 )
 FORWARD = Topic(
     "lemix.node.{node}.stage.{stage}.forward", MicrobatchForward, "trainer, stage s-1 -> s: microbatch"
+)
+CHECK = Topic(
+    "lemix.node.{node}.stage.{stage}.check", CheckForward, "trainer, stage s-1 -> s: score with these weights"
 )
 BACKWARD = Topic("lemix.node.{node}.stage.{stage}.backward", MicrobatchBackward, "stage s+1 -> s: gradient")
 STEP_AHEAD = Topic("lemix.node.{node}.step_ahead", StepAhead, "trainer -> stage 0: how to step on a batch")

@@ -237,6 +237,7 @@ class SimulatedCluster:
             clock=world.clock,
             telemetry=world.telemetry,
             intake=self._intake(),
+            checks_weights=False,
         ).run()
 
     def _intake(self) -> Intake:

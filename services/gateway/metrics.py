@@ -59,6 +59,9 @@ class Metrics:
             field: self._gauge(f"lemix_weights_{field}", text, "node", "of")
             for field, text in _LOSS_GAUGES.items()
         }
+        self._differ = self._gauge(
+            "lemix_weights_differ", "1 when the node serves other weights than it trains", "node"
+        )
         self._stages = {
             field: self._gauge(f"lemix_stage_{field}", text, "node", "stage")
             for field, text in (_STAGE_GAUGES | _LEADER_GAUGES).items()
@@ -77,7 +80,7 @@ class Metrics:
 
     def show_weights(self, status: WeightsStatus | None) -> None:
         """Set the gauges of the nodes' weights; None: the trainer did not answer, so nothing is known."""
-        for gauge in (*self._nodes.values(), *self._losses.values()):
+        for gauge in (*self._nodes.values(), *self._losses.values(), self._differ):
             gauge.clear()
         self._trainer_up.set(status is not None)
         for node in status.nodes if status is not None else ():
@@ -96,6 +99,8 @@ class Metrics:
         for field, gauge in self._nodes.items():
             if (value := getattr(node, field)) is not None:
                 gauge.labels(node.node).set(value)
+        if node.why_differing is not None:
+            self._differ.labels(node.node).set(bool(node.why_differing))
         self._show_losses(node, "served", node)
         if node.judged:
             self._show_losses(node, "judged", node.judged[-1])

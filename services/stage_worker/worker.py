@@ -3,8 +3,9 @@
     bus --> pipeline/serving.py  (requests, iterations) --.
         --> training/training.py (microbatches, weights) --+--> pipeline/queue.py (one at a time) --> compute/
         --> training/merging.py  (means with other nodes) --'
+        --> training/checking.py (what trains, to compare) '
 
-The halves know neither each other nor this file; merging.py goes by the training's fence and version.
+The halves know neither each other nor this file; the last two go by the training's fence and version.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from services.stage_worker.pipeline.device import Device
 from services.stage_worker.pipeline.progress import Progress
 from services.stage_worker.pipeline.serving import Serving
 from services.stage_worker.settings import StageWorkerSettings
+from services.stage_worker.training.checking import Checking
 from services.stage_worker.training.merging import Merging
 from services.stage_worker.training.training import Training
 from shared import subjects
@@ -122,6 +124,7 @@ class StageWorker:
         await self._serving.subscribe()
         await self._training.subscribe()
         await Merging(self._context, self._training, group=self._group).subscribe()
+        await Checking(self._context, self._training).subscribe()
         await self._bus.subscribe(subjects.NEIGHBOUR.at(node=self._settings.node), self._on_heartbeat)
 
     async def _on_restored(self, message: RestoreWeights, is_same: bool) -> None:

@@ -38,6 +38,7 @@ from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.nodes.runner import ActionRunner
 from services.trainer.nodes.stage_listener import Nodes
 from services.trainer.nodes.stage_orders import StageOrders
+from services.trainer.nodes.weights_checks import WeightsChecks
 from services.trainer.outbox import Outbox
 from services.trainer.publication.evaluator import Evaluator, GuardExamples
 from services.trainer.publication.held_out import read_held_out
@@ -77,6 +78,7 @@ class _Parts:
     rollbacks: Rollbacks
     actions: ActionRunner
     nodes: Nodes
+    checks: WeightsChecks
 
 
 class Trainer:
@@ -94,13 +96,18 @@ class Trainer:
         clock: Clock,
         telemetry: Telemetry,
         intake: Intake | None = None,
+        checks_weights: bool = True,
     ) -> None:
-        """`intake`: reads batches for another model than that of the settings (None: for that one)."""
+        """`intake`: reads batches for another model than that of the settings (None: for that one).
+
+        `checks_weights`: have nodes show that they serve what they train; False where nothing is computed.
+        """
         model_folder = resolve(settings.model, (CONFIG_FILE, *MODEL_FILES))
         settings = with_defaults(settings, model_folder)
         self._bus = bus
         self._clock = clock
         self._telemetry = telemetry
+        self._checks_weights = checks_weights
         self._hold_out = HoldOut(settings.checkpoint_dir, model=settings.model, share=settings.hold_out_share)
         intake = intake or Intake.load(settings, model_folder, clock)
         self._intake = replace(intake, hold_out=self._hold_out)
@@ -206,6 +213,9 @@ class Trainer:
             sharing=self._sharing(book, outbox, nodes, tasks, term) if settings.shares_weights else None,
             tasks=tasks,
         )
+        checks = WeightsChecks(
+            self._examples.card, name=f"trainer-{term}-checks", bus=bus, clock=clock, outbox=outbox
+        )
         listener = Nodes(
             settings,
             bus=bus,
@@ -214,10 +224,11 @@ class Trainer:
             actions=actions,
             progress=progress,
             verdicts=verdicts,
+            checks=checks if self._checks_weights else None,
             by_number=nodes,
             term=term,
         )
-        return _Parts(fates, rollbacks, actions, listener)
+        return _Parts(fates, rollbacks, actions, listener, checks)
 
     def _held_out_by_itself(self, tasks: asyncio.TaskGroup) -> Sequence[LabelledTokens]:
         """The examples that versions are compared on from now on."""
@@ -297,6 +308,7 @@ class Trainer:
             run_all=parts.actions.run_all,
             shares_weights=self._settings.shares_weights,
         )
+        await parts.checks.subscribe()
         return [
             await self._bus.respond(NODE_WEIGHTS.at(), nodes.on_status),
             await self._bus.subscribe(HEARTBEAT.at(), nodes.on_heartbeat),

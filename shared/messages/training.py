@@ -79,6 +79,17 @@ class MicrobatchForward(Message):
         return tuple(each for each in (self.hidden, self.reference) if each is not None)
 
 
+class CheckForward(Message):
+    """A few tokens go forward with the weights that train, and no backward follows. trainer -> each stage."""
+
+    fence: int
+    version: int
+    """The version of the weights that is meant; a stage whose weights are of another one ends the check."""
+    tokens: tuple[int, ...]
+    hidden: TensorRef | None = None
+    """[len(tokens), hidden_size], after stage 0."""
+
+
 class MicrobatchBackward(Message):
     """The gradient of a microbatch's activations. stage s -> stage s-1."""
 
@@ -230,8 +241,25 @@ class VersionsServed(Event, tag="served"):
     """Those that requests run with, oldest first."""
 
 
+class CheckScored(Event, tag="scored"):
+    """A check is over: see `CheckForward`."""
+
+    version: int
+    logprobs: tuple[float, ...] = ()
+    """Those of all tokens but the first. Empty: a stage had other weights, failed, or computes nothing."""
+    dtype: str = ""
+    """The stages compute in it."""
+
+
 StageEvent = (
-    MicrobatchEntered | BatchReady | BatchStepped | TrainingFailed | ShardSaved | SaveFailed | VersionsServed
+    MicrobatchEntered
+    | BatchReady
+    | BatchStepped
+    | TrainingFailed
+    | ShardSaved
+    | SaveFailed
+    | VersionsServed
+    | CheckScored
 )
 
 

@@ -226,6 +226,8 @@ class NodeWeights(Message):
     """Mean of the newest batch per label, before its step, in nats; None: there was none yet."""
     judged: tuple[JudgedVersion, ...] = ()
     """The newest verdicts, oldest first."""
+    why_differing: str | None = None
+    """How what serves differs from what trains, by the last check; empty: it does not; None: not checked."""
     halt_reason: str = ""
     """Why the node trains no more; empty: it does."""
 

@@ -585,6 +585,7 @@ async def test_metrics_show_the_losses_of_what_serves_and_of_what_the_guard_judg
         newest_judged=32,
         training_loss=2.25,
         judged=(withheld,),
+        why_differing="version 16: far off",
     )
 
     async def answer(_: Incoming[WeightsRequest]) -> WeightsStatus:
@@ -602,6 +603,7 @@ async def test_metrics_show_the_losses_of_what_serves_and_of_what_the_guard_judg
         f'lemix_weights_newest_judged{{node="{NODE}"}} 32.0',
         f'lemix_weights_num_withheld{{node="{NODE}"}} 1.0',
         f'lemix_weights_training_loss{{node="{NODE}"}} 2.25',
+        f'lemix_weights_differ{{node="{NODE}"}} 1.0',
         f'lemix_weights_held_out_loss{{node="{NODE}",of="served"}} 1.25',
         f'lemix_weights_samples_loss{{node="{NODE}",of="served"}} 0.5',
         f'lemix_weights_samples_loss{{node="{NODE}",of="judged"}} 3.5',

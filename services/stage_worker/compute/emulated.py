@@ -13,6 +13,7 @@ from services.stage_worker.compute.executor import (
     IterationOutput,
     ModelFacts,
     Rows,
+    ScoreOutput,
     SequenceChunk,
     ShardFiles,
 )
@@ -172,6 +173,9 @@ class EmulatedExecutor:
     @property
     def _inputs_gradient(self) -> TensorRef | None:
         return NO_TENSOR if self._settings.stage > 0 else None
+
+    async def score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
+        return ScoreOutput(hidden=None if self._is_last else NO_TENSOR)
 
     async def discard(self, tensor: TensorRef) -> None:
         pass

@@ -75,6 +75,18 @@ class ForwardOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """The output of a forward that no backward follows.
+
+    hidden: activations for the next stage. logprobs: of the last stage, of each token but the first.
+    """
+
+    hidden: TensorRef | None = None
+    logprobs: tuple[float, ...] = ()
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ShardFiles:
     """The files that a stage wrote for a checkpoint."""
 
@@ -153,6 +165,13 @@ class Executor(Protocol[Snapshot, Copied]):
 
     async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         """Gradient of the stage's inputs, None at stage 0. `gradient`: of its outputs, None at the last."""
+        ...
+
+    async def score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
+        """Run one sequence forward with the weights that train, by the operations that train.
+
+        `hidden`: its activations, after stage 0. No log-probabilities come of an emulation.
+        """
         ...
 
     async def discard(self, tensor: TensorRef) -> None:

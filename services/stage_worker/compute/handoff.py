@@ -66,7 +66,7 @@ class Handoff:
             self._outgoing.pop((peer, purpose)).close()
         name = f"lemix-{self._instance}-{peer}-{instance}-{purpose}"
         rows = vocab_size if purpose == "tied" else self._max_rows
-        num_slots = NUM_TIED_SLOTS if purpose == "tied" else 2 * self._settings.num_stages + 2
+        num_slots = NUM_TIED_SLOTS if purpose == "tied" else 2 * self._settings.num_stages + 3
         link = self._cheapest(name, instance, rows * hidden_size * _ELEMENT_BYTES, num_slots)
         offer = link.offer(self._settings.stage, self._instance, purpose)
         self._outgoing[peer, purpose], self._offered[peer, purpose] = link, (instance, offer.carrier)

@@ -23,6 +23,7 @@ from services.stage_worker.compute.executor import (
     IterationOutput,
     ModelFacts,
     Rows,
+    ScoreOutput,
     SequenceChunk,
     ShardFiles,
 )
@@ -173,6 +174,9 @@ class TorchExecutor:
 
     async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         return await self._run_until_done(self._backward, batch_id, index, gradient)
+
+    async def score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
+        return await self._run(self._score, tokens, hidden)
 
     async def discard(self, tensor: TensorRef) -> None:
         await self._run(self._handoff.discard, tensor)
@@ -429,8 +433,19 @@ class TorchExecutor:
         gradient = self._backward(microbatch.batch_id, microbatch.index, None) if turns else None
         return ForwardOutput(version, loss=outputs.item(), gradient=gradient)
 
+    def _score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
+        loaded, layers = self._loaded, self._loaded.stage.layers
+        self._check_tokens(tokens)
+        outputs = loaded.microbatches.score(tokens, self._as_tensor(hidden or tokens, len(tokens)))
+        if not layers.is_last:
+            return ScoreOutput(hidden=self._handoff.put(layers.stage + 1, outputs))
+        return ScoreOutput(logprobs=tuple(outputs.tolist()), dtype=self._chosen_settings["dtype"])
+
     def _microbatch_inputs(self, microbatch: Microbatch, rows: Rows) -> Tensor:
-        inputs = self._inputs(rows, sum(microbatch.lengths))
+        return self._as_tensor(rows, sum(microbatch.lengths))
+
+    def _as_tensor(self, rows: Rows, num_rows: int) -> Tensor:
+        inputs = self._inputs(rows, num_rows)
         if isinstance(inputs, Tensor):
             return inputs
         return torch.tensor(inputs, dtype=torch.int64, device=self._device)

@@ -95,6 +95,15 @@ class StageWeights:
         version.num_in_flight += 1
 
     @contextmanager
+    def as_for_training(self) -> Iterator[None]:
+        """Run the stage with the newest weights as microbatches have them; nothing is kept for a backward."""
+        if self._current is None:
+            yield
+            return
+        with self.installed(self._current):
+            yield
+
+    @contextmanager
     def serving(self, number: int | None) -> Iterator[None]:
         """Run the stage with the weights of a kept version; None: the newest.
 

@@ -1,5 +1,6 @@
 """Training on one stage: forwards that keep their graphs, backwards that use them up."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -84,6 +85,20 @@ class MicrobatchRunner:
                 outputs = self._outputs(microbatch, inputs, reference_N)
         self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(inputs, outputs, version)
         return version.number, outputs.detach()
+
+    def score(self, tokens: Sequence[int], inputs: Tensor) -> Tensor:
+        """Run one sequence of T tokens with the newest weights, as for training; no backward follows.
+
+        Returns activations [T, H], or on the last stage the log-probabilities [T - 1] of all tokens but the
+        first. Graphs are recorded: without them requests' faster forwards would run.
+        """
+        tokens_T = torch.tensor(tokens, device=self._device)
+        positions, segments = torch.arange(len(tokens), device=self._device), PackedSegments((len(tokens),))
+        with self._weights.as_for_training(), torch.enable_grad():
+            if not self._stage.layers.is_last:
+                return self._stage.forward(inputs, positions, segments, None).detach()
+            logits = self._stage.forward(inputs, positions, segments, positions[:-1]).detach()
+        return -functional.cross_entropy(logits.float(), tokens_T[1:], reduction="none")
 
     def backward(self, batch_id: str, index: int, gradient: Tensor | None) -> Tensor | None:
         """Backward with the gradient [T, H] of the activations, None of the loss on the last stage.

@@ -8,6 +8,7 @@ from services.trainer.ledger.progress import Progress
 from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.runner import ActionRunner
+from services.trainer.nodes.weights_checks import WeightsChecks
 from services.trainer.publication.publishing import PublishingRules
 from services.trainer.settings import TrainerSettings
 from services.trainer.sharing.decisions import are_going_back
@@ -15,7 +16,7 @@ from shared.bus.base import Bus, Incoming
 from shared.clock import Clock, on_time
 from shared.errors import ConfigurationError
 from shared.messages.cluster import Heartbeat
-from shared.messages.training import StageReport
+from shared.messages.training import CheckScored, StageReport
 from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import HEARTBEAT_S
 
@@ -38,10 +39,14 @@ class Nodes:
         actions: ActionRunner,
         progress: Progress,
         verdicts: Verdicts,
+        checks: WeightsChecks | None,
         by_number: dict[int, NodeTraining],
         term: int,
     ) -> None:
-        """`by_number`: empty at first; whoever decides for several nodes looks at them there."""
+        """`by_number`: empty at first; whoever decides for several nodes looks at them there.
+
+        `checks`: None where nothing is computed that could be compared.
+        """
         self.by_number = by_number
         self._bus = bus
         self._num_reconnects = bus.num_reconnects
@@ -50,6 +55,7 @@ class Nodes:
         self._actions = actions
         self._progress = progress
         self._verdicts = verdicts
+        self._checks = checks
         self._term = term
         self._fences = itertools.count(term * FENCES_PER_TERM + 1)
         self._rules = Rules(
@@ -104,7 +110,10 @@ class Nodes:
     async def on_report(self, incoming: Incoming[StageReport]) -> None:
         """Take in an event on a stage."""
         report = incoming.message
-        if node := self.by_number.get(report.node):
+        if isinstance(report.event, CheckScored):
+            if self._checks is not None:
+                self._checks.scored(report, report.event)
+        elif node := self.by_number.get(report.node):
             self._actions.run(node, node.report(report, self._clock.now_s()))
 
     async def on_status(self, incoming: Incoming[WeightsRequest]) -> WeightsStatus:
@@ -129,6 +138,8 @@ class Nodes:
                 if is_back:
                     self._actions.run(node, node.messages_lost())
                 self._actions.run(node, node.tick(self._clock.now_s()))
+                if self._checks is not None:
+                    self._checks.look(node)
 
     def _check_stages(self, beat: Heartbeat) -> None:
         if self._settings.schedule == "dp" and beat.num_stages != 1:
@@ -178,5 +189,6 @@ class Nodes:
             why_withheld=withheld.reason if withheld else "",
             training_loss=self._progress.training_losses.get(node.node),
             judged=self._verdicts.of(node.node),
+            why_differing=self._checks.differs.get(node.node) if self._checks is not None else None,
             halt_reason=node.work.halt_reason,
         )

@@ -1,7 +1,7 @@
 from msgspec import structs
 from rich.console import Console
 
-from lemix.status import judged_table, print_training, status_table, weights_table
+from lemix.status import judged_table, print_training, status_table, training_faults, weights_table
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
@@ -140,5 +140,9 @@ async def test_a_node_that_trains_no_more_and_a_lost_trainer_are_told_of() -> No
 
     stopped = [line for line in console.export_text().splitlines() if "no more" in line]
     assert stopped == ["node 1 trains no more: why; restart the trainer or roll back"]
+    told = (structs.replace(weights(node=2), why_differing="version 5: far off"),)
+    assert training_faults(WeightsStatus(nodes=told)) == [
+        "node 2 serves other weights than it trains: version 5: far off; restart its stages"
+    ]
     for each in (bus, trainer):
         await each.close()

@@ -26,6 +26,7 @@ def nodes(**settings: Any) -> Nodes:
         actions=SimpleNamespace(run=lambda node, actions: None),  # type: ignore[arg-type]
         progress=SimpleNamespace(),  # type: ignore[arg-type]
         verdicts=SimpleNamespace(),  # type: ignore[arg-type]
+        checks=None,
         by_number={},
         term=1,
     )
