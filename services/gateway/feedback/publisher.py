@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import get_args
 
 from services.gateway.feedback.answers import LessonKind
@@ -29,6 +30,8 @@ from shared.subjects import BATCHES, TRAIN_PROGRESS, TRAIN_STATUS
 LOOK_EVERY_S = 1.0
 """How often to look what is to be done when nothing happens."""
 ASK_TIMEOUT_S = 2.0
+MAX_KNOWN = 10_000
+"""Batches of which news are heard; of older ones that are finished a rollback is no longer told."""
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,8 @@ class FeedbackPublisher:
             await self._ask_after_silence()
             if self._unsaved:
                 await self.save()
+            if len(self._states) > MAX_KNOWN and not self._unsaved:
+                self._forget_oldest()
         except sqlite3.Error as error:
             log.error("feedback is not published yet: %s", error)
 
@@ -164,3 +169,9 @@ class FeedbackPublisher:
         if self._states[state.id] != state:
             self._states[state.id] = state
             self._unsaved.add(state.id)
+
+    def _forget_oldest(self) -> None:
+        """Forget finished batches beyond those that are known, once the file has how they stand."""
+        finished = (state.id for state in list(self._states.values()) if state.is_final)
+        for batch_id in islice(finished, max(0, len(self._states) - MAX_KNOWN)):
+            del self._states[batch_id]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from services.gateway.feedback import publisher
 from services.gateway.feedback.answers import Lesson
 from services.gateway.feedback.batch_store import BatchStore
 from services.gateway.feedback.batches import BatchState
@@ -19,7 +20,7 @@ from shared.bus.base import Stored
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import SystemClock
 from shared.errors import BusError
-from shared.messages.training import BatchApplied, BatchProgress
+from shared.messages.training import BatchApplied, BatchDurable, BatchProgress, BatchRejected
 from shared.subjects import TRAIN_PROGRESS
 from tests.support.fake_trainer import STREAM
 from tests.support.waiting import until
@@ -132,3 +133,23 @@ async def test_what_the_disk_refused_is_written_later(run: Run, monkeypatch: pyt
     await until(lambda: [state.status for state in run.store.states()] == ["published", "published"])
     task.cancel()
     assert len(run.published) == 2
+
+
+async def test_of_many_batches_the_oldest_that_are_finished_are_heard_of_no_longer(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "MAX_KNOWN", 1)
+    run.bus.num_lost = 0
+    working = run.publisher()
+    task = asyncio.create_task(working.run())
+    await until(lambda: [state.status for state in run.store.states()] == ["published", "published"])
+    first, second = (state.id for state in run.store.states())
+    durable = BatchDurable(batch_ids=(first, second), node=0, version=2, checkpoint="/c")
+    await run.bus.publish(TRAIN_PROGRESS.at(), BatchProgress(event=durable))
+    await until(lambda: first not in working._states)
+    for batch_id in (first, second):
+        rejected = BatchProgress(event=BatchRejected(batch_id=batch_id, reason="rolled back"))
+        await run.bus.publish(TRAIN_PROGRESS.at(), rejected)
+    await until(lambda: run.store.states()[1].status == "rejected")
+    assert run.store.states()[0].status == "durable"
+    task.cancel()
