@@ -11,5 +11,6 @@ rules           for every node; pure
 runner          carries decisions out
   stage_orders    sends stages what they are to do
   learning_rate   the rate of each batch; pure
+weights_checks  has nodes show that they serve what they train
 ask_all         asks every stage of a node the same
 """

@@ -8,4 +8,5 @@ evaluator    has nodes score examples (`evaluation`: one pass; pure)
   held_out   examples from a file
   hold_out   examples that the run holds out by itself, on the disk (`stored_example`)
 losses       what came of it
+agreement    whether what serves is what trains; pure
 """

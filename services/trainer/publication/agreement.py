@@ -11,7 +11,9 @@ _STRIDE = 7919
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5}
 """By the dtype that stages compute in: how far two log-probabilities of one token may be apart, in nats.
 
-The two forwards round at other places. These are several times what was measured.
+The two forwards round at other places. With a chat model of 135 million weights on a CPU they were 3e-5
+apart in float32, and the same in bfloat16. A GPU's kernels may differ more: that model's log-probabilities
+are up to 0.24 from those in float32 when it computes in bfloat16.
 """
 
 
