@@ -50,7 +50,7 @@ async def run_publish(
         judged = await judged_weights(bus, VERDICT_S)
         for node, version in judged:
             say(console, f"{target.label}: {verdict(node, version)}")
-        return not any(node.awaits_verdict(version) or node.withholds(version) for node, version in judged)
+        return all(is_served(node, version) for node, version in judged)
 
 
 async def _publish(bus: Bus, batches: Sequence[BatchLine], console: Console) -> list[Stored]:
@@ -86,6 +86,11 @@ def _lesson(losses: Sequence[float | None]) -> str:
     tenth = max(1, len(seen) // 10)
     first, last = fmean(seen[:tenth]), fmean(seen[-tenth:])
     return f"trained: loss {first:.3f} at first, {last:.3f} in the end"
+
+
+def is_served(node: NodeWeights, version: int) -> bool:
+    """Whether a guarded node serves that version, or a later one."""
+    return not (node.awaits_verdict(version) or node.withholds(version))
 
 
 def verdict(node: NodeWeights, version: int) -> str:

@@ -1,9 +1,14 @@
 """The lines that tell a person what became of what was published."""
 
+from pathlib import Path
+
 import pytest
 from msgspec import structs
+from typer.testing import CliRunner
 
-from lemix.publish_command import ADVICE, verdict
+from lemix import publish_command
+from lemix.commands import train
+from lemix.publish_command import ADVICE, is_served, verdict
 from shared.messages.weights import JudgedVersion, NodeWeights
 
 JUDGED = JudgedVersion(version=6, judged_wall_s=1.0, why_withheld="it is bad")
@@ -35,3 +40,17 @@ def test_a_person_is_told_which_version_serves_and_why(
 ) -> None:
     now = structs.replace(WEIGHTS, published=published, newest_judged=newest_judged)
     assert verdict(now, 6) == line
+    assert is_served(now, 6) == (published == 6)
+
+
+@pytest.mark.parametrize(("served", "status"), [(True, 0), (False, 3)])
+def test_the_exit_status_says_whether_what_was_learnt_is_served(
+    served: bool, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def published(*_: object, **__: object) -> bool:
+        return served
+
+    monkeypatch.setattr(publish_command, "run_publish", published)
+    (tmp_path / "batches.jsonl").write_text('{"text": "once"}')
+    asked = ["publish", str(tmp_path / "batches.jsonl"), "--follow", "--nats-url", "nats://127.0.0.1:1"]
+    assert CliRunner().invoke(train.app, asked).exit_code == status
