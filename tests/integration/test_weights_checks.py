@@ -90,7 +90,7 @@ async def test_one_torn_tensor_of_one_stage_raises_the_alarm(
         assert isinstance(executor, TorchExecutor)
         enough = len(gaps) + NUM_CHECKS
         await until(lambda: len(gaps) >= enough)
-        tear(executor._loaded.packed.products[-1])
+        tear(executor._compute.loaded.packed.products[-1])
         after = await weights_when(node, lambda found: found.why_differing)
     assert before.why_differing == ""
     assert after.why_differing is not None and after.why_differing.startswith("version 1: a token's log-")
