@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lemix.devices import cuda_memory_bytes
 from lemix.topology import ClusterOptions
+from shared.messages.training import AdapterKind
 from shared.training_memory import bytes_in_all
 
 USABLE_SHARE = 0.9
@@ -23,14 +24,19 @@ def with_suitable_adapter(
     inherited: Mapping[str, str],
     num_weights: int | None,
     memory_of: Callable[[str], int | None],
+    trained: AdapterKind | None,
 ) -> tuple[ClusterOptions, str]:
     """Choose LoRA where learning with all weights does not fit; returns the options, and why.
 
     Empty, with the same options: it fits, is not known, or somebody has chosen. `num_weights`: of the model;
-    `memory_of`: bytes of a device.
+    `memory_of`: bytes of a device; `trained`: what the run's checkpoints hold, which goes on; None: none yet.
     """
     is_chosen = _ADAPTER in inherited or _ADAPTER in options.extra_env
-    if is_chosen or num_weights is None or options.emulate is not None:
+    if is_chosen or options.emulate is not None:
+        return options, ""
+    if trained is not None:
+        return (_with_lora(options), "a LoRA adapter trains, as before") if trained else (options, "")
+    if num_weights is None:
         return options, ""
     for device, num_stages in _stages_on(options).items():
         needed = num_weights / options.stages * num_stages * _bytes_of_a_weight(device, options, inherited)
@@ -40,8 +46,12 @@ def with_suitable_adapter(
                 f"a LoRA adapter trains: all weights, with gradients, moments and kept versions, would take "
                 f"about {needed / _GB:.1f} of {memory / _GB:.1f} GB of {device} ({_ADAPTER}=none trains them)"
             )
-            return replace(options, extra_env={**options.extra_env, _ADAPTER: "lora"}), why
+            return _with_lora(options), why
     return options, ""
+
+
+def _with_lora(options: ClusterOptions) -> ClusterOptions:
+    return replace(options, extra_env={**options.extra_env, _ADAPTER: "lora"})
 
 
 def memory_bytes(device: str) -> int | None:

@@ -11,6 +11,7 @@ from services.scheduler.__main__ import serving
 from services.scheduler.settings import SchedulerSettings
 from services.stage_worker.settings import StageWorkerSettings
 from services.trainer.settings import TrainerSettings
+from shared import checkpoints
 from shared.chat_template_files import load_chat_template
 from shared.clock import SystemClock
 from shared.model.partition import partition
@@ -37,13 +38,18 @@ def check_start(options: ClusterOptions, inherited: Mapping[str, str]) -> None:
 
 
 def with_fitting_adapter(options: ClusterOptions, inherited: Mapping[str, str]) -> tuple[ClusterOptions, str]:
-    """Choose LoRA where all weights cannot learn on the run's devices; returns why, empty where they can.
+    """Choose LoRA where all weights cannot learn on the run's devices, or an adapter has learnt before.
+
+    Returns why; empty where all weights learn, or somebody has chosen.
 
     Blocks; raises ConfigurationError when the model's config cannot be read.
     """
-    model = read_settings(LemixSettings, environments(options, inherited)["trainer"]).model
-    num_weights = approximate_num_weights(resolve(model, CONFIG_FILES))
-    return with_suitable_adapter(options, inherited, num_weights, memory_bytes)
+    settings = read_settings(LemixSettings, environments(options, inherited)["trainer"])
+    num_weights = approximate_num_weights(resolve(settings.model, CONFIG_FILES))
+    root = settings.checkpoint_dir
+    newest = next(filter(None, (checkpoints.latest(root, node) for node in checkpoints.nodes(root))), None)
+    trained = newest.manifest.adapter if newest else None
+    return with_suitable_adapter(options, inherited, num_weights, memory_bytes, trained)
 
 
 def environments(options: ClusterOptions, inherited: Mapping[str, str]) -> dict[str, Mapping[str, str]]:

@@ -125,11 +125,12 @@ class BatchSteps:
     def _order_ahead(self, batch_id: str, version: int, now_s: float, *, may_save: bool) -> list[Action]:
         """Give the step ahead, and say whether that version is kept or saved; [] if this is known only later.
 
-        A version that is not saved by its own node alone is not guarded, whenever it is decided.
+        A guard takes no version that is saved with others, or that the bound on bytes leaves unsaved.
         """
         is_kept = self.begin_keeping(version, may_save=may_save)
-        is_merged_only = self._rules.shares_weights and self._publishing.is_guarded
-        if not (is_kept or is_merged_only) and self._publishing.may_keep_later(version):
+        is_saved_by_itself = not self._rules.shares_weights and self._saves.is_within_bound(now_s)
+        is_decided = is_kept or (self._publishing.is_guarded and not is_saved_by_itself)
+        if not is_decided and self._publishing.may_keep_later(version):
             return []
         self.placed = self.placed.order(batch_id, version)
         return [StepsAhead(batch_id, version, is_kept=is_kept), *self._save_if_due(version, now_s)]

@@ -2,6 +2,7 @@
 
 from lemix.adapter_choice import memory_bytes, with_suitable_adapter
 from lemix.topology import ClusterOptions
+from shared.messages.training import AdapterKind
 
 GB = 10**9
 
@@ -10,11 +11,12 @@ def chosen(
     memory: int | None = 24 * GB,
     inherited: dict[str, str] | None = None,
     num_weights: int | None = GB,
+    trained: AdapterKind | None = None,
     **options: object,
 ) -> tuple[str | None, str]:
     """For a model of a billion weights unless told otherwise, and devices of that size."""
     given = ClusterOptions(**{"nodes": 1, "stages": 1, **options})  # type: ignore[arg-type]
-    found, why = with_suitable_adapter(given, inherited or {}, num_weights, lambda device: memory)
+    found, why = with_suitable_adapter(given, inherited or {}, num_weights, lambda device: memory, trained)
     return found.extra_env.get("LEMIX_ADAPTER"), why
 
 
@@ -40,6 +42,11 @@ def test_nodes_on_one_device_add_up_and_stages_on_several_share() -> None:
     assert chosen(40 * GB, nodes=2, **gpu)[0] == "lora"
     assert chosen(16 * GB, stages=2, devices=("cuda:0", "cuda:1"))[0] is None
     assert chosen(35 * GB, inherited={"LEMIX_DTYPE": "float32"}, **gpu)[0] == "lora"
+
+
+def test_a_run_goes_on_with_what_has_learnt_before() -> None:
+    assert chosen(trained="") == (None, "")
+    assert chosen(64 * GB, trained="lora") == ("lora", "a LoRA adapter trains, as before")
 
 
 def test_unknown_sizes_and_emulated_devices_choose_nothing() -> None:

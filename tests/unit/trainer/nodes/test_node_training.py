@@ -462,9 +462,9 @@ def test_after_a_large_save_the_next_one_waits_until_its_bytes_are_within_the_bo
 GUARDED = PublishingRules(serving="published", evaluate_every=2, max_kept=3)
 
 
-def guarded(*, durable_version: int = 0, served: int | None = None) -> Driver:
+def guarded(*, durable_version: int = 0, served: int | None = None, **rules: Any) -> Driver:
     """What serves has been evaluated."""
-    driver = Driver(publishing=GUARDED, durable_version=durable_version)
+    driver = Driver(publishing=GUARDED, durable_version=durable_version, **rules)
     driver.beat(0)
     driver.beat(1)
     served_version = durable_version if served is None else served
@@ -490,6 +490,25 @@ def test_a_step_is_not_given_ahead_while_a_guard_cannot_say_whether_it_will_look
 
     driver.step("c", 3)
     assert driver.gather("d") == [Step("d", 4)]
+
+
+def test_steps_are_given_ahead_where_the_bound_on_bytes_leaves_a_guard_no_version() -> None:
+    driver = guarded(checkpoint_bytes_per_s=1.0)
+    driver.apply("a", 1)
+    driver.learn("b")
+    make_durable_step(driver)
+    for number, batch_id in enumerate("cdefgh", start=3):
+        assert StepsAhead(batch_id, number) in driver.place(batch_id)
+        driver.step(batch_id, number)
+    driver.now_s = 1000.0
+    assert StepsAhead("i", 9, is_kept=True) in driver.place("i")
+
+
+def make_durable_step(driver: Driver) -> None:
+    """Version 2 is saved, which takes a hundred bytes, and serves."""
+    driver.step("b", 2)
+    make_durable(driver, 2, num_bytes=50)
+    driver.node.evaluated(1, 2, Losses(held_out=1.0))
 
 
 def test_a_kept_version_whose_batch_is_skipped_is_kept_when_the_next_makes_it() -> None:
