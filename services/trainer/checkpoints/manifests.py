@@ -41,7 +41,7 @@ class Verdict:
             "training_loss": training_loss,
             "held_out_loss": self.losses.held_out,
             "samples_loss": self.losses.samples,
-            "is_judged": True,
+            "is_judged": self.losses.are_known,
             "judged_wall_s": self.judged_wall_s,
             "held_out_rise": max(manifest.held_out_rise, self.rise),
             "may_serve": may_serve,

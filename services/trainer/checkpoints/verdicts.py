@@ -48,10 +48,14 @@ class Verdicts:
         return self._evaluator.versions | let_serve
 
     def add(self, node: int, verdict: Verdict) -> None:
-        """Remember the verdict, which is given now, and write it down if its version has a checkpoint."""
+        """Remember the verdict, which is given now, and write it down if its version has a checkpoint.
+
+        One without losses is not told of: nothing was judged.
+        """
         verdict = replace(verdict, judged_wall_s=self._clock.wall_s())
         self._last[node] = verdict
-        self._told[node].append(_as_told(verdict))
+        if verdict.losses.are_known:
+            self._told[node].append(_as_told(verdict))
         self._tasks.create_task(self._write(node, verdict))
 
     def recall(self, node: int, verdict: Verdict) -> None:

@@ -1,6 +1,5 @@
 """A batch cut into microbatches: flat rows, as stages take them."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -31,6 +30,8 @@ class TrainingBatch:
     microbatches: tuple[Rows, ...]
     body: bytes
     """The batch as it was published, should it be rejected."""
+    sha256: str
+    """Digest of the body, in hex."""
     learning_rate_multiplier: float = 1.0
     beta: float | None = None
     """For preferences; None: there are none in it."""
@@ -45,7 +46,7 @@ class TrainingBatch:
             id=self.batch_id,
             sequence=self.sequence,
             producer=self.producer,
-            sha256=hashlib.sha256(self.body).hexdigest(),
+            sha256=self.sha256,
             sources=self.sources,
         )
 

@@ -1,5 +1,6 @@
 """Turns a message of the training stream into a batch that can be fed, or into the reason why not."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Intake:
         )
 
     def prepare(self, message: StreamMessage) -> TrainingBatch | HeldOutBatch | RejectedBatch:
-        """Blocks while it tokenises, and while examples that are held out are written to the disk."""
+        """Blocks while it tokenises and hashes, and while held-out examples are written to the disk."""
         batch_id = message.headers.get(ID_HEADER, "")[:MAX_ID_CHARACTERS]
         try:
             body = read_body(message.body)
@@ -112,6 +113,7 @@ class Intake:
             sequence=message.sequence,
             microbatches=cut(examples, self.microbatches, self.max_microbatch_tokens),
             body=message.body,
+            sha256=hashlib.sha256(message.body).hexdigest(),
             learning_rate_multiplier=body.chosen_multiplier,
             beta=body.beta_of_preferences,
             producer=body.producer,

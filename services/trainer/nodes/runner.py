@@ -126,7 +126,8 @@ class ActionRunner:
             await self._checkpointing.prune(node.node)
 
     def _evaluate(self, node: NodeTraining, version: int) -> None:
-        loss = self._fates.progress.training_losses.get(node.node)
+        newest_loss = self._fates.progress.training_losses.get(node.node)
+        loss = newest_loss if version == node.version else None
         told = partial(self._note_evaluated, node, node.fence, version, loss)
         self._evaluator.begin(node.node, version, told)
 

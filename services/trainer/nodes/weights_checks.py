@@ -135,10 +135,12 @@ class WeightsChecks:
         for result in produced.results:
             if checks is None or checks.trained is None or checks.task_id != result.task_id:
                 continue
-            if produced.weights_version != checks.version or not checks.are_current:
+            trained = checks.trained
+            is_of_version = produced.weights_version == checks.version and checks.are_current
+            if not is_of_version or len(result.prompt) != len(trained.logprobs):
                 self._skip(checks)
                 continue
-            difference = disagreement(checks.trained.logprobs, result.prompt, checks.trained.dtype)
+            difference = disagreement(trained.logprobs, result.prompt, trained.dtype)
             checks.task_id = checks.trained = None
             checks.num_done += 1
             self._note(produced.node, checks.version, difference)

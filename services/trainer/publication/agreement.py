@@ -25,10 +25,11 @@ def tokens_to_score(vocab_size: int, context_length: int) -> tuple[int, ...]:
 def disagreement(trained: Sequence[float], served: Sequence[TokenLogprob], dtype: str) -> str:
     """How what serves differs from what trains; empty: it does not.
 
-    `trained`: log-probabilities by the forward that trains; `served`: by the one that answers requests.
+    `trained`: log-probabilities by the forward that trains; `served`: by the one that answers requests,
+    for as many tokens.
     """
     pairs = zip(trained, (token.logprob for token in served), strict=True)
-    gaps = [abs(one - other) for one, other in pairs if other is not None]
+    gaps = [_gap(one, other) for one, other in pairs if other is not None]
     largest, tolerance = max(gaps, default=0.0), TOLERANCES.get(dtype, max(TOLERANCES.values()))
     if all(map(isfinite, gaps)) and largest <= tolerance:
         return ""
@@ -36,3 +37,8 @@ def disagreement(trained: Sequence[float], served: Sequence[TokenLogprob], dtype
         f"a token's log-probability is {largest:.4g} from that of the forward that trains, more than "
         f"{tolerance:g} ({dtype})"
     )
+
+
+def _gap(one: float, other: float) -> float:
+    """How far they are apart; both may be minus infinity."""
+    return 0.0 if one == other else abs(one - other)

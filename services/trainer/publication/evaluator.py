@@ -94,6 +94,8 @@ class Evaluator:
         while True:
             await asyncio.sleep(RETRY_S)
             for node, running in list(self._running.items()):
+                if self._running.get(node) is not running:
+                    continue  # replaced by what came of another
                 if self._clock.now_s() > running.deadline_s:
                     self._give_up(node, f"not done within {DEADLINE_S:g} s")
                 else:
@@ -102,7 +104,8 @@ class Evaluator:
     def begin(self, node: int, version: int, tell: Outcome) -> None:
         """Evaluate a version that the node's stages keep; `tell` is called in the end, unless dropped.
 
-        It writes the samples first, where they are wanted and there are none yet.
+        It writes the samples first, where they are wanted and there are none yet. Where there is nothing to
+        score, `run` tells so: never this call, whose caller may not be done.
         """
         self.drop(node)
         is_first = self._examples.openings and self._samples is None
@@ -110,7 +113,7 @@ class Evaluator:
         work = self._drawing(version) if is_first else self._evaluation(held_out)
         running = _Running(version, self._clock.now_s() + DEADLINE_S, work, held_out, tell)
         self._running[node] = running
-        self._advance(node, running)
+        self._ask(node, running)
 
     @property
     def versions(self) -> set[int]:
@@ -150,6 +153,9 @@ class Evaluator:
         if isinstance(running.work, Evaluation) and (losses := running.work.losses):
             self._evaluated(node, running, *losses)
             return
+        self._ask(node, running)
+
+    def _ask(self, node: int, running: _Running) -> None:
         for task in self._tasks(running):
             self._outbox.post(ASSIGN.at(node=node), task)
 

@@ -18,6 +18,11 @@ class Losses:
     divergence of the version's distribution from theirs, per token.
     """
 
+    @property
+    def are_known(self) -> bool:
+        """Whether there were examples to judge the version on."""
+        return self.held_out is not None or self.samples is not None
+
     def __str__(self) -> str:
         named = (("held-out loss", self.held_out), ("loss on own samples", self.samples))
         return ", ".join(f"{name} {loss:.4f}" for name, loss in named if loss is not None) or "not measured"

@@ -63,7 +63,7 @@ class Run:
             save(self.files, version, may_serve=False)
         newest = load(self.files)
         book = BatchBook(ledger_of(newest.values()))
-        book.admit(Pending(TrainingBatch("b", 1, (), b""), NoTelemetry(), parent="", ack=no_ack))
+        book.admit(Pending(TrainingBatch("b", 1, (), b"", ""), NoTelemetry(), parent="", ack=no_ack))
         book.apply(0, book.take().batch.batch_id)
         self.newest = NewestCheckpoints(newest, shares_weights=False)
         self.evaluator = SimpleNamespace(versions=set(), drop=lambda node: None)
@@ -127,6 +127,19 @@ async def test_a_verdict_that_comes_before_its_checkpoint_is_in_it(tmp_path: Pat
 
     assert run.versions() == {4: True, 3: False}
     assert run.verdicts.undecided == {4, 3}
+
+
+async def test_a_version_that_serves_without_a_loss_was_not_judged_and_serves_after_a_crash(
+    tmp_path: Path,
+) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        run = Run(tmp_path, MemoryBus(MemoryBroker(), ""), tasks)
+        run.verdicts.add(0, Verdict(3, Losses(), may_serve=True, training_loss=1.0))
+
+    assert run.verdicts.of(0) == ()
+    assert run.versions()[3]
+    (newest, *_) = checkpoints.checkpoints(run.files.root, 0)
+    assert run.files.verdict_on(newest) is None
 
 
 async def test_a_node_that_goes_back_has_shown_nothing(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def pending(batch_id: str = "b", sequence: int = 1) -> Pending:
         Rows(lengths=(2, 3), tokens=(1, 2, 3, 4, 5), label_rows=(0,), labels=(2,)),
         Rows(lengths=(1,), tokens=(6,), label_rows=(0,), labels=(7,)),
     )
-    return Pending(TrainingBatch(batch_id, sequence, rows, b"{}"), NoTelemetry(), parent="", ack=no_ack)
+    return Pending(TrainingBatch(batch_id, sequence, rows, b"{}", ""), NoTelemetry(), parent="", ack=no_ack)
 
 
 def flow_of(book: BatchBook, scheduler: Any, fates: Any, nodes: Any) -> BatchFlow:

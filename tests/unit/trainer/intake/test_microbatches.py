@@ -58,13 +58,13 @@ def test_the_loss_of_preferences_is_the_mean_over_the_pairs_of_the_whole_batch()
     microbatches = cut([(labelled(3), labelled(2))] * 3, 2, 10)
 
     assert len(microbatches) == 2
-    assert TrainingBatch("b", 1, microbatches, b"{}", beta=0.1).loss_weight == 1 / 3
+    assert TrainingBatch("b", 1, microbatches, b"{}", "", beta=0.1).loss_weight == 1 / 3
 
 
 def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch() -> None:
     one, two = join([LabelledTokens((1, 2, 3), (0, 1))]), join([LabelledTokens((1, 2), (0,))] * 2)
 
-    batch = TrainingBatch("b", 1, (one, two), b"{}")
+    batch = TrainingBatch("b", 1, (one, two), b"{}", "")
 
     assert batch.loss_weight == 1 / 4
     assert batch.num_tokens == 7

@@ -90,6 +90,7 @@ def test_the_lineage_of_weights_tells_who_has_published_a_batch_and_its_hash() -
     body = json.dumps({"id": "b", "producer": "bob", "examples": examples, "sources": [source]}).encode()
     batch = prepared(body)
     assert isinstance(batch, TrainingBatch)
+    assert batch.sha256 == hashlib.sha256(body).hexdigest(), "known before a checkpoint asks for it"
     assert batch.as_learnt() == LearntBatch(
         id="b",
         sequence=7,

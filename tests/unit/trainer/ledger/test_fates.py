@@ -44,7 +44,7 @@ def after_failures(num_failures: int) -> tuple[Pending, BatchBook, list[Rejected
 def after(event: Event, times: int) -> tuple[Pending, BatchBook, list[RejectedBatch]]:
     """Place the only batch so often, offloaded when it has to be, and have that happen to it each time."""
     rows = (Rows(lengths=(2,), tokens=(1, 2), label_rows=(0,), labels=(2,)),)
-    pending = Pending(TrainingBatch("b", 1, rows, b"{}"), NoTelemetry(), parent="", ack=no_ack)
+    pending = Pending(TrainingBatch("b", 1, rows, b"{}", ""), NoTelemetry(), parent="", ack=no_ack)
     book, bus = BatchBook(Ledger.restore({}, (), 0)), FakeBus()
     outbox = Outbox(bus)
 

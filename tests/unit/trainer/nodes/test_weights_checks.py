@@ -118,6 +118,16 @@ async def test_a_check_that_a_step_overtakes_comes_to_nothing() -> None:
     assert (run.checks.differs, run.checks.num_skipped) == ({}, 3)
 
 
+@pytest.mark.parametrize("served", [(), (-1.0, -2.0), (-1.0, -2.0, -3.0, -4.0)])
+async def test_a_check_whose_result_is_of_another_length_comes_to_nothing(served: tuple[float, ...]) -> None:
+    run = Run(Node())
+    run.look()
+    run.score(-1.0, -2.0, -3.0)
+    await run.serve(*served)
+    assert (run.checks.differs, run.checks.num_skipped) == ({}, 1)
+    assert run.look(CHECK_EVERY_S) == 1
+
+
 async def test_a_check_that_fails_or_is_lost_is_made_again() -> None:
     run = Run(Node())
     run.look()

@@ -1,6 +1,6 @@
 """Whether what serves is what trains."""
 
-from math import nan
+from math import inf, nan
 
 import pytest
 
@@ -21,6 +21,11 @@ def test_rounding_is_no_disagreement_and_more_is(dtype: str) -> None:
 
 def test_what_is_no_number_disagrees() -> None:
     assert disagreement((nan, -2.0), served(-1.0, -2.0), "float32")
+
+
+def test_two_that_are_both_minus_infinity_agree() -> None:
+    assert disagreement((-inf, -2.0), served(-inf, -2.0), "float32") == ""
+    assert disagreement((-inf, -2.0), served(-1.0, -2.0), "float32")
 
 
 @pytest.mark.parametrize(("vocab_size", "context_length"), [(10, 100), (50_000, 4), (3, 2)])

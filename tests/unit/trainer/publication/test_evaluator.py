@@ -89,6 +89,7 @@ async def outcome(
     await stage.start(broker)
     running = [asyncio.create_task(each.run()) for each in (outbox, evaluator)]
     evaluator.begin(0, 5, told.set_result)
+    assert not told.done(), "whoever begins may be in the middle of something"
     losses: Losses | None = await told
     for each in running:
         each.cancel()
@@ -140,3 +141,9 @@ def test_samples_of_a_model_that_knows_nothing_guard_nothing() -> None:
     stage, kept = FakeStage(logprob=-log(CARD.vocab_size)), list[Samples]()
     assert run_virtual(outcome(stage, GuardExamples(card=CARD, openings=OPENINGS), kept)) == Losses()
     assert len(kept) == 1
+
+
+def test_with_no_examples_yet_the_outcome_comes_later_and_has_no_loss() -> None:
+    stage = FakeStage()
+    assert run_virtual(outcome(stage, GuardExamples(card=CARD))) == Losses()
+    assert not stage.tasks
