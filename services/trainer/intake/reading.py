@@ -97,9 +97,11 @@ class Intake:
         return encoded
 
     def _trained(self, body: BatchBody, encoded: Sequence[tuple[LabelledTokens, ...]]) -> list[bool]:
-        """Which of the examples train: those that are not held out, and all preferences."""
-        if self.hold_out is None or body.holds_preferences:
+        """Which of the examples train: those that are not held out, whose preferred output is not either."""
+        if self.hold_out is None:
             return [True] * len(encoded)
+        if body.holds_preferences:
+            return [not self.hold_out.bars(preferred) for preferred, _ in encoded]
         return [not is_held_out for is_held_out in self.hold_out.take([example for (example,) in encoded])]
 
     def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch | HeldOutBatch:

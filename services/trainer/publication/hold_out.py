@@ -23,6 +23,8 @@ MIN_EXAMPLES = 16
 """Fewer say too little of a version to judge it by them: the set is not frozen before it has so many."""
 MAX_EXAMPLES = 256
 """More would cost time at each evaluation."""
+MAX_REFUSED = 10_000
+"""Examples that the disk has refused, which are remembered. With so many the set does not grow any more."""
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class HoldOut:
         """By digest."""
         self._frozen: tuple[LabelledTokens, ...] = ()
         """The examples that versions are compared on; empty: the set may still grow."""
+        self._refused: set[bytes] = set()
+        """Digests of examples that the disk did not take: they train, so they are never held out later."""
 
     def load(self) -> None:
         """Go on with the set of the run's earlier life. Raises ConfigurationError when it is damaged."""
@@ -72,7 +76,14 @@ class HoldOut:
         """
         with self._lock:
             self._add([example for example in examples if self._is_wanted(example)])
-            return [bool(self._examples) and _digest(example) in self._examples for example in examples]
+            return [self._is_held_out(example) for example in examples]
+
+    def bars(self, example: LabelledTokens) -> bool:
+        """Whether the example must not train by another way than `take`: it is held out, or may yet be."""
+        with self._lock:
+            return self._is_held_out(example) or (
+                len(self._examples) < MAX_EXAMPLES and self._is_wanted(example)
+            )
 
     @property
     def is_frozen(self) -> bool:
@@ -94,8 +105,12 @@ class HoldOut:
         with self._lock:
             self._write(self._examples)
 
+    def _is_held_out(self, example: LabelledTokens) -> bool:
+        return bool(self._examples) and _digest(example) in self._examples
+
     def _is_wanted(self, example: LabelledTokens) -> bool:
-        return not self.is_frozen and self._share > 0 and is_chosen(example, self._share)
+        may_grow = not self.is_frozen and self._share > 0 and len(self._refused) < MAX_REFUSED
+        return may_grow and is_chosen(example, self._share) and _digest(example) not in self._refused
 
     def _add(self, wanted: Sequence[LabelledTokens]) -> None:
         new = {digest: each for each in wanted if (digest := _digest(each)) not in self._examples}
@@ -106,6 +121,7 @@ class HoldOut:
             self._write(grown)
         except OSError as error:
             log.error("%d examples are trained that should be held out: %s", len(new), error)
+            self._refused |= new.keys()
         else:
             self._examples = grown
 
@@ -115,7 +131,7 @@ class HoldOut:
             is_frozen=self.is_frozen,
             examples=tuple(map(StoredExample.of, examples.values())),
         )
-        replace_file(self._path, stored.model_dump_json() + "\n")
+        replace_file(self._path, stored.model_dump_json() + "\n", mode=0o600)  # corrections are private
 
 
 def _digest(example: LabelledTokens) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from services.gateway.feedback.answers import StoredAnswer, lessons_of
 from services.trainer.intake.microbatches import HeldOutBatch, TrainingBatch
 from services.trainer.intake.reading import Intake
 from services.trainer.publication.hold_out import HoldOut, is_chosen
@@ -124,21 +125,55 @@ def test_examples_that_are_held_out_do_not_train_and_the_rest_is_cut_as_without_
     assert batch_of(held, holding) == HeldOutBatch("seq-7")
 
 
-def test_preferences_are_never_held_out(tmp_path: Path) -> None:
-    class Unused(HoldOut):
-        def take(self, examples: object) -> list[bool]:
-            raise AssertionError
-
-    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL), SystemClock())
-    intake = replace(intake, hold_out=Unused(tmp_path, model="m", share=0.5))
-    user, answers = (
+SAID = StoredAnswer(
+    id="a",
+    key_id="",
+    created_at=0,
+    model="m",
+    messages=(
         {"role": "user", "content": "a"},
-        [{"role": "assistant", "content": each} for each in "bc"],
-    )
-    pair = {
-        "input": {"messages": [user]},
-        "preferred_output": answers[:1],
-        "non_preferred_output": answers[1:],
-    }
-    body = json.dumps({"examples": [pair]}).encode()
-    assert not isinstance(intake.prepare(StreamMessage(7, body, {}, ack)), HeldOutBatch)
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ),
+    choices=({"role": "assistant", "content": "wrong"},),
+)
+
+
+def lessons_about(number: int) -> tuple[bytes, bytes]:
+    """An example and a preference, as the gateway makes them of a correction."""
+    example, preference = lessons_of(SAID, 0, {"role": "assistant", "content": f"right {number}"})
+    return example.line, preference.line
+
+
+@pytest.mark.parametrize("is_example_first", [True, False])
+def test_a_correction_that_is_held_out_does_not_train_as_the_preferred_answer_either(
+    is_example_first: bool, tmp_path: Path
+) -> None:
+    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL), SystemClock())
+    intake = replace(intake, hold_out=HoldOut(tmp_path, model="m", share=0.3))
+
+    def is_trained(line: bytes) -> bool:
+        prepared = intake.prepare(StreamMessage(7, b'{"examples": [%s]}' % line, {}, ack))
+        assert isinstance(prepared, TrainingBatch | HeldOutBatch)
+        return isinstance(prepared, TrainingBatch)
+
+    pairs = [lessons_about(number) for number in range(20)]
+    in_order = pairs if is_example_first else [pair[::-1] for pair in pairs]
+    trained = [tuple(map(is_trained, pair)) for pair in in_order]
+    assert set(trained) == {(True, True), (False, False)}
+
+
+def test_of_a_batch_of_preferences_those_that_are_not_held_out_train(tmp_path: Path) -> None:
+    plain = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL), SystemClock())
+    preferences = [lessons_about(number)[1] for number in range(20)]
+
+    def batch_of(lines: Sequence[bytes], intake: Intake) -> object:
+        return intake.prepare(StreamMessage(7, b'{"examples": [%s]}' % b",".join(lines), {}, ack))
+
+    holding = replace(plain, hold_out=HoldOut(tmp_path, model="m", share=0.3))
+    kept = [line for line in preferences if isinstance(batch_of([line], holding), TrainingBatch)]
+    assert 0 < len(kept) < len(preferences)
+    trained, expected = batch_of(preferences, holding), batch_of(kept, plain)
+    assert isinstance(trained, TrainingBatch) and isinstance(expected, TrainingBatch)
+    assert (trained.microbatches, trained.beta) == (expected.microbatches, expected.beta)
+    assert trained.loss_weight == expected.loss_weight

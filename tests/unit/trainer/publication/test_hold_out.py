@@ -1,5 +1,6 @@
 """Examples that a run holds out by itself: which ones, how many, and for how long."""
 
+import stat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.trainer.publication import hold_out
 from services.trainer.publication.hold_out import (
     HOLD_OUT_FILE,
     MAX_EXAMPLES,
@@ -83,7 +85,40 @@ def test_what_the_disk_does_not_hold_is_trained(tmp_path: Path) -> None:
     run = HoldOut(tmp_path / "none", model="m", share=0.5)
     assert held_by(run, examples(100)) == []
     (tmp_path / "none").mkdir()
-    assert held_by(run, examples(100)) == [each for each in examples(100) if is_chosen(each, 0.5)]
+    assert held_by(run, examples(200)) == [each for each in examples(100, first=100) if is_chosen(each, 0.5)]
+    assert not any(run.bars(each) for each in examples(100)), (
+        "what was trained is not held out in a later epoch"
+    )
+
+
+def test_a_set_whose_examples_the_disk_refuses_again_and_again_stops_growing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hold_out, "MAX_REFUSED", 10)
+    run = HoldOut(tmp_path / "none", model="m", share=0.5)
+    assert held_by(run, examples(100)) == []
+    (tmp_path / "none").mkdir()
+    assert held_by(run, examples(200)) == []
+
+
+def test_others_cannot_read_it(tmp_path: Path) -> None:
+    assert held_by(HoldOut(tmp_path, model="m", share=0.5), examples(100))
+    assert stat.S_IMODE((tmp_path / HOLD_OUT_FILE).stat().st_mode) == 0o600
+
+
+def test_what_is_held_out_or_may_yet_be_does_not_train_by_another_way(tmp_path: Path) -> None:
+    run = HoldOut(tmp_path, model="m", share=0.1)
+    chosen = [each for each in examples(400) if is_chosen(each, 0.1)]
+    assert [each for each in examples(400) if run.bars(each)] == chosen
+    held = held_by(run, examples(300))
+    assert len(held) < len(chosen) and run.freeze()
+    assert [each for each in examples(400) if run.bars(each)] == held, "a frozen set takes no more"
+
+
+def test_a_full_set_bars_no_more_than_it_has(tmp_path: Path) -> None:
+    run = HoldOut(tmp_path, model="m", share=0.999)
+    held = held_by(run, examples(MAX_EXAMPLES + 20))
+    assert [each for each in examples(MAX_EXAMPLES + 20) if run.bars(each)] == held
 
 
 def test_a_damaged_set_is_named(tmp_path: Path) -> None:
