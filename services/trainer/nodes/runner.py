@@ -150,7 +150,7 @@ class ActionRunner:
             version,
             losses,
             may_serve=may_serve,
-            rise=publishing.rise(losses.held_out),
+            rise=publishing.limits.rise(losses.held_out),
             why_withheld=why_withheld,
             training_loss=training_loss,
         )

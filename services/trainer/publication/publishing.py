@@ -8,10 +8,12 @@ with a guard      kept by a step --applied--> evaluated --not much worse--> publ
 Nothing here happens while the newest weights serve.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, nan
+from math import inf
 
+from services.trainer.publication.kept_versions import KeptVersions
+from services.trainer.publication.loss_limits import LossLimits
 from services.trainer.publication.losses import Losses
 from shared.messages.training import VersionsServed
 from shared.messages.weights import ServingRule
@@ -82,20 +84,14 @@ class Publishing:
     """State of one node. Each method takes what has happened and returns what to do, in order."""
 
     def __init__(self, rules: PublishingRules) -> None:
-        self.published: int | None = None
-        """None: the newest weights serve."""
         self.losses: dict[int, Losses] = {}
         """Those of kept versions that were evaluated."""
-        self._lowest_loss = inf
-        """The lowest held-out loss of all that have served, back to a rollback: rises must not add up."""
-        self._restored_rise = 1.0
-        """See `rise`: of the restored version, when it was let serve."""
+        self.limits = LossLimits(max_rise=rules.max_rise, max_samples_rise=rules.max_samples_rise)
         self.num_withheld = 0
         """Versions withheld in the trainer's life so far."""
         self.last_withheld: Withheld | None = None
         self._rules = rules
-        self._kept: set[int] = set()
-        """Versions that the stages keep, or soon will: their step is ordered."""
+        self._kept = KeptVersions()
         self._evaluating: int | None = None
         """The version that is evaluated now, or as soon as its step is done."""
         self._next_due = 0
@@ -107,6 +103,11 @@ class Publishing:
         """Something went wrong at rest, and was not tried again yet."""
         self._rests_until_s = -inf
         """When it may be."""
+
+    @property
+    def published(self) -> int | None:
+        """The version that serves; None: the newest weights do."""
+        return self._kept.serving
 
     @property
     def is_guarded(self) -> bool:
@@ -122,14 +123,6 @@ class Publishing:
         withheld = self.last_withheld
         return withheld.reason if withheld is not None and withheld.version == version else ""
 
-    def rise(self, held_out: float | None) -> float:
-        """How many times the lowest held-out loss of all that have served that is.
-
-        Where that is no number, it is as much as was known of the restored version.
-        """
-        rise = nan if held_out is None or self._lowest_loss <= 0 else held_out / self._lowest_loss
-        return rise if isfinite(rise) else self._restored_rise
-
     def restored(
         self, version: int, *, rise: float = 1.0, newest_tried: int | None = None
     ) -> list[PublishingAction]:
@@ -141,8 +134,8 @@ class Publishing:
         if self._rules.serving == "newest":
             return []
         self.closed()
-        self._restored_rise = rise
-        self.published, self._kept = version, {version}
+        self.limits.restart(rise)
+        self._kept.serve(version)
         self._next_due = version + self._rules.evaluate_every
         self.newest_judged = self._newest_tried = version if newest_tried is None else newest_tried
         self._has_failed, self._rests_until_s = False, -inf
@@ -152,10 +145,10 @@ class Publishing:
 
     def closed(self) -> None:
         """Whatever stages do next, it is not what this state tells of."""
-        self.published = self._evaluating = None
+        self._evaluating = None
         self._kept.clear()
         self.losses.clear()
-        self._lowest_loss, self._restored_rise = inf, 1.0
+        self.limits.restart()
 
     def begin_keeping(self, version: int) -> bool:
         """A step to `version` is being ordered, or a merge: returns whether stages shall keep it."""
@@ -174,7 +167,7 @@ class Publishing:
 
     def revoke_from(self, version: int) -> None:
         """The orders to step to that version, and to later ones, do not hold."""
-        self._kept = {kept for kept in self._kept if kept < version}
+        self._kept.drop_from(version)
         if self._evaluating is not None and self._evaluating >= version:
             self._next_due, self._evaluating = self._evaluating, None
         self._newest_tried = min(self._newest_tried, version - 1)
@@ -228,20 +221,20 @@ class Publishing:
         self.newest_judged = max(self.newest_judged, version)
         self.losses[version] = losses
         if version == self.published:
-            self._has_served(losses, rise=self._restored_rise)
+            self.limits.restored(losses)
             return []
-        if reason := self._too_bad(losses):
+        if reason := self.limits.why_too_bad(losses):
             self.num_withheld += 1
             self.last_withheld = Withheld(version, reason)
             return [self.last_withheld, *self._release([version])]
-        self._has_served(losses)
+        self.limits.served(losses)
         return self._publish(version)
 
     def _compare_anew(self, version: int) -> list[PublishingAction]:
         """The held-out examples are others from now on: what serves is evaluated on them first."""
         assert self.published is not None
         losses = self.losses.pop(self.published)
-        self._restored_rise, self._lowest_loss = self.rise(losses.held_out), inf
+        self.limits.restart(self.limits.rise(losses.held_out))
         self._next_due = version
         self._newest_tried = min(self._newest_tried, version - 1)
         return self._release([version])
@@ -251,33 +244,13 @@ class Publishing:
         self._evaluating, self._has_failed = None, True
         self._newest_tried = min(self._newest_tried, max(version - 1, self.newest_judged))
 
-    def _too_bad(self, losses: Losses) -> str:
-        """Why a version with these losses must not serve; empty: it may."""
-        limit = (1 + self._rules.max_rise) * self._lowest_loss
-        if losses.held_out is not None and _exceeds(losses.held_out, limit):
-            return f"held-out loss {losses.held_out:.4f} is above {limit:.4f}"
-        if _exceeds(losses.samples_rise, self._rules.max_samples_rise):
-            return (
-                f"its loss on the model's own samples is {losses.samples_rise:.4f} above what it was, more "
-                f"than {self._rules.max_samples_rise:g}"
-            )
-        return ""
-
-    def _has_served(self, losses: Losses, *, rise: float = 1.0) -> None:
-        if losses.held_out is not None:
-            self._lowest_loss = min(self._lowest_loss, losses.held_out / rise)
-
     def served(self, event: VersionsServed) -> list[PublishingAction]:
         """Stage 0 tells what it serves."""
         if self.published is None:
             return []
         if event.published != self.published:
             return [Publish(self.published)]  # once more: it may have been lost
-        return self._release(
-            version
-            for version in sorted(self._kept)
-            if version < self.published and version not in event.in_use
-        )
+        return self._release(self._kept.unused(event.in_use))
 
     def _is_due(self, version: int) -> bool:
         return self._evaluating is None and version >= self._next_due
@@ -291,17 +264,11 @@ class Publishing:
         return [Evaluate(version)]
 
     def _publish(self, version: int) -> list[PublishingAction]:
-        self.published = version
+        self._kept.serve(version)
         return [Publish(version)]
 
-    def _release(self, versions: Iterable[int]) -> list[PublishingAction]:
-        released = list(versions)
-        self._kept.difference_update(released)
-        for version in released:
+    def _release(self, versions: Sequence[int]) -> list[PublishingAction]:
+        self._kept.drop(versions)
+        for version in versions:
             self.losses.pop(version, None)
-        return [Release(version) for version in released]
-
-
-def _exceeds(loss: float, limit: float) -> bool:
-    """Whether it is above the limit, or no number."""
-    return not (isfinite(loss) and loss <= limit)
+        return [Release(version) for version in versions]

@@ -166,10 +166,10 @@ def test_guarded_small_rises_do_not_add_up_over_a_restart_whatever_the_examples_
     publishing = guarded(loss=2.0)
     steps(publishing, 1, 4)
     assert publishing.evaluated(4, Losses(held_out=2.1)) == [Publish(4)]
-    rise = publishing.rise(2.1)
+    rise = publishing.limits.rise(2.1)
     publishing.restored(4, rise=rise)
     assert publishing.evaluated(4, Losses(held_out=4.2)) == []
-    assert publishing.rise(4.2) == pytest.approx(rise)
+    assert publishing.limits.rise(4.2) == pytest.approx(rise)
     steps(publishing, 5, 8)
     assert publishing.evaluated(8, Losses(held_out=4.41))[0] == Withheld(
         8, "held-out loss 4.4100 is above 4.4000"
@@ -182,7 +182,7 @@ def test_guarded_what_is_known_of_a_restored_version_stays_until_it_could_be_eva
     assert publishing.evaluated(0, None) == []
     steps(publishing, 1, 4)
     publishing.evaluated(0, Losses(held_out=2.0))
-    assert publishing.rise(2.0) == pytest.approx(1.25)
+    assert publishing.limits.rise(2.0) == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize("served_loss", [nan, inf])
@@ -190,12 +190,12 @@ def test_guarded_any_number_is_better_than_a_served_version_without_one(
     served_loss: float,
 ) -> None:
     publishing = guarded(loss=served_loss)
-    assert publishing.rise(served_loss) == 1.0
+    assert publishing.limits.rise(served_loss) == 1.0
     steps(publishing, 1, 4)
     assert isinstance(publishing.evaluated(4, Losses(held_out=inf))[0], Withheld)
     steps(publishing, 5, 8)
     assert publishing.evaluated(8, Losses(held_out=5.0)) == [Publish(8)]
-    assert publishing.rise(5.0) == 1.0
+    assert publishing.limits.rise(5.0) == 1.0
 
 
 def test_guarded_periods_are_counted_from_what_is_served_whatever_is_trained_on() -> None:
