@@ -1,8 +1,9 @@
 """Corrections as training batches, and how those stand. Pure."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from typing import Literal
 
 from pydantic_core import to_json
@@ -125,6 +126,12 @@ def after(state: BatchState, event: BatchEvent) -> BatchState:
         case BatchHeldOut():
             return replace(state, status="held_out")
     return state
+
+
+def newest_durable(states: Iterable[BatchState], limit: int) -> list[str]:
+    """Ids of the durable batches that are last in the training stream: a rollback takes out these first."""
+    durable = (state for state in states if state.status == "durable")
+    return [state.id for state in nlargest(limit, durable, key=lambda state: state.sequence)]
 
 
 def after_unknown(state: BatchState, read_up_to: int) -> BatchState:

@@ -67,7 +67,8 @@ class Database:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # SQLite ends it by itself after some errors
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")

@@ -12,24 +12,34 @@ from typing import get_args
 
 from services.gateway.feedback.answers import LessonKind
 from services.gateway.feedback.batch_store import BatchStore
-from services.gateway.feedback.batches import Batch, BatchState, after, after_unknown, due
+from services.gateway.feedback.batches import (
+    Batch,
+    BatchState,
+    after,
+    after_unknown,
+    due,
+    newest_durable,
+)
 from services.gateway.settings import GatewaySettings
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock
 from shared.disk import on_disk
-from shared.errors import BusError
+from shared.errors import BusError, MessageTooLargeError
 from shared.messages.training import (
     MAX_BATCHES_OF_MESSAGE,
     BatchDurable,
     BatchesAsked,
     BatchEvent,
     BatchProgress,
+    BatchRejected,
 )
 from shared.subjects import BATCHES, TRAIN_PROGRESS, TRAIN_STATUS
 
 LOOK_EVERY_S = 1.0
 """How often to look what is to be done when nothing happens."""
 ASK_TIMEOUT_S = 2.0
+ASK_DURABLE_EVERY_S = 60.0
+"""How often to ask for the newest durable batches: the news of a rollback may have been lost."""
 MAX_KNOWN = 10_000
 """Batches of which news are heard; of older ones that are finished a rollback is no longer told."""
 
@@ -51,6 +61,7 @@ class FeedbackPublisher:
         """Batches that stand otherwise than the file says."""
         self._heard_at_s = -math.inf
         """When something was heard of any batch, or asked."""
+        self._asked_durable_at_s = -math.inf
         self.changed = asyncio.Event()
         """There is a new correction, or news of a batch."""
 
@@ -84,6 +95,7 @@ class FeedbackPublisher:
                 await self._make_batches(kind)
             await self._publish()
             await self._ask_after_silence()
+            await self._ask_durable()
             if self._unsaved:
                 await self.save()
             if len(self._states) > MAX_KNOWN and not self._unsaved:
@@ -107,7 +119,7 @@ class FeedbackPublisher:
             await on_disk(partial(self._store.assign, lessons))
 
     async def _publish(self) -> None:
-        """Publish what is assigned; if the bus refuses, it is tried again at the next look."""
+        """Publish what is assigned; if the bus refuses it for now, it is tried again at the next look."""
         for batch in await on_disk(self._store.to_publish):
             state = self._states.setdefault(batch.id, BatchState(batch.id, "assigned"))
             if state.status == "assigned" and not await self._publish_batch(batch):
@@ -116,8 +128,13 @@ class FeedbackPublisher:
             await self.save()
 
     async def _publish_batch(self, batch: Batch) -> bool:
+        """Publish a batch, or reject one that can never be published. False: it must be tried again."""
         try:
             stored = await self._bus.publish_durable(BATCHES, batch.body, message_id=batch.id)
+        except MessageTooLargeError as error:
+            log.error("feedback %s is rejected: %s", batch.id, error)
+            self._happen(BatchRejected(batch_id=batch.id, reason=str(error)))
+            return True
         except BusError as error:
             log.warning("feedback %s is not stored yet: %s", batch.id, error)
             return False
@@ -131,6 +148,15 @@ class FeedbackPublisher:
         under_way = [state.id for state in self._states.values() if not state.is_final]
         if under_way and self._clock.now_s() - self._heard_at_s >= self._settings.ask_after_s:
             await self._ask(under_way)
+
+    async def _ask_durable(self) -> None:
+        """Ask now and then whether the newest durable batches are still in the weights."""
+        now_s = self._clock.now_s()
+        if now_s - self._asked_durable_at_s < ASK_DURABLE_EVERY_S:
+            return
+        self._asked_durable_at_s = now_s
+        if newest := newest_durable(self._states.values(), MAX_BATCHES_OF_MESSAGE):
+            await self._ask_some(newest)
 
     async def _ask(self, batch_ids: Iterable[str]) -> None:
         self._heard_at_s = self._clock.now_s()

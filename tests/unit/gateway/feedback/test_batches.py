@@ -13,6 +13,7 @@ from services.gateway.feedback.batches import (
     after_unknown,
     batch_of,
     due,
+    newest_durable,
 )
 from services.trainer.intake.data import read_body
 from shared.messages.lineage import MAX_NAME_CHARACTERS
@@ -104,3 +105,10 @@ def test_a_batch_that_the_trainer_has_passed_by_is_published_again() -> None:
     assert after_unknown(PUBLISHED, read_up_to=5) == BatchState("b", "assigned")
     durable = after(PUBLISHED, DURABLE)
     assert after_unknown(durable, read_up_to=9) == durable
+
+
+def test_of_durable_batches_those_are_newest_that_are_last_in_the_stream() -> None:
+    states = [BatchState(f"b{number}", "durable", number, 4) for number in (3, 9, 5)]
+    others = [BatchState("c", "applied", 10, 5), BatchState("d", "rejected", 11)]
+    assert newest_durable([*states, *others], 2) == ["b9", "b5"]
+    assert newest_durable(others, 2) == []

@@ -16,12 +16,20 @@ from services.gateway.feedback.database import Database
 from services.gateway.feedback.feedback_store import FeedbackStore
 from services.gateway.feedback.publisher import FeedbackPublisher
 from services.gateway.settings import GatewaySettings
-from shared.bus.base import Stored
+from shared.bus.base import Incoming, Stored
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.clock import SystemClock
 from shared.errors import BusError
-from shared.messages.training import BatchApplied, BatchDurable, BatchProgress, BatchRejected
-from shared.subjects import TRAIN_PROGRESS
+from shared.messages.training import (
+    BatchApplied,
+    BatchDurable,
+    BatchesAsked,
+    BatchesNow,
+    BatchEvent,
+    BatchProgress,
+    BatchRejected,
+)
+from shared.subjects import TRAIN_PROGRESS, TRAIN_STATUS
 from tests.support.fake_trainer import STREAM
 from tests.support.waiting import until
 from tests.unit.gateway.feedback.test_stores import record
@@ -153,3 +161,44 @@ async def test_of_many_batches_the_oldest_that_are_finished_are_heard_of_no_long
     await until(lambda: run.store.states()[1].status == "rejected")
     assert run.store.states()[0].status == "durable"
     task.cancel()
+
+
+async def test_a_rollback_whose_news_is_lost_is_learnt_by_asking(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "ASK_DURABLE_EVERY_S", 0.0)
+    run.bus.num_lost = 0
+    is_rolled_back = False
+
+    async def answer(incoming: Incoming[BatchesAsked]) -> BatchesNow:
+        ids = incoming.message.batch_ids
+        durable: tuple[BatchEvent, ...] = (BatchDurable(batch_ids=ids, node=0, version=2, checkpoint="/c"),)
+        rejected = tuple(BatchRejected(batch_id=each, reason="rolled back") for each in ids)
+        return BatchesNow(events=rejected if is_rolled_back else durable, unknown=(), read_up_to=2)
+
+    await run.bus.respond(TRAIN_STATUS.at(), answer)
+    working = run.publisher()
+    task = asyncio.create_task(working.run())
+    await until(lambda: [state.status for state in run.store.states()] == ["published", "published"])
+    ids = tuple(state.id for state in run.store.states())
+    durable = BatchDurable(batch_ids=ids, node=0, version=2, checkpoint="/c")
+    await run.bus.publish(TRAIN_PROGRESS.at(), BatchProgress(event=durable))
+    await until(lambda: [state.status for state in run.store.states()] == ["durable", "durable"])
+    is_rolled_back = True
+    working.changed.set()
+    await until(lambda: [state.status for state in run.store.states()] == ["rejected", "rejected"])
+    task.cancel()
+
+
+async def test_a_batch_that_can_never_be_published_is_rejected_and_the_next_one_goes_on(run: Run) -> None:
+    """The bus takes smaller messages than when the correction came."""
+    run.bus.num_lost = 0
+    run.store.assign(run.store.waiting("example", 2))
+    run.store.assign(run.store.waiting("example", 2))
+    large, small = run.store.to_publish()
+    run.bus.max_message_bytes = len(large.body) - 1
+    task = asyncio.create_task(run.publisher().run())
+    await until(lambda: [state.status for state in run.store.states()] == ["rejected", "published"])
+    task.cancel()
+    assert str(len(large.body)) in run.store.states()[0].reason
+    assert run.published == [small.body]

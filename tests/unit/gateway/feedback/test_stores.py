@@ -100,6 +100,25 @@ def test_of_a_write_that_fails_nothing_is_there(stores: Stores) -> None:
     assert stores.batches.states() == []
 
 
+def test_after_a_commit_that_fails_the_next_write_goes_on(stores: Stores) -> None:
+    stores.database.read("PRAGMA foreign_keys=ON")
+    with stores.database.transaction() as connection:
+        connection.execute(
+            "CREATE TABLE checked (batch_id TEXT REFERENCES batches (id) DEFERRABLE INITIALLY DEFERRED)"
+        )
+    with pytest.raises(sqlite3.IntegrityError), stores.database.transaction() as connection:
+        connection.execute("INSERT INTO checked VALUES ('none')")  # refused at the COMMIT
+    stores.feedback.add(record(1), [])
+    assert stores.feedback.find("fb-1") == record(1)
+    assert stores.database.read("SELECT * FROM checked") == []
+
+
+def test_an_error_after_which_sqlite_has_rolled_back_by_itself_is_told(stores: Stores) -> None:
+    with pytest.raises(ValueError, match="mine"), stores.database.transaction() as connection:
+        connection.execute("ROLLBACK")
+        raise ValueError("mine")
+
+
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
