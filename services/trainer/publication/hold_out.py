@@ -81,9 +81,7 @@ class HoldOut:
     def bars(self, example: LabelledTokens) -> bool:
         """Whether the example must not train by another way than `take`: it is held out, or may yet be."""
         with self._lock:
-            return self._is_held_out(example) or (
-                len(self._examples) < MAX_EXAMPLES and self._is_wanted(example)
-            )
+            return self._is_held_out(example) or self._is_wanted(example)
 
     @property
     def is_frozen(self) -> bool:
@@ -109,8 +107,12 @@ class HoldOut:
         return bool(self._examples) and _digest(example) in self._examples
 
     def _is_wanted(self, example: LabelledTokens) -> bool:
-        may_grow = not self.is_frozen and self._share > 0 and len(self._refused) < MAX_REFUSED
-        return may_grow and is_chosen(example, self._share) and _digest(example) not in self._refused
+        return self._may_grow and is_chosen(example, self._share) and _digest(example) not in self._refused
+
+    @property
+    def _may_grow(self) -> bool:
+        has_room = len(self._examples) < MAX_EXAMPLES and len(self._refused) < MAX_REFUSED
+        return self._share > 0 and has_room and not self.is_frozen
 
     def _add(self, wanted: Sequence[LabelledTokens]) -> None:
         new = {digest: each for each in wanted if (digest := _digest(each)) not in self._examples}
