@@ -3,13 +3,14 @@
 validating_files --Validated--> queued --Started--> running --every step durable, and served--> succeeded
         |                          |                   |
         '--Failed, Cancelled-------+-------------------+--a batch rejected, or taken out again--> failed
+                                                       +--nothing to train: all is held out------^
                                                        '--what it taught is withheld (`verdicts`)--^
 
 A step is one training batch: `open` from when it is to be published until a durable checkpoint contains it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -57,6 +58,17 @@ class JobError(_Frozen):
     code: str
     message: str
     param: str | None = None
+
+
+ALL_HELD_OUT = JobError(
+    code="all_held_out",
+    message=(
+        "Nothing was trained: all examples of the file are held out, to judge versions by "
+        "(LEMIX_HOLD_OUT_SHARE), and train in no job of this run. Make a job with more examples, or with "
+        "others: docs/versions.md"
+    ),
+    param="training_file",
+)
 
 
 class Step(_Frozen):
@@ -132,7 +144,7 @@ class Job(_Frozen):
     newest_durable: dict[int, int] = {}
     """The highest durable step of each node that has one: what a rollback there takes out first."""
     durable_versions: dict[int, int] = {}
-    """The version by which that step is durable."""
+    """The lowest version known to have that step durably."""
     judged_versions: dict[int, int] = {}
     """The newest version of each node on which the guard's verdict is known."""
     durable_tokens: int = 0
@@ -339,7 +351,7 @@ def after(job: Job, happening: Happening, now_s: int) -> Outcome:
         case BatchRejected():
             return _rejected(job, happening, now_s)
         case BatchHeldOut(batch_id=batch_id):
-            return _held_out(job, _step_of(job, batch_id))
+            return _held_out(job, _step_of(job, batch_id), now_s)
 
 
 def _moved_on(
@@ -383,7 +395,9 @@ def _applied(job: Job, applied: BatchApplied) -> Outcome:
 
 
 def _durable(job: Job, durable: BatchDurable) -> Outcome:
-    numbers = {number for batch_id in durable.batch_ids if (number := _step_of(job, batch_id)) in job.open}
+    told = {_step_of(job, batch_id) for batch_id in durable.batch_ids}
+    job = _known_by(job, durable.version, told)
+    numbers = {number for number in told if number in job.open}
     if not numbers:
         return Outcome(job)
     num_tokens = sum(job.open[number].num_tokens for number in numbers)
@@ -403,6 +417,16 @@ def _durable(job: Job, durable: BatchDurable) -> Outcome:
     return Outcome(job, (note,), (saved,))
 
 
+def _known_by(job: Job, version: int, numbers: Collection[int | None]) -> Job:
+    """The job after it is told that a durable version has these steps; a rollback may go to a lower one."""
+    lower = {
+        node: version
+        for node, known in job.durable_versions.items()
+        if version < known and job.newest_durable[node] in numbers
+    }
+    return _with(job, durable_versions=job.durable_versions | lower) if lower else job
+
+
 def _rejected(job: Job, rejected: BatchRejected, now_s: int) -> Outcome:
     number = _step_of(job, rejected.batch_id)
     if number not in job.open:
@@ -418,11 +442,16 @@ def _rejected(job: Job, rejected: BatchRejected, now_s: int) -> Outcome:
     return after(_without(job, number), Failed(error), now_s)
 
 
-def _held_out(job: Job, number: int | None) -> Outcome:
+def _held_out(job: Job, number: int | None, now_s: int) -> Outcome:
     if number not in job.open:
         return Outcome(job)
     message = f"Step {number}/{job.total_steps}: all of its examples are held out (LEMIX_HOLD_OUT_SHARE)"
-    return Outcome(_without(job, number), (Note(level="info", message=message),))
+    note = Note(level="info", message=message)
+    job = _without(job, number)
+    if not job.awaits_verdict or job.newest_durable:
+        return Outcome(job, (note,))
+    failed = after(job, Failed(ALL_HELD_OUT), now_s)
+    return failed._replace(notes=(note, *failed.notes))
 
 
 def _without_unknown(job: Job, number: int | None, read_up_to: int) -> Job:

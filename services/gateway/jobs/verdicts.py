@@ -1,7 +1,8 @@
 """A guard's verdicts on the versions that hold a job's steps, and how the job ends by them. Pure."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from math import isfinite
+from typing import NamedTuple
 
 from services.gateway.jobs.job import (
     Failed,
@@ -24,6 +25,20 @@ ADVICE = (
 )
 
 
+class _Wanted(NamedTuple):
+    """A node that learnt from the job, with the version that holds it all."""
+
+    number: int
+    version: int
+    node: NodeWeights | None
+    """None: it is not there."""
+
+    @property
+    def is_served(self) -> bool:
+        node = self.node
+        return not (node is None or node.awaits_verdict(self.version) or node.withholds(self.version))
+
+
 def after_verdicts(job: Job, status: WeightsStatus, now_s: int) -> Outcome:
     """The job after the trainer has told of all weights: new verdicts are noted, and the last one ends it."""
     if job.status != "running":
@@ -41,6 +56,8 @@ def _new_verdicts(job: Job, status: WeightsStatus) -> Iterator[tuple[int, Judged
     """By node, oldest first: those on versions that may hold steps of the job."""
     newest = dict(job.judged_versions)
     for node in status.nodes:
+        if not (status.shares_weights or _has_learnt(node.node, job)):
+            continue
         number = ALL_NODES if status.shares_weights else node.node
         known = newest.get(number, (job.first_version or 0) - 1)
         for each in node.judged:
@@ -48,6 +65,12 @@ def _new_verdicts(job: Job, status: WeightsStatus) -> Iterator[tuple[int, Judged
             if is_of_job and each.version > known:
                 newest[number] = known = each.version
                 yield number, each
+
+
+def _has_learnt(node: int, job: Job) -> bool:
+    """Whether weights of that node have steps of the job."""
+    applied = (step.node for step in job.open.values() if step.applied_version is not None)
+    return node in job.durable_versions or node in applied
 
 
 def _verdict(number: int, judged: JudgedVersion) -> VersionVerdict:
@@ -82,25 +105,48 @@ def metrics_of(verdict: VersionVerdict) -> dict[str, int | float]:
 
 def _ended(job: Job, status: WeightsStatus, now_s: int) -> Outcome:
     """The job, which awaits its verdict; as it is while there is none."""
-    wanted = list(_wanted(job, status))
-    withholds = next((node for node, version in wanted if node and node.withholds(version)), None)
-    serves = [node is not None and _serves(node, version) for node, version in wanted]
+    wanted = _wanted(job, status)
+    withholds = (each.node for each in wanted if each.node and each.node.withholds(each.version))
+    serves = [each.is_served for each in wanted]
     if any(serves) if status.shares_weights else all(serves):
         return after(job, Succeeded(), now_s)
-    return Outcome(job) if withholds is None else after(job, Failed(_withheld(withholds)), now_s)
+    node = next(withholds, None)
+    return Outcome(job) if node is None else after(job, Failed(_withheld(node)), now_s)
 
 
-def _wanted(job: Job, status: WeightsStatus) -> Iterable[tuple[NodeWeights | None, int]]:
-    """The nodes that learnt from the job, each with the version that holds it all; None: it is not there."""
+def _wanted(job: Job, status: WeightsStatus) -> list[_Wanted]:
     if status.shares_weights:
         newest = max(job.durable_versions.values(), default=0)
-        return [(node, newest) for node in status.nodes]
+        return [_Wanted(node.node, newest, node) for node in status.nodes]
     nodes = {node.node: node for node in status.nodes}
-    return [(nodes.get(number), version) for number, version in job.durable_versions.items()]
+    return [_Wanted(number, version, nodes.get(number)) for number, version in job.durable_versions.items()]
 
 
-def _serves(node: NodeWeights, version: int) -> bool:
-    return not (node.awaits_verdict(version) or node.withholds(version))
+def awaited(job: Job, status: WeightsStatus) -> dict[int, int | None]:
+    """The nodes that a job waits for, by their newest versions; None: the node is not there."""
+    waiting = (each for each in _wanted(job, status) if not each.is_served)
+    return {each.number: None if each.node is None else each.node.version for each in waiting}
+
+
+def no_verdict(nodes: Mapping[int, int | None], waited_s: float) -> JobError:
+    """Why a job fails that has waited so long for these nodes, as `awaited` tells them."""
+    absent = ", ".join(str(number) for number, version in nodes.items() if version is None)
+    if absent or not nodes:
+        who = f"of the nodes that learnt the job, {absent} is not there" if absent else "no node is there"
+        return JobError(
+            code="node_gone",
+            message=(
+                f"All steps are durable, but {who}, for {waited_s:g} s now. Checkpoints keep the steps: they "
+                "are served again once as many nodes run as before"
+            ),
+        )
+    return JobError(
+        code="not_judged",
+        message=(
+            "All steps are durable, but the guard has not judged a version with them, though nothing has "
+            f"trained for {waited_s:g} s: the trainer's log says why. `lemix status` shows what is served"
+        ),
+    )
 
 
 def _withheld(node: NodeWeights) -> JobError:

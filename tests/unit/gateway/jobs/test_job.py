@@ -181,7 +181,23 @@ def test_a_step_whose_examples_are_all_held_out_is_done_without_weights() -> Non
         "Step 1/2: all of its examples are held out (LEMIX_HOLD_OUT_SHARE)"
     ]
     assert again == Outcome(first.job)
-    assert last.job.awaits_verdict and last.job.durable_versions == {}
+    assert first.job.status == "running"
+    assert (last.job.status, last.job.error.code) == ("failed", "all_held_out")
+    assert [note.level for note in last.notes] == ["info", "error"]
+
+
+def test_a_job_that_has_trained_something_awaits_its_verdict_though_the_rest_is_held_out() -> None:
+    job = published(running_job(num_examples=2, n_epochs=2), 1, 2)
+    last = following(job, durable(job, 1), BatchHeldOut(batch_id=job.batch_id(2)))[-1].job
+    assert last.awaits_verdict
+
+
+def test_a_rollback_to_a_lower_version_that_has_the_steps_lowers_the_one_that_must_serve() -> None:
+    job = published(running_job(num_examples=2, n_epochs=2), 1, 2)
+    last = following(job, durable(job, 1, 2, version=9))[-1].job
+    for told, version, expected in ((1, 5, 9), (2, 7, 7), (2, 12, 7)):
+        last = after(last, durable(job, told, version=version), NOW_S).job
+        assert last.durable_versions == {0: expected}
 
 
 def test_a_durable_step_that_a_rollback_took_out_fails_the_job() -> None:

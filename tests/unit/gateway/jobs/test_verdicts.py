@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.jobs.job import Job, Outcome, SavedSteps, VersionVerdict
+from services.gateway.jobs.job import Job, Outcome, SavedSteps, Step, VersionVerdict
 from services.gateway.jobs.objects import checkpoint, judged
 from services.gateway.jobs.verdicts import after_verdicts
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsStatus
@@ -99,7 +99,8 @@ def test_a_job_that_is_withheld_says_which_version_why_and_what_to_do() -> None:
 
 
 def test_a_job_with_steps_to_come_notes_verdicts_and_goes_on() -> None:
-    job = running_job().model_copy(update={"first_version": 5, "next_step": 3})
+    changes = {"first_version": 5, "next_step": 3, "durable_versions": {0: 5}}
+    job = running_job().model_copy(update=changes)
     losses = {"training_loss": 2.0, "held_out_loss": 1.5, "samples_loss": nan}
     status = told(node_weights(0, judged=(verdict_on(4), verdict_on(6, **losses))))
     outcome = after_verdicts(job, status, NOW_S)
@@ -108,6 +109,16 @@ def test_a_job_with_steps_to_come_notes_verdicts_and_goes_on() -> None:
     assert note.metrics == {"weights_version": 6, "train_loss": 2.0, "full_valid_loss": 1.5}
     assert outcome.job.status == "running"
     assert after_verdicts(outcome.job, status, NOW_S) == Outcome(outcome.job)
+
+
+def test_where_nodes_train_apart_verdicts_on_others_are_none_of_the_job() -> None:
+    applied = Step(num_tokens=1, sequence=6, node=2, applied_version=8)
+    placed = Step(num_tokens=1, sequence=7, node=3)
+    job = durable_job(n0=10).model_copy(update={"open": {5: applied, 6: placed}})
+    nodes = [node_weights(node, judged=(verdict_on(10),)) for node in range(4)]
+    assert [each.node for each in after_verdicts(job, told(*nodes), NOW_S).verdicts] == [0, 2]
+    (one,) = after_verdicts(job, told(nodes[1], shares_weights=True), NOW_S).verdicts
+    assert one.node is None
 
 
 def test_verdicts_from_before_the_job_and_after_its_end_are_none_of_it() -> None:
