@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.scheduler.costs import Costs
-from services.scheduler.node.course import predict
 from services.scheduler.node.known_work import (
     BACKWARD,
     STEP,
@@ -19,6 +18,7 @@ from services.scheduler.node.known_work import (
     batch_of,
     durations_of,
 )
+from services.scheduler.node.list_schedule import predict
 from services.scheduler.node.prediction import Prediction
 from shared.profiles.times import Work, work_of_rows
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from opentelemetry.trace import Span, use_span
 
 from services.scheduler.costs import Costs
-from services.scheduler.moments import MeanError
 from services.scheduler.policies.base import Arrival, Place, Policy, Refuse, Task, Wait
 from services.scheduler.state import (
     DEFAULT_SLO_FACTOR,
@@ -26,6 +25,7 @@ from services.scheduler.state import (
     TasksEnded,
     TimePassed,
 )
+from services.scheduler.statistics import MeanError
 from services.scheduler.tasks import shape_of
 from shared.bus.base import Incoming
 from shared.clock import on_time

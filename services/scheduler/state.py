@@ -7,8 +7,8 @@ from typing import assert_never
 
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import Forecast
-from services.scheduler.moments import ArrivalRate, MeanError, RunningMoments
-from services.scheduler.node.timeline import NodeTimeline
+from services.scheduler.node.node_model import NodeModel
+from services.scheduler.statistics import ArrivalRate, MeanError, RunningMoments
 from services.scheduler.tasks import NO_SHAPE, TaskShape, work_of_op
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageProgress
@@ -121,7 +121,7 @@ class LostTask:
 
 @dataclass(slots=True)
 class _Node:
-    timeline: NodeTimeline
+    node_model: NodeModel
     kv_capacity: int = 0
     """Tokens that its KV cache holds."""
     kv_tokens: int = 0
@@ -134,7 +134,7 @@ class _Node:
     def is_ready(self) -> bool:
         stages = self.stages.values()
         is_whole = 0 in self.stages and self.stages[0].whole
-        wanted = self.timeline.num_stages
+        wanted = self.node_model.num_stages
         is_complete = len(stages) == wanted and all(beat.num_stages == wanted for beat in stages)
         return is_whole and is_complete and all(beat.ready for beat in stages)
 
@@ -239,9 +239,9 @@ class ClusterState:
         """When a task that has no node yet first asked for one."""
         return self._arrived_s.get(task_id)
 
-    def timeline(self, node: int) -> NodeTimeline:
+    def node_model(self, node: int) -> NodeModel:
         """The node's known work and its future."""
-        return self._nodes[node].timeline
+        return self._nodes[node].node_model
 
     def kv_tokens(self, node: int) -> int:
         """Tokens that fit the node's whole KV cache, empty or not."""
@@ -274,7 +274,7 @@ class ClusterState:
         node = self._nodes.get(heartbeat.node) or self._add(heartbeat)
         before = node.stages.get(heartbeat.stage)
         node.stages[heartbeat.stage] = heartbeat
-        node.timeline.put_on_device(heartbeat.stage, heartbeat.first_on_device)
+        node.node_model.put_on_device(heartbeat.stage, heartbeat.first_on_device)
         if heartbeat.stage == 0:
             node.kv_capacity = heartbeat.kv_blocks_total * heartbeat.kv_block_size
             self.costs.max_iteration_tokens = heartbeat.max_iteration_tokens
@@ -288,8 +288,8 @@ class ClusterState:
 
     def _add(self, heartbeat: Heartbeat) -> _Node:
         num_stages = self.costs.num_stages or heartbeat.num_stages  # a node of another number is never ready
-        timeline = NodeTimeline(num_stages, self.costs, feeding=self._feeding)
-        self._nodes[heartbeat.node] = _Node(timeline)
+        node_model = NodeModel(num_stages, self.costs, feeding=self._feeding)
+        self._nodes[heartbeat.node] = _Node(node_model)
         return self._nodes[heartbeat.node]
 
     def _stage_left(self, stopped: StageStopped) -> list[LostTask]:
@@ -322,7 +322,7 @@ class ClusterState:
         tasks = list(self._nodes[node].tasks.values())
         for task in tasks:
             self._leave(task.task_id)
-        self._nodes[node].timeline.clear()
+        self._nodes[node].node_model.clear()
         self._nodes[node].kv_tokens = 0  # whatever block size stage 0 had
         return [LostTask(task, reason) for task in tasks if task.kind == "inference"]
 
@@ -343,7 +343,7 @@ class ClusterState:
         node = self._nodes[task.node]
         node.tasks[task.task_id] = task
         node.kv_tokens += _kv_tokens(task, node)
-        node.timeline.assign(
+        node.node_model.assign(
             task.task_id,
             task.kind,
             task.shape,
@@ -358,7 +358,7 @@ class ClusterState:
     def _end(self, task_id: str, now_s: float) -> None:
         task = self._leave(task_id)
         if task is not None:
-            self._nodes[task.node].timeline.end(task_id, now_s)
+            self._nodes[task.node].node_model.end(task_id, now_s)
 
     def _leave(self, task_id: str) -> PlacedTask | None:
         task = self._tasks.pop(task_id, None)
@@ -370,11 +370,11 @@ class ClusterState:
 
     def _progress(self, progress: StageProgress, now_s: float) -> None:
         node = self._nodes.get(progress.node)
-        if node is None or progress.stage >= node.timeline.num_stages:
+        if node is None or progress.stage >= node.node_model.num_stages:
             return
         for ended in progress.ended:
             self._learn(progress.stage, ended)
-        for task in node.timeline.progressed(progress, now_s):
+        for task in node.node_model.progressed(progress, now_s):
             if task.expected_s is not None and task.first_token_s is not None:
                 self.response_error.add(task.expected_s - task.arrived_s, task.first_token_s - task.arrived_s)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from services.scheduler.node.known_work import BACKWARD, FORWARD, ITERATION, STEP, Batch, Iteration, Op
+from services.scheduler.node.node_model import NodeModel
 from services.scheduler.node.prediction import Prediction
-from services.scheduler.node.timeline import NodeTimeline
 from services.scheduler.tasks import TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
@@ -88,7 +88,7 @@ class Node:
     """A node whose stages do exactly what is predicted, and tell of it at once."""
 
     def __init__(self, num_stages: int, hop_s: float, devices: Sequence[int] = ()) -> None:
-        self.timeline = NodeTimeline(num_stages, UnevenCosts(num_stages, hop_s))
+        self.timeline = NodeModel(num_stages, UnevenCosts(num_stages, hop_s))
         for stage, device in enumerate(devices[:num_stages]):
             self.timeline.put_on_device(stage, device)
         self.now_s = 0.0

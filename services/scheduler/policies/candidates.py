@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
-from services.scheduler.node.timeline import NodeTimeline
+from services.scheduler.node.node_model import NodeModel
 from services.scheduler.state import ClusterState
 
 MAX_BUSY = 8
@@ -17,7 +17,7 @@ class Candidate:
     """A node that may get the task."""
 
     node: int
-    timeline: NodeTimeline
+    node_model: NodeModel
     is_active: bool
     """It works, or did a moment ago."""
     idle_s: float
@@ -32,18 +32,18 @@ def shortlist(state: ClusterState, nodes: Sequence[int], *, now_s: float, linger
     """
     busy = [node for node in nodes if state.num_tasks(node)]
     found = [
-        Candidate(node, state.timeline(node), True, 0.0)
+        Candidate(node, state.node_model(node), True, 0.0)
         for node in nsmallest(MAX_BUSY, busy, key=state.num_tasks)
     ]
     if len(busy) < len(nodes):
-        idle_s = {node: _idle_s(state.timeline(node), now_s) for node in nodes if not state.num_tasks(node)}
+        idle_s = {node: _idle_s(state.node_model(node), now_s) for node in nodes if not state.num_tasks(node)}
         newest = nsmallest(MAX_IDLE, idle_s, key=idle_s.__getitem__)
         active_s = linger_s if busy else idle_s[newest[0]]
         found += [
-            Candidate(node, state.timeline(node), idle_s[node] <= active_s, idle_s[node]) for node in newest
+            Candidate(node, state.node_model(node), idle_s[node] <= active_s, idle_s[node]) for node in newest
         ]
     return sorted(found, key=lambda candidate: candidate.node)
 
 
-def _idle_s(timeline: NodeTimeline, now_s: float) -> float:
-    return float("inf") if timeline.last_active_s is None else now_s - timeline.last_active_s
+def _idle_s(node_model: NodeModel, now_s: float) -> float:
+    return float("inf") if node_model.last_active_s is None else now_s - node_model.last_active_s

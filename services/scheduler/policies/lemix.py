@@ -81,7 +81,7 @@ class Lemix:
         length = len(task.prompt)
         found = self._shortlist(state, nodes, now_s)
         alones = {devices: inference_alone(state.costs, length, devices) for devices in _layouts(found)}
-        prospects = [_prospect_of_request(each, alones[each.timeline.devices], now_s) for each in found]
+        prospects = [_prospect_of_request(each, alones[each.node_model.devices], now_s) for each in found]
         alone = min(alones.values(), key=lambda each: each.forward[-1].end_s)
         spare_s = max(0.0, _objective_s(state) - waited_s - alone.forward[-1].end_s)
         question = Question(
@@ -118,7 +118,7 @@ class Lemix:
         alones = {
             devices: training_alone(state.costs, shape.microbatches, devices) for devices in _layouts(found)
         }
-        prospects = [_prospect_of_batch(each, alones[each.timeline.devices], now_s) for each in found]
+        prospects = [_prospect_of_batch(each, alones[each.node_model.devices], now_s) for each in found]
         best = ranked(prospects, self._question_of_batch(state, prospects, shape, now_s), self._options)
         with_room = [each for each in best if self._has_room(each.candidate, task)]
         if not with_room and self._may_wait_for_room(found[0], task, waited_s / state.slo_s):
@@ -128,7 +128,7 @@ class Lemix:
         best = with_room or best
         if self._options.has("deferral") and state.inference_rate.per_s(now_s) >= MIN_RATE_PER_S:
             expected = _expected(state, found, now_s)
-            ops = _ops_of(state.costs, shape, found[0].timeline.num_stages)
+            ops = _ops_of(state.costs, shape, found[0].node_model.num_stages)
             shares = [late_share(each.node, each.forecast, ops, expected) for each in best]
             patience_s = self._options.patience * state.slo_s
             allowed = self._options.late_share + waited_s / patience_s
@@ -156,14 +156,14 @@ class Lemix:
         if self._room is None:
             return True
         there = [
-            work.num_tokens for each in candidate.timeline.assigned() for work in each.shape.microbatches
+            work.num_tokens for each in candidate.node_model.assigned() for work in each.shape.microbatches
         ]
-        held = activation_tokens([*there, *task.microbatch_tokens], candidate.timeline.max_in_flight)
+        held = activation_tokens([*there, *task.microbatch_tokens], candidate.node_model.max_in_flight)
         return held <= self._room.tokens
 
     def _may_wait_for_room(self, candidate: Candidate, task: TrainingTask, waited: float) -> bool:
         """Whether patience is left (`waited`: objectives), and the batch would fit on an empty node."""
-        alone = activation_tokens(task.microbatch_tokens, candidate.timeline.max_in_flight)
+        alone = activation_tokens(task.microbatch_tokens, candidate.node_model.max_in_flight)
         is_patient = waited < self._options.offload_after
         return self._room is not None and is_patient and alone <= self._room.tokens
 
@@ -173,16 +173,16 @@ class Lemix:
 
 def _layouts(found: Sequence[Candidate]) -> set[tuple[int, ...]]:
     """The ways in which stages share devices."""
-    return {candidate.timeline.devices for candidate in found}
+    return {candidate.node_model.devices for candidate in found}
 
 
 def _prospect_of_request(candidate: Candidate, alone: Alone, now_s: float) -> Prospect:
-    forecast = forecast_inference(candidate.timeline.prediction, alone, now_s)
-    return Prospect(candidate, forecast, forecast.end_s - now_s, candidate.timeline.exposure_s)
+    forecast = forecast_inference(candidate.node_model.prediction, alone, now_s)
+    return Prospect(candidate, forecast, forecast.end_s - now_s, candidate.node_model.exposure_s)
 
 
 def _prospect_of_batch(candidate: Candidate, alone: Alone, now_s: float) -> Prospect:
-    forecast = forecast_training(candidate.timeline.prediction, alone, now_s)
+    forecast = forecast_training(candidate.node_model.prediction, alone, now_s)
     return Prospect(candidate, forecast, forecast.backward[0].end_s - now_s)
 
 
@@ -198,17 +198,17 @@ def _objective_s(state: ClusterState) -> float:
 
 def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> Expected:
     """Expected requests, like those that came."""
-    timelines = {candidate.node: candidate.timeline for candidate in found}
+    node_models = {candidate.node: candidate.node_model for candidate in found}
     length = max(1, round(state.inference_lengths.mean))
     alones = {devices: inference_alone(state.costs, length, devices) for devices in _layouts(found)}
 
     def response(node: int, at_s: float) -> float:
-        timeline = timelines[node]
-        return forecast_inference(timeline.prediction, alones[timeline.devices], at_s).end_s - at_s
+        node_model = node_models[node]
+        return forecast_inference(node_model.prediction, alones[node_model.devices], at_s).end_s - at_s
 
     return Expected(
         response=response,
-        nodes=tuple(timelines),
+        nodes=tuple(node_models),
         slo_s=_objective_s(state),
         batches_per_s=state.training_rate.per_s(now_s),
     )

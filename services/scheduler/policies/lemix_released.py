@@ -6,7 +6,7 @@ from statistics import fmean
 from pydantic import Field
 
 from services.scheduler.costs import Costs
-from services.scheduler.node.timeline import NodeTimeline
+from services.scheduler.node.node_model import NodeModel
 from services.scheduler.policies.base import Arrival, Decision, Place, Wait, no_node, ready_nodes
 from services.scheduler.policies.options import Options
 from services.scheduler.policies.released_score import NodeTrace, Scored, Trained, Weights, score
@@ -48,31 +48,31 @@ class LemixReleased:
         return Place(best, scored[best].forecast)
 
     def _score(self, state: ClusterState, node: int, shape: TaskShape, now_s: float) -> Scored:
-        timeline, costs = state.timeline(node), state.costs
+        node_model, costs = state.node_model(node), state.costs
         return score(
-            trace_of(timeline, costs),
+            trace_of(node_model, costs),
             self._weights,
             release_s=now_s,
             length=shape.num_tokens,
-            forward_s=forward_s(costs, timeline.num_stages, _works(shape)),
-            backward_s=backward_s(costs, timeline.num_stages, shape.microbatches),
+            forward_s=forward_s(costs, node_model.num_stages, _works(shape)),
+            backward_s=backward_s(costs, node_model.num_stages, shape.microbatches),
         )
 
 
-def trace_of(timeline: NodeTimeline, costs: Costs) -> NodeTrace:
+def trace_of(node_model: NodeModel, costs: Costs) -> NodeTrace:
     """The facts about a node that the formula needs."""
-    last = timeline.last_assigned
+    last = node_model.last_assigned
     return NodeTrace(
-        num_stages=timeline.num_stages,
-        last_release_s=timeline.last_arrival_s,
+        num_stages=node_model.num_stages,
+        last_release_s=node_model.last_arrival_s,
         last_forward_end_s=[interval.end_s for interval in last.forward] if last else [],
         training=[
-            Trained(task.backward, backward_s(costs, timeline.num_stages, task.shape.microbatches))
-            for task in timeline.assigned()
+            Trained(task.backward, backward_s(costs, node_model.num_stages, task.shape.microbatches))
+            for task in node_model.assigned()
             if task.kind == "training" and task.backward
         ],
-        length_mean=timeline.lengths.mean,
-        length_std=timeline.lengths.std,
+        length_mean=node_model.lengths.mean,
+        length_std=node_model.lengths.std,
     )
 
 

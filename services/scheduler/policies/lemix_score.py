@@ -67,7 +67,7 @@ def cost(prospect: Prospect, question: Question, options: LemixOptions) -> float
     (duration + v * exposure) / unit + w * min(1, idle / SLO) + [inactive] - beta * exp(-z^2 / 2), where idle
     is the time that a stage stands still in front of the task (mean over stages), the node's own included.
     """
-    candidate, lengths = prospect.candidate, prospect.candidate.timeline.lengths
+    candidate, lengths = prospect.candidate, prospect.candidate.node_model.lengths
     value = (prospect.duration_s + options.exposure * prospect.exposure_s) / question.unit_s
     if options.has("idleness"):
         idle_s = candidate.idle_s + prospect.forecast.idle_s / len(prospect.forecast.forward)
@@ -90,8 +90,8 @@ def paper_score(prospect: Prospect, question: Question, options: LemixOptions) -
     The idleness profit IP is -max(II / S - gap, epsilon) and never positive: of two nodes with equal idle
     time it prefers the slower one.
     """
-    timeline, forecast = prospect.candidate.timeline, prospect.forecast
-    last_s, lengths = timeline.last_arrival_s, timeline.lengths
+    node_model, forecast = prospect.candidate.node_model, prospect.forecast
+    last_s, lengths = node_model.last_arrival_s, node_model.lengths
     gap_s = 0.0 if last_s is None else question.now_s - last_s
     idle_s = forecast.idle_s if options.has("idleness") else 0.0
     profit = -max(idle_s / len(forecast.forward) - gap_s, options.epsilon)

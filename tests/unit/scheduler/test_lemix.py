@@ -303,6 +303,6 @@ def test_deciding_changes_nothing(task: object) -> None:
     decisions = [ask(state, policy, task, 2.0) for _ in range(3)]
     assert decisions == [ask(before, policy, task, 2.0)] * 3
     assert state.status() == before.status()
-    assert [list(state.timeline(node).assigned()) == [] for node in (0, 1)] == [
-        list(before.timeline(node).assigned()) == [] for node in (0, 1)
+    assert [list(state.node_model(node).assigned()) == [] for node in (0, 1)] == [
+        list(before.node_model(node).assigned()) == [] for node in (0, 1)
     ]

@@ -99,12 +99,12 @@ def test_heartbeats_tell_which_stages_share_a_device() -> None:
     state = ClusterState(costs=LinearCosts(None))
     for stage in range(3):
         state.apply(HeartbeatSeen(heartbeat(0, stage, num_stages=3), 0.0))
-    assert state.timeline(0).devices == ()
+    assert state.node_model(0).devices == ()
     shared = structs.replace(heartbeat(0, 2, num_stages=3), first_on_device=1)
     state.apply(HeartbeatSeen(shared, 1.0))
-    assert state.timeline(0).devices == (0, 1, 1)
+    assert state.node_model(0).devices == (0, 1, 1)
     state.apply(HeartbeatSeen(heartbeat(0, 2, num_stages=3), 2.0))
-    assert state.timeline(0).devices == ()
+    assert state.node_model(0).devices == ()
 
 
 def test_a_restarted_stage_costs_the_tasks_of_its_node() -> None:
@@ -262,15 +262,15 @@ def test_progress_of_unknown_nodes_and_stages_changes_nothing() -> None:
     state.apply(StageProgressed(iterated("r", tokens=1, elapsed_s=0.1, stage=5), 0.2))
     state.apply(StageProgressed(structs.replace(iterated("r", tokens=1, elapsed_s=0.1), node=9), 0.2))
     assert state.forward_error.count == 0
-    assert state.timeline(0).prediction.is_idle
+    assert state.node_model(0).prediction.is_idle
 
 
 def test_a_lost_node_leaves_a_clean_timeline() -> None:
     state = with_nodes(0)
     state.apply(TaskAssigned(placed("r", 100), 0.0))
     state.apply(HeartbeatSeen(heartbeat(0, instance="b"), 1.0))
-    assert list(state.timeline(0).assigned()) == []
-    assert state.timeline(0).prediction.is_idle
+    assert list(state.node_model(0).assigned()) == []
+    assert state.node_model(0).prediction.is_idle
     assert state.kv_tokens_free(0) == 8
 
 

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import BACKWARD_SHARE, Forecast, Interval
-from services.scheduler.moments import RunningMoments
-from services.scheduler.node.agreement import Agreement
-from services.scheduler.node.course import predict
+from services.scheduler.node.iteration_queue import IterationQueue
 from services.scheduler.node.known_work import (
     BACKWARD,
     FORWARD,
@@ -25,9 +23,11 @@ from services.scheduler.node.known_work import (
     batch_of,
     durations_of,
 )
-from services.scheduler.node.lineup import Lineup
+from services.scheduler.node.list_schedule import predict
 from services.scheduler.node.now_running import NowRunning
 from services.scheduler.node.prediction import Prediction
+from services.scheduler.node.prediction_check import PredictionCheck
+from services.scheduler.statistics import RunningMoments
 from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import StageOp, StageProgress
@@ -46,7 +46,7 @@ class _Leaving:
     """By then its stages have told of all that they did for it."""
 
 
-class NodeTimeline:
+class NodeModel:
     """The work of one node. Only the cluster's state changes it; policies read it."""
 
     def __init__(self, num_stages: int, costs: Costs, *, feeding: Feeding = BY_DEFAULT) -> None:
@@ -68,7 +68,7 @@ class NodeTimeline:
         self._batches: dict[str, Batch] = {}
         """The training batches among them."""
         self._running = NowRunning(num_stages)
-        self._lineup = Lineup(num_stages, costs, self._running)
+        self._iterations = IterationQueue(num_stages, costs, self._running)
         self._leaving: dict[str, _Leaving] = {}
         """Tasks that have ended, in that order, and whose stages may not have told of their last ops: what is
         known of these still counts."""
@@ -82,7 +82,7 @@ class NodeTimeline:
         """When the next microbatch can enter at the earliest."""
         self._prediction: Prediction | None = None
         """None: something has happened since it was made that it did not foresee."""
-        self._agreement: Agreement | None = None
+        self._check: PredictionCheck | None = None
 
     # What policies read
 
@@ -99,7 +99,7 @@ class NodeTimeline:
     @property
     def num_decoding(self) -> int:
         """Living inference tasks whose first token is out."""
-        return len(self._lineup.decoding)
+        return len(self._iterations.decoding)
 
     @property
     def exposure_s(self) -> float:
@@ -119,7 +119,7 @@ class NodeTimeline:
         if self._prediction is None:
             at_s = self.last_active_s or 0.0
             self._prediction = predict(self._known_work(at_s), at_s)
-            self._agreement = Agreement(self._prediction)
+            self._check = PredictionCheck(self._prediction)
         return self._prediction
 
     @property
@@ -168,7 +168,7 @@ class NodeTimeline:
         else:
             ready_s, foreseen = now_s + self._costs.hop_s, self.prediction
             joins, waits = foreseen.last_entry_s > ready_s, foreseen.slot_s > ready_s
-            self._lineup.add(task, ready_s, joins=joins, waits=waits)
+            self._iterations.add(task, ready_s, joins=joins, waits=waits)
         self.last_active_s, self._prediction = now_s, None
         if forecast is not None:
             task.expected_s = self.prediction.first_tokens_s.get(task_id)
@@ -184,7 +184,7 @@ class NodeTimeline:
         self._tasks.clear()
         self._batches.clear()
         self._running.clear()
-        self._lineup.clear()
+        self._iterations.clear()
         self._leaving.clear()
         self._prediction = None
 
@@ -207,7 +207,7 @@ class NodeTimeline:
         if started is not None:
             self._running.by_stage[stage] = self._begun(stage, started.op, sent_s - started.ago_s)
         self.last_active_s = now_s
-        if self._agreement is None or not self._agreement.holds(progress, sent_s):
+        if self._check is None or not self._check.holds(progress, sent_s):
             self._prediction = None
         return through
 
@@ -228,14 +228,14 @@ class NodeTimeline:
             if leaving.batch is not None:
                 self._running.orphan(leaving.batch)
             else:
-                self._lineup.remove(task_id)
+                self._iterations.remove(task_id)
 
     def _is_done(self, leaving: "_Leaving") -> bool:
         """Whether its end is known already."""
         task = leaving.task
         if leaving.batch is not None:
             return len(leaving.batch.stepped) == self.num_stages
-        return task.first_token_s is not None and task.task_id not in self._lineup.decoding
+        return task.first_token_s is not None and task.task_id not in self._iterations.decoding
 
     def _task(self, task_id: str) -> Assigned | None:
         """A task that lives, or whose stages may still tell of it."""
@@ -249,7 +249,7 @@ class NodeTimeline:
     def _begun(self, stage: int, op: StageOp, start_s: float) -> Running | None:
         """The op that the stage runs; None when its task has ended."""
         if op.kind == "iteration":
-            iteration = self._lineup.comes(stage, op)
+            iteration = self._iterations.comes(stage, op)
             if iteration is None:
                 return None
             return Running(Op(ITERATION, iteration, 0, iteration.durations_s[stage]), start_s)
@@ -265,7 +265,7 @@ class NodeTimeline:
         return Running(Op(FORWARD if is_forward else BACKWARD, batch, op.index, durations_s[stage]), start_s)
 
     def _iterated(self, stage: int, op: StageOp, start_s: float, end_s: float) -> list[Assigned]:
-        iteration = self._lineup.comes(stage, op)
+        iteration = self._iterations.comes(stage, op)
         if iteration is not None:
             iteration.stage, iteration.ready_s = stage + 1, end_s + self._costs.hop_s
         tasks = [task for task_id in op.task_ids if (task := self._task(task_id))]
@@ -274,7 +274,7 @@ class NodeTimeline:
                 task.forward[stage] = Interval(start_s, end_s)
         if stage < self.num_stages - 1:
             return []
-        return self._lineup.leaves(op, tasks, end_s)
+        return self._iterations.leaves(op, tasks, end_s)
 
     def _trained(self, stage: int, op: StageOp, start_s: float, end_s: float) -> None:
         batch, task = self._batch(op.task_ids[0]), self._task(op.task_ids[0])
@@ -320,8 +320,8 @@ class NodeTimeline:
             running=list(self._running.by_stage),
             devices=self.devices,
             told_s=[max(told_s, now_s - self._silence_s) for told_s in self._told_s],
-            in_flight=self._lineup.in_flight,
-            formed=self._lineup.formed,
+            in_flight=self._iterations.in_flight,
+            formed=self._iterations.formed,
             after_backward=self._after_backward,
             batches=[each.batch for each in self._leaving.values() if each.batch is not None]
             + list(self._batches.values()),
@@ -329,8 +329,8 @@ class NodeTimeline:
             max_in_flight=self.max_in_flight,
             flushes=self._flushes,
         )
-        if decoding := self._lineup.decoding.values():
-            known.joins = self._lineup.decode_share()
+        if decoding := self._iterations.decoding.values():
+            known.joins = self._iterations.decode_share()
             decode_s = durations_of(known.joins, self._costs, self.num_stages)
             num_parallel = min(1.0, len(decoding) / self.num_stages)
             known.decode_gap_s = [0.0] * self.num_stages

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from services.scheduler.moments import RATE_WINDOW_S, ArrivalRate, MeanError, RunningMoments
+from services.scheduler.statistics import RATE_WINDOW_S, ArrivalRate, MeanError, RunningMoments
 
 
 def test_moments_are_those_of_the_population() -> None:

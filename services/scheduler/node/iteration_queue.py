@@ -42,7 +42,7 @@ class _Formed:
         return self.carried.num_tokens + sum(part.num_tokens for part in self.parts)
 
 
-class Lineup:
+class IterationQueue:
     """Iterations of one node, from the placement of a request to its last token."""
 
     def __init__(self, num_stages: int, costs: Costs, running: NowRunning) -> None:

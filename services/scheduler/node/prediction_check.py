@@ -10,7 +10,7 @@ TOLERANCE = 0.02
 KINDS: dict[OpKind, int] = {"iteration": ITERATION, "step": STEP, "backward": BACKWARD, "forward": FORWARD}
 
 
-class Agreement:
+class PredictionCheck:
     """How far each stage has come in a prediction."""
 
     def __init__(self, prediction: Prediction) -> None:

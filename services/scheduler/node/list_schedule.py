@@ -31,10 +31,10 @@ _END, _WAKE = 8, 9
 
 def predict(known: KnownWork, now_s: float) -> Prediction:
     """Predict the ops of everything known, from `now_s` on."""
-    return _Course(known, now_s).prediction()
+    return _ListSchedule(known, now_s).prediction()
 
 
-class _Course:
+class _ListSchedule:
     """A little discrete-event simulation: arrivals at stages, and ends of ops."""
 
     def __init__(self, known: KnownWork, now_s: float) -> None:
