@@ -86,6 +86,10 @@ class CudaIpcLink:
             raise CarrierError(f"nobody has accepted {self._writer.path}")
         return self._writer.put(tensor)
 
+    def take_back(self, ref: TensorRef) -> None:
+        """Free its slot."""
+        self._writer.take_back(ref)
+
     @property
     def is_lost(self) -> bool:
         """Memory lasts as long as the two processes."""

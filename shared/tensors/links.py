@@ -31,6 +31,10 @@ class OutgoingLink(Protocol):
         """Hand over a tensor that nobody writes to any more. Raises CarrierError when that cannot be done."""
         ...
 
+    def take_back(self, ref: TensorRef) -> None:
+        """Give back the room of a tensor that was put, of which the consumer has not been told."""
+        ...
+
     @property
     def is_lost(self) -> bool:
         """Whether it has broken, though both sides may live. Any thread may ask."""
@@ -87,6 +91,11 @@ class SharedMemoryLink:
                 "stages of a node must share LEMIX_SHM_DIR"
             )
         return inline.put(tensor)
+
+    def take_back(self, ref: TensorRef) -> None:
+        """Free its slot, if it has one."""
+        if ref.carrier == shm.CARRIER:
+            self._arena.take_back(ref)
 
 
 class Reader(Protocol):

@@ -82,6 +82,10 @@ class LocalLink:
     def put(self, tensor: Tensor) -> TensorRef:
         return self._tensors.put(self._place, tensor)
 
+    def take_back(self, ref: TensorRef) -> None:
+        """Let go of it."""
+        self._tensors.discard(ref)
+
     @property
     def is_lost(self) -> bool:
         """Nothing lies between the two that could break."""

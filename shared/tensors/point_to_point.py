@@ -82,6 +82,9 @@ class CollectiveLink:
             generation=number,
         )
 
+    def take_back(self, ref: TensorRef) -> None:
+        """Nothing can be done: it is being sent, and keeps its room until the link is made anew."""
+
     def _until_taken(self, wait: Callable[[], Any]) -> None:
         """Its room is free again then. When the connection is lost, the next `put` says so."""
         assert self._connection is not None

@@ -159,6 +159,10 @@ class RingWriter:
         ring.written[slot] = ref.generation
         return ref
 
+    def take_back(self, ref: TensorRef) -> None:
+        """Free the slot of a tensor that the consumer, who does not know of it, will never read."""
+        self._ring.read[ref.slot] = ref.generation
+
     def _free_slot(self, timeout_s: float) -> int:
         deadline_s = time.monotonic() + timeout_s
         while (slot := self._first_free()) is None:

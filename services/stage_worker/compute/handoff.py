@@ -21,6 +21,11 @@ from shared.tensors.ref import TensorRef
 
 NUM_TIED_SLOTS = 2
 """One end of the pipeline may gather its next batch while the other still reads the one before."""
+SLOTS_PER_STAGE = 3
+"""As many microbatches and as many iterations may be on their way as the node has stages; a microbatch of
+preferences has two tensors.
+"""
+SPARE_SLOTS = 3
 _ELEMENT_BYTES = 4
 
 log = logging.getLogger(__name__)
@@ -66,7 +71,8 @@ class Handoff:
             self._outgoing.pop((peer, purpose)).close()
         name = f"lemix-{self._instance}-{peer}-{instance}-{purpose}"
         rows = vocab_size if purpose == "tied" else self._max_rows
-        num_slots = NUM_TIED_SLOTS if purpose == "tied" else 2 * self._settings.num_stages + 3
+        room = SLOTS_PER_STAGE * self._settings.num_stages + SPARE_SLOTS
+        num_slots = NUM_TIED_SLOTS if purpose == "tied" else room
         link = self._cheapest(name, instance, rows * hidden_size * _ELEMENT_BYTES, num_slots)
         offer = link.offer(self._settings.stage, self._instance, purpose)
         self._outgoing[peer, purpose], self._offered[peer, purpose] = link, (instance, offer.carrier)
@@ -119,6 +125,15 @@ class Handoff:
     def put(self, peer: int, tensor: Tensor, purpose: LinkPurpose = "activations") -> TensorRef:
         """Hand over a tensor that nobody writes to any more. Raises CarrierError when that cannot be done."""
         return self._outgoing[peer, purpose].put(tensor)
+
+    def put_both(self, peer: int, tensor: Tensor, other: Tensor) -> tuple[TensorRef, TensorRef]:
+        """Hand over two tensors of activations, or none of them. Raises CarrierError."""
+        first = self.put(peer, tensor)
+        try:
+            return first, self.put(peer, other)
+        except Exception:
+            self._outgoing[peer, "activations"].take_back(first)
+            raise
 
     def take(self, ref: TensorRef) -> Tensor:
         """Raises CarrierError; StaleTensorError when it is gone."""

@@ -107,16 +107,16 @@ class StageCompute:
 
     def forward(self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None) -> ForwardOutput:
         loaded, layers = self.loaded, self.loaded.stage.layers
-        inputs = self._as_tensor(rows, sum(microbatch.lengths))
-        given = inputs if reference is None else self._as_tensor(reference, sum(microbatch.lengths))
+        inputs, given = self._both(rows, reference, sum(microbatch.lengths))
         self._check_tokens(microbatch.labels)
         has_pairs = microbatch.beta is not None
         of_reference = loaded.microbatches.reference(microbatch, given) if has_pairs else None
         version, outputs = loaded.microbatches.forward(microbatch, inputs, of_reference)
         if not layers.is_last:
-            sent = self._handoff.put(layers.stage + 1, outputs)
-            with_it = None if of_reference is None else self._handoff.put(layers.stage + 1, of_reference)
-            return ForwardOutput(version, hidden=sent, reference=with_it)
+            if of_reference is None:
+                return ForwardOutput(version, hidden=self._handoff.put(layers.stage + 1, outputs))
+            hidden, with_it = self._handoff.put_both(layers.stage + 1, outputs, of_reference)
+            return ForwardOutput(version, hidden=hidden, reference=with_it)
         turns = not microbatch.backward_after_all
         gradient = self.backward(microbatch.batch_id, microbatch.index, None) if turns else None
         return ForwardOutput(version, loss=outputs.item(), gradient=gradient)
@@ -222,6 +222,18 @@ class StageCompute:
         if isinstance(inputs, Tensor):
             return inputs
         return torch.tensor(inputs, dtype=torch.int64, device=self._device)
+
+    def _both(self, rows: Rows, reference: TensorRef | None, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Inputs for the weights that train and for the reference: the same where none is given. Raises as
+        `_inputs`; then neither tensor keeps its room.
+        """
+        try:
+            inputs = self._as_tensor(rows, num_rows)
+        except Exception:
+            if reference is not None:
+                self._handoff.discard(reference)
+            raise
+        return inputs, inputs if reference is None else self._as_tensor(reference, num_rows)
 
     def _squared_norm(self, batch_id: str) -> float:
         stage = self.loaded.stage

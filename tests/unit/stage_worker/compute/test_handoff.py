@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.stage_worker.compute.handoff import Handoff
+from services.stage_worker.compute.handoff import SLOTS_PER_STAGE, SPARE_SLOTS, Handoff
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.settings import StageWorkerSettings
+from shared.errors import CarrierError
 from shared.messages.cluster import LinkAnswer, LinkOffer
 from shared.tensors.gpu_memory import FindGpu, gpu_named
+from shared.tensors.ref import TensorRef
 from tests.support.played_gpu import PlayedGpu
 
 CPU = torch.device("cpu")
@@ -76,6 +78,35 @@ def test_a_gpu_whose_memory_cannot_be_shared_is_passed_over(tmp_path: Path) -> N
         handoff(tmp_path, 1, find_gpu=gpu.find) as consumer,
     ):
         assert carriers_until_accepted(producer, consumer) == ["shm"]
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_of_two_tensors_neither_keeps_its_room_when_there_is_none_for_the_other(
+    is_local: bool, tmp_path: Path
+) -> None:
+    local = LocalStages()
+    if is_local:
+        local.enter("instance-1", "cpu")
+    with handoff(tmp_path, 0, local=local) as producer, handoff(tmp_path, 1, local=local) as consumer:
+        carriers_until_accepted(producer, consumer)
+        link = producer._outgoing[1, "activations"]
+        put, refused = link.put, torch.zeros(2, 8)
+
+        def put_but_one(tensor: torch.Tensor) -> TensorRef:
+            if tensor is refused:
+                raise CarrierError("no room")
+            return put(tensor)
+
+        link.put = put_but_one  # type: ignore[method-assign]
+        taken_back = 2 * (SLOTS_PER_STAGE * 2 + SPARE_SLOTS)
+        for _ in range(taken_back):
+            with pytest.raises(CarrierError, match="no room"):
+                producer.put_both(1, torch.ones(2, 8), refused)
+        both = producer.put_both(1, torch.ones(2, 8), torch.full((2, 8), 2.0))
+        assert [consumer.take(ref).mean().item() for ref in both] == [1.0, 2.0]
+    if is_local:
+        assert not any(local.tensors._unread.values())
+        local.leave("instance-1")
 
 
 def test_stages_of_one_process_need_no_memory(tmp_path: Path) -> None:

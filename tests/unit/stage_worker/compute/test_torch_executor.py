@@ -59,7 +59,7 @@ async def test_only_the_tied_gradient_gets_slots_of_the_vocabularys_size(tmp_pat
     rows = await executor.offer(1, "peer", "activations")
     tied = await executor.offer(1, "peer", "tied")
     await executor.close()
-    assert (rows.purpose, rows.slot_bytes, rows.num_slots) == ("activations", ROWS * HIDDEN_SIZE * 4, 6)
+    assert (rows.purpose, rows.slot_bytes, rows.num_slots) == ("activations", ROWS * HIDDEN_SIZE * 4, 9)
     assert (tied.purpose, tied.slot_bytes) == ("tied", VOCAB_SIZE * HIDDEN_SIZE * 4)
     assert tied.num_slots == NUM_TIED_SLOTS
     assert rows.place != tied.place
