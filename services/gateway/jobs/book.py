@@ -6,10 +6,11 @@ from functools import partial
 
 from pydantic_core import to_json
 
-from services.gateway.jobs import job as job_state
-from services.gateway.jobs import objects
-from services.gateway.jobs.job import Happening, Job, Outcome
+from services.gateway.jobs import objects, transitions
+from services.gateway.jobs.happenings import Happening
+from services.gateway.jobs.job import Job
 from services.gateway.jobs.store import CHECKPOINTS, EVENTS, LISTS, VERDICTS, JobStore
+from services.gateway.jobs.transitions import Outcome
 from services.gateway.jobs.verdicts import after_verdicts
 from shared.clock import Clock
 from shared.disk import on_disk
@@ -49,11 +50,11 @@ class JobBook:
     def add(self, job: Job) -> Job:
         """Add a new job."""
         self.next_number = job.number + 1
-        return self._take(job_state.created(job))
+        return self._take(transitions.created(job))
 
     def happen(self, job_id: str, happening: Happening) -> Job:
         """Apply an event to a job; returns the job after it."""
-        return self._become(job_id, job_state.after(self._jobs[job_id], happening, self._now_s))
+        return self._become(job_id, transitions.after(self._jobs[job_id], happening, self._now_s))
 
     def judge(self, job_id: str, status: WeightsStatus) -> Job:
         """Apply what the trainer tells of all weights; returns the job after it."""
@@ -102,7 +103,7 @@ class JobBook:
         for number, saved in enumerate(outcome.saved, start=before.num_checkpoints):
             unsaved[CHECKPOINTS].append(to_json(objects.checkpoint(before, number, saved, now_s)))
         unsaved[VERDICTS] += map(to_json, outcome.verdicts)
-        self._jobs[before.id] = job_state.counted(outcome)
+        self._jobs[before.id] = transitions.counted(outcome)
         return self._jobs[before.id]
 
 

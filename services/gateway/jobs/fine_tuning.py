@@ -9,7 +9,8 @@ from services.gateway.access.keys import Key
 from services.gateway.http.errors import ApiError
 from services.gateway.jobs.book import JobBook
 from services.gateway.jobs.files import FileDeleted, FileLimits, FileStore
-from services.gateway.jobs.job import Cancelled, Job, VersionVerdict
+from services.gateway.jobs.happenings import Cancelled
+from services.gateway.jobs.job import Job, VersionVerdict
 from services.gateway.jobs.objects import (
     FineTuningJob,
     JobCheckpoint,

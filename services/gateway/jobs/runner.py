@@ -8,20 +8,17 @@ from contextlib import suppress
 from services.gateway.http.errors import ApiError
 from services.gateway.jobs.book import JobBook
 from services.gateway.jobs.files import FileStore
-from services.gateway.jobs.job import (
+from services.gateway.jobs.happenings import (
     Failed,
     Happening,
-    Job,
-    JobError,
     Published,
     RequestAnswered,
     Started,
     ToPublish,
     Unknown,
     Validated,
-    due,
-    job_of,
 )
+from services.gateway.jobs.job import Job, JobError, job_of
 from services.gateway.jobs.job_overlap import JobOverlap
 from services.gateway.jobs.training_file import (
     AbandonedError,
@@ -29,6 +26,7 @@ from services.gateway.jobs.training_file import (
     TrainingFile,
     read_training_file,
 )
+from services.gateway.jobs.transitions import due
 from services.gateway.jobs.verdict_watch import VerdictWatch
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings

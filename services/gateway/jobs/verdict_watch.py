@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from services.gateway.jobs.book import JobBook
-from services.gateway.jobs.job import Failed
+from services.gateway.jobs.happenings import Failed
 from services.gateway.jobs.verdicts import awaited, no_verdict
 from shared.bus.base import Bus
 from shared.clock import Clock

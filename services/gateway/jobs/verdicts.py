@@ -4,16 +4,9 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import NamedTuple
 
-from services.gateway.jobs.job import (
-    Failed,
-    Job,
-    JobError,
-    Note,
-    Outcome,
-    Succeeded,
-    VersionVerdict,
-    after,
-)
+from services.gateway.jobs.happenings import Failed, Succeeded
+from services.gateway.jobs.job import Job, JobError, Note, VersionVerdict
+from services.gateway.jobs.transitions import Outcome, after
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsStatus
 
 ALL_NODES = -1

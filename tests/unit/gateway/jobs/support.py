@@ -2,15 +2,9 @@
 
 from typing import Any
 
-from services.gateway.jobs.job import (
-    Happening,
-    Hyperparameters,
-    Job,
-    Outcome,
-    Started,
-    Validated,
-    after,
-)
+from services.gateway.jobs.happenings import Happening, Started, Validated
+from services.gateway.jobs.job import Hyperparameters, Job
+from services.gateway.jobs.transitions import Outcome, after
 
 NOW_S = 1000
 

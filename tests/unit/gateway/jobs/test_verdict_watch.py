@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from services.gateway.jobs.job import Happening, Job, after
+from services.gateway.jobs.happenings import Happening
+from services.gateway.jobs.job import Job
+from services.gateway.jobs.transitions import after
 from services.gateway.jobs.verdict_watch import VERDICT_DEADLINE_S, VerdictWatch
 from services.gateway.jobs.verdicts import after_verdicts
 from shared.errors import BusError

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from services.gateway.jobs.job import Job, Outcome, SavedSteps, Step, VersionVerdict
+from services.gateway.jobs.job import Job, SavedSteps, Step, VersionVerdict
 from services.gateway.jobs.objects import checkpoint, judged
+from services.gateway.jobs.transitions import Outcome
 from services.gateway.jobs.verdicts import after_verdicts
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsStatus
 from tests.support.fake_trainer import node_weights

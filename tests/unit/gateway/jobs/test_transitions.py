@@ -7,12 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from services.gateway.jobs.job import (
+from services.gateway.jobs.happenings import (
     Cancelled,
     Failed,
-    Job,
-    JobError,
-    Outcome,
     Published,
     RequestAnswered,
     Started,
@@ -20,14 +17,9 @@ from services.gateway.jobs.job import (
     ToPublish,
     Unknown,
     Validated,
-    after,
-    counted,
-    created,
-    due,
-    estimated_finish,
-    job_of,
-    matches,
 )
+from services.gateway.jobs.job import Job, JobError, estimated_finish, job_of, matches
+from services.gateway.jobs.transitions import Outcome, after, counted, created, due
 from shared.messages.training import (
     BatchApplied,
     BatchDeferred,
