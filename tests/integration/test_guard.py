@@ -229,11 +229,16 @@ async def withheld_and_durable(node: Node, run_dir: Path, num_good: int) -> Node
     if num_good:
         await publish(node, [HELD_OUT] * num_good)
         await weights_when(node, lambda found: found.published == found.durable_version == num_good)
-        await until(lambda: (read := checkpoints.read(folder_of(run_dir, num_good))) and read.may_serve)
+        await until_it_may_serve_after_a_crash(run_dir, num_good)
     await publish(node, BAD[:PERIOD], first=num_good)
     return await weights_when(
         node, lambda found: found.last_withheld == found.durable_version == num_good + PERIOD
     )
+
+
+async def until_it_may_serve_after_a_crash(run_dir: Path, version: int) -> None:
+    """The verdict is on the disk, too."""
+    await until(lambda: (read := checkpoints.read(folder_of(run_dir, version))) and read.may_serve)
 
 
 async def test_rises_do_not_add_up_over_a_restart_of_the_trainer(tmp_path: Path) -> None:
@@ -470,6 +475,7 @@ async def test_a_share_of_what_is_published_is_held_out_and_judges_also_over_a_r
         async with training(node, model, run_dir, **settings):
             await publish(node, batches)
             found = await weights_when(node, lambda found: found.published == len(trained))
+            await until_it_may_serve_after_a_crash(run_dir, len(trained))
         async with training(node, model, run_dir, **settings):
             again = await first_evaluated(node)
             await publish(node, batches, first=len(batches))

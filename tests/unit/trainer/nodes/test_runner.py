@@ -17,9 +17,8 @@ class Guarded:
 
     def __init__(self, published: int) -> None:
         self.node, self.fence, self.version = 0, 1, 5
-        publishing = SimpleNamespace(
-            published=published, why_withheld=lambda version: "", rise=lambda held_out: 1.0
-        )
+        limits = SimpleNamespace(rise=lambda held_out: 1.0)
+        publishing = SimpleNamespace(published=published, why_withheld=lambda version: "", limits=limits)
         self.work = SimpleNamespace(publishing=publishing)
         self.verdicts: list[Any] = []
         self.actions = ActionRunner(
