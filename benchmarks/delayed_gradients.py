@@ -9,7 +9,7 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -47,7 +47,7 @@ class Variant:
     """One way to train."""
 
     schedule: ScheduleName
-    stashing: StashingName
+    stashing: StashingName | Literal["none"]
     microbatches: int
     optimizer: OptimizerName
 

@@ -9,10 +9,9 @@ ScheduleName = Literal["async", "1f1b", "gpipe", "dp"]
 in the weights. `dp`: nodes of one stage, whose gradients are averaged over the nodes at each step.
 """
 
-StashingName = Literal["full", "double", "none"]
+StashingName = Literal["full", "double"]
 """Old weights that a stage keeps for microbatches in flight. `full`: as many versions as they need. `double`:
-two, the newest and the one before; batches wait for room. `none`: only the newest, so that a step changes the
-weights between a microbatch's forward and its backward: wrong on purpose, to measure what stashing is worth.
+two, the newest and the one before; batches wait for room.
 """
 
 MergeName = Literal["none", "average", "outer", "allreduce"]

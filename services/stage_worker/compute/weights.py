@@ -14,6 +14,7 @@ themselves; elsewhere those are the masters, rounded, and gradients are summed i
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class StageWeights:
         optimizer: OptimizerSettings,
         *,
         version: int,
-        stashing: StashingName = "full",
+        stashing: StashingName | Literal["none"] = "full",
         dtype: torch.dtype = torch.float32,
         in_place: bool = False,
     ) -> None:
