@@ -89,7 +89,8 @@ def _lines(found: WholeLineage, label: str) -> Iterator[str]:
     if found.node is None:
         yield f"{label}: version {found.version} is the model as it was given, and has learnt nothing"
         return
-    yield f"{label}, node {found.node}: version {found.version} has learnt {found.version} batches"
+    batches = "batch" if found.version == 1 else "batches"
+    yield f"{label}, node {found.node}: version {found.version} has learnt {found.version} {batches}"
     if found.num_unknown:
         yield f"1 to {found.num_unknown}: unknown, learnt before lineages were kept"
     for number, batch in enumerate(found.batches, start=found.num_unknown + 1):

@@ -58,6 +58,11 @@ def test_each_batch_is_one_line_and_the_newest_the_last(tmp_path: Path) -> None:
     ]
 
 
+def test_a_single_batch_is_named_as_one(tmp_path: Path) -> None:
+    root = run_with(tmp_path, [batch(1)])
+    assert shown(root, 1)[0] == "run one, node 0: version 1 has learnt 1 batch"
+
+
 def test_batches_from_before_lineages_were_kept_are_unknown(tmp_path: Path) -> None:
     root = run_with(tmp_path, [batch(9)], begun_at=8)
     assert shown(root, 9) == [
