@@ -59,6 +59,22 @@ class Sampling(Message):
         return self.repetition_penalty != 1
 
 
+class Objective(Message):
+    """The times that a client expects of its answer; None: those of the run."""
+
+    ttft_s: PositiveFloat | None = None
+    """From its arrival to its first token."""
+    tbt_s: PositiveFloat | None = None
+    """Between two of its tokens."""
+    when_late: Literal["refuse", "serve_last"] | None = None
+    """Where it cannot have its first token in time any more."""
+    priority: int = 0
+    """Lower goes first."""
+
+
+RUN_OBJECTIVE = Objective()
+
+
 class InferenceTask(Message):
     """One sequence to complete. gateway -> scheduler -> stage 0 of the chosen node."""
 
@@ -76,6 +92,7 @@ class InferenceTask(Message):
     """It runs only where nothing else would, in iterations of its own."""
     weights_version: int | None = None
     """The version to run with, which the stages keep; None: the one that is served."""
+    objective: Objective = RUN_OBJECTIVE
 
 
 class Placed(Message):
