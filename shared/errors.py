@@ -77,10 +77,12 @@ class RefusedError(BusError):
     """The other side answered with a refusal.
 
     Raise it in a responder to refuse; `request` raises it again at the asking side.
-    `code` is an HTTP status: it ends up in front of a person.
+    `code` is an HTTP status: it ends up in front of a person. `retry_after_s`: when asking again makes
+    sense; None: nobody knows.
     """
 
-    def __init__(self, reason: str, *, code: int = 503) -> None:
+    def __init__(self, reason: str, *, code: int = 503, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.code = code
+        self.retry_after_s = retry_after_s

@@ -17,6 +17,8 @@ MAX_RUNNING_REQUESTS = 64
 """Requests that one subscription answers at once, unless it says otherwise."""
 ERROR_HEADER = "lemix-error"
 """On a reply that refuses: the HTTP status; the body is the reason."""
+RETRY_HEADER = "lemix-retry-after"
+"""On a reply that refuses for now: seconds after which to ask again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class Delivery(Protocol):
 
     async def reply(self, message: Message) -> None: ...
 
-    async def refuse(self, code: int, reason: str) -> None: ...
+    async def refuse(self, refusal: RefusedError) -> None: ...
 
 
 Receiver = Callable[[Delivery], Awaitable[None]]
@@ -122,14 +122,15 @@ class Dispatcher:
             message = delivery.read(subject.message)
         except MalformedMessageError as error:
             self._count_malformed(subject.name, delivery, error)
-            await delivery.refuse(400, str(error))
+            await delivery.refuse(RefusedError(str(error), code=400))
             return
         try:
             await delivery.reply(await responder(Incoming(message, delivery.traceparent)))
         except RefusedError as refusal:
-            await delivery.refuse(refusal.code, refusal.reason)
+            await delivery.refuse(refusal)
         except Exception as error:
-            await delivery.refuse(500, f"the responder of {subject.name} failed: {type(error).__name__}")
+            reason = f"the responder of {subject.name} failed: {type(error).__name__}"
+            await delivery.refuse(RefusedError(reason, code=500))
             raise
 
     async def guard(self, name: str, work: Callable[[T], Awaitable[None]], argument: T) -> None:

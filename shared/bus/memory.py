@@ -302,8 +302,10 @@ class _MemoryDelivery:
         self.sender.check_size_of(message, "a reply")
         self.sender.broker.answer(self, message)
 
-    async def refuse(self, code: int, reason: str) -> None:
-        self.sender.broker.answer(self, RefusedError(reason, code=code))
+    async def refuse(self, refusal: RefusedError) -> None:
+        # A copy: the responder's own has its traceback, and both sides may raise theirs.
+        copy = RefusedError(refusal.reason, code=refusal.code, retry_after_s=refusal.retry_after_s)
+        self.sender.broker.answer(self, copy)
 
     def settle(self, answer: Message | RefusedError) -> None:
         """The answer has arrived; the first one counts."""

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import random
 import secrets
+from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ from nats.js.errors import BadRequestError, NotFoundError
 from shared.bus.base import (
     ERROR_HEADER,
     MAX_RUNNING_REQUESTS,
+    RETRY_HEADER,
     SCHEMA_HEADER,
     SCHEMA_VERSION,
     TRACE_HEADER,
@@ -167,7 +169,7 @@ class NatsBus:
                 subject.name, body, timeout=timeout_s, headers=self._headers(traceparent)
             )
         if reply.headers and ERROR_HEADER in reply.headers:
-            raise RefusedError(reply.data.decode(), code=int(reply.headers[ERROR_HEADER]))
+            raise _refusal_in(reply.data, reply.headers)
         return subject.reply.unpack(reply.data)
 
     async def respond(
@@ -365,8 +367,18 @@ class _NatsDelivery:
         self._bus.check_size(f"the reply to {self._msg.subject}", len(body))
         await self._bus.reply_to(self._msg, body, {})
 
-    async def refuse(self, code: int, reason: str) -> None:
-        await self._bus.reply_to(self._msg, reason.encode(), {ERROR_HEADER: str(code)})
+    async def refuse(self, refusal: RefusedError) -> None:
+        headers = {ERROR_HEADER: str(refusal.code)}
+        if refusal.retry_after_s is not None:
+            headers[RETRY_HEADER] = str(refusal.retry_after_s)
+        await self._bus.reply_to(self._msg, refusal.reason.encode(), headers)
+
+
+def _refusal_in(body: bytes, headers: Mapping[str, str]) -> RefusedError:
+    """The refusal that a reply carries."""
+    wait_s = headers.get(RETRY_HEADER)
+    retry_after_s = None if wait_s is None else float(wait_s)
+    return RefusedError(body.decode(), code=int(headers[ERROR_HEADER]), retry_after_s=retry_after_s)
 
 
 class _Subscription:

@@ -145,16 +145,19 @@ async def test_requests_run_concurrently_and_at_most_so_many_at_once(
     assert most == limit
 
 
-async def test_a_refusal_arrives_with_reason_and_code(connect: Connect) -> None:
+@pytest.mark.parametrize("retry_after_s", [None, 0.25, 120.0])
+async def test_a_refusal_arrives_with_reason_code_and_time(
+    connect: Connect, retry_after_s: float | None
+) -> None:
     asker, answerer = await connect(), await connect()
 
     async def refuse(incoming: Incoming[CancelTask]) -> Placed:
-        raise RefusedError("no node is ready", code=503)
+        raise RefusedError("no node is ready", code=503, retry_after_s=retry_after_s)
 
     await answerer.respond(ASK, refuse)
     with pytest.raises(RefusedError, match="no node is ready") as caught:
         await asker.request(ASK, cancel(1), timeout_s=5)
-    assert caught.value.code == 503
+    assert (caught.value.code, caught.value.retry_after_s) == (503, retry_after_s)
 
 
 async def test_a_request_that_nobody_hears_fails_at_once(connect: Connect) -> None:

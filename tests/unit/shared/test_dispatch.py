@@ -7,6 +7,7 @@ import pytest
 
 from shared.bus.base import Incoming
 from shared.bus.dispatch import Dispatcher
+from shared.errors import RefusedError
 from shared.messages.base import Done
 from shared.subjects import RequestSubject
 
@@ -27,8 +28,8 @@ class Arrived:
     async def reply(self, message: Any) -> None:
         self.replies.append(message)
 
-    async def refuse(self, code: int, reason: str) -> None:
-        self.replies.append(reason)
+    async def refuse(self, refusal: RefusedError) -> None:
+        self.replies.append(refusal)
 
 
 async def agree(incoming: Incoming[Done]) -> Done:
