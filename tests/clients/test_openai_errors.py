@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from shared.errors import RefusedError
 from tests.clients.ways import MODEL, async_client_of
 from tests.support import gateway
 from tests.support.gateway import gateway_world, says, served
@@ -88,6 +89,37 @@ async def test_one_request_too_many_is_a_rate_limit() -> None:
         with pytest.raises(openai.RateLimitError):
             await client.chat.completions.create(**HELLO_TINY)
         await first.close()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_client_that_comes_too_early_waits_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    waits_s = []
+
+    async def wait(seconds: float) -> None:
+        waits_s.append(seconds)
+
+    async with (
+        gateway_world(says("Hello.")) as world,
+        served(world) as address,
+        async_client_of(address, max_retries=1) as client,
+    ):
+        monkeypatch.setattr("openai._base_client.anyio.sleep", wait)
+        world.cluster.refusals = [late(1.25)]
+        answer = await client.chat.completions.create(**HELLO_TINY, stream=streamed)
+        if isinstance(answer, openai.AsyncStream):
+            await answer.close()
+        world.cluster.refusals = [late(1.25), late(2.5)]
+        with pytest.raises(openai.RateLimitError, match="cannot be in time") as refused:
+            await client.chat.completions.create(**HELLO_TINY, stream=streamed)
+    assert waits_s == [1.25, 1.25]
+    assert refused.value.code == "rate_limit_exceeded"
+    assert refused.value.response.headers["retry-after"] == "3"
+
+
+def late(retry_after_s: float) -> RefusedError:
+    return RefusedError("the first token cannot be in time", code=429, retry_after_s=retry_after_s)
 
 
 async def test_keys_that_are_wrong_or_of_the_wrong_scope_are_refused(tmp_path: Path) -> None:

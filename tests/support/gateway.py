@@ -32,6 +32,7 @@ from shared.bus.memory import MemoryBroker
 from shared.chat_template import ChatTemplate
 from shared.clock import IdSource, SystemClock
 from shared.encoding import ExampleEncoder
+from shared.errors import RefusedError
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
 from shared.messages.inference import (
     CancelTask,
@@ -103,6 +104,8 @@ class FakeCluster:
     slo_s: float = 0.0
     version: int = VERSION
     """The version of the weights that the node says it has."""
+    refusals: list[RefusedError] = field(default_factory=list)
+    """The next requests are refused with them."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is clear, placements are not answered."""
 
@@ -133,6 +136,8 @@ class FakeCluster:
         task = incoming.message
         self.traceparents.append(incoming.traceparent)
         self.submitted.put_nowait(task)
+        if self.refusals:
+            raise self.refusals.pop(0)
         if self.script is not None:  # before the reply, so that tokens overtake it
             await self.produce(task, *self.script(task))
         await self.gate.wait()

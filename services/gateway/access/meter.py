@@ -1,10 +1,8 @@
 """The use of one key, against its limits."""
 
-from math import ceil
-
 from services.gateway.access.keys import Key
 from services.gateway.access.rate_limit import Bucket
-from services.gateway.http.errors import ApiError
+from services.gateway.http.errors import rate_limited
 from shared.clock import Clock
 
 
@@ -49,8 +47,7 @@ class Meter:
         wait_s = bucket.wait_s(amount)
         if wait_s > 0:
             message = f"rate limit reached: this key has {bucket.per_minute} {unit} a minute"
-            headers = {"retry-after": str(ceil(wait_s))}
-            raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+            raise rate_limited(message, retry_after_s=wait_s)
         self._buckets[unit] = bucket.without(amount)
 
     def _now(self, unit: str) -> Bucket:

@@ -19,7 +19,7 @@ from services.gateway.feedback.feedback_store import FeedbackRecord, FeedbackSto
 from services.gateway.feedback.lesson_check import faults_of
 from services.gateway.feedback.objects import FeedbackObject, FeedbackRequest, feedback_object
 from services.gateway.feedback.publisher import FeedbackPublisher
-from services.gateway.http.errors import ApiError
+from services.gateway.http.errors import ApiError, rate_limited
 from services.gateway.jobs.paging import ObjectList, Page, list_object
 from services.gateway.openai.schema import invalid
 from services.gateway.settings import GatewaySettings
@@ -203,8 +203,7 @@ class Feedback:
         if await _kept(on_disk(partial(store.num_of_answer, answer_id))) >= MAX_OF_ANSWER:
             raise invalid("id", f"{MAX_OF_ANSWER} feedbacks on one answer are taken at most")
         if num_lessons and await _kept(on_disk(store.num_unfinished)) + num_lessons > MAX_UNFINISHED:
-            message = f"{MAX_UNFINISHED} corrections are on their way already"
-            raise ApiError(429, message, code="rate_limit_exceeded")
+            raise rate_limited(f"{MAX_UNFINISHED} corrections are on their way already")
 
     async def _tidy(self, parts: _Parts) -> None:
         """Save answers, and forget what is old, for ever."""

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.http.bodies import bounded_stream, is_json, is_upload
 from services.gateway.http.content_encoding import decode
-from services.gateway.http.errors import ApiError
+from services.gateway.http.errors import ApiError, rate_limited
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 
@@ -42,7 +42,7 @@ class BodyReader:
         """The callable that the route receives from. Raises ApiError, ClientGoneError."""
         try:
             if self._num_running > self._settings.max_concurrent_requests:
-                raise ApiError(429, "too many requests at once", code="rate_limit_exceeded")
+                raise rate_limited("too many requests at once")
             if not is_upload(Headers(scope=scope)):
                 return _replay(await self._read(Request(scope, receive)), receive)
             _refuse_encoded_upload(Headers(scope=scope))

@@ -1,6 +1,7 @@
 """The answer to a request that cannot be answered."""
 
 from collections.abc import Mapping
+from math import ceil
 
 from pydantic import BaseModel
 
@@ -42,6 +43,20 @@ class ApiError(LemixError):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def rate_limited(message: str, *, retry_after_s: float | None = None) -> ApiError:
+    """The error to raise for a request that is one too many; None: when to ask again, nobody knows."""
+    headers = _retry_headers(retry_after_s)
+    return ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+
+
+def _retry_headers(retry_after_s: float | None) -> dict[str, str]:
+    """The headers that say when to ask again: in whole seconds, and as OpenAI's clients prefer it."""
+    if retry_after_s is None:
+        return {}
+    told = {"retry-after": retry_after_s, "retry-after-ms": retry_after_s * 1000}
+    return {name: str(max(1, ceil(amount))) for name, amount in told.items()}
+
+
 class ErrorDetail(BaseModel):
     """The fault, in OpenAI's words."""
 
@@ -67,8 +82,10 @@ def as_api_error(error: LemixError) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RefusedError(code=429):
+            return rate_limited(error.reason, retry_after_s=error.retry_after_s)
         case RefusedError():
-            return ApiError(error.code, error.reason)
+            return ApiError(error.code, error.reason, headers=_retry_headers(error.retry_after_s))
         case NoResponderError():
             return ApiError(503, "no scheduler is running")
         case MessageTooLargeError():

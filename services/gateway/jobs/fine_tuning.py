@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from services.gateway.access.keys import Key
-from services.gateway.http.errors import ApiError
+from services.gateway.http.errors import ApiError, rate_limited
 from services.gateway.jobs.book import JobBook
 from services.gateway.jobs.files import FileDeleted, FileLimits, FileStore
 from services.gateway.jobs.happenings import Cancelled
@@ -188,8 +188,7 @@ class FineTuning:
             return
         ended = next((job for job in self._book if job.has_ended), None)
         if ended is None:
-            message = f"{self._settings.max_jobs} fine-tuning jobs wait or run already"
-            raise ApiError(429, message, code="rate_limit_exceeded")
+            raise rate_limited(f"{self._settings.max_jobs} fine-tuning jobs wait or run already")
         try:
             await self._book.remove(ended.id)
         except OSError as error:

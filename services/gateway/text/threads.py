@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from services.gateway.http.errors import ApiError
+from services.gateway.http.errors import rate_limited
 
 NUM_THREADS = 2
 """The work releases the interpreter's lock, so that two texts are read at the same time."""
@@ -31,7 +31,7 @@ class TextThreads:
         if size <= SHORT:
             return work()
         if self._num_waiting >= self._max_waiting:
-            raise ApiError(429, "too many texts wait to be tokenised", code="rate_limit_exceeded")
+            raise rate_limited("too many texts wait to be tokenised")
         self._num_waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
