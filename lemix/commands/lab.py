@@ -65,6 +65,7 @@ def simulate(
     from lemix.simulation.command import run_simulate
     from lemix.simulation.trace import read_trace
     from lemix.simulation.workload import WorkloadOptions
+    from services.scheduler.objectives import Objectives
 
     is_drawn = trace is None and arrivals == "poisson"
     run_simulate(
@@ -78,7 +79,7 @@ def simulate(
             costs=costs,
             seed=seed,
             hop_s=hop_ms / 1000,
-            slo_factor=slo_factor,
+            objectives=Objectives(slo_factor=slo_factor),
         ),
         WorkloadOptions(
             num_tasks=tasks,

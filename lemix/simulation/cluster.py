@@ -13,6 +13,7 @@ from typing import Any
 from lemix.simulation.faults import NO_FAULTS, Faults, carriage
 from lemix.simulation.loop import VirtualClock
 from services.scheduler.costs import costs_named
+from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
@@ -70,7 +71,7 @@ class SimulationOptions:
     hop_s: float = HOP_S
     handover_s: float = 0.0
     """Seconds from the end of an op on a device until its service knows."""
-    slo_factor: float = 5.0
+    objectives: Objectives = DEFAULT_OBJECTIVES
     faults: Faults = NO_FAULTS
     stage_settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of every stage worker (see StageWorkerSettings)."""
@@ -219,14 +220,13 @@ class SimulatedCluster:
     async def _scheduler(self, world: World) -> None:
         options, profile = self._options, self._devices.profile
         room = TrainingRoom.of(profile) if profile else None
-        slo_s = profile.model_forward_s(profile.reference_tokens) * options.slo_factor if profile else None
         policy = policy_named(options.policy, self._policy_rng.random, room)
         await Scheduler(
             world,
             policy,
             costs=costs_named(options.costs, profile if uses_profile(policy) else None, options.hop_s),
-            slo_s=slo_s,
-            slo_factor=options.slo_factor,
+            mean_prompt=MeanPrompt.of(profile) if profile else None,
+            objectives=options.objectives,
             feeding=Feeding(schedule=options.schedule),
         ).run()
 

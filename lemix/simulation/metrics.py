@@ -1,6 +1,6 @@
 """The metrics of a run. Pure; docs/metrics.md defines each number."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
@@ -46,10 +46,17 @@ class RunMetrics:
     response_error: float | None
 
 
-def metrics_of(record: RunRecord, *, slo_s: float) -> RunMetrics:
-    """Measure a run; a request keeps the objective when its first token came within `slo_s`."""
+def metrics_of(
+    record: RunRecord, *, slo_s: float, objective_s: Callable[[int], float] | None = None
+) -> RunMetrics:
+    """Measure a run.
+
+    A request keeps the objective when its first token came in time: within `objective_s` of the length of its
+    longest prompt (None: within `slo_s`, the objective of a prompt of mean length).
+    """
+    objective_s = objective_s or (lambda length: slo_s)
     answered = [request for request in record.requests if not request.error]
-    num_within = sum(_is_within(request, slo_s) for request in record.requests)
+    num_within = sum(_is_within(request, objective_s(max(request.lengths))) for request in record.requests)
     ttfts_s = [ttft_s for request in answered if (ttft_s := _ttft_s(request)) is not None]
     tbts_s = [gap_s for request in answered for gap_s in _gaps_s(request)]
     responses_s = [request.ended_s - request.arrived_s for request in answered]

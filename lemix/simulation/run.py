@@ -1,6 +1,7 @@
 """One simulated run: from plain options to what happened and what it amounts to."""
 
 import random
+from functools import partial
 
 from lemix.simulation.cluster import Compute, SimulationOptions, nothing, simulated_cluster
 from lemix.simulation.drive import DriveOptions, drive
@@ -8,6 +9,7 @@ from lemix.simulation.loop import run_virtual
 from lemix.simulation.metrics import RunMetrics, metrics_of
 from lemix.simulation.record import RunRecord
 from lemix.simulation.workload import Workload, WorkloadOptions, plan
+from services.scheduler.objectives import MeanPrompt
 from services.trainer.settings import TrainerSettings
 from shared.profiles.profile import profile_named
 
@@ -18,7 +20,12 @@ def simulate(options: SimulationOptions, workload: WorkloadOptions) -> tuple[Run
     Raises ConfigurationError naming the option that is wrong.
     """
     record = simulated(options, planned(workload, options.seed))
-    return record, metrics_of(record, slo_s=slo_s(options))
+    return record, measured(record, options)
+
+
+def measured(record: RunRecord, options: SimulationOptions) -> RunMetrics:
+    """The metrics of a run on that cluster, by its objectives."""
+    return metrics_of(record, slo_s=slo_s(options), objective_s=partial(objective_s, options))
 
 
 def simulated(options: SimulationOptions, workload: Workload, compute: Compute = nothing) -> RunRecord:
@@ -35,9 +42,15 @@ def planned(workload: WorkloadOptions, seed: int) -> Workload:
 
 
 def slo_s(options: SimulationOptions) -> float:
-    """The objective for the time to first token: of the profile alone, so the same for every policy."""
+    """The objective for the first token of a prompt of mean length."""
     profile = profile_named(options.profile, options.stages)
-    return options.slo_factor * profile.model_forward_s(profile.reference_tokens)
+    return objective_s(options, profile.reference_tokens)
+
+
+def objective_s(options: SimulationOptions, num_tokens: int) -> float:
+    """The objective for a prompt's first token: of the profile alone, so the same for every policy."""
+    profile = profile_named(options.profile, options.stages)
+    return options.objectives.first_token_s(num_tokens, MeanPrompt.of(profile), profile.model_forward_s)
 
 
 def drive_options(options: SimulationOptions) -> DriveOptions:

@@ -6,7 +6,7 @@ bound may be out of reach, but what is above it is impossible.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from shared.profiles.times import NO_WORK, StageTimes, Work, work_of_rows
 
@@ -33,6 +33,8 @@ class Request:
     at_s: float
     lengths: tuple[int, ...]
     """Tokens of each prompt."""
+    objective_s: float
+    """The longest time to its first token that it allows."""
 
 
 def ttft_s(pipelines: Pipelines, num_tokens: int) -> float:
@@ -55,31 +57,33 @@ def response_s(pipelines: Pipelines, request: Request) -> float:
     return ttft_s(pipelines, max(request.lengths))
 
 
-def slo_alone(pipelines: Pipelines, requests: Sequence[Request], slo_s: float) -> float:
-    """Share of the requests that can meet the objective at all: the others miss it on an empty node."""
-    return sum(response_s(pipelines, request) <= slo_s for request in requests) / len(requests)
+def slo_alone(pipelines: Pipelines, requests: Sequence[Request]) -> float:
+    """Share of the requests that can meet their objective at all: the others miss it on an empty node."""
+    return sum(response_s(pipelines, request) <= request.objective_s for request in requests) / len(requests)
 
 
-def slo_clairvoyant(pipelines: Pipelines, requests: Sequence[Request], slo_s: float) -> float:
+def slo_clairvoyant(pipelines: Pipelines, requests: Sequence[Request]) -> float:
     """Share of the requests that a clairvoyant scheduler could serve in time if there were no training.
 
     Easier than the truth: all nodes together are one that is N times as fast; of each request only its
     share of an endless batch at the most loaded stage is counted; the other stages only narrow its window,
-    by as much as they do for the shortest prompt. What is left is to choose the most jobs with releases and
-    dues in the same order on one machine, which the rule of Kise, Ibaraki and Mine (1978) solves exactly:
-    take jobs in order of their dues, and whenever one is late, drop the job without which the rest is over
-    first.
+    by as much as they do for the shortest prompt; and none is due before one that came earlier. What is left
+    is to choose the most jobs with releases and dues in the same order on one machine, which the rule of
+    Kise, Ibaraki and Mine (1978) solves exactly: take jobs in order of their dues, and whenever one is late,
+    drop the job without which the rest is over first.
     """
-    able = [request for request in requests if response_s(pipelines, request) <= slo_s]
+    able = [request for request in requests if response_s(pipelines, request) <= request.objective_s]
     if not able:
         return 0.0
     stage = max(range(len(pipelines.times)), key=lambda stage: sum(_shares(pipelines, able, stage)))
     shortest = work_of_rows(0, min(min(request.lengths) for request in able))
     head_s = sum(times.iteration_s(shortest) for times in pipelines.times[:stage])
     tail_s = sum(times.iteration_s(shortest) for times in pipelines.times[stage + 1 :])
+    able.sort(key=lambda request: request.at_s)
+    dues_s = accumulate((request.at_s + request.objective_s for request in able), max)
     jobs = [
-        Job(request.at_s + head_s, share_s / pipelines.nodes, request.at_s + slo_s - tail_s)
-        for request, share_s in zip(able, _shares(pipelines, able, stage), strict=True)
+        Job(request.at_s + head_s, share_s / pipelines.nodes, due_s - tail_s)
+        for request, share_s, due_s in zip(able, _shares(pipelines, able, stage), dues_s, strict=True)
     ]
     return num_on_time(sorted(jobs, key=lambda job: job.due_s)) / len(requests)
 
@@ -178,13 +182,14 @@ def tasks_per_node_s(
 
 
 def tasks_per_node_s_in_time(
-    pipelines: Pipelines, requests: Sequence[Request], batches: Sequence[Sequence[int]], slo_s: float
+    pipelines: Pipelines, requests: Sequence[Request], batches: Sequence[Sequence[int]]
 ) -> float:
     """The same for runs that serve every request in time: then nodes are in use while requests arrive.
 
     A node counts from its first op to its last. N nodes that take over from each other leave at most N - 1
-    gaps, and each begins at the earliest with an arrival and ends at the latest `slo_s` after the next one.
+    gaps, and each begins at the earliest with an arrival and ends at the latest when the next one is due.
     """
+    slo_s = max(request.objective_s for request in requests)
     arrivals_s = sorted(request.at_s for request in requests)
     gaps_s = sorted((later - earlier + slo_s for earlier, later in pairwise(arrivals_s)), reverse=True)
     window_s = arrivals_s[-1] - arrivals_s[0] - slo_s - sum(gaps_s[: pipelines.nodes - 1])

@@ -4,8 +4,7 @@ import gc
 from random import Random
 
 from lemix.simulation.computing import embedded_model
-from lemix.simulation.metrics import metrics_of
-from lemix.simulation.run import planned, simulated, slo_s
+from lemix.simulation.run import measured, planned, simulated
 from lemix.studies.grid import Cell
 from lemix.studies.learning_metrics import loss_metrics
 from lemix.studies.learning_texts import bulletins, with_texts
@@ -20,5 +19,5 @@ def run_learning(cell: Cell) -> Metrics:
     record = simulated(cell.cluster, workload, embedded_model())
     gc.unfreeze()  # stages freeze all that they load, as if their process ended with them
     gc.collect()
-    metrics = metrics_of(record, slo_s=slo_s(cell.cluster))
+    metrics = measured(record, cell.cluster)
     return {**as_numbers(metrics, cell.workload), **loss_metrics(record.requests)}

@@ -11,8 +11,7 @@ from dataclasses import replace
 import uvloop
 
 from lemix.simulation.cluster import HOP_S, SimulationOptions
-from lemix.simulation.metrics import metrics_of
-from lemix.simulation.run import simulate, slo_s
+from lemix.simulation.run import measured, simulate
 from lemix.simulation.workload import WorkloadOptions
 from lemix.studies import paper
 from lemix.studies.charts import chart_by
@@ -94,7 +93,7 @@ def run_both(cell: Cell) -> Metrics:
     served and trained in time.
     """
     record, overheads = uvloop.run(run_cluster(cell.cluster, cell.workload))
-    real = as_numbers(metrics_of(record, slo_s=slo_s(cell.cluster)), cell.workload)
+    real = as_numbers(measured(record, cell.cluster), cell.workload)
     alike = replace(cell.cluster, hop_s=overheads.hop_s, handover_s=overheads.handover_s)
     return {
         **real,

@@ -134,7 +134,7 @@ def cluster_options(options: SimulationOptions, folder: Path) -> ClusterOptions:
             "LEMIX_COSTS": options.costs,
             "LEMIX_DISCIPLINE": options.discipline,
             "LEMIX_SCHEDULE": options.schedule,
-            "LEMIX_SLO_FACTOR": str(options.slo_factor),
+            "LEMIX_SLO_FACTOR": str(options.objectives.slo_factor),
             "LEMIX_MAX_MICROBATCH_TOKENS": str(MAX_MICROBATCH_TOKENS),
             "LEMIX_CHECKPOINT_EVERY": str(NEVER),
             "LEMIX_CHECKPOINT_IDLE_S": str(NEVER),

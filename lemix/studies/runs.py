@@ -6,7 +6,7 @@ from functools import partial
 
 from lemix.simulation.cluster import devices_of
 from lemix.simulation.metrics import RunMetrics
-from lemix.simulation.run import planned, simulate, slo_s
+from lemix.simulation.run import objective_s, planned, simulate, slo_s
 from lemix.simulation.workload import WorkloadOptions
 from lemix.studies import bounds
 from lemix.studies.bounds import Pipelines, Request
@@ -45,26 +45,29 @@ def _numbers(metrics: RunMetrics) -> Iterator[tuple[str, float | None]]:
 
 def bound_metrics(cell: Cell) -> Metrics:
     """Bounds under the names of the metrics they bound; times are bounded from below, all else from above."""
-    workload, limit_s = planned(cell.workload, cell.cluster.seed), slo_s(cell.cluster)
+    workload = planned(cell.workload, cell.cluster.seed)
     pipelines = Pipelines(
         nodes=cell.cluster.nodes,
         times=devices_of(cell.cluster).times,
         hop_s=cell.cluster.hop_s,
         max_iteration_tokens=_max_iteration_tokens(cell),
     )
-    requests = [Request(each.at_s, each.lengths) for each in workload.requests]
+    requests = [
+        Request(each.at_s, each.lengths, objective_s(cell.cluster, max(each.lengths)))
+        for each in workload.requests
+    ]
     batches = [each.lengths for each in workload.batches]
-    slo = bounds.slo_clairvoyant(pipelines, requests, limit_s)
+    slo = bounds.slo_clairvoyant(pipelines, requests)
     return {
         SLO: slo,
-        "slo_attainment_alone": bounds.slo_alone(pipelines, requests, limit_s),
+        "slo_attainment_alone": bounds.slo_alone(pipelines, requests),
         GOODPUT: slo * len(requests) / requests[-1].at_s,
         THROUGHPUT: bounds.tasks_per_node_s(pipelines, requests, batches),
-        f"{THROUGHPUT}{IN_TIME}": bounds.tasks_per_node_s_in_time(pipelines, requests, batches, limit_s),
+        f"{THROUGHPUT}{IN_TIME}": bounds.tasks_per_node_s_in_time(pipelines, requests, batches),
         TRAINING: bounds.training_tokens_per_s(pipelines, batches, _gate(cell, pipelines)),
         "ttft_mean_s": sum(bounds.response_s(pipelines, each) for each in requests) / len(requests),
         "tbt_mean_s": bounds.tbt_s(pipelines) if cell.workload.max_tokens[1] > 1 else None,
-        "slo_s": limit_s,
+        "slo_s": slo_s(cell.cluster),
     }
 
 

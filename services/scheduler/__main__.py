@@ -4,6 +4,7 @@ import random
 import sys
 
 from services.scheduler.costs import costs_named
+from services.scheduler.objectives import MeanPrompt
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
@@ -20,15 +21,14 @@ def serving(settings: SchedulerSettings) -> ServiceMain:
     room = TrainingRoom.of(profile) if profile else None
     policy = policy_named(settings.policy, random.SystemRandom().random, room)
     costs = costs_named(settings.costs, profile if uses_profile(policy) else None, settings.hop_s)
-    slo_s = settings.slo_factor * profile.model_forward_s(profile.reference_tokens) if profile else None
 
     async def serve(world: World) -> None:
         await Scheduler(
             world,
             policy,
             costs=costs,
-            slo_s=slo_s,
-            slo_factor=settings.slo_factor,
+            objectives=settings.objectives,
+            mean_prompt=MeanPrompt.of(profile) if profile else None,
             feeding=Feeding(schedule=settings.schedule),
         ).run()
 

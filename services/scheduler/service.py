@@ -8,9 +8,9 @@ from dataclasses import replace
 from opentelemetry.trace import Span, use_span
 
 from services.scheduler.costs import Costs
+from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.policies.base import Arrival, Place, Policy, Refuse, Task, Wait
 from services.scheduler.state import (
-    DEFAULT_SLO_FACTOR,
     MAX_REMEMBERED,
     OVERDUE_SLACK_S,
     ClusterState,
@@ -80,8 +80,8 @@ class Scheduler:
         policy: Policy,
         *,
         costs: Costs,
-        slo_s: float | None = None,
-        slo_factor: float = DEFAULT_SLO_FACTOR,
+        objectives: Objectives = DEFAULT_OBJECTIVES,
+        mean_prompt: MeanPrompt | None = None,
         feeding: Feeding = BY_DEFAULT,
     ) -> None:
         """See `ClusterState` for what follows `policy`."""
@@ -89,7 +89,9 @@ class Scheduler:
         self._clock = world.clock
         self._telemetry = world.telemetry
         self._policy = policy
-        self._state = ClusterState(costs=costs, slo_s=slo_s, slo_factor=slo_factor, feeding=feeding)
+        self._state = ClusterState(
+            costs=costs, objectives=objectives, mean_prompt=mean_prompt, feeding=feeding
+        )
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -8,6 +8,7 @@ from typing import assert_never
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import Forecast
 from services.scheduler.node.node_model import NodeModel
+from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.statistics import ArrivalRate, MeanError, RunningMoments
 from services.scheduler.tasks import NO_SHAPE, TaskShape, work_of_op
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
@@ -20,8 +21,6 @@ LOST_AFTER_S = 3 * HEARTBEAT_S
 """A stage that was silent for this long is lost, and its node with it."""
 OVERDUE_SLACK_S = 5.0
 """How long after a task's own deadline its node still counts it, should nobody report its end."""
-DEFAULT_SLO_FACTOR = 5.0
-"""The objective in forward times of a lone prompt, as in the paper."""
 MAX_REMEMBERED = 4096
 """Tasks that have asked for a node and got none, of which the time of their first asking is kept."""
 
@@ -150,16 +149,17 @@ class ClusterState:
         self,
         *,
         costs: Costs,
-        slo_s: float | None = None,
-        slo_factor: float = DEFAULT_SLO_FACTOR,
+        objectives: Objectives = DEFAULT_OBJECTIVES,
+        mean_prompt: MeanPrompt | None = None,
         feeding: Feeding = BY_DEFAULT,
     ) -> None:
-        """`slo_s`: the objective for the time to first token; None: `slo_factor` times what the costs say
-        of a prompt of mean length. `feeding`: how the trainer feeds batches.
+        """`mean_prompt`: None: of the mean length so far, with the time that costs say.
+
+        `feeding`: how the trainer feeds batches.
         """
         self.costs = costs
-        self._slo_s = slo_s
-        self._slo_factor = slo_factor
+        self.objectives = objectives
+        self._mean_prompt = mean_prompt
         self.inference_rate = ArrivalRate()
         self.training_rate = ArrivalRate()
         self.inference_lengths = RunningMoments()
@@ -214,13 +214,29 @@ class ClusterState:
 
     @property
     def slo_s(self) -> float:
-        """The objective: from a request's arrival to its first token."""
-        if self._slo_s is not None:
-            return self._slo_s
-        work = work_of_rows(0, max(1, round(self.inference_lengths.mean)))
-        return self._slo_factor * sum(
-            self.costs.iteration_s(stage, work) for stage in range(self.costs.num_stages or 1)
-        )
+        """The objective of a prompt of mean length: from its arrival to its first token."""
+        return self.ttft_slo_s(self.mean_prompt.num_tokens)
+
+    def ttft_slo_s(self, num_tokens: int) -> float:
+        """The run's objective for a prompt of that length: from its arrival to its first token."""
+        mean = self.mean_prompt
+
+        def forward_s(num_tokens: int) -> float:
+            return mean.forward_s * self._forward_s(num_tokens) / self._forward_s(mean.num_tokens)
+
+        return self.objectives.first_token_s(num_tokens, mean, forward_s)
+
+    @property
+    def mean_prompt(self) -> MeanPrompt:
+        """A prompt of mean length: as given, or as they came."""
+        if self._mean_prompt is not None:
+            return self._mean_prompt
+        num_tokens = max(1, round(self.inference_lengths.mean))
+        return MeanPrompt(num_tokens, self._forward_s(num_tokens))
+
+    def _forward_s(self, num_tokens: int) -> float:
+        work = work_of_rows(0, num_tokens)
+        return sum(self.costs.iteration_s(stage, work) for stage in range(self.costs.num_stages or 1))
 
     @property
     def num_nodes(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from services.scheduler.costs import Costs
+from services.scheduler.objectives import Objectives
 from services.scheduler.policies.base import Arrival, Decision, Place, Policy, Task
 from services.scheduler.state import (
     ClusterState,
@@ -62,7 +63,9 @@ def cluster(
     costs: Costs | None = None,
 ) -> ClusterState:
     """All alike and idle."""
-    state = ClusterState(costs=costs or LinearCosts(num_stages), slo_s=SLO_S)
+    state = ClusterState(
+        costs=costs or LinearCosts(num_stages), objectives=Objectives(ttft_s=SLO_S, when_late="serve_last")
+    )
     for node in (*nodes, *unready):
         for stage in range(num_stages):
             beat = heartbeat(node, stage, num_stages=num_stages, ready=node in nodes)

@@ -4,6 +4,7 @@ import pytest
 from msgspec import structs
 
 from services.scheduler.forecast import Forecast, Interval
+from services.scheduler.objectives import Objectives
 from services.scheduler.state import (
     LOST_AFTER_S,
     MAX_REMEMBERED,
@@ -238,11 +239,11 @@ def test_a_placed_task_that_asks_again_is_no_new_arrival() -> None:
 
 
 def test_the_objective_follows_the_mean_prompt_where_no_profile_says() -> None:
-    state = ClusterState(costs=LinearCosts(2), slo_factor=4.0)
+    state = ClusterState(costs=LinearCosts(2), objectives=Objectives(slo_factor=4.0))
     for task_id, tokens in (("r", 10), ("s", 30)):
         state.apply(TaskArrived(task_id, "inference", TaskShape(prompt_tokens=tokens), 0.0))
     assert state.slo_s == pytest.approx(4.0 * 2 * 0.020)
-    assert ClusterState(costs=LinearCosts(2), slo_s=1.5).slo_s == 1.5
+    assert ClusterState(costs=LinearCosts(2), objectives=Objectives(ttft_s=1.5)).slo_s == 1.5
 
 
 def test_errors_of_costs_and_of_forecasts_are_measured() -> None:

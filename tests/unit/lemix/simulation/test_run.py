@@ -18,6 +18,7 @@ from lemix.simulation.workload import (
     Workload,
     WorkloadOptions,
 )
+from services.scheduler.objectives import Objectives
 from shared.profiles.profile import stage_times
 from shared.profiles.times import work_of_rows
 
@@ -154,6 +155,6 @@ def test_training_that_takes_too_long_is_cut_off() -> None:
 def test_the_objective_does_not_depend_on_the_policy() -> None:
     objective_s = slo_s(CLUSTER)
     assert slo_s(replace(CLUSTER, policy="random", nodes=7)) == objective_s
-    assert slo_s(replace(CLUSTER, slo_factor=10.0)) == pytest.approx(2 * objective_s)
+    assert slo_s(replace(CLUSTER, objectives=Objectives(slo_factor=10.0))) == pytest.approx(2 * objective_s)
     alone_s = sum(stage_times(PROFILE, stage, 2).iteration_s(work_of_rows(0, 150)) for stage in range(2))
     assert objective_s == pytest.approx(5 * alone_s, rel=0.05)

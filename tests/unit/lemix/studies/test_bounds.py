@@ -78,19 +78,19 @@ def test_behind_stage_0_a_long_prompt_counts_with_one_row() -> None:
 
 
 def test_a_prompt_that_is_too_long_for_the_objective_is_lost_to_anybody() -> None:
-    requests = [Request(0.0, (50,)), Request(10.0, (50,)), Request(20.0, (200,))]
+    requests = [Request(0.0, (50,), 1.0), Request(10.0, (50,), 1.0), Request(20.0, (200,), 1.0)]
     one = pipelines(Linear())
-    assert bounds.slo_alone(one, requests, slo_s=1.0) == 2 / 3
-    assert bounds.slo_clairvoyant(one, requests, slo_s=1.0) == 2 / 3
+    assert bounds.slo_alone(one, requests) == 2 / 3
+    assert bounds.slo_clairvoyant(one, requests) == 2 / 3
 
 
 def test_who_arrives_at_once_shares_the_devices() -> None:
     """Ten seconds of work at once, and 3 s for it: three on one node, six on two; batches cannot be cheaper
     here.
     """
-    requests = [Request(0.0, (100,)) for _ in range(10)]
-    assert bounds.slo_clairvoyant(pipelines(Linear()), requests, slo_s=3.0) == 0.3
-    assert bounds.slo_clairvoyant(pipelines(Linear(), nodes=2), requests, slo_s=3.0) == 0.6
+    requests = [Request(0.0, (100,), 3.0) for _ in range(10)]
+    assert bounds.slo_clairvoyant(pipelines(Linear()), requests) == 0.3
+    assert bounds.slo_clairvoyant(pipelines(Linear(), nodes=2), requests) == 0.6
 
 
 def test_what_is_fixed_costs_a_large_batch_nothing() -> None:
@@ -99,15 +99,15 @@ def test_what_is_fixed_costs_a_large_batch_nothing() -> None:
 
 def test_node_seconds_are_at_least_the_work_of_the_most_loaded_stage() -> None:
     two = pipelines(Linear(), Linear(token_s=0.02))
-    per_node_s = bounds.tasks_per_node_s(two, [Request(0.0, (100,))], [[50]])
+    per_node_s = bounds.tasks_per_node_s(two, [Request(0.0, (100,), 1.0)], [[50]])
     assert per_node_s == pytest.approx(2 / (2.0 + (1.0 + 2.0 + 1.0)))
 
 
 def test_who_serves_in_time_is_in_use_while_requests_arrive() -> None:
-    requests = [Request(10.0 * number, (1,)) for number in range(11)]
-    one = bounds.tasks_per_node_s_in_time(pipelines(Linear()), requests, [], slo_s=1.0)
+    requests = [Request(10.0 * number, (1,), 1.0) for number in range(11)]
+    one = bounds.tasks_per_node_s_in_time(pipelines(Linear()), requests, [])
     assert one == pytest.approx(11 / (100.0 - 1.0))
-    two = bounds.tasks_per_node_s_in_time(pipelines(Linear(), nodes=2), requests, [], slo_s=1.0)
+    two = bounds.tasks_per_node_s_in_time(pipelines(Linear(), nodes=2), requests, [])
     assert two == pytest.approx(11 / (100.0 - 1.0 - (10.0 + 1.0)))
 
 
