@@ -62,6 +62,7 @@ def progress() -> StageProgress:
         num_tokens=8,
         num_pairs=800,
         num_sequences=8,
+        num_context_tokens=800,
     )
     ended = tuple(OpEnded(op=op, elapsed_s=0.01, ago_s=0.0) for _ in range(4))
     return StageProgress(node=0, stage=1, ended=ended, running=OpStarted(op=op, ago_s=0.001))

@@ -121,12 +121,5 @@ def medians(measured: Sequence[MeasuredOp]) -> tuple[ProfilePoint, ...]:
         if op.kind != "step":
             repeats[op.kind, op.work].append(op.elapsed_s)
     return tuple(
-        ProfilePoint(
-            kind=kind,
-            num_tokens=work.num_tokens,
-            num_pairs=work.num_pairs,
-            num_sequences=work.num_sequences,
-            elapsed_s=median(elapsed_s),
-        )
-        for (kind, work), elapsed_s in repeats.items()
+        ProfilePoint.of(kind, work, median(elapsed_s)) for (kind, work), elapsed_s in repeats.items()
     )

@@ -99,9 +99,7 @@ def request_s(times: StageTimes, request: Request) -> float:
 
 def inference_share_s(times: StageTimes, num_tokens: int) -> float:
     """Least time that a prompt takes on a stage: its share of an iteration with very many like it."""
-    one = work_of_rows(0, num_tokens)
-    many = Work(*(LARGE_BATCH * part for part in (one.num_tokens, one.num_pairs, one.num_sequences)))
-    return times.iteration_s(many) / LARGE_BATCH
+    return times.iteration_s(work_of_rows(0, num_tokens) * LARGE_BATCH) / LARGE_BATCH
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from lemix.studies.runner import StudyFailedError
 from shared.bus.base import Incoming
 from shared.clock import Clock
 from shared.messages.events import OpEnded, StageOp, StageProgress
-from shared.profiles.times import StageTimes, Work
+from shared.profiles.times import StageTimes
 
 IDLE_S = 0.001
 """A stage that had so long nothing to do had no op handed to its device ahead."""
@@ -80,7 +80,7 @@ class OverheadProbe:
 
     def _device_s(self, device: Device, op: StageOp) -> float:
         """How long the device takes; no batch of the study is offloaded."""
-        times, work = self._times[device[1]], Work(op.num_tokens, op.num_pairs, op.num_sequences)
+        times, work = self._times[device[1]], op.work
         match op.kind:
             case "iteration":
                 return times.iteration_s(work)

@@ -10,7 +10,7 @@ from services.scheduler.forecast import Forecast
 from services.scheduler.node.node_model import NodeModel
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.statistics import ArrivalRate, MeanError, RunningMoments
-from services.scheduler.tasks import NO_SHAPE, TaskShape, work_of_op
+from services.scheduler.tasks import NO_SHAPE, TaskShape
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageProgress
 from shared.profiles.times import work_of_rows
@@ -396,7 +396,7 @@ class ClusterState:
 
     def _learn(self, stage: int, ended: OpEnded) -> None:
         op, costs = ended.op, self.costs
-        work = work_of_op(op)
+        work = op.work
         if op.kind == "iteration":
             self.forward_error.add(costs.iteration_s(stage, work), ended.elapsed_s)
         elif op.kind == "forward":

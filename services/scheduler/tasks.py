@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from services.scheduler.forecast import Interval
 from shared.messages.cluster import TaskKind
-from shared.messages.events import StageOp
 from shared.messages.inference import InferenceTask
 from shared.messages.training import TrainingTask
 from shared.profiles.times import NO_WORK, Work, work_of_rows
@@ -39,11 +38,6 @@ def shape_of(task: InferenceTask | TrainingTask) -> TaskShape:
 
 def _work_of_examples(lengths: Sequence[int]) -> Work:
     return sum((work_of_rows(0, length) for length in lengths), NO_WORK)
-
-
-def work_of_op(op: StageOp) -> Work:
-    """The size of an op in a stage's report."""
-    return Work(op.num_tokens, op.num_pairs, op.num_sequences)
 
 
 @dataclass(slots=True, eq=False)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from shared.messages.base import Message
+from shared.profiles.times import Work
 
 OpKind = Literal["iteration", "forward", "backward", "step"]
 """`iteration`: inference. `forward` and `backward`: of a training microbatch; on the last stage its
@@ -22,6 +23,13 @@ class StageOp(Message):
     num_pairs: int
     """Sum over rows of the positions that each attends to, its own included."""
     num_sequences: int
+    num_context_tokens: int
+    """Positions whose keys and values are read, each sequence's once, its new rows included."""
+
+    @property
+    def work(self) -> Work:
+        """Its size."""
+        return Work(self.num_tokens, self.num_pairs, self.num_sequences, self.num_context_tokens)
 
 
 class OpEnded(Message):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from shared.messages.events import OpKind
 from shared.profiles.fit import MAX_TABLE
 from shared.profiles.records import ProfilePoint, StageMemory, StageProfile
 from shared.profiles.roofline import TRAINED_BYTES, USABLE_MEMORY, WEIGHT_BYTES, Roofline
@@ -35,30 +34,21 @@ def computed_stage(times: Roofline) -> StageProfile:
 
 
 def _computed_points(times: Roofline) -> Iterator[ProfilePoint]:
-    def point(kind: OpKind, work: Work, elapsed_s: float) -> ProfilePoint:
-        return ProfilePoint(
-            kind=kind,
-            num_tokens=work.num_tokens,
-            num_pairs=work.num_pairs,
-            num_sequences=work.num_sequences,
-            elapsed_s=elapsed_s,
-        )
-
     for work in _decoding(times.model.context_length):
-        yield point("iteration", work, times.iteration_s(work))
+        yield ProfilePoint.of("iteration", work, times.iteration_s(work))
     for work in _whole_sequences(times.model.context_length):
-        yield point("iteration", work, times.iteration_s(work))
+        yield ProfilePoint.of("iteration", work, times.iteration_s(work))
         if times.layers.is_last:
-            yield point("forward", work, times.forward_s(work) + times.backward_s(work))
+            yield ProfilePoint.of("forward", work, times.forward_s(work) + times.backward_s(work))
         else:
-            yield point("forward", work, times.forward_s(work))
-            yield point("backward", work, times.backward_s(work))
+            yield ProfilePoint.of("forward", work, times.forward_s(work))
+            yield ProfilePoint.of("backward", work, times.backward_s(work))
 
 
 def _decoding(context_length: int) -> Iterator[Work]:
     for num_sequences in DECODING_SEQUENCES:
         for context in (*DECODING_CONTEXTS, context_length):
-            yield Work(num_sequences, num_sequences * context, num_sequences)
+            yield work_of_rows(context - 1, 1) * num_sequences
 
 
 def _whole_sequences(context_length: int) -> Iterator[Work]:
@@ -68,10 +58,9 @@ def _whole_sequences(context_length: int) -> Iterator[Work]:
         yield work_of_rows(0, length)
     for num_sequences in WHOLE_SEQUENCES:
         for length in lengths[::STEPS_PER_DOUBLING]:
-            whole = work_of_rows(0, length)
             if num_sequences * length > MAX_TABLE:
                 break
-            yield Work(num_sequences * length, num_sequences * whole.num_pairs, num_sequences)
+            yield work_of_rows(0, length) * num_sequences
 
 
 def _token_counts(limit: int) -> list[int]:

@@ -42,7 +42,7 @@ class FittedTimes:
             self.by_tokens.at(work.num_tokens)
             + self.by_sequences.at(work.num_sequences)
             + self.pair_s * work.num_pairs
-            + self.context_token_s * work.context_tokens
+            + self.context_token_s * work.num_context_tokens
         )
 
 
@@ -79,7 +79,7 @@ def _features(work: Work, token_knots: Sequence[int], sequence_knots: Sequence[i
     return [
         1.0,
         work.num_pairs,
-        work.context_tokens,
+        work.num_context_tokens,
         *(max(0, work.num_tokens - knot) for knot in token_knots),
         *(max(0, work.num_sequences - knot) for knot in sequence_knots),
     ]

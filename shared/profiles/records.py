@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.documents import Document
 from shared.messages.events import OpKind
 from shared.profiles.devices import PCIE_4_BYTES_PER_S
 from shared.profiles.fit import FittedTimes, fitted_times
+from shared.profiles.old_points import completed
 from shared.profiles.times import Work
 
 
@@ -19,11 +21,29 @@ class ProfilePoint(Document):
     num_tokens: int = Field(ge=1)
     num_pairs: int = Field(ge=1)
     num_sequences: int = Field(ge=1)
+    num_context_tokens: int = Field(ge=1)
     elapsed_s: float = Field(gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, point: Any) -> Any:
+        return completed(point) if isinstance(point, dict) else point
+
+    @classmethod
+    def of(cls, kind: OpKind, work: Work, elapsed_s: float) -> "ProfilePoint":
+        """The point of an op of this size."""
+        return cls(
+            kind=kind,
+            num_tokens=work.num_tokens,
+            num_pairs=work.num_pairs,
+            num_sequences=work.num_sequences,
+            num_context_tokens=work.num_context_tokens,
+            elapsed_s=elapsed_s,
+        )
 
     @property
     def work(self) -> Work:
-        return Work(self.num_tokens, self.num_pairs, self.num_sequences)
+        return Work(self.num_tokens, self.num_pairs, self.num_sequences, self.num_context_tokens)
 
 
 class StageMemory(Document):

@@ -110,7 +110,7 @@ class Roofline:
     def _attention_s(self, work: Work) -> float:
         """Prefill computes, decoding reads keys and values; each has little of the other: they are added."""
         flops = 4 * work.num_pairs * self.model.hidden_size * self.layers.num_layers
-        return self._computed_s(flops) + self._moved_s(work.context_tokens * self.kv_bytes_per_token)
+        return self._computed_s(flops) + self._moved_s(work.num_context_tokens * self.kv_bytes_per_token)
 
     def _computed_s(self, flops: float) -> float:
         return flops / (ATTAINED_FLOPS * self.device.flops_per_s)

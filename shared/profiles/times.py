@@ -13,37 +13,34 @@ class Work:
     num_pairs: int
     """Sum over rows of the positions that each attends to, its own included."""
     num_sequences: int
-
-    @property
-    def context_tokens(self) -> float:
-        """Positions whose keys are read, each sequence's once, as far as the other numbers tell.
-
-        Exact for one sequence, for decoding, and for decoding together with one whole prompt; else at least
-        the rows themselves, or what sequences of equal numbers of rows would have on average.
-        """
-        tokens, pairs, sequences = self.num_tokens, self.num_pairs, self.num_sequences
-        if sequences <= 1:
-            return pairs / tokens + (tokens - 1) / 2 if tokens else 0.0
-        prompt = tokens - sequences + 1
-        cached_pairs = pairs - prompt * (prompt + 1) / 2
-        if cached_pairs >= sequences - 1:
-            return prompt + cached_pairs
-        return max(tokens, pairs * sequences / tokens)
+    num_context_tokens: int
+    """Positions whose keys and values are read, each sequence's once, its new rows included."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.num_tokens + other.num_tokens,
             self.num_pairs + other.num_pairs,
             self.num_sequences + other.num_sequences,
+            self.num_context_tokens + other.num_context_tokens,
+        )
+
+    def __mul__(self, count: int) -> "Work":
+        """So many times the same, as one op."""
+        return Work(
+            self.num_tokens * count,
+            self.num_pairs * count,
+            self.num_sequences * count,
+            self.num_context_tokens * count,
         )
 
 
 def work_of_rows(start: int, num_tokens: int) -> Work:
     """Rows at positions start .. start + num_tokens - 1 of one sequence."""
-    return Work(num_tokens, num_tokens * start + num_tokens * (num_tokens + 1) // 2, 1)
+    num_pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
+    return Work(num_tokens, num_pairs, 1, start + num_tokens)
 
 
-NO_WORK = Work(0, 0, 0)
+NO_WORK = Work(0, 0, 0, 0)
 
 
 class StageTimes(Protocol):

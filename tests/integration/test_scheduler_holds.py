@@ -184,7 +184,13 @@ def test_the_status_tells_how_wrong_forecasts_were() -> None:
         async with scheduling(Scripted(lambda now_s, _: Place(0))) as bus:
             await bus.request(SUBMIT.at(), request("r", 100), timeout_s=SUBMIT_TIMEOUT_S)
             op = StageOp(
-                kind="iteration", task_ids=("r",), index=0, num_tokens=100, num_pairs=5050, num_sequences=1
+                kind="iteration",
+                task_ids=("r",),
+                index=0,
+                num_tokens=100,
+                num_pairs=5050,
+                num_sequences=1,
+                num_context_tokens=100,
             )
             ended = OpEnded(op=op, elapsed_s=0.125, ago_s=0.0)
             await bus.publish(PROGRESS.at(), StageProgress(node=0, stage=0, ended=(ended,), running=None))

@@ -9,7 +9,7 @@ from services.scheduler.node.prediction import Prediction
 from services.scheduler.tasks import TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
-from shared.profiles.times import Work, work_of_rows
+from shared.profiles.times import NO_WORK, Work, work_of_rows
 from shared.settings import MAX_ITERATION_TOKENS
 
 NAMES: dict[int, OpKind] = {
@@ -152,7 +152,7 @@ class Node:
             return self._iterations[op.flow]
         assert isinstance(op.flow, Batch)
         if op.kind == STEP:
-            return _op("step", (op.flow.batch_id,), 0, Work(0, 0, 0))
+            return _op("step", (op.flow.batch_id,), 0, NO_WORK)
         (task,) = [task for task in self.timeline.assigned() if task.task_id == op.flow.batch_id]
         return _op(NAMES[op.kind], (op.flow.batch_id,), op.microbatch, task.shape.microbatches[op.microbatch])
 
@@ -193,6 +193,7 @@ def _op(kind: OpKind, task_ids: tuple[str, ...], index: int, work: Work) -> Stag
         num_tokens=work.num_tokens,
         num_pairs=work.num_pairs,
         num_sequences=work.num_sequences,
+        num_context_tokens=work.num_context_tokens,
     )
 
 

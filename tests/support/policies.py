@@ -133,6 +133,7 @@ def start_forward(
         num_tokens=task.microbatch_tokens[0],
         num_pairs=0,
         num_sequences=1,
+        num_context_tokens=0,
     )
     running = OpStarted(op=op, ago_s=0.0)
     state.apply(StageProgressed(StageProgress(node=node, stage=stage, ended=(), running=running), now_s))

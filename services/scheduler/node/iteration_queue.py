@@ -11,7 +11,7 @@ from typing import NamedTuple
 from services.scheduler.costs import Costs
 from services.scheduler.node.known_work import Iteration, durations_of
 from services.scheduler.node.now_running import NowRunning
-from services.scheduler.tasks import Assigned, work_of_op
+from services.scheduler.tasks import Assigned
 from shared.messages.events import StageOp
 from shared.profiles.times import NO_WORK, Work, work_of_rows
 
@@ -177,7 +177,7 @@ class IterationQueue:
         if num_others > len(self.decoding) or num_rows_left > num_others > 0:  # one: a longer prompt's piece
             self._take_out_piece(num_rows_left - num_others + 1)
             num_others -= 1
-        work = work_of_op(op)
+        work = op.work
         return Iteration(work, durations_of(work, self._costs, self._num_stages), op.task_ids, num_others)
 
     def _take_out(self, task_ids: tuple[str, ...]) -> int:
@@ -235,7 +235,8 @@ class IterationQueue:
         if count <= 0 or not self.decoding:
             return NO_WORK
         num_rows = sum(task.shape.prompt_tokens + task.num_generated for task in self.decoding.values())
-        return Work(count, count * num_rows // len(self.decoding), count)
+        num_read = count * num_rows // len(self.decoding)
+        return Work(count, num_read, count, num_read)
 
     def _take_turns(self, count: int) -> None:
         """Add one token to so many decoding sequences, the longest unserved ones."""

@@ -101,4 +101,5 @@ def _op(kind: OpKind, task_ids: tuple[str, ...], index: int, work: Work) -> Stag
         num_tokens=work.num_tokens,
         num_pairs=work.num_pairs,
         num_sequences=work.num_sequences,
+        num_context_tokens=work.num_context_tokens,
     )

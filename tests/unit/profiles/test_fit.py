@@ -11,17 +11,17 @@ from shared.profiles.times import Work, work_of_rows
 
 
 def slower_of_memory_and_compute(work: Work) -> float:
-    return max(5e-3, 5e-5 * work.num_tokens) + 2e-9 * work.num_pairs + 1e-7 * work.context_tokens
+    return max(5e-3, 5e-5 * work.num_tokens) + 2e-9 * work.num_pairs + 1e-7 * work.num_context_tokens
 
 
 WORKS = [work_of_rows(0, length) for length in (1, 10, 50, 90, 100, 110, 200, 400, 800)] + [
-    Work(batch, batch * context, batch) for batch in (1, 10, 50, 100) for context in (1, 100, 1000)
+    work_of_rows(context - 1, 1) * batch for batch in (1, 10, 50, 100) for context in (1, 100, 1000)
 ]
 
 
 def test_a_kink_that_was_sampled_is_found_exactly() -> None:
     fitted = fitted_times([(work, slower_of_memory_and_compute(work)) for work in WORKS])
-    unseen = [work_of_rows(100, 150), work_of_rows(0, 1600), Work(30, 30 * 500, 30), work_of_rows(0, 2)]
+    unseen = [work_of_rows(100, 150), work_of_rows(0, 1600), work_of_rows(499, 1) * 30, work_of_rows(0, 2)]
     for work in unseen:
         assert fitted.seconds(work) == pytest.approx(slower_of_memory_and_compute(work), rel=1e-6)
 

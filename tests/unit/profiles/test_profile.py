@@ -6,15 +6,16 @@ import pytest
 
 from shared.errors import ConfigurationError
 from shared.profiles.profile import Profile, profile_named, stage_times
-from shared.profiles.times import Work, work_of_rows
+from shared.profiles.times import work_of_rows
 
 NAME = "llama2-7b@a100"
 UNSAMPLED = [
     work_of_rows(0, 97),
     work_of_rows(0, 333),
     work_of_rows(512, 200),
-    Work(40, 40 * 300, 40),
-    Work(150 + 20, 11325 + 20 * 250, 21),
+    work_of_rows(299, 1) * 40,
+    work_of_rows(0, 150) + work_of_rows(249, 1) * 20,
+    work_of_rows(512, 200) + work_of_rows(0, 333) + work_of_rows(400, 1),
 ]
 
 

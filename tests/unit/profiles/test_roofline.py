@@ -5,7 +5,7 @@ import pytest
 from shared.profiles.devices import DEVICES
 from shared.profiles.models import MODELS
 from shared.profiles.roofline import rooflines
-from shared.profiles.times import Work, work_of_rows
+from shared.profiles.times import work_of_rows
 
 A100 = DEVICES["a100"]
 
@@ -39,7 +39,7 @@ def test_stages_hold_the_model_and_a_tied_embedding_twice() -> None:
 def test_one_token_of_llama2_7b_waits_for_its_weights() -> None:
     """6.61e9 weights of layers and head at 1.63e12 bytes/s are 8.10 ms; 325 kernels are 1.6 ms."""
     (whole,) = rooflines(MODELS["llama2-7b"], A100, 1)
-    assert whole.iteration_s(Work(1, 1, 1)) == pytest.approx(8.10e-3 + 1.625e-3, rel=0.01)
+    assert whole.iteration_s(work_of_rows(0, 1)) == pytest.approx(8.10e-3 + 1.625e-3, rel=0.01)
 
 
 def test_a_long_prompt_of_llama2_7b_computes() -> None:
@@ -51,7 +51,7 @@ def test_a_long_prompt_of_llama2_7b_computes() -> None:
 def test_decoding_a_long_context_reads_its_keys_and_values() -> None:
     """Llama-2 7B keeps 512 KiB a token: 16 sequences of 2000 tokens are 16.8e9 bytes, 10.3 ms."""
     (whole,) = rooflines(MODELS["llama2-7b"], A100, 1)
-    short, long = Work(16, 16, 16), Work(16, 16 * 2000, 16)
+    short, long = work_of_rows(0, 1) * 16, work_of_rows(1999, 1) * 16
     assert whole.iteration_s(long) - whole.iteration_s(short) == pytest.approx(10.3e-3, rel=0.02)
 
 

@@ -8,12 +8,12 @@ import pytest
 from services.scheduler.costs import AffineCosts, Costs, QuadraticCosts, costs_named
 from shared.errors import ConfigurationError
 from shared.profiles.profile import profile_named, stage_times
-from shared.profiles.times import Work, work_of_rows
+from shared.profiles.times import NO_WORK, work_of_rows
 
 NAME = "llama2-7b@a100"
 PROFILE = profile_named(NAME, 2)
 HOP_S = 0.0005
-MIXED = Work(150 + 20, 11325 + 20 * 250, 21)
+MIXED = work_of_rows(0, 150) + work_of_rows(249, 1) * 20
 """A prompt of 150 tokens and 20 sequences that decode."""
 
 
@@ -56,14 +56,14 @@ def test_one_interrupted_op_hardly_counts() -> None:
 def test_affine_learns_a_device_of_which_it_knows_nothing() -> None:
     costs, device = AffineCosts(None, HOP_S), stage_times(NAME, 0, 2)
     for index in range(512):
-        work = Work(8, 8 * (index + 1), 8) if index % 2 else work_of_rows(0, 1 + index)
+        work = work_of_rows(index, 1) * 8 if index % 2 else work_of_rows(0, 1 + index)
         costs.observe(0, "iteration", work, device.iteration_s(work))
-        costs.observe(0, "step", Work(0, 0, 0), device.step_s())
+        costs.observe(0, "step", NO_WORK, device.step_s())
     assert costs.iteration_s(0, work_of_rows(0, 200)) == pytest.approx(
         device.iteration_s(work_of_rows(0, 200)), rel=0.02
     )
-    assert costs.iteration_s(0, Work(8, 8 * 100, 8)) == pytest.approx(
-        device.iteration_s(Work(8, 8 * 100, 8)), rel=0.02
+    assert costs.iteration_s(0, work_of_rows(99, 1) * 8) == pytest.approx(
+        device.iteration_s(work_of_rows(99, 1) * 8), rel=0.02
     )
     assert costs.step_s(0) == pytest.approx(device.step_s())
 
@@ -78,7 +78,7 @@ def test_whoever_knows_the_number_of_stages_says_which_is_the_last() -> None:
 def test_quadratic_is_eta_times_batch_times_squared_length() -> None:
     costs = QuadraticCosts(None, HOP_S)
     assert costs.iteration_s(0, work_of_rows(0, 100)) == pytest.approx(2e-6 * 1 * 100**2)
-    three = Work(300, 3 * 5050, 3)
+    three = work_of_rows(0, 100) * 3
     assert costs.iteration_s(0, three) == pytest.approx(2e-6 * 3 * 100**2)
     assert costs.backward_s(0, three) == pytest.approx(1e-6 * 3 * 100**2)
     assert costs.step_s(0) == 0

@@ -23,7 +23,7 @@ from services.scheduler.state import (
 from services.scheduler.tasks import TaskShape
 from shared.messages.cluster import StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageOp, StageProgress
-from shared.profiles.times import Work
+from shared.profiles.times import work_of_rows
 from tests.support.cluster import heartbeat
 from tests.support.policies import LinearCosts
 
@@ -182,7 +182,13 @@ def placed(task_id: str, tokens: int, *, max_tokens: int = 1, forecast: Forecast
 
 def iterated(*task_ids: str, tokens: int, elapsed_s: float, stage: int = 0) -> StageProgress:
     op = StageOp(
-        kind="iteration", task_ids=task_ids, index=0, num_tokens=tokens, num_pairs=tokens, num_sequences=1
+        kind="iteration",
+        task_ids=task_ids,
+        index=0,
+        num_tokens=tokens,
+        num_pairs=tokens,
+        num_sequences=1,
+        num_context_tokens=tokens,
     )
     return StageProgress(
         node=0, stage=stage, ended=(OpEnded(op=op, elapsed_s=elapsed_s, ago_s=0.0),), running=None
@@ -193,7 +199,8 @@ def test_a_task_arrives_once_however_often_it_asks() -> None:
     state, shape = with_nodes(0), TaskShape(prompt_tokens=30, max_tokens=1)
     for now_s in (1.0, 2.0, 3.0):
         state.apply(TaskArrived("r", "inference", shape, now_s))
-    state.apply(TaskArrived("b", "training", TaskShape(microbatches=(Work(8, 36, 1), Work(4, 10, 1))), 3.0))
+    batch_shape = TaskShape(microbatches=(work_of_rows(0, 8), work_of_rows(0, 4)))
+    state.apply(TaskArrived("b", "training", batch_shape, 3.0))
     assert state.arrived_s("r") == 1.0
     assert (state.inference_lengths.count, state.inference_lengths.mean) == (1, 30)
     assert state.inference_rate.per_s(4.0) > 0 and state.training_rate.per_s(4.0) > 0

@@ -12,7 +12,7 @@ from services.scheduler.costs import AffineCosts
 from shared.clock import SystemClock
 from shared.errors import ConfigurationError
 from shared.profiles.profile import profile_named, stage_times
-from shared.profiles.times import Work, work_of_rows
+from shared.profiles.times import work_of_rows
 from tests.support.models import VOCAB_SIZE, save_tiny_model
 
 
@@ -62,7 +62,7 @@ async def test_a_profile_is_measured_written_and_read(
     assert str(output) in capsys.readouterr().out
     profile = profile_named(str(output), None)
     assert (profile.num_stages, profile.device, profile.vocab_size) == (num_stages, "cpu", VOCAB_SIZE)
-    costs, work = AffineCosts(profile, 0.0), Work(4, 100, 4)
+    costs, work = AffineCosts(profile, 0.0), work_of_rows(24, 1) * 4
     for stage in range(num_stages):
         kinds = {point.kind for point in profile.stages[stage].points}
         assert kinds == {"iteration", "forward"} | ({"backward"} if stage < num_stages - 1 else set())

@@ -35,7 +35,15 @@ class Stages:
         self, stage: int, kind: OpKind, index: int, start_s: float, took_s: float, told_after_s: float = 0.25
     ) -> float:
         """An op of four rows; returns its end."""
-        op = StageOp(kind=kind, task_ids=("t",), index=index, num_tokens=4, num_pairs=10, num_sequences=1)
+        op = StageOp(
+            kind=kind,
+            task_ids=("t",),
+            index=index,
+            num_tokens=4,
+            num_pairs=10,
+            num_sequences=1,
+            num_context_tokens=4,
+        )
         self._clock.at_s = start_s + took_s + told_after_s
         ended = (OpEnded(op=op, elapsed_s=took_s, ago_s=told_after_s),)
         progress = StageProgress(node=0, stage=stage, ended=ended, running=None)

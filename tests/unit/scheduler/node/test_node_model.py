@@ -24,6 +24,7 @@ def op(kind: OpKind, *task_ids: str, index: int = 0, tokens: int = 0, sequences:
         num_tokens=tokens,
         num_pairs=tokens,
         num_sequences=sequences,
+        num_context_tokens=tokens,
     )
 
 
@@ -73,9 +74,9 @@ def test_the_shape_of_tasks() -> None:
     shape = shape_of(request("r", 7, max_tokens=3))
     assert (shape.prompt_tokens, shape.max_tokens, shape.num_tokens) == (7, 3, 7)
     alone = TrainingTask(task_id="b", microbatch_tokens=(5, 4))
-    assert shape_of(alone).microbatches == (Work(5, 15, 1), Work(4, 10, 1))
+    assert shape_of(alone).microbatches == (work_of_rows(0, 5), work_of_rows(0, 4))
     packed = TrainingTask(task_id="b", microbatch_tokens=(5, 4), microbatch_lengths=((2, 3), (4,)))
-    assert shape_of(packed).microbatches == (Work(5, 3 + 6, 2), Work(4, 10, 1))
+    assert shape_of(packed).microbatches == (Work(5, 3 + 6, 2, 5), work_of_rows(0, 4))
     assert shape_of(packed).num_tokens == 9
 
 
@@ -354,6 +355,7 @@ def _iteration(index: int, task_ids: tuple[str, ...], *, num_tokens: int, num_se
         num_tokens=num_tokens,
         num_pairs=num_tokens,
         num_sequences=num_sequences,
+        num_context_tokens=num_tokens,
     )
 
 

@@ -42,6 +42,7 @@ def test_an_iteration_is_named_after_the_prompts_that_it_completes() -> None:
         num_tokens=8,
         num_pairs=10 + (1 + 2 + 3 + 4) + (3 + 4 + 5),
         num_sequences=3,
+        num_context_tokens=10 + 4 + 5,
     )
 
 
@@ -57,7 +58,13 @@ def test_training_ops_are_named_after_their_batch() -> None:
         loss_weight=1.0,
     )
     assert microbatch_op("backward", microbatch) == StageOp(
-        kind="backward", task_ids=("b",), index=1, num_tokens=5, num_pairs=3 + 6, num_sequences=2
+        kind="backward",
+        task_ids=("b",),
+        index=1,
+        num_tokens=5,
+        num_pairs=3 + 6,
+        num_sequences=2,
+        num_context_tokens=5,
     )
     assert step_op("b").num_tokens == 0
 
