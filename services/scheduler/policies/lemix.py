@@ -189,10 +189,8 @@ def _prospect_of_batch(candidate: Candidate, alone: Alone, now_s: float) -> Pros
 def _objective_s(state: ClusterState) -> float:
     """The part of the objective between the scheduler's decision and the end of the last stage's forward.
 
-    On nodes of one stage: without the hops that no forecast has, which are as long as an op there may be.
+    It is the objective without the hops that no forecast has, which may be as long as an op.
     """
-    if state.costs.num_stages != 1:
-        return state.slo_s
     return max(0.0, state.slo_s - ANSWER_HOPS * state.costs.hop_s)
 
 
