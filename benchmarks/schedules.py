@@ -12,7 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lemix.simulation.cluster import Devices, SimulationOptions, running_cluster
+from lemix.simulation.cluster import SimulationOptions, running_cluster
+from lemix.simulation.devices import Devices
 from lemix.simulation.drive import DriveOptions, drive
 from lemix.simulation.loop import run_virtual
 from lemix.simulation.record import DIGITS, Op, RunRecord

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import spread
-from lemix.simulation.cluster import Devices, SimulationOptions, running_cluster
+from lemix.simulation.cluster import SimulationOptions, running_cluster
+from lemix.simulation.devices import Devices
 from lemix.simulation.loop import run_virtual
 from services.gateway.cluster_client import ClusterClient, SequenceSpec
 from shared.messages.inference import Sampling

@@ -21,6 +21,20 @@ def simulate(
     stages: Annotated[
         int | None, typer.Option(min=1, help="Pipeline stages of each node.", show_default="the profile's")
     ] = None,
+    node_profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NODE=PROFILE or FIRST-LAST=PROFILE: other devices there; can be repeated.",
+            show_default="all alike",
+        ),
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'60 s: fail 2', and in the same way join, leave, or slow NODE FACTOR; can be repeated.",
+            show_default="nothing happens",
+        ),
+    ] = None,
     policy: Annotated[str, typer.Option(help="The scheduler's policy.")] = "lemix",
     schedule: Annotated[ScheduleName, typer.Option(help="Whether batches overlap in a pipeline.")] = "async",
     discipline: Annotated[
@@ -63,6 +77,7 @@ def simulate(
     """Serve and train in virtual time on emulated devices, and show how well that went."""
     from lemix.simulation.cluster import SimulationOptions
     from lemix.simulation.command import run_simulate
+    from lemix.simulation.node_events import node_event, profiles_by_node
     from lemix.simulation.trace import read_trace
     from lemix.simulation.workload import WorkloadOptions
     from services.scheduler.objectives import Objectives
@@ -80,6 +95,8 @@ def simulate(
             seed=seed,
             hop_s=hop_ms / 1000,
             objectives=Objectives(slo_factor=slo_factor),
+            node_profiles=profiles_by_node(node_profile or ()),
+            events=tuple(map(node_event, at or ())),
         ),
         WorkloadOptions(
             num_tasks=tasks,

@@ -2,39 +2,36 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lemix.simulation.devices import Devices, check_one_model, devices_named
 from lemix.simulation.faults import NO_FAULTS, Faults, carriage
 from lemix.simulation.loop import VirtualClock
+from lemix.simulation.node_events import NodeEvent, in_order
+from lemix.simulation.nodes import Compute, SimulatedNodes, nothing
+from lemix.simulation.services import Services
 from services.scheduler.costs import costs_named
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
-from services.stage_worker.compute.emulated import EmulatedDevice, EmulatedExecutor
-from services.stage_worker.compute.executor import Executor
-from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
 from services.trainer.intake.reading import Intake
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
-from shared.bus.memory import MemoryBroker, MemoryBus, Observer
+from shared.bus.memory import MemoryBroker, Observer
 from shared.clock import IdSource
 from shared.encoding import ExampleEncoder
-from shared.lifecycle import ServiceMain, World
+from shared.lifecycle import World
 from shared.messages.cluster import StatusRequest
 from shared.model_files import ModelCard
-from shared.profiles.profile import Profile, profile_named, stage_times
-from shared.profiles.times import StageTimes
 from shared.schedule import Feeding, ScheduleName
 from shared.subjects import STATUS
-from shared.telemetry import NoTelemetry
 
 HOP_S = 0.0005
 """The time that a message takes from service to service."""
@@ -73,45 +70,19 @@ class SimulationOptions:
     """Seconds from the end of an op on a device until its service knows."""
     objectives: Objectives = DEFAULT_OBJECTIVES
     faults: Faults = NO_FAULTS
+    node_profiles: Mapping[int, str] = field(default_factory=dict)
+    """By node, where it has other devices than `profile` says."""
+    events: tuple[NodeEvent, ...] = ()
+    """The changes of nodes during the run."""
     stage_settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of every stage worker (see StageWorkerSettings)."""
     trainer_settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of the trainer (see TrainerSettings)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Devices:
-    """The devices under the stages of every node, and the model that they run."""
-
-    times: tuple[StageTimes, ...]
-    """By stage."""
-    vocab_size: int
-    context_length: int
-    kv_tokens: int
-    profile: Profile | None = None
-    """The scheduler's profile of them, and their memory. None: it learns, and memory is endless."""
-
-
 def devices_of(options: SimulationOptions) -> Devices:
     """Devices as the profile says. Raises ConfigurationError when there is no such profile."""
-    profile = profile_named(options.profile, options.stages)
-    stages = range(profile.num_stages)
-    return Devices(
-        times=tuple(stage_times(options.profile, stage, profile.num_stages) for stage in stages),
-        vocab_size=profile.vocab_size,
-        context_length=profile.context_length,
-        kv_tokens=profile.kv_tokens,
-        profile=profile,
-    )
-
-
-Compute = Callable[[EmulatedExecutor, StageWorkerSettings, str], Executor[Any, Any]]
-"""(what takes a stage's time, the stage's settings, its instance) -> the stage's executor."""
-
-
-def nothing(timed: EmulatedExecutor, settings: StageWorkerSettings, instance: str) -> EmulatedExecutor:
-    """Compute nothing: only take the time."""
-    return timed
+    return devices_named(options.profile, options.stages)
 
 
 class SimulatedCluster:
@@ -130,19 +101,19 @@ class SimulatedCluster:
         rng = random.Random(options.seed)
         self._options = options
         self._devices = devices
-        self._compute = compute
-        self._group = group
         self._policy_rng = random.Random(rng.random())
-        self._clock = VirtualClock(asyncio.get_running_loop())
-        self._telemetry = NoTelemetry()
-        self._ids = IdSource(random.Random(rng.random()))
-        self._broker = MemoryBroker(
+        clock = VirtualClock(asyncio.get_running_loop())
+        ids = IdSource(random.Random(rng.random()))
+        broker = MemoryBroker(
             checks_sizes=False,
             latency_s=options.hop_s,
             carriage=carriage(options.faults, hop_s=options.hop_s, rng=random.Random(rng.random())),
             observe=observe,
         )
-        self._stage_settings = StageWorkerSettings.given(
+        self.services = Services(broker, clock=clock, ids=ids, group=group)
+        self.world = self.services.world()
+        """For whoever drives the cluster."""
+        stage_settings = StageWorkerSettings.given(
             node=0,
             stage=0,
             num_stages=len(devices.times),
@@ -151,7 +122,7 @@ class SimulatedCluster:
             device=options.profile,
             run_dir=folder,
             shm_dir=NO_FOLDER,
-            **{"kv_tokens": devices.kv_tokens, **options.stage_settings},
+            **options.stage_settings,
         )
         self._trainer_settings = TrainerSettings.given(
             schedule=options.schedule,
@@ -160,18 +131,26 @@ class SimulatedCluster:
             max_pending=NEVER,
             **{**CHECKPOINTS, **options.trainer_settings},
         )
-        self._tasks: list[asyncio.Task[None]] = []
-        self._stages: dict[tuple[int, int], tuple[asyncio.Task[None], MemoryBus]] = {}
-        self.world = self._world(self._broker.connect())
-        """For whoever drives the cluster."""
+        other_devices = {
+            node: devices_named(name, len(devices.times)) for node, name in options.node_profiles.items()
+        }
+        check_one_model(devices, other_devices.values())
+        self.nodes = SimulatedNodes(
+            self.services,
+            stage_settings,
+            devices,
+            other_devices=other_devices,
+            compute=compute,
+            handover_s=options.handover_s,
+            clock=clock,
+        )
 
     async def begin(self) -> None:
         """Start everything; returns when all nodes can serve and train."""
-        self._start(self._broker.connect(), self._scheduler)
-        self._start(self._broker.connect(), self._trainer)
+        self.services.start(self._scheduler)
+        self.services.start(self._trainer)
         for node in range(self._options.nodes):
-            for stage in range(0, len(self._devices.times), self._stage_settings.stages_held):
-                self.start(node, stage)
+            self.nodes.join(node)
         async with asyncio.timeout(READY_DEADLINE_S):
             await asyncio.sleep(LOOK_EVERY_S)
             while not await self._is_ready():  # noqa: ASYNC110  # the status can only be asked for
@@ -179,37 +158,7 @@ class SimulatedCluster:
 
     def end(self) -> None:
         """Stop everything."""
-        for task in self._tasks:
-            task.cancel()
-
-    def start(self, node: int, stage: int) -> None:
-        """Start a stage worker, the first one or a successor; `stage`: the first one that it holds."""
-        bus = self._broker.connect()
-        serve = partial(self._stage_worker, node=node, stage=stage)
-        self._stages[node, stage] = self._start(bus, serve), bus
-
-    def crash(self, node: int, stage: int) -> None:
-        """End a stage worker from one moment to the next: it can tell nobody."""
-        task, bus = self._stages.pop((node, stage))
-        bus.cut()
-        task.cancel()
-
-    def _world(self, bus: MemoryBus) -> World:
-        return World(bus=bus, clock=self._clock, ids=self._ids, telemetry=self._telemetry)
-
-    def _start(self, bus: MemoryBus, main: ServiceMain) -> asyncio.Task[None]:
-        task = self._group.create_task(self._serve(bus, main))
-        self._tasks.append(task)
-        return task
-
-    async def _serve(self, bus: MemoryBus, main: ServiceMain) -> None:
-        """Run a service until it, or its bus, fails."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(main(self._world(bus)))
-                group.create_task(bus.wait_failed())
-        finally:
-            await bus.close()
+        self.services.end()
 
     async def _is_ready(self) -> bool:
         status = await self.world.bus.request(STATUS.at(), StatusRequest(), timeout_s=STATUS_TIMEOUT_S)
@@ -260,34 +209,6 @@ class SimulatedCluster:
             max_microbatch_tokens=settings.max_microbatch_tokens,
         )
 
-    async def _stage_worker(self, world: World, node: int, stage: int) -> None:
-        """One worker; its stages share one device."""
-        held = min(self._stage_settings.stages_held, len(self._devices.times) - stage)
-        settings = self._stage_settings.model_copy(update={"node": node, "stage": stage, "stages_held": held})
-        executor = partial(self._executor, device=EmulatedDevice())
-        await StageProcess(settings.of_stages, world, executor).run()
-
-    def _executor(
-        self, settings: StageWorkerSettings, instance: str, device: EmulatedDevice
-    ) -> Executor[Any, Any]:
-        profile = self._devices.profile
-        timed = EmulatedExecutor(
-            settings,
-            instance,
-            times=self._devices.times[settings.stage],
-            memory=profile.stages[settings.stage].memory if profile else None,
-            vocab_size=self._devices.vocab_size,
-            context_length=self._devices.context_length,
-            hold_until=self._known_done,
-            clock=self._clock,
-            device=device,
-        )
-        return self._compute(timed, settings, instance)
-
-    async def _known_done(self, end_s: float) -> None:
-        """Return when a stage knows that its device was done at `end_s`."""
-        await self._clock.sleep_until(end_s + self._options.handover_s)
-
 
 @asynccontextmanager
 async def running_cluster(
@@ -297,7 +218,11 @@ async def running_cluster(
     observe: Observer | None = None,
     compute: Compute = nothing,
 ) -> AsyncIterator[SimulatedCluster]:
-    """A cluster that is ready to serve and to train. Raises the first error that ends one of its services."""
+    """A cluster that is ready to serve and to train; from then on its nodes change as the options say.
+
+    Raises the first error that ends one of its services.
+    """
+    events = in_order(options.events, options.nodes)
     with TemporaryDirectory(prefix="lemix-simulation-") as folder:
         try:
             async with asyncio.TaskGroup() as group:
@@ -305,7 +230,9 @@ async def running_cluster(
                     options, devices, group=group, folder=Path(folder), observe=observe, compute=compute
                 )
                 await cluster.begin()
+                changing = group.create_task(cluster.nodes.change(events))
                 yield cluster
+                changing.cancel()
                 cluster.end()
         except BaseExceptionGroup as errors:
             raise first_of(errors) from None

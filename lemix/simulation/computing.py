@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lemix.simulation.cluster import Compute
+from lemix.simulation.nodes import Compute
 from services.stage_worker.compute.emulated import EmulatedExecutor
 from services.stage_worker.compute.executor import ForwardOutput, IterationOutput, Rows, SequenceChunk
 from services.stage_worker.compute.local_stages import LocalStages

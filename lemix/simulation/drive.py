@@ -49,7 +49,8 @@ async def drive(world: World, workload: Workload, options: DriveOptions) -> RunR
 
     Raises ConfigurationError when the cluster has no node.
     """
-    num_stages = _num_stages(await _status(world))
+    before = await _status(world)
+    nodes, num_stages = {node.node for node in before.nodes}, _num_stages(before)
     began_s = world.clock.now_s()
     batches = SentBatches(
         bus=world.bus,
@@ -62,6 +63,7 @@ async def drive(world: World, workload: Workload, options: DriveOptions) -> RunR
     log = OpLog()
 
     async def on_progress(incoming: Incoming[StageProgress]) -> None:
+        nodes.add(incoming.message.node)
         _log_ops(log, incoming.message, world.clock.now_s() - began_s)
 
     async with (
@@ -73,7 +75,7 @@ async def drive(world: World, workload: Workload, options: DriveOptions) -> RunR
         await asyncio.sleep(SETTLE_S)
     status = await _status(world)
     return RunRecord(
-        num_nodes=len(status.nodes),
+        num_nodes=len(nodes),
         num_stages=num_stages,
         ended_s=ended_s,
         requests=requests,

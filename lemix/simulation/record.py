@@ -97,6 +97,7 @@ class RunRecord:
     """One run of one workload on one cluster."""
 
     num_nodes: int
+    """All that were there at the beginning, or did something."""
     num_stages: int
     ended_s: float
     """When everything was over, or the run was cut off."""

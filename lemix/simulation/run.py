@@ -3,10 +3,11 @@
 import random
 from functools import partial
 
-from lemix.simulation.cluster import Compute, SimulationOptions, nothing, simulated_cluster
+from lemix.simulation.cluster import SimulationOptions, simulated_cluster
 from lemix.simulation.drive import DriveOptions, drive
 from lemix.simulation.loop import run_virtual
 from lemix.simulation.metrics import RunMetrics, metrics_of
+from lemix.simulation.nodes import Compute, nothing
 from lemix.simulation.record import RunRecord
 from lemix.simulation.workload import Workload, WorkloadOptions, plan
 from services.scheduler.objectives import MeanPrompt

@@ -62,6 +62,9 @@ def test_arrivals_that_have_their_own_rate_need_none() -> None:
         (("--trace", "nowhere.csv"), "nowhere.csv"),
         (("--max-tokens", "5", "2"), "max_tokens"),
         (("--arrivals", "all"), "rate_per_s=30.0 would do nothing"),
+        (("--at", "1 s: explode 0"), "1 s: explode 0"),
+        (("--at", "1 s: fail 2"), "node 2 is not there"),
+        (("--node-profile", "1=gpt2-medium@a100"), "gpt2-small and gpt2-medium"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
@@ -70,3 +73,15 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...],
     assert ended.errors.startswith("error: ") and named in ended.errors
     assert len(ended.errors.splitlines()) == 1
     assert files(tmp_path) == set()
+
+
+def test_nodes_that_differ_and_change_are_told_by_options(tmp_path: Path) -> None:
+    arguments = ("--node-profile", "1=gpt2-small@h200", "--at", "0.1 s: slow 0 2", "--at", "0.2 s: join 2")
+    ended = lemix_here("simulate", *RUN, *arguments)
+    assert (ended.status, ended.errors) == (0, "")
+    options = json.loads((tmp_path / "runs" / "simulate" / "run.json").read_text())["options"]
+    assert options["node_profiles"] == {"1": "gpt2-small@h200"}
+    assert [(each["at_s"], each["kind"], each["node"]) for each in options["events"]] == [
+        (0.1, "slow", 0),
+        (0.2, "join", 2),
+    ]

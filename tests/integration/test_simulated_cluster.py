@@ -14,6 +14,7 @@ from lemix.simulation.loop import run_virtual
 from services.gateway.cluster_client import ClusterClient
 from shared.bus.base import Incoming
 from shared.errors import ConfigurationError, LemixError, RefusedError
+from shared.lifecycle import World
 from shared.messages.training import MicrobatchEntered, StageReport
 from shared.subjects import REPORT
 from tests.support.simulation import (
@@ -102,9 +103,9 @@ def test_a_crash_fails_the_requests_there_and_its_batches_run_again() -> None:
         await training.publish("b", 8, 8, 8, 8)
         session = ask(gateway, prompt_length=5, max_tokens=50)
         await session.next()
-        cluster.crash(0, 1)
+        cluster.nodes.crash(0, 1)
         await asyncio.sleep(1.0)
-        cluster.start(0, 1)
+        cluster.nodes.start(0, 1)
         with pytest.raises(RefusedError, match="stage 1"):
             await answer(session)
         session.close()
@@ -133,11 +134,11 @@ def test_the_error_of_one_service_ends_the_simulation() -> None:
         raise BrokenDiskError("in a handler")
 
     async def case(cluster: SimulatedCluster, gateway: ClusterClient) -> None:
-        async def serve(world: object) -> None:
-            await cluster.world.bus.subscribe(REPORT.at(), fail)
-            await cluster.world.bus.wait_failed()
+        async def serve(world: World) -> None:
+            await world.bus.subscribe(REPORT.at(), fail)
+            await asyncio.sleep(1000)
 
-        cluster._start(cluster.world.bus, serve)  # type: ignore[arg-type]
+        cluster.services.start(serve)
         report = StageReport(node=0, stage=0, fence=1, event=MicrobatchEntered(batch_id="b", index=0))
         await asyncio.sleep(1.0)
         await cluster.world.bus.publish(REPORT.at(), report)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lemix.simulation.cluster import Devices, SimulationOptions, devices_of, running_cluster
+from lemix.simulation.cluster import SimulationOptions, devices_of, running_cluster
+from lemix.simulation.devices import Devices
 from lemix.simulation.drive import DriveOptions, drive
 from lemix.simulation.loop import run_virtual
 from lemix.simulation.record import RunRecord

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from lemix.simulation.cluster import Devices, SimulatedCluster, SimulationOptions, running_cluster
+from lemix.simulation.cluster import SimulatedCluster, SimulationOptions, running_cluster
+from lemix.simulation.devices import Devices
 from lemix.simulation.faults import Faults
 from lemix.simulation.loop import run_virtual
 from lemix.simulation.sent_requests import prompt_of
@@ -152,8 +153,8 @@ async def _load(cluster: SimulatedCluster, gateway: ClusterClient, rng: random.R
             group.create_task(_answered_or_failed(session))
             await training.publish(f"batch-{number}", *(rng.randrange(2, 9) for _ in range(4)))
             if number == 6:
-                cluster.crash(1, 1)
-                cluster.start(1, 1)
+                cluster.nodes.crash(1, 1)
+                cluster.nodes.start(1, 1)
     await training.applied(*(f"batch-{number}" for number in range(12)))
 
 

@@ -50,6 +50,8 @@ class EmulatedDevice:
 
     free_at_s: float = 0.0
     """When everything begun so far is over."""
+    slowdown: float = 1.0
+    """Times that an op takes as long as it should."""
 
 
 class EmulatedExecutor:
@@ -246,7 +248,8 @@ class EmulatedExecutor:
 
     async def _hold(self, duration_s: float) -> None:
         """Occupy the device after its earlier ops."""
-        self._device.free_at_s = max(self._clock.now_s(), self._device.free_at_s) + duration_s
+        self._device.free_at_s = max(self._clock.now_s(), self._device.free_at_s)
+        self._device.free_at_s += self._device.slowdown * duration_s
         await self._hold_until(self._device.free_at_s)
 
     def _check_room(self, microbatch: Microbatch) -> None:
