@@ -106,8 +106,9 @@ class ProfiledPipeline:
         for stage in reversed(range(len(self._executors) - 1)):
             assert gradient is not None, "every stage but the first sends a gradient"
             backward = self._executors[stage].backward(microbatch.batch_id, microbatch.index, gradient)
-            gradient, op = await self._measured(stage, "backward", work, backward)
+            output, op = await self._measured(stage, "backward", work, backward)
             measured.append(op)
+            gradient = output.gradient
         return measured
 
     async def _steps(self, batch_id: str) -> list[MeasuredOp]:

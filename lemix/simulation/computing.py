@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lemix.simulation.nodes import Compute
 from services.stage_worker.compute.emulated import EmulatedExecutor
-from services.stage_worker.compute.executor import ForwardOutput, IterationOutput, Rows, SequenceChunk
+from services.stage_worker.compute.executor import (
+    BackwardOutput,
+    ForwardOutput,
+    IterationOutput,
+    Rows,
+    SequenceChunk,
+    Took,
+)
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.torch_executor import TorchExecutor
@@ -110,14 +117,15 @@ class ComputingExecutor(TorchExecutor):
         await self._timed.forward(microbatch, rows, reference)
         return output
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
         output = await super().backward(batch_id, index, gradient)
         await self._timed.backward(batch_id, index, gradient)
         return output
 
-    async def step(self, order: StepOrder) -> None:
-        await super().step(order)
+    async def step(self, order: StepOrder) -> Took:
+        took = await super().step(order)
         await self._timed.step(order)
+        return took
 
     async def restore(self, checkpoint: str, version: int) -> None:
         await super().restore(checkpoint, version)

@@ -5,10 +5,10 @@ import torch
 
 from services.stage_worker.checkpoint.staging import CudaLane, StateCopies
 from services.stage_worker.compute.attention.kernels import is_right, kernel_for
-from services.stage_worker.compute.end_of_work import end_mark_for
 from services.stage_worker.compute.graphs import GraphCapture
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.memory import device_memory
+from services.stage_worker.compute.op_timer import timer_for
 from services.stage_worker.compute.sampling.draw import draw
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.sampling.step import Drawing, StepSampler
@@ -56,16 +56,21 @@ def test_a_copy_of_the_state_is_as_it_was_when_the_copy_was_asked_for() -> None:
     assert torch.equal(copied, torch.arange(50_000_000, dtype=torch.float32) + 1)
 
 
-def test_the_end_of_work_is_when_the_device_has_done_it() -> None:
-    factor = torch.randn(8192, 8192, device=DEVICE)
+def test_the_time_of_an_op_is_the_devices_however_early_it_was_launched() -> None:
+    factor, timer = torch.randn(8192, 8192, device=DEVICE), timer_for(torch.device(DEVICE))
+    factor @ factor
     torch.cuda.synchronize()
-    for _ in range(50):
-        factor @ factor
-    wait = end_mark_for(torch.device(DEVICE))()
-    assert wait is not None
-    assert not torch.cuda.current_stream().query(), "it is launched only"
-    wait()
+    ends = []
+    for num_products in (50, 50, 10):
+        end = timer()
+        for _ in range(num_products):
+            factor @ factor
+        ends.extend(end())
+    assert not any(part.is_over() for part in ends), "they are launched only"
+    first_s, second_s, short_s = (part.wait_s() for part in ends)
     assert torch.cuda.current_stream().query()
+    assert second_s == pytest.approx(first_s, rel=0.3)
+    assert short_s < 0.5 * second_s
 
 
 @pytest.mark.parametrize("block_size", [16, 256])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.stage_worker.compute.executor import (
+    BackwardOutput,
     ForwardOutput,
     IterationOutput,
     ModelFacts,
@@ -16,6 +17,7 @@ from services.stage_worker.compute.executor import (
     ScoreOutput,
     SequenceChunk,
     ShardFiles,
+    Took,
 )
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
@@ -162,7 +164,7 @@ class EmulatedExecutor:
             return ForwardOutput(version, loss=self._loss(microbatch))
         return ForwardOutput(version, hidden=NO_TENSOR, reference=NO_TENSOR if is_compared else None)
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
         """Raises LemixError when the microbatch is not in flight here."""
         microbatch = self._in_flight.pop((batch_id, index), None)
         if microbatch is None:
@@ -170,7 +172,7 @@ class EmulatedExecutor:
                 f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
             )
         await self._hold(self._again_s(microbatch) + self._backward_s(microbatch))
-        return self._inputs_gradient
+        return BackwardOutput(self._inputs_gradient)
 
     @property
     def _inputs_gradient(self) -> TensorRef | None:
@@ -188,10 +190,11 @@ class EmulatedExecutor:
     async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
         return 0.0
 
-    async def step(self, order: StepOrder) -> None:
+    async def step(self, order: StepOrder) -> Took:
         if not order.skip:
             await self._hold(self._times.step_s())
         self._version = order.version
+        return ()
 
     async def keep(self) -> bool:
         self._kept.add(self._version)

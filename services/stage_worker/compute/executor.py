@@ -1,12 +1,14 @@
 """The interface to whatever computes for a stage worker: torch on a device, or an emulation of one.
 
 One call at a time; tensors stay on the executor's side and are named by their references.
+
+A call may return before the device has done its op: `took` tells how long that took, once it is known.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
@@ -23,6 +25,22 @@ Copied = TypeVar("Copied")
 
 Rows = Sequence[int] | TensorRef
 """The input of a stage: token ids at stage 0, activations [rows, hidden_size] after it."""
+
+
+class OpTime(Protocol):
+    """The time that a device takes for one run of its work."""
+
+    def is_over(self) -> bool:
+        """Whether the device has done it."""
+        ...
+
+    def wait_s(self) -> float:
+        """Return the seconds that it took, once it is over; for a thread that may stand still."""
+        ...
+
+
+Took: TypeAlias = Sequence[OpTime]
+"""The times of an op's parts; none where the call lasted as long as the op."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,7 @@ class IterationOutput:
     hidden: TensorRef | None
     results: tuple[SequenceResult, ...] = ()
     failed: tuple[TaskFailed, ...] = ()
+    took: Took = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +91,15 @@ class ForwardOutput:
     reference: TensorRef | None = None
     loss: float | None = None
     gradient: TensorRef | None = None
+    took: Took = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardOutput:
+    """The output of a microbatch's backward: the gradient of the stage's inputs, None at stage 0."""
+
+    gradient: TensorRef | None
+    took: Took = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +191,8 @@ class Executor(Protocol[Snapshot, Copied]):
         """`reference`: with preferences, what the stage before has made of the model as it was given."""
         ...
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
-        """Gradient of the stage's inputs, None at stage 0. `gradient`: of its outputs, None at the last."""
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
+        """`gradient`: of the stage's outputs, None at the last."""
         ...
 
     async def score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
@@ -189,7 +217,7 @@ class Executor(Protocol[Snapshot, Copied]):
         """Add the other end's gradient of a tied embedding; returns the sum of the gradients' squares."""
         ...
 
-    async def step(self, order: StepOrder) -> None:
+    async def step(self, order: StepOrder) -> Took:
         """Apply a measured batch's gradients, or drop them."""
         ...
 

@@ -13,6 +13,7 @@ from services.stage_worker.compute.iterations import IterationRunner
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.memory import device_memory, num_kv_blocks
 from services.stage_worker.compute.model_source import ModelSource
+from services.stage_worker.compute.op_timer import timer_for
 from services.stage_worker.compute.stage_compute import LoadedModel, name_of_dtype, read_optimizer_state
 from services.stage_worker.compute.tokens import TokenRunner
 from services.stage_worker.compute.weights import StageWeights
@@ -104,7 +105,7 @@ def _around(
         stage=stage,
         dtype=dtype,
         iterations=iterations,
-        tokens=TokenRunner(iterations, block_size=settings.kv_block_size),
+        tokens=TokenRunner(iterations, block_size=settings.kv_block_size, timer=timer_for(device)),
         weights=weights,
         microbatches=microbatches,
         replica=Replica(weights, device, state, is_outer=settings.merge == "outer"),

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from services.stage_worker.compute.executor import (
 from services.stage_worker.compute.handoff import Handoff
 from services.stage_worker.compute.iterations import Inputs, IterationRunner
 from services.stage_worker.compute.model_source import ModelSource
+from services.stage_worker.compute.op_timer import OpTimer
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.tokens import Asked, TokenRunner
 from services.stage_worker.compute.weights import StageWeights
@@ -59,6 +61,15 @@ class LoadedModel:
     """The random generators before any training."""
 
 
+class Forwarded(NamedTuple):
+    """A microbatch's forward as it was launched."""
+
+    output: ForwardOutput
+    """Without the loss."""
+    loss: Tensor | None = None
+    """At the last stage, on the host: a scalar, to be read once the device has done the op."""
+
+
 def name_of_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -80,6 +91,7 @@ class StageCompute:
         source: ModelSource,
         handoff: Handoff,
         copies: StateCopies,
+        timer: OpTimer,
     ) -> None:
         self.loaded = loaded
         self._settings = settings
@@ -87,6 +99,7 @@ class StageCompute:
         self._source = source
         self._handoff = handoff
         self._copies = copies
+        self._timer = timer
         self._served: int | None = None
         """The weights version of the last iteration, when it was a kept one."""
 
@@ -101,11 +114,13 @@ class StageCompute:
         layers = loaded.stage.layers
         self._served = version
         if layers.is_last:
-            return IterationOutput(None, *loaded.tokens.run(Asked(chunks, states, inputs), version))
+            (results, failed), took = loaded.tokens.run(Asked(chunks, states, inputs), version)
+            return IterationOutput(None, results, failed, took)
+        end = self._timer()
         outputs = loaded.iterations.run(chunks, inputs, (), version)
-        return IterationOutput(self._handoff.put(layers.stage + 1, outputs))
+        return IterationOutput(self._handoff.put(layers.stage + 1, outputs), took=end())
 
-    def forward(self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None) -> ForwardOutput:
+    def forward(self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None) -> Forwarded:
         loaded, layers = self.loaded, self.loaded.stage.layers
         inputs, given = self._both(rows, reference, sum(microbatch.lengths))
         self._check_tokens(microbatch.labels)
@@ -114,12 +129,13 @@ class StageCompute:
         version, outputs = loaded.microbatches.forward(microbatch, inputs, of_reference)
         if not layers.is_last:
             if of_reference is None:
-                return ForwardOutput(version, hidden=self._handoff.put(layers.stage + 1, outputs))
+                return Forwarded(ForwardOutput(version, hidden=self._handoff.put(layers.stage + 1, outputs)))
             hidden, with_it = self._handoff.put_both(layers.stage + 1, outputs, of_reference)
-            return ForwardOutput(version, hidden=hidden, reference=with_it)
+            return Forwarded(ForwardOutput(version, hidden=hidden, reference=with_it))
         turns = not microbatch.backward_after_all
         gradient = self.backward(microbatch.batch_id, microbatch.index, None) if turns else None
-        return ForwardOutput(version, loss=outputs.item(), gradient=gradient)
+        loss = outputs.to("cpu", non_blocking=True)
+        return Forwarded(ForwardOutput(version, gradient=gradient), loss)
 
     def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
         of_outputs = None if gradient is None else self._handoff.take(gradient)

@@ -5,7 +5,7 @@ on them. What it draws is given out when the next iteration asks for the same ro
 its keys and values lie where the rows are written again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias
@@ -13,9 +13,10 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from services.stage_worker.compute.attention.chunks import Chunk, slots_of
-from services.stage_worker.compute.executor import SequenceChunk
+from services.stage_worker.compute.executor import SequenceChunk, Took
 from services.stage_worker.compute.iterations import Inputs, IterationRunner
 from services.stage_worker.compute.logits import LogitPlan, Results
+from services.stage_worker.compute.op_timer import OpTimer, call_timer
 from services.stage_worker.compute.readback import Readback
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.sampling.step import Drawing
@@ -43,19 +44,27 @@ class Asked(NamedTuple):
         )
 
 
+class _Step(NamedTuple):
+    """A step that was launched, with the tokens that it draws and the time that it takes."""
+
+    tokens: Readback
+    took: Took
+
+
 @dataclass(frozen=True, slots=True)
 class _Early:
     """A step that nobody has asked for yet."""
 
-    tokens: Readback
+    step: _Step
     row_by_name: Mapping[_Name, int]
 
 
 class TokenRunner:
     """All methods belong to the compute thread."""
 
-    def __init__(self, iterations: IterationRunner, *, block_size: int) -> None:
+    def __init__(self, iterations: IterationRunner, *, block_size: int, timer: OpTimer = call_timer) -> None:
         self._iterations = iterations
+        self._timer = timer
         self._block_size = block_size
         self._early: _Early | None = None
 
@@ -63,19 +72,22 @@ class TokenRunner:
         """The weights are other ones now than those that a step went ahead with."""
         self._early = None
 
-    def run(self, asked: Asked, version: int | None) -> Results:
-        """The results of an iteration. Raises CarrierError, VersionGoneError."""
+    def run(self, asked: Asked, version: int | None) -> tuple[Results, Took]:
+        """The results of an iteration, and the time that their own steps took, whenever these were launched.
+
+        Raises CarrierError, VersionGoneError.
+        """
         early, self._early = self._early, None
         row_of = self._rows_of(early, asked.chunks) if self._iterations.uses_steps_for(version) else {}
         if early is None or not row_of:
             return self._start(asked, version, goes_on=self._iterations.goes_ahead)
         others = [place for place in range(len(asked.chunks)) if place not in row_of]
         known = asked.only(list(row_of))
-        results, failed = self._finish(known, early.tokens, list(row_of.values()), goes_on=not others)
+        results, failed = self._finish(known, early.step.tokens, list(row_of.values()), goes_on=not others)
         if not others:
-            return results, failed
-        more_results, more_failed = self._start(asked.only(others), version, goes_on=False)
-        return results + more_results, failed + more_failed
+            return (results, failed), early.step.took
+        (more_results, more_failed), took = self._start(asked.only(others), version, goes_on=False)
+        return (results + more_results, failed + more_failed), (*early.step.took, *took)
 
     def _rows_of(self, early: _Early | None, chunks: Sequence[SequenceChunk]) -> dict[int, int]:
         """The rows of the early step that are asked for now, by the places of their chunks."""
@@ -85,14 +97,23 @@ class TokenRunner:
         named = [(place, self._name(chunk.task_id, _piece(chunk))) for place, chunk in decodes]
         return {place: early.row_by_name[name] for place, name in named if name in early.row_by_name}
 
-    def _start(self, asked: Asked, version: int | None, *, goes_on: bool) -> Results:
+    def _start(self, asked: Asked, version: int | None, *, goes_on: bool) -> tuple[Results, Took]:
         """Run these rows; `goes_on`: the next step may follow at once."""
         chunks, states, inputs = asked
         plan = LogitPlan(chunks, states)
-        tokens = self._iterations.draw(chunks, inputs, plan.drawings, version) if plan.drawings else None
-        if tokens is None:
-            return plan.results(self._iterations.run(chunks, inputs, plan.rows, version))
-        return self._finish(asked, tokens, range(len(chunks)), goes_on=goes_on)
+        if drawings := plan.drawings:
+            step = self._timed(lambda: self._iterations.draw(chunks, inputs, drawings, version))
+            if step is not None:
+                results = self._finish(asked, step.tokens, range(len(chunks)), goes_on=goes_on)
+                return results, step.took
+        end = self._timer()
+        results = plan.results(self._iterations.run(chunks, inputs, plan.rows, version))
+        return results, end()
+
+    def _timed(self, launch: Callable[[], Readback | None]) -> _Step | None:
+        end = self._timer()
+        tokens = launch()
+        return None if tokens is None else _Step(tokens, end())
 
     def _finish(self, asked: Asked, tokens: Readback, rows: Sequence[int], *, goes_on: bool) -> Results:
         """The results of chunks whose tokens are those of these rows of the last step."""
@@ -115,11 +136,11 @@ class TokenRunner:
         if not following or any(not self._has_room(piece) for _, piece, _, _ in following):
             return None
         task_ids, pieces, rows, next_drawings = zip(*following, strict=True)
-        tokens = self._iterations.draw_on(pieces, rows, next_drawings)
-        if tokens is None:
+        step = self._timed(lambda: self._iterations.draw_on(pieces, rows, next_drawings))
+        if step is None:
             return None
         names = map(self._name, task_ids, pieces)
-        return _Early(tokens, {name: row for row, name in enumerate(names)})
+        return _Early(step, {name: row for row, name in enumerate(names)})
 
     def _has_room(self, piece: Chunk) -> bool:
         return piece.end <= len(piece.blocks) * self._block_size

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -10,8 +11,8 @@ import torch
 
 from services.stage_worker.checkpoint import shard_files as files
 from services.stage_worker.checkpoint.staging import CpuLane, CudaLane, StateCopies
-from services.stage_worker.compute.end_of_work import Wait, end_mark_for
 from services.stage_worker.compute.executor import (
+    BackwardOutput,
     ForwardOutput,
     IterationOutput,
     ModelFacts,
@@ -19,12 +20,14 @@ from services.stage_worker.compute.executor import (
     ScoreOutput,
     SequenceChunk,
     ShardFiles,
+    Took,
 )
 from services.stage_worker.compute.graphs import capture_for
 from services.stage_worker.compute.handoff import Handoff
 from services.stage_worker.compute.loading import load_model
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.model_source import ModelSource
+from services.stage_worker.compute.op_timer import timer_for
 from services.stage_worker.compute.sampling.grammar import GrammarCompiler, Vocabulary
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.stage_compute import StageCompute
@@ -59,7 +62,7 @@ class TorchExecutor:
         self._local = local or LocalStages()
         self._device = torch.device(settings.device)
         self._capture = capture_for(self._device)
-        self._mark_end = end_mark_for(self._device)
+        self._timer = timer_for(self._device)
         self._thread = self._local.enter(instance, settings.device)
         self._peers = Peers(
             node=settings.node,
@@ -114,10 +117,12 @@ class TorchExecutor:
     async def forward(
         self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
     ) -> ForwardOutput:
-        return await self._run_until_done(self._compute.forward, microbatch, rows, reference)
+        forwarded, took = await self._run_until_done(self._compute.forward, microbatch, rows, reference)
+        loss = None if forwarded.loss is None else forwarded.loss.item()
+        return replace(forwarded.output, loss=loss, took=took)
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
-        return await self._run_until_done(self._compute.backward, batch_id, index, gradient)
+    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
+        return BackwardOutput(*await self._run_until_done(self._compute.backward, batch_id, index, gradient))
 
     async def score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
         return await self._run(self._compute.score, tokens, hidden)
@@ -131,8 +136,9 @@ class TorchExecutor:
     async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
         return await self._run(self._compute.measure, batch_id, tied)
 
-    async def step(self, order: StepOrder) -> None:
-        await self._run_until_done(self._compute.step, order)
+    async def step(self, order: StepOrder) -> Took:
+        _, took = await self._run_until_done(self._compute.step, order)
+        return took
 
     async def keep(self) -> bool:
         return await self._run(self._compute.loaded.weights.keep)
@@ -183,18 +189,19 @@ class TorchExecutor:
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
 
-    async def _run_until_done(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run it until the device has done it, too: an op's time is not that of its launch, and what decodes
-        next has no more than one op ahead of it.
-        """
+    async def _run_until_done(
+        self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, Took]:
+        """Run it until the device has done it, too: what decodes next has no more than one op ahead of it."""
 
-        def launch() -> tuple[T, Wait | None]:
-            return work(*args, **kwargs), self._mark_end()
+        def launch() -> tuple[T, Took]:
+            end = self._timer()
+            return work(*args, **kwargs), end()
 
-        result, wait = await self._run(launch)
-        if wait is not None:
-            await asyncio.to_thread(wait)
-        return result
+        result, took = await self._run(launch)
+        for part in took:
+            await asyncio.to_thread(part.wait_s)
+        return result, took
 
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary.load(self._settings.model, self._compute.loaded.stage.vocab_size)
@@ -225,5 +232,6 @@ class TorchExecutor:
             source=self._source,
             handoff=self._handoff,
             copies=self._copies,
+            timer=self._timer,
         )
         return facts

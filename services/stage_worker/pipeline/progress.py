@@ -15,6 +15,9 @@ from shared.messages.training import Microbatch
 from shared.profiles.times import NO_WORK, Work
 from shared.subjects import PROGRESS, PROGRESS_EVERY_S
 
+MAX_LAUNCHED = 256
+"""Iterations in flight are far fewer."""
+
 
 class Progress:
     """Notes the start and end of every op of a stage; one task (`run`) reports them."""
@@ -28,28 +31,53 @@ class Progress:
         self._ended: list[tuple[StageOp, float, float]] = []
         """(op, start, end) of what is not told yet."""
         self._happened = asyncio.Event()
+        self._launched: asyncio.Queue[HandedOp] = asyncio.Queue(MAX_LAUNCHED)
+        """Ops whose calls have returned, but which the device may still be doing."""
 
     @contextmanager
-    def doing(self, op: StageOp | None) -> Iterator[None]:
-        """Note the op around the executor's call. An op that raises is not reported, nor is None.
+    def doing(self, op: StageOp | None) -> Iterator[HandedOp]:
+        """Note the op around the executor's call, which gives `took`; the op may outlast the call.
 
-        None: work that nobody shall count on, as it goes where nothing else would.
+        An op that raises is not reported, nor is None: work that nobody shall count on, as it goes where
+        nothing else would.
         """
-        turns, handed = self._turns, HandedOp(self._stage, op, self._clock.now_s())
-        turns.handed.append(handed)
+        handed = HandedOp(self._stage, op, self._clock.now_s())
+        self._turns.handed.append(handed)
         self._happened.set()
         try:
-            yield
-            end_s = self._clock.now_s()
-            if op is not None:
-                self._ended.append((op, max(handed.since_s, turns.free_s), end_s))
-            turns.free_s = end_s
-        finally:
-            turns.handed.remove(handed)
-            self._happened.set()
+            yield handed
+        except BaseException:
+            self._end(handed, is_told=False)
+            raise
+        if all(part.is_over() for part in handed.took):
+            self._end(handed)
+        else:
+            self._launched.put_nowait(handed)
 
     async def run(self) -> None:
-        """Report events at once, but not more often than every PROGRESS_EVERY_S; runs until cancelled."""
+        """Report what happens; runs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._await_ends())
+            group.create_task(self._tell())
+
+    async def _await_ends(self) -> None:
+        """Note the ends of ops that outlast their calls, in the order in which they were launched."""
+        while True:
+            handed = await self._launched.get()
+            for part in handed.took:
+                await asyncio.to_thread(part.wait_s)
+            self._end(handed)
+
+    def _end(self, handed: HandedOp, *, is_told: bool = True) -> None:
+        now_s, took_s = self._clock.now_s(), [part.wait_s() for part in handed.took] if is_told else []
+        if is_told and handed.op is not None:
+            start_s = now_s - sum(took_s) if took_s else handed.since_s
+            self._ended.append((handed.op, start_s, now_s))
+        self._turns.end(handed, now_s)
+        self._happened.set()
+
+    async def _tell(self) -> None:
+        """Report events at once, but not more often than every PROGRESS_EVERY_S."""
         free_to_tell_s = self._clock.now_s()
         while True:
             await self._happened.wait()
@@ -74,7 +102,7 @@ class Progress:
         first = self._turns.handed[0]
         if first.stage != self._stage or first.op is None:
             return None
-        return OpStarted(op=first.op, ago_s=now_s - max(first.since_s, self._turns.free_s))
+        return OpStarted(op=first.op, ago_s=now_s - first.since_s)
 
 
 def iteration_op(number: int, chunks: Sequence[SequenceChunk]) -> StageOp:

@@ -271,8 +271,9 @@ class Serving:
                 if chunk.traceparent:
                     spans.callback(self._prefill_span(chunk).end)
             began_s = self._clock.now_s()
-            with self._progress.doing(op):
+            with self._progress.doing(op) as handed:
                 output = await self._executor.iteration(chunks, rows, iteration.version, entered.states)
+                handed.took = output.took
             self._decode_spans.add(chunks, began_s, self._clock.now_s())
         if version != self._version_of(iteration):
             version = None

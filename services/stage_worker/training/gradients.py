@@ -111,9 +111,10 @@ class Gradients:
         microbatch = message.microbatch
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         span = self._spans.of_microbatch("stage.training_forward", microbatch)
-        with self._progress.doing(microbatch_op("forward", microbatch)):
+        with self._progress.doing(microbatch_op("forward", microbatch)) as handed:
             rows = message.hidden or message.tokens
             output = await self._executor.forward(microbatch, rows, message.reference)
+            handed.took = output.took
         span.end()
         if output.hidden is not None:
             passed_on = MicrobatchForward(
@@ -142,10 +143,11 @@ class Gradients:
     async def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> None:
         microbatch = self._in_flight[batch_id, index]
         span = self._spans.of_microbatch("stage.training_backward", microbatch)
-        with self._progress.doing(microbatch_op("backward", microbatch)):
-            of_inputs = await self._executor.backward(batch_id, index, gradient)
+        with self._progress.doing(microbatch_op("backward", microbatch)) as handed:
+            output = await self._executor.backward(batch_id, index, gradient)
+            handed.took = output.took
         span.end()
-        await self._went_backward(microbatch, of_inputs)
+        await self._went_backward(microbatch, output.gradient)
 
     async def _went_backward(self, microbatch: Microbatch, gradient: TensorRef | None) -> None:
         batch_id, index = microbatch.batch_id, microbatch.index

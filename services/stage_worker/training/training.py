@@ -91,8 +91,8 @@ class Training:
 
     async def _step(self, order: StepOrder) -> None:
         span = self._spans.of("stage.step", self.gradients.ordered(order.batch_id))
-        with self._progress.doing(step_op(order.batch_id)):
-            await self._executor.step(order)
+        with self._progress.doing(step_op(order.batch_id)) as handed:
+            handed.took = await self._executor.step(order)
         self.held.reached(order.version)
         if order.keep:
             await self.held.keep()

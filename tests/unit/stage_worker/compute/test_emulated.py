@@ -180,7 +180,7 @@ async def test_a_batch_runs_forward_backward_and_steps() -> None:
     assert clock.s == 5.0 + 5.0 + 50.0, "the last stage's forward includes its backward"
     assert output.loss == pytest.approx(math.log(VOCAB_SIZE) / 2), "half of the batch's labels"
     assert output.gradient is not None
-    assert await first.backward("b", 0, output.gradient) is None
+    assert (await first.backward("b", 0, output.gradient)).gradient is None
     assert clock.s == 60.0 + 50.0
     assert await first.finish_batch("b") is None
     await first.step(StepOrder(fence=1, batch_id="b", version=1, learning_rate=0.1))

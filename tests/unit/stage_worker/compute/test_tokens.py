@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.stage_worker.compute.attention.chunks import Chunk
+from services.stage_worker.compute.executor import Took
 from services.stage_worker.compute.graphs import run_again
 from services.stage_worker.compute.iterations import IterationRunner
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.logits import Results
+from services.stage_worker.compute.op_timer import CudaTimer
 from services.stage_worker.compute.readback import Readback
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.sampling.step import Drawing
@@ -27,6 +29,7 @@ from shared.messages.inference import InferenceTask, IterationDone, SampledToken
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.stage import Stage
 from tests.support.models import VOCAB_SIZE, save_tiny_model
+from tests.support.played_cuda import PlayedCuda
 
 BLOCK_SIZE = 4
 
@@ -75,6 +78,7 @@ class LastStage:
             self.iterations.use_steps(run_again)
         self.tokens = TokenRunner(self.iterations, block_size=BLOCK_SIZE)
         self.table = SequenceTable(self._begin, block_size=BLOCK_SIZE)
+        self.took: list[Took] = []
 
     def _begin(self, start: Any) -> SequenceState:
         return SequenceState(start.gateway, start.sampling, None, set(start.prompt))
@@ -90,7 +94,9 @@ class LastStage:
             if task_id in numbers
         }
         asked = Asked(entered.chunks, entered.states, first.tokens)
-        return places, self.tokens.run(asked, first.iteration.version)
+        results, took = self.tokens.run(asked, first.iteration.version)
+        self.took.append(took)
+        return places, results
 
     def publish(self, version: int) -> None:
         """As a step of training: in place."""
@@ -269,6 +275,33 @@ def test_a_sequence_that_ends_or_comes_costs_the_others_no_second_forward(
     course.submit([4, 5], Sampling(max_tokens=12, temperature=0.0))
     course.iterate()
     assert num_forwards() == 2  # the prompt alone
+
+
+def test_an_iteration_takes_the_time_of_its_own_step_also_where_that_was_launched_before(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    course, cuda = models.course(), PlayedCuda()
+    stage = course.stages[1]
+    monkeypatch.setattr(stage.tokens, "_timer", CudaTimer(torch.device("cuda"), cuda))
+    steps_ms = iter([10.0, 20.0, 40.0, 80.0])
+
+    def slowly(launch: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            launched = launch(*arguments)
+            if launched is not None:
+                cuda.launch("step", next(steps_ms))
+            return launched
+
+        return run
+
+    for name in ("draw", "draw_on", "run"):
+        monkeypatch.setattr(stage.iterations, name, slowly(getattr(stage.iterations, name)))
+    course.submit([1, 2, 3], Sampling(max_tokens=3, temperature=0.0))
+    while course.iterate():
+        pass
+    assert stage.iterations.num_ahead == 1
+    taken_s = [sum(part.wait_s() for part in took) for took in stage.took]
+    assert taken_s == pytest.approx([0.01, 0.02, 0.04])
 
 
 def test_rows_that_the_host_must_look_at_go_as_they_come(models: Models) -> None:

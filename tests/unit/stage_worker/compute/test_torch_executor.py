@@ -138,12 +138,26 @@ async def test_a_checkpoint_has_the_weights_before_a_step_that_comes_while_it_is
     assert not any(torch.equal(after[name], before[name]) for name in before)
 
 
+class SlowTime:
+    """Of an op that the device has done when the test says so."""
+
+    def __init__(self, is_done: threading.Event) -> None:
+        self._is_done = is_done
+
+    def is_over(self) -> bool:
+        return self._is_done.is_set()
+
+    def wait_s(self) -> float:
+        self._is_done.wait(30)
+        return 0.25
+
+
 async def test_a_training_op_is_over_when_the_device_has_done_it_and_others_are_launched_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of("llama", 1, tmp_path)
     is_done = threading.Event()
-    monkeypatch.setattr(torch_executor, "end_mark_for", lambda device: lambda: lambda: is_done.wait(30))
+    monkeypatch.setattr(torch_executor, "timer_for", lambda device: lambda: lambda: (SlowTime(is_done),))
     executor = TorchExecutor(settings, "me")
     await executor.load()
     (batch,) = random_batches(1, 1)
@@ -152,7 +166,9 @@ async def test_a_training_op_is_over_when_the_device_has_done_it_and_others_are_
     await executor.keep()  # the compute thread has launched the forward, and is free
     assert not forward.done()
     is_done.set()
-    assert (await forward).loss is not None
+    output = await forward
+    assert output.loss is not None
+    assert [part.wait_s() for part in output.took] == [0.25]
     await executor.finish_batch("b0")
     await executor.measure("b0", None)
     await executor.step(StepOrder(fence=1, batch_id="b0", version=1, learning_rate=0.1))

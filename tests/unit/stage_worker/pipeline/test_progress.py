@@ -1,6 +1,7 @@
 """A stage tells what it does: at once when something happens, not too often, and with the right times."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -69,16 +70,34 @@ def test_training_ops_are_named_after_their_batch() -> None:
     assert step_op("b").num_tokens == 0
 
 
+class Told(list[tuple[float, StageProgress]]):
+    """(time, message) of all that was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: asyncio.Queue[StageProgress] = asyncio.Queue()
+
+    def hear(self, at_s: float, message: StageProgress) -> None:
+        self.append((at_s, message))
+        if message.ended:
+            self._ends.put_nowait(message)
+
+    async def one_with_ends(self) -> StageProgress:
+        """The next message that tells of an op's end."""
+        async with asyncio.timeout(30):
+            return await self._ends.get()
+
+
 @asynccontextmanager
-async def telling() -> AsyncIterator[tuple[Progress, list[tuple[float, StageProgress]]]]:
+async def telling() -> AsyncIterator[tuple[Progress, Told]]:
     """A stage's progress, and what is told of it with the time (of a virtual clock, from 0)."""
     broker = MemoryBroker()
-    told: list[tuple[float, StageProgress]] = []
+    told = Told()
     loop = asyncio.get_running_loop()
     begin_s = loop.time()
 
     async def on_progress(incoming: Incoming[StageProgress]) -> None:
-        told.append((loop.time() - begin_s, incoming.message))
+        told.hear(loop.time() - begin_s, incoming.message)
 
     listener, bus = broker.connect(), broker.connect()
     await listener.subscribe(PROGRESS.at(), on_progress)
@@ -154,6 +173,69 @@ def test_an_op_that_was_handed_over_early_starts_when_the_one_before_it_ends() -
         assert ended(at_turn) + ended(last) == [("a", 100.0, 0.0), ("b", 150.0, 0.0)]
 
     run_virtual(case())
+
+
+class Time:
+    """The time of an op on a device, which is over when the test says so."""
+
+    def __init__(self, seconds: float, *, is_over: bool) -> None:
+        self._seconds = seconds
+        self.over = threading.Event()
+        if is_over:
+            self.over.set()
+
+    def is_over(self) -> bool:
+        return self.over.is_set()
+
+    def wait_s(self) -> float:
+        self.over.wait(30)
+        return self._seconds
+
+
+def test_an_op_took_the_devices_time_where_that_is_known() -> None:
+    async def case() -> None:
+        async with telling() as (progress, told):
+            with progress.doing(step_op("a")) as handed:
+                await asyncio.sleep(0.1)
+                handed.took = (Time(0.02, is_over=True), Time(0.03, is_over=True))
+            await asyncio.sleep(1.0)
+        assert ended(told[-1][1]) == [("a", 50.0, 0.0)]
+
+    run_virtual(case())
+
+
+def test_an_op_beside_a_longer_one_ends_before_it() -> None:
+    async def case() -> None:
+        async with telling() as (progress, told):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(do(progress, "long", 0.5))
+                await asyncio.sleep(0.1)
+                group.create_task(do(progress, "short", 0.1))
+            await asyncio.sleep(1.0)
+        beside, last = (message for _, message in told if message.ended)
+        assert ended(beside) == [("short", 100.0, 0.0)]
+        assert beside.running is not None and beside.running.op == step_op("long")
+        assert beside.running.ago_s == pytest.approx(0.2)
+        assert ended(last) == [("long", 500.0, 0.0)]
+
+    run_virtual(case())
+
+
+async def test_an_op_that_outlasts_its_call_runs_until_the_device_has_done_it() -> None:
+    device = Time(0.125, is_over=False)
+    async with telling() as (progress, told):
+        with progress.doing(step_op("a")) as handed:
+            handed.took = (device,)
+        with progress.doing(step_op("b")) as handed:
+            handed.took = (Time(0.25, is_over=True),)
+        first = await told.one_with_ends()
+        assert first.running is not None and first.running.op == step_op("a"), "it was launched only"
+        device.over.set()
+        second = await told.one_with_ends()
+    assert [each[:2] for message in (first, second) for each in ended(message)] == [
+        ("b", 250.0),
+        ("a", 125.0),
+    ]
 
 
 def test_an_op_that_fails_has_no_end_but_runs_no_more() -> None:
