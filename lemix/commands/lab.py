@@ -44,6 +44,9 @@ def simulate(
         Literal["affine", "quadratic"], typer.Option(help="The scheduler's cost model.")
     ] = "affine",
     hop_ms: Annotated[float, typer.Option(min=0, help="What a message takes.")] = 0.5,
+    device_noise: Annotated[
+        float, typer.Option(min=0, help="Spread of each op's time: 0.05 for 5 % of it.")
+    ] = 0.0,
     slo_factor: Annotated[
         float, typer.Option(min=0, help="The objective, in forward times of the model.")
     ] = 5.0,
@@ -94,6 +97,7 @@ def simulate(
             costs=costs,
             seed=seed,
             hop_s=hop_ms / 1000,
+            device_noise=device_noise,
             objectives=Objectives(slo_factor=slo_factor),
             node_profiles=profiles_by_node(node_profile or ()),
             events=tuple(map(node_event, at or ())),

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lemix.simulation.device_noise import DeviceNoise
 from lemix.simulation.devices import Devices, check_one_model, devices_named
 from lemix.simulation.faults import NO_FAULTS, Faults, carriage
 from lemix.simulation.loop import VirtualClock
@@ -68,6 +69,8 @@ class SimulationOptions:
     hop_s: float = HOP_S
     handover_s: float = 0.0
     """Seconds from the end of an op on a device until its service knows."""
+    device_noise: float = 0.0
+    """Spread of each op's time around its device's own (see `NoisyTimes.sigma`)."""
     objectives: Objectives = DEFAULT_OBJECTIVES
     faults: Faults = NO_FAULTS
     node_profiles: Mapping[int, str] = field(default_factory=dict)
@@ -142,6 +145,7 @@ class SimulatedCluster:
             other_devices=other_devices,
             compute=compute,
             handover_s=options.handover_s,
+            noise=DeviceNoise(options.device_noise, options.seed),
             clock=clock,
         )
 

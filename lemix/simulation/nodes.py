@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lemix.simulation.device_noise import DeviceNoise
 from lemix.simulation.devices import Devices
 from lemix.simulation.loop import VirtualClock
 from lemix.simulation.node_events import NodeEvent
@@ -44,6 +45,7 @@ class SimulatedNodes:
         other_devices: Mapping[int, Devices],
         compute: Compute,
         handover_s: float,
+        noise: DeviceNoise,
         clock: VirtualClock,
     ) -> None:
         """`settings`: of every stage but for its place. `other_devices`: by node, where they are not
@@ -55,6 +57,7 @@ class SimulatedNodes:
         self._other_devices = other_devices
         self._compute = compute
         self._handover_s = handover_s
+        self._noise = noise
         self._clock = clock
         self._workers: dict[tuple[int, int], _Worker] = {}
         """By node and first stage."""
@@ -121,7 +124,7 @@ class SimulatedNodes:
         timed = EmulatedExecutor(
             settings,
             instance,
-            times=devices.times[settings.stage],
+            times=self._noise.on(devices.times[settings.stage], settings.node, settings.stage),
             memory=profile.stages[settings.stage].memory if profile else None,
             vocab_size=devices.vocab_size,
             context_length=devices.context_length,
