@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from lemix.printing import new_table, print_table, say
 from services.gateway.access.key_file import add_key, read_keys, remove_key
-from services.gateway.access.keys import SECRET_BYTES, Key, Scope, digest_of, token_of
+from services.gateway.access.keys import SECRET_BYTES, Key, Scope, ServiceClass, digest_of, token_of
 from shared.clock import Clock
 
 ID_BYTES = 4
@@ -20,6 +20,7 @@ def create(
     name: str,
     scopes: tuple[Scope, ...],
     *,
+    service_class: ServiceClass,
     requests_per_minute: int | None,
     tokens_per_minute: int | None,
     clock: Clock,
@@ -33,6 +34,7 @@ def create(
         name=name,
         digest=digest_of(token),
         scopes=scopes,
+        service_class=service_class,
         created_at=int(clock.wall_s()),
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
@@ -47,7 +49,7 @@ def create(
 def show(path: Path, console: Console) -> None:
     """List the keys, without what they are. Raises ConfigurationError when the file cannot be read."""
     table = new_table(f"keys of {path}")
-    for heading in ("id", "name", "scopes", "requests/min", "tokens/min", "made"):
+    for heading in ("id", "name", "scopes", "class", "requests/min", "tokens/min", "made"):
         table.add_column(heading, overflow="fold")
     for key in (read_keys(path) or {}).values():
         made = datetime.fromtimestamp(key.created_at, UTC)
@@ -56,6 +58,7 @@ def show(path: Path, console: Console) -> None:
             key.id,
             escape(key.name),
             ", ".join(key.scopes),
+            key.service_class,
             *("no limit" if limit is None else str(limit) for limit in limits),
             f"{made:%Y-%m-%d %H:%M} UTC",
         )

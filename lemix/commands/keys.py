@@ -29,6 +29,9 @@ def create(
     scope: Annotated[
         str, typer.Option(help="What it may do, separated by commas: infer, train, admin (everything).")
     ] = "infer",
+    service_class: Annotated[
+        str, typer.Option("--class", help="How soon it needs answers: interactive, or batch (after those).")
+    ] = "interactive",
     requests_per_minute: PerMinute = None,
     tokens_per_minute: PerMinute = None,
     run: Run = None,
@@ -36,16 +39,20 @@ def create(
 ) -> None:
     """Make a key and show it, this once; once there is a key, nobody is let in without."""
     from lemix import keys_command
-    from services.gateway.access.keys import SCOPES
+    from services.gateway.access.keys import SCOPES, SERVICE_CLASSES
 
     asked = scope.replace(" ", "").split(",")
     scopes = tuple(known for known in SCOPES if known in asked)
     if unknown := set(asked) - set(SCOPES):
         raise ConfigurationError(f"--scope {', '.join(sorted(unknown))!r} is none of {', '.join(SCOPES)}")
+    known_class = next((known for known in SERVICE_CLASSES if known == service_class), None)
+    if known_class is None:
+        raise ConfigurationError(f"--class {service_class!r} is none of {', '.join(SERVICE_CLASSES)}")
     keys_command.create(
         _keys_file(run, runs_dir),
         name,
         scopes,
+        service_class=known_class,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         clock=SystemClock(),
@@ -55,7 +62,7 @@ def create(
 
 @app.command(name="list")
 def list_keys(run: Run = None, runs_dir: KeysDir = None) -> None:
-    """Show the keys: their ids, names, scopes and limits."""
+    """Show the keys: their ids, names, scopes, classes and limits."""
     from lemix import keys_command
 
     keys_command.show(_keys_file(run, runs_dir), Output())

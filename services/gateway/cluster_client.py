@@ -16,8 +16,10 @@ from shared.clock import Clock, IdSource
 from shared.errors import LemixError, RefusedError
 from shared.messages.cluster import ClusterStatus, StatusRequest
 from shared.messages.inference import (
+    RUN_OBJECTIVE,
     CancelTask,
     InferenceTask,
+    Objective,
     Sampling,
     SequenceResult,
     TaskFailed,
@@ -38,6 +40,7 @@ class SequenceSpec:
     prompt: tuple[int, ...]
     sampling: Sampling
     prompt_logprobs: bool = False
+    objective: Objective = RUN_OBJECTIVE
 
 
 class Arrival(NamedTuple):
@@ -234,6 +237,7 @@ class ClusterClient:
             sampling=spec.sampling,
             prompt_logprobs=spec.prompt_logprobs,
             timeout_s=self._timeout_s,
+            objective=spec.objective,
         )
 
     async def _place(self, session: Session, task: InferenceTask, traceparent: str) -> None:

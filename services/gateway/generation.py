@@ -13,7 +13,7 @@ from typing import NamedTuple
 from msgspec import structs
 from opentelemetry.trace import SpanKind
 
-from services.gateway.access.keys import Key
+from services.gateway.access.keys import Key, ServiceClass
 from services.gateway.access.meter import Meter
 from services.gateway.cluster_client import Arrival, SequenceSpec
 from services.gateway.context import GatewayContext
@@ -23,7 +23,7 @@ from services.gateway.text.detokenise import Detokeniser, Piece
 from services.gateway.text.tokenise import TokenisedPrompt
 from services.gateway.version_ranges import TokenVersions
 from shared.errors import LemixError
-from shared.messages.inference import Sampling
+from shared.messages.inference import RUN_OBJECTIVE, Objective, Sampling
 from shared.telemetry import traceparent_of
 from shared.text import TextTokenizer
 
@@ -43,6 +43,11 @@ class Caller:
     key: Key | None = None
     """That key."""
 
+    @property
+    def service_class(self) -> ServiceClass:
+        """The class of the key; without keys, all are interactive."""
+        return "interactive" if self.key is None else self.key.service_class
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
@@ -56,6 +61,9 @@ class GenerationRequest:
     num_choices: int = 1
     """Choices for each prompt."""
     stops: tuple[str, ...] = ()
+    service_class: ServiceClass = "interactive"
+    objective: Objective = RUN_OBJECTIVE
+    """The times that every choice is to keep."""
     echo: bool = False
     """Show the prompt before the text, with its log-probabilities if there are any."""
 
@@ -242,7 +250,12 @@ def specs_of(request: GenerationRequest) -> list[SequenceSpec]:
         structs.replace(sampling, seed=(sampling.seed + k) % _NUM_SEEDS) for k in range(request.num_choices)
     ]
     return [
-        SequenceSpec(prompt=prompt.ids, sampling=choice, prompt_logprobs=with_scores)
+        SequenceSpec(
+            prompt=prompt.ids,
+            sampling=choice,
+            prompt_logprobs=with_scores,
+            objective=request.objective,
+        )
         for prompt in request.prompts
         for choice in choices
     ]

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from services.gateway.cluster_client import ClusterClient, SequenceSpec
 from shared.clock import Clock
 from shared.errors import LemixError
-from shared.messages.inference import Sampling
+from shared.messages.inference import Objective, Sampling
 
 _REUSE_S = 1.0
+_BEFORE_ALL = Objective(when_late="serve_last", priority=-1)
+"""An overloaded cluster answers: it is not to be restarted for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,9 @@ class HealthProbe:
         """`token` is the prompt."""
         self._cluster = cluster
         self._clock = clock
-        self._spec = SequenceSpec(prompt=(token,), sampling=Sampling(max_tokens=1, temperature=0.0))
+        self._spec = SequenceSpec(
+            prompt=(token,), sampling=Sampling(max_tokens=1, temperature=0.0), objective=_BEFORE_ALL
+        )
         self._timeout_s = timeout_s
         self._asking: asyncio.Task[None] | None = None
         self._latest: tuple[float, Health] | None = None

@@ -70,6 +70,7 @@ async def test_an_answer_has_openais_shape() -> None:
         "object": "chat.completion",
         "model": MODEL,
         "system_fingerprint": f"weights-{VERSION}-{VERSION}",
+        "service_tier": "default",
         "choices": [
             {
                 "index": 0,

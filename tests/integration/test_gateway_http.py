@@ -81,6 +81,7 @@ async def test_answer_has_openais_shape() -> None:
         "object": "text_completion",
         "model": MODEL,
         "system_fingerprint": f"weights-{VERSION}-{VERSION}",
+        "service_tier": "default",
         "choices": [
             {
                 "index": 0,

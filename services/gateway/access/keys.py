@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Scope = Literal["infer", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+ServiceClass = Literal["interactive", "batch"]
+"""Requests of the first expect their answers in time; those of the second go after them."""
+SERVICE_CLASSES: tuple[ServiceClass, ...] = get_args(ServiceClass)
 SECRET_BYTES = 32
 """Random bytes of a secret."""
 
@@ -42,6 +45,7 @@ class Key(BaseModel):
     """For people."""
     digest: str
     scopes: tuple[Scope, ...] = Field(min_length=1)
+    service_class: ServiceClass = "interactive"
     created_at: int
     """Seconds since the Unix epoch."""
     requests_per_minute: int | None = Field(default=None, gt=0)

@@ -7,9 +7,11 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from services.gateway.access.keys import ServiceClass
 from services.gateway.context import GatewayContext
 from services.gateway.generation import Usage, Versions
 from services.gateway.http.errors import ApiError
+from services.gateway.openai.objective import TIERS, ServiceTier
 from services.gateway.version_ranges import VersionRange
 
 Json = dict[str, object]
@@ -56,6 +58,8 @@ class Answer(BaseModel):
     model: str
     system_fingerprint: str | None
     """The weights that made the first and the last token: `weights-3-5`."""
+    service_tier: ServiceTier
+    """`flex`: it was served as those of the class `batch`."""
     usage: UsageAnswer
 
 
@@ -69,6 +73,7 @@ class Heading:
     created_s: int
     """Seconds since the Unix epoch."""
     model: str
+    service_class: ServiceClass
 
     def fields(self, versions: Versions | None) -> Json:
         """The JSON fields before the choices."""
@@ -78,16 +83,18 @@ class Heading:
             "created": self.created_s,
             "model": self.model,
             "system_fingerprint": fingerprint(versions),
+            "service_tier": TIERS[self.service_class],
         }
 
 
-def new_heading(context: GatewayContext, prefix: str, kind: str) -> Heading:
+def new_heading(context: GatewayContext, prefix: str, kind: str, *, service_class: ServiceClass) -> Heading:
     """The heading of an answer that begins now; its id begins with `prefix`."""
     return Heading(
         answer_id=context.ids.new(prefix),
         kind=kind,
         created_s=int(context.clock.wall_s()),
         model=context.card.name,
+        service_class=service_class,
     )
 
 

@@ -26,9 +26,6 @@ class NeutralParameters(RequestModel):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] = "in_memory"
     metadata: Metadata = Field(default_factory=dict)
 
-    # OpenAI's
-    service_tier: Literal["auto", "default"] = "auto"
-
     # vLLM's
     use_beam_search: Literal[False] = False
     length_penalty: One = 1.0

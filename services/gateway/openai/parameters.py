@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from services.gateway.context import GatewayContext
 from services.gateway.openai.models import check_model
+from services.gateway.openai.objective import ObjectiveParameters
 from services.gateway.openai.schema import AS_WHOLE, RequestModel, Whole, at_most, invalid
 from shared.messages.inference import Sampling
 
@@ -43,7 +44,7 @@ class StreamOptions(RequestModel):
         return self.include_usage and self.continuous_usage_stats
 
 
-class GenerationParameters(RequestModel):
+class GenerationParameters(ObjectiveParameters):
     """The parameters of generated text that every request may have."""
 
     model: str

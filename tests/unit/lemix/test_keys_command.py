@@ -31,7 +31,7 @@ def test_a_key_is_shown_once_listed_and_revoked(tmp_path: Path) -> None:
     assert (key.name, key.scopes, key.tokens_per_minute) == ("Ada", ("infer", "train"), 1000)
     assert (key.requests_per_minute, stat.S_IMODE(path.stat().st_mode)) == (None, 0o600)
     listed = lemix_keys("list").stdout
-    assert re.search(rf"{key.id}\s+Ada\s+infer, train\s+no limit\s+1000", listed)
+    assert re.search(rf"{key.id}\s+Ada\s+infer, train\s+interactive\s+no limit\s+1000", listed)
     assert token not in listed
     assert token not in path.read_text()
     assert lemix_keys("revoke", key.id).exit_code == 0
@@ -49,9 +49,18 @@ def test_the_run_or_the_setting_says_which_keys(tmp_path: Path, monkeypatch: pyt
     assert names == {"runs/other/keys.json": ["a"], "mine.json": ["b"], "runs/default/keys.json": []}
 
 
+def test_a_key_has_a_class(tmp_path: Path) -> None:
+    for arguments in ((), ("--class", "batch")):
+        lemix_keys("create", "--name", "Ada", *arguments)
+    keys = (read_keys(tmp_path / "runs" / "default" / "keys.json") or {}).values()
+    assert [key.service_class for key in keys] == ["interactive", "batch"]
+    assert re.search(r"infer\s+interactive\s.*infer\s+batch", lemix_keys("list").stdout, re.DOTALL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (("create", "--name", "a", "--class", "first"), "interactive, batch"),
         (("create", "--name", "a", "--scope", "root"), "root"),
         (("create", "--name", "a", "--scope", ""), "infer, train, admin"),
         (("revoke", "nobody"), "nobody"),

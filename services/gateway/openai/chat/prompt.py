@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from services.gateway.access.keys import ServiceClass
 from services.gateway.context import GatewayContext
 from services.gateway.generation import GenerationRequest
 from services.gateway.http.errors import ApiError
@@ -31,7 +32,7 @@ GRAMMAR_CHARACTERS = 10_000
 
 
 async def generation_request(
-    asked: ChatRequest, answer_id: str, context: GatewayContext
+    asked: ChatRequest, answer_id: str, service_class: ServiceClass, context: GatewayContext
 ) -> GenerationRequest:
     """From a chat request to a generation. Raises ApiError when it cannot be honoured."""
     check_parameters(asked, context)
@@ -48,6 +49,8 @@ async def generation_request(
     room = context.card.context_length - len(prompt.ids)
     return GenerationRequest(
         answer_id=answer_id,
+        service_class=service_class,
+        objective=asked.objective(service_class),
         prompts=(prompt,),
         sampling=sampling_of(
             asked,

@@ -22,8 +22,9 @@ def add_chat(app: FastAPI, context: GatewayContext, generations: Generations, fe
     @app.post("/v1/chat/completions", responses=documented(ChatCompletion))
     async def chat(http: Request, asked: ChatRequest) -> Response:
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        heading = new_heading(context, "chatcmpl", kind)
         caller = caller_of(http)
+        service_class = asked.service_class(caller.service_class)
+        heading = new_heading(context, "chatcmpl", kind, service_class=service_class)
         with generations.admitted(caller) as begin:
             recorder = chat_recorder(
                 asked,
@@ -33,7 +34,7 @@ def add_chat(app: FastAPI, context: GatewayContext, generations: Generations, fe
                 context=context,
                 feedback=feedback,
             )
-            generation = begin(await generation_request(asked, heading.answer_id, context))
+            generation = begin(await generation_request(asked, heading.answer_id, service_class, context))
         readers = [reader_of(asked, context.ids) for _ in range(asked.n)]
         if asked.stream:
             events = ChatEvents(

@@ -2,6 +2,7 @@
 
 from fastapi import FastAPI, Request, Response
 
+from services.gateway.access.keys import ServiceClass
 from services.gateway.context import GatewayContext
 from services.gateway.feedback.recording import recorded
 from services.gateway.feedback.service import Feedback
@@ -24,13 +25,14 @@ def add_completions(
 
     @app.post("/v1/completions", responses=documented(Completion))
     async def complete(http: Request, asked: CompletionRequest) -> Response:
-        heading = new_heading(context, "cmpl", "text_completion")
         caller = caller_of(http)
+        service_class = asked.service_class(caller.service_class)
+        heading = new_heading(context, "cmpl", "text_completion", service_class=service_class)
         with generations.admitted(caller) as begin:
             recorder = completion_recorder(
                 asked, heading.answer_id, caller=caller, context=context, feedback=feedback
             )
-            generation = begin(await generation_request(asked, heading.answer_id, context))
+            generation = begin(await generation_request(asked, heading.answer_id, service_class, context))
         with_logprobs = asked.logprobs is not None
         if asked.stream:
             events = CompletionEvents(
@@ -56,7 +58,7 @@ def add_completions(
 
 
 async def generation_request(
-    asked: CompletionRequest, answer_id: str, context: GatewayContext
+    asked: CompletionRequest, answer_id: str, service_class: ServiceClass, context: GatewayContext
 ) -> GenerationRequest:
     """From a completion request to a generation. Raises ApiError when it cannot be honoured."""
     check_parameters(asked, context, num_prompts=len(asked.prompt))
@@ -64,6 +66,8 @@ async def generation_request(
     sampling = sampling_of(asked, context, max_tokens=asked.num_tokens, num_logprobs=asked.logprobs)
     return GenerationRequest(
         answer_id=answer_id,
+        service_class=service_class,
+        objective=asked.objective(service_class),
         prompts=await tokenise(asked.prompt, asked.num_tokens, context),
         sampling=sampling,
         num_choices=asked.n,

@@ -10,6 +10,7 @@ from services.gateway.generation import Usage, Versions
 from services.gateway.http.errors import ApiError
 from services.gateway.openai.answers import Json, fingerprint
 from services.gateway.openai.chat.answer import ChoiceReader
+from services.gateway.openai.objective import ServiceTier
 from services.gateway.openai.responses.items import Status
 from services.gateway.openai.tool_calls import TextDelta, ToolCallDelta
 from services.gateway.text.detokenise import Piece, TokenEntry
@@ -108,6 +109,8 @@ class ResponseObject(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     parallel_tool_calls: bool
+    service_tier: ServiceTier
+    """The one that was used: `flex` for those of the class `batch`."""
     store: bool
     temperature: float
     text: Json
@@ -120,7 +123,6 @@ class ResponseObject(BaseModel):
     background: Literal[False] = False
     previous_response_id: None = None
     reasoning: dict[str, None] = Field(default_factory=lambda: {"effort": None, "summary": None})
-    service_tier: Literal["default"] = "default"
     truncation: Literal["disabled"] = "disabled"
     user: None = None
 

@@ -10,6 +10,7 @@ from services.gateway.openai.chat.messages import MAX_MESSAGES
 from services.gateway.openai.chat.request import AnswerLimit, ChatRequest, JsonSchema, TopLogprobs
 from services.gateway.openai.chat.tools import MAX_TOOLS, Function, ToolMode
 from services.gateway.openai.neutral import Empty, NeutralParameters
+from services.gateway.openai.objective import ObjectiveParameters
 from services.gateway.openai.responses.items import Item, chat_messages
 from services.gateway.openai.schema import RequestModel
 
@@ -131,7 +132,7 @@ class StreamOptions(RequestModel):
     """Accepted; events carry no padding."""
 
 
-class ResponseRequest(NeutralParameters):
+class ResponseRequest(ObjectiveParameters, NeutralParameters):
     """The body of POST /v1/responses."""
 
     model: str
@@ -175,6 +176,8 @@ class ResponseRequest(NeutralParameters):
         choice = self.tool_choice
         fields = {
             "model": self.model,
+            "lemix": self.lemix,
+            "service_tier": self.service_tier,
             "messages": chat_messages(self.input, self.instructions),
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from fastapi import FastAPI, Request, Response
 from pydantic_core import to_jsonable_python
 
+from services.gateway.access.keys import ServiceClass
 from services.gateway.context import GatewayContext
 from services.gateway.feedback.recording import recorded
 from services.gateway.feedback.service import Feedback
@@ -18,6 +19,7 @@ from services.gateway.openai.answers import documented
 from services.gateway.openai.chat.answer import reader_of, scored_tokens
 from services.gateway.openai.chat.prompt import generation_request
 from services.gateway.openai.chat.remembered import chat_recorder
+from services.gateway.openai.objective import TIERS
 from services.gateway.openai.responses.answer import ResponseEvents, ResponseObject
 from services.gateway.openai.responses.request import ResponseRequest
 
@@ -40,13 +42,14 @@ def add_responses(
     async def respond(http: Request, asked: ResponseRequest) -> Response:
         answer_id, chat = context.ids.new("resp"), asked.for_chat()
         caller = caller_of(http)
+        service_class = asked.service_class(caller.service_class)
         with _own_names(), generations.admitted(caller) as begin:
             recorder = chat_recorder(
                 chat, answer_id, store=asked.store, caller=caller, context=context, feedback=feedback
             )
-            generation = begin(await generation_request(chat, answer_id, context))
+            generation = begin(await generation_request(chat, answer_id, service_class, context))
         events = ResponseEvents(
-            _response_of(asked, answer_id, context),
+            _response_of(asked, answer_id, service_class, context),
             context.ids.new,
             reader=reader_of(chat, context.ids),
             logprobs_of=lambda entries: scored_tokens(entries, context.tokenizer),
@@ -62,7 +65,9 @@ def add_responses(
         return json_response(events.response, headers=version_header(generation))
 
 
-def _response_of(asked: ResponseRequest, answer_id: str, context: GatewayContext) -> ResponseObject:
+def _response_of(
+    asked: ResponseRequest, answer_id: str, service_class: ServiceClass, context: GatewayContext
+) -> ResponseObject:
     """The response before it has begun."""
     return ResponseObject(
         id=answer_id,
@@ -72,6 +77,7 @@ def _response_of(asked: ResponseRequest, answer_id: str, context: GatewayContext
         max_output_tokens=asked.max_output_tokens,
         metadata=asked.metadata,
         parallel_tool_calls=asked.parallel_tool_calls,
+        service_tier=TIERS[service_class],
         store=asked.store,
         temperature=asked.temperature,
         text=asked.text.model_dump(by_alias=True),

@@ -10,18 +10,28 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute, Mount, Route
 
 from services.gateway.access.key_file import add_key
-from services.gateway.access.keys import SCOPES, Key, Scope, digest_of, scope_of, token_of
+from services.gateway.access.keys import SCOPES, Key, Scope, ServiceClass, digest_of, scope_of, token_of
 from tests.support.gateway import MODEL, gateway_world, says
 
 OPEN = {"/health", "/docs", "/openapi.json"}
 ASKED = {"model": MODEL, "prompt": "Say it", "max_tokens": 4}
 
 
-def make_key(run_dir: Path, *scopes: Scope, **limits: int) -> str:
+def make_key(
+    run_dir: Path, *scopes: Scope, service_class: ServiceClass = "interactive", **limits: int
+) -> str:
     """Adds a key to a run; returns it as its owner sends it."""
     key_id = f"{'-'.join(scopes)}".replace("-", "")
     token = token_of(key_id, "ab" * 32)
-    key = Key(id=key_id, name="me", digest=digest_of(token), scopes=scopes, created_at=0, **limits)
+    key = Key(
+        id=key_id,
+        name="me",
+        digest=digest_of(token),
+        scopes=scopes,
+        service_class=service_class,
+        created_at=0,
+        **limits,
+    )
     add_key(run_dir / "keys.json", key)
     return token
 

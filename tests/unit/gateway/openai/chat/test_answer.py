@@ -10,7 +10,13 @@ from services.gateway.openai.tool_calls import ToolCallParser
 from services.gateway.text.detokenise import Piece, TokenEntry
 from tests.support.gateway import TOKENIZER
 
-HEADING = Heading(answer_id="chatcmpl-1", kind="chat.completion.chunk", created_s=7, model="m")
+HEADING = Heading(
+    answer_id="chatcmpl-1",
+    kind="chat.completion.chunk",
+    created_s=7,
+    model="m",
+    service_class="interactive",
+)
 CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
 

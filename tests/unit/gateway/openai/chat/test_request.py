@@ -43,7 +43,7 @@ def generation(source: str | None = CHATML, **fields: Any) -> GenerationRequest:
         ids=ids,
         chat_template=template,
     )
-    return asyncio.run(generation_request(read(**fields), "chatcmpl-1", context))
+    return asyncio.run(generation_request(read(**fields), "chatcmpl-1", "interactive", context))
 
 
 def prompt_of(**fields: Any) -> str:
@@ -94,7 +94,7 @@ def prompt_of(**fields: Any) -> str:
         ({"stop": ["a"] * 17}, "stop"),
         ({"prompt": "x"}, "prompt"),
         ({"store": "yes"}, "store"),
-        ({"service_tier": "flex"}, "service_tier"),
+        ({"service_tier": "priority"}, "service_tier"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"verbosity": "low"}, "verbosity"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),

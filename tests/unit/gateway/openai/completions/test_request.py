@@ -31,7 +31,7 @@ def generation(request: CompletionRequest, card: ModelCard = CARD) -> Generation
     context = SimpleNamespace(
         card=card, tokenizer=TOKENIZER, text_threads=TextThreads(1), settings=SETTINGS, ids=ids
     )
-    return asyncio.run(generation_request(request, "cmpl-1", context))
+    return asyncio.run(generation_request(request, "cmpl-1", "interactive", context))
 
 
 def prepare(request: CompletionRequest, card: ModelCard = CARD) -> tuple[TokenisedPrompt, ...]:

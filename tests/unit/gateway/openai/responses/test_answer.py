@@ -29,6 +29,7 @@ def events_of(*, with_tools: bool = False) -> ResponseEvents:
         max_output_tokens=9,
         metadata={},
         parallel_tool_calls=True,
+        service_tier="default",
         store=False,
         temperature=1.0,
         text={"format": {"type": "text"}},
