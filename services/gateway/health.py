@@ -9,8 +9,6 @@ from shared.errors import LemixError
 from shared.messages.inference import Objective, Sampling
 
 _REUSE_S = 1.0
-_BEFORE_ALL = Objective(when_late="serve_last", priority=-1)
-"""An overloaded cluster answers: it is not to be restarted for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +30,10 @@ class HealthProbe:
         self._cluster = cluster
         self._clock = clock
         self._spec = SequenceSpec(
-            prompt=(token,), sampling=Sampling(max_tokens=1, temperature=0.0), objective=_BEFORE_ALL
+            prompt=(token,),
+            sampling=Sampling(max_tokens=1, temperature=0.0),
+            # With times that a cluster keeps that has too much to do: nobody is to restart it for that.
+            objective=Objective(ttft_s=timeout_s, tbt_s=timeout_s, when_late="serve_last"),
         )
         self._timeout_s = timeout_s
         self._asking: asyncio.Task[None] | None = None

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from lemix.simulation.loop import run_virtual
 from services.gateway.generation import REFUSALS_WITHIN_S
 from shared.bus.base import Incoming
-from shared.messages.inference import SequenceResult, TokenLogprob
+from shared.messages.inference import Objective, SequenceResult, TokenLogprob
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import NODE_WEIGHTS
 from tests.support.gateway import (
@@ -527,6 +527,8 @@ async def test_health_sends_one_token_through_a_node() -> None:
         task = world.cluster.submitted.get_nowait()
         assert world.cluster.submitted.empty()
     assert task.sampling.max_tokens == 1
+    patience_s = world.settings.health_timeout_s
+    assert task.objective == Objective(ttft_s=patience_s, tbt_s=patience_s, when_late="serve_last")
     assert {response.status_code for response in responses} == {200}
     assert responses[0].json()["status"] == "ok"
     assert responses[0].json()["weights_version"] == VERSION
