@@ -27,16 +27,17 @@ HOP_S = 0.0005
 
 
 def held_out_shapes(rng: random.Random, context_length: int) -> list[IterationShape]:
-    """Prompts, pieces of prompts, decoding, and decoding with a prompt, of any size in between."""
+    """Prompts, pieces of prompts, decoding, and decoding with either, of any size in between."""
     shapes = []
-    for _ in range(NUM_HELD_OUT // 4):
+    for _ in range(NUM_HELD_OUT // 5):
         length, start = rng.randint(2, 400), rng.randint(1, context_length - 401)
         size, context = rng.randint(1, 24), rng.randint(8, 600)
         shapes += [
             prefill(0, length),
             prefill(start, rng.randint(2, 200)),
             decoding(size, context),
-            mixed(size, context, length),
+            mixed(size, context, 0, length),
+            mixed(size, context, start, rng.randint(2, 200)),
         ]
     rng.shuffle(shapes)
     return shapes

@@ -1,9 +1,13 @@
-"""Which ops `lemix profile` measures: prefills, decoding, both at once, and microbatches of several sizes."""
+"""Which ops `lemix profile` measures: prompts, pieces of them, decoding, these at once, and microbatches."""
 
 from dataclasses import dataclass
 
 MAX_ROWS = 2048
 """Rows of one op: as many as a microbatch may have by default."""
+
+LATE_PIECES = tuple((start, num_tokens) for start in (512, 1536, 3584) for num_tokens in (64, 512))
+"""(start, rows) of long prompts' pieces, each measured alone and beside decoding: only these have many more
+positions to read than rows, and many more pairs than positions to read."""
 
 BLOCK_SLACK = 64
 """Tokens that a sequence's last block may leave unused at most."""
@@ -45,11 +49,14 @@ def grid_for(context_length: int, *, is_quick: bool) -> Grid:
     lengths = (1, 8, 64) if is_quick else (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
     batch_sizes = (4,) if is_quick else (2, 4, 8, 16, 32)
     contexts = (32,) if is_quick else (16, 128, 512)
+    pieces = ((96, 32),) if is_quick else LATE_PIECES
     iterations = (
         *(prefill(0, length) for length in lengths),
         *(prefill(context, length) for context in contexts for length in lengths[2::4]),
         *(decoding(size, context) for size in batch_sizes for context in contexts),
-        *(mixed(size, contexts[-1], length) for size in batch_sizes[::2] for length in lengths[2::4]),
+        *(mixed(size, contexts[-1], 0, length) for size in batch_sizes[::2] for length in lengths[2::4]),
+        *(prefill(*piece) for piece in pieces),
+        *(mixed(batch_sizes[-1] // 4, contexts[-1], *piece) for piece in pieces),
     )
     microbatches = (
         *((length,) for length in lengths if length > 1),
@@ -74,9 +81,9 @@ def decoding(num_sequences: int, context: int) -> IterationShape:
     return IterationShape(((context, 1),) * num_sequences)
 
 
-def mixed(num_sequences: int, context: int, num_tokens: int) -> IterationShape:
-    """Decoding and a prompt in one iteration."""
-    return IterationShape((*decoding(num_sequences, context).chunks, (0, num_tokens)))
+def mixed(num_sequences: int, context: int, start: int, num_tokens: int) -> IterationShape:
+    """Decoding, and a prompt's rows from `start` on, in one iteration."""
+    return IterationShape((*decoding(num_sequences, context).chunks, (start, num_tokens)))
 
 
 def _fits(shape: IterationShape, context_length: int) -> bool:

@@ -34,9 +34,9 @@ def old(work: Work, kind: OpKind = "iteration") -> dict[str, Any]:
         decoding(1, 16),
         decoding(32, 512),
         decoding(8, 1),
-        mixed(2, 512, 8),
-        mixed(32, 512, 512),
-        mixed(8, 512, 1),
+        mixed(2, 512, 0, 8),
+        mixed(32, 512, 0, 512),
+        mixed(8, 512, 0, 1),
     ],
 )
 def test_a_point_of_the_old_grid_reads_what_it_did(shape: IterationShape) -> None:

@@ -35,5 +35,5 @@ def test_every_sequence_has_blocks_of_its_own_in_the_room() -> None:
 def test_shapes_are_what_their_names_say() -> None:
     assert prefill(5, 3).chunks == ((5, 3),)
     assert decoding(2, 7).chunks == ((7, 1), (7, 1))
-    assert mixed(1, 7, 4).chunks == ((7, 1), (0, 4))
+    assert mixed(1, 7, 9, 4).chunks == ((7, 1), (9, 4))
     assert mixed(1, 7, 4).num_tokens == 5
