@@ -36,4 +36,4 @@ def test_shapes_are_what_their_names_say() -> None:
     assert prefill(5, 3).chunks == ((5, 3),)
     assert decoding(2, 7).chunks == ((7, 1), (7, 1))
     assert mixed(1, 7, 9, 4).chunks == ((7, 1), (9, 4))
-    assert mixed(1, 7, 4).num_tokens == 5
+    assert mixed(1, 7, 9, 4).num_tokens == 5
