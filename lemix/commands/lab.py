@@ -126,8 +126,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="main, heterogeneity, ablation, sensitivity, synchronous, generation, data-parallel,"
-            " learning, live."
+            help="frontier, main, heterogeneity, ablation, sensitivity, synchronous, generation,"
+            " data-parallel, learning, live."
         ),
     ],
     quick: Annotated[

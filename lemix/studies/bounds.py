@@ -7,6 +7,7 @@ bound may be out of reach, but what is above it is impossible.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import ceil
 
 from shared.profiles.times import NO_WORK, StageTimes, Work, work_of_rows
 
@@ -224,3 +225,37 @@ def tbt_s(pipelines: Pipelines) -> float:
 
 def _work_of(lengths: Sequence[int]) -> Work:
     return sum((work_of_rows(0, length) for length in lengths), NO_WORK)
+
+
+def fewest_nodes(
+    pipelines: Pipelines,
+    requests: Sequence[Request],
+    batches: Sequence[Sequence[int]],
+    *,
+    in_time: float,
+    kept: float,
+    window_s: float,
+) -> int:
+    """Nodes needed at least to serve the share `in_time` of the requests and to apply the share `kept` of the
+    training tokens within `window_s` seconds.
+
+    Of both the cheapest are chosen, and stages are never idle. What is decoded after the first token is left
+    out.
+    """
+    needed_s = max(
+        _cheapest_s([(request_s(times, request), 1.0) for request in requests], in_time)
+        + _cheapest_s([(training_s(times, lengths), sum(lengths)) for lengths in batches], kept)
+        for times in pipelines.times
+    )
+    return max(1, ceil(needed_s / window_s))
+
+
+def _cheapest_s(jobs: Sequence[tuple[float, float]], share: float) -> float:
+    """Least seconds for that share of the value of jobs of (seconds, value), parts of jobs allowed."""
+    left, total_s = share * sum(value for _, value in jobs), 0.0
+    for seconds, value in sorted(jobs, key=lambda job: job[0] / job[1]):
+        part = min(1.0, left / value)
+        total_s, left = total_s + part * seconds, left - part * value
+        if left <= 0:
+            break
+    return total_s

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from lemix.studies import variations
+from lemix.studies.frontier import frontier
 from lemix.studies.generation import generation
 from lemix.studies.grid import Study
 from lemix.studies.learning import learning
@@ -11,6 +12,7 @@ from lemix.studies.main_grid import DATA_PARALLEL, MAIN, SYNCHRONOUS
 from shared.errors import ConfigurationError
 
 STUDIES: Mapping[str, Callable[..., Study]] = {
+    "frontier": frontier,
     "main": MAIN.study,
     "heterogeneity": variations.heterogeneity,
     "ablation": variations.ablation,

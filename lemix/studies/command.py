@@ -1,7 +1,7 @@
 """`lemix study`: make a study's runs, those that are not there yet, and write what they say."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,13 +9,16 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from lemix.printing import say
 from lemix.studies.catalogue import study_named
-from lemix.studies.grid import Cell, Study
+from lemix.studies.exploring import Explorer
+from lemix.studies.grid import Cell, PolicySearch, Study
 from lemix.studies.report import write
 from lemix.studies.rows import BOUND, aggregate
 from lemix.studies.runner import RunLog, complete, finished_runs, process_pool
 from shared.errors import ConfigurationError
 
 DOCUMENTS = Path("docs/studies")
+OnProgress = Callable[[int, int | None], None]
+"""Hears how many runs there are, of how many; None: nobody knows yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +56,14 @@ def run_study(options: StudyOptions, console: Console) -> Path:
     Raises ConfigurationError for an unknown study or policy, StudyFailedError naming the runs that failed.
     """
     study = study_named(options.name, quick=options.quick)
-    cells = chosen_cells(study, options.policies)
     log = RunLog(options.log)
-    if options.fresh:
-        log.forget(cells)
     with _progress(console) as progress:
         bar = progress.add_task(f"study {study.name}", total=None)
-        complete(
+        make = _search if study.searches else _make
+        study = make(
             study,
-            cells,
+            options,
             log,
-            pool=process_pool(study, options.workers),
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     rows = aggregate(finished_runs(study, log))
@@ -72,15 +72,53 @@ def run_study(options: StudyOptions, console: Console) -> Path:
     return path
 
 
+def _make(study: Study, options: StudyOptions, log: RunLog, on_progress: OnProgress) -> Study:
+    """Make the runs of a study that has them all in a list."""
+    cells = chosen_cells(study, options.policies)
+    if options.fresh:
+        log.forget(cells)
+    pool = process_pool(study, options.workers)
+    complete(study, cells, log, pool=pool, on_progress=on_progress)
+    return study
+
+
+def _search(study: Study, options: StudyOptions, log: RunLog, on_progress: OnProgress) -> Study:
+    """Make the runs that its searches want; returns it with them. The report has only those."""
+    searches = chosen_searches(study, options.policies)
+    if options.fresh:
+        log.forget_policies({search.policy for search in searches})
+    pool = process_pool(study, options.workers)
+    explorer = Explorer(
+        study,
+        [search.begin() for search in searches],
+        log,
+        pool=pool,
+        on_run=lambda done: on_progress(done, None),
+    )
+    return replace(study, cells=explorer.explore())
+
+
+def chosen_searches(study: Study, policies: Sequence[str]) -> list[PolicySearch]:
+    """The searches of these policies, and the bounds. Raises ConfigurationError for a policy the study has
+    not.
+    """
+    _check_policies(study, policies, [search.policy for search in study.searches])
+    return [search for search in study.searches if not policies or search.policy in (*policies, BOUND)]
+
+
 def chosen_cells(study: Study, policies: Sequence[str]) -> list[Cell]:
     """The cells of these policies, and the bounds. Raises ConfigurationError for a policy the study has
     not.
     """
-    known = list(dict.fromkeys(cell.policy for cell in study.cells))
+    _check_policies(study, policies, [cell.policy for cell in study.cells])
+    return [cell for cell in study.cells if not policies or cell.policy in (*policies, BOUND)]
+
+
+def _check_policies(study: Study, policies: Sequence[str], known: Sequence[str]) -> None:
     for policy in policies:
         if policy not in known:
-            raise ConfigurationError(f"policy={policy!r} is not in study {study.name}: {', '.join(known)}")
-    return [cell for cell in study.cells if not policies or cell.policy in (*policies, BOUND)]
+            names = ", ".join(dict.fromkeys(known))
+            raise ConfigurationError(f"policy={policy!r} is not in study {study.name}: {names}")
 
 
 def _progress(console: Console) -> Progress:

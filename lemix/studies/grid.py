@@ -1,7 +1,7 @@
 """A study: the runs to make, and how to report their results."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -57,10 +57,24 @@ class Report:
     verdicts: Sequence[Verdict] = ()
     charts: Mapping[str, Chart] = field(default_factory=dict)
     """By the end of the file's name."""
+    looked_up: Sequence[Row] = ()
+    """Rows that missed points are looked up in; none: in all of the study."""
 
 
 RunCell = Callable[[Cell], Metrics]
 """Makes one run, in a process of its own (so a function of a module)."""
+
+
+Search = Generator[Cell, Metrics, None]
+"""Yields the runs that it wants, one by one, and is sent the metrics of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySearch:
+    """A search among the runs of one policy."""
+
+    policy: str
+    begin: Callable[[], Search]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +85,12 @@ class Study:
     title: str
     about: str
     """The varied and the fixed options, and the paper's experiment; Markdown."""
-    cells: Sequence[Cell]
+    cells: Sequence[Cell] = ()
+    """Runs that are made in any case."""
     report: Callable[[Sequence[Row]], Report]
     run: RunCell
+    searches: Sequence[PolicySearch] = ()
+    """They choose further runs, each by what the ones before it showed."""
     timelines: Sequence[Cell] = ()
     """Runs whose pipelines are drawn."""
     max_workers: int | None = None

@@ -43,7 +43,7 @@ def _as_markdown(
     sections = [
         *([Section(title="Verdicts", body=verdict_table(report.verdicts))] if report.verdicts else []),
         *report.sections,
-        *missed_sections(report.verdicts, rows),
+        *missed_sections(report.verdicts, report.looked_up or rows),
         Section(title="Figures", body="\n\n".join(f"![{name}]({name})" for name in figures)),
         Section(title="Setting", body=_setting(study, rows, command)),
     ]

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from lemix.studies.grid import Cell, RunCell, Study
-from lemix.studies.rows import Labels, Metrics
+from lemix.studies.rows import POLICY, Labels, Metrics
 from shared.errors import LemixError
 
 RUN_DEADLINE_S = 900
@@ -43,13 +43,19 @@ class RunLog:
     def forget(self, cells: Iterable[Cell]) -> None:
         """Their runs will be made again."""
         keys = {cell.key() for cell in cells}
-        kept = [row for row in self._rows() if _key(row) not in keys]
-        if self._path.exists():
-            self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._keep([row for row in self._rows() if _key(row) not in keys])
+
+    def forget_policies(self, policies: Collection[str]) -> None:
+        """All runs of theirs will be made again."""
+        self._keep([row for row in self._rows() if row["labels"][POLICY] not in policies])
 
     def finished(self) -> dict[str, Metrics]:
         """The metrics of every run that is there, by its cell's key."""
         return {_key(row): row["metrics"] for row in self._rows()}
+
+    def _keep(self, rows: Iterable[dict[str, Any]]) -> None:
+        if self._path.exists():
+            self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _rows(self) -> list[dict[str, Any]]:
         """A line cut off by a kill is taken out."""

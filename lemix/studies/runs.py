@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 
-from lemix.simulation.cluster import devices_of
+from lemix.simulation.cluster import SimulationOptions, devices_of
 from lemix.simulation.metrics import RunMetrics
 from lemix.simulation.run import objective_s, planned, simulate, slo_s
-from lemix.simulation.workload import WorkloadOptions
+from lemix.simulation.workload import Workload, WorkloadOptions
 from lemix.studies import bounds
 from lemix.studies.bounds import Pipelines, Request
 from lemix.studies.grid import Cell
 from lemix.studies.rows import BOUND, Metrics
 from lemix.studies.verdicts import APPLIED, GOODPUT, IN_TIME, SLO, THROUGHPUT, TRAINING
+from lemix.studies.while_serving import while_serving
 from shared.schedule import is_synchronous
 from shared.settings import MAX_ITERATION_TOKENS
 
@@ -21,8 +22,8 @@ def run_cell(cell: Cell) -> Metrics:
     """Simulate it; the cells of the policy `bound` are what no policy can exceed."""
     if cell.policy == BOUND:
         return bound_metrics(cell)
-    _, metrics = simulate(cell.cluster, cell.workload)
-    return as_numbers(metrics, cell.workload)
+    record, metrics = simulate(cell.cluster, cell.workload)
+    return {**as_numbers(metrics, cell.workload), **while_serving(record, metrics)}
 
 
 def as_numbers(metrics: RunMetrics, workload: WorkloadOptions) -> Metrics:
@@ -46,16 +47,7 @@ def _numbers(metrics: RunMetrics) -> Iterator[tuple[str, float | None]]:
 def bound_metrics(cell: Cell) -> Metrics:
     """Bounds under the names of the metrics they bound; times are bounded from below, all else from above."""
     workload = planned(cell.workload, cell.cluster.seed)
-    pipelines = Pipelines(
-        nodes=cell.cluster.nodes,
-        times=devices_of(cell.cluster).times,
-        hop_s=cell.cluster.hop_s,
-        max_iteration_tokens=_max_iteration_tokens(cell),
-    )
-    requests = [
-        Request(each.at_s, each.lengths, objective_s(cell.cluster, max(each.lengths)))
-        for each in workload.requests
-    ]
+    pipelines, requests = pipelines_of(cell.cluster), _requests(cell, workload)
     batches = [each.lengths for each in workload.batches]
     slo = bounds.slo_clairvoyant(pipelines, requests)
     return {
@@ -71,6 +63,37 @@ def bound_metrics(cell: Cell) -> Metrics:
     }
 
 
+def least_nodes(cell: Cell, *, in_time: float, kept: float) -> int:
+    """No policy serves and trains those shares on fewer nodes: see `bounds.fewest_nodes`."""
+    workload = planned(cell.workload, cell.cluster.seed)
+    requests = _requests(cell, workload)
+    return bounds.fewest_nodes(
+        pipelines_of(cell.cluster),
+        requests,
+        [each.lengths for each in workload.batches],
+        in_time=in_time,
+        kept=kept,
+        window_s=max(request.at_s + request.objective_s for request in requests),
+    )
+
+
+def _requests(cell: Cell, workload: Workload) -> list[Request]:
+    return [
+        Request(each.at_s, each.lengths, objective_s(cell.cluster, max(each.lengths)))
+        for each in workload.requests
+    ]
+
+
+def pipelines_of(cluster: SimulationOptions) -> Pipelines:
+    """The nodes of a cluster as the bounds know them."""
+    return Pipelines(
+        nodes=cluster.nodes,
+        times=devices_of(cluster).times,
+        hop_s=cluster.hop_s,
+        max_iteration_tokens=int(cluster.stage_settings.get("max_iteration_tokens", MAX_ITERATION_TOKENS)),
+    )
+
+
 def _gate(cell: Cell, pipelines: Pipelines) -> Callable[[Sequence[int]], float]:
     """The condition for the release of the next batch."""
     if cell.workload.release != "closed":
@@ -78,7 +101,3 @@ def _gate(cell: Cell, pipelines: Pipelines) -> Callable[[Sequence[int]], float]:
     return partial(
         bounds.applying_s if is_synchronous(cell.cluster.schedule) else bounds.passing_s, pipelines
     )
-
-
-def _max_iteration_tokens(cell: Cell) -> int:
-    return int(cell.cluster.stage_settings.get("max_iteration_tokens", MAX_ITERATION_TOKENS))

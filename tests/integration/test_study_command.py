@@ -30,8 +30,27 @@ def test_a_quick_study_leaves_table_verdicts_figures_and_its_runs(tmp_path: Path
     assert len((tmp_path / "studies" / "main-quick.jsonl").read_text().splitlines()) == len(result["rows"])
 
 
+def test_a_quick_frontier_says_how_many_nodes_each_policy_needs(tmp_path: Path) -> None:
+    ended = lemix_here("study", "frontier", "--quick", "--runs-dir", str(tmp_path))
+    assert (ended.status, ended.errors) == (0, "")
+    text = (tmp_path / "studies" / "quick" / "frontier.md").read_text()
+    head, _, line = text.partition("## Devices saved: the fewest nodes\n\n")[2].splitlines()[:3]
+    nodes = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    needed = [int(nodes[policy]) for policy in ("**lemix**", "least_loaded", "round_robin", "separate")]
+    assert int(nodes["bound"]) <= min(needed)
+    assert max(needed) <= 3, "what a quick search tries"
+    log = (tmp_path / "studies" / "frontier-quick.jsonl").read_text()
+    runs = [json.loads(line) for line in log.splitlines()]
+    tried = {
+        run["labels"]["nodes"]: run["metrics"] for run in runs if run["labels"]["policy"] == "round_robin"
+    }
+    assert [count for count, metrics in sorted(tried.items()) if metrics["slo_attainment"] >= 0.95] == [
+        needed[2]
+    ]
+
+
 def test_an_unknown_study_is_one_clear_line(tmp_path: Path) -> None:
     ended = lemix_here("study", "best", "--runs-dir", str(tmp_path))
     assert ended.status == 1
-    assert ended.errors.startswith("error: study 'best' is unknown; choose one of: main, heterogeneity")
+    assert ended.errors.startswith("error: study 'best' is unknown; choose one of: frontier, main")
     assert ended.errors.count("\n") == 1

@@ -15,17 +15,20 @@ NAMES = {
     *("main", "heterogeneity", "ablation", "sensitivity"),
     *("synchronous", "generation", "data-parallel", "learning", "live"),
 }
+SEARCHING = {"frontier"}
+"""They choose their runs as they go."""
 
 
 def test_every_study_of_the_issue_is_there() -> None:
-    assert set(STUDIES) == NAMES
-    with pytest.raises(ConfigurationError, match="study 'best' is unknown; choose one of: main, "):
+    assert set(STUDIES) == NAMES | SEARCHING
+    with pytest.raises(ConfigurationError, match="study 'best' is unknown; choose one of: frontier, "):
         study_named("best", quick=True)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", sorted(NAMES | SEARCHING))
 def test_every_policy_and_profile_of_a_study_exists(name: str) -> None:
-    cells = study_named(name, quick=False).cells
+    study = study_named(name, quick=False)
+    cells = [*study.cells, *(next(search.begin()) for search in study.searches)]
     for text in {cell.cluster.policy for cell in cells} - {"bound"}:
         policy_named(text, lambda: 0.0, None)
     for profile, stages in {(cell.cluster.profile, cell.cluster.stages) for cell in cells}:
@@ -39,6 +42,16 @@ def test_a_study_has_no_setting_twice_and_its_quick_form_is_small(name: str) -> 
     assert max(settings.values()) == 1
     assert len(quick) <= 12 < len(full)
     assert max(cell.workload.num_tasks for cell in quick) <= 60
+
+
+@pytest.mark.parametrize("name", sorted(SEARCHING))
+def test_a_searching_study_asks_each_policy_the_same_and_is_small_when_quick(name: str) -> None:
+    full, quick = (study_named(name, quick=quick) for quick in (False, True))
+    asked = Counter(search.policy for search in full.searches)
+    policies = ("lemix", "least_loaded", "round_robin", "separate")
+    assert len({asked[policy] for policy in policies}) == 1
+    firsts = [next(search.begin()) for search in quick.searches]
+    assert max(cell.workload.num_tasks for cell in firsts) <= 80
 
 
 def test_the_main_grid_is_the_papers_and_goes_beyond_it() -> None:

@@ -1,0 +1,175 @@
+"""Searches for the fewest nodes, or the highest rate, that do what is asked: which run to make next. Pure.
+
+A search yields the runs that it wants, one by one, and is sent the metrics of each.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lemix.studies.grid import Cell, Search
+from lemix.studies.rows import Metrics
+from lemix.studies.verdicts import SLO
+from lemix.studies.while_serving import KEPT
+
+KEPT_ENOUGH = 0.95
+"""Share of the training that came while requests arrived, and was applied by then: what is under way at the
+end is the rest.
+"""
+TBT_P99 = "tbt_p99_s"
+
+T = TypeVar("T")
+Steps = Generator[Cell, Metrics, T]
+"""A part of a search, with its result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """The demand on answers; the demand on training is always to keep up with it."""
+
+    in_time: float
+    """Share of the requests."""
+    tbt_p99_s: float | None = None
+    """Time between tokens at most, of 99 % of them. None: it does not matter."""
+
+    def is_served(self, metrics: Metrics) -> bool:
+        share, tbt_s = metrics.get(SLO) or 0.0, metrics.get(TBT_P99)
+        return share >= self.in_time and (self.tbt_p99_s is None or (tbt_s or 0.0) <= self.tbt_p99_s)
+
+
+def is_trained(metrics: Metrics) -> bool:
+    kept = metrics.get(KEPT)
+    return kept is None or kept >= KEPT_ENOUGH
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Whether most of the seeds say yes."""
+
+    serves: bool
+    trains: bool
+
+    @property
+    def is_enough(self) -> bool:
+        return self.serves and self.trains
+
+
+def judged(objective: Objective, runs: Sequence[Cell]) -> Steps[Outcome]:
+    """Make the runs of one setting, a seed each, until most of them agree on both questions."""
+    majority = len(runs) // 2 + 1
+    serves: list[bool] = []
+    trains: list[bool] = []
+    for run in runs:
+        metrics = yield run
+        serves.append(objective.is_served(metrics))
+        trains.append(is_trained(metrics))
+        if _is_decided(serves, majority) and _is_decided(trains, majority):
+            break
+    return Outcome(sum(serves) >= majority, sum(trains) >= majority)
+
+
+def _is_decided(answers: Sequence[bool], majority: int) -> bool:
+    return max(sum(answers), len(answers) - sum(answers)) >= majority
+
+
+def least(meets: Callable[[int], Steps[bool]], low: int, high: int) -> Steps[int | None]:
+    """The least number of low..high that meets, as if every greater one did too; None: not even the
+    greatest.
+    """
+    below, at, step = low - 1, low, 1
+    while not (yield from meets(at)):
+        if at == high:
+            return None
+        below, at, step = at, min(at + step, high), 2 * step
+    while at - below > 1:
+        middle = (below + at) // 2
+        if (yield from meets(middle)):
+            at = middle
+        else:
+            below = middle
+    return at
+
+
+def greatest(meets: Callable[[int], Steps[bool]], low: int, high: int) -> Steps[int | None]:
+    """The greatest number of low..high that meets, as if every smaller one did too; None: not even the
+    smallest.
+    """
+    at, above = low - 1, high + 1
+    while above - at > 1:
+        middle = (at + above) // 2
+        if (yield from meets(middle)):
+            at = middle
+        else:
+            above = middle
+    return at if at >= low else None
+
+
+def fewest_nodes(
+    objectives: Sequence[Objective], runs: Callable[[int], Sequence[Cell]], low: int, high: int
+) -> Search:
+    """The fewest nodes for each objective, the easiest first; the last probe's seeds are all run."""
+    for objective in objectives:
+
+        def meets(nodes: int, objective: Objective = objective) -> Steps[bool]:
+            return (yield from judged(objective, runs(nodes))).is_enough
+
+        found = yield from least(meets, low, high)
+        if found is None:
+            return
+        yield from all_of(runs(found))
+        low = found
+
+
+def fewest_of_both(
+    objectives: Sequence[Objective], runs: Callable[[int, int], Sequence[Cell]], low: int, high: int
+) -> Search:
+    """The same where (nodes that serve, nodes that train) never share work: the fewest of each kind."""
+
+    def trains(training: int) -> Steps[bool]:
+        return (yield from judged(objectives[0], runs(low, training))).trains
+
+    training = yield from least(trains, 1, high - low)
+    if training is None:
+        return
+    for objective in objectives:
+
+        def serves(serving: int, objective: Objective = objective) -> Steps[bool]:
+            return (yield from judged(objective, runs(serving, training))).serves
+
+        serving = yield from least(serves, low, high - training)
+        if serving is None:
+            return
+        yield from all_of(runs(serving, training))
+        low = serving
+
+
+def highest_rate(objective: Objective, runs: Callable[[int], Sequence[Cell]], num_rates: int) -> Search:
+    """The greatest of so many rates, in ascending order, that is still enough."""
+
+    def meets(rate: int) -> Steps[bool]:
+        return (yield from judged(objective, runs(rate))).is_enough
+
+    found = yield from greatest(meets, 0, num_rates - 1)
+    if found is not None:
+        yield from all_of(runs(found))
+
+
+def highest_of_split(
+    objective: Objective, runs: Callable[[int, int], Sequence[Cell]], num_rates: int, num_nodes: int
+) -> Search:
+    """The same where nodes never share work, with as few nodes for the training as it needs. `runs`: by rate
+    and nodes that train.
+    """
+
+    def trains(training: int) -> Steps[bool]:
+        return (yield from judged(objective, runs(0, training))).trains
+
+    training = yield from least(trains, 1, num_nodes - 1)
+    if training is not None:
+        yield from highest_rate(objective, lambda rate: runs(rate, training), num_rates)
+
+
+def all_of(runs: Sequence[Cell]) -> Search:
+    """Every one of them."""
+    for run in runs:  # noqa: UP028  # a list cannot be told the metrics
+        yield run
