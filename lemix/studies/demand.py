@@ -10,7 +10,8 @@ from lemix.studies import bounds
 from lemix.studies.grid import Cell
 from lemix.studies.rows import POLICY, Label
 from lemix.studies.runs import pipelines_of
-from lemix.studies.searching import Objectivefrom services.scheduler.objectives import Objectives
+from lemix.studies.searching import Objective
+from services.scheduler.objectives import Objectives
 
 TUNING_SEEDS = (0, 1, 2)
 """Defaults are chosen on these (and on 3)."""

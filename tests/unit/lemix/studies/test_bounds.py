@@ -134,3 +134,19 @@ def test_a_token_goes_once_round() -> None:
     assert bounds.tbt_s(pipelines(Linear(), Linear(fixed_s=1.0), hop_s=0.5)) == pytest.approx(
         0.02 + 1.0 + 2 * 0.5
     )
+
+
+def test_the_fewest_nodes_are_those_that_have_room_for_the_cheapest_share() -> None:
+    """Nine requests of 1 s and one of 90 s; nine batches of 4 s for 100 tokens and one of 7 s for 200."""
+    requests = [Request(0.0, (100,), 9.0)] * 9 + [Request(0.0, (9_000,), 9.0)]
+    batches = [(100,)] * 9 + [(200,)]
+
+    def needed(in_time: float, kept: float, window_s: float = 10.0) -> int:
+        of = pipelines(Linear())
+        return bounds.fewest_nodes(of, requests, batches, in_time=in_time, kept=kept, window_s=window_s)
+
+    assert needed(0.9, 0.0) == 1, "9 s"
+    assert needed(1.0, 0.0) == 10, "99 s"
+    assert needed(0.9, 200 / 1_100) == 2, "9 and 7 s"
+    assert needed(0.9, 1.0) == 6, "9, 7 and 36 s"
+    assert needed(0.9, 1.0, window_s=26.0) == 2
