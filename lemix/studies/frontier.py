@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from lemix.studies.demand import HELD_OUT_SEEDS
 from lemix.studies.frontier_loads import FULL, QUICK, TBT_FACTOR, FrontierLoad, FrontierPlan
@@ -74,7 +74,7 @@ class _Frontier:
     load: FrontierLoad
 
     def searches(self) -> Iterator[PolicySearch]:
-        yield PolicySearch(BOUND, lambda: all_of(self._bounds()))
+        yield PolicySearch(BOUND, lambda: all_of(self.bounds()))
         for policy in MIXED:
             yield PolicySearch(policy, partial(self._fewest, policy))
         yield PolicySearch(SEPARATE, self._fewest_of_separate)
@@ -85,7 +85,7 @@ class _Frontier:
 
     def _fewest(self, policy: str) -> Search:
         objectives = [self.load.demand().objective(share) for share in self.plan.shares]
-        low = min(least_nodes(cell, in_time=self.plan.shares[0], kept=KEPT_ENOUGH) for cell in self._bounds())
+        low = _lowest_bound(self)
         return fewest_nodes(objectives, partial(self._on_nodes, policy), low, self.plan.most_nodes)
 
     def _fewest_of_separate(self) -> Search:
@@ -106,8 +106,8 @@ class _Frontier:
         runs = partial(self._at_rate, SEPARATE)
         return highest_of_split(objective, runs, len(self.plan.rates), NODES)
 
-    def _bounds(self) -> list[Cell]:
-        """A run a seed and a share, for no policy."""
+    def bounds(self) -> list[Cell]:
+        """For no policy: a run a seed and a share, the easiest share first."""
         return [
             replace(cell, extra={IN_TIME_SHARE: share})
             for share in self.plan.shares
@@ -134,6 +134,13 @@ class _Frontier:
             TRAINING_NODES: training,
             POLICY: policy,
         }
+
+
+@lru_cache
+def _lowest_bound(of: _Frontier) -> int:
+    """No policy gets by on fewer with any seed, so no search begins lower."""
+    easiest = of.bounds()[: len(of.plan.seeds)]
+    return min(least_nodes(cell, in_time=of.plan.shares[0], kept=KEPT_ENOUGH) for cell in easiest)
 
 
 def _written(policy: str, nodes: int, training: int) -> str:

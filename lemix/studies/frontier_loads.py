@@ -9,6 +9,8 @@ from lemix.studies.setting import CLASSES
 
 TBT_FACTOR = 2.0
 """The objective for the time between tokens, in rounds of one token through a node that does nothing else."""
+DEVICE_NOISE = 0.05
+"""Spread of each op's time: devices are not the scheduler's own formula."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class FrontierLoad:
             max_tokens=self.max_tokens,
             tbt_p99_s=TBT_FACTOR * round_s(of.profile) if self.max_tokens[1] > 1 else None,
             num_requests=self.num_requests,
+            cluster={"device_noise": DEVICE_NOISE},
         )
 
 

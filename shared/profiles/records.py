@@ -1,7 +1,7 @@
 """One stage in a profile: measured points of its ops, and the memory that it needs on its device."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -99,7 +99,14 @@ class StageProfile(Document):
 
     def fitted(self, kind: OpKind) -> FittedTimes | None:
         """None: the stage has no such op."""
-        return _fitted(self.samples(kind))
+        if kind not in self._fits:
+            self._fits[kind] = _fitted(self.samples(kind))
+        return self._fits[kind]
+
+    @cached_property
+    def _fits(self) -> dict[OpKind, FittedTimes | None]:
+        """Those that were asked for: an objective asks for every prompt, and points are many."""
+        return {}
 
 
 @lru_cache(maxsize=256)
