@@ -30,6 +30,7 @@ class _Events:
 
     def before_write(self, slot: int) -> None:
         self._read[slot].wait()
+        self._written[slot].wait()  # on another stream, perhaps, and never read
 
     def after_write(self, slot: int) -> None:
         self._written[slot].record()

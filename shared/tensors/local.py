@@ -4,6 +4,7 @@ Nothing is copied where both stages have the same device: nobody may write to a 
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ MAX_UNREAD = 1024
 class LocalTensors:
     """The tensors on their way between the stages of this process. Any thread may call."""
 
-    def __init__(self) -> None:
-        self._unread: dict[str, dict[int, Tensor]] = {}
-        """Place -> generation -> tensor."""
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
+        self._unread: dict[str, dict[int, tuple[Tensor, Any]]] = {}
+        """Place -> generation -> tensor, and the event behind what computes it on a GPU."""
         self._generations = itertools.count(1)
         """No two tensors have the same."""
 
@@ -43,7 +45,8 @@ class LocalTensors:
         if len(unread) >= MAX_UNREAD:
             raise CarrierError(f"{MAX_UNREAD} tensors at {place} still unread")
         generation = next(self._generations)
-        unread[generation] = tensor.detach()
+        written = self._cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+        unread[generation] = tensor.detach(), written
         return TensorRef(
             carrier=CARRIER,
             shape=tuple(tensor.shape),
@@ -55,9 +58,15 @@ class LocalTensors:
 
     def take(self, ref: TensorRef, device: torch.device) -> Tensor:
         """The tensor, on `device`; it can be taken once. Raises StaleTensorError when it is gone."""
-        tensor = self._unread.get(ref.place, {}).pop(ref.generation, None)
-        if tensor is None:
+        found = self._unread.get(ref.place, {}).pop(ref.generation, None)
+        if found is None:
             raise StaleTensorError(f"{ref.place}: {ref.generation} was taken before, or never there")
+        tensor, written = found
+        if written is not None:
+            # A copy to another GPU runs on this thread's stream of the tensor's own GPU.
+            stream = self._cuda.current_stream(tensor.device)
+            stream.wait_event(written)
+            tensor.record_stream(stream)
         return tensor.to(device)
 
     def discard(self, ref: TensorRef) -> None:

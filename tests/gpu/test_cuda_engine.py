@@ -5,6 +5,7 @@ import torch
 
 from services.stage_worker.checkpoint.staging import CudaLane, StateCopies
 from services.stage_worker.compute.attention.kernels import is_right, kernel_for
+from services.stage_worker.compute.executor import Took
 from services.stage_worker.compute.graphs import GraphCapture
 from services.stage_worker.compute.kv_cache import PagedKVCache
 from services.stage_worker.compute.memory import device_memory
@@ -12,6 +13,7 @@ from services.stage_worker.compute.op_timer import timer_for
 from services.stage_worker.compute.sampling.draw import draw
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.compute.sampling.step import Drawing, StepSampler
+from services.stage_worker.compute.streams import streams_for
 from shared.messages.inference import Sampling
 from shared.model.attention import PackedSegments
 from shared.model.varlen import varlen_for
@@ -33,7 +35,7 @@ def test_captured_draws_are_those_of_rows_that_run_as_they_come(dtype: torch.dty
         Sampling(max_tokens=9, temperature=1.4, top_k=50, min_p=0.01, seed=5),
     ]
     sampler = StepSampler(max_rows=4, vocab_size=32_000, dtype=dtype, device=DEVICE)
-    with torch.inference_mode():
+    with torch.inference_mode(), streams_for(torch.device(DEVICE)).serving():
         sampler.prepare(GraphCapture(torch.device(DEVICE)), [1, 2, 4])
         for index in range(8):
             logits = torch.randn(4, 32_000, device=DEVICE).mul_(3).to(dtype)
@@ -71,6 +73,35 @@ def test_the_time_of_an_op_is_the_devices_however_early_it_was_launched() -> Non
     assert torch.cuda.current_stream().query()
     assert second_s == pytest.approx(first_s, rel=0.3)
     assert short_s < 0.5 * second_s
+
+
+def test_an_iteration_runs_beside_training_and_a_change_between_two_of_them() -> None:
+    streams, timer = streams_for(torch.device(DEVICE)), timer_for(torch.device(DEVICE))
+    size = 4096
+    weights, inputs = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(weights)
+
+    def iterate() -> Took:
+        with streams.serving():
+            end = timer()
+            torch.mm(inputs, weights, out=out)
+            return end()
+
+    for part in iterate():  # libraries take their memory in the first
+        part.wait_s()
+    end = timer()
+    for _ in range(400):
+        inputs @ inputs
+    (training,) = end()
+    (beside,) = iterate()
+    beside.wait_s()
+    assert not training.is_over(), "the iteration did not wait for it"
+    with streams.changing():
+        weights.zero_()
+    (behind,) = iterate()
+    behind.wait_s()
+    assert training.is_over()
+    assert torch.count_nonzero(out).item() == 0
 
 
 @pytest.mark.parametrize("block_size", [16, 256])

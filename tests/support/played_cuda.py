@@ -18,9 +18,12 @@ class PlayedStream:
     """All that is done before what is launched next begins."""
 
     def wait_stream(self, other: "PlayedStream") -> None:
+        self.wait_event(other.record_event())
+
+    def record_event(self) -> "PlayedEvent":
         event = self.cuda.Event()
-        event.record(other)
-        self.wait_event(event)
+        event.record(self)
+        return event
 
     def wait_event(self, event: "PlayedEvent") -> None:
         self.free_ms = max(self.free_ms, event.at_ms)

@@ -16,6 +16,7 @@ _NUM_WARM_UPS = 2
 class GraphCapture:
     """Captures one program after the other into one pool of memory: give the largest first.
 
+    All on the present stream, which must not be the default one: what is captured keeps its priority.
     Programs must launch the same for any values in their tensors, and read nothing back. What a program
     returns lies in the pool, and is good until the next replay of any of them.
     """
@@ -26,15 +27,12 @@ class GraphCapture:
 
     def __call__(self, program: Program) -> Program:
         """Capture the program; returns its replay. Raises RuntimeError when it cannot be captured."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch is untyped here
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(_NUM_WARM_UPS):
-                program()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        stream = torch.cuda.current_stream(self._device)
+        for _ in range(_NUM_WARM_UPS):
+            program()
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process, which copy weights for a merge, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             outputs = program()
         self._pool = self._pool or graph.pool()
 

@@ -1,6 +1,7 @@
 """Loads a stage of a model, and everything that computes with it."""
 
 import gc
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from services.stage_worker.compute.memory import device_memory, num_kv_blocks
 from services.stage_worker.compute.model_source import ModelSource
 from services.stage_worker.compute.op_timer import timer_for
 from services.stage_worker.compute.stage_compute import LoadedModel, name_of_dtype, read_optimizer_state
+from services.stage_worker.compute.streams import Streams
 from services.stage_worker.compute.tokens import TokenRunner
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.settings import OF_TRAINING, StageWorkerSettings
@@ -33,12 +35,31 @@ from shared.model.stage import Stage
 
 
 def load_model(
-    settings: StageWorkerSettings, source: ModelSource, device: torch.device, capture: Capture | None
+    settings: StageWorkerSettings,
+    source: ModelSource,
+    device: torch.device,
+    *,
+    capture: Capture | None,
+    streams: Streams,
 ) -> tuple[LoadedModel, ModelFacts]:
     """Load the checkpoint that serves, or the model as it is published. In the compute thread.
 
     `capture`: makes static decode steps, before any training takes memory; None: there are none.
     """
+    with streams.changing():
+        loaded, facts = _load(settings, source, device, in_place=capture is not None)
+    with streams.serving():
+        loaded.iterations.warm_up()
+        if capture is not None:
+            loaded.iterations.use_steps(capture)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: collections under load need not look at it
+    return loaded, replace(facts, num_rows_ahead=int(loaded.iterations.goes_ahead))
+
+
+def _load(
+    settings: StageWorkerSettings, source: ModelSource, device: torch.device, *, in_place: bool
+) -> tuple[LoadedModel, ModelFacts]:
     durable = source.serving_checkpoint()
     if durable:
         checkpoints.check_adapter(durable, source.adapter_kind)
@@ -53,17 +74,11 @@ def load_model(
         version=saved.version,
         stashing=settings.stashing,
         dtype=dtype,
-        in_place=capture is not None,
+        in_place=in_place,
     )
     cache = _cache(stage, settings, dtype, device)
     loaded = _around(stage, weights, cache, durable, settings, source, device, dtype)
-    loaded.iterations.warm_up()
-    if capture is not None:
-        loaded.iterations.use_steps(capture)
-    gc.collect()
-    gc.freeze()  # what is loaded stays: collections under load need not look at it
     facts = ModelFacts(
-        num_rows_ahead=int(loaded.iterations.goes_ahead),
         is_tied_across_stages=stage.tied_across_stages is not None,
         weights=saved,
         vocab_size=stage.vocab_size,

@@ -27,6 +27,7 @@ from services.stage_worker.compute.iterations import Inputs, IterationRunner
 from services.stage_worker.compute.model_source import ModelSource
 from services.stage_worker.compute.op_timer import OpTimer
 from services.stage_worker.compute.sampling.sequences import SequenceState
+from services.stage_worker.compute.streams import Streams
 from services.stage_worker.compute.tokens import Asked, TokenRunner
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.settings import StageWorkerSettings
@@ -91,6 +92,7 @@ class StageCompute:
         source: ModelSource,
         handoff: Handoff,
         copies: StateCopies,
+        streams: Streams,
         timer: OpTimer,
     ) -> None:
         self.loaded = loaded
@@ -99,11 +101,22 @@ class StageCompute:
         self._source = source
         self._handoff = handoff
         self._copies = copies
+        self._streams = streams
         self._timer = timer
         self._served: int | None = None
         """The weights version of the last iteration, when it was a kept one."""
 
     def iteration(
+        self,
+        chunks: Sequence[SequenceChunk],
+        rows: Rows,
+        version: int | None,
+        states: Sequence[SequenceState],
+    ) -> IterationOutput:
+        with self._streams.serving():
+            return self._iteration(chunks, rows, version, states)
+
+    def _iteration(
         self,
         chunks: Sequence[SequenceChunk],
         rows: Rows,
@@ -173,14 +186,24 @@ class StageCompute:
             loaded.weights.skip(order.batch_id)
             return
         self._copies.settle()
-        loaded.weights.step(
-            order.batch_id, order.learning_rate, scale=order.gradient_scale, version=order.version
-        )
+        with self._streams.changing():
+            loaded.weights.step(
+                order.batch_id, order.learning_rate, scale=order.gradient_scale, version=order.version
+            )
         self._note_new_weights()
+
+    def keep(self) -> bool:
+        with self._streams.changing():
+            return self.loaded.weights.keep()
+
+    def release(self, version: int) -> None:
+        with self._streams.changing():
+            self.loaded.weights.release(version)
 
     def hold_state(self, mean: Copied, version: int) -> None:
         self._copies.settle()
-        self.loaded.replica.hold_state(mean, version=version)
+        with self._streams.changing():
+            self.loaded.replica.hold_state(mean, version=version)
         self._note_new_weights()
 
     def hold_gradients(self, mean: Copied, batch_id: str) -> float:
@@ -197,9 +220,10 @@ class StageCompute:
             checkpoints.check_model(found, self._settings.model)
             checkpoints.check_adapter(found, self._source.adapter_kind)
         state = read_optimizer_state(folder, loaded.stage) if folder else {}
-        loaded.weights.load(
-            self._source.trainable_tensors(loaded.stage, folder), without_outer(state), version=version
-        )
+        with self._streams.changing():
+            loaded.weights.load(
+                self._source.trainable_tensors(loaded.stage, folder), without_outer(state), version=version
+            )
         loaded.replica.restored(state)
         random = files.read_random_state(folder, loaded.stage.layers) if folder else loaded.random_at_first
         files.set_random_state(random, self._device)

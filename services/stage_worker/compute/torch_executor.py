@@ -63,7 +63,7 @@ class TorchExecutor:
         self._device = torch.device(settings.device)
         self._capture = capture_for(self._device)
         self._timer = timer_for(self._device)
-        self._thread = self._local.enter(instance, settings.device)
+        self._thread, self._streams = self._local.enter(instance, settings.device)
         self._peers = Peers(
             node=settings.node,
             device=self._device,
@@ -141,10 +141,10 @@ class TorchExecutor:
         return took
 
     async def keep(self) -> bool:
-        return await self._run(self._compute.loaded.weights.keep)
+        return await self._run(self._compute.keep)
 
     async def release(self, version: int) -> None:
-        await self._run(self._compute.loaded.weights.release, version)
+        await self._run(self._compute.release, version)
 
     async def rendezvous(self) -> str:
         return await asyncio.to_thread(self._peers.rendezvous)
@@ -224,7 +224,9 @@ class TorchExecutor:
     def _load(self) -> ModelFacts:
         settings = self._settings
         torch.set_num_threads(settings.num_threads)
-        loaded, facts = load_model(settings, self._source, self._device, self._capture)
+        loaded, facts = load_model(
+            settings, self._source, self._device, capture=self._capture, streams=self._streams
+        )
         self._model = StageCompute(
             loaded,
             settings,
@@ -232,6 +234,7 @@ class TorchExecutor:
             source=self._source,
             handoff=self._handoff,
             copies=self._copies,
+            streams=self._streams,
             timer=self._timer,
         )
         return facts

@@ -53,10 +53,10 @@ def test_a_slot_is_read_after_it_is_written_and_written_again_after_it_is_read(t
     outgoing.put(torch.tensor([3]))
     written, read = (("event 0", "event 1"), ("event 2", "event 3"))
     assert gpu.happened == [
-        *(f"wait {read[0]}", f"record {written[0]}"),
-        *(f"wait {read[1]}", f"record {written[1]}"),
+        *(f"wait {read[0]}", f"wait {written[0]}", f"record {written[0]}"),
+        *(f"wait {read[1]}", f"wait {written[1]}", f"record {written[1]}"),
         *(f"wait {written[1]}", f"record {read[1]}"),
-        *(f"wait {read[1]}", f"record {written[1]}"),
+        *(f"wait {read[1]}", f"wait {written[1]}", f"record {written[1]}"),
     ]
     with pytest.raises(StaleTensorError):
         incoming.take(second)

@@ -8,6 +8,7 @@ from shared.errors import CarrierError, StaleTensorError
 from shared.tensors import local
 from shared.tensors.links import IncomingLinks
 from shared.tensors.local import LocalLink, LocalTensors
+from tests.support.played_cuda import PlayedCuda, PlayedStream
 
 CPU = torch.device("cpu")
 
@@ -77,3 +78,26 @@ def test_a_consumer_that_takes_nothing_is_noticed(monkeypatch: pytest.MonkeyPatc
         outgoing.put(torch.ones(1))
     incoming.take(refs[0])
     outgoing.put(torch.ones(1))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU, and notes which streams use it."""
+
+    is_cuda = True
+    used_by: list[PlayedStream] = []  # noqa: RUF012  # shared with its views
+
+    def record_stream(self, s: PlayedStream) -> None:  # type: ignore[override]
+        self.used_by.append(s)
+
+
+def test_a_copy_waits_for_the_stream_that_computes_the_tensor() -> None:
+    cuda = PlayedCuda()
+    tensors = LocalTensors(cuda)
+    tensors.open("place")
+    with cuda.stream(cuda.Stream(priority=-1)):
+        cuda.launch("iteration", 9.0)
+        ref = tensors.put("place", torch.ones(3).as_subclass(OnGpu))
+    tensors.take(ref, CPU)
+    cuda.launch("copy")
+    assert cuda.done_before["copy"] == {"iteration"}
+    assert OnGpu.used_by == [cuda.current_stream()], "its memory is not given to others before"

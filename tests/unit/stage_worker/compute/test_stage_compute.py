@@ -43,6 +43,7 @@ def test_activations_of_the_reference_free_their_slot_when_the_others_cannot_be_
         source=nothing,
         handoff=handoff,  # type: ignore[arg-type]
         copies=nothing,
+        streams=nothing,
         timer=nothing,
     )
     microbatch: Microbatch = SimpleNamespace(lengths=(1, 1))  # type: ignore[assignment]
