@@ -68,7 +68,7 @@ async def _send(
         arrived_s=arrived_s,
         lengths=request.lengths,
         ended_s=clock.now_s() - began_s,
-        nodes=session.nodes,
+        nodes=tuple(None if each is None else each.node for each in session.placements),
         token_times_s=tuple(tuple(answer.times_s) for answer in answers),
         versions=tuple(answer.version for answer in answers),
         losses=tuple(map(_loss, answers, request.lengths)),

@@ -20,6 +20,7 @@ from shared.messages.inference import (
     CancelTask,
     InferenceTask,
     Objective,
+    Placed,
     Sampling,
     SequenceResult,
     TaskFailed,
@@ -68,7 +69,7 @@ class Session:
         self._places = {task_id: place for place, task_id in enumerate(task_ids)}
         self._running = set(task_ids)
         self._unwanted: set[str] = set()
-        self._nodes: dict[str, int] = {}
+        self._placed: dict[str, Placed] = {}
         self._arrivals: list[Arrival] = []
         self._error: LemixError | None = None
         self._changed = asyncio.Event()
@@ -76,9 +77,9 @@ class Session:
         self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def nodes(self) -> tuple[int | None, ...]:
-        """The node of each sequence; None: none yet."""
-        return tuple(self._nodes.get(task_id) for task_id in self._task_ids)
+    def placements(self) -> tuple[Placed | None, ...]:
+        """The scheduler's answer for each sequence; None: none yet."""
+        return tuple(self._placed.get(task_id) for task_id in self._task_ids)
 
     async def next(self) -> list[Arrival]:
         """Wait for results, and take all that are here; none after `wake`.
@@ -123,7 +124,7 @@ class Session:
         if task_id in self._running:
             self._running.remove(task_id)
             self._unwanted.add(task_id)
-            self._client.forget(task_id, self._nodes.get(task_id))
+            self._client.forget(task_id, self._node_of(task_id))
 
     def add(self, result: SequenceResult, weights_version: int, at_s: float, node: int) -> None:
         """Take in a result that has arrived (called by the gateway)."""
@@ -135,15 +136,18 @@ class Session:
 
     def refused(self, task_id: str, error: LemixError) -> None:
         """Note that no answer will come for a task (called by the gateway)."""
-        self._end(task_id, self._nodes.get(task_id))
+        self._end(task_id, self._node_of(task_id))
         self.fail(error)
 
-    def placed(self, task_id: str, node: int) -> bool:
-        """Note that the task went to `node` (called by the gateway). False when nobody wants it any more."""
-        self._nodes[task_id] = node
-        if len(self._nodes) == len(self._task_ids):
+    def placed(self, task_id: str, placed: Placed) -> bool:
+        """Note where the task went (called by the gateway). False when nobody wants it any more."""
+        self._placed[task_id] = placed
+        if len(self._placed) == len(self._task_ids):
             self._admitted.set()
         return task_id not in self._unwanted
+
+    def _node_of(self, task_id: str) -> int | None:
+        return self._placed[task_id].node if task_id in self._placed else None
 
     def _end(self, task_id: str, node: int | None = None) -> None:
         self._running.remove(task_id)
@@ -248,7 +252,7 @@ class ClusterClient:
         except LemixError as error:
             session.fail(error)
             return
-        if not session.placed(task.task_id, placed.node):
+        if not session.placed(task.task_id, placed):
             await self._cancel(task.task_id, placed.node)
 
     async def _cancel(self, task_id: str, node: int) -> None:

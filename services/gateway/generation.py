@@ -17,7 +17,7 @@ from services.gateway.access.keys import Key, ServiceClass
 from services.gateway.access.meter import Meter
 from services.gateway.cluster_client import Arrival, SequenceSpec
 from services.gateway.context import GatewayContext
-from services.gateway.http.errors import ClientGoneError, as_api_error
+from services.gateway.http.errors import ApiError, ClientGoneError, RefusedFor, as_api_error
 from services.gateway.record import Record
 from services.gateway.text.detokenise import Detokeniser, Piece
 from services.gateway.text.tokenise import TokenisedPrompt
@@ -100,8 +100,9 @@ class Generations:
         context, arrived_s = self._context, self._context.clock.now_s()
         try:
             yield partial(Generation, context, arrived_s=arrived_s, caller=caller)
-        except BaseException:
-            context.metrics.requests.labels("refused").inc()
+        except BaseException as error:
+            reason: RefusedFor = error.refused_for if isinstance(error, ApiError) else "gateway"
+            context.metrics.refused(reason, caller.service_class)
             raise
 
 
@@ -146,6 +147,7 @@ class Generation:
             span,
             arrived_s=arrived_s,
             num_choices=self._num_open,
+            service_class=request.service_class,
             on_first_tokens=context.on_first_tokens,
         )
         self._session = context.cluster.submit(specs_of(request), traceparent=traceparent_of(span))
@@ -184,8 +186,8 @@ class Generation:
             self._error = error
             raise
         except LemixError as error:
-            self._error = error
-            raise as_api_error(error) from error
+            self._error = told = as_api_error(error)
+            raise told from error
 
     async def rest(self) -> list[list[Piece]]:
         """Wait for the end: all pieces that are left, sequence by sequence. Raises what `next` raises."""
@@ -212,7 +214,12 @@ class Generation:
         if self._meter is not None:
             self._meter.count_completion(self._record.num_tokens)
         error = None if self.finished else self._error or ClientGoneError("nobody waited for the answer")
-        self._record.end(at_s=self._clock.now_s(), num_prompt_tokens=self._num_prompt_tokens, error=error)
+        self._record.end(
+            at_s=self._clock.now_s(),
+            num_prompt_tokens=self._num_prompt_tokens,
+            placed=self._session.placements,
+            error=error,
+        )
 
     def _take(self, arrival: Arrival) -> tuple[int, Piece] | None:
         """The piece that an arrival adds; None for a repeated one, or after its sequence has ended."""

@@ -1,11 +1,16 @@
 """Metrics for Prometheus: the gateway's own requests, and the cluster at the moment of the scrape."""
 
+from typing import Literal
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from services.gateway.access.keys import ServiceClass
+from services.gateway.http.errors import RefusedFor
 from shared.messages.cluster import ClusterStatus, Heartbeat
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsStatus
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+Outcome = Literal["completed", "cancelled", "refused", "failed"]
 _STAGE_GAUGES = {
     "weights_version": "Optimizer steps that the stage's weights contain",
     "sick_version": "Last weights version whose logits were not finite (last stage)",
@@ -41,6 +46,16 @@ class Metrics:
         self.requests = Counter(
             "lemix_requests", "Completion requests by outcome", ["outcome"], registry=self._registry
         )
+        self._refused = Counter(
+            "lemix_requests_refused",
+            "Refused requests, by why: what they say, limits of the key, the gateway, the cluster",
+            ["class", "reason"],
+            registry=self._registry,
+        )
+        self._in_time = {
+            True: self._by_class("lemix_requests_in_time", "Completed requests that kept their objective"),
+            False: self._by_class("lemix_requests_late", "Completed requests that did not"),
+        }
         self.running = Gauge("lemix_requests_running", "Completions in progress", registry=self._registry)
         self.prompt_tokens = Counter("lemix_prompt_tokens", "Tokens of prompts", registry=self._registry)
         self.completion_tokens = Counter(
@@ -66,6 +81,20 @@ class Metrics:
             field: self._gauge(f"lemix_stage_{field}", text, "node", "stage")
             for field, text in (_STAGE_GAUGES | _LEADER_GAUGES).items()
         }
+
+    def refused(self, reason: RefusedFor, service_class: ServiceClass) -> None:
+        """Count a request that is refused."""
+        self.requests.labels("refused").inc()
+        self._refused.labels(service_class, reason).inc()
+
+    def ended(self, outcome: Outcome, service_class: ServiceClass, is_in_time: bool | None) -> None:
+        """Count a request that is over. `is_in_time`: as its objective has it; None: nobody can say."""
+        if outcome == "refused":
+            self.refused("cluster", service_class)
+            return
+        self.requests.labels(outcome).inc()
+        if outcome == "completed" and is_in_time is not None:
+            self._in_time[is_in_time].labels(service_class).inc()
 
     def show_cluster(self, status: ClusterStatus | None) -> None:
         """Set the cluster's gauges; None: the scheduler did not answer, so nothing is known."""
@@ -109,6 +138,9 @@ class Metrics:
         for field, gauge in self._losses.items():
             if (loss := getattr(losses, field)) is not None:
                 gauge.labels(node.node, of).set(loss)
+
+    def _by_class(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ["class"], registry=self._registry)
 
     def _latency(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_LATENCY_BUCKETS, registry=self._registry)

@@ -101,6 +101,10 @@ class Placed(Message):
     node: int
     offload: bool = False
     """Training only: stages keep what they save for its backwards in host memory."""
+    ttft_s: PositiveFloat | None = None
+    """Inference only: its first token is due so long after its arrival, by its own objective or the run's."""
+    tbt_s: PositiveFloat | None = None
+    """Inference only: and the next ones so long after each other; None: nobody has said so."""
 
 
 DEFERRED = "deferred"

@@ -102,6 +102,9 @@ class FakeCluster:
     num_said: Counter[str] = field(default_factory=Counter)
     """Tokens of each task that `say` has produced."""
     slo_s: float = 0.0
+    ttft_s: float | None = None
+    """When first tokens are due after the arrival; None: the scheduler does not say."""
+    tbt_s: float | None = None
     version: int = VERSION
     """The version of the weights that the node says it has."""
     refusals: list[RefusedError] = field(default_factory=list)
@@ -141,7 +144,7 @@ class FakeCluster:
         if self.script is not None:  # before the reply, so that tokens overtake it
             await self.produce(task, *self.script(task))
         await self.gate.wait()
-        return Placed(node=NODE)
+        return Placed(node=NODE, ttft_s=self.ttft_s, tbt_s=self.tbt_s)
 
     async def _on_cancel(self, incoming: Incoming[CancelTask]) -> None:
         self.cancelled.put_nowait(incoming.message.task_id)

@@ -47,7 +47,7 @@ class Meter:
         wait_s = bucket.wait_s(amount)
         if wait_s > 0:
             message = f"rate limit reached: this key has {bucket.per_minute} {unit} a minute"
-            raise rate_limited(message, retry_after_s=wait_s)
+            raise rate_limited(message, refused_for="key", retry_after_s=wait_s)
         self._buckets[unit] = bucket.without(amount)
 
     def _now(self, unit: str) -> Bucket:

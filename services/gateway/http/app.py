@@ -12,7 +12,7 @@ from services.gateway.access.key_file import KeyRing
 from services.gateway.context import GatewayContext
 from services.gateway.feedback.service import Feedback
 from services.gateway.generation import Generations
-from services.gateway.http.auth import Gate
+from services.gateway.http.auth import Gate, caller_of
 from services.gateway.http.bodies import error_response
 from services.gateway.http.body_reader import BodyReader
 from services.gateway.http.documentation import DocumentedApp, add_documentation
@@ -70,7 +70,11 @@ def _add_middlewares(app: FastAPI, context: GatewayContext) -> None:
     settings = context.settings
     app.add_middleware(BodyReader, settings=settings, metrics=context.metrics)
     app.add_middleware(
-        Gate, settings=settings, ring=KeyRing(settings.keys_path, context.clock), clock=context.clock
+        Gate,
+        settings=settings,
+        ring=KeyRing(settings.keys_path, context.clock),
+        clock=context.clock,
+        metrics=context.metrics,
     )
     app.add_middleware(LenientPaths, prefix=settings.root_path)
     app.add_middleware(RequestLog, ids=context.ids, telemetry=context.telemetry)
@@ -88,8 +92,8 @@ def _add_refusals(app: FastAPI, context: GatewayContext) -> None:
     """FastAPI's refusals of what a request says, in OpenAI's words."""
 
     @app.exception_handler(RequestValidationError)
-    async def refuse(_: Request, error: RequestValidationError) -> Response:
-        context.metrics.requests.labels("refused").inc()
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        context.metrics.refused("invalid", caller_of(request).service_class)
         return error_response(refusal(error))
 
 

@@ -12,6 +12,7 @@ from services.gateway.access.meter import Meter
 from services.gateway.generation import Caller
 from services.gateway.http.errors import ApiError
 from services.gateway.http.request_log import ANSWER_HEADERS
+from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from shared.clock import Clock
 
@@ -19,11 +20,14 @@ from shared.clock import Clock
 class Gate:
     """A middleware. It tells routes the key and its meter, and each answer what the key has left."""
 
-    def __init__(self, app: ASGIApp, *, settings: GatewaySettings, ring: KeyRing, clock: Clock) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: GatewaySettings, ring: KeyRing, clock: Clock, metrics: Metrics
+    ) -> None:
         self._app = app
         self._settings = settings
         self._ring = ring
         self._clock = clock
+        self._metrics = metrics
         self._meters: dict[str, Meter] = {}
         """By the ids of keys."""
 
@@ -39,7 +43,11 @@ class Gate:
         key = _key_for(needed, headers, keys)
         meter = self._meter(key)
         scope.setdefault("state", {}).update({"key": key, "meter": meter, ANSWER_HEADERS: meter.headers})
-        meter.count_request()
+        try:
+            meter.count_request()
+        except ApiError as error:
+            self._metrics.refused(error.refused_for, key.service_class)
+            raise
         await self._app(scope, receive, send)
 
     def _check_neighbour(self, headers: Headers) -> None:

@@ -6,6 +6,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway.http.auth import caller_of
 from services.gateway.http.bodies import bounded_stream, is_json, is_upload
 from services.gateway.http.content_encoding import decode
 from services.gateway.http.errors import ApiError, rate_limited
@@ -46,8 +47,8 @@ class BodyReader:
             if not is_upload(Headers(scope=scope)):
                 return _replay(await self._read(Request(scope, receive)), receive)
             _refuse_encoded_upload(Headers(scope=scope))
-        except ApiError:
-            self._metrics.requests.labels("refused").inc()
+        except ApiError as error:
+            self._metrics.refused(error.refused_for, caller_of(Request(scope)).service_class)
             raise
         return receive
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import ceil
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -15,6 +16,10 @@ _USUAL_HEADERS: Mapping[int, dict[str, str]] = {
 }
 
 
+RefusedFor = Literal["invalid", "key", "gateway", "cluster"]
+"""The cause of a refusal: what the request says, its key's limits, or what gateway or cluster can do now."""
+
+
 class ApiError(LemixError):
     """An answer that is an error, as OpenAI's API words it."""
 
@@ -26,6 +31,7 @@ class ApiError(LemixError):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        refused_for: RefusedFor = "invalid",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -34,6 +40,7 @@ class ApiError(LemixError):
         self.code = code
         self.headers = _USUAL_HEADERS.get(status, {}) | dict(headers or {})
         """HTTP headers of the answer."""
+        self.refused_for = refused_for
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The answer's JSON."""
@@ -43,10 +50,12 @@ class ApiError(LemixError):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def rate_limited(message: str, *, retry_after_s: float | None = None) -> ApiError:
+def rate_limited(
+    message: str, *, refused_for: RefusedFor = "gateway", retry_after_s: float | None = None
+) -> ApiError:
     """The error to raise for a request that is one too many; None: when to ask again, nobody knows."""
     headers = _retry_headers(retry_after_s)
-    return ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+    return ApiError(429, message, code="rate_limit_exceeded", headers=headers, refused_for=refused_for)
 
 
 def _retry_headers(retry_after_s: float | None) -> dict[str, str]:
@@ -83,7 +92,7 @@ def as_api_error(error: LemixError) -> ApiError:
         case ApiError():
             return error
         case RefusedError(code=429):
-            return rate_limited(error.reason, retry_after_s=error.retry_after_s)
+            return rate_limited(error.reason, refused_for="cluster", retry_after_s=error.retry_after_s)
         case RefusedError():
             return ApiError(error.code, error.reason, headers=_retry_headers(error.retry_after_s))
         case NoResponderError():
