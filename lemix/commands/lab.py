@@ -47,6 +47,9 @@ def simulate(
     device_noise: Annotated[
         float, typer.Option(min=0, help="Spread of each op's time: 0.05 for 5 % of it.")
     ] = 0.0,
+    device_bias: Annotated[
+        float, typer.Option(min=0, help="Spread of how far devices are off the profile, by sizes of ops.")
+    ] = 0.0,
     slo_factor: Annotated[
         float, typer.Option(min=0, help="The objective, in forward times of the model.")
     ] = 5.0,
@@ -98,6 +101,7 @@ def simulate(
             seed=seed,
             hop_s=hop_ms / 1000,
             device_noise=device_noise,
+            device_bias=device_bias,
             objectives=Objectives(slo_factor=slo_factor),
             node_profiles=profiles_by_node(node_profile or ()),
             events=tuple(map(node_event, at or ())),

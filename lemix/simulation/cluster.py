@@ -71,6 +71,8 @@ class SimulationOptions:
     """Seconds from the end of an op on a device until its service knows."""
     device_noise: float = 0.0
     """Spread of each op's time around its device's own (see `NoisyTimes.sigma`)."""
+    device_bias: float = 0.0
+    """Spread of how far devices are off their profile, by the size of the op (see `BiasedTimes`)."""
     objectives: Objectives = DEFAULT_OBJECTIVES
     faults: Faults = NO_FAULTS
     node_profiles: Mapping[int, str] = field(default_factory=dict)
@@ -145,7 +147,7 @@ class SimulatedCluster:
             other_devices=other_devices,
             compute=compute,
             handover_s=options.handover_s,
-            noise=DeviceNoise(options.device_noise, options.seed),
+            noise=DeviceNoise(options.device_noise, options.device_bias, options.seed),
             clock=clock,
         )
 

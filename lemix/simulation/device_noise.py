@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+from lemix.simulation.device_bias import BiasedTimes
 from shared.profiles.times import StageTimes, Work
 
 
@@ -36,12 +37,17 @@ class NoisyTimes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceNoise:
-    """The noise of all devices of a run."""
+    """How far the devices of a run are off their profile."""
 
-    sigma: float
+    noise: float
+    """See `NoisyTimes.sigma`; each device has noise of its own. 0: none."""
+    bias: float
+    """See `BiasedTimes.sigma`; the same stage has the same table on each node. 0: none."""
     seed: int
 
     def on(self, times: StageTimes, node: int, stage: int) -> StageTimes:
-        """The times of one device with noise of its own; without any where sigma is 0."""
+        """The times of one device."""
+        if self.bias:
+            times = BiasedTimes(times, self.bias, f"bias {self.seed} {stage}")
         rng = random.Random(f"device {self.seed} {node} {stage}")
-        return NoisyTimes(times, self.sigma, rng) if self.sigma else times
+        return NoisyTimes(times, self.noise, rng) if self.noise else times

@@ -17,7 +17,7 @@ TIMES, WORK = stage_times("llama2-7b@a100", 0, 2), work_of_rows(0, 150)
 
 
 def test_factors_spread_by_sigma_around_one() -> None:
-    noisy = DeviceNoise(0.05, seed=0).on(TIMES, node=0, stage=0)
+    noisy = DeviceNoise(0.05, bias=0.0, seed=0).on(TIMES, node=0, stage=0)
     for exact_s, draw in (
         (TIMES.iteration_s(WORK), lambda: noisy.iteration_s(WORK)),
         (TIMES.forward_s(WORK), lambda: noisy.forward_s(WORK)),
@@ -30,7 +30,7 @@ def test_factors_spread_by_sigma_around_one() -> None:
 
 
 def test_no_noise_is_the_device_itself() -> None:
-    assert DeviceNoise(0.0, seed=0).on(TIMES, node=0, stage=0) is TIMES
+    assert DeviceNoise(0.0, bias=0.0, seed=0).on(TIMES, node=0, stage=0) is TIMES
 
 
 def run(device_noise: float) -> RunRecord:
