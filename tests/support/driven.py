@@ -69,14 +69,14 @@ class Driver:
     async def start(self) -> None:
         actions = [a for beat in self._node.heartbeats.values() for a in self._training.heartbeat(beat, 0.0)]
         assert [type(action) for action in actions] == [Restore]
-        await self._node.restore(fence=self._training.fence, feeding=self._feeding)
-        assert self._training.restored(self._training.fence, "", 0.0) == []
+        await self._node.restore(fence=self._training.life.fence, feeding=self._feeding)
+        assert self._training.restored(self._training.life.fence, "", 0.0) == []
 
     async def train(self, batches: Mapping[str, Batch], *, loss_weight: float | None = None) -> Trained:
         """Returns when all batches are applied or skipped. `loss_weight`: another than the mean's."""
         changes = {"backward_after_all": self._schedule == "gpipe"}
         for batch_id, batch in batches.items():
-            forwards = messages(batch_id, batch, fence=self._training.fence)
+            forwards = messages(batch_id, batch, fence=self._training.life.fence)
             self._messages[batch_id] = [_changed(forward, loss_weight, **changes) for forward in forwards]
             await self._run(self._training.work.place(batch_id, 0.0))
         while self._training.work.steps.placed.batch_ids:
@@ -97,7 +97,7 @@ class Driver:
                     await self._node.step_ahead(batch_id, version=version, max_gradient_norm=self._limit)
                 case Step():
                     await self._node.order(
-                        self._training.fence,
+                        self._training.life.fence,
                         action.batch_id,
                         version=action.version,
                         gradient_scale=action.gradient_scale,

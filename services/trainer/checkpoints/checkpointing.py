@@ -111,11 +111,12 @@ class Checkpointing:
                 num_stages=action.num_stages,
                 timeout_s=SAVE_TIMEOUT_S,
             )
-        return node.save_answered(action.fence, action.version, refusals, self._clock.now_s())
+        now_s = self._clock.now_s()
+        return node.in_life(action.fence, lambda work: work.save_answered(action.version, refusals, now_s))
 
     async def write(self, node: NodeTraining, action: WriteCheckpoint) -> Sequence[Action]:
         """Make the shards of all stages a checkpoint."""
-        folder = self._files.temporary(node.node, action.version, node.fence)
+        folder = self._files.temporary(node.node, action.version, node.life.fence)
         manifest, learnt = self._manifest(node.node, action), self._book.learnt_by(node.node, action.version)
         failure = ""
         try:

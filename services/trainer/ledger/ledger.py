@@ -36,12 +36,25 @@ class Lineage:
         """Optimizer steps that the weights contain now."""
         return self.durable_version + len(self.applied)
 
+    def with_saved(self, saved: Mapping[str, int], entry: int | None) -> "Lineage":
+        """The lineage once the oldest applied batches are durable; `saved`: their sequences, by id.
+
+        `entry`: see above.
+        """
+        ids = [*self.recent_ids, *saved][-MAX_RECENT_IDS:]
+        return Lineage(
+            durable_version=self.durable_version + len(saved),
+            sequences=self.sequences.union(saved.values()),
+            recent_ids=dict.fromkeys(ids),
+            entry=entry,
+            applied=self.applied[len(saved) :],
+        )
+
     def begins_like(self, other: "Lineage", num_steps: int) -> bool:
         """Whether the next steps after the same checkpoint are the same."""
-        return (
-            self.durable_version == other.durable_version
-            and self.applied[:num_steps] == other.applied[:num_steps]
-        )
+        return (self.durable_version, self.entry) == (other.durable_version, other.entry) and self.applied[
+            :num_steps
+        ] == other.applied[:num_steps]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,23 +171,13 @@ class Ledger:
         lineage = self.lineage(node)
         num_saved = version - lineage.durable_version
         assert 0 <= num_saved <= len(lineage.applied)
-        saved = lineage.applied[:num_saved]
+        saved = {batch_id: self.pending[batch_id] for batch_id in lineage.applied[:num_saved]}
         lineages = {
-            other: self._grown(each, saved, entry) if each.begins_like(lineage, num_saved) else each
+            other: each.with_saved(saved, entry) if each.begins_like(lineage, num_saved) else each
             for other, each in {**self.lineages, node: lineage}.items()
         }
         pending = {batch_id: each for batch_id, each in self.pending.items() if batch_id not in saved}
         return replace(self, lineages=lineages, pending=pending)._pruned()
-
-    def _grown(self, lineage: Lineage, saved: tuple[str, ...], entry: int | None) -> Lineage:
-        ids = [*lineage.recent_ids, *saved][-MAX_RECENT_IDS:]
-        return Lineage(
-            durable_version=lineage.durable_version + len(saved),
-            sequences=lineage.sequences | {self.pending[batch_id] for batch_id in saved},
-            recent_ids=dict.fromkeys(ids),
-            entry=entry,
-            applied=lineage.applied[len(saved) :],
-        )
 
     def num_contained(self, nodes: Collection[int]) -> int:
         """Batches in the weights of these nodes, which are one or descend from one checkpoint."""

@@ -8,6 +8,7 @@ from services.trainer.nodes.placed_batches import FedBatch, PlacedBatches
 from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.saves import NodeSaves
 from services.trainer.publication.publishing import Publishing
+from shared.messages.training import BatchStepped
 
 
 class BatchSteps:
@@ -102,6 +103,13 @@ class BatchSteps:
             self._publishing.revoke_from(batch.version)
         self.placed = self.placed.ready(batch_id, squared_norm)
 
+    def misstep(self, event: BatchStepped) -> str:
+        """How the stages have stepped other than ordered; empty: they have not."""
+        batch = self.placed.find(event.batch_id)
+        if batch is None or event.version == batch.version:
+            return ""
+        return f"the node is at version {event.version} after {event.batch_id}, not at {batch.version}"
+
     def stepped(self, batch: FedBatch, now_s: float) -> None:
         """Note that all stages have done as ordered."""
         assert batch.version is not None
@@ -117,7 +125,7 @@ class BatchSteps:
     def _order_next(self, batch: FedBatch, now_s: float) -> list[Action]:
         version = self._present_version + 1
         is_apart = not self._rules.shares_weights
-        may_save = is_apart and not self._saves.is_saving and self._saves.is_within_bound(now_s)
+        may_save = is_apart and not self._saves.is_saving and self._saves.schedule.is_within_bound(now_s)
         if batch.squared_norm is not None:
             return self.order(version, now_s, may_save=may_save)
         return self._order_ahead(batch.batch_id, version, now_s, may_save=may_save)
@@ -128,7 +136,7 @@ class BatchSteps:
         A guard takes no version that is saved with others, or that the bound on bytes leaves unsaved.
         """
         is_kept = self.begin_keeping(version, may_save=may_save)
-        is_saved_by_itself = not self._rules.shares_weights and self._saves.is_within_bound(now_s)
+        is_saved_by_itself = not self._rules.shares_weights and self._saves.schedule.is_within_bound(now_s)
         is_decided = is_kept or (self._publishing.is_guarded and not is_saved_by_itself)
         if not is_decided and self._publishing.may_keep_later(version):
             return []

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 
+from services.trainer.nodes.batch_gate import BatchGate
 from services.trainer.nodes.batch_steps import BatchSteps
 from services.trainer.nodes.decisions import Action, Applied, Halted, Skipped
 from services.trainer.nodes.rules import Rules
+from services.trainer.nodes.save_schedule import SaveSchedule
 from services.trainer.nodes.saves import NodeSaves
+from services.trainer.nodes.weights_merge import WeightsMerge
 from services.trainer.publication.publishing import Publishing
 from shared.messages.training import BatchStepped
-
-STALLED_AFTER_S = 120.0
-"""A node with work and without a report for so long has lost a message: it starts again."""
 
 
 class NodeWork:
@@ -20,24 +20,18 @@ class NodeWork:
         self.publishing = Publishing(rules.publishing)
         self.saves = NodeSaves(
             durable_version,
-            every=None if rules.shares_weights else rules.checkpoint_every,
-            idle_s=rules.checkpoint_idle_s,
-            bytes_per_s=rules.checkpoint_bytes_per_s,
+            SaveSchedule(
+                every=None if rules.shares_weights else rules.checkpoint_every,
+                idle_s=rules.checkpoint_idle_s,
+                bytes_per_s=rules.checkpoint_bytes_per_s,
+            ),
         )
         self.steps = BatchSteps(durable_version, rules=rules, saves=self.saves, publishing=self.publishing)
+        self.merge = WeightsMerge(self.steps, self.publishing)
+        self.gate = BatchGate(max_skips=rules.max_skips)
         self.is_open = False
-        self.is_held = False
-        """No further batch begins for now."""
-        self.halt_reason = ""
-        """Why training here has stopped, until a restart or a rollback; empty while it trains."""
         self._rules = rules
         self._num_stages = 0
-        self._num_skips = 0
-        """Batches skipped since one was applied."""
-        self._silent_since_s: float | None = None
-        self._is_merging = False
-        """Its stages are to hold merged weights, and have not all answered."""
-        self._keeps_merged = False
 
     @property
     def is_idle(self) -> bool:
@@ -52,7 +46,7 @@ class NodeWork:
     @property
     def is_waiting(self) -> bool:
         """Whether stages are yet to report something."""
-        return bool(self.steps.placed.fed) or self.saves.waits_for_stages or self._is_merging
+        return bool(self.steps.placed.fed) or self.saves.waits_for_stages or self.merge.is_under_way
 
     @property
     def num_wanted(self) -> int:
@@ -72,8 +66,8 @@ class NodeWork:
 
     def close(self) -> tuple[str, ...]:
         """Let nothing begin any more; returns the batches that were placed here and are not applied."""
-        self.is_open = self.is_held = self._is_merging = False
-        self._silent_since_s = None
+        self.is_open = self.gate.is_paused = False
+        self.merge.cancel()
         return self.steps.placed.batch_ids
 
     def forget(self, reason: str) -> list[Action]:
@@ -88,11 +82,6 @@ class NodeWork:
         self.saves.adopt(durable_version)
         self.steps.reset(durable_version)
 
-    def rolled_back(self, version: int) -> None:
-        """Go on from an older checkpoint, whatever went wrong since."""
-        self._num_skips, self.halt_reason = 0, ""
-        self.adopt(version)
-
     def place(self, batch_id: str, now_s: float) -> list[Action]:
         """A batch has been given to this node."""
         self.steps.place(batch_id)
@@ -102,40 +91,20 @@ class NodeWork:
         """Feed what there is room for, and order the steps that can be."""
         if not self.is_open:
             return []
-        may_feed = not (self.is_held or self.halt_reason)
-        fed = self.steps.feed(self._num_stages) if may_feed else []
+        fed = self.steps.feed(self._num_stages) if self.gate.is_open else []
         return [*fed, *self.steps.order_all(now_s)]
 
     def tick(self, now_s: float) -> list[Action]:
         """Time has passed on the open node."""
         if abandoned := self.saves.give_up_if_late(self.steps.version, now_s):
             return abandoned + self.advance(now_s)
-        is_idle = self.steps.placed.is_empty or (bool(self.halt_reason) and self.steps.has_nothing_begun)
+        is_idle = self.steps.placed.is_empty or (bool(self.gate.halt_reason) and self.steps.has_nothing_begun)
         version = self.steps.version
         saving = self.saves.request_if_idle(version, is_idle=is_idle, now_s=now_s)
-        is_at_rest = is_idle and not (self.saves.is_saving or self._is_merging)
+        is_at_rest = is_idle and not (self.saves.is_saving or self.merge.is_under_way)
         if is_at_rest and self.publishing.is_guarded and version == self.saves.durable_version:
             return list(self.publishing.at_rest(version, now_s))
         return saving
-
-    def is_stalled(self, now_s: float) -> bool:
-        """Whether batches are here, and no stage has reported for too long."""
-        if not (self.is_open and self.steps.placed.fed):
-            self._silent_since_s = None
-        elif self._silent_since_s is None:
-            self._silent_since_s = now_s
-        return self._silent_since_s is not None and now_s - self._silent_since_s > STALLED_AFTER_S
-
-    def heard(self) -> None:
-        """Note that a stage has reported something."""
-        self._silent_since_s = None
-
-    def misstep(self, event: BatchStepped) -> str:
-        """How the stages have stepped other than ordered; empty: they have not."""
-        batch = self.steps.placed.find(event.batch_id)
-        if batch is None or event.version == batch.version:
-            return ""
-        return f"the node is at version {event.version} after {event.batch_id}, not at {batch.version}"
 
     def stepped(self, event: BatchStepped, now_s: float) -> list[Action]:
         """All stages have stepped as ordered, or skipped the batch."""
@@ -147,9 +116,9 @@ class NodeWork:
         if batch.is_placeholder:
             return [] if batch.is_skipped else list(self.publishing.applied(version))
         if batch.is_skipped:
-            return self._count_skip(Skipped(batch.batch_id, event.loss))
-        if not self.halt_reason:
-            self._num_skips = 0
+            skipped, reason = Skipped(batch.batch_id, event.loss), self.gate.skipped()
+            return [skipped, *(self.halt(reason) if reason else [])]
+        self.gate.applied()
         applied = Applied(batch.batch_id, version, event.loss)
         return [applied, *self.publishing.applied(version), *self.saves.settle(version)]
 
@@ -171,36 +140,15 @@ class NodeWork:
     def halt(self, reason: str) -> list[Action]:
         """Train no more: what has begun goes on to its end, the rest is for others."""
         not_begun = self.steps.placed.waiting
-        self.halt_reason = reason
+        self.gate.halt_reason = reason
         self.steps.placed = self.steps.placed.without(not_begun)
         return [Halted(reason, not_begun)]
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Let no further batch begin; what has begun goes on to its end."""
-        self.is_held = True
+        self.gate.is_paused = True
 
-    def release(self, now_s: float) -> list[Action]:
+    def resume(self, now_s: float) -> list[Action]:
         """Let batches begin again."""
-        self.is_held = False
+        self.gate.is_paused = False
         return self.advance(now_s)
-
-    def merge(self, version: int) -> bool:
-        """The stages are asked to hold merged weights, of `version`; returns whether they keep them."""
-        assert self.is_quiet
-        self._is_merging = True
-        # Not if a node that alone has learnt keeps that number already: requests are pinned to it.
-        self._keeps_merged = self.steps.begin_keeping(version, may_save=True)
-        return self._keeps_merged
-
-    def merged(self, version: int) -> list[Action]:
-        """The stages hold merged weights."""
-        assert self.is_quiet
-        self.steps.version, self._is_merging = version, False
-        return list(self.publishing.applied(version)) if self._keeps_merged else []
-
-    def _count_skip(self, skipped: Skipped) -> list[Action]:
-        self._num_skips += 1
-        if self._num_skips < self._rules.max_skips:
-            return [skipped]
-        reason = f"the gradients of {self._num_skips} batches in a row were not finite"
-        return [skipped, *self.halt(reason)]

@@ -122,13 +122,13 @@ class ActionRunner:
 
     async def _write(self, node: NodeTraining, action: WriteCheckpoint) -> None:
         self.run(node, await self._checkpointing.write(node, action))
-        if not node.is_rolling_back:  # which may need the oldest of them
+        if not node.life.is_rolling_back:  # which may need the oldest of them
             await self._checkpointing.prune(node.node)
 
     def _evaluate(self, node: NodeTraining, version: int) -> None:
         newest_loss = self._fates.progress.training_losses.get(node.node)
         loss = newest_loss if version == node.version else None
-        told = partial(self._note_evaluated, node, node.fence, version, loss)
+        told = partial(self._note_evaluated, node, node.life.fence, version, loss)
         self._evaluator.begin(node.node, version, told)
 
     def _note_evaluated(
@@ -139,8 +139,8 @@ class ActionRunner:
         training_loss: float | None,
         losses: Losses | None,
     ) -> None:
-        self.run(node, node.evaluated(fence, version, losses))
-        if losses is None or fence != node.fence:
+        self.run(node, node.in_life(fence, lambda work: work.publishing.evaluated(version, losses)))
+        if losses is None or fence != node.life.fence:
             return
         publishing = node.work.publishing
         may_serve, why_withheld = publishing.published == version, publishing.why_withheld(version)

@@ -1,11 +1,11 @@
-"""When a node saves, and how far a checkpoint of it has come. Pure."""
+"""How far a checkpoint of a node has come. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import inf
 
 from services.trainer.nodes.decisions import Action, RequestSave, SaveAbandoned, WriteCheckpoint
 from services.trainer.nodes.save import Save
+from services.trainer.nodes.save_schedule import SaveSchedule
 from shared.messages.training import SaveFailed, ShardSaved
 
 SAVE_DEADLINE_S = 600.0
@@ -14,23 +14,10 @@ SAVE_DEADLINE_S = 600.0
 class NodeSaves:
     """One checkpoint at a time: requested, answered and written by every stage, then made durable."""
 
-    def __init__(
-        self, durable_version: int, *, every: int | None, idle_s: float, bytes_per_s: float = inf
-    ) -> None:
-        """`every`: applied batches between two checkpoints; None: only when told. `idle_s`: without work for
-        so long there is one, too. Neither comes before the last one's bytes are `bytes_per_s` in the mean.
-        """
+    def __init__(self, durable_version: int, schedule: SaveSchedule) -> None:
         self.durable_version = durable_version
-        self._every = every
-        self._idle_s = idle_s
-        self._bytes_per_s = bytes_per_s
-        self._within_bound_from_s = -inf
+        self.schedule = schedule
         self._save: Save | None = None
-        self._from_version = 0
-        """After a failed checkpoint, the next occasion."""
-        self._not_before_s = -inf
-        """After a failed checkpoint: when it may be told to try again."""
-        self._idle_since_s: float | None = None
         self._fence = 0
         self._num_stages = 0
 
@@ -58,12 +45,8 @@ class NodeSaves:
         return self._save is not None and not self._save.writing
 
     def may_request(self, now_s: float) -> bool:
-        """None is on its way, and after a failure `idle_s` have passed since that one was requested."""
-        return self._save is None and now_s >= self._not_before_s
-
-    def is_within_bound(self, now_s: float) -> bool:
-        """Whether another checkpoint would not write too many bytes a second."""
-        return now_s >= self._within_bound_from_s
+        """None is on its way, and none has failed just now."""
+        return self._save is None and self.schedule.may_retry(now_s)
 
     def begin(self, fence: int, num_stages: int) -> None:
         """Note the node's new life, to which saves belong from now on."""
@@ -76,25 +59,17 @@ class NodeSaves:
 
     def request_if_due(self, version: int, now_s: float, *, is_wanted: bool) -> list[Action]:
         """A step to that version is ordered; `is_wanted`: save it now, unless saves wait to be told."""
-        is_due = self._every is not None and (is_wanted or version - self.durable_version >= self._every)
-        may_save = self._save is None and version >= self._from_version and self.is_within_bound(now_s)
-        return self.request(version, now_s) if is_due and may_save else []
+        is_due = self.schedule.is_due(version, self.durable_version, now_s, is_wanted=is_wanted)
+        return self.request(version, now_s) if is_due and not self.is_saving else []
 
     def request_if_idle(self, version: int, *, is_idle: bool, now_s: float) -> list[Action]:
         """Time has passed for a node that holds that version.
 
         A later one, whose batch was skipped, is not waited for: no batch may follow.
         """
-        has_news = self._every is not None and version != self.durable_version
         is_saving = self._save is not None and not (self._save.answered and self._save.version > version)
-        if not (is_idle and has_news) or is_saving:
-            self._idle_since_s = None
-        elif self._idle_since_s is None:
-            self._idle_since_s = now_s
-        elif now_s >= self._idle_since_s + self._idle_s and self.is_within_bound(now_s):
-            self._idle_since_s = None
-            return self.request(version, now_s)
-        return []
+        is_idle = is_idle and version != self.durable_version and not is_saving
+        return self.request(version, now_s) if self.schedule.has_rested(now_s, is_idle=is_idle) else []
 
     def reached(self, version: int, now_s: float) -> None:
         """The node's weights are of that version: if it is to be saved, stages write from now on."""
@@ -133,7 +108,7 @@ class NodeSaves:
         assert self._save is not None
         if failure:
             return self._abandon(failure)
-        self._within_bound_from_s = self._save.requested_s + self._save.num_bytes / self._bytes_per_s
+        self.schedule.written(self._save)
         self.durable_version, self._save = self._save.version, None
         return []
 
@@ -151,11 +126,11 @@ class NodeSaves:
     def closed(self, reason: str) -> list[Action]:
         """The node begins anew."""
         abandoned = self._abandon(reason) if self._save is not None else []
-        self._from_version, self._idle_since_s = 0, None
+        self.schedule.restart()
         return abandoned
 
     def _abandon(self, reason: str) -> list[Action]:
         assert self._save is not None
-        version, self._not_before_s = self._save.version, self._save.requested_s + self._idle_s
-        self._save, self._from_version = None, version + 1
-        return [SaveAbandoned(version, reason)]
+        save, self._save = self._save, None
+        self.schedule.abandoned(save)
+        return [SaveAbandoned(save.version, reason)]

@@ -150,12 +150,14 @@ class Nodes:
         others = (
             node
             for node in self.by_number.values()
-            if node.node != beat.node and node.phase != "closed" and node.num_stages != beat.num_stages
+            if node.node != beat.node
+            and node.life.phase != "closed"
+            and node.life.members.num_stages != beat.num_stages
         )
         if self._rules.shares_weights and (other := next(others, None)):
             raise ConfigurationError(
                 f"node {beat.node} has {beat.num_stages} stages, and node {other.node} has "
-                f"{other.num_stages}: nodes that share their weights need as many"
+                f"{other.life.members.num_stages}: nodes that share their weights need as many"
             )
 
     def _add(self, beat: Heartbeat) -> NodeTraining:
@@ -185,10 +187,10 @@ class Nodes:
             samples_loss=losses.samples if losses else None,
             num_withheld=publishing.num_withheld,
             last_withheld=withheld.version if withheld else None,
-            newest_judged=publishing.newest_judged,
+            newest_judged=publishing.turns.newest_judged,
             why_withheld=withheld.reason if withheld else "",
             training_loss=self._progress.training_losses.get(node.node),
             judged=self._verdicts.of(node.node),
             why_differing=self._checks.differs.get(node.node) if self._checks is not None else None,
-            halt_reason=node.work.halt_reason,
+            halt_reason=node.work.gate.halt_reason,
         )

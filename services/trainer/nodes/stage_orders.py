@@ -48,7 +48,7 @@ class StageOrders:
         pending = self._book.pending[batch_id]
         for index, rows in enumerate(pending.batch.microbatches):
             microbatch = Microbatch(
-                fence=node.fence,
+                fence=node.life.fence,
                 batch_id=batch_id,
                 index=index,
                 count=len(pending.batch.microbatches),
@@ -68,7 +68,7 @@ class StageOrders:
         """Tell stage 0 how to step on a batch, before its gradients are there."""
         pending, limit = self._book.pending[step.batch_id], self._settings.max_gradient_norm
         message = StepAhead(
-            fence=node.fence,
+            fence=node.life.fence,
             batch_id=step.batch_id,
             version=step.version,
             learning_rate=self._rate_of(pending.batch),
@@ -81,7 +81,7 @@ class StageOrders:
         """Order the step on a batch whose gradients are there, or that it is skipped."""
         pending = [self._book.pending[batch_id] for batch_id in step.rate_of or (step.batch_id,)]
         order = StepOrder(
-            fence=node.fence,
+            fence=node.life.fence,
             batch_id=step.batch_id,
             version=step.version,
             learning_rate=fmean(self._rate_of(each.batch) for each in pending),
@@ -93,28 +93,28 @@ class StageOrders:
 
     def release(self, node: NodeTraining, version: int) -> None:
         """Tell every stage that it needs to keep this version no longer."""
-        message = ReleaseVersion(fence=node.fence, version=version)
-        for stage in range(node.num_stages):
+        message = ReleaseVersion(fence=node.life.fence, version=version)
+        for stage in range(node.life.members.num_stages):
             self._outbox.post(RELEASE.at(node=node.node, stage=stage), message)
 
     def publish(self, node: NodeTraining, version: int) -> None:
         """Have stage 0 serve this version."""
-        self._outbox.post(PUBLISH.at(node=node.node), PublishVersion(fence=node.fence, version=version))
+        self._outbox.post(PUBLISH.at(node=node.node), PublishVersion(fence=node.life.fence, version=version))
 
     async def keep(self, node: NodeTraining, version: int) -> list[Action]:
         """Ask every stage to keep its weights, which are of this version."""
-        fence = node.fence
+        fence = node.life.fence
         refusals = await ask_all(
             self._bus,
             KEEP,
             KeepVersion(fence=fence, version=version),
             node=node.node,
-            num_stages=node.num_stages,
+            num_stages=node.life.members.num_stages,
             timeout_s=KEEP_TIMEOUT_S,
         )
         for stage, reason in refusals.items():
             log.warning("node %d, stage %d does not keep version %d: %s", node.node, stage, version, reason)
-        return node.kept(fence, version, not refusals)
+        return node.in_life(fence, lambda work: work.publishing.kept(version, not refusals))
 
     def _rate_of(self, batch: TrainingBatch) -> float:
         """The batch's learning rate. It ignores earlier batches' fates, so it is the same after a restart."""

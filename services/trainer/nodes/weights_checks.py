@@ -52,9 +52,9 @@ class _Checks:
         """
         node, published = self.node, self.node.work.publishing.published
         if published is not None:
-            return (node.fence, published) == (self.fence, self.version)
+            return (node.life.fence, published) == (self.fence, self.version)
         is_at_rest = node.work.is_idle and not node.work.is_waiting
-        return is_at_rest and (node.fence, node.version) == (self.fence, self.version)
+        return is_at_rest and (node.life.fence, node.version) == (self.fence, self.version)
 
 
 class WeightsChecks:
@@ -83,7 +83,7 @@ class WeightsChecks:
     def look(self, node: NodeTraining) -> None:
         """Begin a check of the node if it is time."""
         before = self._checks.get(node.node)
-        checks = _Checks(node, node.fence, node.version)
+        checks = _Checks(node, node.life.fence, node.version)
         if node.served_version != node.version or not checks.are_current:
             return
         is_new = before is None or (before.fence, before.version) != (checks.fence, checks.version)

@@ -1,8 +1,9 @@
 """Which weights versions serve: what has not forgotten too much.
 
 publishing   which versions stages keep, and which one they serve; pure
-  kept_versions  how each stands: candidate, serving, retired; pure
-  loss_limits    how bad one may be; pure
+  kept_versions     how each stands: candidate, serving, retired; pure
+  evaluation_turns  when which one is evaluated; pure
+  loss_limits       how bad one may be; pure
 evaluator    has nodes score examples (`evaluation`: one pass; pure)
   samples    what the model wrote itself before it learnt: a guard that needs no file; pure
                (`samples_file`: on the disk)

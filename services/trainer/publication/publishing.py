@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+from services.trainer.publication.evaluation_turns import EvaluationTurns
 from services.trainer.publication.kept_versions import KeptVersions
 from services.trainer.publication.loss_limits import LossLimits
 from services.trainer.publication.losses import Losses
 from shared.messages.training import VersionsServed
 from shared.messages.weights import ServingRule
-
-REST_S = 60.0
-"""Between two attempts to evaluate a version at rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,19 +88,9 @@ class Publishing:
         self.num_withheld = 0
         """Versions withheld in the trainer's life so far."""
         self.last_withheld: Withheld | None = None
+        self.turns = EvaluationTurns(rules.evaluate_every)
         self._rules = rules
         self._kept = KeptVersions()
-        self._evaluating: int | None = None
-        """The version that is evaluated now, or as soon as its step is done."""
-        self._next_due = 0
-        self.newest_judged = 0
-        """The newest version that was evaluated."""
-        self._newest_tried = 0
-        """The newest version that was evaluated, or is."""
-        self._has_failed = False
-        """Something went wrong at rest, and was not tried again yet."""
-        self._rests_until_s = -inf
-        """When it may be."""
 
     @property
     def published(self) -> int | None:
@@ -136,16 +124,14 @@ class Publishing:
         self.closed()
         self.limits.restart(rise)
         self._kept.serve(version)
-        self._next_due = version + self._rules.evaluate_every
-        self.newest_judged = self._newest_tried = version if newest_tried is None else newest_tried
-        self._has_failed, self._rests_until_s = False, -inf
-        if self.last_withheld is not None and self.last_withheld.version > self.newest_judged:
+        self.turns.restart(version, newest_tried=version if newest_tried is None else newest_tried)
+        if self.last_withheld is not None and self.last_withheld.version > self.turns.newest_judged:
             self.last_withheld = None  # its number comes again with other weights
         return self._evaluate(version) if self.is_guarded else []
 
     def closed(self) -> None:
         """Whatever stages do next, it is not what this state tells of."""
-        self._evaluating = None
+        self.turns.evaluating = None
         self._kept.clear()
         self.losses.clear()
         self.limits.restart()
@@ -155,31 +141,31 @@ class Publishing:
         if self.published is None or version in self._kept or len(self._kept) >= self._rules.max_kept:
             return False
         if self.is_guarded:
-            if not self._is_due(version) or self.published not in self.losses:
+            if not self.turns.is_due(version) or self.published not in self.losses:
                 return False
-            self._begin_evaluating(version)
+            self.turns.begin(version)
         self._kept.add(version)
         return True
 
     def may_keep_later(self, version: int) -> bool:
         """Whether `begin_keeping` may agree to that version when its gradients are there, if not now."""
-        return self.published is not None and not (self.is_guarded and version < self._next_due)
+        return self.published is not None and not (self.is_guarded and version < self.turns.next_due)
 
     def revoke_from(self, version: int) -> None:
         """The orders to step to that version, and to later ones, do not hold."""
         self._kept.drop_from(version)
-        if self._evaluating is not None and self._evaluating >= version:
-            self._next_due, self._evaluating = self._evaluating, None
-        self._newest_tried = min(self._newest_tried, version - 1)
+        self.turns.revoke_from(version)
 
     def applied(self, version: int) -> list[PublishingAction]:
         """All stages have stepped to `version`."""
         if version in self._kept:
             return self._evaluate(version) if self.is_guarded else self._publish(version)
         published = self.published
-        if published is None or published in self.losses or not (self.is_guarded and self._is_due(version)):
+        if not self.is_guarded or published is None or published in self.losses:
             return []
-        self._next_due = version + self._rules.evaluate_every
+        if not self.turns.is_due(version):
+            return []
+        self.turns.pass_over(version)
         return self._evaluate(published)  # there is nothing to compare with: its evaluation failed
 
     def at_rest(self, version: int, now_s: float) -> list[PublishingAction]:
@@ -187,38 +173,36 @@ class Publishing:
 
         What went wrong is tried again after REST_S.
         """
-        if self._has_failed:
-            self._has_failed, self._rests_until_s = False, now_s + REST_S
-        if self.published is None or self._evaluating is not None or now_s < self._rests_until_s:
+        if self.published is None or not self.turns.may_begin_at_rest(now_s):
             return []
         if self.published not in self.losses:
             return self._evaluate(self.published)
-        if version <= self._newest_tried or len(self._kept) >= self._rules.max_kept:
+        if version <= self.turns.newest_tried or len(self._kept) >= self._rules.max_kept:
             return []
         self._kept.add(version)
-        self._begin_evaluating(version)
+        self.turns.begin(version)
         return [Keep(version)]
 
     def kept(self, version: int, is_kept: bool) -> list[PublishingAction]:
         """Every stage was asked to keep that version; `is_kept`: all do."""
-        if version != self._evaluating:
+        if version != self.turns.evaluating:
             return []
         if is_kept:
             return [Evaluate(version)]
-        self._give_up(version)
+        self.turns.give_up(version)
         return self._release([version])
 
     def evaluated(self, version: int, losses: Losses | None) -> list[PublishingAction]:
         """The version's losses; None: they could not be found."""
-        if version != self._evaluating or self.published is None:
+        if version != self.turns.evaluating or self.published is None:
             return []
         if losses is None:
-            self._give_up(version)
+            self.turns.give_up(version)
             return [] if version == self.published else self._release([version])
-        self._evaluating = None
+        self.turns.evaluating = None
         if version != self.published and losses.num_held_out != self.losses[self.published].num_held_out:
             return self._compare_anew(version)
-        self.newest_judged = max(self.newest_judged, version)
+        self.turns.judged(version)
         self.losses[version] = losses
         if version == self.published:
             self.limits.restored(losses)
@@ -235,14 +219,8 @@ class Publishing:
         assert self.published is not None
         losses = self.losses.pop(self.published)
         self.limits.restart(self.limits.rise(losses.held_out))
-        self._next_due = version
-        self._newest_tried = min(self._newest_tried, version - 1)
+        self.turns.postpone(version)
         return self._release([version])
-
-    def _give_up(self, version: int) -> None:
-        """The evaluation of that version came to nothing; it may be tried again at rest."""
-        self._evaluating, self._has_failed = None, True
-        self._newest_tried = min(self._newest_tried, max(version - 1, self.newest_judged))
 
     def served(self, event: VersionsServed) -> list[PublishingAction]:
         """Stage 0 tells what it serves."""
@@ -252,15 +230,8 @@ class Publishing:
             return [Publish(self.published)]  # once more: it may have been lost
         return self._release(self._kept.unused(event.in_use))
 
-    def _is_due(self, version: int) -> bool:
-        return self._evaluating is None and version >= self._next_due
-
-    def _begin_evaluating(self, version: int) -> None:
-        self._evaluating = self._newest_tried = version
-        self._next_due = version + self._rules.evaluate_every
-
     def _evaluate(self, version: int) -> list[PublishingAction]:
-        self._evaluating = version
+        self.turns.evaluating = version
         return [Evaluate(version)]
 
     def _publish(self, version: int) -> list[PublishingAction]:

@@ -65,15 +65,15 @@ class Reductions:
         if is_wanted and may_save(members[0], now_s, is_awaited=True):
             # Before a step leads away from that version.
             return [told(members[0], members[0].work.save(now_s))]
-        if any(node.waits_to_join or node.phase == "restoring" for node in nodes.values()):
+        if any(node.life.waits_to_join or node.life.phase == "restoring" for node in nodes.values()):
             return self._let_join(members, nodes, now_s)
-        held = [node for node in members if node.work.is_held]
-        released: list[Decision] = [told(node, node.work.release(now_s)) for node in held]
+        held = [node for node in members if node.work.gate.is_paused]
+        released: list[Decision] = [told(node, node.work.resume(now_s)) for node in held]
         return released or self._save_if_due(members, now_s) or self._begin_if_ready(members, now_s)
 
     def _go_on(self, now: _Round, nodes: Nodes, now_s: float) -> list[Decision]:
         members = [nodes[number] for number in now.members]
-        if gone := [node.node for node in members if node.phase != "open"]:
+        if gone := [node.node for node in members if node.life.phase != "open"]:
             self._round = None
             return give_up(members, f"node {gone[0]} left during a step of all")
         if now.phase == "reducing" and all(_placed(node).has_joint_gradients for node in members):
@@ -106,10 +106,10 @@ class Reductions:
     def _let_join(self, members: list[NodeTraining], nodes: Nodes, now_s: float) -> list[Decision]:
         """Let newcomers join; the others wait with nothing under way until those hold the same weights."""
         for node in members:
-            node.work.hold()
+            node.work.pause()
         if not all(node.work.is_quiet for node in members):
             # Who is restored holds the newest checkpoint: it must step with those who begin to step from it.
-            is_awaited = any(node.phase == "restoring" for node in nodes.values())
+            is_awaited = any(node.life.phase == "restoring" for node in nodes.values())
             return [] if is_awaited else self._begin_if_ready(members, now_s)
         if members and members[0].version != durable_version(nodes):
             leader = members[0]
@@ -146,8 +146,8 @@ class Reductions:
         taking_part = tuple(
             Member(
                 node.node,
-                node.fence,
-                node.num_stages,
+                node.life.fence,
+                node.life.members.num_stages,
                 1 / len(ready) if node in ready else 0.0,
                 node.work.steps.join(name),
             )

@@ -68,7 +68,7 @@ class Merges:
         if self._round is None:
             return admit(nodes) or self._begin_if_due(nodes, now_s)
         members = [nodes[number] for number in self._round.members]
-        if gone := [node.node for node in members if node.phase != "open"]:
+        if gone := [node.node for node in members if node.life.phase != "open"]:
             return self._fail(members, f"node {gone[0]} left during a merge", now_s)
         match self._round.phase:
             case "holding" if all(node.work.is_quiet for node in members):
@@ -82,24 +82,24 @@ class Merges:
         if self._round is None or self._round.name != name:
             return []
         members = [nodes[number] for number in self._round.members]
-        if failure or any(node.phase != "open" for node in members):
+        if failure or any(node.life.phase != "open" for node in members):
             return self._fail(members, f"a merge failed: {failure or 'a node left'}", now_s)
         self._num_failures = 0
         self._round.phase = "saving"
-        published = [told(node, node.work.merged(self._round.version)) for node in members]
+        published = [told(node, node.work.merge.finish(self._round.version)) for node in members]
         return [Shared(self._round.members), *published, told(members[0], members[0].work.save(now_s))]
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
         members = open_nodes(nodes)
         is_due = bool(members) and _num_apart(members) >= self._every * len(members)
-        is_due = is_due and members[0].work.saves.is_within_bound(now_s)
+        is_due = is_due and members[0].work.saves.schedule.is_within_bound(now_s)
         if is_due:
             _hold(members)  # whatever the merge must wait for, nodes drift no further apart
-        elif held := [node for node in members if node.work.is_held]:  # then one more has come
-            return [told(node, node.work.release(now_s)) for node in held]
+        elif held := [node for node in members if node.work.gate.is_paused]:  # then one more has come
+            return [told(node, node.work.resume(now_s)) for node in held]
         if now_s < self._not_before_s:
             return []
-        if any(node.phase == "restoring" for node in nodes.values()):
+        if any(node.life.phase == "restoring" for node in nodes.values()):
             return []  # it would come to the others with the weights from before their merge
         if not (self._has_rested(members, now_s) or is_due):
             return []
@@ -123,10 +123,10 @@ class Merges:
         taking_part = tuple(
             Member(
                 node.node,
-                node.fence,
-                node.num_stages,
+                node.life.fence,
+                node.life.members.num_stages,
                 (node.version - base) / num_apart,
-                is_kept=node.work.merge(now.version),
+                is_kept=node.work.merge.begin(now.version),
             )
             for node in members
         )
@@ -138,7 +138,7 @@ class Merges:
             return [told(leader, leader.work.save(now_s))] if may_save(leader, now_s, is_awaited=True) else []
         for node in others:
             node.work.saves.adopt(now.version)
-        return self._end([told(node, node.work.release(now_s)) for node in members])
+        return self._end([told(node, node.work.resume(now_s)) for node in members])
 
     def _fail(self, members: list[NodeTraining], reason: str, now_s: float) -> list[Decision]:
         self._not_before_s = now_s + self._idle_s * 2**self._num_failures
@@ -166,4 +166,4 @@ def _num_apart(members: list[NodeTraining]) -> int:
 
 def _hold(members: list[NodeTraining]) -> None:
     for node in members:
-        node.work.hold()
+        node.work.pause()

@@ -71,7 +71,7 @@ def told(node: NodeTraining, actions: Iterable[Action]) -> NodeActions:
 
 def open_nodes(nodes: Nodes) -> list[NodeTraining]:
     """Nodes that hold weights and train, lowest first."""
-    return [nodes[number] for number in sorted(nodes) if nodes[number].phase == "open"]
+    return [nodes[number] for number in sorted(nodes) if nodes[number].life.phase == "open"]
 
 
 def durable_version(nodes: Nodes) -> int:
@@ -81,10 +81,10 @@ def durable_version(nodes: Nodes) -> int:
 
 def admit(nodes: Nodes) -> list[Decision]:
     """Let waiting nodes take the newest checkpoint, but not before it is known which one that is."""
-    if any(node.is_closing for node in nodes.values()):
+    if any(node.life.is_closing for node in nodes.values()):
         return []
     version = durable_version(nodes)
-    waiting = [node for node in nodes.values() if node.waits_to_join]
+    waiting = [node for node in nodes.values() if node.life.waits_to_join]
     return [
         decision
         for node in waiting
@@ -94,7 +94,7 @@ def admit(nodes: Nodes) -> list[Decision]:
 
 def are_going_back(nodes: Nodes) -> bool:
     """Whether a rollback is under way. It takes all nodes out of whatever they do together."""
-    return any(node.is_rolling_back for node in nodes.values())
+    return any(node.life.is_rolling_back for node in nodes.values())
 
 
 def may_save(node: NodeTraining, now_s: float, *, is_awaited: bool = False) -> bool:
@@ -103,7 +103,7 @@ def may_save(node: NodeTraining, now_s: float, *, is_awaited: bool = False) -> b
     `is_awaited`: training rests until it is done, so that its bytes do not count.
     """
     saves = node.work.saves
-    return saves.may_request(now_s) and (is_awaited or saves.is_within_bound(now_s))
+    return saves.may_request(now_s) and (is_awaited or saves.schedule.is_within_bound(now_s))
 
 
 def give_up(members: Iterable[NodeTraining], reason: str) -> list[Decision]:

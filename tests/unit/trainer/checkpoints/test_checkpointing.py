@@ -29,7 +29,7 @@ DEADLINE_S = 60.0
 class Node:
     """One stage's worth of a node: only what a checkpoint needs of it."""
 
-    node, fence, is_rolling_back = 0, 1, False
+    node, life = 0, SimpleNamespace(fence=1, is_rolling_back=False)
 
     def __init__(self) -> None:
         self.has_heard = asyncio.Event()

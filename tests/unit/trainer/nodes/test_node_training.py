@@ -23,9 +23,9 @@ from services.trainer.nodes.decisions import (
     WriteCheckpoint,
 )
 from services.trainer.nodes.node_training import NodeTraining
-from services.trainer.nodes.node_work import STALLED_AFTER_S
 from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.saves import SAVE_DEADLINE_S
+from services.trainer.nodes.stall_watch import STALLED_AFTER_S
 from services.trainer.publication.losses import Losses
 from services.trainer.publication.publishing import Evaluate, Publish, PublishingRules, Release
 from shared.messages.training import (
@@ -65,8 +65,8 @@ class Driver:
     def open(self) -> "Driver":
         self.beat(0)
         self.beat(1)
-        self.node.restored(self.node.fence, "", self.now_s)
-        assert self.node.phase == "open"
+        self.node.restored(self.node.life.fence, "", self.now_s)
+        assert self.node.life.phase == "open"
         return self
 
     def tick(self, passed_s: float) -> list[Action]:
@@ -80,7 +80,7 @@ class Driver:
         return self.node.work.place(batch_id, self.now_s)
 
     def report(self, stage: int, event: StageEvent, *, fence: int | None = None) -> list[Action]:
-        fence = self.node.fence if fence is None else fence
+        fence = self.node.life.fence if fence is None else fence
         return self.node.report(StageReport(node=0, stage=stage, fence=fence, event=event), self.now_s)
 
     def gather(self, batch_id: str, squared_norm: float = 1.0) -> list[Action]:
@@ -99,7 +99,7 @@ class Driver:
         return self.learn(batch_id) + self.step(batch_id, version)
 
     def answer(self, version: int, refusals: dict[int, str] | None = None) -> list[Action]:
-        return self.node.save_answered(self.node.fence, version, refusals or {}, self.now_s)
+        return self.node.work.save_answered(version, refusals or {}, self.now_s)
 
     def saved(self, stage: int, version: int, *, num_bytes: int = 0) -> list[Action]:
         shard = ShardSaved(
@@ -177,7 +177,7 @@ def test_reports_of_an_earlier_life_are_ignored() -> None:
 
     assert driver.report(0, TrainingFailed(batch_id="a", reason="old"), fence=1) == []
     assert driver.report(0, BatchStepped(batch_id="a", version=7, loss=1.0), fence=1) == []
-    assert driver.node.phase == "open"
+    assert driver.node.life.phase == "open"
 
 
 def test_a_late_answer_to_an_earlier_restore_is_ignored() -> None:
@@ -188,7 +188,7 @@ def test_a_late_answer_to_an_earlier_restore_is_ignored() -> None:
 
     driver.node.restored(1, "", 0.0)
 
-    assert driver.node.phase == "restoring"
+    assert driver.node.life.phase == "restoring"
 
 
 def test_a_failed_restore_is_tried_again_at_the_next_heartbeat() -> None:
@@ -469,7 +469,7 @@ def guarded(*, durable_version: int = 0, served: int | None = None, **rules: Any
     driver.beat(1)
     served_version = durable_version if served is None else served
     assert driver.node.restored(1, "", 0.0, served=served) == [Evaluate(served_version)]
-    assert driver.node.evaluated(1, served_version, Losses(held_out=2.0)) == []
+    assert driver.node.work.publishing.evaluated(served_version, Losses(held_out=2.0)) == []
     return driver
 
 
@@ -508,7 +508,7 @@ def make_durable_step(driver: Driver) -> None:
     """Version 2 is saved, which takes a hundred bytes, and serves."""
     driver.step("b", 2)
     make_durable(driver, 2, num_bytes=50)
-    driver.node.evaluated(1, 2, Losses(held_out=1.0))
+    driver.node.work.publishing.evaluated(2, Losses(held_out=1.0))
 
 
 def test_a_kept_version_whose_batch_is_skipped_is_kept_when_the_next_makes_it() -> None:
@@ -546,7 +546,7 @@ def test_what_a_guard_evaluates_is_saved_too() -> None:
     assert driver.place("b")[-2:] == [StepsAhead("b", 2, is_kept=True), RequestSave(1, 2, 2)]
     driver.answer(2)
     assert driver.step("b", 2) == [Applied("b", 2, 1.0), Evaluate(2)]
-    assert driver.node.evaluated(1, 2, Losses(held_out=1.0)) == [Publish(2)]
+    assert driver.node.work.publishing.evaluated(2, Losses(held_out=1.0)) == [Publish(2)]
 
 
 def test_a_guard_evaluates_no_version_that_cannot_be_saved_and_the_next_that_can() -> None:
@@ -622,7 +622,7 @@ def test_an_answer_to_a_save_of_an_earlier_life_is_ignored() -> None:
     driver.step("a", 1)
     driver.learn("b")
 
-    assert driver.node.save_answered(1, 1, {0: "gone"}, 0.0) == []
+    assert driver.node.in_life(1, lambda work: work.save_answered(1, {0: "gone"}, 0.0)) == []
     assert driver.answer(1) == [Step("b", 2)]
 
 
@@ -670,7 +670,7 @@ def test_a_node_goes_back_to_a_version_whose_manifest_is_just_being_written() ->
 def test_a_node_whose_stages_are_gone_goes_back_too() -> None:
     driver = Driver(durable_version=8).open()
     driver.node.tick(60.0)
-    assert driver.node.phase == "closed"
+    assert driver.node.life.phase == "closed"
 
     assert driver.node.roll_back(4) == [RollBack(4, ())]
     assert driver.node.rolled_back("") == []
@@ -695,7 +695,7 @@ def test_a_halted_node_trains_again_after_a_rollback() -> None:
     driver.place("a")
     driver.gather("a", nan)
     driver.step("a", 8)
-    assert driver.node.work.halt_reason
+    assert driver.node.work.gate.halt_reason
 
     driver.node.roll_back(4)
     driver.node.rolled_back("")

@@ -16,7 +16,7 @@ class Guarded:
     """Node 0 has trained up to version 5 and serves `published`; its newest batch had a loss of 2."""
 
     def __init__(self, published: int) -> None:
-        self.node, self.fence, self.version = 0, 1, 5
+        self.node, self.version, self.life = 0, 5, SimpleNamespace(fence=1)
         limits = SimpleNamespace(rise=lambda held_out: 1.0)
         publishing = SimpleNamespace(published=published, why_withheld=lambda version: "", limits=limits)
         self.work = SimpleNamespace(publishing=publishing)
@@ -35,7 +35,7 @@ class Guarded:
             tasks=SimpleNamespace(),  # type: ignore[arg-type]
         )
 
-    def evaluated(self, fence: int, version: int, losses: Losses | None) -> list[Any]:
+    def in_life(self, fence: int, decide: Any) -> list[Any]:
         return []
 
 

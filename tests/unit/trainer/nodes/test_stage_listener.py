@@ -47,7 +47,7 @@ def test_what_a_node_that_trains_no_more_ends_takes_no_room_from_others() -> Non
     them = nodes()
     them.by_number = {0: halted.node, 1: Driver(microbatches=4).open().node}
 
-    assert halted.node.work.halt_reason
+    assert halted.node.work.gate.halt_reason
     assert len(halted.node.work.steps.placed.batch_ids) == them.num_wanted == 2
     assert them.have_room
 
@@ -80,7 +80,7 @@ def test_nodes_that_train_apart_may_have_different_stages() -> None:
     for node, num_stages in enumerate((2, 3)):
         hear(them, node, num_stages)
 
-    assert [node.num_stages for node in them.by_number.values()] == [2, 3]
+    assert [node.life.members.num_stages for node in them.by_number.values()] == [2, 3]
 
 
 def test_data_parallel_nodes_have_one_stage() -> None:

@@ -20,7 +20,7 @@ class Node:
     """As much of a node as a check looks at: version 3 trains and serves, at rest, without a guard."""
 
     def __init__(self, published: int | None = None) -> None:
-        self.node, self.fence, self.version = 0, 5, 3
+        self.node, self.version, self.life = 0, 3, SimpleNamespace(fence=5)
         self.work = SimpleNamespace(
             publishing=SimpleNamespace(published=published), is_idle=True, is_waiting=False
         )

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from services.trainer.publication.evaluation_turns import REST_S
 from services.trainer.publication.losses import Losses
 from services.trainer.publication.publishing import (
-    REST_S,
     Evaluate,
     Keep,
     Publish,
@@ -310,7 +310,7 @@ def test_guarded_what_came_to_nothing_at_rest_is_tried_again_after_a_while() -> 
     assert publishing.at_rest(2, 10.0 + REST_S) == [Keep(2)]
     publishing.kept(2, is_kept=True)
     assert publishing.evaluated(2, None) == [Release(2)]
-    assert publishing.newest_judged == 0
+    assert publishing.turns.newest_judged == 0
     assert publishing.at_rest(2, 100.0) == []
     assert publishing.at_rest(2, 100.0 + REST_S) == [Keep(2)]
 
@@ -327,11 +327,11 @@ def test_guarded_a_verdict_on_weights_that_are_gone_is_forgotten() -> None:
     publishing = guarded()
     steps(publishing, 1, 4)
     publishing.evaluated(4, Losses(held_out=9.0))
-    assert (publishing.newest_judged, publishing.last_withheld.version) == (4, 4)
+    assert (publishing.turns.newest_judged, publishing.last_withheld.version) == (4, 4)
     publishing.restored(0, newest_tried=4)
-    assert (publishing.newest_judged, publishing.last_withheld.version) == (4, 4)
+    assert (publishing.turns.newest_judged, publishing.last_withheld.version) == (4, 4)
     publishing.restored(2)
-    assert (publishing.newest_judged, publishing.last_withheld) == (2, None)
+    assert (publishing.turns.newest_judged, publishing.last_withheld) == (2, None)
 
 
 def test_guarded_a_version_made_again_by_another_batch_is_evaluated_at_rest() -> None:

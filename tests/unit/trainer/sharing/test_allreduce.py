@@ -133,7 +133,7 @@ def guarded(*, save_every: int, num_nodes: int = 2) -> Replicas:
     guard = PublishingRules(serving="published", evaluate_every=2, max_kept=3)
     replicas = reducing(num_nodes, save_every=save_every, publishing=guard).open(0, 1)
     for number in (0, 1):
-        replicas.nodes[number].evaluated(replicas.nodes[number].fence, 0, Losses(held_out=2.0))
+        replicas.nodes[number].work.publishing.evaluated(0, Losses(held_out=2.0))
     return replicas
 
 
@@ -184,7 +184,7 @@ def test_what_a_guard_evaluates_is_saved_before_the_others_step_on_while_one_wai
 def test_a_guard_waits_for_a_save_that_is_under_way() -> None:
     replicas = guarded(save_every=1)
     assert guarded_step(replicas, 1)[-1] == RequestSave(1, 1, 1)
-    replicas.nodes[0].save_answered(1, 1, {}, 0.0)
+    replicas.nodes[0].work.save_answered(1, {}, 0.0)
     assert is_kept(guarded_step(replicas, 2)) == [False, False]
     for version in (1, 2):
         replicas.save(0, version)
@@ -222,13 +222,13 @@ def test_who_joins_gets_what_the_others_hold_and_they_wait() -> None:
     replicas.save(0, 1)
     decided = replicas.look()
     assert decided[0] == Joins(1)
-    assert (replicas.nodes[1].phase, replicas.nodes[1].version) == ("restoring", 1)
-    assert replicas.nodes[0].work.is_held
+    assert (replicas.nodes[1].life.phase, replicas.nodes[1].version) == ("restoring", 1)
+    assert replicas.nodes[0].work.gate.is_paused
 
     replicas.restored(1)
     replicas.look()
 
-    assert not replicas.nodes[0].work.is_held
+    assert not replicas.nodes[0].work.gate.is_paused
 
 
 def test_who_leaves_in_the_middle_takes_all_back() -> None:
@@ -239,7 +239,7 @@ def test_who_leaves_in_the_middle_takes_all_back() -> None:
     replicas.beat(1, instance="new")
     replicas.look()
 
-    assert {node.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
+    assert {node.life.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
 
 
 def test_who_is_restored_first_waits_with_its_step_for_the_others() -> None:
@@ -251,7 +251,7 @@ def test_who_is_restored_first_waits_with_its_step_for_the_others() -> None:
     replicas.look()
     replicas.beat(0)
     replicas.look()
-    assert {node.phase for node in replicas.nodes.values()} == {"restoring"}
+    assert {node.life.phase for node in replicas.nodes.values()} == {"restoring"}
     for number, batch_id in enumerate("ab"):
         replicas.nodes[number].work.place(batch_id, 0.0)
 

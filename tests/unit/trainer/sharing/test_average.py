@@ -80,11 +80,11 @@ class Replicas:
 
     def restored(self, number: int) -> None:
         node = self.nodes[number]
-        node.restored(node.fence, "", self.now_s)
-        assert node.phase == "open"
+        node.restored(node.life.fence, "", self.now_s)
+        assert node.life.phase == "open"
 
     def report(self, node: int, event: StageEvent) -> list[Action]:
-        report = StageReport(node=node, stage=0, fence=self.nodes[node].fence, event=event)
+        report = StageReport(node=node, stage=0, fence=self.nodes[node].life.fence, event=event)
         return self.nodes[node].report(report, self.now_s)
 
     def learn(self, node: int, batch_id: str, squared_norm: float = 1.0) -> list[Action]:
@@ -99,7 +99,7 @@ class Replicas:
     def save(self, node: int, version: int, failure: str = "", *, num_bytes: int = 0) -> None:
         """The checkpoint that was asked for is written."""
         it = self.nodes[node]
-        it.save_answered(it.fence, version, {}, self.now_s)
+        it.work.save_answered(version, {}, self.now_s)
         shard = ShardSaved(
             version=version, sha256_by_file={}, file_by_tensor={}, size_bytes=0, written_bytes=num_bytes
         )
@@ -172,7 +172,7 @@ def test_a_merge_waits_until_the_bytes_of_the_last_ones_checkpoint_are_within_th
         replicas.apply(node, f"b{node}", 3)
     replicas.now_s = 9.0
     assert replicas.look() == []
-    assert not any(node.work.is_held for node in replicas.nodes.values())
+    assert not any(node.work.gate.is_paused for node in replicas.nodes.values())
     replicas.now_s = 10.0
     assert isinstance(replicas.look()[-1], Merge)
 
@@ -205,7 +205,7 @@ def test_a_merge_that_fails_takes_all_back_to_the_last_checkpoint(what: str) -> 
     closed = [each.actions for each in decided if isinstance(each, NodeActions) and each.actions]
     assert all(isinstance(actions[-1], Closed | Restore) for actions in closed)
     assert {node.version for node in replicas.nodes.values()} == {0}
-    assert {node.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
+    assert {node.life.phase for node in replicas.nodes.values()} <= {"closed", "restoring"}
 
 
 def test_a_merged_version_that_cannot_be_saved_stays_and_is_saved_again_after_a_while() -> None:
@@ -222,11 +222,13 @@ def test_a_merged_version_that_cannot_be_saved_stays_and_is_saved_again_after_a_
     (again,) = replicas.look()
     assert isinstance(again, NodeActions)
     assert again.actions == (RequestSave(1, 2, 1),)
-    assert {(node.version, node.work.is_held) for node in replicas.nodes.values()} == {(2, True)}
+    assert {(node.version, node.work.gate.is_paused) for node in replicas.nodes.values()} == {(2, True)}
 
     replicas.save(0, 2)
     replicas.look()
-    assert {(node.durable_version, node.work.is_held) for node in replicas.nodes.values()} == {(2, False)}
+    assert {(node.durable_version, node.work.gate.is_paused) for node in replicas.nodes.values()} == {
+        (2, False)
+    }
 
 
 def fail_to_merge(replicas: Replicas) -> list[Decision]:
@@ -257,7 +259,7 @@ def test_after_a_merge_that_fails_the_next_one_waits_longer_each_time() -> None:
 def test_after_three_merges_in_a_row_that_fail_nodes_train_no_more_and_say_why() -> None:
     replicas = averaging(every=1).open()
     for _ in range(MAX_FAILURES):
-        assert not any(node.work.halt_reason for node in replicas.nodes.values())
+        assert not any(node.work.gate.halt_reason for node in replicas.nodes.values())
         decided = fail_to_merge(replicas)
         replicas.now_s += 100.0
         replicas.open()
@@ -265,8 +267,8 @@ def test_after_three_merges_in_a_row_that_fail_nodes_train_no_more_and_say_why()
     reason = "3 merges in a row failed; a merge failed: node 1, stage 0: no peer"
     halted = [each.actions for each in decided if isinstance(each, NodeActions)][2:4]
     assert halted == [(Halted(reason),), (Halted(reason),)]
-    assert {node.work.halt_reason for node in replicas.nodes.values()} == {reason}
-    assert {node.phase for node in replicas.nodes.values()} == {"open"}, "they serve"
+    assert {node.work.gate.halt_reason for node in replicas.nodes.values()} == {reason}
+    assert {node.life.phase for node in replicas.nodes.values()} == {"open"}, "they serve"
 
 
 def go_back(replicas: Replicas, version: int) -> None:
@@ -312,12 +314,12 @@ def test_merges_that_failed_before_a_rollback_count_no_more() -> None:
         fail_to_merge(replicas)
         replicas.now_s += 100.0
         replicas.open()
-    assert all(node.work.halt_reason for node in replicas.nodes.values())
+    assert all(node.work.gate.halt_reason for node in replicas.nodes.values())
 
     go_back(replicas, 0)
     fail_to_merge(replicas)
 
-    assert not any(node.work.halt_reason for node in replicas.nodes.values())
+    assert not any(node.work.gate.halt_reason for node in replicas.nodes.values())
 
 
 def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> None:
@@ -356,7 +358,7 @@ def test_a_merged_version_is_kept_and_published() -> None:
 
 def test_a_guard_evaluates_what_nodes_have_merged_which_is_saved_and_nothing_of_one_node() -> None:
     replicas = averaging(1, every=3, publishing=PublishingRules(serving="published", evaluate_every=2)).open()
-    replicas.nodes[0].evaluated(1, 0, Losses(held_out=2.0))
+    replicas.nodes[0].work.publishing.evaluated(0, Losses(held_out=2.0))
     for number, batch_id in enumerate("abc", start=1):
         assert replicas.apply(0, batch_id, number) == [Applied(batch_id, number, 1.0)]
 
@@ -380,7 +382,7 @@ def test_nobody_joins_in_the_middle_of_a_merge() -> None:
 
     replicas.look()
 
-    assert replicas.nodes[2].phase == "restoring"
+    assert replicas.nodes[2].life.phase == "restoring"
     assert replicas.nodes[2].version == 2
 
 
@@ -397,7 +399,7 @@ def test_no_merge_begins_while_a_node_loads_the_weights_of_the_last_one() -> Non
     replicas.apply(1, "c", 1)
 
     assert goes_on == NodeActions(0, (Feed("b"), StepsAhead("b", 2)))
-    assert (replicas.look(), replicas.nodes[0].work.is_held) == ([], True), (
+    assert (replicas.look(), replicas.nodes[0].work.gate.is_paused) == ([], True), (
         "batch b has begun, a merge waits for it"
     )
 
@@ -411,7 +413,7 @@ def test_a_node_that_fails_apart_from_a_merge_gives_back_only_its_own() -> None:
     replicas.look()
 
     assert replicas.nodes[0].version == 1
-    assert (replicas.nodes[1].phase, replicas.nodes[1].version) == ("restoring", 0)
+    assert (replicas.nodes[1].life.phase, replicas.nodes[1].version) == ("restoring", 0)
 
 
 def test_an_applied_batch_is_told_of_as_ever() -> None:
