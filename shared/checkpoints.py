@@ -67,6 +67,8 @@ class Manifest(Document):
     """Ids of the newest batches that these weights contain, oldest first."""
     discarded_batch_ids: tuple[str, ...] = ()
     """Ids of batches that a rollback has taken out of the weights, oldest first."""
+    held_out_examples: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """By batch: the positions of its examples that do not train; of the newest batches that have some."""
     lineage_entry: int | None = None
     """The place of what the lineage file tells of these weights; None: it tells nothing of them."""
     held_out_loss: float | None = None

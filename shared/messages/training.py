@@ -13,6 +13,8 @@ from shared.tensors.ref import TensorRef
 MAX_BATCHES_OF_MESSAGE = 64
 """Ids of batches in one message: keeps it below 1 MiB, however long they are."""
 BatchIds = Annotated[tuple[str, ...], Meta(max_length=MAX_BATCHES_OF_MESSAGE)]
+Positions = tuple[Count, ...]
+"""Examples of a batch, counted from 0."""
 
 
 class TrainingTask(Message):
@@ -336,6 +338,8 @@ class BatchApplied(Event, tag="applied"):
     loss: float
     """Mean over the batch's labels, or its preferences, before its step, in nats."""
     num_tokens: int
+    held_out: Positions = ()
+    """Its examples that are held out and train nothing, where it names their sources."""
 
 
 class BatchDurable(Event, tag="durable"):
@@ -346,6 +350,8 @@ class BatchDurable(Event, tag="durable"):
     version: int
     checkpoint: str
     """Its folder."""
+    held_out: dict[str, Positions] = field(default_factory=dict)
+    """As in `BatchApplied`, by batch; of those that have such examples, and are among the newest."""
 
 
 class BatchRejected(Event, tag="rejected"):

@@ -366,6 +366,37 @@ async def test_corrections_wait_for_others_up_to_a_limit_of_time() -> None:
         assert [each["batch_id"] for each in newest["lessons"]] == [None, None]
 
 
+async def test_of_a_batch_the_lessons_that_are_held_out_are_shown_so_and_no_others(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    trainer = FakeTrainer(broker.connect(), held_out=(0, 2))
+    running = asyncio.create_task(trainer.run())
+    options: Any = {"run_dir": tmp_path, "feedback_batch_size": 3, "feedback_batch_after_s": 3600.0}
+
+    def shown(found: list[dict[str, Any]]) -> list[list[tuple[str, int | None]]]:
+        return [[(each["status"], each["version"]) for each in one["lessons"]] for one in found]
+
+    async with feedback_api(broker, trainer, **options) as here:
+        for number in range(3):
+            await correct(here, await ask(here), f"Force {number}.")
+        assert {each["status"] for each in await listed(here)} == {"pending"}
+        trainer.allow(2)
+        held_out = [("held_out", None)] * 2
+        assert shown(await until_status(here, "held_out", "held_out")) == [
+            held_out,
+            [("applied", 1), ("applied", 2)],
+            held_out,
+        ]
+    trainer.is_mute = True
+    await trainer.save()
+    async with feedback_api(broker, trainer, seed=1, **options) as here:
+        async with asyncio.timeout(60.0):
+            while (now := await listed(here))[1]["status"] != "durable":  # noqa: ASYNC110
+                await asyncio.sleep(LOOK_EVERY_S)
+        assert shown(now) == [held_out, [("durable", 2), ("durable", 2)], held_out]
+        assert [each["status"] for each in now] == ["held_out", "durable", "held_out"]
+    running.cancel()
+
+
 async def test_a_trainer_whose_news_are_lost_is_asked() -> None:
     async with feedback_api(ask_after_s=0.05, **ALONE) as here:
         here.trainer.is_mute = True

@@ -19,13 +19,16 @@ DEADLINE_S = 180.0
 QUESTION: list[Any] = [{"role": "user", "content": "Wind at Northpoint?"}]
 
 
-async def status(client: openai.AsyncOpenAI) -> str:
-    """How the newest feedback stands."""
+NUM_CORRECTIONS = 6
+
+
+async def statuses(client: openai.AsyncOpenAI) -> dict[str, str]:
+    """How each feedback stands, by id."""
     page = await client.get("/feedback", cast_to=dict[str, Any])
-    return str(page["data"][0]["status"])
+    return {each["id"]: each["status"] for each in page["data"]}
 
 
-async def test_a_corrected_answer_is_learnt_and_named_by_the_lineage_of_what_serves(tmp_path: Path) -> None:
+async def test_corrections_are_learnt_and_named_by_the_lineage_but_for_those_held_out(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(CHATML)
     options = ClusterOptions(
@@ -36,7 +39,9 @@ async def test_a_corrected_answer_is_learnt_and_named_by_the_lineage_of_what_ser
         stages_per_worker=2,
         extra_env={
             "LEMIX_FEEDBACK": "on",
-            "LEMIX_FEEDBACK_BATCH_AFTER_S": "0",
+            "LEMIX_FEEDBACK_BATCH_AFTER_S": "3600",
+            "LEMIX_FEEDBACK_BATCH_SIZE": str(NUM_CORRECTIONS),
+            "LEMIX_HOLD_OUT_SHARE": "0.4",
             "LEMIX_CHAT_TEMPLATE": str(template),
             "LEMIX_CHECKPOINT_IDLE_S": "0.2",
             "LEMIX_NATS_URL": "",
@@ -49,17 +54,21 @@ async def test_a_corrected_answer_is_learnt_and_named_by_the_lineage_of_what_ser
         model = await served_model(cluster.api_url)
         asked: dict[str, Any] = {"model": model, "messages": QUESTION, "max_tokens": 8}
         await client.chat.completions.create(**asked)
-        answer = await client.chat.completions.create(**asked, store=True)
-        body = {"id": answer.id, "correction": "Wind at Northpoint is south, force 5."}
-        given = await client.post("/feedback", body=body, cast_to=dict[str, Any])
+        for force in range(NUM_CORRECTIONS):
+            answer = await client.chat.completions.create(**asked, store=True)
+            body = {"id": answer.id, "correction": f"Wind at Northpoint is south, force {force}."}
+            await client.post("/feedback", body=body, cast_to=dict[str, Any])
 
         async with asyncio.timeout(DEADLINE_S):
-            while await status(client) != "durable":  # noqa: ASYNC110  # a client can only ask again
+            while not {*(stand := await statuses(client)).values()} <= {"durable", "held_out"}:  # noqa: ASYNC110  # a client can only ask again
                 await asyncio.sleep(LOOK_EVERY_S)
         newest = checkpoints.latest(cluster.run_dir / "checkpoints", 0)
         assert newest is not None
         told = await fetch_lineage(Target(cluster.nats_url, "run feedback"), newest.manifest.version, None)
 
-    assert (told.version, told.num_unknown) == (2, 0), "an example and a preference"
+    assert (told.version, told.num_unknown) == (2, 0), "examples and preferences"
     assert [batch.producer for batch in told.batches] == ["anonymous", "anonymous"]
-    assert [source.id for batch in told.batches for source in batch.sources] == [given["id"]] * 2
+    learnt = [feedback_id for feedback_id, status in stand.items() if status == "durable"]
+    assert 0 < len(learnt) < NUM_CORRECTIONS == len(stand)
+    for batch in told.batches:
+        assert sorted(source.id for source in batch.sources) == sorted(learnt)

@@ -36,6 +36,8 @@ class FakeTrainer:
     durable: list[str] = field(default_factory=list)
     poison: str = ""
     """A batch whose id ends so is rejected."""
+    held_out: tuple[int, ...] = ()
+    """Positions of the examples of each batch that do not train."""
     is_mute: bool = False
     """Its events are lost; it still answers."""
     defers: bool = False
@@ -97,10 +99,23 @@ class FakeTrainer:
 
     def _applied(self, batch_id: str) -> BatchApplied:
         version = self.applied.index(batch_id) + 1
-        return BatchApplied(batch_id=batch_id, node=NODE, version=version, loss=2.0 / version, num_tokens=1)
+        return BatchApplied(
+            batch_id=batch_id,
+            node=NODE,
+            version=version,
+            loss=2.0 / version,
+            num_tokens=1,
+            held_out=self.held_out,
+        )
 
     def _durable(self, batch_ids: tuple[str, ...]) -> BatchDurable:
-        return BatchDurable(batch_ids=batch_ids, node=NODE, version=len(self.durable), checkpoint="/c")
+        return BatchDurable(
+            batch_ids=batch_ids,
+            node=NODE,
+            version=len(self.durable),
+            checkpoint="/c",
+            held_out=dict.fromkeys(batch_ids, self.held_out) if self.held_out else {},
+        )
 
     def judge(self, *judged: JudgedVersion, published: int) -> None:
         """A guard has judged these versions, of which one serves."""

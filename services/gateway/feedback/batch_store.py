@@ -1,6 +1,7 @@
 """Batches of lessons in the database. All blocks; raises as the database does."""
 
 from collections.abc import Sequence
+from sqlite3 import Connection
 
 from services.gateway.feedback.answers import LessonKind
 from services.gateway.feedback.batches import Batch, BatchState, WaitingLesson, batch_of
@@ -50,9 +51,21 @@ class BatchStore:
                     "UPDATE batches SET status = ?, sequence = ?, version = ?, reason = ? WHERE id = ?",
                     (state.status, state.sequence, state.version, state.reason, state.id),
                 )
+                if state.status in ("applied", "durable"):
+                    _write_held_out(connection, state)
                 if state.is_final:
                     connection.execute("UPDATE lessons SET line = NULL WHERE batch_id = ?", (state.id,))
 
     def _lessons(self, condition: str, value: str, *, limit: int = -1) -> list[WaitingLesson]:
         query = f"{_LESSONS} WHERE {condition} ORDER BY lessons.number LIMIT ?"
         return [WaitingLesson(*row) for row in self._database.read(query, value, limit)]
+
+
+def _write_held_out(connection: Connection, state: BatchState) -> None:
+    """Note which lessons of the batch are held out; a batch that was applied anew may have others."""
+    numbers = "SELECT number FROM lessons WHERE batch_id = ?"
+    connection.execute(f"DELETE FROM held_out WHERE lesson IN ({numbers})", (state.id,))
+    connection.executemany(
+        f"INSERT INTO held_out {numbers} ORDER BY number LIMIT 1 OFFSET ?",
+        [(state.id, position) for position in state.held_out],
+    )

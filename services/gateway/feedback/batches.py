@@ -66,6 +66,8 @@ class BatchState:
     """The weights version that it has made, or the durable one that contains it."""
     reason: str = ""
     """Why it was rejected."""
+    held_out: tuple[int, ...] = ()
+    """Positions of its lessons that are held out while the others train, as far as heard since the start."""
 
     @property
     def is_final(self) -> bool:
@@ -118,9 +120,10 @@ def after(state: BatchState, event: BatchEvent) -> BatchState:
         case BatchPlaced() if state.status == "applied":  # its node has lost it
             return replace(state, status="published", version=None)
         case BatchApplied(version=version) if not state.is_final:
-            return replace(state, status="applied", version=version)
+            return replace(state, status="applied", version=version, held_out=event.held_out)
         case BatchDurable(version=version) if state.status != "durable":
-            return replace(state, status="durable", version=version)
+            held_out = event.held_out.get(state.id, ())
+            return replace(state, status="durable", version=version, held_out=held_out)
         case BatchRejected(reason=reason):  # a rollback may take out what was durable
             return replace(state, status="rejected", version=None, reason=reason)
         case BatchHeldOut():

@@ -29,8 +29,11 @@ CREATE TABLE IF NOT EXISTS lessons (
     sha256 TEXT NOT NULL, line BLOB, batch_id TEXT, UNIQUE (feedback_id, kind)
 );
 CREATE INDEX IF NOT EXISTS lessons_by_batch ON lessons (batch_id);
+CREATE TABLE IF NOT EXISTS held_out (lesson INTEGER PRIMARY KEY);
 """
-"""`lessons.line` is dropped once the lesson is finished."""
+"""`lessons.line` is dropped once the lesson is finished. `held_out` has the numbers of the lessons that train
+nothing although their batch does.
+"""
 
 
 class Database:

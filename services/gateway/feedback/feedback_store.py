@@ -10,8 +10,8 @@ from services.gateway.feedback.database import Database
 
 _COLUMNS = "id, key_id, producer, created_at, answer_id, choice, score"
 _LESSONS = """
-SELECT feedback_id, kind, sha256, batch_id, status, sequence, version, reason
-FROM lessons LEFT JOIN batches ON batches.id = batch_id
+SELECT feedback_id, kind, sha256, lesson IS NOT NULL, batch_id, status, sequence, version, reason
+FROM lessons LEFT JOIN batches ON batches.id = batch_id LEFT JOIN held_out ON lesson = number
 """
 
 
@@ -38,6 +38,8 @@ class TaughtLesson:
     sha256: str
     batch: BatchState | None
     """None: it waits for others."""
+    is_held_out: bool
+    """It trains nothing, whatever the others of its batch do."""
 
 
 class FeedbackStore:
@@ -81,9 +83,10 @@ class FeedbackStore:
         marks = ", ".join("?" * len(feedback_ids))
         query = f"{_LESSONS} WHERE feedback_id IN ({marks}) ORDER BY lessons.number"
         found: dict[str, list[TaughtLesson]] = {each: [] for each in feedback_ids}
-        for feedback_id, kind, sha256, batch_id, *state in self._database.read(query, *feedback_ids):
+        rows = self._database.read(query, *feedback_ids)
+        for feedback_id, kind, sha256, is_held_out, batch_id, *state in rows:
             batch = None if batch_id is None else BatchState(batch_id, *state)
-            found[feedback_id].append(TaughtLesson(kind, sha256, batch))
+            found[feedback_id].append(TaughtLesson(kind, sha256, batch, bool(is_held_out)))
         return found
 
     def num_unfinished(self) -> int:
@@ -106,6 +109,7 @@ class FeedbackStore:
                 (max_kept,),
             )
             connection.execute("DELETE FROM lessons WHERE feedback_id NOT IN (SELECT id FROM feedback)")
+            connection.execute("DELETE FROM held_out WHERE lesson NOT IN (SELECT number FROM lessons)")
             connection.execute(
                 "DELETE FROM batches WHERE id NOT IN "
                 "(SELECT batch_id FROM lessons WHERE batch_id IS NOT NULL)"

@@ -96,12 +96,20 @@ def feedback_object(record: FeedbackRecord, lessons: Sequence[TaughtLesson]) -> 
 
 
 def _lesson_object(lesson: TaughtLesson) -> LessonObject:
-    batch = lesson.batch
+    batch, status = lesson.batch, _status_of(lesson)
     return LessonObject(
         kind=lesson.kind,
         sha256=lesson.sha256,
-        status="pending" if batch is None or batch.status in ("assigned", "published") else batch.status,
+        status=status,
         batch_id=batch.id if batch else None,
-        version=batch.version if batch else None,
+        version=batch.version if batch and status != "held_out" else None,
         reason=(batch.reason or None) if batch else None,
     )
+
+
+def _status_of(lesson: TaughtLesson) -> LessonStatus:
+    status = lesson.batch.status if lesson.batch else "assigned"
+    if status == "assigned" or status == "published":  # so that mypy sees what is left
+        return "pending"
+    is_trained = status in ("applied", "durable")
+    return "held_out" if is_trained and lesson.is_held_out else status

@@ -112,6 +112,7 @@ def ledger_of(found: Iterable[Checkpoint], *, begun_after: int = 0) -> Ledger:
         skipped={sequence for manifest in manifests for sequence in manifest.rejected},
         watermark=max((manifest.watermark for manifest in manifests), default=begun_after),
         discarded_ids=[batch_id for manifest in manifests for batch_id in manifest.discarded_batch_ids],
+        held_out=dict(item for manifest in manifests for item in manifest.held_out_examples.items()),
     )
 
 
@@ -158,6 +159,7 @@ def manifest_of(
         rejected=tuple(sorted(durable.skipped)),
         recent_batch_ids=tuple(lineage.recent_ids),
         discarded_batch_ids=tuple(durable.discarded_ids),
+        held_out_examples=dict(durable.held_out),
         lineage_entry=ledger.lineage(node).entry,
         sha256_by_file={},
         created_wall_s=wall_s,

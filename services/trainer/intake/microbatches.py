@@ -38,7 +38,9 @@ class TrainingBatch:
     producer: str = ""
     """Who has published it, as it says; empty: not told."""
     sources: tuple[ExampleSource, ...] = ()
-    """Where its examples come from, as it says; empty: not told."""
+    """Where the examples come from that train, as the batch says; empty: not told."""
+    held_out: tuple[int, ...] = ()
+    """Positions of the examples that do not, where it says so."""
 
     def as_learnt(self) -> LearntBatch:
         """The batch as the lineage of weights tells of it."""

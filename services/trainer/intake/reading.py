@@ -120,4 +120,5 @@ class Intake:
             beta=body.beta_of_preferences,
             producer=body.producer,
             sources=tuple(ExampleSource(**source.model_dump()) for source in compress(body.sources, trained)),
+            held_out=tuple(i for i, trains in enumerate(trained) if body.sources and not trains),
         )

@@ -58,6 +58,7 @@ class BatchFates:
             version=applied.version,
             loss=applied.loss,
             num_tokens=pending.batch.num_tokens,
+            held_out=pending.batch.held_out,
         )
         self.progress.tell(pending.applied, traceparent=pending.traceparent)
         pending.span.set_attributes(

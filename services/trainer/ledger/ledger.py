@@ -14,6 +14,8 @@ from typing import Self
 
 MAX_RECENT_IDS = 100_000
 """Batch ids that a checkpoint names, so that a repeated publication is recognised."""
+MAX_HELD_OUT = 1_000
+"""Batches with held-out examples that a checkpoint names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Ledger:
     """Batches that a rollback has taken out of the weights, oldest first: a set that keeps its order."""
     lineages: Mapping[int, Lineage] = field(default_factory=dict)
     """By node."""
+    held_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The newest batches of which some examples are held out, and which these are, by position."""
 
     @classmethod
     def restore(
@@ -79,13 +83,14 @@ class Ledger:
         skipped: Iterable[int],
         watermark: int,
         discarded_ids: Iterable[str] = (),
+        held_out: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Self:
         """Build the ledger from durable checkpoints; `watermark`, the highest of theirs, holds for all."""
         done = frozenset(skipped).union(*(lineage.sequences for lineage in lineages.values()))
         while watermark + 1 in done:
             watermark += 1
         discarded = dict.fromkeys(discarded_ids)
-        return cls(watermark, {}, frozenset(skipped), discarded, dict(lineages))._pruned()
+        return cls(watermark, {}, frozenset(skipped), discarded, dict(lineages), held_out or {})._pruned()
 
     @property
     def watermark(self) -> int:
@@ -112,13 +117,16 @@ class Ledger:
         """The node whose durable checkpoint contains the batch; None when there is none."""
         return next((node for node, each in self.lineages.items() if batch_id in each.recent_ids), None)
 
-    def accept(self, sequence: int, batch_id: str) -> Self:
-        """Take in a new batch."""
+    def accept(self, sequence: int, batch_id: str, held_out: tuple[int, ...] = ()) -> Self:
+        """Take in a new batch. `held_out`: positions of its examples that do not train."""
         assert not self.is_done(sequence) and not self.knows(batch_id)
+        others = {other: each for other, each in self.held_out.items() if other != batch_id}
+        newest = [*others.items(), *([(batch_id, held_out)] if held_out else [])][-MAX_HELD_OUT:]
         return replace(
             self,
             pending={**self.pending, batch_id: sequence},
             read_up_to=max(self.read_up_to, sequence),
+            held_out=dict(newest),
         )
 
     def pass_over(self, sequence: int) -> Self:

@@ -79,7 +79,7 @@ class BatchBook:
     def admit(self, pending: Pending) -> None:
         """Take in a new batch, which then waits."""
         batch = pending.batch
-        self.ledger = self.ledger.accept(batch.sequence, batch.batch_id)
+        self.ledger = self.ledger.accept(batch.sequence, batch.batch_id, batch.held_out)
         self.pending[batch.batch_id] = pending
         self.wait([batch.batch_id])
 

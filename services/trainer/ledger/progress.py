@@ -82,8 +82,13 @@ class Progress:
         return BatchesNow(events=tuple(events), unknown=tuple(unknown), read_up_to=ledger.read_up_to)
 
     def _durable(self, batch_ids: tuple[str, ...], node: int, version: int) -> BatchDurable:
+        held_out = self._book.ledger.held_out
         return BatchDurable(
-            batch_ids=batch_ids, node=node, version=version, checkpoint=str(self._folder_of(node))
+            batch_ids=batch_ids,
+            node=node,
+            version=version,
+            checkpoint=str(self._folder_of(node)),
+            held_out={batch_id: held_out[batch_id] for batch_id in batch_ids if batch_id in held_out},
         )
 
     def _remember(self, ended: BatchRejected | BatchHeldOut) -> None:

@@ -4,6 +4,7 @@ import json
 from hashlib import sha256
 
 import pytest
+from msgspec.structs import replace
 
 from services.gateway.feedback.batches import (
     ENVELOPE_BYTES,
@@ -76,6 +77,8 @@ def test_a_batch_names_its_sources_and_its_id_follows_from_them() -> None:
 PUBLISHED = BatchState("b", "published", 5)
 APPLIED = BatchApplied(batch_id="b", node=0, version=3, loss=1.0, num_tokens=9)
 DURABLE = BatchDurable(batch_ids=("b",), node=0, version=4, checkpoint="/c")
+PARTLY_APPLIED = replace(APPLIED, held_out=(1,))
+PARTLY_DURABLE = replace(DURABLE, held_out={"b": (1,), "c": (0,)})
 REJECTED = BatchRejected(batch_id="b", reason="NaN")
 PLACED = BatchPlaced(batch_id="b", node=0)
 
@@ -88,6 +91,9 @@ PLACED = BatchPlaced(batch_id="b", node=0)
         ([APPLIED, PLACED], PUBLISHED),
         ([APPLIED, DURABLE], BatchState("b", "durable", 5, 4)),
         ([DURABLE, APPLIED, PLACED], BatchState("b", "durable", 5, 4)),
+        ([PARTLY_APPLIED], BatchState("b", "applied", 5, 3, held_out=(1,))),
+        ([PARTLY_APPLIED, PLACED, APPLIED], BatchState("b", "applied", 5, 3)),
+        ([PARTLY_DURABLE], BatchState("b", "durable", 5, 4, held_out=(1,))),
         ([REJECTED], BatchState("b", "rejected", 5, None, "NaN")),
         ([BatchHeldOut(batch_id="b")], BatchState("b", "held_out", 5)),
         ([DURABLE, REJECTED], BatchState("b", "rejected", 5, None, "NaN")),

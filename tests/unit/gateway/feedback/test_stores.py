@@ -156,6 +156,31 @@ def test_what_was_said_is_dropped_once_it_is_learnt(stores: Stores) -> None:
     assert stores.feedback.num_unfinished() == 0
 
 
+def test_of_a_batch_those_lessons_are_held_out_that_were_so_when_it_was_applied_last(stores: Stores) -> None:
+    for number in (1, 2, 3):
+        stores.feedback.add(record(number), [lesson(number)])
+    lessons = stores.batches.waiting("example", 9)
+    stores.batches.assign(lessons)
+
+    def held_out_after(held_out: tuple[int, ...]) -> list[bool]:
+        stores.batches.write_states([BatchState(batch_of(lessons).id, "applied", 3, 7, held_out=held_out)])
+        taught = stores.feedback.lessons_of(["fb-1", "fb-2", "fb-3"])
+        return [lesson.is_held_out for (lesson,) in taught.values()]
+
+    assert held_out_after((0, 2)) == [True, False, True]
+    assert held_out_after((1,)) == [False, True, False]
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_with(path: Path) -> None:
+    stores = Stores(path)
+    stores.feedback.add(record(1), [lesson(1)])
+    with stores.database.transaction() as connection:
+        connection.execute("DROP TABLE held_out")
+    stores.database.close()
+    (taught,) = Stores(path).feedback.lessons_of(["fb-1"])["fb-1"]
+    assert (taught.sha256, taught.batch, taught.is_held_out) == (lesson(1).sha256, None, False)
+
+
 def test_feedback_is_forgotten_once_it_is_finished_and_cannot_be_sent_again(stores: Stores) -> None:
     """By the answer that is forgotten; while feedback is under way, or its answer is there, it stays."""
     stores.answers.keep([answer(4)])

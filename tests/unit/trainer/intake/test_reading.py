@@ -121,6 +121,8 @@ def test_examples_that_are_held_out_do_not_train_and_the_rest_is_cut_as_without_
     assert isinstance(trained, TrainingBatch) and isinstance(expected, TrainingBatch)
     assert trained.microbatches == expected.microbatches
     assert (trained.loss_weight, trained.sources) == (expected.loss_weight, expected.sources)
+    assert [each for place, each in enumerate(examples) if place not in trained.held_out] == kept
+    assert expected.held_out == ()
     held = [each for each in examples if each not in kept]
     assert batch_of(held, holding) == HeldOutBatch("seq-7")
 

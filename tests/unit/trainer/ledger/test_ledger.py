@@ -167,6 +167,16 @@ def test_what_another_node_holds_keeps_the_watermark_back() -> None:
     assert manifest(ledger, 0, 1).sequences == ()
 
 
+def test_held_out_examples_are_known_after_a_restart_up_to_a_bound(monkeypatch) -> None:
+    monkeypatch.setattr(ledgers, "MAX_HELD_OUT", 2)
+    ledger = Ledger()
+    for sequence, (batch_id, held_out) in enumerate([("a", (0,)), ("b", ()), ("c", (1, 3)), ("d", (2,))], 1):
+        ledger = ledger.accept(sequence, batch_id, held_out).apply(0, batch_id)
+    restored = ledger_of([Checkpoint(manifest(ledger, 0, 3), NO_FOLDER)])
+    assert restored.held_out == {"c": (1, 3), "d": (2,)}
+    assert restored.accept(4, "d").held_out == {"c": (1, 3)}, "it is decided anew for what is not durable"
+
+
 def test_ids_are_remembered_up_to_a_bound(monkeypatch) -> None:
     monkeypatch.setattr(ledgers, "MAX_RECENT_IDS", 2)
     ledger = Ledger()
