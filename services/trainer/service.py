@@ -151,7 +151,7 @@ class Trainer:
                 clock=self._clock,
                 outbox=outbox,
                 keep=lambda written: tasks.create_task(self._keep_samples(written)),
-                held_out=lambda: self._held_out_by_itself(tasks),
+                held_out=lambda: self._freeze_hold_out(tasks),
             )
             parts = self._parts(
                 book,
@@ -230,7 +230,7 @@ class Trainer:
         )
         return _Parts(fates, rollbacks, actions, listener, checks)
 
-    def _held_out_by_itself(self, tasks: asyncio.TaskGroup) -> Sequence[LabelledTokens]:
+    def _freeze_hold_out(self, tasks: asyncio.TaskGroup) -> Sequence[LabelledTokens]:
         """The examples that versions are compared on from now on."""
         was_frozen = self._hold_out.is_frozen
         examples = self._hold_out.freeze()

@@ -130,7 +130,7 @@ class Checkpointing:
             saved = self._book.saved_by(node.node, action.version)
             entry = checkpoint.manifest.lineage_entry
             self._acknowledge(self._book.make_durable(node.node, action.version, entry=entry))
-            self._progress.tell_durable(saved, node.node, action.version)
+            self._progress.publish_durable(saved, node.node, action.version)
         return node.checkpoint_written(action.version, failure, self._clock.now_s())
 
     async def prune(self, node: int) -> None:

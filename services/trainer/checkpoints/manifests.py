@@ -167,7 +167,7 @@ def manifest_of(
 
 
 def rolled_back(manifest: Manifest, ledger: Ledger, *, merge: str) -> Manifest:
-    """The manifest of that checkpoint once nodes have gone back to it, and `ledger` with them.
+    """The manifest of that checkpoint once nodes are rolled back to it, and `ledger` with them.
 
     `merge`: the trainer's setting now, which says whether all nodes have. The version may serve, and later
     ones are compared with it: who asks for it knows what it is.

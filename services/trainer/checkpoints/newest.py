@@ -27,7 +27,7 @@ class NewestCheckpoints:
         """Note a checkpoint that its node has just made."""
         self._by_node[checkpoint.manifest.node] = checkpoint
 
-    def go_back(self, nodes: Collection[int], target: Checkpoint) -> None:
+    def roll_back(self, nodes: Collection[int], target: Checkpoint) -> None:
         """Note that newer checkpoints of these nodes are gone."""
         for node in nodes:
             self._by_node.pop(node, None)

@@ -90,7 +90,7 @@ class Rollbacks:
         # Where weights are shared, nodes that do not run now would else bring newer ones back.
         numbers = {manifest.node} if merge == "none" else {*ledger.lineages, manifest.node}
         num_discarded = ledger.num_contained(numbers) - manifest.version
-        after = ledger.go_back(numbers, lineage_of(manifest))
+        after = ledger.roll_back(numbers, lineage_of(manifest))
         failure = ""
         try:
             async with self._files.in_use:
@@ -100,15 +100,15 @@ class Rollbacks:
         except OSError as error:
             failure = str(error)
         else:
-            self._go_back(numbers, rollback.target)
+            self._note_rolled_back(numbers, rollback.target)
         rollback.run_all([(node, node.rolled_back(failure)) for node in rollback.nodes])
         rollback.answer(num_discarded, failure)
 
-    def _go_back(self, numbers: Collection[int], target: Checkpoint) -> None:
-        """Note that these nodes have gone back on the disk."""
-        self._newest.go_back(numbers, target)
+    def _note_rolled_back(self, numbers: Collection[int], target: Checkpoint) -> None:
+        """Note that these nodes are rolled back on the disk."""
+        self._newest.roll_back(numbers, target)
         before = self._book.ledger.discarded_ids
-        self._acknowledge(self._book.go_back(numbers, lineage_of(target.manifest)))
+        self._acknowledge(self._book.roll_back(numbers, lineage_of(target.manifest)))
         after = self._book.ledger.discarded_ids
-        self._progress.tell_discarded([batch_id for batch_id in after if batch_id not in before])
+        self._progress.publish_discarded([batch_id for batch_id in after if batch_id not in before])
         log.warning("nodes %s go back to version %d", sorted(numbers), target.manifest.version)

@@ -13,7 +13,7 @@ from shared.clock import Clock
 from shared.disk import on_disk
 from shared.messages.weights import JudgedVersion
 
-MAX_TOLD = 8
+MAX_SHOWN = 8
 """Verdicts on each node that are remembered for those who ask."""
 WITHHELD_BEFORE = "a guard has withheld it before"
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Verdicts:
-    """The last verdict on each node, until the node goes back."""
+    """The last verdict on each node, until the node is rolled back or begins anew."""
 
     def __init__(
         self,
@@ -39,33 +39,33 @@ class Verdicts:
         self._shares_weights = shares_weights
         self._tasks = tasks
         self._last: dict[int, Verdict] = {}
-        self._told: defaultdict[int, deque[JudgedVersion]] = defaultdict(lambda: deque(maxlen=MAX_TOLD))
+        self._shown: defaultdict[int, deque[JudgedVersion]] = defaultdict(lambda: deque(maxlen=MAX_SHOWN))
 
     @property
     def undecided(self) -> set[int]:
         """Versions that may serve, or may later, and whose manifests perhaps do not say so yet."""
-        let_serve = {verdict.version for verdict in self._last.values() if verdict.may_serve}
-        return self._evaluator.versions | let_serve
+        approved = {verdict.version for verdict in self._last.values() if verdict.may_serve}
+        return self._evaluator.versions | approved
 
     def add(self, node: int, verdict: Verdict) -> None:
         """Remember the verdict, which is given now, and write it down if its version has a checkpoint.
 
-        One without losses is not told of: nothing was judged.
+        One without losses is not shown: nothing was judged.
         """
         verdict = replace(verdict, judged_wall_s=self._clock.wall_s())
         self._last[node] = verdict
         if verdict.losses.are_known:
-            self._told[node].append(_as_told(verdict))
+            self._shown[node].append(_as_shown(verdict))
         self._tasks.create_task(self._write(node, verdict))
 
     def recall(self, node: int, verdict: Verdict) -> None:
-        """Tell of a verdict that an earlier life of the trainer has written down."""
-        if all(told.version != verdict.version for told in self._told[node]):
-            self._told[node].append(_as_told(verdict))
+        """Show a verdict that an earlier life of the trainer has written down."""
+        if all(shown.version != verdict.version for shown in self._shown[node]):
+            self._shown[node].append(_as_shown(verdict))
 
     def of(self, node: int) -> tuple[JudgedVersion, ...]:
         """The newest verdicts on the node's versions, oldest first; those before a rollback, too."""
-        return tuple(self._told[node])
+        return tuple(self._shown[node])
 
     async def write(self, node: int) -> None:
         """Write down the verdict on the node's new checkpoint, which may have come before it."""
@@ -74,7 +74,7 @@ class Verdicts:
                 await self._write(number, verdict)
 
     def forget(self, node: int) -> None:
-        """Forget a node that goes back: the numbers of its newer versions come again with other weights."""
+        """Forget a node that begins anew: the numbers of its newer versions come again with other weights."""
         self._evaluator.drop(node)
         self._last.pop(node, None)
 
@@ -86,7 +86,7 @@ class Verdicts:
             log.warning("node %d: the verdict on version %d is not saved: %s", node, verdict.version, error)
 
 
-def _as_told(verdict: Verdict) -> JudgedVersion:
+def _as_shown(verdict: Verdict) -> JudgedVersion:
     return JudgedVersion(
         version=verdict.version,
         judged_wall_s=verdict.judged_wall_s,

@@ -42,7 +42,7 @@ class WeightsRequests:
         self._nodes = nodes
         self._rollbacks = rollbacks
         self._run_all = run_all
-        self._going_back: set[int] = set()
+        self._rolling_back: set[int] = set()
 
     async def list_versions(self, incoming: Incoming[DurableVersionsRequest]) -> DurableVersions:
         of_all = {number: node.served_version for number, node in self._nodes.by_number.items()}
@@ -85,15 +85,15 @@ class WeightsRequests:
         if not numbers or any(number not in known for number in numbers):
             what = "no node is" if asked.node is None else f"node {asked.node} is not"
             raise RefusedError(f"{what} running; those that are: {sorted(known)}", code=404)
-        if busy := sorted(self._going_back.intersection(numbers)):
+        if busy := sorted(self._rolling_back.intersection(numbers)):
             raise RefusedError(f"nodes {busy} are going back already", code=409)
-        self._going_back.update(numbers)
+        self._rolling_back.update(numbers)
         try:
-            return await self._go_back(numbers, asked.version)
+            return await self._order_rollback(numbers, asked.version)
         finally:
-            self._going_back.difference_update(numbers)
+            self._rolling_back.difference_update(numbers)
 
-    async def _go_back(self, numbers: Sequence[int], version: int) -> RolledBack:
+    async def _order_rollback(self, numbers: Sequence[int], version: int) -> RolledBack:
         known = self._nodes.by_number
         if self._shares_weights:
             target = await on_disk(lambda: self._find(numbers, version))

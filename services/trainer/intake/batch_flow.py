@@ -54,14 +54,14 @@ class BatchFlow:
         while True:
             await self._until(self._has_room)
             if (message := await reader.next(timeout_s=READ_TIMEOUT_S)) is not None:
-                await self._take_in(message)
+                await self._receive(message)
                 self._fates.changed.set()
 
     async def place(self) -> None:
         """Give waiting batches to nodes, for ever."""
         while True:
             await self._until(lambda: self._book.num_waiting > 0 and self._nodes.have_room)
-            pending = self._book.take()
+            pending = self._book.pop_waiting()
             if not await self._place(pending):
                 self._book.wait([pending.batch.batch_id])
 
@@ -74,7 +74,7 @@ class BatchFlow:
             self._fates.changed.clear()
             await self._fates.changed.wait()
 
-    async def _take_in(self, message: StreamMessage) -> None:
+    async def _receive(self, message: StreamMessage) -> None:
         ledger = self._book.ledger
         if ledger.is_done(message.sequence):
             self._book.pass_over(message.sequence)
@@ -85,7 +85,7 @@ class BatchFlow:
 
     def _decide(self, message: StreamMessage, prepared: TrainingBatch | HeldOutBatch | RejectedBatch) -> None:
         if isinstance(prepared, RejectedBatch):
-            self._book.hold(message.sequence)
+            self._book.begin_rejection(message.sequence)
             self._fates.rejections.add(prepared, [message.ack])
         elif self._book.ledger.knows(prepared.batch_id):
             log.warning(
@@ -95,7 +95,7 @@ class BatchFlow:
         elif isinstance(prepared, HeldOutBatch):
             log.info("batch %s (%d) trains nothing: it is held out", prepared.batch_id, message.sequence)
             self._book.skip(message.sequence)
-            self._fates.progress.tell(BatchHeldOut(batch_id=prepared.batch_id))
+            self._fates.progress.publish(BatchHeldOut(batch_id=prepared.batch_id))
             self._fates.acknowledge([message.ack])
         else:
             parent = message.headers.get(TRACE_HEADER, "")
@@ -117,7 +117,7 @@ class BatchFlow:
             self._fates.end([pending])
             return False
         if self._nodes.place(placed.node, batch.batch_id):
-            self._fates.progress.tell(
+            self._fates.progress.publish(
                 BatchPlaced(batch_id=batch.batch_id, node=placed.node), traceparent=pending.traceparent
             )
             return True
@@ -129,7 +129,7 @@ class BatchFlow:
         """The scheduler holds a batch that it defers: that was the pause."""
         if isinstance(error, RefusedError) and error.reason.startswith(DEFERRED):
             log.debug("batch %s: %s", batch_id, error)
-            self._fates.progress.tell(BatchDeferred(batch_id=batch_id))
+            self._fates.progress.publish(BatchDeferred(batch_id=batch_id))
             return
         log.info("batch %s finds no node: %s", batch_id, error)
         await asyncio.sleep(PLACE_RETRY_S)

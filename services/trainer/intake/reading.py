@@ -102,7 +102,7 @@ class Intake:
             return [True] * len(encoded)
         if body.holds_preferences:
             return [not self.hold_out.bars(preferred) for preferred, _ in encoded]
-        return [not is_held_out for is_held_out in self.hold_out.take([example for (example,) in encoded])]
+        return [not is_held_out for is_held_out in self.hold_out.select([example for (example,) in encoded])]
 
     def _cut(self, batch_id: str, message: StreamMessage, body: BatchBody) -> TrainingBatch | HeldOutBatch:
         encoded = self._encode(body)

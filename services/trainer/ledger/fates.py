@@ -60,7 +60,7 @@ class BatchFates:
             num_tokens=pending.batch.num_tokens,
             held_out=pending.batch.held_out,
         )
-        self.progress.tell(pending.applied, traceparent=pending.traceparent)
+        self.progress.publish(pending.applied, traceparent=pending.traceparent)
         pending.span.set_attributes(
             {"lemix.node": node, "lemix.weights_version": applied.version, "lemix.loss": applied.loss}
         )
@@ -76,7 +76,7 @@ class BatchFates:
 
     def closed(self, node: int, closed: Closed) -> None:
         """Have everything that is not durable on the node run again, but for a batch that fails too often."""
-        lost = self._book.roll_back(node)
+        lost = self._book.return_to_durable(node)
         given_back = lost + closed.unfinished
         log.warning("node %d: %s; %d batches will run again", node, closed.reason, len(given_back))
         self.end(self._book.pending[batch_id] for batch_id in closed.unfinished)

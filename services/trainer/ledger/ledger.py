@@ -147,7 +147,7 @@ class Ledger:
         lineage = self.lineage(node)
         return self._with(node, replace(lineage, applied=(*lineage.applied, batch_id)))
 
-    def roll_back(self, node: int) -> Self:
+    def return_to_durable(self, node: int) -> Self:
         """Note that the node goes back to its durable checkpoint; batches only it had applied are pending."""
         return self._with(node, replace(self.lineage(node), applied=()))
 
@@ -196,8 +196,8 @@ class Ledger:
         """Batches that any of these nodes has applied since its durable checkpoint, each once."""
         return tuple(dict.fromkeys(each for node in nodes for each in self.lineage(node).applied))
 
-    def go_back(self, nodes: Collection[int], target: Lineage) -> Self:
-        """Take these nodes (one, or all that share their weights) back to an older checkpoint, for good.
+    def roll_back(self, nodes: Collection[int], target: Lineage) -> Self:
+        """Roll these nodes (one, or all that share their weights) back to an older checkpoint, for good.
 
         Batches that any of them had applied since are discarded: finished, and in no weights.
         """

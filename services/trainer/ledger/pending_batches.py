@@ -89,7 +89,7 @@ class BatchBook:
             self.pending[batch_id].begin_again()
             bisect.insort(self._waiting, self.pending[batch_id].batch, key=attrgetter("sequence"))
 
-    def take(self) -> Pending:
+    def pop_waiting(self) -> Pending:
         """Take the first waiting batch out of the queue."""
         return self.pending[self._waiting.pop(0).batch_id]
 
@@ -110,10 +110,10 @@ class BatchBook:
         self.ledger = self.ledger.apply(node, batch_id)
         return self.pending[batch_id]
 
-    def roll_back(self, node: int) -> tuple[str, ...]:
+    def return_to_durable(self, node: int) -> tuple[str, ...]:
         """Note that the node is back at its durable checkpoint; returns the batches that it lost."""
         lost = self.ledger.only_applied_by(node)
-        self.ledger = self.ledger.roll_back(node)
+        self.ledger = self.ledger.return_to_durable(node)
         return lost
 
     def share(self, nodes: Iterable[int]) -> None:
@@ -124,10 +124,10 @@ class BatchBook:
         """Note that the node holds the newest durable weights of any node."""
         self.ledger = self.ledger.join(node)
 
-    def go_back(self, nodes: Collection[int], target: Lineage) -> list[Ack]:
-        """Note that these nodes went back for good; returns the messages to acknowledge."""
+    def roll_back(self, nodes: Collection[int], target: Lineage) -> list[Ack]:
+        """Note that these nodes are rolled back for good; returns the messages to acknowledge."""
         discarded = self.ledger.applied_by(nodes)
-        self.ledger = self.ledger.go_back(nodes, target)
+        self.ledger = self.ledger.roll_back(nodes, target)
         return [ack for batch_id in discarded for ack in self.pending.pop(batch_id).acks]
 
     def saved_by(self, node: int, version: int) -> tuple[str, ...]:
@@ -153,8 +153,8 @@ class BatchBook:
         """Pass over a message that was finished before."""
         self.ledger = self.ledger.pass_over(sequence)
 
-    def hold(self, sequence: int) -> None:
-        """Hold a message that is not a batch; it is not finished before `skip`."""
+    def begin_rejection(self, sequence: int) -> None:
+        """Note a message that is refused; it is finished when its rejection is stored (`skip`)."""
         self.ledger = self.ledger.accept(sequence, id_of(sequence))
 
     def drop(self, batch_id: str) -> Pending:
@@ -162,5 +162,5 @@ class BatchBook:
         return self.pending.pop(batch_id)
 
     def skip(self, sequence: int) -> None:
-        """Finish a batch that was held or dropped."""
+        """Finish a message that was refused, or a batch that was dropped."""
         self.ledger = self.ledger.skip(sequence)

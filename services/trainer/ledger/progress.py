@@ -1,4 +1,4 @@
-"""Tells publishers the fate of their batches, and answers those who have missed it."""
+"""Publishes what becomes of batches, and answers those who have missed it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,7 @@ MAX_REMEMBERED = 1024
 
 
 class Progress:
-    """Tells of batches: events can be lost, answers come from the ledger."""
+    """News of batches: events can be lost, answers come from the ledger."""
 
     def __init__(self, outbox: Outbox, book: BatchBook, folder_of: Callable[[int], Path | None]) -> None:
         """`folder_of`: the newest durable checkpoint of a node."""
@@ -40,7 +40,7 @@ class Progress:
         self._without_weights: dict[str, BatchRejected | BatchHeldOut] = {}
         """By batch: how it ended, where no weights will contain it."""
 
-    def tell(self, event: BatchEvent, *, traceparent: str = "") -> None:
+    def publish(self, event: BatchEvent, *, traceparent: str = "") -> None:
         """Publish an event of a batch."""
         if isinstance(event, BatchRejected | BatchHeldOut):
             self._remember(event)
@@ -48,16 +48,16 @@ class Progress:
             self.training_losses[event.node] = event.loss
         self._outbox.post(TRAIN_PROGRESS.at(), BatchProgress(event=event), traceparent)
 
-    def tell_durable(self, batch_ids: Sequence[str], node: int, version: int) -> None:
+    def publish_durable(self, batch_ids: Sequence[str], node: int, version: int) -> None:
         """Report that the node's newest checkpoint contains these batches."""
         for start in range(0, len(batch_ids), MAX_BATCHES_OF_MESSAGE):
             some = tuple(batch_ids[start : start + MAX_BATCHES_OF_MESSAGE])
-            self.tell(self._durable(some, node, version))
+            self.publish(self._durable(some, node, version))
 
-    def tell_discarded(self, batch_ids: Iterable[str]) -> None:
+    def publish_discarded(self, batch_ids: Iterable[str]) -> None:
         """Report that a rollback has taken these batches out of the weights."""
         for batch_id in batch_ids:
-            self.tell(BatchRejected(batch_id=batch_id, reason=DISCARDED))
+            self.publish(BatchRejected(batch_id=batch_id, reason=DISCARDED))
 
     async def answer(self, incoming: Incoming[BatchesAsked]) -> BatchesNow:
         """Answer how these batches stand."""

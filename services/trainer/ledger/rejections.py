@@ -45,7 +45,7 @@ class Rejections:
         while not await self._is_stored(rejected):  # noqa: ASYNC110  # each time it is tried again
             await asyncio.sleep(RETRY_S)
         self._book.skip(rejected.sequence)
-        self._progress.tell(BatchRejected(batch_id=rejected.batch_id, reason=rejected.reason))
+        self._progress.publish(BatchRejected(batch_id=rejected.batch_id, reason=rejected.reason))
         self._acknowledge(acks)
 
     async def _is_stored(self, rejected: RejectedBatch) -> bool:

@@ -24,7 +24,7 @@ class BatchSteps:
 
     @property
     def wants_save(self) -> bool:
-        """Whether the present version should be durable, because a guard lets it serve or may yet."""
+        """Whether the present version should be durable, because a guard has approved it, or may yet."""
         return self._wants_saved(self.version)
 
     @property

@@ -22,7 +22,7 @@ class StepsAhead:
     version: int
     """The version of the weights afterwards."""
     is_kept: bool = False
-    """Stages hold on to the version, to serve it."""
+    """Stages keep the version, to serve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Step:
     """The batches whose mean learning rate is the step's, when it is not this one alone: nodes that step
     together step alike."""
     is_kept: bool = False
-    """Stages hold on to the version, to serve it."""
+    """Stages keep the version, to serve it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ class NodeWork:
         return self.settle(now_s)
 
     def settle(self, now_s: float) -> list[Action]:
-        """A stage has told of its share of a checkpoint."""
+        """Stages have answered, or written their share of a checkpoint, or failed to."""
         return self.saves.settle(self.steps.version) + self.advance(now_s)
 
     def halt(self, reason: str) -> list[Action]:

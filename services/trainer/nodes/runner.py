@@ -107,7 +107,7 @@ class ActionRunner:
         if actions:
             self._fates.changed.set()
         if self._sharing is not None:
-            self._sharing.look(self.run)
+            self._sharing.decide(self.run)
 
     def run_all(self, decided: Iterable[tuple[NodeTraining, Sequence[Action]]]) -> None:
         """Carry out the decisions of several nodes; all are decided before the first is carried out."""
@@ -128,8 +128,8 @@ class ActionRunner:
     def _evaluate(self, node: NodeTraining, version: int) -> None:
         newest_loss = self._fates.progress.training_losses.get(node.node)
         loss = newest_loss if version == node.version else None
-        told = partial(self._note_evaluated, node, node.life.fence, version, loss)
-        self._evaluator.begin(node.node, version, told)
+        on_losses = partial(self._note_evaluated, node, node.life.fence, version, loss)
+        self._evaluator.begin(node.node, version, on_losses)
 
     def _note_evaluated(
         self,
@@ -157,6 +157,6 @@ class ActionRunner:
         self._verdicts.add(node.node, verdict)
 
     def _forget(self, node: int) -> None:
-        """The node goes back: what its newer versions were is of no use."""
+        """The node begins anew or is rolled back: what its newer versions were is of no use."""
         self._verdicts.forget(node)
         self._fates.progress.training_losses.pop(node, None)

@@ -92,7 +92,7 @@ class NodeSaves:
                 self._save = self._save.with_failure(stage, reason)
 
     def settle(self, version: int) -> list[Action]:
-        """Go on when all stages have told; the node's weights are of `version`."""
+        """Go on when all stages have answered and written, or failed; the node's weights are of `version`."""
         save = self._save
         if save is None or save.writing or not save.is_settled:
             return []

@@ -11,7 +11,7 @@ from services.trainer.nodes.runner import ActionRunner
 from services.trainer.nodes.weights_checks import WeightsChecks
 from services.trainer.publication.publishing import PublishingRules
 from services.trainer.settings import TrainerSettings
-from services.trainer.sharing.decisions import are_going_back
+from services.trainer.sharing.decisions import is_rollback_under_way
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock, on_time
 from shared.errors import ConfigurationError
@@ -102,7 +102,7 @@ class Nodes:
         if beat.fence >= (self._term + 1) * FENCES_PER_TERM:
             raise ConfigurationError(f"another trainer has taken over node {beat.node} (fence {beat.fence})")
         self._check_stages(beat)
-        if beat.node not in self.by_number and are_going_back(self.by_number):
+        if beat.node not in self.by_number and is_rollback_under_way(self.by_number):
             return  # when the others are back, its next heartbeat finds where they are
         node = self.by_number.get(beat.node) or self._add(beat)
         self._actions.run(node, node.heartbeat(beat, self._clock.now_s()))
@@ -139,7 +139,7 @@ class Nodes:
                     self._actions.run(node, node.messages_lost())
                 self._actions.run(node, node.tick(self._clock.now_s()))
                 if self._checks is not None:
-                    self._checks.look(node)
+                    self._checks.begin_if_due(node)
 
     def _check_stages(self, beat: Heartbeat) -> None:
         if self._settings.schedule == "dp" and beat.num_stages != 1:

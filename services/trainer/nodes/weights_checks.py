@@ -80,7 +80,7 @@ class WeightsChecks:
         await self._bus.subscribe(TOKENS.at(gateway=self._name), self._on_tokens)
         await self._bus.subscribe(FAILED.at(gateway=self._name), self._on_failed)
 
-    def look(self, node: NodeTraining) -> None:
+    def begin_if_due(self, node: NodeTraining) -> None:
         """Begin a check of the node if it is time."""
         before = self._checks.get(node.node)
         checks = _Checks(node, node.life.fence, node.version)

@@ -29,7 +29,7 @@ RETRY_S = 1.0
 """Until a task that has failed is sent again: a node that has lost a stage needs its time."""
 
 Outcome = Callable[[Losses | None], None]
-"""Is told the version's losses, which may be no numbers; None: they could not be found."""
+"""Gets the version's losses, which may be no numbers; None: they could not be found."""
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class _Running:
     deadline_s: float
     work: Drawing | Evaluation
     held_out: Sequence[LabelledTokens]
-    tell: Outcome
+    report: Outcome
 
 
 class Evaluator:
@@ -101,8 +101,8 @@ class Evaluator:
                 else:
                     self._advance(node, running)
 
-    def begin(self, node: int, version: int, tell: Outcome) -> None:
-        """Evaluate a version that the node's stages keep; `tell` is called in the end, unless dropped.
+    def begin(self, node: int, version: int, report: Outcome) -> None:
+        """Evaluate a version that the node's stages keep; `report` is called in the end, unless dropped.
 
         It writes the samples first, where they are wanted and there are none yet. Where there is nothing to
         score, `run` tells so: never this call, whose caller may not be done.
@@ -111,7 +111,7 @@ class Evaluator:
         is_first = self._examples.openings and self._samples is None
         held_out = (*self._examples.held_out, *self._held_out())
         work = self._drawing(version) if is_first else self._evaluation(held_out)
-        running = _Running(version, self._clock.now_s() + DEADLINE_S, work, held_out, tell)
+        running = _Running(version, self._clock.now_s() + DEADLINE_S, work, held_out, report)
         self._running[node] = running
         self._ask(node, running)
 
@@ -207,7 +207,7 @@ class Evaluator:
             samples_rise=0.0 if samples is None else samples - first,
         )
         log.info("node %d: version %d: %s", node, running.version, losses)
-        running.tell(losses)
+        running.report(losses)
 
     async def _on_failed(self, incoming: Incoming[TaskFailed]) -> None:
         failed = incoming.message
@@ -219,13 +219,13 @@ class Evaluator:
                 elif failed.code == 500:  # its logits are not finite, and will not be
                     log.error("node %d: version %d: %s", node, running.version, failed.reason)
                     self.drop(node)
-                    running.tell(_not_finite(running))
+                    running.report(_not_finite(running))
 
     def _give_up(self, node: int, reason: str) -> None:
         running = self._running[node]
         log.error("node %d: version %d is not evaluated: %s", node, running.version, reason)
         self.drop(node)
-        running.tell(None)
+        running.report(None)
 
 
 def _not_finite(running: _Running) -> Losses:

@@ -41,7 +41,7 @@ class _Stored(Document):
 
 
 class HoldOut:
-    """The set. `take` and `save` block while they write, and may be called from any thread."""
+    """The set. `select` and `save` block while they write, and may be called from any thread."""
 
     def __init__(self, folder: Path, *, model: str, share: float) -> None:
         """`folder`: the run's checkpoints; `share`: of the published examples; 0: no further ones."""
@@ -69,7 +69,7 @@ class HoldOut:
             self._examples = {_digest(example): example for example in examples}
             self._frozen = tuple(examples) if stored.is_frozen and self._share else ()
 
-    def take(self, examples: Sequence[LabelledTokens]) -> list[bool]:
+    def select(self, examples: Sequence[LabelledTokens]) -> list[bool]:
         """Which of these examples are held out, and must not train. New ones are on the disk when it returns.
 
         What the disk refuses to hold is not held out.
@@ -79,7 +79,7 @@ class HoldOut:
             return [self._is_held_out(example) for example in examples]
 
     def bars(self, example: LabelledTokens) -> bool:
-        """Whether the example must not train by another way than `take`: it is held out, or may yet be."""
+        """Whether the example must not train by another way than `select`: it is held out, or may yet be."""
         with self._lock:
             return self._is_held_out(example) or self._is_wanted(example)
 

@@ -9,7 +9,7 @@ VersionState = Literal["candidate", "serving", "retired"]
 class KeptVersions:
     """How a version fares that is kept:
 
-    candidate --let serve--> serving --another is--> retired --no request uses it--> gone
+    candidate --approved--> serving --another is--> retired --no request uses it--> gone
          '-- withheld, or its step is not made --> gone
     """
 
@@ -32,7 +32,7 @@ class KeptVersions:
         self._states[version] = "candidate"
 
     def serve(self, version: int) -> None:
-        """Let that version serve in the place of the one that did."""
+        """Note that that version serves, in the place of the one that did."""
         if self.serving is not None:
             self._states[self.serving] = "retired"
         self._states[version] = "serving"

@@ -15,7 +15,7 @@ class LossLimits:
         self._lowest_loss = inf
         """The lowest held-out loss of all that have served, back to a rollback."""
         self._restored_rise = 1.0
-        """See `rise`: of the restored version, when it was let serve."""
+        """See `rise`: of the restored version, when it was approved."""
 
     def restart(self, rise: float = 1.0) -> None:
         """Know nothing but the restored version's rise; the lowest loss follows when that is evaluated."""
@@ -30,11 +30,11 @@ class LossLimits:
         return rise if isfinite(rise) else self._restored_rise
 
     def restored(self, losses: Losses) -> None:
-        """Take in the losses of the restored version."""
+        """Note the losses of the restored version."""
         self._serves(losses, self._restored_rise)
 
     def served(self, losses: Losses) -> None:
-        """Take in the losses of a version that is let serve."""
+        """Note the losses of a version that is approved."""
         self._serves(losses, 1.0)
 
     def why_too_bad(self, losses: Losses) -> str:

@@ -103,7 +103,7 @@ class Publishing:
         return self._rules.evaluate_every > 0
 
     def wants_saved(self, version: int) -> bool:
-        """Whether a guard may let it serve, or has: then it must be there after a crash, too."""
+        """Whether a guard may approve it, or has: then it must be there after a crash, too."""
         return self.is_guarded and version in self._kept
 
     def why_withheld(self, version: int) -> str:
@@ -114,7 +114,7 @@ class Publishing:
     def restored(
         self, version: int, *, rise: float = 1.0, newest_tried: int | None = None
     ) -> list[PublishingAction]:
-        """All stages serve this version, and keep no other; `rise`: of its loss, when it was let serve.
+        """All stages serve this version, and keep no other; `rise`: of its loss, when it was approved.
 
         The lowest loss so far is known by that, on whichever examples the version is evaluated now.
         `newest_tried`: the newest version that was evaluated before; None: the one that serves.

@@ -20,12 +20,12 @@ from services.trainer.sharing.decisions import (
     Reduce,
     Shared,
     admit,
-    are_going_back,
     durable_version,
     give_up,
+    is_rollback_under_way,
     may_save,
+    node_actions,
     open_nodes,
-    told,
 )
 
 
@@ -52,9 +52,9 @@ class Reductions:
         self._round: _Round | None = None
         self._idle_since_s: float | None = None
 
-    def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
-        """The next things to do; look again until there are none."""
-        if are_going_back(nodes):
+    def decide(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        """Decide on the next things to do; to be asked again until there are none."""
+        if is_rollback_under_way(nodes):
             self._round = self._idle_since_s = None
             return []
         members = open_nodes(nodes)
@@ -64,11 +64,11 @@ class Reductions:
         is_wanted = any(node.work.steps.wants_save for node in members)
         if is_wanted and may_save(members[0], now_s, is_awaited=True):
             # Before a step leads away from that version.
-            return [told(members[0], members[0].work.save(now_s))]
+            return [node_actions(members[0], members[0].work.save(now_s))]
         if any(node.life.waits_to_join or node.life.phase == "restoring" for node in nodes.values()):
-            return self._let_join(members, nodes, now_s)
-        held = [node for node in members if node.work.gate.is_paused]
-        released: list[Decision] = [told(node, node.work.resume(now_s)) for node in held]
+            return self._admit_newcomers(members, nodes, now_s)
+        paused = [node for node in members if node.work.gate.is_paused]
+        released: list[Decision] = [node_actions(node, node.work.resume(now_s)) for node in paused]
         return released or self._save_if_due(members, now_s) or self._begin_if_ready(members, now_s)
 
     def _go_on(self, now: _Round, nodes: Nodes, now_s: float) -> list[Decision]:
@@ -89,7 +89,7 @@ class Reductions:
         squared_norm, is_saved = _placed(members[0]).squared_norm, may_save(members[0], now_s)
         assert squared_norm is not None
         return [
-            told(
+            node_actions(
                 node,
                 node.work.steps.order(
                     now.version, now_s, rate_of=now.rate_of, squared_norm=squared_norm, may_save=is_saved
@@ -103,7 +103,7 @@ class Reductions:
         for node in members:
             node.work.saves.adopt(version)
 
-    def _let_join(self, members: list[NodeTraining], nodes: Nodes, now_s: float) -> list[Decision]:
+    def _admit_newcomers(self, members: list[NodeTraining], nodes: Nodes, now_s: float) -> list[Decision]:
         """Let newcomers join; the others wait with nothing under way until those hold the same weights."""
         for node in members:
             node.work.pause()
@@ -113,7 +113,11 @@ class Reductions:
             return [] if is_awaited else self._begin_if_ready(members, now_s)
         if members and members[0].version != durable_version(nodes):
             leader = members[0]
-            return [told(leader, leader.work.save(now_s))] if may_save(leader, now_s, is_awaited=True) else []
+            return (
+                [node_actions(leader, leader.work.save(now_s))]
+                if may_save(leader, now_s, is_awaited=True)
+                else []
+            )
         return admit(nodes)
 
     def _save_if_due(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
@@ -128,7 +132,7 @@ class Reductions:
         is_idle = self._idle_since_s is not None and now_s - self._idle_since_s >= self._idle_s
         if (num_undurable >= self._save_every or is_idle) and may_save(leader, now_s):
             self._idle_since_s = None
-            return [told(leader, leader.work.save(now_s))]
+            return [node_actions(leader, leader.work.save(now_s))]
         return []
 
     def _begin_if_ready(self, members: list[NodeTraining], now_s: float) -> list[Decision]:
@@ -137,7 +141,7 @@ class Reductions:
         for node in members:
             squared_norm = _placed(node).squared_norm
             if squared_norm is not None and not isfinite(squared_norm):
-                return [told(node, node.work.steps.skip(now_s))]
+                return [node_actions(node, node.work.steps.skip(now_s))]
         ready = [node for node in members if _placed(node).complete is not None]
         others_rest = all(node in ready or node.work.steps.has_nothing_begun for node in members)
         if not ready or not others_rest or any(node.work.saves.is_unanswered for node in members):

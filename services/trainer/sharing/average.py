@@ -24,11 +24,11 @@ from services.trainer.sharing.decisions import (
     Nodes,
     Shared,
     admit,
-    are_going_back,
     give_up,
+    is_rollback_under_way,
     may_save,
+    node_actions,
     open_nodes,
-    told,
 )
 
 MAX_FAILURES = 3
@@ -41,7 +41,7 @@ class _Round:
 
     name: str
     members: tuple[int, ...]
-    phase: Literal["holding", "merging", "saving"] = "holding"
+    phase: Literal["pausing", "merging", "saving"] = "pausing"
     version: int = 0
 
 
@@ -61,9 +61,9 @@ class Merges:
         """Since a merge succeeded, or a rollback."""
         self._not_before_s = -inf
 
-    def look(self, nodes: Nodes, now_s: float) -> list[Decision]:
-        """The next things to do; look again until there are none."""
-        if are_going_back(nodes):
+    def decide(self, nodes: Nodes, now_s: float) -> list[Decision]:
+        """Decide on the next things to do; to be asked again until there are none."""
+        if is_rollback_under_way(nodes):
             return self._begin_anew()
         if self._round is None:
             return admit(nodes) or self._begin_if_due(nodes, now_s)
@@ -71,7 +71,7 @@ class Merges:
         if gone := [node.node for node in members if node.life.phase != "open"]:
             return self._fail(members, f"node {gone[0]} left during a merge", now_s)
         match self._round.phase:
-            case "holding" if all(node.work.is_quiet for node in members):
+            case "pausing" if all(node.work.is_quiet for node in members):
                 return self._merge(members, self._round)
             case "saving" if not members[0].work.saves.is_saving:
                 return self._saved(members, self._round, now_s)
@@ -86,17 +86,21 @@ class Merges:
             return self._fail(members, f"a merge failed: {failure or 'a node left'}", now_s)
         self._num_failures = 0
         self._round.phase = "saving"
-        published = [told(node, node.work.merge.finish(self._round.version)) for node in members]
-        return [Shared(self._round.members), *published, told(members[0], members[0].work.save(now_s))]
+        published = [node_actions(node, node.work.merge.finish(self._round.version)) for node in members]
+        return [
+            Shared(self._round.members),
+            *published,
+            node_actions(members[0], members[0].work.save(now_s)),
+        ]
 
     def _begin_if_due(self, nodes: Nodes, now_s: float) -> list[Decision]:
         members = open_nodes(nodes)
         is_due = bool(members) and _num_apart(members) >= self._every * len(members)
         is_due = is_due and members[0].work.saves.schedule.is_within_bound(now_s)
         if is_due:
-            _hold(members)  # whatever the merge must wait for, nodes drift no further apart
-        elif held := [node for node in members if node.work.gate.is_paused]:  # then one more has come
-            return [told(node, node.work.resume(now_s)) for node in held]
+            _pause(members)  # whatever the merge must wait for, nodes drift no further apart
+        elif paused := [node for node in members if node.work.gate.is_paused]:  # then one more has come
+            return [node_actions(node, node.work.resume(now_s)) for node in paused]
         if now_s < self._not_before_s:
             return []
         if any(node.life.phase == "restoring" for node in nodes.values()):
@@ -105,8 +109,8 @@ class Merges:
             return []
         self._idle_since_s = None
         self._round = _Round(self._new_name(), tuple(node.node for node in members))
-        _hold(members)
-        return self.look(nodes, now_s)
+        _pause(members)
+        return self.decide(nodes, now_s)
 
     def _has_rested(self, members: list[NodeTraining], now_s: float) -> bool:
         """Whether there has been something to merge, and no work, for long enough."""
@@ -135,10 +139,14 @@ class Merges:
     def _saved(self, members: list[NodeTraining], now: _Round, now_s: float) -> list[Decision]:
         leader, *others = members
         if leader.durable_version != now.version:
-            return [told(leader, leader.work.save(now_s))] if may_save(leader, now_s, is_awaited=True) else []
+            return (
+                [node_actions(leader, leader.work.save(now_s))]
+                if may_save(leader, now_s, is_awaited=True)
+                else []
+            )
         for node in others:
             node.work.saves.adopt(now.version)
-        return self._end([told(node, node.work.resume(now_s)) for node in members])
+        return self._end([node_actions(node, node.work.resume(now_s)) for node in members])
 
     def _fail(self, members: list[NodeTraining], reason: str, now_s: float) -> list[Decision]:
         self._not_before_s = now_s + self._idle_s * 2**self._num_failures
@@ -146,7 +154,7 @@ class Merges:
         decisions = give_up(members, reason)
         if self._num_failures >= MAX_FAILURES:
             halt = f"{self._num_failures} merges in a row failed; {reason}"
-            decisions += [told(node, node.halt(halt)) for node in members]
+            decisions += [node_actions(node, node.halt(halt)) for node in members]
         return self._end(decisions)
 
     def _begin_anew(self) -> list[Decision]:
@@ -164,6 +172,6 @@ def _num_apart(members: list[NodeTraining]) -> int:
     return sum(node.version - node.durable_version for node in members)
 
 
-def _hold(members: list[NodeTraining]) -> None:
+def _pause(members: list[NodeTraining]) -> None:
     for node in members:
         node.work.pause()

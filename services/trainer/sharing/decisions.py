@@ -19,7 +19,7 @@ class Member:
     batch_id: str = ""
     """Whose gradients it brings; empty: none, or weights."""
     is_kept: bool = False
-    """Its stages hold on to the merged version, to serve it."""
+    """Its stages keep the merged version, to serve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ Decision = Merge | Reduce | Shared | Joins | NodeActions
 Nodes = Mapping[int, NodeTraining]
 
 
-def told(node: NodeTraining, actions: Iterable[Action]) -> NodeActions:
+def node_actions(node: NodeTraining, actions: Iterable[Action]) -> NodeActions:
     return NodeActions(node.node, tuple(actions))
 
 
@@ -88,11 +88,11 @@ def admit(nodes: Nodes) -> list[Decision]:
     return [
         decision
         for node in waiting
-        for decision in (Joins(node.node), told(node, node.allow_restore(version)))
+        for decision in (Joins(node.node), node_actions(node, node.allow_restore(version)))
     ]
 
 
-def are_going_back(nodes: Nodes) -> bool:
+def is_rollback_under_way(nodes: Nodes) -> bool:
     """Whether a rollback is under way. It takes all nodes out of whatever they do together."""
     return any(node.life.is_rolling_back for node in nodes.values())
 
@@ -108,4 +108,4 @@ def may_save(node: NodeTraining, now_s: float, *, is_awaited: bool = False) -> b
 
 def give_up(members: Iterable[NodeTraining], reason: str) -> list[Decision]:
     """Take all nodes back to the newest checkpoint: some may be where others never came to."""
-    return [told(node, node.close(reason)) for node in members]
+    return [node_actions(node, node.close(reason)) for node in members]

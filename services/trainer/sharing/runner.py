@@ -42,7 +42,7 @@ class Sharing:
         self._outbox = outbox
         self._nodes = nodes
         self._tasks = tasks
-        self._is_looking = False
+        self._is_deciding = False
         self._outer = (
             OuterStep(learning_rate=settings.outer_learning_rate, momentum=settings.outer_momentum)
             if settings.merging == "outer"
@@ -56,20 +56,20 @@ class Sharing:
             else Merges(every=settings.merge_every, idle_s=settings.checkpoint_idle_s, new_name=new_name)
         )
 
-    def look(self, run: Run) -> None:
+    def decide(self, run: Run) -> None:
         """Decide what can be decided now. `run` carries it out; it may call this again, to no effect."""
-        if not self._is_looking:
+        if not self._is_deciding:
             self._work_off([], run)
 
     def _work_off(self, decisions: list[Decision], run: Run) -> None:
         """Carry these out, and what can be decided then."""
-        self._is_looking = True
+        self._is_deciding = True
         try:
             self._carry_out(decisions, run)
-            while decisions := self._replicas.look(self._nodes, self._clock.now_s()):
+            while decisions := self._replicas.decide(self._nodes, self._clock.now_s()):
                 self._carry_out(decisions, run)
         finally:
-            self._is_looking = False
+            self._is_deciding = False
 
     def _carry_out(self, decisions: list[Decision], run: Run) -> None:
         for decision in decisions:

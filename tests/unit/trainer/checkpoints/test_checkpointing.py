@@ -64,7 +64,7 @@ class Run:
         newest = load(self.files)
         book = BatchBook(ledger_of(newest.values()))
         book.admit(Pending(TrainingBatch("b", 1, (), b"", ""), NoTelemetry(), parent="", ack=no_ack))
-        book.apply(0, book.take().batch.batch_id)
+        book.apply(0, book.pop_waiting().batch.batch_id)
         self.newest = NewestCheckpoints(newest, shares_weights=False)
         self.evaluator = SimpleNamespace(versions=set(), drop=lambda node: None)
         self.verdicts = Verdicts(

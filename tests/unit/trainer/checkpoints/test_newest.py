@@ -25,6 +25,6 @@ def test_of_nodes_that_share_their_weights_the_newest_is_that_of_all() -> None:
 
 def test_after_a_rollback_no_newer_one_of_these_nodes_is_left() -> None:
     newest = NewestCheckpoints({0: checkpoint(0, 5), 1: checkpoint(1, 8)}, shares_weights=True)
-    newest.go_back({0, 1}, checkpoint(0, 4))
+    newest.roll_back({0, 1}, checkpoint(0, 4))
 
     assert newest.of(1) == checkpoint(0, 4)

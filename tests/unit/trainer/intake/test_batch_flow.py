@@ -54,7 +54,7 @@ class FakeNodes:
 class FakeProgress:
     told: list[BatchEvent] = field(default_factory=list)
 
-    def tell(self, event: BatchEvent, *, traceparent: str = "") -> None:
+    def publish(self, event: BatchEvent, *, traceparent: str = "") -> None:
         self.told.append(event)
 
 
@@ -155,7 +155,7 @@ def test_a_batch_that_was_given_back_meanwhile_goes_before_a_later_one() -> None
         book = BatchBook(Ledger.restore({}, (), 0))
         for each in (pending("first", 1), pending("second", 2)):
             book.admit(each)
-        assert book.take().batch.batch_id == "first"
+        assert book.pop_waiting().batch.batch_id == "first"
         placing = asyncio.create_task(flow_of(book, scheduler, fates, nodes).place())
         await asyncio.sleep(HELD_S / 2)
         book.wait(["first"])

@@ -54,7 +54,7 @@ def after(event: Event, times: int) -> tuple[Pending, BatchBook, list[RejectedBa
             fates = BatchFates(bus, book=book, outbox=outbox, progress=progress, tasks=tasks)
             book.admit(pending)
             for _ in range(times):
-                book.take().offload = pending.must_offload
+                book.pop_waiting().offload = pending.must_offload
                 event(fates)
 
     asyncio.run(case())

@@ -42,7 +42,7 @@ class Cluster:
 
     def crash_node(self, node: int) -> None:
         lost = self.ledger.lineage(node).applied
-        self.ledger = self.ledger.roll_back(node)
+        self.ledger = self.ledger.return_to_durable(node)
         self.waiting = [*lost, *self.waiting]
         self.weights[node] = self.saved_weights(node)
 

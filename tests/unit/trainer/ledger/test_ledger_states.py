@@ -139,7 +139,7 @@ class Apart(Batches):
     def roll_back(self, node: int) -> None:
         """A stage of the node has restarted."""
         assert self.ledger.only_applied_by(node) == tuple(self.applied[node])
-        self.ledger = self.ledger.roll_back(node)
+        self.ledger = self.ledger.return_to_durable(node)
         self.applied[node] = []
 
     @rule(node=NODE, num_left=st.integers(0, 2), dies=st.booleans())
@@ -163,7 +163,7 @@ class Apart(Batches):
         place = data.draw(st.integers(0, len(self.disk[node]) - 1))
         manifest, contents = self.disk[node][place]
         self.discarded |= {*self.durable(node), *self.applied[node]} - set(contents)
-        after = self.ledger.go_back([node], lineage_of(manifest))
+        after = self.ledger.roll_back([node], lineage_of(manifest))
         self.disk[node][place:] = [(rolled_back(manifest, after, merge="none"), contents)]
         self.applied[node] = []
         if dies:
@@ -257,7 +257,7 @@ class Merged(Batches):
         gone = {*self.ever_durable(), *self.held()} - set(contents)
         nodes = {*self.ledger.lineages, manifest.node}
         assert self.ledger.num_contained(nodes) - manifest.version == len(gone)
-        after = self.ledger.go_back(nodes, lineage_of(manifest))
+        after = self.ledger.roll_back(nodes, lineage_of(manifest))
         self.disk[place:] = [(rolled_back(manifest, after, merge="average"), contents)]
         self.discarded |= gone
         self.applied = {node: [] for node in NODES}
@@ -283,7 +283,7 @@ class Merged(Batches):
         self.joined.remove(node)
         held = self.held()
         assert self.ledger.only_applied_by(node) == tuple(each for each in mine if each not in held)
-        self.ledger = self.ledger.roll_back(node)
+        self.ledger = self.ledger.return_to_durable(node)
 
     @invariant()
     def who_has_not_joined_holds_nothing_of_its_own(self) -> None:

@@ -50,7 +50,7 @@ class Run:
         """Returns how many checks began."""
         self.now_s += after_s
         before = len(self.sent)
-        self.checks.look(self.node)
+        self.checks.begin_if_due(self.node)
         return sum(isinstance(message, CheckForward) for message in self.sent[before:])
 
     def score(self, *logprobs: float, version: int = 3, fence: int = 5) -> None:

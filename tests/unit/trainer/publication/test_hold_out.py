@@ -26,7 +26,7 @@ def examples(count: int, first: int = 0) -> list[LabelledTokens]:
 
 
 def held_by(run: HoldOut, published: list[LabelledTokens]) -> list[LabelledTokens]:
-    return [each for each, is_held_out in zip(published, run.take(published), strict=True) if is_held_out]
+    return [each for each, is_held_out in zip(published, run.select(published), strict=True) if is_held_out]
 
 
 def again(folder: Path, share: float, model: str = "m") -> HoldOut:
@@ -138,6 +138,6 @@ def test_no_example_that_was_held_out_trains_later(events: list[int | str]) -> N
             elif event == "freeze":
                 run.freeze()
             else:
-                (is_held_out,) = run.take(examples(1, first=int(event)))
+                (is_held_out,) = run.select(examples(1, first=int(event)))
                 assert is_held_out or event not in held
                 held |= {int(event)} if is_held_out else set()

@@ -58,10 +58,10 @@ class Replicas:
             for number in range(num_nodes)
         }
 
-    def look(self) -> list[Decision]:
+    def decide(self) -> list[Decision]:
         """What is decided now, until nothing is."""
         found: list[Decision] = []
-        while decisions := self.decides.look(self.nodes, self.now_s):
+        while decisions := self.decides.decide(self.nodes, self.now_s):
             found += decisions
         self.decided += found
         return found
@@ -73,7 +73,7 @@ class Replicas:
     def open(self, *numbers: int) -> "Replicas":
         for number in numbers or self.nodes:
             self.beat(number)
-        self.look()
+        self.decide()
         for number in numbers or self.nodes:
             self.restored(number)
         return self
@@ -114,7 +114,7 @@ def averaging(num_nodes: int = 2, *, every: int = 2, **rules: Any) -> Replicas:
 
 def merged(replicas: Replicas, name: str = "merge-0", failure: str = "") -> list[Decision]:
     decisions: list[Decision] = replicas.decides.merged(name, failure, replicas.nodes, replicas.now_s)
-    return decisions + replicas.look()
+    return decisions + replicas.decide()
 
 
 def test_nodes_join_with_the_newest_checkpoint_of_any() -> None:
@@ -122,7 +122,7 @@ def test_nodes_join_with_the_newest_checkpoint_of_any() -> None:
     replicas.nodes[1].work.saves.adopt(5)
     replicas.beat(0)
 
-    joins, told = replicas.look()
+    joins, told = replicas.decide()
 
     assert joins == Joins(0)
     assert isinstance(told, NodeActions)
@@ -135,17 +135,17 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
     replicas.apply(0, "a", 1)
     replicas.apply(0, "b", 2)
     replicas.apply(0, "c", 3)
-    assert replicas.look() == []
+    assert replicas.decide() == []
     replicas.learn(1, "d")  # its step is on its way
     replicas.nodes[1].work.place("e", 0.0)
     replicas.report(1, BatchStepped(batch_id="d", version=1, loss=1.0))
 
     # Node 1 has begun e meanwhile: the merge waits for it.
-    assert replicas.look() == []
+    assert replicas.decide() == []
     assert replicas.nodes[0].work.place("f", 0.0) == []
     replicas.report(1, BatchReady(batch_id="e", squared_norm=1.0))
     replicas.report(1, BatchStepped(batch_id="e", version=2, loss=1.0))
-    assert replicas.look() == [Merge("merge-0", 5, (Member(0, 1, 1, 3 / 5), Member(1, 2, 1, 2 / 5)))]
+    assert replicas.decide() == [Merge("merge-0", 5, (Member(0, 1, 1, 3 / 5), Member(1, 2, 1, 2 / 5)))]
 
     shared, *nothing, told = merged(replicas)
     assert shared == Shared((0, 1))
@@ -155,7 +155,7 @@ def test_after_enough_batches_all_hold_merge_by_their_share_save_once_and_go_on(
     assert {node.version for node in replicas.nodes.values()} == {5}
 
     replicas.save(0, 5)
-    released = [decision.actions for decision in replicas.look() if isinstance(decision, NodeActions)]
+    released = [decision.actions for decision in replicas.decide() if isinstance(decision, NodeActions)]
     assert released == [(Feed("f"), StepsAhead("f", 6)), ()]
     assert {node.durable_version for node in replicas.nodes.values()} == {5}
 
@@ -164,28 +164,28 @@ def test_a_merge_waits_until_the_bytes_of_the_last_ones_checkpoint_are_within_th
     replicas = averaging(every=1, checkpoint_bytes_per_s=10.0).open()
     for node in (0, 1):
         replicas.apply(node, f"a{node}", 1)
-    assert isinstance(replicas.look()[-1], Merge)
+    assert isinstance(replicas.decide()[-1], Merge)
     merged(replicas)
     replicas.save(0, 2, num_bytes=100)
-    replicas.look()
+    replicas.decide()
     for node in (0, 1):
         replicas.apply(node, f"b{node}", 3)
     replicas.now_s = 9.0
-    assert replicas.look() == []
+    assert replicas.decide() == []
     assert not any(node.work.gate.is_paused for node in replicas.nodes.values())
     replicas.now_s = 10.0
-    assert isinstance(replicas.look()[-1], Merge)
+    assert isinstance(replicas.decide()[-1], Merge)
 
 
 def test_without_work_nodes_merge_what_they_have() -> None:
     replicas = averaging(every=100).open()
     replicas.apply(1, "a", 1)
-    assert replicas.look() == []
+    assert replicas.decide() == []
     replicas.now_s = 1.9
-    assert replicas.look() == []
+    assert replicas.decide() == []
     replicas.now_s = 2.0
 
-    assert replicas.look() == [Merge("merge-0", 1, (Member(0, 1, 1, 0.0), Member(1, 2, 1, 1.0)))]
+    assert replicas.decide() == [Merge("merge-0", 1, (Member(0, 1, 1, 0.0), Member(1, 2, 1, 1.0)))]
 
 
 @pytest.mark.parametrize("what", ["leaves", "leaves before the save", "does not merge"])
@@ -193,14 +193,14 @@ def test_a_merge_that_fails_takes_all_back_to_the_last_checkpoint(what: str) -> 
     replicas = averaging(every=1).open()
     replicas.apply(0, "a", 1)
     replicas.apply(1, "b", 1)
-    replicas.look()
+    replicas.decide()
     if what == "does not merge":
         decided = merged(replicas, failure="node 1, stage 0: no answer")
     else:
         if what == "leaves before the save":
             merged(replicas)
         replicas.beat(1, instance="new")
-        decided = replicas.look()
+        decided = replicas.decide()
 
     closed = [each.actions for each in decided if isinstance(each, NodeActions) and each.actions]
     assert all(isinstance(actions[-1], Closed | Restore) for actions in closed)
@@ -212,20 +212,20 @@ def test_a_merged_version_that_cannot_be_saved_stays_and_is_saved_again_after_a_
     replicas = averaging(every=1).open()
     replicas.apply(0, "a", 1)
     replicas.apply(1, "b", 1)
-    replicas.look()
+    replicas.decide()
     merged(replicas)
     replicas.save(0, 2, failure="disk full")
 
     replicas.now_s = 1.9
-    assert replicas.look() == []
+    assert replicas.decide() == []
     replicas.now_s = 2.0
-    (again,) = replicas.look()
+    (again,) = replicas.decide()
     assert isinstance(again, NodeActions)
     assert again.actions == (RequestSave(1, 2, 1),)
     assert {(node.version, node.work.gate.is_paused) for node in replicas.nodes.values()} == {(2, True)}
 
     replicas.save(0, 2)
-    replicas.look()
+    replicas.decide()
     assert {(node.durable_version, node.work.gate.is_paused) for node in replicas.nodes.values()} == {
         (2, False)
     }
@@ -236,7 +236,7 @@ def fail_to_merge(replicas: Replicas) -> list[Decision]:
     for number, node in replicas.nodes.items():
         replicas.apply(number, f"{number}-{replicas.now_s}", 1)
         assert node.version == 1
-    assert [type(each) for each in replicas.look()] == [Merge]
+    assert [type(each) for each in replicas.decide()] == [Merge]
     assert isinstance(replicas.decided[-1], Merge)
     return merged(replicas, replicas.decided[-1].name, "node 1, stage 0: no peer")
 
@@ -249,9 +249,9 @@ def test_after_a_merge_that_fails_the_next_one_waits_longer_each_time() -> None:
         for number in replicas.nodes:
             replicas.apply(number, f"early {number} {pause_s}", 1)
         replicas.now_s += pause_s - 0.1
-        assert replicas.look() == []
+        assert replicas.decide() == []
         replicas.now_s += 0.2
-        (merge,) = replicas.look()
+        (merge,) = replicas.decide()
         assert isinstance(merge, Merge)
         merged(replicas, merge.name, "node 1, stage 0: no peer")
 
@@ -275,7 +275,7 @@ def go_back(replicas: Replicas, version: int) -> None:
     """All to that version, for good; it is looked at them in the middle, too."""
     for node in replicas.nodes.values():
         node.roll_back(version)
-    assert replicas.look() == []
+    assert replicas.decide() == []
     for node in replicas.nodes.values():
         node.rolled_back("")
     replicas.open()
@@ -285,14 +285,14 @@ def test_a_rollback_in_the_middle_of_a_merge_ends_it_and_all_come_back_together(
     replicas = averaging(every=1).open()
     replicas.apply(0, "a", 1)
     replicas.apply(1, "b", 1)
-    assert [type(each) for each in replicas.look()] == [Merge]
+    assert [type(each) for each in replicas.decide()] == [Merge]
 
     go_back(replicas, 0)
 
     assert merged(replicas) == [], "whatever is answered later"
     replicas.apply(0, "c", 1)
     replicas.apply(1, "d", 1)
-    (merge,) = replicas.look()
+    (merge,) = replicas.decide()
     assert isinstance(merge, Merge)
     assert (merge.name, merge.version) == ("merge-1", 2)
 
@@ -302,10 +302,10 @@ def test_nobody_joins_during_a_rollback() -> None:
     replicas.nodes[0].roll_back(0)
     replicas.beat(1)
 
-    assert replicas.look() == []
+    assert replicas.decide() == []
 
     replicas.nodes[0].rolled_back("")
-    assert Joins(1) in replicas.look()
+    assert Joins(1) in replicas.decide()
 
 
 def test_merges_that_failed_before_a_rollback_count_no_more() -> None:
@@ -327,10 +327,10 @@ def test_a_merge_whose_answers_may_be_lost_with_the_connection_is_given_up() -> 
     assert replicas.nodes[0].messages_lost() == []
     replicas.apply(0, "a", 1)
     replicas.apply(1, "b", 1)
-    replicas.look()
+    replicas.decide()
 
     (closed,) = replicas.nodes[0].messages_lost()
-    replicas.look()
+    replicas.decide()
 
     assert isinstance(closed, Closed)
     assert {node.version for node in replicas.nodes.values()} == {0}
@@ -345,9 +345,9 @@ def test_a_merged_version_is_kept_and_published() -> None:
         1, BatchStepped(batch_id="a", version=1, loss=1.0)
     )  # kept, and with the restored one that is all
     replicas.now_s = 2.0
-    replicas.look()
+    replicas.decide()
     replicas.now_s = 4.0
-    (merge,) = replicas.look()
+    (merge,) = replicas.decide()
     assert isinstance(merge, Merge)
     assert [member.is_kept for member in merge.members] == [True, False]
 
@@ -362,7 +362,7 @@ def test_a_guard_evaluates_what_nodes_have_merged_which_is_saved_and_nothing_of_
     for number, batch_id in enumerate("abc", start=1):
         assert replicas.apply(0, batch_id, number) == [Applied(batch_id, number, 1.0)]
 
-    merge = replicas.look()[-1]
+    merge = replicas.decide()[-1]
 
     assert isinstance(merge, Merge)
     assert (merge.version, merge.members[0].is_kept) == (3, True)
@@ -374,13 +374,13 @@ def test_nobody_joins_in_the_middle_of_a_merge() -> None:
     replicas = averaging(3, every=1).open(0, 1)
     replicas.apply(0, "a", 1)
     replicas.apply(1, "b", 1)
-    replicas.look()
+    replicas.decide()
     replicas.beat(2)
-    assert replicas.look() == []
+    assert replicas.decide() == []
     merged(replicas)
     replicas.save(0, 2)
 
-    replicas.look()
+    replicas.decide()
 
     assert replicas.nodes[2].life.phase == "restoring"
     assert replicas.nodes[2].version == 2
@@ -389,17 +389,17 @@ def test_nobody_joins_in_the_middle_of_a_merge() -> None:
 def test_no_merge_begins_while_a_node_loads_the_weights_of_the_last_one() -> None:
     replicas = averaging(every=1).open(0)
     replicas.beat(1)
-    replicas.look()
+    replicas.decide()
     replicas.apply(0, "a", 1)
-    assert replicas.look() == []
+    assert replicas.decide() == []
     assert replicas.nodes[0].work.place("b", replicas.now_s) == [], "it learns no more until they are one"
 
     replicas.restored(1)
-    (goes_on,) = replicas.look()
+    (goes_on,) = replicas.decide()
     replicas.apply(1, "c", 1)
 
     assert goes_on == NodeActions(0, (Feed("b"), StepsAhead("b", 2)))
-    assert (replicas.look(), replicas.nodes[0].work.gate.is_paused) == ([], True), (
+    assert (replicas.decide(), replicas.nodes[0].work.gate.is_paused) == ([], True), (
         "batch b has begun, a merge waits for it"
     )
 
@@ -410,7 +410,7 @@ def test_a_node_that_fails_apart_from_a_merge_gives_back_only_its_own() -> None:
     replicas.apply(1, "b", 1)
 
     assert replicas.beat(1, instance="new") == [Closed("stage 0 was restarted", ())]
-    replicas.look()
+    replicas.decide()
 
     assert replicas.nodes[0].version == 1
     assert (replicas.nodes[1].life.phase, replicas.nodes[1].version) == ("restoring", 0)

@@ -39,7 +39,7 @@ class Runner:
     def run(self, node: NodeTraining, actions: Sequence[Action]) -> None:
         self.closed += [node.node for action in actions if isinstance(action, Closed)]
         self.is_running = True
-        self.sharing.look(self.run)
+        self.sharing.decide(self.run)
         self.is_running = False
 
 
@@ -51,13 +51,13 @@ async def test_all_are_closed_after_a_merge_that_fails_before_anything_is_decide
         replicas.apply(node, f"a{node}", 1)
         replicas.beat(node)
     runner = Runner()
-    look = Merges.look
+    undisturbed = Merges.decide
 
     def decide(merges: Merges, nodes: Nodes, now_s: float) -> list[Decision]:
         assert not runner.is_running
-        return look(merges, nodes, now_s)
+        return undisturbed(merges, nodes, now_s)
 
-    monkeypatch.setattr(Merges, "look", decide)
+    monkeypatch.setattr(Merges, "decide", decide)
     clock: Clock = SimpleNamespace(now_s=lambda: 0.0)  # type: ignore[assignment]
     async with asyncio.TaskGroup() as tasks:
         runner.sharing = Sharing(
@@ -70,5 +70,5 @@ async def test_all_are_closed_after_a_merge_that_fails_before_anything_is_decide
             new_name=lambda: "merge",
             tasks=tasks,
         )
-        runner.sharing.look(runner.run)
+        runner.sharing.decide(runner.run)
     assert runner.closed == [0, 1]
