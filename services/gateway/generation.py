@@ -5,7 +5,7 @@ A route turns its request into a `GenerationRequest`, and what `Generation.next`
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind
 
 from services.gateway.access.keys import Key, ServiceClass
 from services.gateway.access.meter import Meter
-from services.gateway.cluster_client import Arrival, SequenceSpec
+from services.gateway.cluster_client import SUBMIT_TIMEOUT_S, Arrival, SequenceSpec
 from services.gateway.context import GatewayContext
 from services.gateway.http.errors import ApiError, ClientGoneError, RefusedFor, as_api_error
 from services.gateway.record import Record
@@ -27,6 +27,8 @@ from shared.messages.inference import RUN_OBJECTIVE, Objective, Sampling
 from shared.telemetry import traceparent_of
 from shared.text import TextTokenizer
 
+IN_LINE_AFTER_S = SUBMIT_TIMEOUT_S + 2.0
+"""What has no node after this time has not been refused: it stands in the scheduler's line."""
 REFUSALS_WITHIN_S = 1.0
 """A node that cannot take a sequence says so at once: after this time it has taken it."""
 
@@ -163,11 +165,14 @@ class Generation:
         return Usage(self._num_prompt_tokens, self._record.num_tokens, sum(self._num_cached.values()))
 
     async def first(self) -> list[tuple[int, Piece]]:
-        """Wait until the nodes have taken the sequences; what there is to show by then, maybe nothing.
+        """Wait until the nodes have taken the sequences, or some of them stand in line.
 
-        Raises what `next` raises: until then a refusal can still have its HTTP status.
+        Returns what there is to show by then, maybe nothing. Raises what `next` raises: until then a refusal
+        can still have its HTTP status.
         """
-        await self._session.admitted()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(IN_LINE_AFTER_S):
+                await self._session.admitted()
         try:
             async with asyncio.timeout(REFUSALS_WITHIN_S):
                 return await self.next()

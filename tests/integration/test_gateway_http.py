@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from lemix.simulation.loop import run_virtual
-from services.gateway.generation import REFUSALS_WITHIN_S
+from services.gateway.generation import IN_LINE_AFTER_S, REFUSALS_WITHIN_S
 from shared.bus.base import Incoming
 from shared.messages.inference import Objective, SequenceResult, TokenLogprob
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsRequest, WeightsStatus
@@ -248,6 +248,24 @@ def test_a_silent_stream_begins_when_its_node_has_taken_it_and_says_that_it_is_a
     assert pings
     assert '" and"' in after
     assert ": ping" not in after
+
+
+def test_a_stream_in_line_begins_before_it_has_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.cluster_client.SUBMIT_TIMEOUT_S", 100.0)
+
+    async def asked() -> httpx.Response:
+        async with gateway_world(ping_every_s=4.0) as world, asyncio.TaskGroup() as group:
+            world.cluster.gate.clear()
+            answer = group.create_task(world.http.post(URL, json=ask(stream=True)))
+            task = await world.cluster.submitted.get()
+            await asyncio.sleep(IN_LINE_AFTER_S + REFUSALS_WITHIN_S + 3 * world.settings.ping_every_s)
+            world.cluster.gate.set()
+            await world.cluster.produce(task, *says(" and")(task))
+        return await answer
+
+    response = run_virtual(asked())
+    assert response.text.startswith(": ping\n\n" * 2)
+    assert '" and"' in response.text
 
 
 def test_a_refusal_soon_after_the_placement_has_a_status_even_for_a_stream() -> None:
