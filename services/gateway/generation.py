@@ -28,7 +28,7 @@ from shared.telemetry import traceparent_of
 from shared.text import TextTokenizer
 
 IN_LINE_AFTER_S = SUBMIT_TIMEOUT_S + 2.0
-"""What has no node after this time has not been refused: it stands in the scheduler's line."""
+"""A request without a node after this time has not been refused: it stands in the scheduler's line."""
 REFUSALS_WITHIN_S = 1.0
 """A node that cannot take a sequence says so at once: after this time it has taken it."""
 
