@@ -20,7 +20,7 @@ HELD_OUT_SEEDS = (4, 5)
 SEEDS = (*HELD_OUT_SEEDS, *TUNING_SEEDS)
 """The held-out ones first, so that every setting that was tried has them."""
 MEAN_TOKENS = PROMPT.mean + RESPONSE.mean
-"""Of a training sequence."""
+"""Mean length of a training sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the frontier asks of clusters: loads, training demands and objectives, as an operator has them."""
+"""Loads, training demands and objectives that the frontier asks of clusters, as an operator has them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,14 +51,14 @@ class FrontierLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontierPlan:
-    """What is searched, and how widely."""
+    """Everything that is searched, and how widely."""
 
     loads: Sequence[FrontierLoad]
     seeds: Sequence[int] = SEEDS
     rate_seeds: Sequence[int] = SEEDS[:3]
     most_nodes: int = 12
     shares: Sequence[float] = (0.95, 0.99)
-    """Of the requests in time; the easier one first."""
+    """Requests in time, the easier share first."""
     rate_share: float = 0.95
     rates: Sequence[float] = tuple(round(0.4 * 1.04**step, 3) for step in range(32))
     """As shares of a load's own, ascending."""

@@ -22,7 +22,7 @@ FEWEST = "fewest_nodes"
 HIGHEST = "highest_rate_per_s"
 HELD_OUT = f"held_out_{SLO}"
 SAVED_SHARE = 0.6
-"""Of the nodes of Separate's best split."""
+"""Share of the nodes of Separate's best split."""
 
 
 def report(rows: Sequence[Row], *, plan: FrontierPlan) -> Report:

@@ -1,4 +1,4 @@
-"""What a run reached while requests arrived: what is done after the last one came does not count. Pure."""
+"""Numbers of a run for the time while requests arrived: later ends do not count. Pure."""
 
 from lemix.simulation.metrics import RunMetrics
 from lemix.simulation.record import RunRecord
