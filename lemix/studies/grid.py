@@ -65,8 +65,8 @@ RunCell = Callable[[Cell], Metrics]
 """Makes one run, in a process of its own (so a function of a module)."""
 
 
-Search = Generator[Cell, Metrics, None]
-"""Yields the runs that it wants, one by one, and is sent the metrics of each."""
+Search = Generator[Sequence[Cell], Sequence[Metrics], object]
+"""Yields the runs that it wants next, and is sent the metrics of each; returns what it found."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
 """Searches for the fewest nodes, or the highest rate, that do what is asked: which run to make next. Pure.
 
-A search yields the runs that it wants, one by one, and is sent the metrics of each.
+A search yields the runs that it wants next, and is sent the metrics of each.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lemix.studies.grid import Cell, Search
+from lemix.studies.grid import Cell
 from lemix.studies.rows import Metrics
 from lemix.studies.verdicts import SLO
 from lemix.studies.while_serving import KEPT
@@ -19,7 +19,7 @@ end is the rest.
 TBT_P99 = "tbt_p99_s"
 
 T = TypeVar("T")
-Steps = Generator[Cell, Metrics, T]
+Steps = Generator[Sequence[Cell], Sequence[Metrics], T]
 """A part of a search, with its result."""
 
 
@@ -55,21 +55,20 @@ class Outcome:
 
 
 def judged(objective: Objective, runs: Sequence[Cell]) -> Steps[Outcome]:
-    """Make the runs of one setting, a seed each, until most of them agree on both questions."""
+    """Make the runs of one setting, a seed each: no more than a majority where that agrees on both
+    questions.
+    """
     majority = len(runs) // 2 + 1
-    serves: list[bool] = []
-    trains: list[bool] = []
-    for run in runs:
-        metrics = yield run
-        serves.append(objective.is_served(metrics))
-        trains.append(is_trained(metrics))
-        if _is_decided(serves, majority) and _is_decided(trains, majority):
-            break
-    return Outcome(sum(serves) >= majority, sum(trains) >= majority)
+    metrics = list((yield runs[:majority]))
+    if not (_agree(map(objective.is_served, metrics)) and _agree(map(is_trained, metrics))):
+        metrics += yield runs[majority:]
+    return Outcome(
+        sum(map(objective.is_served, metrics)) >= majority, sum(map(is_trained, metrics)) >= majority
+    )
 
 
-def _is_decided(answers: Sequence[bool], majority: int) -> bool:
-    return max(sum(answers), len(answers) - sum(answers)) >= majority
+def _agree(answers: Iterable[bool]) -> bool:
+    return len(set(answers)) <= 1
 
 
 def least(meets: Callable[[int], Steps[bool]], low: int, high: int) -> Steps[int | None]:
@@ -106,23 +105,24 @@ def greatest(meets: Callable[[int], Steps[bool]], low: int, high: int) -> Steps[
 
 def fewest_nodes(
     objectives: Sequence[Objective], runs: Callable[[int], Sequence[Cell]], low: int, high: int
-) -> Search:
-    """The fewest nodes for each objective, the easiest first; the last probe's seeds are all run."""
+) -> Steps[int | None]:
+    """The fewest nodes for each objective, the easiest first; returns the last. All seeds are run there."""
+    found = None
     for objective in objectives:
 
         def meets(nodes: int, objective: Objective = objective) -> Steps[bool]:
             return (yield from judged(objective, runs(nodes))).is_enough
 
-        found = yield from least(meets, low, high)
+        found = yield from least(meets, found or low, high)
         if found is None:
-            return
-        yield from all_of(runs(found))
-        low = found
+            return None
+        yield runs(found)
+    return found
 
 
 def fewest_of_both(
     objectives: Sequence[Objective], runs: Callable[[int, int], Sequence[Cell]], low: int, high: int
-) -> Search:
+) -> Steps[None]:
     """The same where (nodes that serve, nodes that train) never share work: the fewest of each kind."""
 
     def trains(training: int) -> Steps[bool]:
@@ -139,11 +139,13 @@ def fewest_of_both(
         serving = yield from least(serves, low, high - training)
         if serving is None:
             return
-        yield from all_of(runs(serving, training))
+        yield runs(serving, training)
         low = serving
 
 
-def highest_rate(objective: Objective, runs: Callable[[int], Sequence[Cell]], num_rates: int) -> Search:
+def highest_rate(
+    objective: Objective, runs: Callable[[int], Sequence[Cell]], num_rates: int
+) -> Steps[int | None]:
     """The greatest of so many rates, in ascending order, that is still enough."""
 
     def meets(rate: int) -> Steps[bool]:
@@ -151,12 +153,13 @@ def highest_rate(objective: Objective, runs: Callable[[int], Sequence[Cell]], nu
 
     found = yield from greatest(meets, 0, num_rates - 1)
     if found is not None:
-        yield from all_of(runs(found))
+        yield runs(found)
+    return found
 
 
 def highest_of_split(
     objective: Objective, runs: Callable[[int, int], Sequence[Cell]], num_rates: int, num_nodes: int
-) -> Search:
+) -> Steps[None]:
     """The same where nodes never share work, with as few nodes for the training as it needs. `runs`: by rate
     and nodes that train.
     """
@@ -169,7 +172,6 @@ def highest_of_split(
         yield from highest_rate(objective, lambda rate: runs(rate, training), num_rates)
 
 
-def all_of(runs: Sequence[Cell]) -> Search:
+def all_of(runs: Sequence[Cell]) -> Steps[None]:
     """Every one of them."""
-    for run in runs:  # noqa: UP028  # a list cannot be told the metrics
-        yield run
+    yield runs

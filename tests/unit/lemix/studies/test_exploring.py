@@ -14,9 +14,10 @@ def up_to(policy: str, rate: float) -> Search:
     """Goes on until a run says that its rate is there."""
     seen, wanted = 0.0, 1.0
     while seen < rate:
-        metrics = yield cell_of(policy, rate=wanted)
+        (metrics,) = yield [cell_of(policy, rate=wanted)]
         seen = metrics["rate_seen"] or 0.0
         wanted = seen + 1
+    return seen
 
 
 def explored(study: Study, searches: list[Search], log: RunLog) -> tuple[list[Cell], list[int]]:
@@ -34,6 +35,20 @@ def test_each_search_is_told_what_its_run_showed_and_all_runs_are_kept(tmp_path:
     assert heard == [1, 2, 3, 4, 5]
     again, heard = explored(study_of([]), [up_to("lemix", 4)], log)
     assert (len(again), heard) == (4, [1]), "only the run that was not there"
+
+
+def test_runs_that_are_wanted_together_are_told_together_in_their_order(tmp_path: Path) -> None:
+    def both() -> Search:
+        told = yield [cell_of("lemix", seed=2), cell_of("lemix", seed=1)]
+        return [metrics["seed_seen"] for metrics in told]
+
+    log = RunLog(tmp_path / "made-up.jsonl")
+    for _ in range(2):
+        explorer = Explorer(
+            study_of([]), [both(), up_to("lemix", 2)], log, pool=HereAndNow(), on_run=lambda made: None
+        )
+        explorer.explore()
+        assert explorer.found == [[2.0, 1.0], 2.0]
 
 
 def test_a_failed_run_ends_its_search_alone_and_is_named(tmp_path: Path) -> None:
