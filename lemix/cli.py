@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (cluster.up, cluster.demo, lab.simulate, lab.study, lab.profile, cluster.status):
+for command in (cluster.up, cluster.demo, lab.simulate, lab.study, lab.plan, lab.profile, cluster.status):
     app.command()(command)
 app.command()(lineage.lineage)
 app.add_typer(train.app, name="train")

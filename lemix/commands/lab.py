@@ -164,6 +164,62 @@ def study(
     run_study(options, Output())
 
 
+def plan(
+    profile: Annotated[str, typer.Option(help="MODEL@DEVICE, or a file that `lemix profile` wrote.")],
+    rate: Annotated[float, typer.Option(help="Requests per second.")],
+    training: Annotated[float, typer.Option(help="Training tokens per second.")] = 0.0,
+    slo: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds to the first token.", show_default="5 forwards of the prompt"),
+    ] = None,
+    tbt: Annotated[
+        float | None, typer.Option(help="Milliseconds between tokens, p99.", show_default="none")
+    ] = None,
+    in_time: Annotated[float, typer.Option(help="Share of the requests.")] = 0.99,
+    max_tokens: Annotated[
+        tuple[int, int], typer.Option(help="Generated for each request: lowest, highest.")
+    ] = (1, 1),
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a training batch.")] = 1,
+    trace: Annotated[Path | None, typer.Option(help="CSV file of requests whose lengths yours have.")] = None,
+    policy: Annotated[str, typer.Option(help="The scheduler's policy.")] = "lemix",
+    device_noise: Annotated[
+        float, typer.Option(min=0, help="Spread of each op's time: 0.05 for 5 % of it.")
+    ] = 0.05,
+    requests: Annotated[int, typer.Option(min=1, help="In each simulated run.")] = 600,
+    most_nodes: Annotated[int, typer.Option(min=1, help="Tried at most.")] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at the same time.", show_default="as many as cores")
+    ] = None,
+) -> None:
+    """Say how many nodes a load needs, with the margin, by simulating it on more and more of them."""
+    from lemix.simulation.trace import read_trace
+    from lemix.studies.demand import Demand
+    from lemix.studies.planning import PlanOptions, run_plan
+    from services.scheduler.objectives import Objectives
+
+    run_plan(
+        PlanOptions(
+            demand=Demand(
+                profile=profile,
+                rate_per_s=rate,
+                training_tokens_per_s=training,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                tbt_p99_s=None if tbt is None else tbt / 1000,
+                num_requests=requests,
+                trace=read_trace(trace, limit=requests) if trace is not None else (),
+                objectives=Objectives(ttft_s=None if slo is None else slo / 1000),
+                cluster={"device_noise": device_noise},
+            ),
+            in_time=in_time,
+            policy=policy,
+            most_nodes=most_nodes,
+            workers=workers,
+        ),
+        Output(),
+    )
+
+
 def profile(
     output: Annotated[Path, typer.Option(help="The profile's file, JSON.")] = Path("profile.json"),
     stages: Stages = 2,

@@ -57,7 +57,7 @@ def run_study(options: StudyOptions, console: Console) -> Path:
     """
     study = study_named(options.name, quick=options.quick)
     log = RunLog(options.log)
-    with _progress(console) as progress:
+    with progress_of(console) as progress:
         bar = progress.add_task(f"study {study.name}", total=None)
         make = _search if study.searches else _make
         study = make(
@@ -121,7 +121,8 @@ def _check_policies(study: Study, policies: Sequence[str], known: Sequence[str])
             raise ConfigurationError(f"policy={policy!r} is not in study {study.name}: {names}")
 
 
-def _progress(console: Console) -> Progress:
+def progress_of(console: Console) -> Progress:
+    """A line that counts runs."""
     return Progress(
         TextColumn("{task.description}"),
         MofNCompleteColumn(),

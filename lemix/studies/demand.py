@@ -1,17 +1,19 @@
 """A load, a training demand, the objective, and the runs that try them on some nodes under some policy."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lemix.simulation.cluster import SimulationOptions
+from lemix.simulation.trace import TraceRow
 from lemix.simulation.workload import PROMPT, RESPONSE, WorkloadOptions
 from lemix.studies import bounds
 from lemix.studies.grid import Cell
 from lemix.studies.rows import POLICY, Label
 from lemix.studies.runs import pipelines_of
 from lemix.studies.searching import Objective
-from services.scheduler.objectives import Objectives
+from services.scheduler.objectives import DEFAULT_OBJECTIVES, Objectives
+from shared.profiles.profile import profile_named
 
 TUNING_SEEDS = (0, 1, 2)
 """Defaults are chosen on these (and on 3)."""
@@ -37,6 +39,10 @@ class Demand:
     tbt_p99_s: float | None = None
     """The objective for the time between tokens, of 99 % of them; None: there is none."""
     num_requests: int = 1_000
+    trace: tuple[TraceRow, ...] = ()
+    """Recorded requests, sent at the rate; empty: requests of the paper's lengths."""
+    objectives: Objectives = DEFAULT_OBJECTIVES
+    """For the first token; `tbt_p99_s` is the one between tokens."""
     cluster: Mapping[str, Any] = field(default_factory=dict)
     """Further options of the cluster."""
 
@@ -47,18 +53,21 @@ class Demand:
     @property
     def workload(self) -> WorkloadOptions:
         """Poisson arrivals of both kinds, for as long as the requests take to come."""
+        num_requests = min(self.num_requests, len(self.trace) or self.num_requests)
         training_per_s = self.training_tokens_per_s / (MEAN_TOKENS * self.batch_size)
-        num_batches = round(training_per_s * self.num_requests / self.rate_per_s)
-        paced: dict[str, Any] = (
-            {"release": "poisson", "training_per_s": training_per_s} if num_batches else {}
-        )
+        num_batches = round(training_per_s * num_requests / self.rate_per_s)
+        changes: dict[str, Any] = {"max_tokens": self.max_tokens}
+        if self.trace:
+            context_length = profile_named(self.profile, self.cluster.get("stages")).context_length
+            changes = {"trace": self.trace[:num_requests], "max_length": context_length}
+        if num_batches:
+            changes |= {"release": "poisson", "training_per_s": training_per_s}
         return WorkloadOptions(
-            num_tasks=self.num_requests + num_batches,
-            training_rate=num_batches / (self.num_requests + num_batches),
+            num_tasks=num_requests + num_batches,
+            training_rate=num_batches / (num_requests + num_batches),
             rate_per_s=self.rate_per_s,
             batch_size=self.batch_size,
-            max_tokens=self.max_tokens,
-            **paced,
+            **changes,
         )
 
     def runs(self, policy: str, nodes: int, seeds: Sequence[int], labels: Mapping[str, Label]) -> list[Cell]:
@@ -80,7 +89,7 @@ class Demand:
             "profile": self.profile,
             "policy": policy,
             "seed": seed,
-            "objectives": Objectives(tbt_s=self.tbt_p99_s),
+            "objectives": replace(self.objectives, tbt_s=self.tbt_p99_s),
             "trainer_settings": {"microbatches": 1},
         }
         return SimulationOptions(**{**options, **self.cluster})

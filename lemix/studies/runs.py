@@ -77,6 +77,13 @@ def least_nodes(cell: Cell, *, in_time: float, kept: float) -> int:
     )
 
 
+def share_alone(cell: Cell) -> float:
+    """Share of the requests that can be in time at all, each with a node to itself."""
+    return bounds.slo_alone(
+        pipelines_of(cell.cluster), _requests(cell, planned(cell.workload, cell.cluster.seed))
+    )
+
+
 def _requests(cell: Cell, workload: Workload) -> list[Request]:
     return [
         Request(each.at_s, each.lengths, objective_s(cell.cluster, max(each.lengths)))

@@ -54,3 +54,11 @@ def test_an_unknown_study_is_one_clear_line(tmp_path: Path) -> None:
     assert ended.status == 1
     assert ended.errors.startswith("error: study 'best' is unknown; choose one of: frontier, main")
     assert ended.errors.count("\n") == 1
+
+
+def test_a_plan_says_how_many_nodes_a_load_needs() -> None:
+    load = ("--profile", "gpt2-small@rtx6000ada", "--rate", "400", "--training", "20000")
+    ended = lemix_here("plan", *load, "--in-time", "0.95", "--requests", "40", "--most-nodes", "4")
+    assert (ended.status, ended.errors) == (0, "")
+    assert "nodes of gpt2-small@rtx6000ada under lemix: 400 requests/s, 20000 training" in ended.output
+    assert "of the training kept" in ended.output
