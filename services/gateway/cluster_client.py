@@ -16,6 +16,7 @@ from shared.clock import Clock, IdSource
 from shared.errors import LemixError, RefusedError
 from shared.messages.cluster import ClusterStatus, StatusRequest
 from shared.messages.inference import (
+    DEFERRED,
     RUN_OBJECTIVE,
     CancelTask,
     InferenceTask,
@@ -139,6 +140,10 @@ class Session:
         self._end(task_id, self._node_of(task_id))
         self.fail(error)
 
+    def wants(self, task_id: str) -> bool:
+        """Whether somebody still waits for the task's answer."""
+        return task_id in self._running and self._error is None
+
     def placed(self, task_id: str, placed: Placed) -> bool:
         """Note where the task went (called by the gateway). False when nobody wants it any more."""
         self._placed[task_id] = placed
@@ -246,14 +251,24 @@ class ClusterClient:
 
     async def _place(self, session: Session, task: InferenceTask, traceparent: str) -> None:
         try:
-            placed = await self._bus.request(
-                SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S, traceparent=traceparent
-            )
+            placed = await self._ask_for_node(session, task, traceparent)
         except LemixError as error:
             session.fail(error)
             return
-        if not session.placed(task.task_id, placed):
+        if placed is not None and not session.placed(task.task_id, placed):
             await self._cancel(task.task_id, placed.node)
+
+    async def _ask_for_node(self, session: Session, task: InferenceTask, traceparent: str) -> Placed | None:
+        """Ask as long as the task is deferred; None: nobody wants it any more. Raises as `request` does."""
+        while session.wants(task.task_id):
+            try:
+                return await self._bus.request(
+                    SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S, traceparent=traceparent
+                )
+            except RefusedError as error:
+                if not error.reason.startswith(DEFERRED):
+                    raise
+        return None
 
     async def _cancel(self, task_id: str, node: int) -> None:
         await self._bus.publish(CANCEL.at(node=node), CancelTask(task_id=task_id))

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 
 from opentelemetry.trace import Span, use_span
@@ -22,6 +22,8 @@ from services.scheduler.state import (
     StageProgressed,
     TaskArrived,
     TaskAssigned,
+    TaskLeftLine,
+    TaskQueued,
     TasksEnded,
     TimePassed,
 )
@@ -89,6 +91,7 @@ class Scheduler:
         self._clock = world.clock
         self._telemetry = world.telemetry
         self._policy = policy
+        self._turns = _Turns()
         self._state = ClusterState(
             costs=costs, objectives=objectives, mean_prompt=mean_prompt, feeding=feeding
         )
@@ -149,10 +152,16 @@ class Scheduler:
         """
         if isinstance(task, InferenceTask) and not task.prompt:
             raise RefusedError("the prompt is empty", code=400)
-        shape, asked_s = shape_of(task), self._clock.now_s()
+        asked_s = self._clock.now_s()
         kind: TaskKind = "inference" if isinstance(task, InferenceTask) else "training"
+        await self._apply(TaskArrived(task.task_id, kind, shape_of(task), asked_s, _priority_of(task)))
+        try:
+            return await self._hold(task, kind, asked_s, span)
+        finally:
+            await self._apply(TaskLeftLine(task.task_id))
+
+    async def _hold(self, task: Task, kind: TaskKind, asked_s: float, span: Span) -> tuple[Placed, bool]:
         give_up_s = asked_s + HOLD_S[kind]
-        await self._apply(TaskArrived(task.task_id, kind, shape, asked_s))
         while True:
             await self._pass_time()
             if already := self._state.placed(task.task_id):
@@ -163,12 +172,15 @@ class Scheduler:
                 case Place() as place:
                     await self._apply(TaskAssigned(self._placed(task, place, arrived_s, span), now_s))
                     return Placed(node=place.node, offload=place.offload), True
-                case Refuse(code, reason):
-                    raise RefusedError(reason, code=code)
-                case Wait(until_s, reason):
+                case Refuse(code, reason, retry_after_s):
+                    raise RefusedError(reason, code=code, retry_after_s=retry_after_s)
+                case Wait(until_s, reason, in_line):
                     if now_s >= give_up_s:
                         raise RefusedError(f"{DEFERRED}: {reason}", code=503)
-                    await asyncio.sleep(max(SHORTEST_WAIT_S, min(until_s, give_up_s) - now_s))
+                    if in_line:
+                        await self._apply(TaskQueued(task.task_id, _priority_of(task), arrived_s))
+                    wait_s = max(SHORTEST_WAIT_S, min(until_s, give_up_s) - now_s)
+                    await self._turns.wait(task.task_id, wait_s)
 
     def _placed(self, task: Task, place: Place, arrived_s: float, span: Span) -> PlacedTask:
         span.set_attribute("lemix.node", place.node)
@@ -180,6 +192,7 @@ class Scheduler:
             shape=shape_of(task),
             arrived_s=arrived_s,
             forecast=place.forecast,
+            due_s=place.due_s,
             offload=place.offload,
         )
         if isinstance(task, TrainingTask):
@@ -201,11 +214,41 @@ class Scheduler:
 
     async def _apply(self, event: Event) -> None:
         """Change the state, then tell the gateways of the tasks that it cost."""
-        for lost in self._state.apply(event):
+        lost_tasks = self._state.apply(event)
+        self._turns.called(self._state.waiting_line.first)
+        for lost in lost_tasks:
             failed = TaskFailed(task_id=lost.task.task_id, code=503, reason=lost.reason)
             await self._bus.publish(
                 FAILED.at(gateway=lost.task.gateway), failed, traceparent=lost.task.traceparent
             )
+
+
+def _priority_of(task: Task) -> int:
+    return task.objective.priority if isinstance(task, InferenceTask) else 0
+
+
+class _Turns:
+    """Wakes the task that has become the first of the waiting line."""
+
+    def __init__(self) -> None:
+        self._first: str | None = None
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    def called(self, first: str | None) -> None:
+        """Note whose turn it is."""
+        if first != self._first and first in self._waiting:
+            self._waiting[first].set()
+        self._first = first
+
+    async def wait(self, task_id: str, wait_s: float) -> None:
+        """Return when it becomes the task's turn, at the latest after `wait_s`."""
+        turn = self._waiting[task_id] = asyncio.Event()
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(turn.wait(), wait_s)
+        finally:
+            if self._waiting.get(task_id) is turn:
+                del self._waiting[task_id]
 
 
 def _told(error: MeanError) -> ForecastError:

@@ -9,8 +9,9 @@ from services.scheduler.costs import Costs
 from services.scheduler.forecast import Forecast
 from services.scheduler.node.node_model import NodeModel
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
-from services.scheduler.statistics import ArrivalRate, MeanError, RunningMoments
+from services.scheduler.statistics import RATE_WINDOW_S, ArrivalRate, LateMargin, MeanError, RunningMoments
 from services.scheduler.tasks import NO_SHAPE, TaskShape
+from services.scheduler.waiting_line import WaitingLine
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageProgress
 from shared.profiles.times import work_of_rows
@@ -21,6 +22,8 @@ LOST_AFTER_S = 3 * HEARTBEAT_S
 """A stage that was silent for this long is lost, and its node with it."""
 OVERDUE_SLACK_S = 5.0
 """How long after a task's own deadline its node still counts it, should nobody report its end."""
+MAX_PRIORITIES = 16
+"""Priorities of which it is known when they came last."""
 MAX_REMEMBERED = 4096
 """Tasks that have asked for a node and got none, of which the time of their first asking is kept."""
 
@@ -43,6 +46,8 @@ class PlacedTask:
     """When it first asked for a node."""
     forecast: Forecast | None = None
     """The policy's forecast of the task on that node."""
+    due_s: float | None = None
+    """When its first token must be through the last stage; None: it is late already, or nobody minds."""
     offload: bool = False
     """Training: with its saved activations in host memory."""
 
@@ -78,6 +83,23 @@ class TaskArrived:
     kind: TaskKind
     shape: TaskShape
     now_s: float
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskQueued:
+    """A request stands in the waiting line, because it cannot be in time any more."""
+
+    task_id: str
+    priority: int
+    arrived_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLeftLine:
+    """A request no longer asks for a node, or has one."""
+
+    task_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +126,8 @@ Event = (
     | TimePassed
     | ListenedUntil
     | TaskArrived
+    | TaskQueued
+    | TaskLeftLine
     | TaskAssigned
     | TasksEnded
     | StageProgressed
@@ -168,7 +192,12 @@ class ClusterState:
         """Error of the cost model for iterations and training forwards, before it learns from them."""
         self.response_error = MeanError()
         """Error of the forecast at placement: from a request's arrival to its first token."""
+        self.late_margin = LateMargin()
+        """Share of its objective that a request's forecast must leave free."""
+        self.waiting_line = WaitingLine()
         self._feeding = feeding
+        self._seen_priorities: dict[int, float] = {}
+        """When a request of each priority came last."""
         self._arrived_s: dict[str, float] = {}
         """When tasks that have no node yet first asked for one, the oldest first."""
         self.ready_nodes: list[int] = []
@@ -199,6 +228,12 @@ class ClusterState:
             case TaskArrived():
                 self._arrive(event)
                 return []
+            case TaskQueued(task_id, priority, arrived_s):
+                self.waiting_line.join(task_id, priority, arrived_s)
+                return []
+            case TaskLeftLine(task_id):
+                self.waiting_line.leave(task_id)
+                return []
             case TaskAssigned(task, now_s):
                 self._assign(task, now_s)
                 return []
@@ -225,6 +260,11 @@ class ClusterState:
             return mean.forward_s * self._forward_s(num_tokens) / self._forward_s(mean.num_tokens)
 
         return self.objectives.first_token_s(num_tokens, mean, forward_s)
+
+    def is_outranked(self, priority: int, now_s: float) -> bool:
+        """Whether requests that are more urgent have come lately."""
+        seen = self._seen_priorities.items()
+        return any(other < priority and now_s - at_s < RATE_WINDOW_S for other, at_s in seen)
 
     @property
     def mean_prompt(self) -> MeanPrompt:
@@ -352,6 +392,9 @@ class ClusterState:
         (self.training_rate if is_training else self.inference_rate).add(arrived.now_s)
         if not is_training:
             self.inference_lengths.add(arrived.shape.num_tokens)
+            self._seen_priorities[arrived.priority] = arrived.now_s
+            if len(self._seen_priorities) > MAX_PRIORITIES:
+                del self._seen_priorities[min(self._seen_priorities, key=self._seen_priorities.__getitem__)]
 
     def _assign(self, task: PlacedTask, now_s: float) -> None:
         self._arrived_s.pop(task.task_id, None)
@@ -365,6 +408,7 @@ class ClusterState:
             task.shape,
             forecast=task.forecast,
             arrived_s=task.arrived_s,
+            due_s=task.due_s,
             now_s=now_s,
         )
         self.last_node = self.last_node_of[task.kind] = task.node
@@ -393,6 +437,8 @@ class ClusterState:
         for task in node.node_model.progressed(progress, now_s):
             if task.expected_s is not None and task.first_token_s is not None:
                 self.response_error.add(task.expected_s - task.arrived_s, task.first_token_s - task.arrived_s)
+            if task.due_s is not None and task.first_token_s is not None:
+                self.late_margin.add(is_late=task.first_token_s > task.due_s)
 
     def _learn(self, stage: int, ended: OpEnded) -> None:
         op, costs = ended.op, self.costs

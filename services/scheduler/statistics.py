@@ -69,3 +69,24 @@ class MeanError:
     @property
     def mean(self) -> float:
         return self.total / self.count if self.count else 0.0
+
+
+LATE_SHARE = 0.05
+"""So many of the requests may turn out late that were placed as being in time."""
+MARGIN_STEP = 0.02
+MAX_MARGIN = 0.25
+
+
+@dataclass(slots=True)
+class LateMargin:
+    """The part of its objective that a forecast must leave free, so that hardly any request turns out late.
+
+    Grows with each that is late, and shrinks with each that is not, until LATE_SHARE of them are.
+    """
+
+    share: float = 0.0
+
+    def add(self, *, is_late: bool) -> None:
+        """Note how a request turned out that was placed as being in time."""
+        change = MARGIN_STEP * (1 - LATE_SHARE if is_late else -LATE_SHARE)
+        self.share = min(max(self.share + change, 0.0), MAX_MARGIN)

@@ -58,5 +58,7 @@ class Assigned:
     """Tokens (inference), as far as it can be told from the sizes of iterations."""
     expected_s: float | None = None
     """When its prompt should be through the last stage, as predicted when it was placed by a forecast."""
+    due_s: float | None = None
+    """When its prompt must be through the last stage to be in time; None: see `PlacedTask`."""
     first_token_s: float | None = None
     """When its prompt was through the last stage."""

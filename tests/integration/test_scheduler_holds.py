@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from lemix.simulation.loop import VirtualClock, run_virtual
-from services.gateway.cluster_client import SUBMIT_TIMEOUT_S
+from services.gateway.cluster_client import SUBMIT_TIMEOUT_S, ClusterClient, SequenceSpec
 from services.scheduler.policies.base import Arrival, Decision, Place, Refuse, Wait
 from services.scheduler.service import HOLD_S, Scheduler
 from services.scheduler.state import ClusterState
@@ -20,7 +20,7 @@ from shared.errors import RefusedError
 from shared.lifecycle import World
 from shared.messages.cluster import StatusRequest
 from shared.messages.events import OpEnded, StageOp, StageProgress
-from shared.messages.inference import DEFERRED, InferenceTask, Placed
+from shared.messages.inference import DEFERRED, InferenceTask, Placed, Sampling
 from shared.messages.training import TrainingTask
 from shared.subjects import ASSIGN, HEARTBEAT, PLACE, PROGRESS, STATUS, SUBMIT
 from shared.telemetry import NoTelemetry
@@ -201,3 +201,62 @@ def test_the_status_tells_how_wrong_forecasts_were() -> None:
             assert status.slo_s == pytest.approx(5.0 * 0.1)
 
     run_virtual(case())
+
+
+def test_a_task_in_line_is_woken_when_its_turn_comes() -> None:
+    """Three are late. Each asks once more when the one before it has a node, and not in between."""
+    free_s = 3.0
+
+    class OneAfterAnother(Scripted):
+        def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
+            self.asked_s.append(now_s)
+            if state.waiting_line.first not in (None, arrival.task.task_id):
+                return Wait(float("inf"), "late", in_line=True)
+            if now_s < free_s:
+                return Wait(free_s, "late", in_line=True)
+            return Place(0)
+
+    policy = OneAfterAnother(lambda now_s, _: Place(0))
+
+    async def case() -> None:
+        async with scheduling(policy) as bus, asyncio.TaskGroup() as group:
+            for number in range(3):
+                task = request(f"r{number}", 4)
+                group.create_task(bus.request(SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S))
+        assert now_s() == pytest.approx(free_s, abs=0.01)
+
+    run_virtual(case())
+    assert len(policy.asked_s) == 6
+
+
+def test_the_gateway_asks_again_for_a_deferred_request_until_nobody_wants_it() -> None:
+    asked = 0
+
+    async def deferring(incoming: Incoming[InferenceTask]) -> Placed:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(HOLD_S["inference"])
+        raise RefusedError(f"{DEFERRED}: its first token would come late")
+
+    async def case() -> None:
+        broker = MemoryBroker()
+        bus, own = broker.connect(), broker.connect()
+        await bus.respond(SUBMIT.at(), deferring)
+        client = ClusterClient(
+            bus=own,
+            clock=VirtualClock(asyncio.get_running_loop()),
+            ids=IdSource(random.Random(0)),
+            telemetry=NoTelemetry(),
+            request_timeout_s=60.0,
+        )
+        async with client.running():
+            session = client.submit([SequenceSpec(prompt=(1,), sampling=Sampling(max_tokens=1))])
+            with pytest.raises(RefusedError) as caught:
+                await session.next()
+            assert caught.value.code == 504
+            session.close()
+        await bus.close()
+        await own.close()
+
+    run_virtual(case())
+    assert asked == 8

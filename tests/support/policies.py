@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from services.scheduler.costs import Costs
-from services.scheduler.objectives import Objectives
+from services.scheduler.objectives import MeanPrompt, Objectives
 from services.scheduler.policies.base import Arrival, Decision, Place, Policy, Task
 from services.scheduler.state import (
     ClusterState,
@@ -25,6 +25,7 @@ from shared.settings import MAX_ITERATION_TOKENS
 from tests.support.cluster import heartbeat
 
 SLO_S = 1.0
+OBJECTIVES = Objectives(ttft_s=SLO_S, when_late="serve_last")
 
 
 @dataclass
@@ -61,10 +62,12 @@ def cluster(
     num_stages: int = 2,
     kv_blocks: int = 1024,
     costs: Costs | None = None,
+    objectives: Objectives = OBJECTIVES,
+    mean_prompt: MeanPrompt | None = None,
 ) -> ClusterState:
     """All alike and idle."""
     state = ClusterState(
-        costs=costs or LinearCosts(num_stages), objectives=Objectives(ttft_s=SLO_S, when_late="serve_last")
+        costs=costs or LinearCosts(num_stages), objectives=objectives, mean_prompt=mean_prompt
     )
     for node in (*nodes, *unready):
         for stage in range(num_stages):

@@ -31,6 +31,7 @@ from services.scheduler.statistics import RunningMoments
 from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import StageOp, StageProgress
+from shared.profiles.times import work_of_rows
 from shared.schedule import BY_DEFAULT, Feeding
 from shared.subjects import PROGRESS_EVERY_S
 
@@ -109,6 +110,18 @@ class NodeModel:
             max((each[stage] for each in forwards_s), default=0.0) for stage in range(1, self.num_stages)
         )
 
+    @property
+    def tbt_s(self) -> float:
+        """Time between two tokens once all requests here, and one more, decode: the way through all stages,
+        or as many turns of the slowest stage as there are iterations in flight.
+        """
+        num_more = 1 + (self.num_inference - self.num_decoding) // self.num_stages
+        rows = [work_of_rows(round(self.lengths.mean), 1)] * num_more
+        work = sum(rows, self._iterations.decode_share())
+        durations_s = durations_of(work, self._costs, self.num_stages)
+        way_s = sum(durations_s) + self.num_stages * self._costs.hop_s
+        return max(way_s, self.num_stages * max(durations_s))
+
     def assigned(self) -> Iterable[Assigned]:
         """Living tasks in the order of their assignment."""
         return self._tasks.values()
@@ -145,6 +158,7 @@ class NodeModel:
         forecast: Forecast | None,
         arrived_s: float,
         now_s: float,
+        due_s: float | None = None,
     ) -> None:
         """Assign a task to this node."""
         self._let_leave(now_s)
@@ -156,6 +170,7 @@ class NodeModel:
             now_s,
             forward=list(forecast.forward if forecast else ()),
             backward=list(forecast.backward if forecast else ()),
+            due_s=due_s,
         )
         self._tasks[task_id] = self.last_assigned = task
         self.last_arrival_s = arrived_s

@@ -28,6 +28,8 @@ class Place:
     node: int
     forecast: Forecast | None = None
     """The forecast of the task on that node; None when the policy makes none."""
+    due_s: float | None = None
+    """When a request's first token must be through the last stage; None: it is late already."""
     offload: bool = False
     """Training only: keep its saved activations in host memory, for want of room on the devices."""
 
@@ -38,6 +40,8 @@ class Wait:
 
     until_s: float
     reason: str
+    in_line: bool = False
+    """The task stands in the waiting line: it asks again only when its turn comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Refuse:
 
     code: int
     reason: str
+    retry_after_s: float | None = None
+    """When asking again makes sense; None: nobody knows."""
 
 
 Decision = Place | Wait | Refuse

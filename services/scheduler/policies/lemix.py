@@ -14,6 +14,7 @@ from services.scheduler.forecast import (
     inference_alone,
     training_alone,
 )
+from services.scheduler.policies.admission import decide_late, due_of, in_time
 from services.scheduler.policies.base import (
     Arrival,
     Decision,
@@ -83,17 +84,23 @@ class Lemix:
         alones = {devices: inference_alone(state.costs, length, devices) for devices in _layouts(found)}
         prospects = [_prospect_of_request(each, alones[each.node_model.devices], now_s) for each in found]
         alone = min(alones.values(), key=lambda each: each.forward[-1].end_s)
-        spare_s = max(0.0, _objective_s(state) - waited_s - alone.forward[-1].end_s)
+        alone_s = alone.forward[-1].end_s
+        hops_s = ANSWER_HOPS * state.costs.hop_s
+        due = due_of(state, task, alone_s=alone_s, waited_s=waited_s, hops_s=hops_s)
+        prompt = in_time(state, prospects, due, now_s)
+        if not prompt:
+            return decide_late(state, prospects, due, now_s)
+        spare_s = max(0.0, due.left_s - alone_s)
         question = Question(
             length=length,
-            limit_s=alone.forward[-1].end_s + self._options.comfort * spare_s,
-            opening_s=alone.forward[-1].end_s + self._options.opening * spare_s,
+            limit_s=alone_s + self._options.comfort * spare_s,
+            opening_s=alone_s + self._options.opening * spare_s,
             unit_s=state.slo_s,
             slo_s=state.slo_s,
             now_s=now_s,
         )
-        best = ranked(prospects, question, self._options)[0]
-        return Place(best.node, best.forecast)
+        best = ranked(prompt, question, self._options)[0]
+        return Place(best.node, best.forecast, due_s=now_s + due.left_s)
 
     def _without_memory(
         self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float

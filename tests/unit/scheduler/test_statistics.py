@@ -5,7 +5,15 @@ import statistics
 
 import pytest
 
-from services.scheduler.statistics import RATE_WINDOW_S, ArrivalRate, MeanError, RunningMoments
+from services.scheduler.statistics import (
+    LATE_SHARE,
+    MAX_MARGIN,
+    RATE_WINDOW_S,
+    ArrivalRate,
+    LateMargin,
+    MeanError,
+    RunningMoments,
+)
 
 
 def test_moments_are_those_of_the_population() -> None:
@@ -50,3 +58,15 @@ def test_errors_are_relative_to_what_happened() -> None:
     error.add(1.0, 0.0)
     assert error.count == 2
     assert error.mean == pytest.approx((0.1 + 0.5) / 2)
+
+
+@pytest.mark.parametrize("late_share", [0.0, 0.04, 0.2])
+def test_the_margin_grows_only_while_more_are_late_than_may_be(late_share: float) -> None:
+    rng, margin = random.Random(0), LateMargin()
+    for _ in range(2000):
+        margin.add(is_late=rng.random() < late_share)
+    assert (margin.share > 0.8 * MAX_MARGIN) == (late_share > LATE_SHARE)
+    assert 0.0 <= margin.share <= MAX_MARGIN
+    for _ in range(300):
+        margin.add(is_late=False)
+    assert margin.share < 0.01
