@@ -29,9 +29,11 @@ async def run_status(target: Target, console: Console) -> None:
     """`lemix status`: ask, and print. Raises BusError."""
     async with open_bus(target.nats_url) as bus:
         try:
-            print_table(console, status_table(await fetch_status(bus), target.label))
+            status = await fetch_status(bus)
         except NoResponderError:
             raise NoResponderError("NATS answers, but no scheduler is connected to it") from None
+        print_table(console, status_table(status, target.label))
+        say(console, objective_line(status))
         await print_training(bus, console)
 
 
@@ -75,6 +77,17 @@ async def require_unused(nats_url: str) -> None:
         except NoResponderError:
             return
     raise ConfigurationError(f"a LeMix is already running on {nats_url}; stop it, or use another server")
+
+
+def objective_line(status: ClusterStatus) -> str:
+    """The run's objective, and how it was kept since the scheduler's start."""
+    first = f"first tokens are due after {status.slo_s:.3g} s (prompt of mean length)"
+    others = "" if status.tbt_s is None else f", the next ones after {status.tbt_s:.3g} s"
+    num_first = status.num_in_time + status.num_late
+    kept = (
+        f"{status.num_in_time / num_first:.1%} of {num_first} came in time" if num_first else "none has come"
+    )
+    return f"{first}{others}; {kept}; {status.num_refused} requests refused, {status.num_in_line} in line"
 
 
 def num_ready(status: ClusterStatus) -> int:

@@ -67,6 +67,8 @@ MAX_HELD = MAX_REMEMBERED
 """Tasks of a kind that are held at once; those that come then wait unread."""
 SHORTEST_WAIT_S = 0.001
 QUEUE = "scheduler"
+TOO_MANY = 429
+"""HTTP's status for requests that cannot be served in time, or for which there is no room."""
 
 
 class Scheduler:
@@ -92,6 +94,7 @@ class Scheduler:
         self._telemetry = world.telemetry
         self._policy = policy
         self._turns = _Turns()
+        self._num_refused = 0
         self._state = ClusterState(
             costs=costs, objectives=objectives, mean_prompt=mean_prompt, feeding=feeding
         )
@@ -143,6 +146,11 @@ class Scheduler:
             forward_error=_told(state.forward_error),
             response_error=_told(state.response_error),
             slo_s=state.slo_s,
+            tbt_s=state.objectives.tbt_s,
+            num_in_time=state.num_in_time,
+            num_late=state.num_late,
+            num_refused=self._num_refused,
+            num_in_line=len(state.waiting_line),
         )
 
     async def _decide(self, task: Task, span: Span) -> tuple[Placed, bool]:
@@ -165,14 +173,16 @@ class Scheduler:
         while True:
             await self._pass_time()
             if already := self._state.placed(task.task_id):
-                return Placed(node=already.node, offload=already.offload), False  # it must not run twice
+                return _answer(already), False  # it must not run twice
             now_s = self._clock.now_s()
             arrived_s = self._state.arrived_s(task.task_id) or asked_s
             match self._policy.choose(self._state, Arrival(task, arrived_s), now_s):
                 case Place() as place:
-                    await self._apply(TaskAssigned(self._placed(task, place, arrived_s, span), now_s))
-                    return Placed(node=place.node, offload=place.offload), True
+                    placed = self._placed(task, place, arrived_s, span)
+                    await self._apply(TaskAssigned(placed, now_s))
+                    return _answer(placed), True
                 case Refuse(code, reason, retry_after_s):
+                    self._num_refused += code == TOO_MANY
                     raise RefusedError(reason, code=code, retry_after_s=retry_after_s)
                 case Wait(until_s, reason, in_line):
                     if now_s >= give_up_s:
@@ -198,7 +208,14 @@ class Scheduler:
         if isinstance(task, TrainingTask):
             return placed
         overdue_s = self._clock.now_s() + task.timeout_s + OVERDUE_SLACK_S
-        return replace(placed, kind="inference", gateway=task.gateway, overdue_s=overdue_s)
+        return replace(
+            placed,
+            kind="inference",
+            gateway=task.gateway,
+            overdue_s=overdue_s,
+            ttft_s=task.objective.ttft_s or self._state.ttft_slo_s(len(task.prompt)),
+            tbt_s=task.objective.tbt_s or self._state.objectives.tbt_s,
+        )
 
     def _span(
         self, incoming: Incoming[InferenceTask] | Incoming[TrainingTask]
@@ -221,6 +238,10 @@ class Scheduler:
             await self._bus.publish(
                 FAILED.at(gateway=lost.task.gateway), failed, traceparent=lost.task.traceparent
             )
+
+
+def _answer(placed: PlacedTask) -> Placed:
+    return Placed(node=placed.node, offload=placed.offload, ttft_s=placed.ttft_s, tbt_s=placed.tbt_s)
 
 
 def _priority_of(task: Task) -> int:

@@ -10,7 +10,7 @@ from services.scheduler.forecast import Forecast
 from services.scheduler.node.node_model import NodeModel
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.statistics import RATE_WINDOW_S, ArrivalRate, LateMargin, MeanError, RunningMoments
-from services.scheduler.tasks import NO_SHAPE, TaskShape
+from services.scheduler.tasks import NO_SHAPE, Assigned, TaskShape
 from services.scheduler.waiting_line import WaitingLine
 from shared.messages.cluster import Heartbeat, NodeStatus, StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageProgress
@@ -48,6 +48,10 @@ class PlacedTask:
     """The policy's forecast of the task on that node."""
     due_s: float | None = None
     """When its first token must be through the last stage; None: it is late already, or nobody minds."""
+    ttft_s: float | None = None
+    """Inference: when its first token is due after its arrival, by its own objective or the run's."""
+    tbt_s: float | None = None
+    """Inference: the same of the time between its tokens; None: nobody has set one."""
     offload: bool = False
     """Training: with its saved activations in host memory."""
 
@@ -192,6 +196,8 @@ class ClusterState:
         """Error of the cost model for iterations and training forwards, before it learns from them."""
         self.response_error = MeanError()
         """Error of the forecast at placement: from a request's arrival to its first token."""
+        self.num_in_time = self.num_late = 0
+        """Requests by when their first token came, since the start."""
         self.late_margin = LateMargin()
         """Share of its objective that a request's forecast must leave free."""
         self.waiting_line = WaitingLine()
@@ -435,10 +441,20 @@ class ClusterState:
         for ended in progress.ended:
             self._learn(progress.stage, ended)
         for task in node.node_model.progressed(progress, now_s):
+            self._count(task)
             if task.expected_s is not None and task.first_token_s is not None:
                 self.response_error.add(task.expected_s - task.arrived_s, task.first_token_s - task.arrived_s)
             if task.due_s is not None and task.first_token_s is not None:
                 self.late_margin.add(is_late=task.first_token_s > task.due_s)
+
+    def _count(self, task: Assigned) -> None:
+        """Note whether the first token that has come now is in time."""
+        placed = self._tasks.get(task.task_id)
+        if placed is None or placed.ttft_s is None or task.first_token_s is None:
+            return
+        is_late = task.first_token_s - task.arrived_s > placed.ttft_s
+        self.num_late += is_late
+        self.num_in_time += not is_late
 
     def _learn(self, stage: int, ended: OpEnded) -> None:
         op, costs = ended.op, self.costs

@@ -142,7 +142,17 @@ class ClusterStatus(Message):
     response_error: ForecastError = ForecastError()
     """Error of the forecast at placement, for each request from its arrival to its first token."""
     slo_s: float = 0.0
-    """The scheduler's objective: from a request's arrival to its first token."""
+    """The run's objective for a prompt of mean length: from its arrival to its first token."""
+    tbt_s: float | None = None
+    """The run's objective between two tokens; None: there is none."""
+    num_in_time: Count = 0
+    """Requests whose first token came in time, by their own objective or the run's, since the start."""
+    num_late: Count = 0
+    """Requests whose first token came later."""
+    num_refused: Count = 0
+    """Requests that were refused (429), since the start."""
+    num_in_line: Count = 0
+    """Requests that wait for a node because they cannot be in time."""
 
 
 TaskKind = Literal["inference", "training"]

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec import structs
 
 from lemix.simulation.loop import VirtualClock, run_virtual
 from services.gateway.cluster_client import SUBMIT_TIMEOUT_S, ClusterClient, SequenceSpec
+from services.scheduler.objectives import DEFAULT_OBJECTIVES, Objectives
 from services.scheduler.policies.base import Arrival, Decision, Place, Refuse, Wait
 from services.scheduler.service import HOLD_S, Scheduler
 from services.scheduler.state import ClusterState
@@ -20,7 +22,7 @@ from shared.errors import RefusedError
 from shared.lifecycle import World
 from shared.messages.cluster import StatusRequest
 from shared.messages.events import OpEnded, StageOp, StageProgress
-from shared.messages.inference import DEFERRED, InferenceTask, Placed, Sampling
+from shared.messages.inference import DEFERRED, InferenceTask, Objective, Placed, Sampling
 from shared.messages.training import TrainingTask
 from shared.subjects import ASSIGN, HEARTBEAT, PLACE, PROGRESS, STATUS, SUBMIT
 from shared.telemetry import NoTelemetry
@@ -45,7 +47,9 @@ class Scripted:
 
 
 @asynccontextmanager
-async def scheduling(policy: Scripted) -> AsyncIterator[MemoryBus]:
+async def scheduling(
+    policy: Scripted, objectives: Objectives = DEFAULT_OBJECTIVES
+) -> AsyncIterator[MemoryBus]:
     """A scheduler with one ready node; the bus of everybody else."""
     broker = MemoryBroker()
     bus, own = broker.connect(), broker.connect()
@@ -57,7 +61,7 @@ async def scheduling(policy: Scripted) -> AsyncIterator[MemoryBus]:
     )
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(Scheduler(world, policy, costs=LinearCosts(1)).run()),
+            group.create_task(Scheduler(world, policy, costs=LinearCosts(1), objectives=objectives).run()),
             group.create_task(own.wait_failed()),
             group.create_task(beat(bus)),
         ]
@@ -104,7 +108,8 @@ def test_a_task_that_comes_twice_while_it_is_held_runs_once() -> None:
             await bus.subscribe(ASSIGN.at(node=0), on_assign)
             task = request("r", 4)
             both = (bus.request(SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S) for _ in range(2))
-            assert await asyncio.gather(*both) == [Placed(node=0)] * 2
+            first, second = await asyncio.gather(*both)
+            assert first == second
             await asyncio.sleep(0.1)
 
     run_virtual(case())
@@ -148,6 +153,25 @@ def test_a_policy_that_names_a_time_in_the_past_does_not_spin() -> None:
     assert 10 < len(policy.asked_s) <= HOLD_S["training"] / 0.001 + 2
 
 
+def test_who_asks_is_told_when_tokens_are_due_or_when_to_come_again() -> None:
+    late = Refuse(429, "late", retry_after_s=1.5)
+    policy = Scripted(lambda now_s, arrived_s: late if arrived_s > 0.15 else Place(0))
+    own = Objective(ttft_s=2.0, tbt_s=0.5)
+
+    async def case() -> None:
+        async with scheduling(policy, Objectives(ttft_s=1.0, ttft_per_token_s=0.125)) as bus:
+            tasks = [request("r", 4), structs.replace(request("s", 4), objective=own)]
+            answers = [await bus.request(SUBMIT.at(), task, timeout_s=1.0) for task in tasks]
+            assert answers == [Placed(node=0, ttft_s=1.5), Placed(node=0, ttft_s=2.0, tbt_s=0.5)]
+            await asyncio.sleep(0.1)
+            with pytest.raises(RefusedError, match="late") as refused:
+                await bus.request(SUBMIT.at(), request("t", 4), timeout_s=1.0)
+            assert (refused.value.code, refused.value.retry_after_s) == (429, 1.5)
+            assert (await bus.request(STATUS.at(), StatusRequest(), timeout_s=1.0)).num_refused == 1
+
+    run_virtual(case())
+
+
 def test_held_tasks_do_not_hold_up_those_behind_them() -> None:
     class LargeOnesWait(Scripted):
         def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
@@ -161,7 +185,7 @@ def test_held_tasks_do_not_hold_up_those_behind_them() -> None:
                 for i in range(100)
             ]
             await asyncio.sleep(0.1)
-            assert await bus.request(SUBMIT.at(), request("s", 4), timeout_s=0.1) == Placed(node=0)
+            assert (await bus.request(SUBMIT.at(), request("s", 4), timeout_s=0.1)).node == 0
             for task in held:
                 task.cancel()
 

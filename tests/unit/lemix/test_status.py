@@ -1,7 +1,14 @@
 from msgspec import structs
 from rich.console import Console
 
-from lemix.status import judged_table, print_training, status_table, training_faults, weights_table
+from lemix.status import (
+    judged_table,
+    objective_line,
+    print_training,
+    status_table,
+    training_faults,
+    weights_table,
+)
 from shared.bus.base import Incoming
 from shared.bus.memory import MemoryBroker
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus
@@ -43,6 +50,24 @@ def status(*versions: tuple[int, int]) -> ClusterStatus:
         for node, pair in enumerate(versions)
     )
     return ClusterStatus(policy="round_robin", nodes=nodes)
+
+
+def test_a_line_tells_the_objective_and_how_it_was_kept() -> None:
+    busy = ClusterStatus(
+        policy="lemix",
+        nodes=(),
+        slo_s=0.25,
+        tbt_s=0.1,
+        num_in_time=3,
+        num_late=1,
+        num_refused=5,
+        num_in_line=2,
+    )
+    assert objective_line(busy) == (
+        "first tokens are due after 0.25 s (prompt of mean length), the next ones after 0.1 s; "
+        "75.0% of 4 came in time; 5 requests refused, 2 in line"
+    )
+    assert "none has come; 0 requests refused" in objective_line(ClusterStatus(policy="lemix", nodes=()))
 
 
 def test_a_version_whose_logits_are_not_finite_is_marked() -> None:

@@ -1,5 +1,7 @@
 """Nodes come, go silent, restart and leave; tasks are placed, end, and are lost with their node."""
 
+from dataclasses import replace
+
 import pytest
 from msgspec import structs
 
@@ -263,6 +265,15 @@ def test_errors_of_costs_and_of_forecasts_are_measured() -> None:
     assert state.forward_error.mean == pytest.approx(0.5)
     assert state.response_error.count == 1
     assert state.response_error.mean == pytest.approx(0.5)
+
+
+def test_first_tokens_count_as_in_time_or_late() -> None:
+    state = with_nodes(0)
+    for task_id, ttft_s in (("r", 0.2), ("s", 0.3), ("t", None)):
+        state.apply(TaskAssigned(replace(placed(task_id, 10), ttft_s=ttft_s), 0.0))
+    for task_id in ("r", "s", "t"):
+        state.apply(StageProgressed(iterated(task_id, tokens=10, elapsed_s=0.01), 0.25))
+    assert (state.num_in_time, state.num_late) == (1, 1)
 
 
 def test_progress_of_unknown_nodes_and_stages_changes_nothing() -> None:
