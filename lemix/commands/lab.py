@@ -130,8 +130,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="frontier, main, heterogeneity, ablation, sensitivity, synchronous, generation,"
-            " data-parallel, learning, live."
+            help="frontier, overload, unlike, failures, trace, main, heterogeneity, ablation, sensitivity,"
+            " synchronous, generation, data-parallel, learning, live."
         ),
     ],
     quick: Annotated[
@@ -144,6 +144,9 @@ def study(
         int | None, typer.Option(min=1, help="Runs at the same time.", show_default="as many as cores")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make runs again that are there already.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV file of recorded requests, for the study `trace`.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Where tables and figures go.", show_default="docs/studies")
     ] = None,
@@ -160,6 +163,7 @@ def study(
         workers=workers,
         output=output,
         runs_dir=runs_dir,
+        trace=trace,
     )
     run_study(options, Output())
 

@@ -35,6 +35,8 @@ class StudyOptions:
     output: Path | None = None
     """None: docs/studies, or under `runs_dir` for a quick one."""
     runs_dir: Path = Path("runs")
+    trace: Path | None = None
+    """Recorded requests, for the study of them."""
 
     @property
     def folder(self) -> Path:
@@ -47,7 +49,8 @@ class StudyOptions:
 
     @property
     def command(self) -> str:
-        return " ".join(["lemix", "study", self.name, *(["--quick"] if self.quick else [])])
+        trace = ["--trace", self.trace.name] if self.trace else []
+        return " ".join(["lemix", "study", self.name, *trace, *(["--quick"] if self.quick else [])])
 
 
 def run_study(options: StudyOptions, console: Console) -> Path:
@@ -55,7 +58,7 @@ def run_study(options: StudyOptions, console: Console) -> Path:
 
     Raises ConfigurationError for an unknown study or policy, StudyFailedError naming the runs that failed.
     """
-    study = study_named(options.name, quick=options.quick)
+    study = study_named(options.name, quick=options.quick, trace=options.trace)
     log = RunLog(options.log)
     with progress_of(console) as progress:
         bar = progress.add_task(f"study {study.name}", total=None)

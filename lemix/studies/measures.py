@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lemix.studies.verdicts import SLO, THROUGHPUT, TRAINING
+from lemix.studies.verdicts import APPLIED, SLO, THROUGHPUT, TRAINING
+from lemix.studies.while_serving import IN_TIME_PER_S, KEPT, TRAINED_PER_S
 
 Format = Callable[[float], str]
 
@@ -38,3 +39,11 @@ TTFT = Measure("ttft_mean_s", "mean TTFT (s)")
 TBT = Measure("tbt_mean_s", "mean TBT (s)")
 RESPONSE = Measure("response_mean_s", "mean response (s)")
 NODES_USED = Measure("nodes_used", "nodes used")
+IN_TIME_RATE = Measure(IN_TIME_PER_S, "requests in time per second")
+TRAINING_KEPT = Measure(KEPT, "training kept up with (%)", percent, 100)
+TRAINING_WHILE_SERVING = Measure(TRAINED_PER_S, "training tokens/s while requests arrive")
+TRAINING_APPLIED = Measure(APPLIED, "training applied in the end (%)", percent, 100)
+NOT_ANSWERED = Measure("num_failed", "requests without an answer")
+TTFT_P99 = Measure("ttft_p99_s", "TTFT p99 (s)")
+TBT_P99 = Measure("tbt_p99_s", "TBT p99 (s)")
+FORECAST_ERROR = Measure("response_error", "forecast error of responses (%)", percent, 100)

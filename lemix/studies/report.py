@@ -40,11 +40,12 @@ def _draw_timeline(study: Study, cell: Cell, folder: Path) -> str:
 def _as_markdown(
     study: Study, rows: Sequence[Row], report: Report, figures: Iterable[str], command: str
 ) -> str:
+    pictures = "\n\n".join(f"![{name}]({name})" for name in figures)
     sections = [
         *([Section(title="Verdicts", body=verdict_table(report.verdicts))] if report.verdicts else []),
         *report.sections,
         *missed_sections(report.verdicts, report.looked_up or rows),
-        Section(title="Figures", body="\n\n".join(f"![{name}]({name})" for name in figures)),
+        *([Section(title="Figures", body=pictures)] if pictures else []),
         Section(title="Setting", body=_setting(study, rows, command)),
     ]
     parts = [f"# {study.title}", study.about, *(f"## {part.title}\n\n{part.body}" for part in sections)]

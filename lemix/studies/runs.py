@@ -13,7 +13,7 @@ from lemix.studies.bounds import Pipelines, Request
 from lemix.studies.grid import Cell
 from lemix.studies.rows import BOUND, Metrics
 from lemix.studies.verdicts import APPLIED, GOODPUT, IN_TIME, SLO, THROUGHPUT, TRAINING
-from lemix.studies.while_serving import while_serving
+from lemix.studies.while_serving import IN_TIME_PER_S, while_serving
 from shared.schedule import is_synchronous
 from shared.settings import MAX_ITERATION_TOKENS
 
@@ -54,6 +54,7 @@ def bound_metrics(cell: Cell) -> Metrics:
         SLO: slo,
         "slo_attainment_alone": bounds.slo_alone(pipelines, requests),
         GOODPUT: slo * len(requests) / requests[-1].at_s,
+        IN_TIME_PER_S: slo * len(requests) / requests[-1].at_s,
         THROUGHPUT: bounds.tasks_per_node_s(pipelines, requests, batches),
         f"{THROUGHPUT}{IN_TIME}": bounds.tasks_per_node_s_in_time(pipelines, requests, batches),
         TRAINING: bounds.training_tokens_per_s(pipelines, batches, _gate(cell, pipelines)),

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.command import lemix_here
 
 
@@ -47,6 +49,32 @@ def test_a_quick_frontier_says_how_many_nodes_each_policy_needs(tmp_path: Path) 
     assert [count for count, metrics in sorted(tried.items()) if metrics["slo_attainment"] >= 0.95] == [
         needed[2]
     ]
+
+
+@pytest.mark.parametrize("name", ["overload", "unlike", "failures"])
+def test_a_quick_study_of_hard_times_measures_every_policy(name: str, tmp_path: Path) -> None:
+    ended = lemix_here("study", name, "--quick", "--runs-dir", str(tmp_path))
+    assert (ended.status, ended.errors) == (0, "")
+    result = json.loads((tmp_path / "studies" / "quick" / f"{name}.json").read_text())
+    rows = [row for row in result["rows"] if row["labels"]["policy"] != "bound"]
+    assert {"lemix"} < {row["labels"]["policy"] for row in rows}
+    for row in rows:
+        assert 0 < row["metrics"]["in_time_per_s"]
+        assert row["metrics"]["batches_applied_share"] == 1.0
+
+
+def test_recorded_requests_are_studied_from_a_file(tmp_path: Path) -> None:
+    trace = tmp_path / "mine.csv"
+    trace.write_text("timestamp,prompt_tokens,output_tokens\n" + "".join(f"{at},40,4\n" for at in range(9)))
+    ended = lemix_here("study", "trace", "--trace", str(trace), "--quick", "--runs-dir", str(tmp_path))
+    assert (ended.status, ended.errors) == (0, "")
+    text = (tmp_path / "studies" / "quick" / "trace.md").read_text()
+    assert "The first 9 requests of mine.csv" in text
+    assert str(tmp_path) not in text
+    refused = lemix_here("study", "main", "--trace", str(trace), "--quick", "--runs-dir", str(tmp_path))
+    assert "study main draws its requests" in refused.errors
+    missing = lemix_here("study", "trace", "--quick", "--runs-dir", str(tmp_path))
+    assert "study trace needs --trace FILE" in missing.errors
 
 
 def test_an_unknown_study_is_one_clear_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from shared.profiles.profile import profile_named
 NAMES = {
     *("main", "heterogeneity", "ablation", "sensitivity"),
     *("synchronous", "generation", "data-parallel", "learning", "live"),
+    *("overload", "unlike", "failures"),
 }
 SEARCHING = {"frontier"}
 """They choose their runs as they go."""
