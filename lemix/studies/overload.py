@@ -26,7 +26,7 @@ TRAINING_TOKENS_PER_S = 1_720
 FACTORS = (1, 1.5, 2, 5)
 SECONDS = 5.0
 """So long requests arrive: 37 objectives."""
-QUICK_SECONDS = 0.3
+QUICK_SECONDS = 0.2
 POLICIES = (LEMIX, "least_loaded", "round_robin", "separate:split=0.25", "separate:split=0.5", BOUND)
 QUICK_POLICIES = (LEMIX, "round_robin", BOUND)
 MEASURES = (IN_TIME_RATE, SLO_ATTAINMENT, NOT_ANSWERED, TRAINING_WHILE_SERVING, TRAINING_KEPT)

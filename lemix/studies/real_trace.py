@@ -56,12 +56,11 @@ def real_trace(trace: Path, *, quick: bool) -> Study:
 
 
 def _about(trace: Path, num_requests: int) -> str:
-    return (
-        f"The first {num_requests} requests of {trace.name}, stretched in time to each rate, on four nodes of"
-        f" llama2-13b with 5 % noise beside {TRAINING_TOKENS_PER_S} training tokens per second. What is"
-        " longer than the model reads is cut. The objective for the first token grows with the prompt; that between"
-        " tokens is two rounds of one token alone. No default was ever chosen on recorded requests."
-    )
+    return f"""\
+The first {num_requests} requests of {trace.name}, stretched in time to each rate, on four nodes of llama2-13b
+with 5 % noise beside {TRAINING_TOKENS_PER_S} training tokens per second. What is longer than the model reads
+is cut. The objective for the first token grows with the prompt; that between tokens is two rounds of one
+token alone. No default was ever chosen on recorded requests."""
 
 
 def report(rows: Sequence[Row]) -> Report:
