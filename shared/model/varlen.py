@@ -68,5 +68,5 @@ def installed_varlen(load: Callable[[str], Any] = import_module) -> Varlen | Non
         pass  # torch is older
     try:
         return Varlen(load("flash_attn").flash_attn_varlen_func, is_torch=False)
-    except ImportError:
+    except (ImportError, AttributeError):  # FlashAttention 4 alone leaves a package of that name without it
         return None

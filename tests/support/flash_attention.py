@@ -1,7 +1,8 @@
 """FlashAttention's functions as they are documented, computed plainly: for machines that have no such kernel.
 
-The signatures are those of Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py (2) and
-hopper/flash_attn_interface.py (3), and of `varlen_attn` in torch 2.13.
+The signatures are those of Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py (2),
+hopper/flash_attn_interface.py (3) and flash_attn/cute/interface.py (4, commit 0251105), and of `varlen_attn`
+in torch 2.13.
 """
 
 from itertools import pairwise
@@ -116,6 +117,47 @@ def flash_3_with_kvcache(
     )
 
 
+def flash_4_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: None = None,
+    cu_seqlens_q: None = None,
+    cu_seqlens_k: None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    min_seqlen_k: int | None = None,
+    seqused_q: None = None,
+    seqused_k: Tensor | None = None,
+    gather_kv_indices: None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    learnable_sink: None = None,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    score_mod: None = None,
+    score_mod_bwd: None = None,
+    mask_mod: None = None,
+    block_sparse_tensors: None = None,
+    aux_tensors: None = None,
+    aux_scalars: None = None,
+    return_lse: bool = False,
+    scheduler_metadata: None = None,
+    seqlen_k_per_split: int | None = None,
+    disable_scheduler_metadata: bool = False,
+) -> tuple[Tensor, None]:
+    assert seqused_k is not None
+    assert page_table is not None
+    assert softmax_scale is not None
+    before, behind = window_size
+    window = (-1 if before is None else before, -1 if behind is None else behind)
+    return _paged(q, k, v, seqused_k, page_table, softmax_scale, causal=causal, window=window), None
+
+
 def _segments(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float, *, causal: bool, window: Window
 ) -> Tensor:
@@ -175,4 +217,5 @@ FLASH_2 = SimpleNamespace(
     flash_attn_with_kvcache=flash_2_with_kvcache, flash_attn_varlen_func=flash_2_varlen_func
 )
 FLASH_3 = SimpleNamespace(flash_attn_with_kvcache=flash_3_with_kvcache)
+FLASH_4 = SimpleNamespace(flash_attn_varlen_func=flash_4_varlen_func)
 TORCH = SimpleNamespace(varlen_attn=torch_varlen_attn)

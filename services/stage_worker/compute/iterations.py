@@ -43,7 +43,9 @@ class IterationRunner:
         self._cache = cache
         self._weights = weights
         self._dtype = dtype
-        self._kernel = kernel_for(cache)
+        config = stage.config
+        window = getattr(config, "sliding_window", None)
+        self._kernel = kernel_for(cache, config.num_attention_heads, window)
         self._decoder = decoder_for(cache, stage.layers.num_stages, self._kernel)
         self._step: DecodeStep | None = None
 

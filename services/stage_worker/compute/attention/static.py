@@ -27,7 +27,7 @@ class StaticAttention:
     ) -> None:
         self._cache = cache
         self._kernel = kernel
-        self._table = block_RC, length_R.int()
+        self._table = block_RC.contiguous(), length_R.int()
         self._slot_R = slot_R
         self._length_R111 = length_R.view(-1, 1, 1, 1)
         self._blocks = block_RC.flatten()

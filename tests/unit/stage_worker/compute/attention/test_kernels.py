@@ -14,8 +14,16 @@ from services.stage_worker.compute.attention.iteration import PagedAttention
 from services.stage_worker.compute.attention.kernels import installed_kernels, is_right, kernel_for
 from services.stage_worker.compute.attention.static import StaticAttention
 from services.stage_worker.compute.kv_cache import PagedKVCache
-from tests.support.flash_attention import FLASH_2, FLASH_3
+from tests.support.flash_attention import FLASH_2, FLASH_3, FLASH_4
+from tests.support.flashinfer import FLASHINFER
 
+AMPERE, HOPPER, BLACKWELL = 8, 9, 10
+FAKES = {
+    "flash_attn_interface": FLASH_3,
+    "flash_attn": FLASH_2,
+    "flash_attn.cute": FLASH_4,
+    "flashinfer.decode": FLASHINFER,
+}
 NUM_BLOCKS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 4, 2, 8
 
 
@@ -37,15 +45,17 @@ def filled_cache(block_size: int) -> PagedKVCache:
 
 
 @pytest.mark.parametrize("sliding_window", [None, 3])
-@pytest.mark.parametrize(("module", "block_size"), [("flash_attn_interface", 4), ("flash_attn", 256)])
+@pytest.mark.parametrize(
+    ("module", "block_size"),
+    [("flash_attn_interface", 4), ("flash_attn", 256), ("flash_attn.cute", 4), ("flashinfer.decode", 16)],
+)
 def test_rows_over_blocks_in_place_give_the_numbers_of_rows_over_copies(
     module: str, block_size: int, sliding_window: int | None
 ) -> None:
     torch.manual_seed(4)
     cache = filled_cache(block_size)
-    fake = {"flash_attn_interface": FLASH_3, "flash_attn": FLASH_2}[module]
-    (kernel,) = installed_kernels(block_size, installed(**{module: fake}))
-    assert is_right(kernel, cache)
+    (kernel,) = installed_kernels(block_size, HOPPER, installed(**{module: FAKES[module]}))
+    assert is_right(kernel, cache, NUM_HEADS, sliding_window)
     chunks = [Chunk(block_size + 1, 1, [3, 0]), Chunk(0, 1, [5]), Chunk(block_size - 1, 1, [2, 1])]
     query_TND = torch.randn(3, NUM_HEADS, HEAD_DIM)
     key_value_TXD = torch.randn(3, 2 * NUM_KV_HEADS, HEAD_DIM)
@@ -65,12 +75,20 @@ def test_rows_over_blocks_in_place_give_the_numbers_of_rows_over_copies(
     torch.testing.assert_close(in_a_step, expected)
 
 
-def test_the_best_kernel_that_takes_the_blocks_comes_first() -> None:
-    both = installed(flash_attn_interface=FLASH_3, flash_attn=FLASH_2)
-    assert [one.table_name for one in installed_kernels(256, both)] == ["page_table", "block_table"]
-    assert [one.table_name for one in installed_kernels(16, both)] == ["page_table"]
-    assert list(installed_kernels(16, installed(flash_attn=FLASH_2))) == []
-    assert list(installed_kernels(256, installed())) == []
+def test_the_best_kernel_that_takes_the_blocks_on_the_device_comes_first() -> None:
+    everything = installed(**FAKES)
+
+    def found(block_size: int, generation: int) -> list[str]:
+        kernels = installed_kernels(block_size, generation, everything)
+        return [getattr(one, "table_name", type(one).__name__) for one in kernels]
+
+    assert found(16, HOPPER) == ["page_table", "FlashInferKernel", "Flash4Kernel"]
+    assert found(256, HOPPER) == ["page_table", "Flash4Kernel", "block_table"]
+    assert found(16, BLACKWELL) == ["FlashInferKernel", "Flash4Kernel"]
+    assert found(16, AMPERE) == []
+    assert found(256, AMPERE) == ["block_table"]
+    assert list(installed_kernels(256, HOPPER, installed())) == []
+    assert list(installed_kernels(16, HOPPER, installed(**{"flashinfer.decode": SimpleNamespace()}))) == []
 
 
 def test_a_kernel_that_gives_other_numbers_or_fails_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -79,16 +97,16 @@ def test_a_kernel_that_gives_other_numbers_or_fails_is_not_used(caplog: pytest.L
         return right + 0.1
 
     def failing(*args: Any, **options: Any) -> Tensor:
-        raise RuntimeError("this device is too old")
+        raise FileNotFoundError("there is no compiler")
 
     cache = filled_cache(4)
     for function in (wrong, failing):
         module = SimpleNamespace(flash_attn_with_kvcache=function)
-        (kernel,) = installed_kernels(4, installed(flash_attn_interface=module))
-        assert not is_right(kernel, cache)
+        (kernel,) = installed_kernels(4, HOPPER, installed(flash_attn_interface=module))
+        assert not is_right(kernel, cache, NUM_HEADS)
     assert "other numbers" in caplog.text
-    assert "this device is too old" in caplog.text
+    assert "there is no compiler" in caplog.text
 
 
 def test_a_cpu_has_no_kernel() -> None:
-    assert kernel_for(filled_cache(4)) is None
+    assert kernel_for(filled_cache(4), NUM_HEADS, None) is None
