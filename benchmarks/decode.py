@@ -53,9 +53,8 @@ async def stream_over_http(client: ApiClient, prompts: list[list[int]]) -> dict[
 class BusStreams:
     """Streams as a gateway sees them: tokens on the bus, from the node itself."""
 
-    def __init__(self, bus: NatsBus, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, bus: NatsBus) -> None:
         self._bus = bus
-        self._max_tokens = max_tokens
         self._num_tokens: dict[str, int] = {}
         self._all_begun, self._all_done = asyncio.Event(), asyncio.Event()
         self._ids = itertools.count()
@@ -77,7 +76,7 @@ class BusStreams:
         return rates(len(prompts), start_s, first_s, time.monotonic())
 
     async def _submit(self, task_id: str, prompt: list[int]) -> None:
-        sampling = Sampling(max_tokens=self._max_tokens, temperature=0.0)
+        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
         task = InferenceTask(
             task_id=task_id,
             gateway="bench",
@@ -92,7 +91,7 @@ class BusStreams:
             self._num_tokens[result.task_id] += result.token is not None
         if min(self._num_tokens.values()) >= 1:
             self._all_begun.set()
-        if min(self._num_tokens.values()) == self._max_tokens:
+        if min(self._num_tokens.values()) == MAX_TOKENS:
             self._all_done.set()
 
 

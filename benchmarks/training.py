@@ -23,6 +23,13 @@ BATCHES_PER_ROUND = {"cpu": {"small": 10, "big": 2}, "cuda": {"big": 30, "huge":
 NUM_ROUNDS = {"cpu": {"small": 5, "big": 2}, "cuda": {"big": 3, "huge": 3, "large": 3}}
 NUM_STAGES = {"cpu": 2, "cuda": 1}
 NUM_MICROBATCHES = {"cpu": 4, "cuda": 1}
+TRAINING_SETTINGS = {
+    "LEMIX_LEARNING_RATE": str(LEARNING_RATE),
+    "LEMIX_CHECKPOINT_EVERY": "1000",
+    "LEMIX_CHECKPOINT_IDLE_S": "1000",
+    "LEMIX_GUARD_SAMPLES": "0",
+}
+"""Nothing but steps."""
 
 
 async def train_round(
@@ -45,12 +52,9 @@ async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     vocab_size, kind = SHAPES[name]["vocab_size"], device.partition(":")[0]
     count = BATCHES_PER_ROUND[kind][name]
     settings = {
+        **TRAINING_SETTINGS,
         "LEMIX_DTYPE": DTYPES[name],
         "LEMIX_MICROBATCHES": str(NUM_MICROBATCHES[kind]),
-        "LEMIX_LEARNING_RATE": str(LEARNING_RATE),
-        "LEMIX_CHECKPOINT_EVERY": "1000",
-        "LEMIX_CHECKPOINT_IDLE_S": "1000",
-        "LEMIX_GUARD_SAMPLES": "0",
     }
     options = ClusterOptions(
         name=f"training-{name}",

@@ -10,10 +10,10 @@ EXAMPLE_LENGTH = 256
 LEARNING_RATE = 1e-4
 
 
-def prompt_tokens(vocab_size: int, round_number: int = 1) -> list[list[int]]:
-    """Eight prompts of 128 random tokens, others in each round: nodes compute none of them twice."""
+def prompt_tokens(vocab_size: int, round_number: int = 1, length: int = PROMPT_LENGTH) -> list[list[int]]:
+    """Eight prompts of random tokens, others in each round: nodes compute none of them twice."""
     rng = random.Random(round_number)
-    return [[rng.randrange(vocab_size) for _ in range(PROMPT_LENGTH)] for _ in range(BATCH_SIZE)]
+    return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(BATCH_SIZE)]
 
 
 def example_tokens(vocab_size: int, number: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ A transfer is a tensor handed over, taken, and answered by one message, until th
 import multiprocessing
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def measure(pipe: Connection, folder: Path, device: torch.device) -> dict[str, A
     return {"transfer_ms": results}
 
 
-async def main(work: Path, device: str) -> dict[str, Any]:
+async def main(work: Path, device: str) -> AsyncIterator[dict[str, Any]]:
     spawning = multiprocessing.get_context("spawn")
     pipe, far_end = spawning.Pipe()
     process = spawning.Process(target=consume, args=(far_end, device), daemon=True)
@@ -84,6 +85,6 @@ async def main(work: Path, device: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=default_base()) as folder:
             result = measure(pipe, Path(folder), torch.device(device))
         process.join(DEADLINE_S)
-        return result
+        yield result
     finally:
         process.kill()

@@ -1,6 +1,6 @@
 """The HTTP routes, in OpenAI's words."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -37,11 +37,19 @@ _ERRORS: dict[int | str, dict[str, object]] = {
 }
 
 
+def _version() -> str:
+    """The installed package's; its sources may also run as they are."""
+    try:
+        return version("lemix")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def build_app(context: GatewayContext, fine_tuning: FineTuning, feedback: Feedback) -> FastAPI:
     """The application that serves `context.card` through `context.cluster`, and has it trained."""
     app = DocumentedApp(
         title="LeMix",
-        version=version("lemix"),
+        version=_version(),
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import LIMIT_S, PASSED, Step, run, steps
+from benchmarks.gpu.__main__ import LIMIT_S, PASSED, Step, limit_s, run, steps
 from benchmarks.gpu.collect_wheels import needed
 
 
@@ -26,6 +26,14 @@ def test_a_step_ends_in_time_and_leaves_its_output(
 
 def test_all_steps_together_fit_the_limit() -> None:
     assert sum(step.limit_s for step in steps(Path("runs"), "cuda:0")) <= LIMIT_S
+
+
+def test_a_step_may_use_the_time_that_others_have_left_but_not_that_of_later_ones() -> None:
+    wanted = [Step("one", 100.0, ()), Step("other", 40.0, ()), Step("last", 20.0, ())]
+    assert limit_s(wanted, 160.0) == 100.0
+    assert limit_s(wanted[1:], 130.0) == 110.0
+    assert limit_s(wanted[2:], 15.0) == 15.0
+    assert limit_s(wanted[1:], 0.0) == 1.0
 
 
 def test_wheels_are_those_of_what_runs_and_never_torch() -> None:
