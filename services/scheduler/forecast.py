@@ -77,16 +77,18 @@ class Alone:
         return Forecast(_shifted(self.forward, now_s), _shifted(self.backward, now_s), self.idle_s)
 
 
-def inference_alone(costs: Costs, num_prompt_tokens: int, devices: Sequence[int] = ()) -> Alone:
+def inference_alone(
+    costs: Costs, num_prompt_tokens: int, devices: Sequence[int] = (), cached_tokens: int = 0
+) -> Alone:
     """Forecast a request alone: as few iterations as hold its prompt. The scheduler's message takes a hop.
 
-    `devices`: as in `KnownWork`.
+    `devices`: as in `KnownWork`. `cached_tokens`: at the beginning of the prompt, which are not computed.
     """
     num_stages = _num_stages(costs)
     most = costs.max_iteration_tokens
     pieces = [
         work_of_rows(start, min(most, num_prompt_tokens - start))
-        for start in range(0, num_prompt_tokens, most)
+        for start in range(cached_tokens, num_prompt_tokens, most)
     ]
     known = KnownWork(
         num_stages=num_stages,
@@ -99,7 +101,8 @@ def inference_alone(costs: Costs, num_prompt_tokens: int, devices: Sequence[int]
     )
     course = predict(known, 0.0)
     forward = tuple(map(_span, course.starts_s, course.ends_s))
-    return Alone(costs, work_of_rows(0, num_prompt_tokens), forward, (), _idle_of(forward))
+    work = work_of_rows(cached_tokens, num_prompt_tokens - cached_tokens)
+    return Alone(costs, work, forward, (), _idle_of(forward))
 
 
 def training_alone(costs: Costs, microbatches: Sequence[Work], devices: Sequence[int] = ()) -> Alone:

@@ -2,6 +2,7 @@
 
 import heapq
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -9,6 +10,7 @@ from services.scheduler.costs import Costs
 from services.scheduler.forecast import Forecast
 from services.scheduler.node.node_model import NodeModel
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
+from services.scheduler.prefix_memory import PrefixMemory
 from services.scheduler.statistics import RATE_WINDOW_S, ArrivalRate, LateMargin, MeanError, RunningMoments
 from services.scheduler.tasks import NO_SHAPE, Assigned, TaskShape
 from services.scheduler.waiting_line import WaitingLine
@@ -42,6 +44,8 @@ class PlacedTask:
     overdue_s: float | None = None
     """When (clock of the events) it leaves the state unasked; None: never."""
     shape: TaskShape = NO_SHAPE
+    beginnings: tuple[int, ...] = ()
+    """The blocks of its prompt (see `prefix_memory`)."""
     arrived_s: float = 0.0
     """When it first asked for a node."""
     forecast: Forecast | None = None
@@ -156,6 +160,16 @@ class _Node:
     stages: dict[int, Heartbeat] = field(default_factory=dict)
     """The newest heartbeat of each living stage."""
     tasks: dict[str, PlacedTask] = field(default_factory=dict)
+    prefixes: PrefixMemory = field(default_factory=PrefixMemory)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of its KV cache."""
+        return self.stages[0].kv_block_size if 0 in self.stages else 1
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_capacity // self.block_size
 
     @property
     def is_ready(self) -> bool:
@@ -314,6 +328,23 @@ class ClusterState:
         state = self._nodes[node]
         return state.kv_capacity - state.kv_tokens
 
+    def block_size(self, node: int) -> int:
+        """Tokens of a block of the node's KV cache."""
+        return self._nodes[node].block_size
+
+    def holder(self, beginnings: Sequence[int], nodes: Sequence[int]) -> int | None:
+        """The node whose KV cache holds most of a prompt; None: none holds anything of it."""
+        if not beginnings:
+            return None
+        held = {node: self._nodes[node].prefixes.num_blocks(beginnings) for node in nodes}
+        best = max(nodes, key=held.__getitem__)
+        return best if held[best] else None
+
+    def cached_tokens(self, node: int, beginnings: Sequence[int]) -> int:
+        """Tokens at the beginning of a prompt that the node need not compute."""
+        state = self._nodes[node]
+        return state.prefixes.num_blocks(beginnings) * state.block_size
+
     def status(self) -> tuple[NodeStatus, ...]:
         """The status of all known nodes, ascending."""
         return tuple(self._status(node) for node in sorted(self._nodes))
@@ -338,6 +369,7 @@ class ClusterState:
         node.stages[heartbeat.stage] = heartbeat
         node.node_model.put_on_device(heartbeat.stage, heartbeat.first_on_device)
         if heartbeat.stage == 0:
+            node.prefixes.serves(heartbeat.serving_version)
             node.kv_capacity = heartbeat.kv_blocks_total * heartbeat.kv_block_size
             self.costs.max_iteration_tokens = heartbeat.max_iteration_tokens
         if self.costs.num_stages is None:
@@ -385,6 +417,7 @@ class ClusterState:
         for task in tasks:
             self._leave(task.task_id)
         self._nodes[node].node_model.clear()
+        self._nodes[node].prefixes.serves(None)
         self._nodes[node].kv_tokens = 0  # whatever block size stage 0 had
         return [LostTask(task, reason) for task in tasks if task.kind == "inference"]
 
@@ -408,6 +441,7 @@ class ClusterState:
         node = self._nodes[task.node]
         node.tasks[task.task_id] = task
         node.kv_tokens += _kv_tokens(task, node)
+        node.prefixes.add(task.beginnings, node.num_blocks)
         node.node_model.assign(
             task.task_id,
             task.kind,
@@ -489,5 +523,4 @@ def _kv_tokens(task: PlacedTask, node: _Node) -> int:
     if task.kind == "training" or 0 not in node.stages:
         return 0
     tokens = task.shape.prompt_tokens + max(task.shape.max_tokens - 1, 0)
-    block_size = node.stages[0].kv_block_size
-    return -(-tokens // block_size) * block_size
+    return -(-tokens // node.block_size) * node.block_size

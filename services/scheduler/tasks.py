@@ -16,6 +16,8 @@ class TaskShape:
 
     prompt_tokens: int = 0
     max_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that its node need not compute."""
     microbatches: tuple[Work, ...] = ()
     """The microbatches of a training task."""
 

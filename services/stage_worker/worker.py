@@ -250,6 +250,7 @@ class StageWorker:
 
     async def _publish_heartbeat(self) -> None:
         settings, scheduler, training = self._settings, self._serving.scheduler, self._training
+        published = scheduler.versions.published
         self._told_whole = settings.stage == 0 and self._is_node_whole()
         beat = Heartbeat(
             node=settings.node,
@@ -274,6 +275,7 @@ class StageWorker:
             kv_blocks_total=scheduler.blocks.num_blocks,
             kv_block_size=settings.kv_block_size,
             max_iteration_tokens=settings.iteration_tokens,
+            serving_version=training.held.version if published is None else published,
         )
         await self._bus.publish(subjects.HEARTBEAT.at(), beat)
         await self._bus.publish(subjects.NEIGHBOUR.at(node=settings.node), beat)

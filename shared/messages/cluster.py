@@ -48,6 +48,8 @@ class Heartbeat(Message):
     """Tokens of a block."""
     max_iteration_tokens: PositiveInt = MAX_ITERATION_TOKENS
     """Rows that an iteration has at most (stage 0)."""
+    serving_version: int | None = None
+    """The weights version with which requests run (stage 0)."""
 
 
 class StageStopped(Message):

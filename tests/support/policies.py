@@ -1,6 +1,6 @@
 """A cluster of idle nodes with stages of known cost, for tests of policies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msgspec import structs
 
@@ -118,7 +118,8 @@ def assign(state: ClusterState, task: Task, place: Place, now_s: float) -> None:
         task_id=task.task_id,
         kind=kind_of(task),
         node=place.node,
-        shape=shape_of(task),
+        shape=replace(shape_of(task), cached_tokens=place.cached_tokens),
+        beginnings=place.beginnings,
         arrived_s=now_s,
         forecast=place.forecast,
     )

@@ -75,7 +75,7 @@ class IterationQueue:
         `waits`: there is no slot for it at `ready_s`, so that its iteration takes decodes, too.
         """
         self._num_requests += 1
-        start = 0
+        start = task.shape.cached_tokens
         while start < task.shape.prompt_tokens:
             formed = self._with_room(ready_s, joins=joins, waits=waits)
             joins = waits  # a long prompt's pieces wait for each other

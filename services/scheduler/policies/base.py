@@ -28,6 +28,10 @@ class Place:
     node: int
     forecast: Forecast | None = None
     """The forecast of the task on that node; None when the policy makes none."""
+    cached_tokens: int = 0
+    """Tokens at the beginning of a prompt that the node's KV cache holds."""
+    beginnings: tuple[int, ...] = ()
+    """The blocks of the prompt (see `prefix_memory`)."""
     due_s: float | None = None
     """When a request's first token must be through the last stage; None: it is late already."""
     offload: bool = False

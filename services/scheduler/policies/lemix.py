@@ -4,7 +4,8 @@ In this order: does memory allow the task anywhere now; which node suits it best
 sake of requests. docs/policy.md explains each part and its options.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import (
@@ -36,6 +37,7 @@ from services.scheduler.policies.deferral import (
 from services.scheduler.policies.lemix_options import LemixOptions
 from services.scheduler.policies.lemix_score import Prospect, Question, ranked
 from services.scheduler.policies.memory import TrainingRoom, activation_tokens, kv_tokens_of
+from services.scheduler.prefix_memory import beginnings_of
 from services.scheduler.state import ClusterState
 from services.scheduler.tasks import TaskShape, shape_of
 from shared.messages.inference import InferenceTask
@@ -80,16 +82,25 @@ class Lemix:
                 return self._without_memory(state, nodes, task, waited_s, now_s)
             nodes = with_room
         length = len(task.prompt)
-        found = self._shortlist(state, nodes, now_s)
-        alones = {devices: inference_alone(state.costs, length, devices) for devices in _layouts(found)}
-        prospects = [_prospect_of_request(each, alones[each.node_model.devices], now_s) for each in found]
+        beginnings = beginnings_of(task.prompt, state.block_size(nodes[0]))
+        found = self._shortlist(state, nodes, now_s, state.holder(beginnings, nodes))
+        cached = {each.node: state.cached_tokens(each.node, beginnings) for each in found}
+        alones = {
+            key: inference_alone(state.costs, length, *key)
+            for key in {(each.node_model.devices, cached[each.node]) for each in found}
+        }
+        prospects = [
+            _prospect_of_request(each, alones[each.node_model.devices, cached[each.node]], now_s)
+            for each in found
+        ]
         alone = min(alones.values(), key=lambda each: each.forward[-1].end_s)
         alone_s = alone.forward[-1].end_s
         hops_s = ANSWER_HOPS * state.costs.hop_s
         due = due_of(state, task, alone_s=alone_s, waited_s=waited_s, hops_s=hops_s)
         prompt = in_time(state, prospects, due, now_s)
         if not prompt:
-            return decide_late(state, prospects, due, now_s)
+            late = decide_late(state, prospects, due, now_s)
+            return _with_cached(late, cached, beginnings) if isinstance(late, Place) else late
         spare_s = max(0.0, due.left_s - alone_s)
         question = Question(
             length=length,
@@ -100,7 +111,8 @@ class Lemix:
             now_s=now_s,
         )
         best = ranked(prompt, question, self._options)[0]
-        return Place(best.node, best.forecast, due_s=now_s + due.left_s)
+        place = Place(best.node, best.forecast, due_s=now_s + due.left_s)
+        return _with_cached(place, cached, beginnings)
 
     def _without_memory(
         self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float
@@ -174,13 +186,20 @@ class Lemix:
         is_patient = waited < self._options.offload_after
         return self._room is not None and is_patient and alone <= self._room.tokens
 
-    def _shortlist(self, state: ClusterState, nodes: Sequence[int], now_s: float) -> list[Candidate]:
-        return shortlist(state, nodes, now_s=now_s, linger_s=self._options.linger * state.slo_s)
+    def _shortlist(
+        self, state: ClusterState, nodes: Sequence[int], now_s: float, holder: int | None = None
+    ) -> list[Candidate]:
+        linger_s = self._options.linger * state.slo_s
+        return shortlist(state, nodes, now_s=now_s, linger_s=linger_s, holder=holder)
 
 
 def _layouts(found: Sequence[Candidate]) -> set[tuple[int, ...]]:
     """The ways in which stages share devices."""
     return {candidate.node_model.devices for candidate in found}
+
+
+def _with_cached(place: Place, cached: Mapping[int, int], beginnings: tuple[int, ...]) -> Place:
+    return replace(place, cached_tokens=cached[place.node], beginnings=beginnings)
 
 
 def _prospect_of_request(candidate: Candidate, alone: Alone, now_s: float) -> Prospect:
