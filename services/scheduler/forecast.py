@@ -158,16 +158,14 @@ def forecast_inference(prediction: Prediction, alone: Alone, now_s: float) -> Fo
 def _forecast_without_slot(prediction: Prediction, alone: Alone, now_s: float) -> Forecast:
     """Forecast without a free slot: the next iteration takes all that wait, and its share of decodes."""
     hop_s, known = alone.costs.hop_s, prediction.known
-    joined = known.formed[-1] if prediction.last_entry_s > now_s + hop_s else None
-    most = alone.costs.max_iteration_tokens
-    if joined is not None and joined.work.num_tokens + alone.work.num_tokens > most:
-        joined = None
-    durations_s = alone.durations_with(known.joins if joined is None else joined.work)
+    room = alone.costs.max_iteration_tokens - alone.work.num_tokens
+    joined = prediction.joinable(now_s + hop_s, room)
+    durations_s = alone.durations_with(known.joins if joined is None else joined.iteration.work)
     start_s = at_s = max(now_s + hop_s, prediction.slot_s if joined is None else now_s)
     forward, idle_s = [], 0.0
     for stage, duration_s in enumerate(durations_s):
         if joined is not None:
-            start_s = max(at_s, prediction.last_starts_s[stage])
+            start_s = max(at_s, joined.starts_s[stage])
         else:
             start_s = prediction.turn_of_iteration(stage, at_s, start_s)
         at_s = start_s + duration_s + known.hop_between_s(stage, min(stage + 1, len(durations_s) - 1))

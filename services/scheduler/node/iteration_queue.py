@@ -4,6 +4,7 @@ Stage 0 forms an iteration as soon as it has rows for it and fewer than one per 
 reports only the iterations that it runs; its queue is followed here by its own rules.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -22,6 +23,11 @@ class _Part(NamedTuple):
     task: Assigned
     start: int
     num_tokens: int
+
+    def split(self, num_tokens: int) -> tuple["_Part", "_Part | None"]:
+        """The first so many rows, and the others."""
+        rest = _Part(self.task, self.start + num_tokens, self.num_tokens - num_tokens)
+        return (self._replace(num_tokens=num_tokens), rest) if rest.num_tokens > 0 else (self, None)
 
     @property
     def is_last(self) -> bool:
@@ -202,6 +208,25 @@ class IterationQueue:
             (task, start, num_rows), *others = formed.parts
             rest = _Part(task, start + num_tokens, num_rows - num_tokens)
             self._keep(formed, [rest, *others] if rest.num_tokens > 0 else others)
+            self._fill_up()
+
+    def _fill_up(self) -> None:
+        """Let the rows that wait for a slot move forward to where there is room now, in their order."""
+        num_free = max(0, self._num_stages - len(self._in_flight) - 1)  # one has just begun
+        waiting = [formed for formed in self._formed[num_free:] if formed.parts]
+        parts = deque(part for formed in waiting for part in formed.parts)
+        for formed in waiting:
+            formed.parts, room = [], self._costs.max_iteration_tokens - formed.carried.num_tokens
+            while parts and room > 0:
+                part = parts.popleft()
+                while parts and parts[0].task is part.task:
+                    part = part._replace(num_tokens=part.num_tokens + parts.popleft().num_tokens)
+                taken, rest = part.split(room)
+                formed.parts.append(taken)
+                room -= taken.num_tokens
+                if rest is not None:
+                    parts.appendleft(rest)
+            self._keep(formed, formed.parts)
 
     def _keep(self, formed: _Formed, parts: list[_Part]) -> None:
         formed.parts = parts

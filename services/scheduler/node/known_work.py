@@ -122,6 +122,12 @@ class KnownWork:
     decode_until_s: float = 0.0
     joins: Work = NO_WORK
     """Rows that a newcomer's iteration also carries when it has to wait for a slot: its share of decodes."""
+    joins_s: Sequence[float] = ()
+    """By stage: what an iteration of these alone takes."""
+    num_decoding: int = 0
+    """Decoding sequences, in an iteration or not."""
+    num_decode_iterations: int = 0
+    """Iterations of decodes alone that are foreseen."""
 
     def hop_between_s(self, stage: int, other: int) -> float:
         """Seconds for a message: hardly any where one process holds both, as it does those of one device."""

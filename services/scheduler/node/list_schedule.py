@@ -6,8 +6,9 @@ inference goes first, then backwards, then training forwards, which take turns w
 it has done a batch's last backward; steps go before backwards. At most one iteration per stage is in flight,
 and as many microbatches as the schedule lets in.
 
-Decoding sequences are no ops here, but for their iterations that are in flight already: they would be
-hundreds. They come in between: after each training op, a device gives `decode_gap_s` to them.
+Iterations of decodes alone enter wherever no prompt waits for the slot; but only the next few, because there
+would be hundreds. After these decoding sequences are no ops here, and come in between: after each training
+op, a device gives `decode_gap_s` to them.
 """
 
 from heapq import heappop, heappush
@@ -23,7 +24,7 @@ from services.scheduler.node.known_work import (
     KnownWork,
     Op,
 )
-from services.scheduler.node.prediction import Prediction
+from services.scheduler.node.prediction import Entry, Prediction
 
 _END, _WAKE = 8, 9
 """At one instant arrivals come first, then ends: whoever is there may be chosen."""
@@ -65,9 +66,17 @@ class _ListSchedule:
         self._waiting: list[Iteration] = []
         """Without a slot, in order."""
         self._next_waiting = 0
-        self._last_waiting: Iteration | None = None
+        self._num_untaken = 0
+        """Iterations in flight whose slots others have taken already: nobody has told yet that they left."""
+        self._num_due = known.num_decoding
+        """Decoding sequences that are in no iteration; below 0 where several are known to have the same."""
+        self._num_decode_iterations = known.num_decode_iterations
+        """Iterations of decodes alone that may still enter."""
+        self._decode_entries: list[Entry] = []
         self._last_entry_s = now_s
         self._last_starts_s: list[float] = []
+        self._starts_s_of: dict[int, list[float]] = {}
+        """By iteration, of those that a newcomer may join."""
         self._slot_s = self._feed_s = float("inf")
         self._unfed: list[tuple[int, Batch, int]] = []
         """(place of the batch, batch, microbatch) that stage 0 holds back, in order."""
@@ -120,6 +129,7 @@ class _ListSchedule:
             first_tokens_s=self._first_tokens_s,
             last_entry_s=self._last_entry_s,
             last_starts_s=self._last_starts_s,
+            decode_entries=self._decode_entries,
             known=self._known,
         )
 
@@ -138,10 +148,14 @@ class _ListSchedule:
             if id(iteration) not in running:
                 self._iterate(iteration, iteration.stage, iteration.ready_s)
         num_free = max(0, known.num_stages - len(known.in_flight))
+        entered = [*known.in_flight, *known.formed[:num_free]]
+        self._num_due -= sum(iteration.num_decodes for iteration in entered)
+        self._num_untaken = max(0, len(known.in_flight) - known.num_stages)
         for iteration in known.formed[:num_free]:
             self._iterate(iteration, 0, iteration.ready_s)
         self._waiting = known.formed[num_free:]
-        self._last_waiting = self._waiting[-1] if self._waiting else None
+        if self._waiting:
+            self._starts_s_of[id(self._waiting[-1])] = self._last_starts_s
         if len(known.formed) < num_free:
             self._slot_s = from_s[0]
 
@@ -202,8 +216,8 @@ class _ListSchedule:
         self._ops[stage].append(op)
         self._starts_s[stage].append(start_s)
         self._ends_s[stage].append(end_s)
-        if op.flow is self._last_waiting is not None:
-            self._last_starts_s.append(start_s)
+        if (starts_s := self._starts_s_of.get(id(op.flow))) is not None:
+            starts_s.append(start_s)
         device = self._device_of[stage]
         self._num_running[device] += 1
         if op.kind in (FORWARD, BACKWARD):
@@ -223,7 +237,7 @@ class _ListSchedule:
         if flow is None:
             return
         gaps_s, device = self._known.decode_gap_s, self._device_of[stage]
-        if gaps_s and at_s < self._known.decode_until_s:
+        if gaps_s and at_s < self._known.decode_until_s and not self._num_decode_iterations:
             self._training_from_s[device] = at_s + gaps_s[device]
         if op.kind == STEP:
             self._stepped(flow, stage, at_s)
@@ -236,14 +250,34 @@ class _ListSchedule:
     def _free_slot(self, done: Iteration, at_s: float) -> None:
         for task_id in done.completes:
             self._first_tokens_s[task_id] = at_s
+        self._num_due += done.num_decodes
+        if self._num_untaken:
+            self._num_untaken -= 1
+            return
         free_s = self._heard_s(self._last, at_s)
-        if self._next_waiting < len(self._waiting):
-            waiting = self._waiting[self._next_waiting]
+        waiting = self._waiting[self._next_waiting] if self._next_waiting < len(self._waiting) else None
+        may_decode = self._num_decode_iterations > 0 and self._num_due > 0
+        if waiting is not None and (waiting.ready_s <= free_s or not may_decode):
             self._last_entry_s = max(free_s, waiting.ready_s)
+            self._num_due -= waiting.num_decodes
             self._iterate(waiting, 0, self._last_entry_s)
             self._next_waiting += 1
+        elif may_decode:
+            self._decode(free_s)
         else:
             self._slot_s = min(self._slot_s, free_s)
+
+    def _decode(self, at_s: float) -> None:
+        """Let an iteration of decodes alone enter."""
+        known = self._known
+        num_decodes = min(self._num_due, known.joins.num_sequences)
+        iteration = Iteration(known.joins, known.joins_s, num_decodes=num_decodes)
+        self._num_decode_iterations -= 1
+        self._num_due -= num_decodes
+        if self._next_waiting == len(self._waiting):
+            starts_s = self._starts_s_of[id(iteration)] = []
+            self._decode_entries.append(Entry(at_s, iteration, starts_s))
+        self._iterate(iteration, 0, at_s)
 
     def _pass(self, batch: Batch, index: int, num_passes: int, at_s: float) -> None:
         """Send a microbatch to the stage of its next pass."""

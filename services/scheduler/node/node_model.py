@@ -35,6 +35,10 @@ from shared.profiles.times import work_of_rows
 from shared.schedule import BY_DEFAULT, Feeding
 from shared.subjects import PROGRESS_EVERY_S
 
+DECODE_OPS = 32
+"""Ops of decodes alone that a prediction foresees: on two stages 16 iterations. Of 5 ms each, these are more
+than go by between two reports."""
+
 
 @dataclass(slots=True)
 class _Leaving:
@@ -346,7 +350,9 @@ class NodeModel:
         )
         if decoding := self._iterations.decoding.values():
             known.joins = self._iterations.decode_share()
-            decode_s = durations_of(known.joins, self._costs, self.num_stages)
+            decode_s = known.joins_s = durations_of(known.joins, self._costs, self.num_stages)
+            known.num_decoding = len(decoding)
+            known.num_decode_iterations = max(1, DECODE_OPS // self.num_stages)
             num_parallel = min(1.0, len(decoding) / self.num_stages)
             known.decode_gap_s = [0.0] * self.num_stages
             for device, seconds in zip(self._devices, decode_s, strict=True):

@@ -6,7 +6,16 @@ from itertools import chain
 from operator import itemgetter
 from typing import NamedTuple
 
-from services.scheduler.node.known_work import FORWARD, Batch, KnownWork, Op
+from services.scheduler.node.known_work import FORWARD, Batch, Iteration, KnownWork, Op
+
+
+class Entry(NamedTuple):
+    """When an iteration will enter stage 0: until then a newcomer's prompt can join it."""
+
+    at_s: float
+    iteration: Iteration
+    starts_s: list[float]
+    """By stage."""
 
 
 class _Ops(NamedTuple):
@@ -39,6 +48,8 @@ class Prediction:
     """When the last known iteration enters stage 0: a newcomer joins it before that. `at_s` when all have."""
     last_starts_s: list[float]
     """When that iteration, where it has to wait to enter, starts on each stage."""
+    decode_entries: list[Entry]
+    """The iterations of decodes alone that enter after it."""
     known: KnownWork
     _on_devices: dict[int, _Ops] = field(default_factory=dict, init=False)
     """By device, where stages share one and somebody has asked."""
@@ -47,6 +58,16 @@ class Prediction:
     def is_idle(self) -> bool:
         """Whether nothing at all is known."""
         return not any(self.ops) and not self.known.decode_gap_s
+
+    def joinable(self, at_s: float, room: int) -> Entry | None:
+        """The iteration that a prompt joins that comes then; None: none is known.
+
+        It is the last one that waits, if it has at most `room` rows; else the next one of decodes alone.
+        """
+        if self.last_entry_s > at_s and self.known.formed[-1].work.num_tokens <= room:
+            return Entry(self.last_entry_s, self.known.formed[-1], self.last_starts_s)
+        place = bisect_left(self.decode_entries, at_s, key=itemgetter(0))
+        return self.decode_entries[place] if place < len(self.decode_entries) else None
 
     def turn_of_iteration(self, stage: int, at_s: float, before_s: float) -> float:
         """When an iteration that comes at `at_s`, and began on the stage before at `before_s`, can run.

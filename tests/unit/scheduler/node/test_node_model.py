@@ -3,8 +3,8 @@
 import pytest
 
 from services.scheduler.forecast import Forecast, Interval, forecast_inference, inference_alone
-from services.scheduler.node.known_work import FORWARD, STEP
-from services.scheduler.node.node_model import NodeModel
+from services.scheduler.node.known_work import FORWARD, ITERATION, STEP
+from services.scheduler.node.node_model import DECODE_OPS, NodeModel
 from services.scheduler.policies.base import Place
 from services.scheduler.state import ClusterState, StageProgressed, TasksEnded
 from services.scheduler.tasks import TaskShape, shape_of
@@ -224,13 +224,16 @@ def test_inference_goes_before_training_but_interrupts_nothing() -> None:
 
 def test_sequences_that_decode_take_turns_with_training() -> None:
     node_model = two_stages()
-    place_request(node_model, "r", 100, max_tokens=500)
+    place_request(node_model, "r", 100, max_tokens=50_000)
     ended(node_model, 1, op("iteration", "r", tokens=100), 0.2)
     assert node_model.num_decoding == 1
-    assert [op.duration_s for op in node_model.prediction.ops[0]] == pytest.approx([0.001])
-    place_batch(node_model, "b", 100, 100, at_s=0.2)
-    first, second = (ends_s for ends_s in node_model.prediction.ends_s[0][1:3])
-    assert second - first == pytest.approx(0.1 + 0.0005)  # half a decode of one sequence over two stages
+    durations_s = [op.duration_s for op in node_model.prediction.ops[0]]
+    assert durations_s == pytest.approx([0.001] * (1 + DECODE_OPS // 2))
+    place_batch(node_model, "b", *[100] * 30, at_s=0.2)
+    kinds = [op.kind for op in node_model.prediction.ops[0]]
+    assert kinds.count(ITERATION) == 1 + DECODE_OPS // 2 and kinds[:3] == [ITERATION, FORWARD, ITERATION]
+    first, second = (ends_s for ends_s in node_model.prediction.ends_s[1][-3:-1])
+    assert second - first == pytest.approx(0.3 + 0.001)  # half a decode of one sequence over two stages
     node_model.end("r", 0.2)
     place_batch(node_model, "c", 100, at_s=0.2 + PROGRESS_EVERY_S)
     assert node_model.prediction.known.decode_gap_s == ()
