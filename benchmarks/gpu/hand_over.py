@@ -23,7 +23,8 @@ from shared.tensors.links import IncomingLinks, OutgoingLink, SharedMemoryLink
 from shared.tensors.ref import TensorRef
 
 SIZES_BYTES = {"64_kb": 2**16, "1_mb": 2**20, "16_mb": 2**24}
-NUM_ROUNDS, NUM_SLOTS = 50, 4
+NUM_ROUNDS, NUM_SLOTS = 50, 2
+"""Few slots: containers often have 64 MB of shared memory."""
 DEADLINE_S = 60.0
 
 

@@ -34,8 +34,10 @@ def test_captured_draws_are_those_of_rows_that_run_as_they_come(dtype: torch.dty
         Sampling(max_tokens=9, temperature=0.7, top_p=0.8, seed=4),
         Sampling(max_tokens=9, temperature=1.4, top_k=50, min_p=0.01, seed=5),
     ]
-    sampler = StepSampler(max_rows=4, vocab_size=32_000, dtype=dtype, device=DEVICE)
-    with torch.inference_mode(), streams_for(torch.device(DEVICE)).serving():
+    streams = streams_for(torch.device(DEVICE))
+    with streams.changing():
+        sampler = StepSampler(max_rows=4, vocab_size=32_000, dtype=dtype, device=DEVICE)
+    with torch.inference_mode(), streams.serving():
         sampler.prepare(GraphCapture(torch.device(DEVICE)), [1, 2, 4])
         for index in range(8):
             logits = torch.randn(4, 32_000, device=DEVICE).mul_(3).to(dtype)

@@ -1,5 +1,6 @@
 """CUDA graphs: what a program launches, recorded once and replayed at a launch's cost."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,6 +10,8 @@ from torch import Tensor
 Program: TypeAlias = Callable[[], Tensor]
 Capture: TypeAlias = Callable[[Program], Program]
 
+_ONE_AT_A_TIME = threading.Lock()
+"""A capture first waits for the whole device, which fails while another thread captures there."""
 _NUM_WARM_UPS = 2
 """Runs before the capture: libraries take their memory and choose their kernels in the first."""
 
@@ -32,7 +35,8 @@ class GraphCapture:
             program()
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process, which copy weights for a merge, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+        with _ONE_AT_A_TIME, recording:
             outputs = program()
         self._pool = self._pool or graph.pool()
 
