@@ -204,6 +204,8 @@ class ClusterState:
         self._mean_prompt = mean_prompt
         self.inference_rate = ArrivalRate()
         self.training_rate = ArrivalRate()
+        self._busy_s = ArrivalRate()
+        """Seconds of ops, of all stages together."""
         self.inference_lengths = RunningMoments()
         """Prompts of all inference tasks that have arrived, in tokens."""
         self.forward_error = MeanError()
@@ -280,6 +282,11 @@ class ClusterState:
             return mean.forward_s * self._forward_s(num_tokens) / self._forward_s(mean.num_tokens)
 
         return self.objectives.first_token_s(num_tokens, mean, forward_s)
+
+    def load(self, now_s: float) -> float:
+        """Share of their time for which the devices of the ready nodes have lately worked."""
+        num_stages = len(self.ready_nodes) * (self.costs.num_stages or 1)
+        return min(1.0, self._busy_s.per_s(now_s) / num_stages) if num_stages else 0.0
 
     def is_outranked(self, priority: int, now_s: float) -> bool:
         """Whether requests that are more urgent have come lately."""
@@ -474,6 +481,7 @@ class ClusterState:
             return
         for ended in progress.ended:
             self._learn(progress.stage, ended)
+            self._busy_s.add(now_s, ended.elapsed_s)
         for task in node.node_model.progressed(progress, now_s):
             self._count(task)
             if task.expected_s is not None and task.first_token_s is not None:

@@ -29,17 +29,20 @@ class RunningMoments:
 
 @dataclass(slots=True)
 class ArrivalRate:
-    """Arrivals per second, newer ones weighing more (exponentially, RATE_WINDOW_S)."""
+    """Arrivals per second, newer ones weighing more (exponentially, RATE_WINDOW_S).
+
+    What arrives may be more or less than one: seconds of work, for one.
+    """
 
     _weight: float = 0.0
     _last_s: float = 0.0
     _first_s: float | None = None
 
-    def add(self, now_s: float) -> None:
+    def add(self, now_s: float, amount: float = 1.0) -> None:
         """Note an arrival."""
         if self._first_s is None:
             self._first_s = now_s
-        self._weight = self._weight_at(now_s) + 1.0
+        self._weight = self._weight_at(now_s) + amount
         self._last_s = now_s
 
     def per_s(self, now_s: float) -> float:

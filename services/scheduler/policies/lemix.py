@@ -101,11 +101,11 @@ class Lemix:
         if not prompt:
             late = decide_late(state, prospects, due, now_s)
             return _with_cached(late, cached, beginnings) if isinstance(late, Place) else late
-        spare_s = max(0.0, due.left_s - alone_s)
+        spare_s, load = max(0.0, due.left_s - alone_s), state.load(now_s)
         question = Question(
             length=length,
-            limit_s=alone_s + self._options.comfort * spare_s,
-            opening_s=alone_s + self._options.opening * spare_s,
+            limit_s=alone_s + self._options.comfort_at(load) * spare_s,
+            opening_s=alone_s + self._options.opening_at(load) * spare_s,
             unit_s=state.slo_s,
             slo_s=state.slo_s,
             now_s=now_s,

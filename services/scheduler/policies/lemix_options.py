@@ -15,6 +15,19 @@ def _parts(text: object) -> object:
     return frozenset(text.split("+")) if isinstance(text, str) else text
 
 
+CALM_LOAD, BUSY_LOAD = 0.25, 0.5
+"""Shares of their time for which devices work: up to the first, nodes can be left idle at no risk; from the
+second on, all are needed, and what counts is that no queue grows."""
+CALM_COMFORT, BUSY_COMFORT = 0.6, 0.3
+CALM_OPENING, BUSY_OPENING = 0.95, 0.5
+
+
+def _between(calm: float, busy: float, load: float) -> float:
+    """The value at a load: `calm` up to CALM_LOAD, `busy` from BUSY_LOAD on, on a line in between."""
+    share = min(max((load - CALM_LOAD) / (BUSY_LOAD - CALM_LOAD), 0.0), 1.0)
+    return calm + (busy - calm) * share
+
+
 class LemixOptions(Options):
     """Times are shares or multiples of the response-time objective; docs/policy.md has the formulas."""
 
@@ -29,10 +42,12 @@ class LemixOptions(Options):
     """Weight of an objective's length of idle device time before a task (`corrected`)."""
     exposure: float = Field(default=1.0, ge=0)
     """Weight of the training that a request may meet unforeseen, against its response time."""
-    comfort: float = Field(default=0.6, ge=0, le=1)
-    """A request may take any node where it uses up to this share of the time that it has to spare."""
-    opening: float = Field(default=0.95, ge=0, le=1)
-    """While an active node answers within this share of that time, no further node is opened."""
+    comfort: float | None = Field(default=None, ge=0, le=1)
+    """A request may take any node where it uses up to this share of the time that it has to spare. None: by
+    the load (`comfort_at`)."""
+    opening: float | None = Field(default=None, ge=0, le=1)
+    """While an active node answers within this share of that time, no further node is opened. None: by the
+    load (`opening_at`)."""
     stretch: float = Field(default=0.1, ge=0)
     """A batch may end by this share later than on the fastest node, so that fewer nodes are used."""
     linger: float = Field(default=4.0, ge=0)
@@ -46,6 +61,14 @@ class LemixOptions(Options):
     than 8 s."""
     offload_after: float = Field(default=0.005, ge=0)
     """A batch that has waited for room for its activations for so many objectives is offloaded."""
+
+    def comfort_at(self, load: float) -> float:
+        """`comfort` where devices work for that share of their time."""
+        return _between(CALM_COMFORT, BUSY_COMFORT, load) if self.comfort is None else self.comfort
+
+    def opening_at(self, load: float) -> float:
+        """`opening` where devices work for that share of their time."""
+        return _between(CALM_OPENING, BUSY_OPENING, load) if self.opening is None else self.opening
 
     def has(self, part: Part) -> bool:
         """Whether the part is switched on."""

@@ -9,8 +9,10 @@ import pytest
 
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.base import Place, Policy, Refuse, Wait
+from services.scheduler.policies.lemix_options import BUSY_LOAD, CALM_LOAD, LemixOptions
 from services.scheduler.policies.memory import TrainingRoom
-from services.scheduler.state import ClusterState, TasksEnded
+from services.scheduler.state import ClusterState, StageProgressed, TasksEnded
+from shared.messages.events import OpEnded, StageOp, StageProgress
 from tests.support.policies import (
     SLO_S,
     LinearCosts,
@@ -41,6 +43,39 @@ def expect_requests(state: ClusterState) -> None:
     for i in range(3):
         submit(state, lemix("without=deferral"), batch(f"past-b{i}", 10), float(i))
         state.apply(TasksEnded((f"past-b{i}",), float(i)))
+
+
+# Constants that follow the load
+
+
+def test_comfort_and_opening_shrink_from_calm_to_busy_unless_they_are_set() -> None:
+    options = LemixOptions()
+    loads = [0.0, CALM_LOAD, (CALM_LOAD + BUSY_LOAD) / 2, BUSY_LOAD, 1.0]
+    assert [options.comfort_at(load) for load in loads] == pytest.approx([0.6, 0.6, 0.45, 0.3, 0.3])
+    assert [options.opening_at(load) for load in loads] == pytest.approx([0.95, 0.95, 0.725, 0.5, 0.5])
+    fixed = LemixOptions(comfort=0.1, opening=0.2)
+    assert {fixed.comfort_at(load) for load in loads} == {0.1}
+    assert {fixed.opening_at(load) for load in loads} == {0.2}
+
+
+def test_the_load_is_the_time_for_which_the_devices_of_ready_nodes_work() -> None:
+    state = cluster(0, 1, unready=(2,))
+    assert state.load(0.0) == 0.0
+    for second in range(1, 101):
+        for stage in range(2):
+            op = StageOp(
+                kind="step",
+                task_ids=("b",),
+                index=0,
+                num_tokens=0,
+                num_pairs=0,
+                num_sequences=0,
+                num_context_tokens=0,
+            )
+            ended = OpEnded(op=op, elapsed_s=0.6, ago_s=0.0)
+            progress = StageProgress(node=0, stage=stage, ended=(ended,), running=None)
+            state.apply(StageProgressed(progress, float(second)))
+    assert state.load(100.0) == pytest.approx(0.3, rel=0.06)
 
 
 # Consolidation
