@@ -37,6 +37,16 @@ def test_what_is_wrong_is_a_bad_request_that_names_it(
     assert param in refused.value.message
 
 
+def test_what_cannot_be_in_time_is_refused_unless_it_can_wait(client: openai.OpenAI) -> None:
+    soon: dict[str, Any] = {"ttft_s": 1e-6}
+    with pytest.raises(openai.RateLimitError, match="first token would come after") as refused:
+        client.chat.completions.create(**HELLO, extra_body={"lemix": {"slo": soon}})
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    patient = {"lemix": {"slo": soon | {"when_late": "serve_last"}}}
+    answer = client.chat.completions.create(**HELLO, max_tokens=2, extra_body=patient)
+    assert answer.usage and answer.usage.completion_tokens
+
+
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.chat.completions.create(**HELLO | {"model": "gpt-4o"})
