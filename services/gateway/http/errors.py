@@ -16,6 +16,8 @@ _USUAL_HEADERS: Mapping[int, dict[str, str]] = {
 }
 
 
+SOONEST_RETRY_S = 0.5
+"""Nobody is told to come again sooner: a refusal costs the gateway nearly as much as an answer."""
 RefusedFor = Literal["invalid", "key", "gateway", "cluster"]
 """The cause of a refusal: what the request says, its key's limits, or what gateway or cluster can do now."""
 
@@ -62,8 +64,8 @@ def _retry_headers(retry_after_s: float | None) -> dict[str, str]:
     """The headers that say when to ask again: in whole seconds, and as OpenAI's clients prefer it."""
     if retry_after_s is None:
         return {}
-    told = {"retry-after": retry_after_s, "retry-after-ms": retry_after_s * 1000}
-    return {name: str(max(1, ceil(amount))) for name, amount in told.items()}
+    wait_s = max(retry_after_s, SOONEST_RETRY_S)
+    return {"retry-after": str(ceil(wait_s)), "retry-after-ms": str(ceil(wait_s * 1000))}
 
 
 class ErrorDetail(BaseModel):

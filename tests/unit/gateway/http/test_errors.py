@@ -27,7 +27,7 @@ def test_errors_of_the_cluster_have_a_status(error: Any, status: int) -> None:
 @pytest.mark.parametrize("code", [429, 503])
 @pytest.mark.parametrize(
     ("retry_after_s", "seconds", "milliseconds"),
-    [(0.0, "1", "1"), (0.25, "1", "250"), (2.0001, "3", "2001"), (120.0, "120", "120000")],
+    [(0.0, "1", "500"), (0.75, "1", "750"), (2.0001, "3", "2001"), (120.0, "120", "120000")],
 )
 def test_the_time_of_a_refusal_is_rounded_up(
     code: int, retry_after_s: float, seconds: str, milliseconds: str
