@@ -17,8 +17,8 @@ class PlayedStream:
     done_before: set[str] = field(default_factory=set)
     """All that is done before what is launched next begins."""
 
-    def wait_stream(self, other: "PlayedStream") -> None:
-        self.wait_event(other.record_event())
+    def wait_stream(self, stream: "PlayedStream") -> None:
+        self.wait_event(stream.record_event())
 
     def record_event(self) -> "PlayedEvent":
         event = self.cuda.Event()
@@ -49,10 +49,10 @@ class PlayedEvent:
     def synchronize(self) -> None:
         self.cuda.now_ms = max(self.cuda.now_ms, self.at_ms)
 
-    def elapsed_time(self, end: "PlayedEvent") -> float:
-        if not (self.has_time and end.has_time and self.query() and end.query()):
+    def elapsed_time(self, end_event: "PlayedEvent") -> float:
+        if not (self.has_time and end_event.has_time and self.query() and end_event.query()):
             raise RuntimeError("both events must be timed, and over")
-        return end.at_ms - self.at_ms
+        return end_event.at_ms - self.at_ms
 
 
 class PlayedCuda:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from services.stage_worker.training.microbatches import MicrobatchRunner
 from shared.messages.inference import Sampling, SequenceStart
 from shared.messages.training import StepOrder
 from tests.support.models import save_tiny_model
-from tests.support.played_cuda import PlayedCuda
+from tests.support.played_cuda import PlayedCuda, PlayedEvent, PlayedStream
 from tests.support.training import messages, random_batches
 
 DEVICE = torch.device("cuda:0")
@@ -31,6 +32,8 @@ CHANGES = (
     (StageWeights, "replace"),
 )
 """All that writes, or gives to others, memory that iterations read."""
+OF_STREAMS = ("wait_stream", "wait_event", "record_event")
+OF_EVENTS = ("record", "query", "synchronize", "elapsed_time")
 START = SequenceStart(
     sequence=0,
     task_id="t",
@@ -63,6 +66,26 @@ def test_a_change_runs_between_two_iterations_also_when_it_fails() -> None:
         cuda.launch("after")
     assert cuda.done_before["change"] == {"before"}
     assert cuda.done_before["after"] == {"before", "change"}
+
+
+@pytest.mark.parametrize(
+    ("played", "real"),
+    [
+        (PlayedCuda.Stream, torch.cuda.Stream.__new__),
+        (PlayedCuda.Event, torch.cuda.Event.__new__),
+        (PlayedCuda.current_stream, torch.cuda.current_stream),
+        (PlayedCuda.stream, torch.cuda.stream),
+        *((getattr(PlayedStream, name), getattr(torch.cuda.Stream, name)) for name in OF_STREAMS),
+        *((getattr(PlayedEvent, name), getattr(torch.cuda.Event, name)) for name in OF_EVENTS),
+    ],
+)
+def test_the_played_card_is_called_like_the_real_one(
+    played: Callable[..., Any], real: Callable[..., Any]
+) -> None:
+    def names(function: Callable[..., Any]) -> list[str]:
+        return [name for name in signature(function).parameters if name not in ("self", "cls")]
+
+    assert names(played) == names(real)[: len(names(played))]
 
 
 class Launches:
