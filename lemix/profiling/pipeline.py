@@ -11,7 +11,7 @@ import torch
 
 from lemix.profiling.grid import MAX_ROWS, IterationShape
 from services.stage_worker.compute.executor import Rows, SequenceChunk
-from services.stage_worker.compute.torch_executor import TorchExecutor
+from services.stage_worker.compute.torch_executor import TorchExecutor, torch_executors
 from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
 from services.stage_worker.settings import StageWorkerSettings
 from shared.clock import Clock
@@ -180,7 +180,8 @@ async def profiled_pipeline(
         )
         for stage in range(num_stages)
     ]
-    executors = [TorchExecutor(own, f"profile-{own.stage}") for own in settings]
+    make_executor = torch_executors()  # which hand tensors over as those of one worker do
+    executors = [make_executor(own, f"profile-{own.stage}") for own in settings]
     pipeline = ProfiledPipeline(executors, device, settings[0].kv_block_size, clock)
     try:
         await pipeline.load()
