@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 
+from msgspec import structs
 from opentelemetry.trace import Span, use_span
 
 from services.scheduler.costs import Costs
@@ -129,6 +130,8 @@ class Scheduler:
         with self._span(incoming) as span:
             placed, is_new = await self._decide(task, span)
             if is_new:
+                shape = self._state.shape_of(task.task_id)
+                task = structs.replace(task, rows_beside_decodes=shape.rows_beside_decodes)
                 await self._bus.publish(ASSIGN.at(node=placed.node), task, traceparent=traceparent_of(span))
         return placed
 
@@ -199,7 +202,11 @@ class Scheduler:
             kind="training",
             node=place.node,
             traceparent=traceparent_of(span),
-            shape=replace(shape_of(task), cached_tokens=place.cached_tokens),
+            shape=replace(
+                shape_of(task),
+                cached_tokens=place.cached_tokens,
+                rows_beside_decodes=place.rows_beside_decodes,
+            ),
             beginnings=place.beginnings,
             arrived_s=arrived_s,
             forecast=place.forecast,

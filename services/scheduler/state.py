@@ -318,6 +318,11 @@ class ClusterState:
         """The task's place, if it has one."""
         return self._tasks.get(task_id)
 
+    def shape_of(self, task_id: str) -> TaskShape:
+        """The size of a task, as it was placed."""
+        task = self._tasks.get(task_id)
+        return task.shape if task else NO_SHAPE
+
     def arrived_s(self, task_id: str) -> float | None:
         """When a task that has no node yet first asked for one."""
         return self._arrived_s.get(task_id)

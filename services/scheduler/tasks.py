@@ -18,6 +18,8 @@ class TaskShape:
     max_tokens: int = 0
     cached_tokens: int = 0
     """Tokens of the prompt that its node need not compute."""
+    rows_beside_decodes: int | None = None
+    """Rows of prompts in an iteration with it and decodes; None: see `InferenceTask`."""
     microbatches: tuple[Work, ...] = ()
     """The microbatches of a training task."""
 

@@ -93,6 +93,9 @@ class InferenceTask(Message):
     weights_version: int | None = None
     """The version to run with, which the stages keep; None: the one that is served."""
     objective: Objective = RUN_OBJECTIVE
+    rows_beside_decodes: PositiveInt | None = None
+    """Rows of prompts that an iteration with decodes has at most while this one is in it, so that tokens come
+    in time; the scheduler sets it. None: as many as there is room for."""
 
 
 class Placed(Message):

@@ -2,7 +2,9 @@
 
 from lemix.simulation.cluster import SimulationOptions
 from lemix.simulation.run import simulate
+from lemix.simulation.trace import TraceRow
 from lemix.simulation.workload import WorkloadOptions
+from services.scheduler.objectives import Objectives
 
 
 def test_short_ops_leave_time_for_the_way_of_the_answer() -> None:
@@ -12,3 +14,26 @@ def test_short_ops_leave_time_for_the_way_of_the_answer() -> None:
     )
     _, metrics = simulate(options, WorkloadOptions(training_rate=0.9, rate_per_s=16.0))
     assert metrics.slo_attainment is not None and metrics.slo_attainment >= 0.99
+
+
+def tbt_p99_s(objectives: Objectives) -> tuple[float, float]:
+    """Time between tokens while prompts of 2,000 tokens come, and seconds to a first token."""
+    rows = tuple(
+        TraceRow(at_s=0.5 * number, prompt_tokens=2000 if number % 2 else 50, output_tokens=60)
+        for number in range(12)
+    )
+    options = SimulationOptions(nodes=1, profile="llama2-13b@a100", policy="lemix", objectives=objectives)
+    workload = WorkloadOptions(num_tasks=len(rows), training_rate=0.0, trace=rows)
+    _, metrics = simulate(options, workload)
+    assert metrics.tbt_p99_s is not None and metrics.ttft_p99_s is not None
+    assert metrics.num_failed == 0
+    return metrics.tbt_p99_s, metrics.ttft_p99_s
+
+
+def test_prompts_take_no_more_of_an_iteration_than_the_time_between_tokens_allows() -> None:
+    """Without an objective a decode waits for 512 rows of a prompt; with one, for as many as are in time."""
+    careless_s, soon_s = tbt_p99_s(Objectives())
+    careful_s, later_s = tbt_p99_s(Objectives(tbt_s=0.06))
+    assert careless_s > 0.08
+    assert careful_s <= 0.06
+    assert later_s < 2 * soon_s

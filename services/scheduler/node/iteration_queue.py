@@ -83,11 +83,9 @@ class IterationQueue:
         self._num_requests += 1
         start = task.shape.cached_tokens
         while start < task.shape.prompt_tokens:
-            formed = self._with_room(ready_s, joins=joins, waits=waits)
+            formed = self._with_room(task, ready_s, joins=joins, waits=waits)
             joins = waits  # a long prompt's pieces wait for each other
-            num_tokens = min(
-                task.shape.prompt_tokens - start, self._costs.max_iteration_tokens - formed.num_tokens
-            )
+            num_tokens = min(task.shape.prompt_tokens - start, self._room(formed, task))
             formed.parts.append(_Part(task, start, num_tokens))
             self._measure(formed)
             start += num_tokens
@@ -151,10 +149,17 @@ class IterationQueue:
         is_one_leaving = self._running.leaves_by(at_s - self._costs.hop_s)
         return max(0, self._num_stages - len(self._in_flight) + is_one_leaving)
 
-    def _with_room(self, ready_s: float, *, joins: bool, waits: bool) -> _Formed:
+    def _room(self, formed: _Formed, task: Assigned) -> int:
+        """Rows of the prompt that the iteration can still take."""
+        room, most = self._costs.max_iteration_tokens - formed.num_tokens, task.shape.rows_beside_decodes
+        if most is not None and formed.carried.num_tokens:
+            return min(room, most - sum(part.num_tokens for part in formed.parts))
+        return room
+
+    def _with_room(self, task: Assigned, ready_s: float, *, joins: bool, waits: bool) -> _Formed:
         """The iteration for a prompt's next rows."""
         formed = self._formed
-        if formed and joins and formed[-1].num_tokens < self._costs.max_iteration_tokens:
+        if formed and joins and self._room(formed[-1], task) > 0:
             return formed[-1]
         carried = self.decode_share() if waits else NO_WORK
         formed.append(_Formed(Iteration(NO_WORK, (), ready_s=ready_s), [], carried))
@@ -216,14 +221,13 @@ class IterationQueue:
         waiting = [formed for formed in self._formed[num_free:] if formed.parts]
         parts = deque(part for formed in waiting for part in formed.parts)
         for formed in waiting:
-            formed.parts, room = [], self._costs.max_iteration_tokens - formed.carried.num_tokens
-            while parts and room > 0:
+            formed.parts = []
+            while parts and (room := self._room(formed, parts[0].task)) > 0:
                 part = parts.popleft()
                 while parts and parts[0].task is part.task:
                     part = part._replace(num_tokens=part.num_tokens + parts.popleft().num_tokens)
                 taken, rest = part.split(room)
                 formed.parts.append(taken)
-                room -= taken.num_tokens
                 if rest is not None:
                     parts.appendleft(rest)
             self._keep(formed, formed.parts)

@@ -31,10 +31,12 @@ from services.scheduler.statistics import RunningMoments
 from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import StageOp, StageProgress
-from shared.profiles.times import work_of_rows
+from shared.profiles.times import NO_WORK, Work, work_of_rows
 from shared.schedule import BY_DEFAULT, Feeding
 from shared.subjects import PROGRESS_EVERY_S
 
+MIN_ROWS = 16
+"""A prompt goes on by so many rows in each iteration, whatever the objective for the time between tokens."""
 DECODE_OPS = 32
 """Ops of decodes alone that a prediction foresees: on two stages 16 iterations. Of 5 ms each, these are more
 than go by between two reports."""
@@ -116,12 +118,25 @@ class NodeModel:
 
     @property
     def tbt_s(self) -> float:
-        """Time between two tokens once all requests here, and one more, decode: the way through all stages,
-        or as many turns of the slowest stage as there are iterations in flight.
+        """Time between two tokens once all requests here, and one more, decode."""
+        return self._tbt_with(NO_WORK)
+
+    def rows_beside_decodes(self, tbt_s: float) -> int:
+        """Most rows of a prompt beside decodes with which tokens still come `tbt_s` after each other."""
+        few, many = MIN_ROWS, self._costs.max_iteration_tokens
+        while few < many:
+            middle = (few + many + 1) // 2
+            fits = self._tbt_with(work_of_rows(round(self.lengths.mean), middle)) <= tbt_s
+            few, many = (middle, many) if fits else (few, middle - 1)
+        return few
+
+    def _tbt_with(self, more: Work) -> float:
+        """Time between two tokens with more rows in each iteration: the way through all stages, or as many
+        turns of the slowest stage as there are iterations in flight.
         """
         num_more = 1 + (self.num_inference - self.num_decoding) // self.num_stages
         rows = [work_of_rows(round(self.lengths.mean), 1)] * num_more
-        work = sum(rows, self._iterations.decode_share())
+        work = sum(rows, self._iterations.decode_share()) + more
         durations_s = durations_of(work, self._costs, self.num_stages)
         way_s = sum(durations_s) + self.num_stages * self._costs.hop_s
         return max(way_s, self.num_stages * max(durations_s))

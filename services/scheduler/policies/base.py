@@ -32,6 +32,8 @@ class Place:
     """Tokens at the beginning of a prompt that the node's KV cache holds."""
     beginnings: tuple[int, ...] = ()
     """The blocks of the prompt (see `prefix_memory`)."""
+    rows_beside_decodes: int | None = None
+    """Rows of prompts in an iteration with it and decodes (see `InferenceTask`)."""
     due_s: float | None = None
     """When a request's first token must be through the last stage; None: it is late already."""
     offload: bool = False

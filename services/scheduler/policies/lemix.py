@@ -15,7 +15,7 @@ from services.scheduler.forecast import (
     inference_alone,
     training_alone,
 )
-from services.scheduler.policies.admission import decide_late, due_of, in_time
+from services.scheduler.policies.admission import Due, decide_late, due_of, in_time
 from services.scheduler.policies.base import (
     Arrival,
     Decision,
@@ -100,7 +100,7 @@ class Lemix:
         prompt = in_time(state, prospects, due, now_s)
         if not prompt:
             late = decide_late(state, prospects, due, now_s)
-            return _with_cached(late, cached, beginnings) if isinstance(late, Place) else late
+            return _as_known(state, late, due, cached, beginnings) if isinstance(late, Place) else late
         spare_s, load = max(0.0, due.left_s - alone_s), state.load(now_s)
         question = Question(
             length=length,
@@ -112,7 +112,7 @@ class Lemix:
         )
         best = ranked(prompt, question, self._options)[0]
         place = Place(best.node, best.forecast, due_s=now_s + due.left_s)
-        return _with_cached(place, cached, beginnings)
+        return _as_known(state, place, due, cached, beginnings)
 
     def _without_memory(
         self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float
@@ -198,8 +198,17 @@ def _layouts(found: Sequence[Candidate]) -> set[tuple[int, ...]]:
     return {candidate.node_model.devices for candidate in found}
 
 
-def _with_cached(place: Place, cached: Mapping[int, int], beginnings: tuple[int, ...]) -> Place:
-    return replace(place, cached_tokens=cached[place.node], beginnings=beginnings)
+def _as_known(
+    state: ClusterState, place: Place, due: Due, cached: Mapping[int, int], beginnings: tuple[int, ...]
+) -> Place:
+    """With what the node has of the prompt, and what it may compute of the rest beside decodes."""
+    node_model = state.node_model(place.node)
+    return replace(
+        place,
+        cached_tokens=cached[place.node],
+        beginnings=beginnings,
+        rows_beside_decodes=None if due.tbt_s is None else node_model.rows_beside_decodes(due.tbt_s),
+    )
 
 
 def _prospect_of_request(candidate: Candidate, alone: Alone, now_s: float) -> Prospect:

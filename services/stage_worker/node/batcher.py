@@ -23,11 +23,14 @@ def form_iteration(
     """The rows of the next iteration. Looks at no more sequences than it takes, and one.
 
     `decodes` and `prompts`: sequences with their newest token to run, and with more; each longest unserved
-    first.
+    first. Beside decodes, prompts have no more rows together than each of them allows.
     """
     rows = [(sequence, 1) for sequence in islice(decodes, min(most_decodes, token_budget))]
+    has_decodes, num_prompt_rows = bool(rows), 0
     budget, starting_bytes = token_budget - len(rows), 0
     for sequence in prompts:
+        if has_decodes and sequence.task.rows_beside_decodes is not None:
+            budget = min(budget, sequence.task.rows_beside_decodes - num_prompt_rows)
         if budget <= 0:
             break
         size = 0 if sequence.has_begun else sequence.start_bytes
@@ -36,6 +39,7 @@ def form_iteration(
         starting_bytes += size
         num_tokens = min(sequence.num_left, budget)
         rows.append((sequence, num_tokens))
+        num_prompt_rows += num_tokens
         budget -= num_tokens
     return rows
 

@@ -61,6 +61,23 @@ def test_a_long_prompt_goes_in_pieces_that_fill_the_budget() -> None:
     assert sizes == [4, 4, 2]
 
 
+def careful(name: str, rows_beside_decodes: int) -> Sequence:
+    one = sequence(name, prompt_length=10)
+    one.task = structs.replace(one.task, rows_beside_decodes=rows_beside_decodes)
+    return one
+
+
+def test_beside_decodes_prompts_have_no_more_rows_together_than_each_allows() -> None:
+    usual = sequence("p", prompt_length=10)
+    assert formed([decoding("d"), careful("c", 4), usual]) == [("d", 1), ("c", 4)]
+    assert formed([decoding("d"), sequence("p", prompt_length=3), careful("c", 4)]) == [
+        ("d", 1),
+        ("p", 3),
+        ("c", 1),
+    ]
+    assert formed([careful("c", 4)]) == [("c", 10)]
+
+
 def test_no_more_sequences_begin_together_than_a_message_carries() -> None:
     large = structs.replace(sequence().task.sampling, grammar="x" * (MAX_STARTING_BYTES // 2 + 1))
     sequences = [sequence(name) for name in "abc"]
