@@ -28,8 +28,9 @@ TRAINING_SETTINGS = {
     "LEMIX_CHECKPOINT_EVERY": "1000",
     "LEMIX_CHECKPOINT_IDLE_S": "1000",
     "LEMIX_GUARD_SAMPLES": "0",
+    "LEMIX_KV_TOKENS": "16384",
 }
-"""Nothing but steps."""
+"""Nothing but steps; and a fixed cache, for a GPU has to have room for the other side, too."""
 
 
 async def train_round(

@@ -88,8 +88,6 @@ async def node_under_test(
             **TRAINING_SETTINGS,
             "LEMIX_DTYPE": DTYPES[MODEL],
             "LEMIX_MICROBATCHES": str(NUM_MICROBATCHES["cuda"]),
-            # A fixed cache: what else is measured on the card needs memory, too.
-            "LEMIX_KV_TOKENS": "32768",
             "LEMIX_MAX_ITERATION_TOKENS": "4096",
         },
     )
