@@ -197,9 +197,15 @@ class ClusterClient:
         """Run `work` beside the gateway; an error that escapes it ends the gateway."""
         return self._group.create_task(work)
 
-    def submit(self, specs: Sequence[SequenceSpec], *, traceparent: str = "") -> Session:
-        """Send sequences to the scheduler; the session reports everything that becomes of them."""
-        tasks = [self._task(spec) for spec in specs]
+    def submit(
+        self, specs: Sequence[SequenceSpec], *, arrived_s: float | None = None, traceparent: str = ""
+    ) -> Session:
+        """Send sequences to the scheduler; the session reports everything that becomes of them.
+
+        `arrived_s`: when they were asked for (this client's clock); None: now.
+        """
+        waited_s = 0.0 if arrived_s is None else self._clock.now_s() - arrived_s
+        tasks = [self._task(spec, waited_s) for spec in specs]
         session = Session(self, [task.task_id for task in tasks])
         session.fail_after(self._timeout_s)
         for task in tasks:
@@ -238,7 +244,7 @@ class ClusterClient:
         if node is not None:
             self.spawn(self._cancel(task_id, node))
 
-    def _task(self, spec: SequenceSpec) -> InferenceTask:
+    def _task(self, spec: SequenceSpec, waited_s: float) -> InferenceTask:
         return InferenceTask(
             task_id=self._ids.new("req"),
             gateway=self.gateway_id,
@@ -247,6 +253,7 @@ class ClusterClient:
             prompt_logprobs=spec.prompt_logprobs,
             timeout_s=self._timeout_s,
             objective=spec.objective,
+            waited_s=waited_s,
         )
 
     async def _place(self, session: Session, task: InferenceTask, traceparent: str) -> None:

@@ -152,7 +152,9 @@ class Generation:
             service_class=request.service_class,
             on_first_tokens=context.on_first_tokens,
         )
-        self._session = context.cluster.submit(specs_of(request), traceparent=traceparent_of(span))
+        self._session = context.cluster.submit(
+            specs_of(request), arrived_s=arrived_s, traceparent=traceparent_of(span)
+        )
 
     @property
     def finished(self) -> bool:

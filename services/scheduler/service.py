@@ -165,7 +165,9 @@ class Scheduler:
             raise RefusedError("the prompt is empty", code=400)
         asked_s = self._clock.now_s()
         kind: TaskKind = "inference" if isinstance(task, InferenceTask) else "training"
-        await self._apply(TaskArrived(task.task_id, kind, shape_of(task), asked_s, _priority_of(task)))
+        waited_s = task.waited_s if isinstance(task, InferenceTask) else 0.0
+        shape, priority = shape_of(task), _priority_of(task)
+        await self._apply(TaskArrived(task.task_id, kind, shape, asked_s, priority, waited_s))
         try:
             return await self._hold(task, kind, asked_s, span)
         finally:

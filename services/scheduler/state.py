@@ -92,6 +92,8 @@ class TaskArrived:
     shape: TaskShape
     now_s: float
     priority: int = 0
+    waited_s: float = 0.0
+    """How long it had waited elsewhere before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +440,7 @@ class ClusterState:
             return  # it asks again
         if len(self._arrived_s) >= MAX_REMEMBERED:
             del self._arrived_s[next(iter(self._arrived_s))]
-        self._arrived_s[arrived.task_id] = arrived.now_s
+        self._arrived_s[arrived.task_id] = arrived.now_s - arrived.waited_s
         is_training = arrived.kind == "training"
         (self.training_rate if is_training else self.inference_rate).add(arrived.now_s)
         if not is_training:

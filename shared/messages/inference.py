@@ -96,6 +96,8 @@ class InferenceTask(Message):
     rows_beside_decodes: PositiveInt | None = None
     """Rows of prompts that an iteration with decodes has at most while this one is in it, so that tokens come
     in time; the scheduler sets it. None: as many as there is room for."""
+    waited_s: NonNegativeFloat = 0.0
+    """How long the request had been at its gateway when this was sent first."""
 
 
 class Placed(Message):

@@ -172,6 +172,22 @@ def test_who_asks_is_told_when_tokens_are_due_or_when_to_come_again() -> None:
     run_virtual(case())
 
 
+def test_the_time_that_a_request_spent_at_its_gateway_counts() -> None:
+    waited_s: list[float] = []
+
+    def decide(now_s: float, arrived_s: float) -> Decision:
+        waited_s.append(now_s - arrived_s)
+        return Place(0)
+
+    async def case() -> None:
+        async with scheduling(Scripted(decide)) as bus:
+            task = structs.replace(request("r", 4), waited_s=0.5)
+            await bus.request(SUBMIT.at(), task, timeout_s=1.0)
+
+    run_virtual(case())
+    assert waited_s == [pytest.approx(0.5)]
+
+
 def test_held_tasks_do_not_hold_up_those_behind_them() -> None:
     class LargeOnesWait(Scripted):
         def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
@@ -259,6 +275,7 @@ def test_the_gateway_asks_again_for_a_deferred_request_until_nobody_wants_it() -
     async def deferring(incoming: Incoming[InferenceTask]) -> Placed:
         nonlocal asked
         asked += 1
+        assert incoming.message.waited_s == 0.25
         await asyncio.sleep(HOLD_S["inference"])
         raise RefusedError(f"{DEFERRED}: its first token would come late")
 
@@ -274,7 +291,8 @@ def test_the_gateway_asks_again_for_a_deferred_request_until_nobody_wants_it() -
             request_timeout_s=60.0,
         )
         async with client.running():
-            session = client.submit([SequenceSpec(prompt=(1,), sampling=Sampling(max_tokens=1))])
+            spec = SequenceSpec(prompt=(1,), sampling=Sampling(max_tokens=1))
+            session = client.submit([spec], arrived_s=now_s() - 0.25)
             with pytest.raises(RefusedError) as caught:
                 await session.next()
             assert caught.value.code == 504
