@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lemix.simulation.node_events import NodeEvent
-from lemix.studies.demand import SEEDS, Demand
+from lemix.studies.demand import DEVICES, SEEDS, Demand
 from lemix.studies.grid import Report, Study
 from lemix.studies.measures import (
     IN_TIME_RATE,
@@ -54,8 +54,8 @@ AT_S = (2.0, 5.0)
 """When something happens to a node, and when it is back."""
 QUICK_AT_S = (0.2, 0.4)
 LOAD = f"""\
-llama2-13b on four nodes of A100s with 5 % noise, {RATE_PER_S} requests per second for 10 s and
-{TRAINING_TOKENS_PER_S} training tokens per second."""
+llama2-13b on four nodes of A100s with noise and a table of their own, {RATE_PER_S} requests per second for
+10 s and {TRAINING_TOKENS_PER_S} training tokens per second."""
 ABOUT_UNLIKE = f"""\
 {LOAD} `untold`: the profile knows nothing of it, and the scheduler has to see it."""
 ABOUT_FAILURES = f"""\
@@ -83,7 +83,7 @@ def _study(name: str, title: str, about: str, cases: Cases, quick: bool) -> Stud
             rate_per_s=RATE_PER_S,
             training_tokens_per_s=TRAINING_TOKENS_PER_S,
             num_requests=50 if quick else NUM_REQUESTS,
-            cluster={"device_noise": 0.05, **changes},
+            cluster={**DEVICES, **changes},
         ).runs(policy, NODES, SEEDS[:1] if quick else SEEDS, {"class": model.name, "case": case})
     ]
     return Study(name=name, title=title, about=about, cells=cells, run=run_cell, report=report)

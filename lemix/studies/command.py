@@ -11,6 +11,7 @@ from lemix.printing import say
 from lemix.studies.catalogue import study_named
 from lemix.studies.exploring import Explorer
 from lemix.studies.grid import Cell, PolicySearch, Study
+from lemix.studies.provenance import code_here, made_by
 from lemix.studies.report import write
 from lemix.studies.rows import BOUND, aggregate
 from lemix.studies.runner import RunLog, complete, finished_runs, process_pool
@@ -59,7 +60,7 @@ def run_study(options: StudyOptions, console: Console) -> Path:
     Raises ConfigurationError for an unknown study or policy, StudyFailedError naming the runs that failed.
     """
     study = study_named(options.name, quick=options.quick, trace=options.trace)
-    log = RunLog(options.log)
+    log = RunLog(options.log, code_here())
     with progress_of(console) as progress:
         bar = progress.add_task(f"study {study.name}", total=None)
         make = _search if study.searches else _make
@@ -70,7 +71,7 @@ def run_study(options: StudyOptions, console: Console) -> Path:
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     rows = aggregate(finished_runs(study, log))
-    path = write(study, rows, options.folder, command=options.command)
+    path = write(study, rows, options.folder, command=options.command, made=made_by(log.commits(study.cells)))
     say(console, f"written to {path}")
     return path
 

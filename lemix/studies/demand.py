@@ -24,6 +24,9 @@ SEEDS = (*HELD_OUT_SEEDS, *TUNING_SEEDS)
 MEAN_TOKENS = PROMPT.mean + RESPONSE.mean
 """Mean length of a training sequence."""
 
+DEVICES: Mapping[str, float] = {"device_noise": 0.05, "device_bias": 0.05}
+"""Options of devices that are not the scheduler's own formula."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:

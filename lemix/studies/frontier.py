@@ -42,6 +42,7 @@ and batches chosen, decoding left out. Where tokens are generated, the 99th perc
 tokens must also be within {TBT_FACTOR:g} times a round of one token through a node with nothing else to do.
 
 A setting is enough when most of the seeds say so. Its runs stop when most agree; at the answer all are made.
+Devices have 5 % noise and are off their profile by a table of their own; the bound is that of the profile.
 Defaults of LeMix were chosen on seeds 0 to 3; seeds 4 and 5 are held out and stand apart in the tables."""
 
 

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lemix.studies.demand import SEEDS, Demand, round_s
+from lemix.studies.demand import DEVICES, SEEDS, Demand, round_s
 from lemix.studies.rows import Label
 from lemix.studies.setting import CLASSES
 
 TBT_FACTOR = 2.0
 """The objective for the time between tokens, in rounds of one token through a node that does nothing else."""
-DEVICE_NOISE = 0.05
-"""Spread of each op's time: devices are not the scheduler's own formula."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +20,8 @@ class FrontierLoad:
     rate_per_s: float
     training_tokens_per_s: float
     max_tokens: tuple[int, int] = (1, 1)
-    num_requests: int = 600
-    asks_rate: bool = True
+    num_requests: int = 400
+    asks_rate: bool = False
     """Whether the highest rate on four nodes is looked for, too."""
 
     @property
@@ -45,7 +43,7 @@ class FrontierLoad:
             max_tokens=self.max_tokens,
             tbt_p99_s=TBT_FACTOR * round_s(of.profile) if self.max_tokens[1] > 1 else None,
             num_requests=self.num_requests,
-            cluster={"device_noise": DEVICE_NOISE},
+            cluster=DEVICES,
         )
 
 
@@ -64,48 +62,38 @@ class FrontierPlan:
     """As shares of a load's own, ascending."""
 
 
+GENERATED = (64, 256)
 FULL = FrontierPlan(
     loads=(
-        FrontierLoad(model="gpt2-large", rate_per_s=1_400, training_tokens_per_s=11_960, num_requests=1_200),
-        FrontierLoad(model="llama2-13b", rate_per_s=85, training_tokens_per_s=3_439),
-        FrontierLoad(model="llama2-13b", rate_per_s=110, training_tokens_per_s=1_720),
-        FrontierLoad(
-            model="llama2-70b",
-            rate_per_s=450,
-            training_tokens_per_s=2_579,
-            num_requests=1_000,
-            asks_rate=False,
-        ),
+        FrontierLoad(model="gpt2-large", rate_per_s=1_400, training_tokens_per_s=11_960, num_requests=800),
+        FrontierLoad(model="llama2-13b", rate_per_s=85, training_tokens_per_s=3_439, asks_rate=True),
+        FrontierLoad(model="llama2-13b", rate_per_s=110, training_tokens_per_s=1_720, asks_rate=True),
+        FrontierLoad(model="llama2-70b", rate_per_s=450, training_tokens_per_s=2_579),
         FrontierLoad(
             model="gpt2-large",
             rate_per_s=100,
             training_tokens_per_s=11_960,
             max_tokens=(16, 64),
-            num_requests=400,
+            num_requests=200,
         ),
         FrontierLoad(
             model="llama2-13b",
             rate_per_s=10,
             training_tokens_per_s=1_720,
-            max_tokens=(64, 256),
-            num_requests=200,
+            max_tokens=GENERATED,
+            num_requests=100,
         ),
         FrontierLoad(
             model="llama2-70b",
             rate_per_s=20,
             training_tokens_per_s=1_290,
-            max_tokens=(64, 256),
-            num_requests=200,
-            asks_rate=False,
+            max_tokens=GENERATED,
+            num_requests=100,
         ),
     )
 )
 QUICK = FrontierPlan(
-    loads=(
-        FrontierLoad(
-            model="gpt2-small", rate_per_s=400, training_tokens_per_s=20_000, num_requests=60, asks_rate=False
-        ),
-    ),
+    loads=(FrontierLoad(model="gpt2-small", rate_per_s=400, training_tokens_per_s=20_000, num_requests=60),),
     seeds=SEEDS[:1],
     most_nodes=3,
     shares=(0.95,),

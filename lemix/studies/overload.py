@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lemix.studies.charts import chart_by
-from lemix.studies.demand import SEEDS, Demand
+from lemix.studies.demand import DEVICES, SEEDS, Demand
 from lemix.studies.grid import Report, Study, grid
 from lemix.studies.measures import (
     IN_TIME_RATE,
@@ -32,10 +32,10 @@ QUICK_POLICIES = (LEMIX, "round_robin", BOUND)
 MEASURES = (IN_TIME_RATE, SLO_ATTAINMENT, NOT_ANSWERED, TRAINING_WHILE_SERVING, TRAINING_KEPT)
 IN_TIME_OF_MOST = 0.9
 ABOUT = f"""\
-llama2-13b on four nodes with 5 % noise, whose capacity is {CAPACITY_PER_S} requests per second, and
-{TRAINING_TOKENS_PER_S} training tokens per second. `factor` times the capacity arrives for {SECONDS:g} s.
-Requests that cannot be in time may be refused (`when_late` is `refuse`). Requests in time and training count
-while requests arrive. The bound is that of a clairvoyant scheduler without any training."""
+llama2-13b on four nodes with noise and a table of their own. Their capacity is {CAPACITY_PER_S} requests per
+second beside {TRAINING_TOKENS_PER_S} training tokens per second. `factor` times the capacity arrives for
+{SECONDS:g} s. Requests that cannot be in time may be refused (`when_late` is `refuse`). Requests in time and
+training count while requests arrive. The bound is that of a clairvoyant scheduler without any training."""
 
 
 def overload(*, quick: bool) -> Study:
@@ -52,7 +52,7 @@ def overload(*, quick: bool) -> Study:
                 CAPACITY_PER_S * float(labels["factor"]) * (QUICK_SECONDS if quick else SECONDS)
             ),
             objectives=Objectives(when_late="refuse"),
-            cluster={"device_noise": 0.05},
+            cluster=DEVICES,
         ).runs(policy, NODES, SEEDS[:1] if quick else SEEDS, {"class": model.name, **labels})
     ]
     return Study(name="overload", title="Overload", about=ABOUT, cells=cells, run=run_cell, report=report)

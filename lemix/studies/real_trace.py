@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lemix.simulation.trace import read_trace
 from lemix.studies.charts import chart_by
-from lemix.studies.demand import SEEDS, Demand, round_s
+from lemix.studies.demand import DEVICES, SEEDS, Demand, round_s
 from lemix.studies.grid import Report, Study, grid
 from lemix.studies.measures import (
     FORECAST_ERROR,
@@ -42,7 +42,7 @@ def real_trace(trace: Path, *, quick: bool) -> Study:
             training_tokens_per_s=TRAINING_TOKENS_PER_S,
             tbt_p99_s=2 * round_s(model.profile),
             trace=rows,
-            cluster={"device_noise": 0.05},
+            cluster=DEVICES,
         ).runs(policy, NODES, TRACE_SEEDS[:1] if quick else TRACE_SEEDS, {"class": model.name, **labels})
     ]
     return Study(
@@ -58,9 +58,9 @@ def real_trace(trace: Path, *, quick: bool) -> Study:
 def _about(trace: Path, num_requests: int) -> str:
     return f"""\
 The first {num_requests} requests of {trace.name}, stretched in time to each rate, on four nodes of llama2-13b
-with 5 % noise beside {TRAINING_TOKENS_PER_S} training tokens per second. What is longer than the model reads
-is cut. The objective for the first token grows with the prompt; that between tokens is two rounds of one
-token alone. No default was ever chosen on recorded requests."""
+with noise and a table of their own, beside {TRAINING_TOKENS_PER_S} training tokens per second. What is
+longer than the model reads is cut. The objective for the first token grows with the prompt; that between
+tokens is two rounds of one token alone. No default was ever chosen on recorded requests."""
 
 
 def report(rows: Sequence[Row]) -> Report:

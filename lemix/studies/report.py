@@ -13,7 +13,7 @@ from lemix.studies.tables import missed_sections, verdict_table
 from lemix.studies.verdicts import Verdict
 
 
-def write(study: Study, rows: Sequence[Row], folder: Path, *, command: str) -> Path:
+def write(study: Study, rows: Sequence[Row], folder: Path, *, command: str, made: str) -> Path:
     """Write the study's files under `folder`; returns the Markdown's path."""
     folder.mkdir(parents=True, exist_ok=True)
     report = study.report(rows)
@@ -21,9 +21,9 @@ def write(study: Study, rows: Sequence[Row], folder: Path, *, command: str) -> P
     for name, chart in zip(names, report.charts.values(), strict=True):
         draw(chart, folder / name)
     names += [_draw_timeline(study, cell, folder) for cell in study.timelines]
-    (folder / f"{study.name}.json").write_text(_as_json(study, rows, report, command))
+    (folder / f"{study.name}.json").write_text(_as_json(study, rows, report, command, made))
     path = folder / f"{study.name}.md"
-    path.write_text(_as_markdown(study, rows, report, names, command))
+    path.write_text(_as_markdown(study, rows, report, names, _setting(study, rows, command, made)))
     return path
 
 
@@ -38,7 +38,7 @@ def _draw_timeline(study: Study, cell: Cell, folder: Path) -> str:
 
 
 def _as_markdown(
-    study: Study, rows: Sequence[Row], report: Report, figures: Iterable[str], command: str
+    study: Study, rows: Sequence[Row], report: Report, figures: Iterable[str], setting: str
 ) -> str:
     pictures = "\n\n".join(f"![{name}]({name})" for name in figures)
     sections = [
@@ -46,27 +46,29 @@ def _as_markdown(
         *report.sections,
         *missed_sections(report.verdicts, report.looked_up or rows),
         *([Section(title="Figures", body=pictures)] if pictures else []),
-        Section(title="Setting", body=_setting(study, rows, command)),
+        Section(title="Setting", body=setting),
     ]
     parts = [f"# {study.title}", study.about, *(f"## {part.title}\n\n{part.body}" for part in sections)]
     return "\n\n".join(parts) + "\n"
 
 
-def _setting(study: Study, rows: Sequence[Row], command: str) -> str:
+def _setting(study: Study, rows: Sequence[Row], command: str, made: str) -> str:
     seeds = sorted({cell.cluster.seed for cell in study.cells})
     return (
         f"Made by `{command}`. Seeds {', '.join(map(str, seeds))};"
         f" {sum(row.num_runs for row in rows)} of {len(study.cells)} runs."
         " A number is the median over the seeds, with the lowest and the highest behind it where they differ."
         " All times but those of a real cluster are virtual: no machine made them longer or shorter."
+        f" {made}"
     )
 
 
-def _as_json(study: Study, rows: Sequence[Row], report: Report, command: str) -> str:
+def _as_json(study: Study, rows: Sequence[Row], report: Report, command: str, made: str) -> str:
     """The rows one a line, so that a change of one is a change of one line."""
     head = {
         "study": study.name,
         "command": command,
+        "made": made,
         "verdicts": [_verdict(verdict) for verdict in report.verdicts],
     }
     lines = ",\n".join(json.dumps(_row(row)) for row in rows)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ class Ended:
 class RunLog:
     """The finished runs of a study: a file with one JSON object a line."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, commit: str = "") -> None:
+        """`commit`: the code that makes the runs to come."""
         self._path = path
+        self._commit = commit
 
     def forget(self, cells: Iterable[Cell]) -> None:
         """Their runs will be made again."""
@@ -52,6 +55,11 @@ class RunLog:
     def finished(self) -> dict[str, Metrics]:
         """The metrics of every run that is there, by its cell's key."""
         return {_key(row): row["metrics"] for row in self._rows()}
+
+    def commits(self, cells: Iterable[Cell]) -> Counter[str]:
+        """The code that made the runs of these cells, with their numbers."""
+        keys = {cell.key() for cell in cells}
+        return Counter(row.get("commit", "") for row in self._rows() if _key(row) in keys)
 
     def _keep(self, rows: Iterable[dict[str, Any]]) -> None:
         if self._path.exists():
@@ -73,6 +81,7 @@ class RunLog:
             "options": ended.cell.options(),
             "metrics": dict(ended.metrics),
             "wall_s": round(ended.wall_s, 3),
+            "commit": self._commit,
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:

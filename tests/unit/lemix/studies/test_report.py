@@ -28,12 +28,13 @@ def made_up_report(rows: Sequence[Row]) -> Report:
 
 def test_a_study_says_all_in_markdown_and_json_and_figures(tmp_path: Path) -> None:
     study = study_of([cell_of("lemix", seed=seed) for seed in (3, 4)], report=made_up_report)
-    path = write(study, ROWS, tmp_path / "new", command="lemix study made-up")
+    path = write(study, ROWS, tmp_path / "new", command="lemix study made-up", made="Code: a1b2.")
     text = path.read_text()
     assert text.startswith("# Made up\n\nNothing runs.\n\n## Verdicts\n")
     assert "## A table\n\n| a |\n" in text
     assert "| rate 4 | 0.120 | 0.500 (random) | 0.750: permitted |" in text
     assert "Made by `lemix study made-up`. Seeds 3, 4; 10 of 2 runs." in text
+    assert "shorter. Code: a1b2.\n" in text
     assert "![made-up-by-rate.png](made-up-by-rate.png)" in text
     assert (path.parent / "made-up-by-rate.png").exists()
     result = json.loads((path.parent / "made-up.json").read_text())

@@ -9,6 +9,7 @@ import pytest
 
 from lemix.studies.command import chosen_cells
 from lemix.studies.grid import Cell, Study
+from lemix.studies.provenance import made_by
 from lemix.studies.rows import Labels, Metrics
 from lemix.studies.runner import (
     RunLog,
@@ -96,6 +97,15 @@ def test_what_is_forgotten_is_run_again_and_nothing_else(tmp_path: Path) -> None
     assert finished_runs(study, log) == [(cell_of("random").labels, made_up(cell_of("random")))]
     _, heard = run(study, log)
     assert heard == [(1, 2), (2, 2)]
+
+
+def test_each_run_keeps_the_code_that_made_it(tmp_path: Path) -> None:
+    path, cells = tmp_path / "made-up.jsonl", [cell_of("lemix"), cell_of("random"), cell_of("bound")]
+    run(study_of(cells[:1]), RunLog(path, "a1b2"))
+    run(study_of(cells[1:]), RunLog(path, "c3d4"))
+    assert RunLog(path).commits(cells) == {"a1b2": 1, "c3d4": 2}
+    assert RunLog(path).commits(cells[:2]) == {"a1b2": 1, "c3d4": 1}
+    assert made_by({"a1b2": 1, "": 2}).startswith("Code: a1b2 (1 runs), unknown code (2 runs). Written on 20")
 
 
 def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
