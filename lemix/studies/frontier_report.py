@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from lemix.studies.bars import Bars
 from lemix.studies.frontier_loads import FrontierLoad, FrontierPlan
 from lemix.studies.grid import Report, Section
 from lemix.studies.measures import Measure, percent
@@ -31,6 +32,7 @@ def report(rows: Sequence[Row], *, plan: FrontierPlan) -> Report:
     return Report(
         sections=[*_saved(fewest, plan), *_highest(highest), *_answers(fewest)],
         verdicts=[saved_over_separate(fewest, plan), never_more(fewest, plan)],
+        charts=dict(_bars(fewest, plan)),
         looked_up=fewest,
     )
 
@@ -101,6 +103,26 @@ def _saved(fewest: Sequence[Row], plan: FrontierPlan) -> Iterator[Section]:
         )
     if lines:
         yield Section(title="Devices saved: the fewest nodes", body=table(head, lines))
+
+
+def _bars(fewest: Sequence[Row], plan: FrontierPlan) -> Iterator[tuple[str, Bars]]:
+    """The fewest nodes by load, a picture for each share in time."""
+    for share in plan.shares:
+        at = points(select(fewest, **{IN_TIME_SHARE: share}))
+        policies = [policy for policy in distinct(fewest, POLICY) if policy != BOUND]
+        if at:
+            yield (
+                f"nodes-{100 * share:g}",
+                Bars(
+                    title=f"Fewest nodes with {share:.0%} in time and the training kept up with",
+                    x_title="nodes",
+                    groups=[str(point.labels[LOAD]).replace("; ", "\n") for point in at],
+                    values={
+                        str(policy): [_fewest_of(point, str(policy)) for point in at] for policy in policies
+                    },
+                    most=plan.most_nodes,
+                ),
+            )
 
 
 def _fewest_of(point: Point, policy: str) -> float | None:

@@ -76,8 +76,9 @@ def _timelines(cells: Iterable[Cell]) -> list[Cell]:
 def report(rows: Sequence[Row]) -> Report:
     by_rate = select(rows, batch=MIDDLE_BATCH_SIZE)
     by_batch = select(rows, rate=MIDDLE_RATE)
-    sections = sections_by([*by_rate, *paper_rows(by_rate)], "rate", MEASURES)
-    charts = {"by-rate": chart_by(contest(by_rate), "rate", MEASURES)}
+    beside = [*by_rate, *paper_rows(by_rate)]
+    sections = sections_by(beside, "rate", MEASURES)
+    charts = {"by-rate": chart_by(contest(beside), "rate", MEASURES)}
     if by_batch:
         sections += sections_by(by_batch, "batch", MEASURES)
         charts["by-batch"] = chart_by(contest(by_batch), "batch", MEASURES)

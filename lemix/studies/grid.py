@@ -10,6 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from lemix.simulation.cluster import SimulationOptions
 from lemix.simulation.workload import WorkloadOptions
+from lemix.studies.bars import Bars
 from lemix.studies.charts import Chart
 from lemix.studies.rows import POLICY, Label, Labels, Metrics, Row
 from lemix.studies.verdicts import Verdict
@@ -55,7 +56,7 @@ class Report:
 
     sections: Sequence[Section] = ()
     verdicts: Sequence[Verdict] = ()
-    charts: Mapping[str, Chart] = field(default_factory=dict)
+    charts: Mapping[str, Chart | Bars] = field(default_factory=dict)
     """By the end of the file's name."""
     looked_up: Sequence[Row] = ()
     """Rows that missed points are looked up in; none: in all of the study."""

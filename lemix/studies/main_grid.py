@@ -134,7 +134,7 @@ def report(rows: Sequence[Row], *, paper_schedule: str) -> Report:
     return Report(
         sections=[*_possible(_within_the_paper(rows)), *_sections(shown)],
         verdicts=_verdicts(ran),
-        charts=dict(_charts(ran)),
+        charts=dict(_charts(contest(shown))),
     )
 
 
