@@ -141,7 +141,7 @@ def test_gradients_of_a_pipeline_without_flush_are_late_but_learnt_from() -> Non
 def test_the_quick_study_trains_under_two_policies_and_tells_their_losses(tmp_path: Path) -> None:
     study = learning(quick=True)
     rows = aggregate([(cell.labels, study.run(cell)) for cell in study.cells])
-    path = write(study, rows, tmp_path, command="lemix study learning --quick")
+    path = write(study, rows, tmp_path, command="lemix study learning --quick", made="")
     results = json.loads((tmp_path / "learning.json").read_text())["rows"]
     by_policy = {result["labels"]["policy"]: result["metrics"] for result in results}
     assert set(by_policy) == {"lemix", "separate:split=training_rate"}
