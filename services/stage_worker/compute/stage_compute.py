@@ -113,25 +113,16 @@ class StageCompute:
         version: int | None,
         states: Sequence[SequenceState],
     ) -> IterationOutput:
+        loaded, layers = self.loaded, self.loaded.stage.layers
         with self._streams.serving():
-            return self._iteration(chunks, rows, version, states)
-
-    def _iteration(
-        self,
-        chunks: Sequence[SequenceChunk],
-        rows: Rows,
-        version: int | None,
-        states: Sequence[SequenceState],
-    ) -> IterationOutput:
-        loaded, inputs = self.loaded, self._inputs(rows, sum(chunk.num_tokens for chunk in chunks))
-        layers = loaded.stage.layers
-        self._served = version
-        if layers.is_last:
-            (results, failed), took = loaded.tokens.run(Asked(chunks, states, inputs), version)
-            return IterationOutput(None, results, failed, took)
-        end = self._timer()
-        outputs = loaded.iterations.run(chunks, inputs, (), version)
-        return IterationOutput(self._handoff.put(layers.stage + 1, outputs), took=end())
+            inputs = self._inputs(rows, sum(chunk.num_tokens for chunk in chunks))
+            self._served = version
+            if layers.is_last:
+                (results, failed), took = loaded.tokens.run(Asked(chunks, states, inputs), version)
+                return IterationOutput(None, results, failed, took)
+            end = self._timer()
+            outputs = loaded.iterations.run(chunks, inputs, (), version)
+            return IterationOutput(self._handoff.put(layers.stage + 1, outputs), took=end())
 
     def forward(self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None) -> Forwarded:
         loaded, layers = self.loaded, self.loaded.stage.layers
