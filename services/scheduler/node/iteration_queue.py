@@ -222,15 +222,23 @@ class IterationQueue:
         parts = deque(part for formed in waiting for part in formed.parts)
         for formed in waiting:
             formed.parts = []
-            while parts and (room := self._room(formed, parts[0].task)) > 0:
-                part = parts.popleft()
-                while parts and parts[0].task is part.task:
-                    part = part._replace(num_tokens=part.num_tokens + parts.popleft().num_tokens)
-                taken, rest = part.split(room)
-                formed.parts.append(taken)
-                if rest is not None:
-                    parts.appendleft(rest)
-            self._keep(formed, formed.parts)
+            self._take_rows(formed, parts)
+        while parts:  # decodes have come into the iterations meanwhile
+            ready_s = self._formed[-1].iteration.ready_s
+            self._formed.append(_Formed(Iteration(NO_WORK, (), ready_s=ready_s), [], self.decode_share()))
+            self._take_rows(self._formed[-1], parts)
+
+    def _take_rows(self, formed: _Formed, parts: deque[_Part]) -> None:
+        """Move rows from the beginning of `parts` into an iteration without any, as far as it has room."""
+        while parts and (room := self._room(formed, parts[0].task)) > 0:
+            part = parts.popleft()
+            while parts and parts[0].task is part.task:
+                part = part._replace(num_tokens=part.num_tokens + parts.popleft().num_tokens)
+            taken, rest = part.split(room)
+            formed.parts.append(taken)
+            if rest is not None:
+                parts.appendleft(rest)
+        self._keep(formed, formed.parts)
 
     def _keep(self, formed: _Formed, parts: list[_Part]) -> None:
         formed.parts = parts
@@ -260,7 +268,8 @@ class IterationQueue:
         return self._decodes(min(self._num_per_iteration, len(self.decoding) - num_busy))
 
     def _decodes(self, count: int) -> Work:
-        """Rows of so many decoding sequences of mean length."""
+        """Rows of so many decoding sequences of mean length. They always leave room for a row of a prompt."""
+        count = min(count, self._costs.max_iteration_tokens - 1)
         if count <= 0 or not self.decoding:
             return NO_WORK
         num_rows = sum(task.shape.prompt_tokens + task.num_generated for task in self.decoding.values())

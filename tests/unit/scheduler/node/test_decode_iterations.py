@@ -84,3 +84,33 @@ def test_rows_left_over_by_a_piece_move_into_the_next_iteration() -> None:
     formed = node_model.prediction.known.formed
     assert [each.work.num_tokens for each in formed] == [512, 112]
     assert [each.completes for each in formed] == [(), ("long", "late")]
+
+
+def test_no_row_is_lost_where_decodes_take_room_from_a_prompt() -> None:
+    """The prompt may have 16 rows beside a decode, and came when nothing decoded."""
+    node_model = NodeModel(2, LinearCosts(2))
+    first, second = iteration(0, "a", tokens=100), iteration(1, "b", tokens=100)
+    place(node_model, "a", 100, 0.0, max_tokens=1000)
+    place(node_model, "b", 100, 0.0)
+    begins(node_model, first, 0.0)
+    begins(node_model, second, 0.1, after=first)
+    shape = TaskShape(prompt_tokens=1024, max_tokens=1, rows_beside_decodes=16)
+    node_model.assign("long", "inference", shape, forecast=None, arrived_s=0.15, now_s=0.15)
+    ended = OpEnded(op=first, elapsed_s=0.1, ago_s=0.0)
+    node_model.progressed(StageProgress(node=0, stage=1, ended=(ended,), running=None), 0.2)
+    begins(node_model, iteration(2, tokens=1 + 16, sequences=2), 0.2, after=second)
+    formed = node_model.prediction.known.formed
+    assert sum(each.work.num_tokens - each.num_decodes for each in formed) == 1024 - 16
+    assert [task_id for each in formed for task_id in each.completes] == ["long"]
+
+
+def test_a_prompt_goes_on_beside_more_decodes_than_an_iteration_has_rows() -> None:
+    node_model = NodeModel(1, LinearCosts(1, max_iteration_tokens=4))
+    for index in range(6):
+        place(node_model, f"r{index}", 1, 0.0, max_tokens=100)
+        ended = OpEnded(op=iteration(index, f"r{index}", tokens=1), elapsed_s=0.001, ago_s=0.0)
+        node_model.progressed(StageProgress(node=0, stage=0, ended=(ended,), running=None), 0.001 * index)
+    begins(node_model, iteration(6, tokens=4, sequences=4), 0.01)
+    place(node_model, "long", 3, 0.01)
+    formed = node_model.prediction.known.formed
+    assert [task_id for each in formed for task_id in each.completes] == ["long"]
