@@ -32,7 +32,7 @@ MEASURED_KINDS: tuple[OpKind, ...] = ("iteration", "forward", "backward")
 
 
 class Costs(Protocol):
-    """Seconds that an op takes on a stage, alone and without waiting. All nodes are alike."""
+    """Seconds that an op takes on a stage, alone and without waiting."""
 
     num_stages: int | None
     """None: no profile says. Whoever learns it from the nodes sets it; until then no stage is the last."""
@@ -52,6 +52,10 @@ class Costs(Protocol):
         ...
 
     def step_s(self, stage: int) -> float: ...
+
+    def is_settled(self, stage: int, kind: OpKind) -> bool:
+        """Whether ops that take longer than it says are the fault of their node, and not of a formula."""
+        ...
 
     def observe(self, stage: int, kind: OpKind, work: Work, elapsed_s: float) -> None:
         """Note that an op took `elapsed_s` on the device."""
@@ -91,6 +95,9 @@ class QuadraticCosts:
 
     def step_s(self, stage: int) -> float:
         return 0.0
+
+    def is_settled(self, stage: int, kind: OpKind) -> bool:
+        return False
 
     def observe(self, stage: int, kind: OpKind, work: Work, elapsed_s: float) -> None:
         if kind == "iteration" and self._forward_eta_s is None:
@@ -137,6 +144,9 @@ class AffineCosts:
     def step_s(self, stage: int) -> float:
         return self._curve(stage, "step").seconds(NO_WORK)
 
+    def is_settled(self, stage: int, kind: OpKind) -> bool:
+        return self._curve(stage, kind).is_settled
+
     def observe(self, stage: int, kind: OpKind, work: Work, elapsed_s: float) -> None:
         if elapsed_s > 0:
             self._curve(stage, kind).observe(work, elapsed_s)
@@ -157,6 +167,11 @@ class _CorrectedCurve:
         self._fitted = fitted
         self._ratio = 1.0
         self._samples = samples
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its shape is known."""
+        return self._samples is None
 
     def seconds(self, work: Work) -> float:
         return self._ratio * self._fitted.seconds(work)

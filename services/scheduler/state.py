@@ -9,6 +9,7 @@ from typing import assert_never
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import Forecast
 from services.scheduler.node.node_model import NodeModel
+from services.scheduler.node_costs import NodeCosts
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.prefix_memory import PrefixMemory
 from services.scheduler.statistics import RATE_WINDOW_S, ArrivalRate, LateMargin, MeanError, RunningMoments
@@ -155,6 +156,7 @@ class LostTask:
 @dataclass(slots=True)
 class _Node:
     node_model: NodeModel
+    costs: NodeCosts
     kv_capacity: int = 0
     """Tokens that its KV cache holds."""
     kv_tokens: int = 0
@@ -202,6 +204,7 @@ class ClusterState:
         `feeding`: how the trainer feeds batches.
         """
         self.costs = costs
+        """The costs that nodes share."""
         self.objectives = objectives
         self._mean_prompt = mean_prompt
         self.inference_rate = ArrivalRate()
@@ -333,6 +336,10 @@ class ClusterState:
         """The node's known work and its future."""
         return self._nodes[node].node_model
 
+    def costs_of(self, node: int) -> NodeCosts:
+        """The node's own costs."""
+        return self._nodes[node].costs
+
     def kv_tokens(self, node: int) -> int:
         """Tokens that fit the node's whole KV cache, empty or not."""
         return self._nodes[node].kv_capacity
@@ -386,6 +393,7 @@ class ClusterState:
             node.prefixes.serves(heartbeat.serving_version)
             node.kv_capacity = heartbeat.kv_blocks_total * heartbeat.kv_block_size
             self.costs.max_iteration_tokens = heartbeat.max_iteration_tokens
+            node.costs.max_iteration_tokens = heartbeat.max_iteration_tokens
         if self.costs.num_stages is None:
             self.costs.num_stages = heartbeat.num_stages
         self._list_readiness(heartbeat.node)
@@ -396,8 +404,9 @@ class ClusterState:
 
     def _add(self, heartbeat: Heartbeat) -> _Node:
         num_stages = self.costs.num_stages or heartbeat.num_stages  # a node of another number is never ready
-        node_model = NodeModel(num_stages, self.costs, feeding=self._feeding)
-        self._nodes[heartbeat.node] = _Node(node_model)
+        costs = NodeCosts(self.costs, num_stages, [other.costs for other in self._nodes.values()])
+        node_model = NodeModel(num_stages, costs, feeding=self._feeding)
+        self._nodes[heartbeat.node] = _Node(node_model, costs)
         return self._nodes[heartbeat.node]
 
     def _stage_left(self, stopped: StageStopped) -> list[LostTask]:
@@ -487,7 +496,7 @@ class ClusterState:
         if node is None or progress.stage >= node.node_model.num_stages:
             return
         for ended in progress.ended:
-            self._learn(progress.stage, ended)
+            self._learn(node.costs, progress.stage, ended)
             self._busy_s.add(now_s, ended.elapsed_s)
         for task in node.node_model.progressed(progress, now_s):
             self._count(task)
@@ -505,8 +514,8 @@ class ClusterState:
         self.num_late += is_late
         self.num_in_time += not is_late
 
-    def _learn(self, stage: int, ended: OpEnded) -> None:
-        op, costs = ended.op, self.costs
+    def _learn(self, costs: Costs, stage: int, ended: OpEnded) -> None:
+        op = ended.op
         work = op.work
         if op.kind == "iteration":
             self.forward_error.add(costs.iteration_s(stage, work), ended.elapsed_s)

@@ -28,7 +28,7 @@ SLO_S = 1.0
 OBJECTIVES = Objectives(ttft_s=SLO_S, when_late="serve_last")
 
 
-@dataclass
+@dataclass(eq=False)
 class LinearCosts:
     """A millisecond per token forward, two backward; no hops. Implements `Costs`."""
 
@@ -51,6 +51,9 @@ class LinearCosts:
 
     def step_s(self, stage: int) -> float:
         return self.applied_s
+
+    def is_settled(self, stage: int, kind: OpKind) -> bool:
+        return True
 
     def observe(self, stage: int, kind: OpKind, work: Work, elapsed_s: float) -> None:
         pass

@@ -4,8 +4,9 @@ In this order: does memory allow the task anywhere now; which node suits it best
 sake of requests. docs/policy.md explains each part and its options.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from services.scheduler.costs import Costs
 from services.scheduler.forecast import (
@@ -46,6 +47,8 @@ from shared.messages.training import TrainingTask
 ASK_AGAIN = 0.1
 """Share of an objective: after it a waiting task asks again, if nothing is known to change before."""
 
+T = TypeVar("T")
+
 ANSWER_HOPS = 2
 """From the gateway to the scheduler, and from the last stage to the gateway."""
 
@@ -85,14 +88,12 @@ class Lemix:
         beginnings = beginnings_of(task.prompt, state.block_size(nodes[0]))
         found = self._shortlist(state, nodes, now_s, state.holder(beginnings, nodes))
         cached = {each.node: state.cached_tokens(each.node, beginnings) for each in found}
-        alones = {
-            key: inference_alone(state.costs, length, *key)
-            for key in {(each.node_model.devices, cached[each.node]) for each in found}
-        }
-        prospects = [
-            _prospect_of_request(each, alones[each.node_model.devices, cached[each.node]], now_s)
-            for each in found
-        ]
+        alones = _by_node(
+            found,
+            lambda each: inference_alone(each.costs, length, each.node_model.devices, cached[each.node]),
+            by=cached,
+        )
+        prospects = [_prospect_of_request(each, alones[each.node], now_s) for each in found]
         alone = min(alones.values(), key=lambda each: each.forward[-1].end_s)
         alone_s = alone.forward[-1].end_s
         hops_s = ANSWER_HOPS * state.costs.hop_s
@@ -134,10 +135,10 @@ class Lemix:
         self, state: ClusterState, nodes: Sequence[int], task: TrainingTask, waited_s: float, now_s: float
     ) -> Decision:
         found, shape = self._shortlist(state, nodes, now_s), shape_of(task)
-        alones = {
-            devices: training_alone(state.costs, shape.microbatches, devices) for devices in _layouts(found)
-        }
-        prospects = [_prospect_of_batch(each, alones[each.node_model.devices], now_s) for each in found]
+        alones = _by_node(
+            found, lambda each: training_alone(each.costs, shape.microbatches, each.node_model.devices)
+        )
+        prospects = [_prospect_of_batch(each, alones[each.node], now_s) for each in found]
         best = ranked(prospects, self._question_of_batch(state, prospects, shape, now_s), self._options)
         with_room = [each for each in best if self._has_room(each.candidate, task)]
         if not with_room and self._may_wait_for_room(found[0], task, waited_s / state.slo_s):
@@ -147,8 +148,8 @@ class Lemix:
         best = with_room or best
         if self._options.has("deferral") and state.inference_rate.per_s(now_s) >= MIN_RATE_PER_S:
             expected = _expected(state, found, now_s)
-            ops = _ops_of(state.costs, shape, found[0].node_model.num_stages)
-            shares = [late_share(each.node, each.forecast, ops, expected) for each in best]
+            ops = _by_node(found, lambda each: _ops_of(each.costs, shape))
+            shares = [late_share(each.node, each.forecast, ops[each.node], expected) for each in best]
             patience_s = self._options.patience * state.slo_s
             allowed = self._options.late_share + waited_s / patience_s
             if min(shares) > allowed:
@@ -193,9 +194,21 @@ class Lemix:
         return shortlist(state, nodes, now_s=now_s, linger_s=linger_s, holder=holder)
 
 
-def _layouts(found: Sequence[Candidate]) -> set[tuple[int, ...]]:
-    """The ways in which stages share devices."""
-    return {candidate.node_model.devices for candidate in found}
+def _by_node(
+    found: Sequence[Candidate], make: Callable[[Candidate], T], by: Mapping[int, Hashable] | None = None
+) -> dict[int, T]:
+    """By node: what follows from its costs and the layout of its devices, and from what `by` has for it.
+
+    Nodes that are alike share it.
+    """
+    by_kind: dict[Hashable, T] = {}
+    by_node = {}
+    for each in found:
+        kind = (each.costs.alike, each.node_model.devices, by[each.node] if by else None)
+        if kind not in by_kind:
+            by_kind[kind] = make(each)
+        by_node[each.node] = by_kind[kind]
+    return by_node
 
 
 def _as_known(
@@ -233,11 +246,10 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
     """Expected requests, like those that came."""
     node_models = {candidate.node: candidate.node_model for candidate in found}
     length = max(1, round(state.inference_lengths.mean))
-    alones = {devices: inference_alone(state.costs, length, devices) for devices in _layouts(found)}
+    alones = _by_node(found, lambda each: inference_alone(each.costs, length, each.node_model.devices))
 
     def response(node: int, at_s: float) -> float:
-        node_model = node_models[node]
-        return forecast_inference(node_model.prediction, alones[node_model.devices], at_s).end_s - at_s
+        return forecast_inference(node_models[node].prediction, alones[node], at_s).end_s - at_s
 
     return Expected(
         response=response,
@@ -247,12 +259,12 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
     )
 
 
-def _ops_of(costs: Costs, shape: TaskShape, num_stages: int) -> BatchOps:
+def _ops_of(costs: Costs, shape: TaskShape) -> BatchOps:
     work = max(shape.microbatches, key=lambda work: work.num_tokens)
     return BatchOps(
         tuple(
             OpTimes(costs.forward_s(stage, work), costs.backward_s(stage, work), costs.step_s(stage))
-            for stage in range(num_stages)
+            for stage in range(costs.num_stages or 1)
         ),
         len(shape.microbatches),
     )
