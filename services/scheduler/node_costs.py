@@ -12,7 +12,7 @@ from services.scheduler.costs import CORRECTION_LIMITS, Costs
 from shared.messages.events import OpKind
 from shared.profiles.times import Work, work_of_rows
 
-PACE_WEIGHT = 0.05
+PACE_WEIGHT = 0.1
 """Weight of the newest op. It is less than that of shared costs: what slows all nodes down is in those."""
 ALIKE = 1.25
 """Nodes within this factor of the shared costs are taken for alike: between ops of different sizes there are
