@@ -16,7 +16,8 @@ from benchmarks.report import spread
 from lemix.simulation.cluster import SimulationOptions, running_cluster
 from lemix.simulation.devices import Devices
 from lemix.simulation.loop import run_virtual
-from services.gateway.cluster_client import ClusterClient, SequenceSpec
+from services.gateway.cluster_client import ClusterClient
+from services.gateway.sent_sequence import SequenceSpec
 from shared.messages.inference import Sampling
 from shared.profiles.times import Work
 from shared.subjects import BATCHES

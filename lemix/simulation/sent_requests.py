@@ -8,7 +8,8 @@ from statistics import fmean
 
 from lemix.simulation.record import RequestRecord
 from lemix.simulation.workload import PlannedRequest
-from services.gateway.cluster_client import ClusterClient, SequenceSpec, Session
+from services.gateway.cluster_client import ClusterClient, Session
+from services.gateway.sent_sequence import SequenceSpec
 from shared.clock import Clock
 from shared.errors import LemixError
 from shared.messages.inference import Sampling

@@ -69,6 +69,7 @@ async def run(world: World, settings: GatewaySettings) -> None:
         ids=world.ids,
         telemetry=world.telemetry,
         request_timeout_s=settings.request_timeout_s,
+        may_mix_weights=settings.weights_consistency == "latest",
     )
     fine_tuning = FineTuning(settings, bus=world.bus, clock=world.clock, ids=world.ids, encoder=encoder)
     text_threads = TextThreads(settings.max_concurrent_requests)

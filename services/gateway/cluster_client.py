@@ -6,23 +6,21 @@ sequences of one request, and ends in one of two ways: every sequence finished, 
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from services.gateway.sent_sequence import NODE_LOST, SentSequence, SequenceSpec
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock, IdSource
 from shared.errors import LemixError, RefusedError
 from shared.messages.cluster import ClusterStatus, StatusRequest
 from shared.messages.inference import (
     DEFERRED,
-    RUN_OBJECTIVE,
     CancelTask,
     InferenceTask,
-    Objective,
     Placed,
-    Sampling,
     SequenceResult,
     TaskFailed,
     TokensProduced,
@@ -32,17 +30,11 @@ from shared.subjects import CANCEL, FAILED, NODE_WEIGHTS, STATUS, SUBMIT, TOKENS
 from shared.telemetry import Telemetry
 
 SUBMIT_TIMEOUT_S = 10.0
+SHORTEST_TIMEOUT_S = 0.001
+"""A sequence that is sent again at the end of its time still has some."""
 STATUS_TIMEOUT_S = 1.0
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceSpec:
-    """One sequence to complete."""
-
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    prompt_logprobs: bool = False
-    objective: Objective = RUN_OBJECTIVE
+log = logging.getLogger(__name__)
 
 
 class Arrival(NamedTuple):
@@ -64,11 +56,23 @@ class Session:
     What waits here is bounded by what was asked for: a result for each token and prompt chunk.
     """
 
-    def __init__(self, client: "ClusterClient", task_ids: Sequence[str]) -> None:
+    def __init__(
+        self,
+        client: "ClusterClient",
+        specs: Sequence[SequenceSpec],
+        *,
+        arrived_s: float,
+        deadline_s: float,
+        traceparent: str,
+    ) -> None:
+        self.arrived_s = arrived_s
+        self.deadline_s = deadline_s
+        self.traceparent = traceparent
         self._client = client
-        self._task_ids = tuple(task_ids)
-        self._places = {task_id: place for place, task_id in enumerate(task_ids)}
-        self._running = set(task_ids)
+        self._sequences = [SentSequence(spec) for spec in specs]
+        self._places: dict[str, int] = {}
+        """By task; a sequence that was sent again is another task."""
+        self._running: set[str] = set()
         self._unwanted: set[str] = set()
         self._placed: dict[str, Placed] = {}
         self._arrivals: list[Arrival] = []
@@ -80,7 +84,7 @@ class Session:
     @property
     def placements(self) -> tuple[Placed | None, ...]:
         """The scheduler's answer for each sequence; None: none yet."""
-        return tuple(self._placed.get(task_id) for task_id in self._task_ids)
+        return tuple(self._placed.get(sequence.task_id) for sequence in self._sequences)
 
     async def next(self) -> list[Arrival]:
         """Wait for results, and take all that are here; none after `wake`.
@@ -112,14 +116,14 @@ class Session:
 
     def stop(self, place: int) -> None:
         """End this sequence: free its work."""
-        self._stop(self._task_ids[place])
+        self._stop(self._sequences[place].task_id)
 
     def close(self) -> None:
         """Free all work that is left; safe to call twice."""
         if self._timer is not None:
             self._timer.cancel()
-        for task_id in self._task_ids:
-            self._stop(task_id)
+        for sequence in self._sequences:
+            self._stop(sequence.task_id)
 
     def _stop(self, task_id: str) -> None:
         if task_id in self._running:
@@ -127,17 +131,45 @@ class Session:
             self._unwanted.add(task_id)
             self._client.forget(task_id, self._node_of(task_id))
 
+    def begin(self) -> None:
+        """Send all sequences (called by the gateway)."""
+        for place in range(len(self._sequences)):
+            self._send(place)
+
+    def _send(self, place: int) -> None:
+        task = self._client.send(self, self._sequences[place])
+        self._places[task.task_id] = place
+        self._running.add(task.task_id)
+
     def add(self, result: SequenceResult, weights_version: int, at_s: float, node: int) -> None:
         """Take in a result that has arrived (called by the gateway)."""
         task_id = result.task_id
-        self._arrivals.append(Arrival(self._places[task_id], result, weights_version, at_s, node))
+        place = self._places[task_id]
+        self._sequences[place].note(result)
+        self._arrivals.append(Arrival(place, result, weights_version, at_s, node))
         self._changed.set()
         if result.finish is not None:
             self._end(task_id)
 
-    def refused(self, task_id: str, error: LemixError) -> None:
-        """Note that no answer will come for a task (called by the gateway)."""
+    def refused(self, task_id: str, error: RefusedError, *, may_mix_weights: bool) -> None:
+        """Note that no answer will come for a task: another node goes on, or the session fails (called by the
+        gateway).
+        """
+        place = self._places[task_id]
         self._end(task_id, self._node_of(task_id))
+        can_go_on = self._sequences[place].can_go_on(may_mix_weights=may_mix_weights)
+        if error.code == NODE_LOST and self._error is None and can_go_on:
+            log.warning("%s is sent again: %s", task_id, error)
+            self._sequences[place].lost_because = str(error)
+            self._placed.pop(task_id, None)
+            self._send(place)
+        else:
+            self.fail(error)
+
+    def not_placed(self, task_id: str, error: LemixError) -> None:
+        """Note that the task gets no node (called by the gateway)."""
+        if reason := self._sequences[self._places[task_id]].lost_because:
+            error = RefusedError(f"{reason}; it could not go on elsewhere: {error}", code=NODE_LOST)
         self.fail(error)
 
     def wants(self, task_id: str) -> bool:
@@ -147,7 +179,7 @@ class Session:
     def placed(self, task_id: str, placed: Placed) -> bool:
         """Note where the task went (called by the gateway). False when nobody wants it any more."""
         self._placed[task_id] = placed
-        if len(self._placed) == len(self._task_ids):
+        if len(self._placed) == len(self._sequences):
             self._admitted.set()
         return task_id not in self._unwanted
 
@@ -168,13 +200,22 @@ class ClusterClient:
     """Submits sequences to the cluster and hands out what comes back; live inside `running()`."""
 
     def __init__(
-        self, *, bus: Bus, clock: Clock, ids: IdSource, telemetry: Telemetry, request_timeout_s: float
+        self,
+        *,
+        bus: Bus,
+        clock: Clock,
+        ids: IdSource,
+        telemetry: Telemetry,
+        request_timeout_s: float,
+        may_mix_weights: bool = True,
     ) -> None:
+        """`may_mix_weights`: a sequence that has tokens may go on on another node, with the weights there."""
         self._bus = bus
         self._clock = clock
         self._ids = ids
         self._telemetry = telemetry
         self._timeout_s = request_timeout_s
+        self._may_mix_weights = may_mix_weights
         self._group = asyncio.TaskGroup()
         self._sessions: dict[str, Session] = {}
         self._placing: set[asyncio.Task[None]] = set()
@@ -204,16 +245,32 @@ class ClusterClient:
 
         `arrived_s`: when they were asked for (this client's clock); None: now.
         """
-        waited_s = 0.0 if arrived_s is None else self._clock.now_s() - arrived_s
-        tasks = [self._task(spec, waited_s) for spec in specs]
-        session = Session(self, [task.task_id for task in tasks])
+        now_s = self._clock.now_s()
+        session = Session(
+            self,
+            specs,
+            arrived_s=now_s if arrived_s is None else arrived_s,
+            deadline_s=now_s + self._timeout_s,
+            traceparent=traceparent,
+        )
         session.fail_after(self._timeout_s)
-        for task in tasks:
-            self._sessions[task.task_id] = session
-            placing = self.spawn(self._place(session, task, traceparent))
-            self._placing.add(placing)
-            placing.add_done_callback(self._placing.discard)
+        session.begin()
         return session
+
+    def send(self, session: Session, sequence: SentSequence) -> InferenceTask:
+        """Have a sequence placed, for the first time or again (called by a session)."""
+        now_s = self._clock.now_s()
+        task = sequence.next_task(
+            self._ids.new("req"),
+            gateway=self.gateway_id,
+            waited_s=now_s - session.arrived_s,
+            timeout_s=max(SHORTEST_TIMEOUT_S, session.deadline_s - now_s),
+        )
+        self._sessions[task.task_id] = session
+        placing = self.spawn(self._place(session, task))
+        self._placing.add(placing)
+        placing.add_done_callback(self._placing.discard)
+        return task
 
     async def cluster_status(self) -> ClusterStatus:
         """Ask the scheduler for the cluster's status. Raises what `Bus.request` raises."""
@@ -244,33 +301,21 @@ class ClusterClient:
         if node is not None:
             self.spawn(self._cancel(task_id, node))
 
-    def _task(self, spec: SequenceSpec, waited_s: float) -> InferenceTask:
-        return InferenceTask(
-            task_id=self._ids.new("req"),
-            gateway=self.gateway_id,
-            prompt=spec.prompt,
-            sampling=spec.sampling,
-            prompt_logprobs=spec.prompt_logprobs,
-            timeout_s=self._timeout_s,
-            objective=spec.objective,
-            waited_s=waited_s,
-        )
-
-    async def _place(self, session: Session, task: InferenceTask, traceparent: str) -> None:
+    async def _place(self, session: Session, task: InferenceTask) -> None:
         try:
-            placed = await self._ask_for_node(session, task, traceparent)
+            placed = await self._ask_for_node(session, task)
         except LemixError as error:
-            session.fail(error)
+            session.not_placed(task.task_id, error)
             return
         if placed is not None and not session.placed(task.task_id, placed):
             await self._cancel(task.task_id, placed.node)
 
-    async def _ask_for_node(self, session: Session, task: InferenceTask, traceparent: str) -> Placed | None:
+    async def _ask_for_node(self, session: Session, task: InferenceTask) -> Placed | None:
         """Ask as long as the task is deferred; None: nobody wants it any more. Raises as `request` does."""
         while session.wants(task.task_id):
             try:
                 return await self._bus.request(
-                    SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S, traceparent=traceparent
+                    SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S, traceparent=session.traceparent
                 )
             except RefusedError as error:
                 if not error.reason.startswith(DEFERRED):
@@ -293,4 +338,5 @@ class ClusterClient:
         failed = incoming.message
         session = self._sessions.get(failed.task_id)
         if session is not None:
-            session.refused(failed.task_id, RefusedError(failed.reason, code=failed.code))
+            error = RefusedError(failed.reason, code=failed.code)
+            session.refused(failed.task_id, error, may_mix_weights=self._may_mix_weights)

@@ -15,10 +15,11 @@ from opentelemetry.trace import SpanKind
 
 from services.gateway.access.keys import Key, ServiceClass
 from services.gateway.access.meter import Meter
-from services.gateway.cluster_client import SUBMIT_TIMEOUT_S, Arrival, SequenceSpec
+from services.gateway.cluster_client import SUBMIT_TIMEOUT_S, Arrival
 from services.gateway.context import GatewayContext
 from services.gateway.http.errors import ApiError, ClientGoneError, RefusedFor, as_api_error
 from services.gateway.record import Record
+from services.gateway.sent_sequence import SequenceSpec
 from services.gateway.text.detokenise import Detokeniser, Piece
 from services.gateway.text.tokenise import TokenisedPrompt
 from services.gateway.version_ranges import TokenVersions

@@ -3,7 +3,8 @@
 import asyncio
 from dataclasses import dataclass
 
-from services.gateway.cluster_client import ClusterClient, SequenceSpec
+from services.gateway.cluster_client import ClusterClient
+from services.gateway.sent_sequence import SequenceSpec
 from shared.clock import Clock
 from shared.errors import LemixError
 from shared.messages.inference import Objective, Sampling

@@ -1,7 +1,7 @@
 """The gateway's settings."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
@@ -58,6 +58,8 @@ class GatewaySettings(LemixSettings):
     """Prompts times `n` of one request."""
     max_stop_length: int = Field(default=256, gt=0)
     """Characters of one stop string."""
+    weights_consistency: Literal["latest", "pinned"] = "latest"
+    """The trainer's: `pinned` requests that have tokens are not tried again on another node."""
     max_concurrent_requests: int = Field(default=2048, gt=0)
     """Completions beyond this are refused (429)."""
     max_microbatch_tokens: int = Field(default=2048, ge=2, le=65_536)

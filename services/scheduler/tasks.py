@@ -35,7 +35,8 @@ NO_SHAPE = TaskShape()
 def shape_of(task: InferenceTask | TrainingTask) -> TaskShape:
     """The size of a task, as the scheduler needs it."""
     if isinstance(task, InferenceTask):
-        return TaskShape(prompt_tokens=len(task.prompt), max_tokens=task.sampling.max_tokens)
+        num_prompt_tokens = len(task.prompt)
+        return TaskShape(prompt_tokens=num_prompt_tokens, max_tokens=task.most_tokens - num_prompt_tokens)
     lengths = task.microbatch_lengths or tuple((tokens,) for tokens in task.microbatch_tokens)
     return TaskShape(microbatches=tuple(_work_of_examples(examples) for examples in lengths))
 

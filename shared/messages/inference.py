@@ -92,6 +92,15 @@ class InferenceTask(Message):
     """It runs only where nothing else would, in iterations of its own."""
     weights_version: int | None = None
     """The version to run with, which the stages keep; None: the one that is served."""
+    num_given: Count = 0
+    """So many of the prompt's last tokens were drawn by a node that is gone: this one goes on behind them as
+    if it had drawn them itself. They count in `max_tokens`."""
+
+    @property
+    def most_tokens(self) -> int:
+        """The length that the sequence may grow to, prompt included."""
+        return len(self.prompt) + max(0, self.sampling.max_tokens - self.num_given)
+
     objective: Objective = RUN_OBJECTIVE
     rows_beside_decodes: PositiveInt | None = None
     """Rows of prompts that an iteration with decodes has at most while this one is in it, so that tokens come
@@ -135,6 +144,8 @@ class SequenceStart(Message):
     """The prompt where the last stage needs it: to score it, or to draw (`Sampling.reads_prompt`)."""
     prompt_logprobs: bool = False
     """The prompt is scored."""
+    given: tuple[int, ...] = ()
+    """Tokens that another node has drawn: they stand behind the prompt's."""
     traceparent: str = ""
 
 

@@ -248,7 +248,7 @@ async def test_a_failure_in_a_stream_reaches_the_client() -> None:
         task = await world.cluster.submitted.get()
         await world.cluster.say(task, "It was")
         stream = await answer
-        await world.cluster.fail(task, 503, "the node was lost")
+        await world.cluster.fail(task, 500, "the node was lost")
         with pytest.raises(openai.APIError, match="the node was lost"):
             async for _ in stream:
                 pass

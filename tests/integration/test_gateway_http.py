@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from lemix.simulation.loop import run_virtual
 from services.gateway.generation import IN_LINE_AFTER_S, REFUSALS_WITHIN_S
+from services.gateway.sent_sequence import MAX_TRIES
 from shared.bus.base import Incoming
 from shared.messages.inference import Objective, SequenceResult, TokenLogprob
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsRequest, WeightsStatus
@@ -302,7 +303,7 @@ async def test_failure_in_a_stream_is_its_last_event() -> None:
         answer = group.create_task(world.http.post(URL, json=ask(stream=True)))
         task = await world.cluster.submitted.get()
         await world.cluster.say(task, "It was")
-        await world.cluster.fail(task, 503, "the node was lost")
+        await world.cluster.fail(task, 500, "the node was lost")
         lines = [line for line in (await answer).text.split("\n\n") if line]
     assert json.loads(lines[-1].removeprefix("data: ")) == {
         "error": {"message": "the node was lost", "type": "server_error", "param": None, "code": None}
@@ -312,8 +313,9 @@ async def test_failure_in_a_stream_is_its_last_event() -> None:
 async def test_failure_before_the_first_token_has_a_status_even_for_a_stream() -> None:
     async with gateway_world() as world, asyncio.TaskGroup() as group:
         answer = group.create_task(world.http.post(URL, json=ask(stream=True)))
-        task = await world.cluster.submitted.get()
-        await world.cluster.fail(task, 503, "no node is ready")
+        for _ in range(MAX_TRIES):
+            task = await world.cluster.submitted.get()
+            await world.cluster.fail(task, 503, "no node is ready")
         response = await answer
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert error_of(response)["message"] == "no node is ready"
@@ -446,8 +448,8 @@ async def test_one_failed_choice_fails_the_answer_and_frees_the_others() -> None
     async with gateway_world() as world, asyncio.TaskGroup() as group:
         answer = group.create_task(world.http.post(URL, json=ask(n=2)))
         failing, other = [await world.cluster.submitted.get() for _ in range(2)]
-        await world.cluster.fail(failing, 503, "out of memory")
-        assert (await answer).status_code == 503
+        await world.cluster.fail(failing, 500, "out of memory")
+        assert (await answer).status_code == 500
         cancelled = {await world.cluster.cancelled.get() for _ in range(2)}
         assert cancelled == {failing.task_id, other.task_id}, "who failed it is not known: both are freed"
         assert world.cluster.cancelled.empty()
@@ -698,7 +700,7 @@ async def test_official_client_is_told_of_a_failure_in_a_stream() -> None:
         task = await world.cluster.submitted.get()
         await world.cluster.say(task, "It was")
         stream = await answer
-        await world.cluster.fail(task, 503, "the node was lost")
+        await world.cluster.fail(task, 500, "the node was lost")
         with pytest.raises(openai.APIError, match="the node was lost"):
             async for _ in stream:
                 pass

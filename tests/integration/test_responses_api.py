@@ -174,7 +174,7 @@ async def test_a_failure_in_a_stream_is_told() -> None:
         task = await world.cluster.submitted.get()
         await world.cluster.say(task, "It was")
         stream = await answer
-        await world.cluster.fail(task, 503, "the node was lost")
+        await world.cluster.fail(task, 500, "the node was lost")
         events = [event async for event in stream]
 
     assert events[-1].type == "response.failed"

@@ -9,7 +9,8 @@ import pytest
 from msgspec import structs
 
 from lemix.simulation.loop import VirtualClock, run_virtual
-from services.gateway.cluster_client import SUBMIT_TIMEOUT_S, ClusterClient, SequenceSpec
+from services.gateway.cluster_client import SUBMIT_TIMEOUT_S, ClusterClient
+from services.gateway.sent_sequence import SequenceSpec
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, Objectives
 from services.scheduler.policies.base import Arrival, Decision, Place, Refuse, Wait
 from services.scheduler.service import HOLD_S, Scheduler

@@ -72,7 +72,7 @@ def results_of(task: InferenceTask, tokens: list[int]) -> list[SequenceResult]:
     if task.sampling.max_tokens == 0:
         return [SequenceResult(task_id=task.task_id, prompt=scored, finish="length")]
     results = [SequenceResult(task_id=task.task_id, prompt=scored)] if scored else []
-    for place, token in enumerate(tokens[: task.sampling.max_tokens]):
+    for place, token in list(enumerate(tokens[: task.sampling.max_tokens]))[task.num_given :]:
         finish = "length" if place + 1 == task.sampling.max_tokens else None
         finish = "stop" if token in task.sampling.stop_token_ids else finish
         results.append(SequenceResult(task_id=task.task_id, token=_scored(token), index=place, finish=finish))
@@ -126,7 +126,7 @@ class FakeCluster:
     async def say(self, task: InferenceTask, text: str) -> None:
         """Produce the tokens of `text`, without an end."""
         for token in TOKENIZER.encode(text):
-            index = self.num_said[task.task_id]
+            index = task.num_given + self.num_said[task.task_id]
             self.num_said[task.task_id] += 1
             produced = TokenLogprob(token=token)
             await self.produce(task, SequenceResult(task_id=task.task_id, token=produced, index=index))
@@ -258,7 +258,12 @@ def _context(
     clock = SystemClock()
     assert encoder.tokenizer is not None
     cluster = ClusterClient(
-        bus=bus, clock=clock, ids=ids, telemetry=telemetry, request_timeout_s=settings.request_timeout_s
+        bus=bus,
+        clock=clock,
+        ids=ids,
+        telemetry=telemetry,
+        request_timeout_s=settings.request_timeout_s,
+        may_mix_weights=settings.weights_consistency == "latest",
     )
     return GatewayContext(
         cluster=cluster,

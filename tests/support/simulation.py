@@ -18,7 +18,8 @@ from lemix.simulation.devices import Devices
 from lemix.simulation.faults import Faults
 from lemix.simulation.loop import run_virtual
 from lemix.simulation.sent_requests import prompt_of
-from services.gateway.cluster_client import Arrival, ClusterClient, SequenceSpec, Session
+from services.gateway.cluster_client import Arrival, ClusterClient, Session
+from services.gateway.sent_sequence import SequenceSpec
 from shared.bus.base import Incoming
 from shared.bus.memory import Observer
 from shared.errors import LemixError

@@ -27,7 +27,7 @@ class TrainingRoom:
 
 def kv_tokens_of(task: InferenceTask) -> int:
     """Most tokens of the request in the KV cache; the token produced last is never fed back."""
-    return len(task.prompt) + max(task.sampling.max_tokens - 1, 0)
+    return max(len(task.prompt), task.most_tokens - 1)
 
 
 def activation_tokens(microbatch_tokens: Iterable[int], max_in_flight: int) -> int:

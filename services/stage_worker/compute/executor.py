@@ -57,6 +57,8 @@ class SequenceChunk:
     """The chunk's last row is the sequence's newest: a token follows from it (none if max_tokens is 0)."""
     index: int = 0
     """How many tokens the sequence has produced before this one."""
+    num_given: int = 0
+    """So many of them were drawn by another node."""
     targets: Sequence[int] = ()
     """Prompt tokens that follow the chunk's first rows, when their log-probabilities are wanted."""
     traceparent: str = ""

@@ -103,7 +103,10 @@ class TorchExecutor:
     def begin(self, start: SequenceStart) -> SequenceState:
         text = start.sampling.grammar
         grammar = None if text is None else self._grammars.begin(text)
-        return SequenceState(start.gateway, start.sampling, grammar, set(start.prompt))
+        state = SequenceState(start.gateway, start.sampling, grammar, set(start.prompt))
+        for token in start.given:
+            state.drew(token)
+        return state
 
     async def iteration(
         self,

@@ -42,7 +42,7 @@ class Admission:
         self.check_words(sequence.task)
         if self._most_blocks(sequence.task) > self._blocks.num_blocks:
             capacity = self._blocks.num_blocks * self._blocks.block_size
-            wanted = len(sequence.task.prompt) + sequence.task.sampling.max_tokens
+            wanted = sequence.task.most_tokens
             reason = f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}"
             raise RefusedError(reason, code=400)
         if len(self) >= self._max_waiting:
@@ -51,7 +51,7 @@ class Admission:
 
     def check_words(self, task: InferenceTask) -> None:
         """Raises RefusedError when the model does not know the task's tokens, or cannot read so many."""
-        if not task.prompt:
+        if len(task.prompt) <= task.num_given:
             raise RefusedError("the prompt is empty", code=400)
         if min(task.prompt) < 0 or max(task.prompt) >= self._vocab_size:
             raise RefusedError(f"the model's tokens are 0 to {self._vocab_size - 1}", code=400)
@@ -59,7 +59,7 @@ class Admission:
             if not 0 <= token < self._vocab_size:
                 reason = f"logit_bias: {token} is none of the model's tokens, 0 to {self._vocab_size - 1}"
                 raise RefusedError(reason, code=400)
-        wanted, limit = len(task.prompt) + task.sampling.max_tokens, self._context_length
+        wanted, limit = task.most_tokens, self._context_length
         if limit is not None and wanted > limit:
             raise RefusedError(
                 f"prompt and max_tokens make {wanted} tokens; the model reads {limit}", code=400
@@ -102,4 +102,4 @@ class Admission:
 
     def _most_blocks(self, task: InferenceTask) -> int:
         # The last generated token is never fed back, so its row is never cached.
-        return self._blocks.needed(len(task.prompt) + max(task.sampling.max_tokens - 1, 0))
+        return self._blocks.needed(max(len(task.prompt), task.most_tokens - 1))

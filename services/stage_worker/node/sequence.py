@@ -81,15 +81,17 @@ class Sequence:
     def as_start(self) -> SequenceStart:
         """Register it on the stages."""
         task = self.task
+        num_prompt_tokens = len(task.prompt) - task.num_given
         needs_prompt = task.prompt_logprobs or task.sampling.reads_prompt
         return SequenceStart(
             sequence=self.number,
             task_id=task.task_id,
             gateway=task.gateway,
             sampling=task.sampling,
-            num_prompt_tokens=len(task.prompt),
-            prompt=task.prompt if needs_prompt else (),
+            num_prompt_tokens=num_prompt_tokens,
+            prompt=task.prompt[:num_prompt_tokens] if needs_prompt else (),
             prompt_logprobs=task.prompt_logprobs,
+            given=task.prompt[num_prompt_tokens:],
             traceparent=self.traceparent,
         )
 
@@ -98,7 +100,7 @@ class Sequence:
         """About the bytes that the variable part of its start takes in a message."""
         task, sampling = self.task, self.task.sampling
         num_bytes = len((sampling.grammar or "").encode())
-        num_bytes += 16 * len(sampling.logit_bias) + 8 * len(sampling.stop_token_ids)
+        num_bytes += 16 * len(sampling.logit_bias) + 8 * len(sampling.stop_token_ids) + 5 * task.num_given
         if task.prompt_logprobs or sampling.reads_prompt:
             num_bytes += 5 * len(task.prompt)
         return num_bytes

@@ -107,7 +107,7 @@ class Progress:
 
 def iteration_op(number: int, chunks: Sequence[SequenceChunk]) -> StageOp:
     """An iteration; it is named after the tasks whose prompt it completes."""
-    completed = tuple(chunk.task_id for chunk in chunks if chunk.produces and chunk.index == 0)
+    completed = tuple(chunk.task_id for chunk in chunks if chunk.produces and chunk.index == chunk.num_given)
     return _op("iteration", completed, number, work_of_iteration(chunks))
 
 

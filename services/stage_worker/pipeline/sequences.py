@@ -101,6 +101,7 @@ def _chunk(known: _Known, start: int, num_tokens: int, produces: bool) -> Sequen
         blocks=known.blocks,
         produces=produces,
         index=max(0, end - facts.num_prompt_tokens),
+        num_given=len(facts.given),
         targets=_targets(known, start, end),
         traceparent=facts.traceparent if start < facts.num_prompt_tokens else "",
     )

@@ -110,7 +110,11 @@ class Grammar:
 
     def consume(self, token: int) -> None:
         """The text goes on with this token."""
-        self._place = self._thread.submit(self._place.result().after, token)
+        self._place = self._thread.submit(_after, self._place, token)
+
+
+def _after(place: Future[_Place], token: int) -> _Place:
+    return place.result().after(token)
 
 
 class GrammarCompiler:
