@@ -6,7 +6,8 @@ import pytest
 
 from lemix.simulation.cluster import SimulationOptions, devices_of, running_cluster
 from lemix.simulation.loop import run_virtual
-from services.gateway.cluster_client import ClusterClient, SequenceSpec
+from services.gateway.cluster_client import ClusterClient
+from services.gateway.sent_sequence import SequenceSpec
 from shared.lifecycle import World
 from shared.messages.cluster import StatusRequest
 from shared.messages.inference import Sampling
