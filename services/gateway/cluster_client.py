@@ -178,7 +178,8 @@ class Session:
 
     def placed(self, task_id: str, placed: Placed) -> bool:
         """Note where the task went (called by the gateway). False when nobody wants it any more."""
-        self._placed[task_id] = placed
+        if self._sequences[self._places[task_id]].task_id == task_id:  # it was not lost before this came
+            self._placed[task_id] = placed
         if len(self._placed) == len(self._sequences):
             self._admitted.set()
         return task_id not in self._unwanted

@@ -56,9 +56,7 @@ class SentSequence:
             return False
         return may_mix_weights if self.given else not self.is_scored
 
-    def next_task(
-        self, task_id: str, *, gateway: str, waited_s: float, timeout_s: float
-    ) -> InferenceTask:
+    def next_task(self, task_id: str, *, gateway: str, waited_s: float, timeout_s: float) -> InferenceTask:
         """The task by which the next node begins with it, or goes on behind the tokens so far."""
         self.task_id = task_id
         self.num_tries += 1
