@@ -13,7 +13,7 @@ INCHES_WIDE = 8.0
 INCHES_PER_BAR = 0.2
 INCHES_AROUND = 1.3
 THICKNESS = 0.8
-"""Of a group, as a share of its room."""
+"""Share of its room that a group fills."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,7 @@ def test_the_main_grid_is_the_papers_and_goes_beyond_it() -> None:
     def seen(label: str) -> set[object]:
         return {cell.labels[label] for cell in cells}
 
-    assert seen("rate") == {4, 8, 16, 24, 32, 128}
+    assert seen("rate") == {4, 8, 12, 16, 20, 24, 28, 32, 128}
     assert seen("training_rate") == {0.1, 0.3, 0.5, 0.7, 0.9}
     assert len(seen("class")) == 6
     assert {cell.cluster.seed for cell in cells} == set(range(5))
