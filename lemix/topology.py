@@ -26,6 +26,8 @@ class ClusterOptions:
     devices: tuple[str, ...] = ("cpu",)
     """`cpu` or `cuda:N`, dealt out to the stages of node 0, then node 1, ...; repeated when short."""
     emulate: str | None = None
+    node_profiles: Mapping[int, str] = field(default_factory=dict)
+    """By node, where it has other devices than the scheduler's profile says, or than `emulate` says."""
     """A profile that the stages obey instead of computing: `llama2-7b@a100`, or a file."""
     model: str | None = None
     """A folder or a hub name; None: LEMIX_MODEL, or the embedded model."""
@@ -72,6 +74,10 @@ class ClusterOptions:
         check_run_name(self.name)
         if self.emulate is not None:
             profile_named(self.emulate, self.stages)
+        for node, name in self.node_profiles.items():
+            if node >= self.nodes:
+                raise ConfigurationError(f"node profile {node}={name}: there are {self.nodes} nodes")
+            profile_named(name, self.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,13 +231,16 @@ def _stage_settings(
 ) -> dict[str, str]:
     first = node * options.stages + stage
     devices = [options.devices[place % len(options.devices)] for place in range(first, first + held)]
-    emulated = {"LEMIX_EMULATE": options.emulate} if options.emulate is not None else {}
+    profile = options.node_profiles.get(node)
+    emulated = {"LEMIX_EMULATE": profile or options.emulate} if options.emulate is not None else {}
+    told = {"LEMIX_NODE_PROFILE": profile} if profile else {}
     several = {"LEMIX_STAGES_HELD": str(held)} if held > 1 else {}
     num_stages_on = _num_stages_on(options)
     sharing = max(num_stages_on[device] for device in devices)
     shared = {"LEMIX_STAGES_ON_DEVICE": str(sharing)} if sharing > 1 else {}
     return {
         **emulated,
+        **told,
         **several,
         **shared,
         "LEMIX_NODE": str(node),

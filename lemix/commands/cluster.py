@@ -13,6 +13,7 @@ from lemix.commands.options import (
     Emulate,
     Model,
     NatsUrl,
+    NodeProfile,
     Nodes,
     Policy,
     Port,
@@ -73,6 +74,7 @@ def up(
     policy: Policy = None,
     device: Device = None,
     emulate: Emulate = None,
+    node_profile: NodeProfile = None,
     host: Annotated[str, typer.Option(help="Address on which the HTTP API listens.")] = "127.0.0.1",
     port: Port = 8000,
     name: Annotated[str, typer.Option(help="Files of the run go under runs/NAME.")] = "default",
@@ -84,6 +86,7 @@ def up(
     start_timeout: StartTimeout = 600.0,
 ) -> None:
     """Start everything on this machine, and keep it running until Ctrl-C."""
+    from lemix.node_profiles import profiles_by_node
     from lemix.preflight import check_start, with_fitting_adapter
     from lemix.running import run_command
     from lemix.topology import ClusterOptions
@@ -97,6 +100,7 @@ def up(
         stages_per_worker=stages_per_worker,
         devices=tuple(device or ["cpu"]),
         emulate=emulate,
+        node_profiles=profiles_by_node(node_profile or ()),
         model=model,
         policy=policy,
         host=host,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lemix.commands.options import Model, Nodes, RunsDir, Stages
+from lemix.commands.options import Model, NodeProfile, Nodes, RunsDir, Stages
 from lemix.printing import Output
 from lemix.simulation.workload import Arrivals, Order, Release
 from shared.clock import SystemClock
@@ -21,13 +21,7 @@ def simulate(
     stages: Annotated[
         int | None, typer.Option(min=1, help="Pipeline stages of each node.", show_default="the profile's")
     ] = None,
-    node_profile: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NODE=PROFILE or FIRST-LAST=PROFILE: other devices there; can be repeated.",
-            show_default="all alike",
-        ),
-    ] = None,
+    node_profile: NodeProfile = None,
     at: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,9 +75,10 @@ def simulate(
     ] = None,
 ) -> None:
     """Serve and train in virtual time on emulated devices, and show how well that went."""
+    from lemix.node_profiles import profiles_by_node
     from lemix.simulation.cluster import SimulationOptions
     from lemix.simulation.command import run_simulate
-    from lemix.simulation.node_events import node_event, profiles_by_node
+    from lemix.simulation.node_events import node_event
     from lemix.simulation.trace import read_trace
     from lemix.simulation.workload import WorkloadOptions
     from services.scheduler.objectives import Objectives

@@ -30,6 +30,13 @@ Emulate = Annotated[
         show_default="compute",
     ),
 ]
+NodeProfile = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NODE=PROFILE or FIRST-LAST=PROFILE: other devices there; can be repeated.",
+        show_default="all alike",
+    ),
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Of the HTTP API; 0 takes a free one.")]
 NatsUrl = Annotated[
     str | None,

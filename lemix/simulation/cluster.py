@@ -16,7 +16,7 @@ from lemix.simulation.loop import VirtualClock
 from lemix.simulation.node_events import NodeEvent, in_order
 from lemix.simulation.nodes import Compute, SimulatedNodes, nothing
 from lemix.simulation.services import Services
-from services.scheduler.costs import costs_named
+from services.scheduler.costs import Costs, costs_named
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
@@ -31,6 +31,7 @@ from shared.encoding import ExampleEncoder
 from shared.lifecycle import World
 from shared.messages.cluster import StatusRequest
 from shared.model_files import ModelCard
+from shared.profiles.profile import profile_named
 from shared.schedule import Feeding, ScheduleName
 from shared.subjects import STATUS
 
@@ -176,10 +177,18 @@ class SimulatedCluster:
         options, profile = self._options, self._devices.profile
         room = TrainingRoom.of(profile) if profile else None
         policy = policy_named(options.policy, self._policy_rng.random, room)
+        costs = costs_named(options.costs, profile if uses_profile(policy) else None, options.hop_s)
+
+        def costs_of(name: str) -> Costs:
+            if not uses_profile(policy):
+                return costs
+            return costs_named(options.costs, profile_named(name, options.stages), options.hop_s)
+
         await Scheduler(
             world,
             policy,
-            costs=costs_named(options.costs, profile if uses_profile(policy) else None, options.hop_s),
+            costs=costs,
+            costs_of=costs_of,
             mean_prompt=MeanPrompt.of(profile) if profile else None,
             objectives=options.objectives,
             feeding=Feeding(schedule=options.schedule),

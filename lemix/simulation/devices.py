@@ -17,6 +17,8 @@ class Devices:
     vocab_size: int
     context_length: int
     kv_tokens: int
+    name: str = ""
+    """The name by which a node tells the scheduler its profile."""
     profile: Profile | None = None
     """The scheduler's profile of them, and their memory. None: it learns, and memory is endless."""
 
@@ -30,6 +32,7 @@ def devices_named(name: str, num_stages: int | None) -> Devices:
         vocab_size=profile.vocab_size,
         context_length=profile.context_length,
         kv_tokens=profile.kv_tokens,
+        name=name,
         profile=profile,
     )
 

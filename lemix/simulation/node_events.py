@@ -1,7 +1,7 @@
 """Nodes that change during a run: they join, leave, fail, or become slower. Pure."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,7 +13,6 @@ FORM = "'SECONDS s: join|leave|fail NODE' or 'SECONDS s: slow NODE FACTOR'"
 _WRITTEN = re.compile(
     rf"(?P<at>[\d.]+) ?s?: *(?P<kind>{'|'.join(get_args(EventKind))}) +(?P<node>\d+)(?: +(?P<factor>[\d.]+))?"
 )
-_PROFILE = re.compile(r"(?P<first>\d+)(?:-(?P<last>\d+))?=(?P<profile>.+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,20 +66,3 @@ def in_order(events: Iterable[NodeEvent], num_nodes: int) -> tuple[NodeEvent, ..
         elif event.kind != "slow":
             there.remove(event.node)
     return ordered
-
-
-def profiles_by_node(written: Iterable[str]) -> Mapping[int, str]:
-    """Read `NODE=PROFILE` and `FIRST-LAST=PROFILE`. Raises ConfigurationError with the text."""
-    profiles: dict[int, str] = {}
-    for text in written:
-        found = _PROFILE.fullmatch(text)
-        if found is None:
-            raise ConfigurationError(
-                f"node profile {text!r} is not of the form NODE=PROFILE or FIRST-LAST=PROFILE"
-            )
-        first = int(found["first"])
-        nodes = range(first, int(found["last"] or first) + 1)
-        if not nodes or profiles.keys() & set(nodes):
-            raise ConfigurationError(f"node profile {text!r}: no node, or one that has a profile already")
-        profiles.update(dict.fromkeys(nodes, found["profile"]))
-    return profiles

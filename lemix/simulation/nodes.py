@@ -112,6 +112,7 @@ class SimulatedNodes:
             "stage": stage,
             "stages_held": min(self._settings.stages_held, len(self._devices.times) - stage),
             "kv_tokens": self._settings.kv_tokens or self._devices_of(node).kv_tokens,
+            "node_profile": self._other_devices[node].name if node in self._other_devices else "",
         }
         executor = partial(self._executor, device=device)
         await StageProcess(self._settings.model_copy(update=place).of_stages, world, executor).run()

@@ -3,7 +3,7 @@
 import random
 import sys
 
-from services.scheduler.costs import costs_named
+from services.scheduler.costs import Costs, costs_named
 from services.scheduler.objectives import MeanPrompt
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
@@ -22,11 +22,17 @@ def serving(settings: SchedulerSettings) -> ServiceMain:
     policy = policy_named(settings.policy, random.SystemRandom().random, room)
     costs = costs_named(settings.costs, profile if uses_profile(policy) else None, settings.hop_s)
 
+    def costs_of(name: str) -> Costs:
+        if name == settings.profile or not uses_profile(policy):
+            return costs
+        return costs_named(settings.costs, profile_named(name, settings.num_stages), settings.hop_s)
+
     async def serve(world: World) -> None:
         await Scheduler(
             world,
             policy,
             costs=costs,
+            costs_of=costs_of,
             objectives=settings.objectives,
             mean_prompt=MeanPrompt.of(profile) if profile else None,
             feeding=Feeding(schedule=settings.schedule),

@@ -41,6 +41,10 @@ class NodeCosts:
         """By stage, as decisions see them."""
         self._describe()
 
+    def shares(self, costs: Costs) -> bool:
+        """Whether these are the costs that it shares with others."""
+        return self._shared is costs
+
     @property
     def alike(self) -> Hashable:
         """The same for nodes whose costs are equal."""

@@ -1,7 +1,8 @@
 """The edge of the scheduler: messages in, decisions, messages out."""
 
 import asyncio
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from services.scheduler.state import (
     HeartbeatSeen,
     ListenedUntil,
     PlacedTask,
+    ProfileRead,
     StageLeft,
     StageProgressed,
     TaskArrived,
@@ -32,7 +34,7 @@ from services.scheduler.statistics import MeanError
 from services.scheduler.tasks import shape_of
 from shared.bus.base import Incoming
 from shared.clock import on_time
-from shared.errors import RefusedError
+from shared.errors import ConfigurationError, RefusedError
 from shared.lifecycle import World
 from shared.messages.cluster import (
     ClusterStatus,
@@ -68,6 +70,8 @@ MAX_HELD = MAX_REMEMBERED
 """Tasks of a kind that are held at once; those that come then wait unread."""
 SHORTEST_WAIT_S = 0.001
 QUEUE = "scheduler"
+
+log = logging.getLogger(__name__)
 TOO_MANY = 429
 """HTTP's status for requests that cannot be served in time, or for which there is no room."""
 
@@ -85,11 +89,18 @@ class Scheduler:
         policy: Policy,
         *,
         costs: Costs,
+        costs_of: Callable[[str], Costs] | None = None,
         objectives: Objectives = DEFAULT_OBJECTIVES,
         mean_prompt: MeanPrompt | None = None,
         feeding: Feeding = BY_DEFAULT,
     ) -> None:
-        """See `ClusterState` for what follows `policy`."""
+        """See `ClusterState` for what follows `policy`.
+
+        `costs_of`: reads the costs of a node's own profile, or raises ConfigurationError; None: all nodes
+        start from `costs`.
+        """
+        self._costs = costs
+        self._costs_of = costs_of
         self._bus = world.bus
         self._clock = world.clock
         self._telemetry = world.telemetry
@@ -114,7 +125,20 @@ class Scheduler:
             await self._apply(ListenedUntil(self._clock.now_s()))
 
     async def _on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
+        await self._read_profile(incoming.message)
         await self._apply(HeartbeatSeen(incoming.message, self._clock.now_s()))
+
+    async def _read_profile(self, heartbeat: Heartbeat) -> None:
+        """Read the node's own profile, once; one that cannot be read is no reason to leave the node out."""
+        profile = heartbeat.profile
+        if self._costs_of is None or self._state.knows_profile(profile):
+            return
+        try:
+            costs = await asyncio.to_thread(self._costs_of, profile)
+        except ConfigurationError as error:
+            log.warning("node %d starts from the scheduler's own costs: %s", heartbeat.node, error)
+            costs = self._costs
+        await self._apply(ProfileRead(profile, costs))
 
     async def _on_stopped(self, incoming: Incoming[StageStopped]) -> None:
         await self._apply(StageLeft(incoming.message))

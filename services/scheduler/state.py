@@ -62,6 +62,14 @@ class PlacedTask:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileRead:
+    """These are the costs of nodes that say that they have this profile."""
+
+    profile: str
+    costs: Costs
+
+
+@dataclass(frozen=True, slots=True)
 class HeartbeatSeen:
     heartbeat: Heartbeat
     now_s: float
@@ -132,7 +140,8 @@ class StageProgressed:
 
 
 Event = (
-    HeartbeatSeen
+    ProfileRead
+    | HeartbeatSeen
     | StageLeft
     | TimePassed
     | ListenedUntil
@@ -222,6 +231,7 @@ class ClusterState:
         self.late_margin = LateMargin()
         """Share of its objective that a request's forecast must leave free."""
         self.waiting_line = WaitingLine()
+        self._costs_of_profile: dict[str, Costs] = {"": costs}
         self._feeding = feeding
         self._seen_priorities: dict[int, float] = {}
         """When a request of each priority came last."""
@@ -243,6 +253,9 @@ class ClusterState:
     def apply(self, event: Event) -> list[LostTask]:
         """Take in the event; returns the tasks that it cost. The only way this object changes."""
         match event:
+            case ProfileRead(profile, costs):
+                self._costs_of_profile[profile] = costs
+                return []
             case HeartbeatSeen(heartbeat, now_s):
                 return self._heartbeat(heartbeat, now_s)
             case StageLeft(stopped):
@@ -336,6 +349,10 @@ class ClusterState:
         """The node's known work and its future."""
         return self._nodes[node].node_model
 
+    def knows_profile(self, profile: str) -> bool:
+        """Whether costs of nodes with this profile are known."""
+        return profile in self._costs_of_profile
+
     def costs_of(self, node: int) -> NodeCosts:
         """The node's own costs."""
         return self._nodes[node].costs
@@ -403,8 +420,10 @@ class ClusterState:
         return []
 
     def _add(self, heartbeat: Heartbeat) -> _Node:
+        shared = self._costs_of_profile.get(heartbeat.profile, self.costs)
         num_stages = self.costs.num_stages or heartbeat.num_stages  # a node of another number is never ready
-        costs = NodeCosts(self.costs, num_stages, [other.costs for other in self._nodes.values()])
+        others = [other.costs for other in self._nodes.values() if other.costs.shares(shared)]
+        costs = NodeCosts(shared, num_stages, others)
         node_model = NodeModel(num_stages, costs, feeding=self._feeding)
         self._nodes[heartbeat.node] = _Node(node_model, costs)
         return self._nodes[heartbeat.node]

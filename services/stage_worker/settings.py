@@ -42,6 +42,10 @@ class StageWorkerSettings(LemixSettings):
     """`cpu` or `cuda:N`; several, separated by commas, are dealt out to the process's stages in turn."""
     emulate: str = ""
     """A profile, as `llama2-7b@a100` or a file: take its time and compute nothing. Empty: compute."""
+    node_profile: str = ""
+    """The profile of this node's devices, as the scheduler can read it; the same for all of its stages.
+
+    Empty: that of `emulate`, else the scheduler's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The dtype of weights, activations and KV cache; learning happens in float32 (docs/training.md).
 

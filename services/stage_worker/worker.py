@@ -259,6 +259,7 @@ class StageWorker:
             instance=self._instance,
             model=settings.model,
             device=settings.device,
+            profile=settings.node_profile or settings.emulate,
             first_on_device=self._first_on_device,
             ready=self._is_ready(),
             whole=self._told_whole,

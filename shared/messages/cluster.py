@@ -19,6 +19,8 @@ class Heartbeat(Message):
     """Changes with every start of the process. Part of file names."""
     model: str
     device: str
+    profile: str = ""
+    """The profile that forecasts of this node start from; empty: the scheduler's own."""
     first_on_device: Count | None = None
     """The first of the process's stages on this device, which does one op at a time; None: its own."""
     ready: bool

@@ -62,6 +62,12 @@ def test_a_node_of_another_profile_is_as_fast_as_that_says() -> None:
     assert span_s(requests, 1, 0, 100) < 0.7 * span_s(requests, 0, 0, 100)
 
 
+def test_forecasts_know_the_profile_that_a_node_tells() -> None:
+    cluster = replace(CLUSTER, policy="lemix", node_profiles={1: "gpt2-large@h200"})
+    _, metrics = simulate(cluster, replace(WORKLOAD, num_tasks=60))
+    assert metrics.response_error is not None and metrics.response_error < 0.05
+
+
 def test_nodes_of_two_models_are_an_error_that_names_both() -> None:
     with pytest.raises(ConfigurationError, match="gpt2-large and gpt2-medium"):
         requests_with(node_profiles={1: "gpt2-medium@h200"})

@@ -159,6 +159,16 @@ def test_libraries_of_stage_workers_start_no_threads_of_their_own_unless_told_ot
     assert chosen["node-0-stage-0"].environment["OMP_NUM_THREADS"] == "4"
 
 
+def test_a_node_on_other_devices_is_told_its_profile() -> None:
+    profiles = {1: "llama2-7b@h200"}
+    emulated = specs_of(ClusterOptions(nodes=2, stages=2, emulate="llama2-7b@a100", node_profiles=profiles))
+    assert emulated["node-0-stage-0"].environment["LEMIX_EMULATE"] == "llama2-7b@a100"
+    assert emulated["node-1-stage-0"].environment["LEMIX_EMULATE"] == "llama2-7b@h200"
+    computing = specs_of(ClusterOptions(nodes=2, stages=1, node_profiles=profiles))
+    assert "LEMIX_NODE_PROFILE" not in computing["node-0-stage-0"].environment
+    assert computing["node-1-stage-0"].environment["LEMIX_NODE_PROFILE"] == "llama2-7b@h200"
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
@@ -170,6 +180,8 @@ def test_libraries_of_stage_workers_start_no_threads_of_their_own_unless_told_ot
         (ClusterOptions(name="../other"), "'../other' is no name of a run"),
         (ClusterOptions(name=""), "'' is no name of a run"),
         (ClusterOptions(emulate="llama2-7b"), "llama2-7b"),
+        (ClusterOptions(nodes=2, node_profiles={2: "llama2-7b@a100"}), "2=llama2-7b@a100: there are 2 nodes"),
+        (ClusterOptions(nodes=2, node_profiles={1: "llama2-7b"}), "llama2-7b"),
         (ClusterOptions(emulate="llama2-70b@a100", stages=4), "do not fit into 4 stages"),
     ],
 )

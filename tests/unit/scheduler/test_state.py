@@ -15,6 +15,7 @@ from services.scheduler.state import (
     ListenedUntil,
     LostTask,
     PlacedTask,
+    ProfileRead,
     StageLeft,
     StageProgressed,
     TaskArrived,
@@ -297,3 +298,15 @@ def test_a_node_with_another_number_of_stages_than_the_costs_is_never_ready() ->
     state = ClusterState(costs=LinearCosts(2))
     state.apply(HeartbeatSeen(heartbeat(0), 0.0))
     assert state.ready_nodes == []
+
+
+def test_a_node_starts_from_the_profile_that_it_tells() -> None:
+    state = with_nodes(0)
+    state.apply(ProfileRead("fast", LinearCosts(2, forward_s_per_token=0.0001)))
+    for node, profile in ((1, "fast"), (2, "unheard of")):
+        state.apply(HeartbeatSeen(structs.replace(heartbeat(node), profile=profile), 0.0))
+    work = work_of_rows(0, 100)
+    assert [state.costs_of(node).iteration_s(0, work) for node in (0, 1, 2)] == pytest.approx(
+        [0.1, 0.01, 0.1]
+    )
+    assert state.costs_of(0).alike == state.costs_of(2).alike != state.costs_of(1).alike

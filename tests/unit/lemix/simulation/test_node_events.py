@@ -1,8 +1,8 @@
-"""What a person writes of nodes that differ and change."""
+"""Changes of nodes, as a person writes them."""
 
 import pytest
 
-from lemix.simulation.node_events import NodeEvent, in_order, node_event, profiles_by_node
+from lemix.simulation.node_events import NodeEvent, in_order, node_event
 from shared.errors import ConfigurationError
 
 
@@ -47,19 +47,3 @@ def test_events_are_sorted_by_time_and_a_node_may_come_and_go() -> None:
 def test_what_cannot_happen_is_an_error(texts: list[str], named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         in_order(map(node_event, texts), num_nodes=2)
-
-
-def test_profiles_are_given_to_nodes_and_to_ranges_of_them() -> None:
-    assert profiles_by_node(["0-2=llama2-13b@a100", "3=slow.json"]) == {
-        0: "llama2-13b@a100",
-        1: "llama2-13b@a100",
-        2: "llama2-13b@a100",
-        3: "slow.json",
-    }
-
-
-@pytest.mark.parametrize("written", [["llama2-13b@a100"], ["2-1=a@b"], ["1=a@b", "0-1=c@d"], ["1="]])
-def test_a_wrong_profile_of_a_node_is_an_error_that_names_it(written: list[str]) -> None:
-    with pytest.raises(ConfigurationError) as error:
-        profiles_by_node(written)
-    assert repr(written[-1]) in str(error.value)
