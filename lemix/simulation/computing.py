@@ -8,6 +8,7 @@ profile's devices, and what it says by real training.
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from services.stage_worker.compute.emulated import EmulatedExecutor
 from services.stage_worker.compute.executor import (
     BackwardOutput,
     ForwardOutput,
+    GiveWay,
     IterationOutput,
+    ModelFacts,
     Rows,
     SequenceChunk,
     Took,
+    go_on,
 )
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.sampling.sequences import SequenceState
@@ -84,7 +88,7 @@ class Meetings:
 
 
 class ComputingExecutor(TorchExecutor):
-    """Does each op at its beginning, then occupies the emulated device until its end."""
+    """Does each op at its beginning, then occupies the emulated device until its end; a step at its end."""
 
     def __init__(
         self,
@@ -99,6 +103,10 @@ class ComputingExecutor(TorchExecutor):
         self._timed = timed
         self._meetings = meetings
 
+    async def load(self) -> ModelFacts:
+        timed = await self._timed.load()
+        return replace(await super().load(), num_slices=timed.num_slices)
+
     async def iteration(
         self,
         chunks: Sequence[SequenceChunk],
@@ -111,21 +119,26 @@ class ComputingExecutor(TorchExecutor):
         return output
 
     async def forward(
-        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+        self,
+        microbatch: Microbatch,
+        rows: Rows,
+        reference: TensorRef | None = None,
+        give_way: GiveWay = go_on,
     ) -> ForwardOutput:
         output = await super().forward(microbatch, rows, reference)
-        await self._timed.forward(microbatch, rows, reference)
+        await self._timed.forward(microbatch, rows, reference, give_way)
         return output
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
+    async def backward(
+        self, batch_id: str, index: int, gradient: TensorRef | None, give_way: GiveWay = go_on
+    ) -> BackwardOutput:
         output = await super().backward(batch_id, index, gradient)
-        await self._timed.backward(batch_id, index, gradient)
+        await self._timed.backward(batch_id, index, gradient, give_way)
         return output
 
-    async def step(self, order: StepOrder) -> Took:
-        took = await super().step(order)
-        await self._timed.step(order)
-        return took
+    async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
+        await self._timed.step(order, give_way)
+        return await super().step(order)  # iterations between slices meet the weights whose version they tell
 
     async def restore(self, checkpoint: str, version: int) -> None:
         await super().restore(checkpoint, version)

@@ -118,9 +118,19 @@ def _log_ops(log: OpLog, progress: StageProgress, now_s: float) -> None:
     """Keep the ops that began within the run."""
     for ended in progress.ended:
         end_s = now_s - ended.ago_s
-        start_s = end_s - ended.elapsed_s
+        start_s = end_s - ended.given_way_s - ended.elapsed_s
         if start_s >= 0:
-            log.append(Op(progress.node, progress.stage, ended.op.kind, start_s, end_s, ended.op.num_tokens))
+            log.append(
+                Op(
+                    progress.node,
+                    progress.stage,
+                    ended.op.kind,
+                    start_s,
+                    end_s,
+                    ended.op.num_tokens,
+                    ended.given_way_s,
+                )
+            )
 
 
 async def _status(world: World) -> ClusterStatus:

@@ -132,7 +132,7 @@ class Span:
     def add(self, op: Op) -> None:
         self.start_s = min(self.start_s, op.start_s)
         self.end_s = max(self.end_s, op.end_s)
-        self.busy_s += op.end_s - op.start_s
+        self.busy_s += op.device_s
 
     @property
     def length_s(self) -> float:

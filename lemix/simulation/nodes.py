@@ -129,6 +129,7 @@ class SimulatedNodes:
             memory=profile.stages[settings.stage].memory if profile else None,
             vocab_size=devices.vocab_size,
             context_length=devices.context_length,
+            num_slices=settings.num_slices(profile.stages[settings.stage].num_layers) if profile else 1,
             hold_until=self._known_done,
             clock=self._clock,
             device=device,

@@ -60,7 +60,7 @@ class BatchRecord:
 
 
 class Op(NamedTuple):
-    """One thing that a stage did without interruption."""
+    """One thing that a stage did; a training op may have stood aside meanwhile."""
 
     node: int
     stage: int
@@ -68,28 +68,36 @@ class Op(NamedTuple):
     start_s: float
     end_s: float
     num_tokens: int
+    given_way_s: float = 0.0
+    """How long it stood aside between its start and its end."""
+
+    @property
+    def device_s(self) -> float:
+        """How long it had the device."""
+        return self.end_s - self.start_s - self.given_way_s
 
 
 class OpLog:
-    """Ops in the order of their reports, 32 bytes each: a large run has millions."""
+    """Ops in the order of their reports, 40 bytes each: a large run has millions."""
 
     def __init__(self) -> None:
         self._integers = array("i")
         """By op: node, stage, place of its kind in OP_KINDS, tokens."""
         self._times_s = array("d")
-        """By op: start, end."""
+        """By op: start, end, given way."""
 
     def append(self, op: Op) -> None:
         self._integers.extend((op.node, op.stage, OP_KINDS.index(op.kind), op.num_tokens))
-        self._times_s.extend((op.start_s, op.end_s))
+        self._times_s.extend((op.start_s, op.end_s, op.given_way_s))
 
     def __len__(self) -> int:
-        return len(self._times_s) // 2
+        return len(self._times_s) // 3
 
     def __iter__(self) -> Iterator[Op]:
         integers, times_s = iter(self._integers), iter(self._times_s)
         for node, stage, kind, num_tokens in zip(integers, integers, integers, integers, strict=True):
-            yield Op(node, stage, OP_KINDS[kind], next(times_s), next(times_s), num_tokens)
+            start_s, end_s, given_way_s = next(times_s), next(times_s), next(times_s)
+            yield Op(node, stage, OP_KINDS[kind], start_s, end_s, num_tokens, given_way_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,4 +165,5 @@ def _batch_event(batch: BatchRecord) -> dict[str, Any]:
 
 def _op_event(op: Op) -> dict[str, Any]:
     rounded = op._replace(start_s=round(op.start_s, DIGITS), end_s=round(op.end_s, DIGITS))
+    rounded = rounded._replace(given_way_s=round(op.given_way_s, DIGITS))
     return {"event": "op", **rounded._asdict()}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from services.scheduler.costs import Costs
 from services.scheduler.node.known_work import (
     BACKWARD,
+    BACKWARD_SHARE,
     STEP,
     Iteration,
     KnownWork,
@@ -21,9 +22,6 @@ from services.scheduler.node.known_work import (
 from services.scheduler.node.list_schedule import predict
 from services.scheduler.node.prediction import Prediction
 from shared.profiles.times import Work, work_of_rows
-
-BACKWARD_SHARE = 2 / 3
-"""Share of the backward in the last stage's op, which does both passes: a backward costs two forwards."""
 
 
 class Interval(NamedTuple):

@@ -406,6 +406,7 @@ class ClusterState:
         before = node.stages.get(heartbeat.stage)
         node.stages[heartbeat.stage] = heartbeat
         node.node_model.put_on_device(heartbeat.stage, heartbeat.first_on_device)
+        node.node_model.cut(heartbeat.stage, heartbeat.num_slices)
         if heartbeat.stage == 0:
             node.prefixes.serves(heartbeat.serving_version)
             node.kv_capacity = heartbeat.kv_blocks_total * heartbeat.kv_block_size

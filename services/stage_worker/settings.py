@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
+from shared import slices
 from shared.schedule import MergeName, StashingName
 from shared.settings import MAX_ITERATION_TOKENS, LemixSettings
 
@@ -132,6 +133,10 @@ class StageWorkerSettings(LemixSettings):
         """Settings that must be the same on all merged nodes: they decide which tensors are averaged."""
         of_adapter = ("lora_rank", "lora_alpha", "lora_targets") if self.adapter == "lora" else ()
         return self.told(("optimizer", "adapter", *of_adapter))
+
+    def num_slices(self, num_layers: int) -> int:
+        """Parts of a training pass through so many layers, between which it gives way to inference."""
+        return slices.num_slices(num_layers) if self.discipline == "slo_first" else 1
 
     @property
     def iteration_tokens(self) -> int:

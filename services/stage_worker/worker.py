@@ -89,6 +89,7 @@ class StageWorker:
     async def run(self) -> None:
         """Load the model, then serve and train until cancelled."""
         facts = await self._executor.load()
+        self._num_slices = facts.num_slices
         self._targets = self._targets_of(facts)
         try:
             async with asyncio.TaskGroup() as group:
@@ -117,6 +118,7 @@ class StageWorker:
             facts,
             group=self._group,
             tell_version=self._serving.set_version,
+            tell_stepping=self._serving.begin_step,
             tell_restored=self._on_restored,
         )
         place = {"node": self._settings.node, "stage": self._settings.stage}
@@ -261,6 +263,7 @@ class StageWorker:
             device=settings.device,
             profile=settings.node_profile or settings.emulate,
             first_on_device=self._first_on_device,
+            num_slices=self._num_slices,
             ready=self._is_ready(),
             whole=self._told_whole,
             weights_version=training.held.version,

@@ -23,6 +23,8 @@ class Heartbeat(Message):
     """The profile that forecasts of this node start from; empty: the scheduler's own."""
     first_on_device: Count | None = None
     """The first of the process's stages on this device, which does one op at a time; None: its own."""
+    num_slices: int = 1
+    """Slices of a training pass, between which it gives way to iterations; 1: it does not."""
     ready: bool
     """The model is loaded and the links to both neighbours stand."""
     whole: bool = False

@@ -11,7 +11,7 @@ OpKind = Literal["iteration", "forward", "backward", "step"]
 
 
 class StageOp(Message):
-    """One thing that a stage does without interruption."""
+    """One thing that a stage does. A training op stands aside for iterations, between two of its slices."""
 
     kind: OpKind
     task_ids: tuple[str, ...]
@@ -37,9 +37,11 @@ class OpEnded(Message):
 
     op: StageOp
     elapsed_s: float
-    """Seconds from its start on the device to its end, without waiting in line."""
+    """Seconds that it had the device for, without waiting in line."""
     ago_s: float
     """Between its end and the sending of this message."""
+    given_way_s: float = 0.0
+    """Seconds between its start and its end in which it stood aside."""
 
 
 class OpStarted(Message):
@@ -48,6 +50,8 @@ class OpStarted(Message):
     op: StageOp
     ago_s: float
     """Between its start and the sending of this message."""
+    given_way_s: float = 0.0
+    """Seconds of these in which it stood aside."""
 
 
 class StageProgress(Message):
@@ -58,3 +62,5 @@ class StageProgress(Message):
     ended: tuple[OpEnded, ...]
     """In the order of their ends."""
     running: OpStarted | None
+    aside: OpStarted | None = None
+    """The training op that stands aside, on this stage, for what its device does now."""

@@ -22,6 +22,7 @@ def computed_stage(times: Roofline) -> StageProfile:
     return StageProfile(
         points=tuple(_computed_points(times)),
         step_s=times.step_s(),
+        num_layers=times.layers.num_layers,
         memory=StageMemory(
             weights_bytes=weights_bytes,
             training_bytes=TRAINED_BYTES * times.num_params - weights_bytes,

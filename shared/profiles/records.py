@@ -93,6 +93,8 @@ class StageProfile(Document):
     points: tuple[ProfilePoint, ...]
     step_s: float
     memory: StageMemory
+    num_layers: int = Field(default=1, ge=1)
+    """1 in files that do not tell."""
 
     def samples(self, kind: OpKind) -> tuple[tuple[Work, float], ...]:
         return tuple((point.work, point.elapsed_s) for point in self.points if point.kind == kind)

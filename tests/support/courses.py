@@ -84,13 +84,27 @@ class Past:
         return [*self.first.prompts, *self.second.prompts]
 
 
+@dataclass
+class _Begun:
+    """An op that a stage has begun."""
+
+    since_s: float
+    given_way_s: float = 0.0
+    aside_since_s: float | None = None
+    """None: it runs."""
+
+
 class Node:
     """A node whose stages do exactly what is predicted, and tell of it at once."""
 
-    def __init__(self, num_stages: int, hop_s: float, devices: Sequence[int] = ()) -> None:
+    def __init__(
+        self, num_stages: int, hop_s: float, devices: Sequence[int] = (), *, num_slices: int = 1
+    ) -> None:
         self.timeline = NodeModel(num_stages, UnevenCosts(num_stages, hop_s))
         for stage, device in enumerate(devices[:num_stages]):
             self.timeline.put_on_device(stage, device)
+        for stage in range(num_stages):
+            self.timeline.cut(stage, num_slices)
         self.now_s = 0.0
         self.done_s = [0.0] * num_stages
         """By stage: seconds in ops that are over."""
@@ -99,6 +113,8 @@ class Node:
         self._hop_s = hop_s
         self._num_begun = 0
         """Iterations."""
+        self._begun: dict[tuple[int, StageOp], _Begun] = {}
+        """By stage and op: those that have not ended."""
         self._iterations: dict[Iteration, StageOp] = {}
         """The op that is told of each: one and the same, however often the course is made anew meanwhile."""
 
@@ -128,21 +144,41 @@ class Node:
             self._iterations.setdefault(flow, _iteration(flow, number))
         for at_s, stage, is_start, place, op in happenings(course):
             if from_s < at_s <= until_s - self._hop_s:
-                elapsed_s = course.ends_s[stage][place] - course.starts_s[stage][place]
-                self._tell(stage, self._told(op), None if is_start else elapsed_s, at_s)
+                told, start_s = self._told(op), course.starts_s[stage][place]
+                begun = self._begun.setdefault((stage, told), _Begun(start_s))
+                self._happens(stage, told, begun, at_s, is_start=is_start, stands_aside=op.rest_s > 0)
         self.now_s = max(self.now_s, until_s)
 
-    def _tell(self, stage: int, op: StageOp, elapsed_s: float | None, at_s: float) -> None:
-        """`elapsed_s` None: it has begun."""
+    def _happens(
+        self, stage: int, op: StageOp, begun: _Begun, at_s: float, *, is_start: bool, stands_aside: bool
+    ) -> None:
+        if is_start and begun.aside_since_s is not None:
+            begun.given_way_s += at_s - begun.aside_since_s
+            begun.aside_since_s = None
+        elif not is_start and stands_aside:
+            begun.aside_since_s = at_s
+        elif not is_start:
+            del self._begun[stage, op]
+            elapsed_s = at_s - begun.since_s - begun.given_way_s
+            self.done_s[stage] += elapsed_s
+            ended = OpEnded(op=op, elapsed_s=elapsed_s, ago_s=0.0, given_way_s=begun.given_way_s)
+            self._tell(stage, at_s, ended)
+            return
+        self._tell(stage, at_s)
+
+    def _tell(self, stage: int, at_s: float, *ended: OpEnded) -> None:
+        def started(op: StageOp, begun: _Begun) -> OpStarted:
+            given_way_s = begun.given_way_s + (at_s - begun.aside_since_s if begun.aside_since_s else 0.0)
+            return OpStarted(op=op, ago_s=at_s - begun.since_s, given_way_s=given_way_s)
+
+        here = [(op, begun) for (on, op), begun in self._begun.items() if on == stage]
+        running = [started(op, begun) for op, begun in here if begun.aside_since_s is None]
+        aside = [started(op, begun) for op, begun in here if begun.aside_since_s is not None]
         progress = StageProgress(
-            node=0,
-            stage=stage,
-            ended=() if elapsed_s is None else (OpEnded(op=op, elapsed_s=elapsed_s, ago_s=0.0),),
-            running=OpStarted(op=op, ago_s=0.0) if elapsed_s is None else None,
+            node=0, stage=stage, ended=ended, running=next(iter(running), None), aside=next(iter(aside), None)
         )
         through = self.timeline.progressed(progress, at_s + self._hop_s)
         self.waiting -= {task.task_id for task in through}
-        self.done_s[stage] += elapsed_s or 0.0
 
     def _told(self, op: Op) -> StageOp:
         if isinstance(op.flow, Iteration):
@@ -157,9 +193,11 @@ class Node:
         return _op(NAMES[op.kind], (op.flow.batch_id,), op.microbatch, task.shape.microbatches[op.microbatch])
 
 
-def node_after(past: Past, *, num_stages: int, hop_s: float, devices: Sequence[int] = ()) -> Node:
+def node_after(
+    past: Past, *, num_stages: int, hop_s: float, devices: Sequence[int] = (), num_slices: int = 1
+) -> Node:
     """`devices`: by stage, the first one on its device; of stages that there are not, too."""
-    node = Node(num_stages, hop_s, devices)
+    node = Node(num_stages, hop_s, devices, num_slices=num_slices)
     node.now_s = past.at_s
     node.place(past.first)
     node.go_on(past.at_s + past.pause_s)

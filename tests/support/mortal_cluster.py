@@ -17,7 +17,7 @@ import torch
 
 from lemix.lineage_command import read_lineage
 from lemix.simulation.loop import VirtualClock
-from services.stage_worker.compute.executor import ForwardOutput, Rows
+from services.stage_worker.compute.executor import ForwardOutput, GiveWay, Rows, go_on
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.process import StageProcess
@@ -337,9 +337,13 @@ class _NotingExecutor(MeetingExecutor):
         self._note = note
 
     async def forward(
-        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+        self,
+        microbatch: Microbatch,
+        rows: Rows,
+        reference: TensorRef | None = None,
+        give_way: GiveWay = go_on,
     ) -> ForwardOutput:
-        output = await super().forward(microbatch, rows, reference)
+        output = await super().forward(microbatch, rows, reference, give_way)
         self._note(microbatch, output.version)
         return output
 

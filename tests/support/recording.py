@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from services.stage_worker.compute.executor import ForwardOutput, Rows
+from services.stage_worker.compute.executor import ForwardOutput, GiveWay, Rows, go_on
 from services.stage_worker.compute.local_stages import LocalStages
 from services.stage_worker.compute.torch_executor import TorchExecutor
 from services.stage_worker.settings import StageWorkerSettings
@@ -33,9 +33,13 @@ class RecordingExecutor(TorchExecutor):
         self._recorded = recorded
 
     async def forward(
-        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+        self,
+        microbatch: Microbatch,
+        rows: Rows,
+        reference: TensorRef | None = None,
+        give_way: GiveWay = go_on,
     ) -> ForwardOutput:
-        output = await super().forward(microbatch, rows, reference)
+        output = await super().forward(microbatch, rows, reference, give_way)
         self._recorded.versions[self._stage_number, microbatch.batch_id, microbatch.index] = output.version
         return output
 

@@ -12,6 +12,8 @@ ITERATION, STEP, BACKWARD, FORWARD = range(4)
 """In the order in which a stage prefers them."""
 
 
+BACKWARD_SHARE = 2 / 3
+"""Share of the backward in the last stage's op, which does both passes: a backward costs two forwards."""
 NEAR_HOP_S = 1e-7
 """Between stages of one process: enough for the device to take what waits there first."""
 
@@ -74,7 +76,9 @@ def batch_of(
 
 
 class Op(NamedTuple):
-    """A piece of work that a stage does without interruption."""
+    """A piece of work that a stage does without interruption: an op, or what it does of one before it stands
+    aside or after that.
+    """
 
     kind: int
     flow: Iteration | Batch | None
@@ -82,6 +86,10 @@ class Op(NamedTuple):
     microbatch: int
     """Its place in the batch; 0 otherwise."""
     duration_s: float
+    done_s: float = 0.0
+    """Seconds of the op that are done before this piece."""
+    rest_s: float = 0.0
+    """Seconds of it that are left after this piece."""
 
 
 class Running(NamedTuple):
@@ -89,6 +97,9 @@ class Running(NamedTuple):
 
     op: Op
     start_s: float
+    """As if it had run without a break from then on."""
+    turn_until_s: float = 0.0
+    """It does not stand aside before."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,6 +110,10 @@ class KnownWork:
     hop_s: float
     running: list[Running | None]
     """By stage."""
+    aside: Sequence[Op | None] = ()
+    """By stage: what is left of the op that stands aside there; empty: none does."""
+    num_slices: Sequence[int] = ()
+    """By stage: slices of a pass, between which it gives way to iterations; empty: each has but one."""
     devices: Sequence[int] = ()
     """By stage: the first stage on its device, which does one op at a time; empty: each has its own."""
     told_s: Sequence[float] = ()
@@ -119,6 +134,8 @@ class KnownWork:
     """Whether a batch enters only when the one before it is applied."""
     decode_gap_s: Sequence[float] = ()
     """By device: what decoding sequences take between two training ops; empty: none decode."""
+    decode_s: Sequence[float] = ()
+    """By device: what one iteration of decodes takes."""
     decode_until_s: float = 0.0
     joins: Work = NO_WORK
     """Rows that a newcomer's iteration also carries when it has to wait for a slot: its share of decodes."""
@@ -128,6 +145,16 @@ class KnownWork:
     """Decoding sequences, in an iteration or not."""
     num_decode_iterations: int = 0
     """Iterations of decodes alone that are foreseen."""
+
+    def begun(self, batch: Batch) -> list[tuple[int, Op]]:
+        """(stage, op) of all ops of a batch that run, or stand aside."""
+        running = [(stage, each.op) for stage, each in enumerate(self.running) if each is not None]
+        aside = [(stage, op) for stage, op in enumerate(self.aside) if op is not None]
+        return [(stage, op) for stage, op in running + aside if op.flow is batch]
+
+    def gives_way(self, stage: int) -> bool:
+        """Whether training ops of the stage stand aside for iterations."""
+        return bool(self.num_slices) and self.num_slices[stage] > 1
 
     def hop_between_s(self, stage: int, other: int) -> float:
         """Seconds for a message: hardly any where one process holds both, as it does those of one device."""

@@ -1,18 +1,18 @@
 """The node's future with all known work, if nothing more comes: list scheduling, op by op. Pure.
 
-Rules, as stage workers follow them: a device does one op at a time, to its end, of whichever of its stages;
-inference goes first, then backwards, then training forwards, which take turns with backwards (discipline
-`slo_first`; its patience with training, half a second, is left out). Stage 0 orders all stages to step when
-it has done a batch's last backward; steps go before backwards. At most one iteration per stage is in flight,
-and as many microbatches as the schedule lets in.
+Rules, as stage workers follow them: a device does one op at a time, of whichever of its stages; inference
+goes first, then backwards, then training forwards, which take turns with backwards (discipline `slo_first`;
+its patience with training, half a second, is left out). Training ops and steps stand aside for an iteration
+between two of their slices (shared/slices.py); all else goes on to its end. Stage 0 orders all stages to step
+when it has done a batch's last backward; steps go before backwards. At most one iteration per stage is in
+flight, and as many microbatches as the schedule lets in.
 
 Iterations of decodes alone enter wherever no prompt waits for the slot; but only the next few, because there
 would be hundreds. After these decoding sequences are no ops here, and come in between: after each training
-op, a device gives `decode_gap_s` to them.
+op, and each turn of one, a device gives `decode_gap_s` to them.
 """
 
 from heapq import heappop, heappush
-from math import inf
 
 from services.scheduler.node.known_work import (
     BACKWARD,
@@ -23,10 +23,14 @@ from services.scheduler.node.known_work import (
     Iteration,
     KnownWork,
     Op,
+    Running,
 )
 from services.scheduler.node.prediction import Entry, Prediction
+from services.scheduler.node.slices_of_ops import RunningInSlices, cut_s, next_on_device
+from shared.slices import TRAINING_TURN
 
-_END, _WAKE = 8, 9
+SLACK_S = 1e-9
+_END, _CUT, _WAKE = 8, 9, 10
 """At one instant arrivals come first, then ends: whoever is there may be chosen."""
 
 
@@ -57,6 +61,12 @@ class _ListSchedule:
         self._after_backward = list(known.after_backward) or [False for _ in stages]
         self._num_running = [0 for _ in stages]
         """By device; several only where nobody has told yet that the earlier ones are over."""
+        self._sliced: list[RunningInSlices | None] = [None for _ in stages]
+        """By device: the op that runs there, if it gives way."""
+        self._aside: list[tuple[int, Op] | None] = [None for _ in stages]
+        """By device: (stage, the rest of its op that stands aside)."""
+        self._void_ends: set[int] = set()
+        """Ties of the ends of ops that stood aside before."""
         self._training_from_s = list(self._from_s)
         self._ops: list[list[Op]] = [[] for _ in stages]
         self._starts_s: list[list[float]] = [[] for _ in stages]
@@ -109,8 +119,16 @@ class _ListSchedule:
                 if rank == BACKWARD and self._after_backward[device]:  # a forward of this moment goes first
                     self._wake(at_s, stage)
                     continue
+                if rank == ITERATION:
+                    self._plan_cut(device, at_s)
+            elif rank == _CUT:
+                self._stand_aside(device, at_s)
+            elif tie in self._void_ends:
+                continue
             elif op is not None:
                 num_running[device] -= 1
+                self._sliced[device] = None
+                self._go_on(device, at_s, op.duration_s)
                 self._follow(op, stage, at_s)
                 if stage == 0:  # what follows comes in this very moment, and may go first
                     self._wake(at_s, stage)
@@ -136,10 +154,33 @@ class _ListSchedule:
     # The present
 
     def _begin_running(self) -> None:
-        for stage, running in enumerate(self._known.running):
-            if running is not None:
-                end_s = min(running.start_s + running.op.duration_s, _next_start_s(self._known, stage))
-                self._record(stage, running.op, running.start_s, max(self._from_s[stage], end_s))
+        known, from_s = self._known, self._from_s
+        for stage, running in enumerate(known.running):
+            if running is None:
+                continue
+            after = next_on_device(known, stage)
+            end_s = running.start_s + running.op.duration_s
+            if after is not None and after.start_s < end_s:
+                if after.op.kind == ITERATION and running.op.kind != ITERATION and known.gives_way(stage):
+                    self._stood_aside(stage, running, after.start_s)
+                    continue
+                end_s = after.start_s
+            self._record(stage, running.op, running.start_s, max(from_s[stage], end_s), running.turn_until_s)
+        for stage, rest in enumerate(known.aside):
+            if rest is not None:
+                self._aside[self._device_of[stage]] = (stage, rest)
+        for device, at_s in enumerate(from_s):
+            self._go_on(device, at_s, 0.0)
+
+    def _stood_aside(self, stage: int, running: Running, at_s: float) -> None:
+        """Note that an op stands aside since another stage's iteration has begun on its device."""
+        done_s = at_s - running.start_s
+        rest_s = running.op.duration_s - done_s
+        self._ops[stage].append(running.op._replace(duration_s=done_s, rest_s=rest_s))
+        self._starts_s[stage].append(running.start_s)
+        self._ends_s[stage].append(at_s)
+        rest = running.op._replace(duration_s=rest_s, done_s=running.op.done_s + done_s)
+        self._aside[self._device_of[stage]] = (stage, rest)
 
     def _begin_iterations(self) -> None:
         known, from_s = self._known, self._from_s
@@ -167,8 +208,8 @@ class _ListSchedule:
         self._feed(self._known.feed_s)
 
     def _begin_microbatch(self, place: int, batch: Batch, index: int, num_passes: int) -> None:
-        ops = [each.op for each in self._known.running if each is not None and each.op.flow is batch]
-        is_running = any(op.kind != STEP and op.microbatch == index for op in ops)
+        ops = self._known.begun(batch)
+        is_running = any(op.kind != STEP and op.microbatch == index for _, op in ops)
         if num_passes == 0 and not is_running:
             self._unfed.append((place, batch, index))
         elif num_passes < 2 * self._last + 1:
@@ -182,9 +223,9 @@ class _ListSchedule:
         self._num_applied += self._steps_left[batch.batch_id] == 0
         left = sum(num_passes <= 2 * self._last for num_passes in batch.passes)
         self._backwards_left[batch.batch_id] = left
-        for stage, running in enumerate(self._known.running):
-            is_stepping = running is not None and running.op.flow is batch and running.op.kind == STEP
-            if left == 0 and stage not in batch.stepped and not is_stepping:
+        stepping = {stage for stage, op in self._known.begun(batch) if op.kind == STEP}
+        for stage in range(self._known.num_stages):
+            if left == 0 and stage not in batch.stepped | stepping:
                 self._step(batch, stage, self._heard_s(stage, max(batch.ready_s)))
 
     # The future
@@ -210,9 +251,54 @@ class _ListSchedule:
             self._wake(self._training_from_s[device], device)
             return
         stage, op = heappop(forwards)[2:] if kind == FORWARD else heappop(queue)[3:]
+        if kind != ITERATION:
+            op = op._replace(duration_s=op.duration_s + self._decodes_within_s(device, op, at_s))
         self._record(stage, op, at_s, at_s + op.duration_s)
 
-    def _record(self, stage: int, op: Op, start_s: float, end_s: float) -> None:
+    def _decodes_within_s(self, device: int, op: Op, at_s: float) -> float:
+        """Seconds that decoding takes of the device between the turns of an op that begins now."""
+        known = self._known
+        is_without = self._num_decode_iterations or not known.decode_gap_s or at_s >= known.decode_until_s
+        if is_without or not known.gives_way(device):
+            return 0.0
+        return known.decode_gap_s[device] * (op.duration_s // (TRAINING_TURN * known.decode_s[device]))
+
+    def _plan_cut(self, device: int, at_s: float) -> None:
+        """An iteration waits: have the op that runs stand aside at the end of a slice."""
+        sliced = self._sliced[device]
+        if sliced is None or sliced.is_cut or self._num_running[device] > 1:
+            return
+        wanted_s = max(at_s, sliced.turn_until_s)
+        aside_s = cut_s(self._known, sliced.stage, sliced.op, sliced.start_s, wanted_s)
+        if aside_s < sliced.end_s - SLACK_S:
+            sliced.is_cut = True
+            self._tie += 1
+            heappush(self._events, (max(at_s, aside_s), _CUT, self._tie, sliced.stage, None, at_s))
+
+    def _stand_aside(self, device: int, at_s: float) -> None:
+        sliced = self._sliced[device]
+        assert sliced is not None, "nothing else ends it"
+        stage, op, done_s = sliced.stage, sliced.op, at_s - sliced.start_s
+        rest_s = op.duration_s - done_s
+        self._void_ends.add(sliced.tie)
+        self._ops[stage][-1] = op._replace(duration_s=done_s, rest_s=rest_s)
+        self._ends_s[stage][-1] = at_s
+        self._aside[device] = (stage, op._replace(duration_s=rest_s, done_s=op.done_s + done_s))
+        self._sliced[device] = None
+        self._num_running[device] -= 1
+
+    def _go_on(self, device: int, at_s: float, given_way_s: float) -> None:
+        """Let the op go on that stands aside, if there is one and nothing runs."""
+        aside = self._aside[device]
+        if aside is None or self._num_running[device]:
+            return
+        stage, op = aside
+        self._aside[device] = None
+        self._record(stage, op, at_s, at_s + op.duration_s, at_s + TRAINING_TURN * given_way_s)
+        if self._queues[device] and self._queues[device][0][0] == ITERATION:
+            self._plan_cut(device, at_s)
+
+    def _record(self, stage: int, op: Op, start_s: float, end_s: float, turn_until_s: float = 0.0) -> None:
         self._ops[stage].append(op)
         self._starts_s[stage].append(start_s)
         self._ends_s[stage].append(end_s)
@@ -224,6 +310,8 @@ class _ListSchedule:
             self._after_backward[device] = op.kind == BACKWARD
         self._tie += 1
         heappush(self._events, (end_s, _END, self._tie, stage, op, end_s))
+        if op.kind != ITERATION and self._known.gives_way(stage):
+            self._sliced[device] = RunningInSlices(stage, op, start_s, end_s, self._tie, turn_until_s)
 
     def _follow(self, op: Op, stage: int, at_s: float) -> None:
         flow = op.flow
@@ -340,16 +428,3 @@ class _ListSchedule:
         self._next_unfed += 1
         self._is_at_stage_0, self._num_in_flight = True, self._num_in_flight + 1
         self._pass(batch, index, 0, max(at_s, batch.ready_s[index]))
-
-
-def _next_start_s(known: KnownWork, stage: int) -> float:
-    """When another stage's op began on the device of a stage that runs one: then that one is over."""
-    running = known.running[stage]
-    if running is None or not known.devices:
-        return inf
-    others = (
-        other
-        for at, other in enumerate(known.running)
-        if other is not None and at != stage and known.devices[at] == known.devices[stage]
-    )
-    return min((other.start_s for other in others if other.start_s > running.start_s), default=inf)

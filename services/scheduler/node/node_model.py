@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.scheduler.costs import Costs
-from services.scheduler.forecast import BACKWARD_SHARE, Forecast, Interval
+from services.scheduler.forecast import Forecast, Interval
 from services.scheduler.node.iteration_queue import IterationQueue
 from services.scheduler.node.known_work import (
     BACKWARD,
+    BACKWARD_SHARE,
     FORWARD,
     ITERATION,
     STEP,
@@ -30,9 +31,10 @@ from services.scheduler.node.prediction_check import PredictionCheck
 from services.scheduler.statistics import RunningMoments
 from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
-from shared.messages.events import StageOp, StageProgress
+from shared.messages.events import OpStarted, StageOp, StageProgress
 from shared.profiles.times import NO_WORK, Work, work_of_rows
 from shared.schedule import BY_DEFAULT, Feeding
+from shared.slices import TRAINING_TURN
 from shared.subjects import PROGRESS_EVERY_S
 
 MIN_ROWS = 16
@@ -83,6 +85,9 @@ class NodeModel:
         """By stage: when it sent its last report, which told of all before."""
         self._devices = list(range(num_stages))
         """By stage: the first stage on its device."""
+        self._num_slices = [1] * num_stages
+        self._iterated_s = [(0.0, 0.0)] * num_stages
+        """By device: the end of the last iteration that it has told of, and how long that took."""
         self._after_backward = [False] * num_stages
         """By device: the last microbatch there that it has told of went backward."""
         self._feed_s = 0.0
@@ -110,10 +115,13 @@ class NodeModel:
 
     @property
     def exposure_s(self) -> float:
-        """Training that a request may yet meet: the longest forward of each stage after the first, summed."""
+        """Training that a request may yet meet: a slice of the longest forward of each stage after the first,
+        summed.
+        """
         forwards_s = [forward_s for batch in self._batches.values() for forward_s in batch.forward_s]
         return sum(
-            max((each[stage] for each in forwards_s), default=0.0) for stage in range(1, self.num_stages)
+            max((each[stage] for each in forwards_s), default=0.0) / self._num_slices[stage]
+            for stage in range(1, self.num_stages)
         )
 
     @property
@@ -155,6 +163,11 @@ class NodeModel:
         return self._prediction
 
     @property
+    def num_slices(self) -> tuple[int, ...]:
+        """By stage: slices of a training pass, between which it gives way to iterations."""
+        return tuple(self._num_slices)
+
+    @property
     def devices(self) -> tuple[int, ...]:
         """By stage: the first stage on its device; empty: each has its own."""
         shares = any(stage != device for stage, device in enumerate(self._devices))
@@ -167,6 +180,11 @@ class NodeModel:
         device = stage if first_stage is None else first_stage
         if max(stage, device) < self.num_stages and self._devices[stage] != device:
             self._devices[stage], self._prediction = device, None
+
+    def cut(self, stage: int, num_slices: int) -> None:
+        """Note into how many slices a stage cuts its training passes."""
+        if stage < self.num_stages and self._num_slices[stage] != num_slices:
+            self._num_slices[stage], self._prediction = num_slices, None
 
     def assign(
         self,
@@ -229,17 +247,24 @@ class NodeModel:
         """
         self._let_leave(now_s)
         stage, sent_s = progress.stage, now_s - self._costs.hop_s
-        self._running.by_stage[stage], self._told_s[stage] = None, sent_s
+        self._running.by_stage[stage] = self._running.aside[stage] = None
+        self._told_s[stage] = sent_s
         through: list[Assigned] = []
         for ended in progress.ended:
             end_s = sent_s - ended.ago_s
             if ended.op.kind == "iteration":
+                self._iterated_s[self._devices[stage]] = end_s, ended.elapsed_s
                 through += self._iterated(stage, ended.op, end_s - ended.elapsed_s, end_s)
             else:
-                self._trained(stage, ended.op, end_s - ended.elapsed_s, end_s)
+                self._trained(stage, ended.op, end_s - ended.given_way_s - ended.elapsed_s, end_s)
         started = progress.running
         if started is not None:
-            self._running.by_stage[stage] = self._begun(stage, started.op, sent_s - started.ago_s)
+            self._running.by_stage[stage] = self._running_of(stage, started, sent_s)
+        if progress.aside is not None and (rest := self._running_of(stage, progress.aside, sent_s)):
+            done_s = min(rest.op.duration_s, sent_s - rest.start_s)
+            self._running.aside[stage] = rest.op._replace(
+                duration_s=rest.op.duration_s - done_s, done_s=done_s
+            )
         self.last_active_s = now_s
         if self._check is None or not self._check.holds(progress, sent_s):
             self._prediction = None
@@ -279,6 +304,16 @@ class NodeModel:
     def _batch(self, batch_id: str) -> Batch | None:
         leaving = self._leaving.get(batch_id)
         return self._batches.get(batch_id) or (leaving.batch if leaving else None)
+
+    def _running_of(self, stage: int, started: OpStarted, sent_s: float) -> Running | None:
+        """The op that a stage has told of, as if it had run without a break; None when its task has ended."""
+        start_s = sent_s - started.ago_s
+        running = self._begun(stage, started.op, start_s)
+        if running is None or not started.given_way_s:
+            return running
+        went_on_s, given_way_s = self._iterated_s[self._devices[stage]]
+        turn_until_s = went_on_s + TRAINING_TURN * given_way_s
+        return running._replace(start_s=start_s + started.given_way_s, turn_until_s=turn_until_s)
 
     def _begun(self, stage: int, op: StageOp, start_s: float) -> Running | None:
         """The op that the stage runs; None when its task has ended."""
@@ -352,6 +387,8 @@ class NodeModel:
             num_stages=self.num_stages,
             hop_s=self._costs.hop_s,
             running=list(self._running.by_stage),
+            aside=list(self._running.aside),
+            num_slices=self._num_slices,
             devices=self.devices,
             told_s=[max(told_s, now_s - self._silence_s) for told_s in self._told_s],
             in_flight=self._iterations.in_flight,
@@ -369,9 +406,10 @@ class NodeModel:
             known.num_decoding = len(decoding)
             known.num_decode_iterations = max(1, DECODE_OPS // self.num_stages)
             num_parallel = min(1.0, len(decoding) / self.num_stages)
-            known.decode_gap_s = [0.0] * self.num_stages
+            known.decode_s = [0.0] * self.num_stages
             for device, seconds in zip(self._devices, decode_s, strict=True):
-                known.decode_gap_s[device] += num_parallel * seconds
+                known.decode_s[device] += seconds
+            known.decode_gap_s = [num_parallel * seconds for seconds in known.decode_s]
             num_left = sum(task.shape.max_tokens - task.num_generated for task in decoding) / len(decoding)
             known.decode_until_s = now_s + num_left * (sum(decode_s) + self.num_stages * self._costs.hop_s)
         return known

@@ -1,6 +1,6 @@
 """The present work of a node's stages, as far as they have reported it. Pure."""
 
-from services.scheduler.node.known_work import ITERATION, STEP, Batch, Iteration, Running
+from services.scheduler.node.known_work import ITERATION, STEP, Batch, Iteration, Op, Running
 
 
 class NowRunning:
@@ -8,21 +8,30 @@ class NowRunning:
 
     def __init__(self, num_stages: int) -> None:
         self.by_stage: list[Running | None] = [None] * num_stages
+        self.aside: list[Op | None] = [None] * num_stages
+        """By stage: what is left of the op that stands aside there."""
 
     def clear(self) -> None:
         """Forget all running ops."""
         self.by_stage = [None] * len(self.by_stage)
+        self.aside = [None] * len(self.aside)
 
     def passed(self, flow: Iteration | Batch, microbatch: int = 0) -> None:
         """Note that a task has come further than the stage that was said to run it."""
         for stage, running in self._of(flow):
             if running.op.kind != STEP and running.op.microbatch == microbatch:
                 self.by_stage[stage] = None
+        for stage, op in enumerate(self.aside):
+            if op is not None and op.flow is flow and op.kind != STEP and op.microbatch == microbatch:
+                self.aside[stage] = None
 
     def orphan(self, flow: Iteration | Batch) -> None:
         """Note that nothing follows from a task's running ops; the stage is busy all the same."""
         for stage, running in self._of(flow):
-            self.by_stage[stage] = Running(running.op._replace(flow=None), running.start_s)
+            self.by_stage[stage] = running._replace(op=running.op._replace(flow=None))
+        self.aside = [
+            op if op is None or op.flow is not flow else op._replace(flow=None) for op in self.aside
+        ]
 
     def leaves_by(self, at_s: float) -> bool:
         """Whether the last stage should have finished its iteration by then."""

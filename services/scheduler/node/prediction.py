@@ -2,11 +2,13 @@
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import NamedTuple
 
-from services.scheduler.node.known_work import FORWARD, Batch, Iteration, KnownWork, Op
+from services.scheduler.node.known_work import FORWARD, ITERATION, Batch, Iteration, KnownWork, Op
+from services.scheduler.node.slices_of_ops import cut_s
+from shared.slices import TRAINING_TURN
 
 
 class Entry(NamedTuple):
@@ -19,11 +21,17 @@ class Entry(NamedTuple):
 
 
 class _Ops(NamedTuple):
-    """Ops in the order of their starts, with these and their ends."""
+    """Ops in the order of their starts, with these, their ends, and their stages."""
 
     ops: list[Op]
     starts_s: list[float]
     ends_s: list[float]
+    stages: list[int]
+
+    def at(self, at_s: float) -> int | None:
+        """The place of the op that runs at that time, or begins then; None: none does."""
+        place = bisect_right(self.starts_s, at_s) - 1
+        return place if place >= 0 and self.ends_s[place] > at_s else None
 
 
 @dataclass(slots=True)
@@ -72,15 +80,42 @@ class Prediction:
     def turn_of_iteration(self, stage: int, at_s: float, before_s: float) -> float:
         """When an iteration that comes at `at_s`, and began on the stage before at `before_s`, can run.
 
-        It waits for the op in progress and for inference ahead of it.
+        It waits for the op in progress, or for the end of its slice, and for inference ahead of it.
         """
-        ops, starts_s, ends_s = self._on_device_of(stage)
-        place = bisect_left(starts_s, at_s) - 1
-        turn_s = at_s
-        if place >= 0 and ends_s[place] > at_s:
-            is_overtaken = self._is_overtaken(stage, ops[place], starts_s[place], before_s)
-            turn_s = at_s if is_overtaken else ends_s[place]
-        return max(turn_s, self.inference_ends_s[stage])
+        wanted_s = max(at_s, self.inference_ends_s[stage])
+        if (again_s := self._given_way_before(stage, at_s, before_s)) is not None:
+            return max(wanted_s, again_s)
+        on_device = self._on_device_of(stage)
+        place = on_device.at(wanted_s)
+        if place is None:
+            return wanted_s
+        op, start_s = on_device.ops[place], on_device.starts_s[place]
+        would_begin = start_s == wanted_s and not op.done_s
+        if would_begin or self._is_overtaken(stage, op, start_s, before_s):
+            return wanted_s
+        turn_s = TRAINING_TURN * on_device.ops[place - 1].duration_s if op.done_s and place else 0.0
+        return cut_s(self.known, on_device.stages[place], op, start_s, max(wanted_s, start_s + turn_s))
+
+    def _given_way_before(self, stage: int, at_s: float, before_s: float) -> float | None:
+        """When an op gives way again that did so on the stage before; None: that is not on the same device,
+        or none did.
+        """
+        if stage == 0 or not self._is_near(stage):
+            return None
+        on_device = self._on_device_of(stage)
+        place = on_device.at(before_s)
+        if place is None or on_device.starts_s[place] == before_s:
+            return None
+        op, its_stage, given_way_s = on_device.ops[place], on_device.stages[place], at_s - before_s
+        if op.kind == ITERATION or not self.known.gives_way(its_stage):
+            return None
+        went_on_s = on_device.starts_s[place] + given_way_s
+        return cut_s(self.known, its_stage, op, went_on_s, at_s + TRAINING_TURN * given_way_s)
+
+    def _is_near(self, stage: int) -> bool:
+        """Whether a stage is on the device of the one before it."""
+        devices = self.known.devices
+        return bool(devices) and devices[stage] == devices[stage - 1]
 
     def _is_overtaken(self, stage: int, op: Op, start_s: float, before_s: float) -> bool:
         """Whether an op that would be in progress is behind the iteration: a training forward, ahead of it on
@@ -88,8 +123,7 @@ class Prediction:
         """
         if stage == 0:
             return False
-        devices = self.known.devices
-        if devices and devices[stage] == devices[stage - 1]:
+        if self._is_near(stage):
             return start_s >= before_s
         if op.kind != FORWARD or not isinstance(op.flow, Batch):
             return False
@@ -102,24 +136,27 @@ class Prediction:
         device = devices[stage] if devices else stage
         stages = [each for each, on in enumerate(devices) if on == device] if devices else [stage]
         if len(stages) == 1:
-            return _Ops(self.ops[stage], self.starts_s[stage], self.ends_s[stage])
+            ops = self.ops[stage]
+            return _Ops(ops, self.starts_s[stage], self.ends_s[stage], [stage] * len(ops))
         if device not in self._on_devices:
             spans = sorted(
                 chain.from_iterable(
-                    zip(self.starts_s[each], self.ends_s[each], self.ops[each], strict=True)
+                    zip(self.starts_s[each], self.ends_s[each], self.ops[each], repeat(each))
                     for each in stages
                 ),
                 key=itemgetter(0),
             )
-            ops = [op for _, _, op in spans]
             self._on_devices[device] = _Ops(
-                ops, [start for start, _, _ in spans], [end for _, end, _ in spans]
+                [op for _, _, op, _ in spans],
+                [start_s for start_s, _, _, _ in spans],
+                [end_s for _, end_s, _, _ in spans],
+                [each for _, _, _, each in spans],
             )
         return self._on_devices[device]
 
     def first_idle(self, stage: int, at_s: float) -> float:
         """The first time from `at_s` on when the stage's device has nothing to do."""
-        _, starts_s, ends_s = self._on_device_of(stage)
+        _, starts_s, ends_s, _ = self._on_device_of(stage)
         place = bisect_right(starts_s, at_s) - 1
         if place < 0 or ends_s[place] <= at_s:
             return at_s

@@ -2,7 +2,7 @@
 
 from services.scheduler.node.known_work import BACKWARD, FORWARD, ITERATION, STEP, Iteration, Op
 from services.scheduler.node.prediction import Prediction
-from shared.messages.events import OpKind, StageOp, StageProgress
+from shared.messages.events import OpKind, OpStarted, StageOp, StageProgress
 
 TOLERANCE_S = 0.0005
 TOLERANCE = 0.02
@@ -25,21 +25,37 @@ class PredictionCheck:
         """
         stage = progress.stage
         for ended in progress.ended:
-            end_s = sent_s - ended.ago_s
-            if not self._is_next(stage, ended.op, end_s, self._prediction.ends_s[stage]):
+            self._pass_by(stage, sent_s)
+            if not self._ends(stage, ended.op, sent_s - ended.ago_s):
                 return False
             self._num_done[stage] += 1
-        running = progress.running
-        if running is None:
-            return self._may_rest(stage, sent_s)
-        return self._is_next(stage, running.op, sent_s - running.ago_s, self._prediction.starts_s[stage])
+        self._pass_by(stage, sent_s)
+        if progress.running is not None:
+            return self._runs(stage, progress.running, sent_s)
+        return progress.aside is not None or self._may_rest(stage, sent_s)
 
-    def _is_next(self, stage: int, told: StageOp, at_s: float, times_s: list[float]) -> bool:
+    def _pass_by(self, stage: int, sent_s: float) -> None:
+        """Go on to what comes after an op that stands aside by then: that is not told of as an end."""
+        ops, ends_s = self._prediction.ops[stage], self._prediction.ends_s[stage]
         place = self._num_done[stage]
-        if place >= len(times_s):
+        if place < len(ops) and ops[place].rest_s and ends_s[place] <= sent_s + TOLERANCE_S:
+            self._num_done[stage] += 1
+
+    def _ends(self, stage: int, told: StageOp, end_s: float) -> bool:
+        place, ends_s = self._num_done[stage], self._prediction.ends_s[stage]
+        return place < len(ends_s) and self._agree(stage, told, ends_s[place], end_s)
+
+    def _runs(self, stage: int, told: OpStarted, sent_s: float) -> bool:
+        """Starts are compared as if the op had run without a break."""
+        place, starts_s = self._num_done[stage], self._prediction.starts_s[stage]
+        if place >= len(starts_s):
             return False
-        op = self._prediction.ops[stage][place]
-        return _is_same(op, told) and abs(times_s[place] - at_s) <= _tolerance_s(op)
+        start_s = starts_s[place] - self._prediction.ops[stage][place].done_s
+        return self._agree(stage, told.op, start_s, sent_s - told.ago_s + told.given_way_s)
+
+    def _agree(self, stage: int, told: StageOp, foreseen_s: float, at_s: float) -> bool:
+        op = self._prediction.ops[stage][self._num_done[stage]]
+        return _is_same(op, told) and abs(foreseen_s - at_s) <= _tolerance_s(op)
 
     def _may_rest(self, stage: int, sent_s: float) -> bool:
         place, starts_s = self._num_done[stage], self._prediction.starts_s[stage]
@@ -57,4 +73,4 @@ def _is_same(op: Op, told: StageOp) -> bool:
 
 
 def _tolerance_s(op: Op) -> float:
-    return max(TOLERANCE_S, TOLERANCE * op.duration_s)
+    return max(TOLERANCE_S, TOLERANCE * (op.done_s + op.duration_s + op.rest_s))

@@ -14,12 +14,18 @@ Response = Callable[[int, float], float]
 
 
 class OpTimes(NamedTuple):
-    """Seconds for which each uninterruptible op of a microbatch holds one stage."""
+    """Seconds for which each op of a microbatch holds one stage."""
 
     forward_s: float
     """On the last stage with its backward."""
     backward_s: float
     step_s: float
+    num_slices: int = 1
+    """Slices of each: a request waits for one, not for the op."""
+
+    @property
+    def all_s(self) -> tuple[float, float, float]:
+        return self.forward_s, self.backward_s, self.step_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +52,17 @@ class Expected:
 def late_share(node: int, forecast: Forecast, ops: BatchOps, expected: Expected) -> float:
     """Share of expected requests that would be late on `node` because of the batch, and on every other.
 
-    A request that comes to a stage at the start of an op of the batch waits for all of it; the later it
-    comes, the less. So of each op the first `response + op - objective` seconds are unsafe. The share is
-    the unsafe time of a batch times the batches per second.
+    A request that comes to a stage at the start of a slice of an op waits for all of it; the later it comes,
+    the less. So of each slice the first `response + slice - objective` seconds are unsafe. The share is the
+    unsafe time of a batch times the batches per second.
     """
     unsafe_s = 0.0
     for stage, durations_s in enumerate(ops.stages):
         at_s = _start_of_longest_s(forecast, stage, durations_s)
         spare_s = expected.slo_s - expected.response(node, at_s)
-        if spare_s < max(durations_s) and not _is_safe_elsewhere(node, at_s, expected):
+        if spare_s < max(durations_s.all_s) / durations_s.num_slices and not _is_safe_elsewhere(
+            node, at_s, expected
+        ):
             unsafe_s += _unsafe_s(durations_s, ops.num_microbatches, spare_s)
     return min(1.0, unsafe_s * expected.batches_per_s)
 
@@ -67,7 +75,7 @@ def safe_again_s(now_s: float, expected: Expected) -> float:
 def _start_of_longest_s(forecast: Forecast, stage: int, durations_s: OpTimes) -> float:
     forward, backward = forecast.forward[stage], forecast.backward[stage]
     starts_s = (forward.start_s, backward.start_s, backward.end_s)
-    return starts_s[durations_s.index(max(durations_s))]
+    return starts_s[durations_s.all_s.index(max(durations_s.all_s))]
 
 
 def _is_safe_elsewhere(node: int, at_s: float, expected: Expected) -> bool:
@@ -76,5 +84,8 @@ def _is_safe_elsewhere(node: int, at_s: float, expected: Expected) -> bool:
 
 
 def _unsafe_s(durations_s: OpTimes, num_microbatches: int, spare_s: float) -> float:
-    forward_s, backward_s, step_s = (min(each_s, max(0.0, each_s - spare_s)) for each_s in durations_s)
+    """The last stage's forward is taken for one pass, though it is two: that errs on the safe side."""
+    forward_s, backward_s, step_s = (
+        min(each_s, max(0.0, each_s - durations_s.num_slices * spare_s)) for each_s in durations_s.all_s
+    )
     return num_microbatches * (forward_s + backward_s) + step_s

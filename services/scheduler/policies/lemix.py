@@ -148,7 +148,8 @@ class Lemix:
         best = with_room or best
         if self._options.has("deferral") and state.inference_rate.per_s(now_s) >= MIN_RATE_PER_S:
             expected = _expected(state, found, now_s)
-            ops = _by_node(found, lambda each: _ops_of(each.costs, shape))
+            slices = {each.node: each.node_model.num_slices for each in found}
+            ops = _by_node(found, lambda each: _ops_of(each.costs, shape, slices[each.node]), by=slices)
             shares = [late_share(each.node, each.forecast, ops[each.node], expected) for each in best]
             patience_s = self._options.patience * state.slo_s
             allowed = self._options.late_share + waited_s / patience_s
@@ -259,12 +260,12 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
     )
 
 
-def _ops_of(costs: Costs, shape: TaskShape) -> BatchOps:
+def _ops_of(costs: Costs, shape: TaskShape, num_slices: Sequence[int]) -> BatchOps:
     work = max(shape.microbatches, key=lambda work: work.num_tokens)
     return BatchOps(
         tuple(
-            OpTimes(costs.forward_s(stage, work), costs.backward_s(stage, work), costs.step_s(stage))
-            for stage in range(costs.num_stages or 1)
+            OpTimes(costs.forward_s(stage, work), costs.backward_s(stage, work), costs.step_s(stage), count)
+            for stage, count in enumerate(num_slices)
         ),
         len(shape.microbatches),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from services.stage_worker.compute.executor import (
     BackwardOutput,
     ForwardOutput,
+    GiveWay,
     IterationOutput,
     ModelFacts,
     Rows,
@@ -18,6 +19,7 @@ from services.stage_worker.compute.executor import (
     SequenceChunk,
     ShardFiles,
     Took,
+    go_on,
 )
 from services.stage_worker.compute.sampling.sequences import SequenceState
 from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
@@ -75,6 +77,7 @@ class EmulatedExecutor:
         memory: StageMemory | None = None,
         vocab_size: int,
         context_length: int,
+        num_slices: int = 1,
         hold_until: Callable[[float], Awaitable[None]],
         clock: Clock,
         device: EmulatedDevice | None = None,
@@ -88,6 +91,7 @@ class EmulatedExecutor:
         self._memory = memory
         self._vocab_size = vocab_size
         self._context_length = context_length
+        self._num_slices = num_slices
         self._hold_until = hold_until
         self._clock = clock
         self._is_last = settings.stage == settings.num_stages - 1
@@ -104,6 +108,7 @@ class EmulatedExecutor:
             vocab_size=self._vocab_size,
             context_length=self._context_length,
             num_kv_blocks=self._settings.num_kv_blocks,
+            num_slices=self._num_slices,
         )
 
     async def offer(self, peer: int, instance: str, purpose: LinkPurpose) -> LinkOffer:
@@ -148,7 +153,11 @@ class EmulatedExecutor:
         return IterationOutput(None, told)
 
     async def forward(
-        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+        self,
+        microbatch: Microbatch,
+        rows: Rows,
+        reference: TensorRef | None = None,
+        give_way: GiveWay = go_on,
     ) -> ForwardOutput:
         """Raises MemoryError when what the backward will need does not fit."""
         self._check_room(microbatch)
@@ -156,22 +165,29 @@ class EmulatedExecutor:
         forward_s = (1 + is_compared) * self._times.forward_s(work_of_microbatch(microbatch))
         forward_s += self._offload_s(microbatch)
         if self._is_last and not microbatch.backward_after_all:
-            await self._hold(forward_s + self._backward_s(microbatch))
+            await self._hold_in_slices(forward_s, give_way)
+            await give_way()
+            await self._hold_in_slices(self._backward_s(microbatch), give_way)
             return ForwardOutput(version, loss=self._loss(microbatch), gradient=self._inputs_gradient)
-        await self._hold(forward_s)
+        await self._hold_in_slices(forward_s, give_way)
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         if self._is_last:
             return ForwardOutput(version, loss=self._loss(microbatch))
         return ForwardOutput(version, hidden=NO_TENSOR, reference=NO_TENSOR if is_compared else None)
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
+    async def backward(
+        self, batch_id: str, index: int, gradient: TensorRef | None, give_way: GiveWay = go_on
+    ) -> BackwardOutput:
         """Raises LemixError when the microbatch is not in flight here."""
         microbatch = self._in_flight.pop((batch_id, index), None)
         if microbatch is None:
             raise LemixError(
                 f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
             )
-        await self._hold(self._again_s(microbatch) + self._backward_s(microbatch))
+        if (again_s := self._again_s(microbatch)) > 0:
+            await self._hold_in_slices(again_s, give_way)
+            await give_way()
+        await self._hold_in_slices(self._backward_s(microbatch), give_way)
         return BackwardOutput(self._inputs_gradient)
 
     @property
@@ -190,10 +206,10 @@ class EmulatedExecutor:
     async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
         return 0.0
 
-    async def step(self, order: StepOrder) -> Took:
+    async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
+        self._version = order.version  # iterations between slices meet it already, in part
         if not order.skip:
-            await self._hold(self._times.step_s())
-        self._version = order.version
+            await self._hold_in_slices(self._times.step_s(), give_way)
         return ()
 
     async def keep(self) -> bool:
@@ -248,6 +264,13 @@ class EmulatedExecutor:
 
     async def close(self) -> None:
         pass
+
+    async def _hold_in_slices(self, duration_s: float, give_way: GiveWay) -> None:
+        """Occupy the device for a pass, whose slices are equally long."""
+        for place in range(self._num_slices):
+            if place:
+                await give_way()
+            await self._hold(duration_s / self._num_slices)
 
     async def _hold(self, duration_s: float) -> None:
         """Occupy the device after its earlier ops."""

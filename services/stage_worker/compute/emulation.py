@@ -33,6 +33,7 @@ def emulated_executor(settings: StageWorkerSettings, instance: str, clock: Clock
         memory=profile.stages[settings.stage].memory,
         vocab_size=card.vocab_size,
         context_length=profile.context_length,
+        num_slices=settings.num_slices(profile.stages[settings.stage].num_layers),
         hold_until=Hold(clock).until,
         clock=clock,
     )

@@ -5,7 +5,7 @@ One call at a time; tensors stay on the executor's side and are named by their r
 A call may return before the device has done its op: `took` tells how long that took, once it is known.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
@@ -41,6 +41,13 @@ class OpTime(Protocol):
 
 Took: TypeAlias = Sequence[OpTime]
 """The times of an op's parts; none where the call lasted as long as the op."""
+
+GiveWay: TypeAlias = Callable[[], Awaitable[None]]
+"""Awaited between two slices of an op: an iteration may run meanwhile, and nothing else."""
+
+
+async def go_on() -> None:
+    """Give way to nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +149,8 @@ class ModelFacts:
     """Blocks of the stage's KV cache."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Those that were chosen by the model and the device, as they are told to people."""
+    num_slices: int = 1
+    """Parts of a training pass, between which it gives way."""
     num_rows_ahead: int = 0
     """Rows of each sequence that the executor may run before it is asked for them, if they have blocks."""
 
@@ -188,12 +197,18 @@ class Executor(Protocol[Snapshot, Copied]):
         ...
 
     async def forward(
-        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+        self,
+        microbatch: Microbatch,
+        rows: Rows,
+        reference: TensorRef | None = None,
+        give_way: GiveWay = go_on,
     ) -> ForwardOutput:
         """`reference`: with preferences, what the stage before has made of the model as it was given."""
         ...
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
+    async def backward(
+        self, batch_id: str, index: int, gradient: TensorRef | None, give_way: GiveWay = go_on
+    ) -> BackwardOutput:
         """`gradient`: of the stage's outputs, None at the last."""
         ...
 
@@ -219,7 +234,7 @@ class Executor(Protocol[Snapshot, Copied]):
         """Add the other end's gradient of a tied embedding; returns the sum of the gradients' squares."""
         ...
 
-    async def step(self, order: StepOrder) -> Took:
+    async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
         """Apply a measured batch's gradients, or drop them."""
         ...
 

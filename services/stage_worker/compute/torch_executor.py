@@ -14,6 +14,7 @@ from services.stage_worker.checkpoint.staging import CpuLane, CudaLane, StateCop
 from services.stage_worker.compute.executor import (
     BackwardOutput,
     ForwardOutput,
+    GiveWay,
     IterationOutput,
     ModelFacts,
     Rows,
@@ -21,6 +22,7 @@ from services.stage_worker.compute.executor import (
     SequenceChunk,
     ShardFiles,
     Took,
+    go_on,
 )
 from services.stage_worker.compute.graphs import capture_for
 from services.stage_worker.compute.handoff import Handoff
@@ -118,13 +120,19 @@ class TorchExecutor:
         return await self._run(self._compute.iteration, chunks, rows, version, states)
 
     async def forward(
-        self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None = None
+        self,
+        microbatch: Microbatch,
+        rows: Rows,
+        reference: TensorRef | None = None,
+        give_way: GiveWay = go_on,
     ) -> ForwardOutput:
         forwarded, took = await self._run_until_done(self._compute.forward, microbatch, rows, reference)
         loss = None if forwarded.loss is None else forwarded.loss.item()
         return replace(forwarded.output, loss=loss, took=took)
 
-    async def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> BackwardOutput:
+    async def backward(
+        self, batch_id: str, index: int, gradient: TensorRef | None, give_way: GiveWay = go_on
+    ) -> BackwardOutput:
         return BackwardOutput(*await self._run_until_done(self._compute.backward, batch_id, index, gradient))
 
     async def score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
@@ -139,7 +147,7 @@ class TorchExecutor:
     async def measure(self, batch_id: str, tied: TensorRef | None) -> float:
         return await self._run(self._compute.measure, batch_id, tied)
 
-    async def step(self, order: StepOrder) -> Took:
+    async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
         _, took = await self._run_until_done(self._compute.step, order)
         return took
 

@@ -60,6 +60,11 @@ def fifo(items: Sequence[Waiting], now_s: float, after: WorkKind | None = None) 
     return 0
 
 
+def next_iteration(items: Sequence[Waiting]) -> int | None:
+    """The index of the iteration that has waited longest, for which a pass gives way; None: none waits."""
+    return next((index for index, item in enumerate(items) if item.kind is WorkKind.INFERENCE), None)
+
+
 Discipline = Callable[[Sequence[Waiting], float, WorkKind | None], int]
 """(items in order of arrival, at least one; now; kind of the last microbatch's pass) -> index of the next."""
 

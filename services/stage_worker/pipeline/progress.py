@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from msgspec import structs
+
 from services.stage_worker.compute.executor import SequenceChunk
 from services.stage_worker.pipeline.device import HandedOp, Turns
 from services.stage_worker.pipeline.sizes import work_of_iteration, work_of_microbatch
@@ -28,8 +30,8 @@ class Progress:
         self._turns = turns
         self._bus = bus
         self._clock = clock
-        self._ended: list[tuple[StageOp, float, float]] = []
-        """(op, start, end) of what is not told yet."""
+        self._ended: list[tuple[OpEnded, float]] = []
+        """(op, end) of what is not told yet; `ago_s` is set when it is."""
         self._happened = asyncio.Event()
         self._launched: asyncio.Queue[HandedOp] = asyncio.Queue(MAX_LAUNCHED)
         """Ops whose calls have returned, but which the device may still be doing."""
@@ -54,6 +56,17 @@ class Progress:
         else:
             self._launched.put_nowait(handed)
 
+    @contextmanager
+    def standing_aside(self, handed: HandedOp) -> Iterator[None]:
+        """Note that another op runs between two slices of this one."""
+        self._turns.stand_aside(handed, self._clock.now_s())
+        self._happened.set()
+        try:
+            yield
+        finally:
+            self._turns.go_on(self._clock.now_s())
+            self._happened.set()
+
     async def run(self) -> None:
         """Report what happens; runs until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -71,8 +84,9 @@ class Progress:
     def _end(self, handed: HandedOp, *, is_told: bool = True) -> None:
         now_s, took_s = self._clock.now_s(), [part.wait_s() for part in handed.took] if is_told else []
         if is_told and handed.op is not None:
-            start_s = now_s - sum(took_s) if took_s else handed.since_s
-            self._ended.append((handed.op, start_s, now_s))
+            elapsed_s = sum(took_s) if took_s else now_s - handed.since_s - handed.given_way_s
+            ended = OpEnded(op=handed.op, elapsed_s=elapsed_s, ago_s=0.0, given_way_s=handed.given_way_s)
+            self._ended.append((ended, now_s))
         self._turns.end(handed, now_s)
         self._happened.set()
 
@@ -88,21 +102,25 @@ class Progress:
             free_to_tell_s = self._clock.now_s() + PROGRESS_EVERY_S
 
     def _message(self) -> StageProgress:
-        now_s = self._clock.now_s()
-        ended = tuple(
-            OpEnded(op=op, elapsed_s=end_s - start_s, ago_s=now_s - end_s)
-            for op, start_s, end_s in self._ended
-        )
+        now_s, turns = self._clock.now_s(), self._turns
+        ended = tuple(structs.replace(each, ago_s=now_s - end_s) for each, end_s in self._ended)
         self._ended.clear()
-        return StageProgress(node=self._node, stage=self._stage, ended=ended, running=self._running(now_s))
+        return StageProgress(
+            node=self._node,
+            stage=self._stage,
+            ended=ended,
+            running=self._started(turns.handed[0], now_s) if turns.handed else None,
+            aside=self._started(turns.aside, now_s) if turns.aside else None,
+        )
 
-    def _running(self, now_s: float) -> OpStarted | None:
-        if not self._turns.handed:
+    def _started(self, handed: HandedOp, now_s: float) -> OpStarted | None:
+        """None: it is of another stage, or nobody counts on it."""
+        if handed.stage != self._stage or handed.op is None:
             return None
-        first = self._turns.handed[0]
-        if first.stage != self._stage or first.op is None:
-            return None
-        return OpStarted(op=first.op, ago_s=now_s - first.since_s)
+        given_way_s = handed.given_way_s
+        if handed is self._turns.aside:
+            given_way_s += now_s - self._turns.aside_since_s
+        return OpStarted(op=handed.op, ago_s=now_s - handed.since_s, given_way_s=given_way_s)
 
 
 def iteration_op(number: int, chunks: Sequence[SequenceChunk]) -> StageOp:

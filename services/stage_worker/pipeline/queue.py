@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from services.stage_worker.pipeline.disciplines import Discipline, WorkKind
+from services.stage_worker.pipeline.disciplines import Discipline, WorkKind, next_iteration
 from shared.clock import Clock
 from shared.errors import LemixError
+from shared.slices import TRAINING_TURN
 
 MAX_STARTED = 2
 
@@ -22,6 +23,8 @@ class Work:
     kind: WorkKind
     since_s: float
     run: Callable[[], Awaitable[None]]
+    gives_way: bool
+    """Whether it asks, between its slices, if it must give way."""
 
 
 class WorkQueue:
@@ -35,18 +38,39 @@ class WorkQueue:
         self._num_started = 0
         self._last_pass: WorkKind | None = None
         """Whether the last microbatch went forward or backward; None before the first one."""
+        self._is_sliced = False
+        """Whether what runs gives way."""
+        self._aside: asyncio.Future[None] | None = None
+        """Done when what stands aside may go on."""
+        self._turn_until_s = 0.0
+        """An op that gives way need not do so before."""
         self._idle: deque[asyncio.Future[None]] = deque()
         """Workers that found nothing to do."""
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, kind: WorkKind, run: Callable[[], Awaitable[None]]) -> None:
+    def put(self, kind: WorkKind, run: Callable[[], Awaitable[None]], *, gives_way: bool = False) -> None:
         """Add an item. Raises LemixError when the queue is full: a peer does not keep to the protocol."""
         if len(self._items) >= self._max_items:
             raise LemixError(f"{self._max_items} items of work are waiting on this stage already")
-        self._items.append(Work(kind, self._clock.now_s(), run))
+        self._items.append(Work(kind, self._clock.now_s(), run, gives_way))
         self._wake_one()
+
+    @property
+    def must_give_way(self) -> bool:
+        """Whether what runs, between two of its slices, should let an iteration go first."""
+        is_its_turn = self._is_sliced and self._clock.now_s() < self._turn_until_s
+        return self._is_sliced and not is_its_turn and next_iteration(self._items) is not None
+
+    async def give_way(self) -> None:
+        """Stand aside for the iteration that waits; return when it has run."""
+        began_s = self._clock.now_s()
+        self._aside = asyncio.get_running_loop().create_future()
+        self._wake_one()
+        await self._aside
+        now_s = self._clock.now_s()
+        self._turn_until_s = now_s + TRAINING_TURN * (now_s - began_s)
 
     async def do_in_turn(self, work: Callable[[], Awaitable[None]], *, within_s: float) -> None:
         """Do this between two other ops, unless the asker has gone by then.
@@ -77,7 +101,8 @@ class WorkQueue:
         """Work for ever.
 
         Behind the running item the next one is handed to the executor too if it is inference: the executor
-        does one thing at a time, and need not wait for this loop between two iterations.
+        does one thing at a time, and need not wait for this loop between two iterations. Behind what gives
+        way it is not: it runs when that stands aside.
         """
         async with asyncio.TaskGroup() as group:
             for _ in range(MAX_STARTED):
@@ -90,7 +115,7 @@ class WorkQueue:
                 if self._items:
                     self._wake_one()
                 await item.run()
-                self._num_started -= 1
+                self._end(item)
             self._idle.append(asyncio.get_running_loop().create_future())
             await self._idle[-1]
 
@@ -99,12 +124,28 @@ class WorkQueue:
             idle.set_result(None)
 
     def _next(self) -> Work | None:
-        if not self._items or self._num_started >= MAX_STARTED:
-            return None
-        index = self._discipline(self._items, self._clock.now_s(), self._last_pass)
-        if self._num_started and self._items[index].kind is not WorkKind.INFERENCE:
+        """The item to start now; None: there is none, or it has to wait."""
+        index = self._next_index() if self._items and self._num_started < MAX_STARTED else None
+        if index is None:
             return None
         item = self._items.pop(index)
         if item.kind in (WorkKind.BACKWARD, WorkKind.TRAINING_FORWARD):
             self._last_pass = item.kind
+        if item.gives_way:
+            self._is_sliced, self._turn_until_s = True, 0.0
         return item
+
+    def _next_index(self) -> int | None:
+        if self._is_sliced:
+            return None if self._aside is None else next_iteration(self._items)
+        index = self._discipline(self._items, self._clock.now_s(), self._last_pass)
+        is_inference = self._items[index].kind is WorkKind.INFERENCE
+        return index if is_inference or not self._num_started else None
+
+    def _end(self, item: Work) -> None:
+        self._num_started -= 1
+        if item.gives_way:
+            self._is_sliced = False
+        elif self._aside is not None:
+            self._aside.set_result(None)
+            self._aside = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from services.stage_worker.context import WorkerContext
+from services.stage_worker.pipeline.device import HandedOp
 from services.stage_worker.pipeline.disciplines import WorkKind
 from shared import subjects
 from shared.errors import CarrierError, RefusedError
@@ -29,7 +30,8 @@ class Item:
 class FencedWork:
     """The way of all training through this stage's queue, and of its reports to the trainer."""
 
-    def __init__(self, context: WorkerContext) -> None:
+    def __init__(self, context: WorkerContext, *, gives_way: bool) -> None:
+        """`gives_way`: ops are cut into slices, between which iterations go first."""
         self.fence = 0
         """Set as soon as a restore is asked for."""
         self.has_begun = False
@@ -38,6 +40,8 @@ class FencedWork:
         self._bus = context.bus
         self._executor = context.executor
         self._queue = context.queue
+        self._progress = context.progress
+        self._gives_way = gives_way
 
     def check_is(self, fence: int) -> None:
         """Check the fence. Raises RefusedError when it is not the present one."""
@@ -49,10 +53,20 @@ class FencedWork:
         if fence < self.fence:
             raise RefusedError(f"fence {fence} is over, this stage follows {self.fence}", code=409)
 
-    def enqueue(self, kind: WorkKind, item: Item) -> None:
-        """Have it done in its turn, if it is of the present fence, then too."""
+    def enqueue(self, kind: WorkKind, item: Item, *, is_sliced: bool = False) -> None:
+        """Have it done in its turn, if it is of the present fence, then too.
+
+        `is_sliced`: it is an op that calls `give_way` between its slices, where there are any.
+        """
         is_current = item.fence == self.fence
-        self._queue.put(kind, partial(self._guarded if is_current else self._ignore, item))
+        work = partial(self._guarded if is_current else self._ignore, item)
+        self._queue.put(kind, work, gives_way=is_sliced and self._gives_way)
+
+    async def give_way(self, handed: HandedOp) -> None:
+        """Between two slices of an op: let an iteration go first, if the op must."""
+        if self._queue.must_give_way:
+            with self._progress.standing_aside(handed):
+                await self._queue.give_way()
 
     async def done_in_turn(self, work: Callable[[], Awaitable[None]], within_s: float) -> Done:
         """Raises RefusedError when it is too late, or what `work` raises."""

@@ -67,7 +67,7 @@ class Gradients:
         """Run a microbatch forward in its turn."""
         microbatch = message.microbatch
         item = Item(microbatch.fence, microbatch.batch_id, message.tensors, partial(self._forward, message))
-        self._work.enqueue(WorkKind.TRAINING_FORWARD, item)
+        self._work.enqueue(WorkKind.TRAINING_FORWARD, item, is_sliced=True)
 
     async def ready(self, fence: int, batch_id: str, squared_norm: float) -> None:
         """Wait for the order to step: on the batch, or on the mean under that name."""
@@ -97,10 +97,14 @@ class Gradients:
 
     async def _on_backward(self, incoming: Incoming[MicrobatchBackward]) -> None:
         message = incoming.message
-        work = partial(self._backward, message.batch_id, message.index, message.gradient)
-        self._work.enqueue(
-            WorkKind.BACKWARD, Item(message.fence, message.batch_id, (message.gradient,), work)
-        )
+        self._enqueue_backward(message.fence, message.batch_id, message.index, message.gradient)
+
+    def _enqueue_backward(
+        self, fence: int, batch_id: str, index: int, gradient: TensorRef | None = None
+    ) -> None:
+        tensors = () if gradient is None else (gradient,)
+        item = Item(fence, batch_id, tensors, partial(self._backward, batch_id, index, gradient))
+        self._work.enqueue(WorkKind.BACKWARD, item, is_sliced=True)
 
     async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
         message = incoming.message
@@ -112,8 +116,8 @@ class Gradients:
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         span = self._spans.of_microbatch("stage.training_forward", microbatch)
         with self._progress.doing(microbatch_op("forward", microbatch)) as handed:
-            rows = message.hidden or message.tokens
-            output = await self._executor.forward(microbatch, rows, message.reference)
+            rows, give_way = message.hidden or message.tokens, partial(self._work.give_way, handed)
+            output = await self._executor.forward(microbatch, rows, message.reference, give_way)
             handed.took = output.took
         span.end()
         if output.hidden is not None:
@@ -137,14 +141,14 @@ class Gradients:
         held.append(microbatch)
         if len(held) == microbatch.count:
             for each in self._held.pop(microbatch.batch_id):
-                turn = partial(self._backward, each.batch_id, each.index, None)
-                self._work.enqueue(WorkKind.BACKWARD, Item(each.fence, each.batch_id, (), turn))
+                self._enqueue_backward(each.fence, each.batch_id, each.index)
 
     async def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> None:
         microbatch = self._in_flight[batch_id, index]
         span = self._spans.of_microbatch("stage.training_backward", microbatch)
         with self._progress.doing(microbatch_op("backward", microbatch)) as handed:
-            output = await self._executor.backward(batch_id, index, gradient)
+            give_way = partial(self._work.give_way, handed)
+            output = await self._executor.backward(batch_id, index, gradient, give_way)
             handed.took = output.took
         span.end()
         await self._went_backward(microbatch, output.gradient)

@@ -40,10 +40,12 @@ class Training:
         *,
         group: asyncio.TaskGroup,
         tell_version: Callable[[int], None],
+        tell_stepping: Callable[[], None],
         tell_restored: Callable[[RestoreWeights, bool], Awaitable[None]],
     ) -> None:
-        """`tell_restored` also hears whether what serves now is what was kept under its number."""
-        self.work = FencedWork(context)
+        """`tell_stepping`: until the next version is told the newest weights may be between two.
+        `tell_restored` also hears whether what serves now is what was kept under its number."""
+        self.work = FencedWork(context, gives_way=facts.num_slices > 1)
         self.held = HeldWeights(context, facts, work=self.work, tell_version=tell_version)
         self.restored_fence = 0
         """The fence of the last restore that is done."""
@@ -51,6 +53,7 @@ class Training:
         self._bus = context.bus
         self._executor = context.executor
         self._progress = context.progress
+        self._tell_stepping = tell_stepping
         self._tell_restored = tell_restored
         self._spans = TrainingSpans(context)
         self._leader: Leader = (
@@ -87,12 +90,14 @@ class Training:
         self._order(incoming.message)
 
     def _order(self, order: StepOrder) -> None:
-        self.work.enqueue(WorkKind.STEP, Item(order.fence, order.batch_id, (), partial(self._step, order)))
+        item = Item(order.fence, order.batch_id, (), partial(self._step, order))
+        self.work.enqueue(WorkKind.STEP, item, is_sliced=True)
 
     async def _step(self, order: StepOrder) -> None:
         span = self._spans.of("stage.step", self.gradients.ordered(order.batch_id))
+        self._tell_stepping()
         with self._progress.doing(step_op(order.batch_id)) as handed:
-            handed.took = await self._executor.step(order)
+            handed.took = await self._executor.step(order, partial(self.work.give_way, handed))
         self.held.reached(order.version)
         if order.keep:
             await self.held.keep()

@@ -85,3 +85,9 @@ def test_it_is_safe_again_when_the_first_node_answers_in_time() -> None:
     assert safe_again_s(5.0, expected(lambda node, at_s: (1.7, 1.2)[node], nodes=(0, 1))) == pytest.approx(
         5.2
     )
+
+
+def test_of_an_op_in_slices_the_beginning_of_each_slice_is_unsafe() -> None:
+    # 0.6 s to spare: 0.1 s of each of the two slices of the forward, 0.15 of those of the backward.
+    assert share(OpTimes(1.4, 1.5, 1.2, num_slices=2)) == pytest.approx(2 * 0.1 + 2 * 0.15)
+    assert share(OpTimes(1.4, 1.5, 1.2, num_slices=3)) == 0

@@ -84,10 +84,20 @@ def test_what_stages_did_adds_up_to_what_was_asked(ran: tuple[RunRecord, RunMetr
 def test_a_stage_does_one_thing_at_a_time(ran: tuple[RunRecord, RunMetrics]) -> None:
     by_stage = defaultdict(list)
     for op in ran[0].ops:
-        by_stage[op.node, op.stage].append((op.start_s, op.end_s))
+        by_stage[op.node, op.stage].append(op)
     assert len(by_stage) == 4
     for ops in by_stage.values():
-        assert all(later >= end - 1e-9 for (_, end), (later, _) in pairwise(sorted(ops)))
+        within = {
+            op: [other for other in ops if op.start_s < other.start_s and other.end_s < op.end_s]
+            for op in ops
+        }
+        gave_way = [op for op in ops if op.given_way_s]
+        for op in gave_way:
+            assert op.kind != "iteration" and {other.kind for other in within[op]} == {"iteration"}
+            assert op.given_way_s == pytest.approx(sum(other.end_s - other.start_s for other in within[op]))
+        inner = {other for op in gave_way for other in within[op]}
+        outer = sorted((op.start_s, op.end_s) for op in ops if op not in inner)
+        assert all(later >= end - 1e-9 for (_, end), (later, _) in pairwise(outer))
 
 
 def test_a_lone_request_takes_its_stages_and_four_hops() -> None:

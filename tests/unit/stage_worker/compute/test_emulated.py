@@ -63,7 +63,7 @@ class Clock:
 
 
 def executor(
-    clock: Clock, stage: int, memory: StageMemory | None = None, **changes: bool
+    clock: Clock, stage: int, memory: StageMemory | None = None, num_slices: int = 1, **changes: bool
 ) -> EmulatedExecutor:
     settings = StageWorkerSettings(node=0, stage=stage, num_stages=2, **changes)
     return EmulatedExecutor(
@@ -73,6 +73,7 @@ def executor(
         memory=memory,
         vocab_size=VOCAB_SIZE,
         context_length=128,
+        num_slices=num_slices,
         hold_until=clock.hold_until,
         clock=clock,
     )
@@ -186,6 +187,23 @@ async def test_a_batch_runs_forward_backward_and_steps() -> None:
     await first.step(StepOrder(fence=1, batch_id="b", version=1, learning_rate=0.1))
     assert clock.s == 210.0
     assert (await first.forward(microbatch(1), (1,))).version == 1
+
+
+@pytest.mark.parametrize(("stage", "at_s"), [(0, [2.5]), (1, [2.5, 5.0, 30.0])])
+async def test_ops_give_way_between_equal_slices_of_each_pass(stage: int, at_s: list[float]) -> None:
+    clock, gave_way_s = Clock(), list[float]()
+    it = executor(clock, stage, num_slices=2)
+
+    async def give_way() -> None:
+        gave_way_s.append(clock.s)
+
+    await it.forward(microbatch(), (1, 2, 3, 4, 5), None, give_way)
+    assert gave_way_s == pytest.approx(at_s)
+    gave_way_s.clear()
+    began_s = clock.s
+    await it.step(StepOrder(fence=1, batch_id="b", version=1, learning_rate=0.1), give_way)
+    assert gave_way_s == [began_s + 50.0]
+    assert (await it.load()).num_slices == 2
 
 
 async def test_ops_follow_each_other() -> None:

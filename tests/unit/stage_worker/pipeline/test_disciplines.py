@@ -125,3 +125,80 @@ async def test_a_full_queue_says_so() -> None:
     queue.put(WorkKind.INFERENCE, nothing)
     with pytest.raises(LemixError, match="1 items of work"):
         queue.put(WorkKind.INFERENCE, nothing)
+
+
+class Sliced:
+    """An op of four slices of a second each, and iterations that come meanwhile; only they move the clock."""
+
+    def __init__(self) -> None:
+        self.s = 0.0
+        self.log: list[tuple[str, float]] = []
+        """What has ended, and when."""
+        self.queue = WorkQueue(self, SloFirst(60.0), max_items=8)
+        self._done = asyncio.Event()
+
+    def now_s(self) -> float:
+        return self.s
+
+    def wall_s(self) -> float:
+        return self.s
+
+    def come(self, name: str, seconds: float) -> None:
+        self.queue.put(WorkKind.INFERENCE, partial(self._iterate, name, seconds))
+
+    async def _iterate(self, name: str, seconds: float) -> None:
+        self.s += seconds
+        self.log.append((name, self.s))
+
+    async def _op(self, coming: list[tuple[str, float]]) -> None:
+        for place in range(4):
+            if place and self.queue.must_give_way:
+                await self.queue.give_way()
+            self.s += 1.0
+            if coming:
+                self.come(*coming.pop(0))
+        self.log.append(("op", self.s))
+        self._done.set()
+
+    async def run(self, *coming: tuple[str, float]) -> list[tuple[str, float]]:
+        """One iteration comes in each slice; returns when the op has ended."""
+        self.queue.put(WorkKind.BACKWARD, partial(self._op, list(coming)), gives_way=True)
+        running = asyncio.create_task(self.queue.run())
+        await self._done.wait()
+        running.cancel()
+        return self.log
+
+
+async def test_an_iteration_goes_first_between_two_slices() -> None:
+    assert await Sliced().run(("first", 0.25)) == [("first", 1.25), ("op", 4.25)]
+
+
+async def test_what_waits_before_an_op_begins_goes_before_it() -> None:
+    it = Sliced()
+    it.come("before", 0.5)
+    assert await it.run() == [("before", 0.5), ("op", 4.5)]
+
+
+async def test_an_op_goes_on_for_two_lengths_of_an_iteration_before_it_gives_way_again() -> None:
+    log = await Sliced().run(("first", 0.6), ("second", 0.1))
+    assert [name for name, _ in log] == ["first", "second", "op"]
+    assert [at_s for _, at_s in log] == pytest.approx([1.6, 3.7, 4.7])
+
+
+async def test_an_iteration_that_fails_in_the_middle_of_an_op_ends_the_queue() -> None:
+    queue, failed = WorkQueue(SystemClock(), SloFirst(60.0), max_items=8), list[LemixError]()
+
+    async def fail() -> None:
+        raise LemixError("broken")
+
+    async def op() -> None:
+        try:
+            queue.put(WorkKind.INFERENCE, fail)
+            await queue.give_way()
+        except LemixError as error:
+            failed.append(error)
+
+    queue.put(WorkKind.BACKWARD, op, gives_way=True)
+    with pytest.RaisesGroup(pytest.RaisesExc(LemixError, match="broken")):
+        await queue.run()
+    assert not failed, "it would pass for a failure of the training"

@@ -248,3 +248,37 @@ def test_an_op_that_fails_has_no_end_but_runs_no_more() -> None:
         assert [(ended(message), message.running is None) for _, message in told] == [([], False), ([], True)]
 
     run_virtual(case())
+
+
+async def give_way(progress: Progress) -> None:
+    """An op of two slices of 1 s each, and an iteration of 0.5 s between them."""
+    with progress.doing(step_op("sliced")) as handed:
+        await asyncio.sleep(1.0)
+        with (
+            progress.standing_aside(handed),
+            progress.doing(iteration_op(7, (chunk("a", 0, 1, produces=True),))),
+        ):
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(1.0)
+
+
+def test_an_op_that_stood_aside_is_told_of_without_what_ran_meanwhile() -> None:
+    async def tell() -> list[tuple[float, StageProgress]]:
+        async with telling() as (progress, told):
+            await give_way(progress)
+            await asyncio.sleep(1.0)
+        return told
+
+    told = run_virtual(tell())
+    by_time = {round(at_s, 3): progress for at_s, progress in told}
+    aside, running = by_time[1.0].aside, by_time[1.0].running
+    assert aside is not None and aside.op == step_op("sliced")
+    assert (aside.ago_s, aside.given_way_s) == pytest.approx((1.0, 0.0))
+    assert running is not None and running.op.kind == "iteration" and running.ago_s == 0.0
+    (iteration,), again = by_time[1.5].ended, by_time[1.5].running
+    assert iteration.op.index == 7
+    assert (iteration.elapsed_s, iteration.given_way_s) == pytest.approx((0.5, 0.0))
+    assert by_time[1.5].aside is None
+    assert again is not None and (again.ago_s, again.given_way_s) == pytest.approx((1.5, 0.5))
+    (op,) = by_time[2.5].ended
+    assert (op.elapsed_s, op.given_way_s) == pytest.approx((2.0, 0.5))
