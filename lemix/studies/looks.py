@@ -8,6 +8,8 @@ from lemix.studies.verdicts import LEMIX, PAPERS_SEPARATE, SEPARATE
 
 PAPER = "paper: "
 """Beginning of the names of what the paper says; the rest is the policy, whose look it shares."""
+SIMULATED = " (simulated)"
+"""End of the names of simulations beside the real cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,16 @@ OTHERS = (
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
-    """By name; what the paper says is dashed."""
+    """By name; what the paper or a simulation says of a policy is dashed."""
     distinct = list(dict.fromkeys(names))
-    unknown = [name for name in distinct if name.removeprefix(PAPER) not in KNOWN]
+    unknown = [name for name in distinct if _policy(name) not in KNOWN]
     found = {name: Look(OTHERS[place % len(OTHERS)], "o") for place, name in enumerate(unknown)}
     for name in distinct:
         if name not in found:
-            known = KNOWN[name.removeprefix(PAPER)]
-            found[name] = Look(known.colour, known.marker, "--") if name.startswith(PAPER) else known
+            known = KNOWN[_policy(name)]
+            found[name] = known if name in KNOWN else Look(known.colour, known.marker, "--")
     return found
+
+
+def _policy(name: str) -> str:
+    return name.removeprefix(PAPER).removesuffix(SIMULATED)
