@@ -13,8 +13,8 @@ from lemix.studies.verdicts import SLO
 from lemix.studies.while_serving import KEPT
 
 KEPT_ENOUGH = 0.95
-"""Share of the training that came while requests arrived, and was applied by then: what is under way at the
-end is the rest.
+"""Share of the training that was applied while requests arrived, of what came early enough (see
+`while_serving`).
 """
 TBT_P99 = "tbt_p99_s"
 
