@@ -36,8 +36,9 @@ MIXED = (LEMIX, "least_loaded", "round_robin")
 """Policies whose nodes do both."""
 ABOUT = f"""\
 How many nodes does a load need? Every policy is tried on more and more nodes until the share of requests in
-time is kept and at least {KEPT_ENOUGH:.0%} of the training was applied while requests arrived (what came in
-the last {UNDER_WAY:.0%} of that time is not counted: it is under way). Separate gets its best split: the fewest nodes that serve and the fewest that
+time is kept and at least {KEPT_ENOUGH:.0%} of the training was applied while requests arrived. (What came in
+the last {UNDER_WAY:.0%} of that time is not counted: it is under way.)
+Separate gets its best split: the fewest nodes that serve and the fewest that
 train, each found for itself. `bound` is what nobody can undercut: stages always busy, the cheapest requests
 and batches chosen, decoding left out. Where tokens are generated, the 99th percentile of the time between
 tokens must also be within {TBT_FACTOR:g} times a round of one token through a node with nothing else to do.

@@ -13,7 +13,7 @@ from lemix.studies.bounds import Pipelines, Request
 from lemix.studies.grid import Cell
 from lemix.studies.rows import BOUND, Metrics
 from lemix.studies.verdicts import APPLIED, GOODPUT, IN_TIME, SLO, THROUGHPUT, TRAINING
-from lemix.studies.while_serving import IN_TIME_PER_S, while_serving
+from lemix.studies.while_serving import IN_TIME_PER_S, UNDER_WAY, while_serving
 from shared.schedule import is_synchronous
 from shared.settings import MAX_ITERATION_TOKENS
 
@@ -68,10 +68,11 @@ def least_nodes(cell: Cell, *, in_time: float, kept: float) -> int:
     """No policy serves and trains those shares on fewer nodes: see `bounds.fewest_nodes`."""
     workload = planned(cell.workload, cell.cluster.seed)
     requests = _requests(cell, workload)
+    early_s = (1 - UNDER_WAY) * workload.requests[-1].at_s
     return bounds.fewest_nodes(
         pipelines_of(cell.cluster),
         requests,
-        [each.lengths for each in workload.batches],
+        [each.lengths for each in workload.batches if each.at_s <= early_s],
         in_time=in_time,
         kept=kept,
         window_s=max(request.at_s + request.objective_s for request in requests),
