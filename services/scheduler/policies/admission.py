@@ -31,6 +31,9 @@ class Due:
     """Its objective."""
     left_s: float
     """Until its first token is due."""
+    patience_s: float
+    """Most that it may wait for others. By the run's objective longer prompts have more time, but wait no
+    longer for others than a prompt of mean length: else they alone would get in where all wait."""
     tbt_s: float | None
     refuses: bool
     """It is refused when it cannot be in time."""
@@ -43,11 +46,16 @@ def due_of(
     asked, run = task.objective, state.objectives
     ttft_s = asked.ttft_s or state.ttft_slo_s(len(task.prompt))
     refuses = run.refuses_late or asked.ttft_s is not None
+    left_s, mean = ttft_s - hops_s - waited_s, state.mean_prompt
+    patience_s = left_s - alone_s
+    if asked.ttft_s is None and len(task.prompt) > mean.num_tokens:
+        patience_s = min(patience_s, state.slo_s - mean.forward_s - hops_s - waited_s)
     return Due(
         task=task,
         alone_s=alone_s,
         ttft_s=ttft_s,
-        left_s=ttft_s - hops_s - waited_s,
+        left_s=left_s,
+        patience_s=max(0.0, patience_s),
         tbt_s=asked.tbt_s or run.tbt_s,
         refuses=refuses if asked.when_late is None else asked.when_late == "refuse",
     )
@@ -57,7 +65,7 @@ def in_time(state: ClusterState, prospects: Sequence[Prospect], due: Due, now_s:
     """The nodes on which the request meets its objectives, and a margin is left."""
     is_outranked = state.is_outranked(due.task.objective.priority, now_s)
     margin = max(state.late_margin.share, LEFT_FOR_URGENT if is_outranked else 0.0)
-    limit_s = max(due.left_s - margin * due.ttft_s, min(due.alone_s, due.left_s))
+    limit_s = min(due.alone_s + (1 - margin) * due.patience_s, due.left_s)
 
     def is_in_time(each: Prospect) -> bool:
         keeps_pace = due.tbt_s is None or each.candidate.node_model.tbt_s <= due.tbt_s

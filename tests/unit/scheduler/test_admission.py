@@ -13,7 +13,7 @@ from services.scheduler.policies.base import Place, Refuse, Wait
 from services.scheduler.state import ClusterState, TaskArrived, TaskLeftLine, TaskQueued
 from services.scheduler.tasks import shape_of
 from shared.messages.inference import InferenceTask, Objective
-from tests.support.policies import SLO_S, LinearCosts, ask, assign, cluster, request, submit
+from tests.support.policies import OBJECTIVES, SLO_S, LinearCosts, ask, assign, cluster, request, submit
 
 LEMIX = policy_named("lemix", lambda: 0.0)
 
@@ -22,9 +22,11 @@ def asked(task_id: str, prompt_tokens: int, objective: Objective) -> InferenceTa
     return structs.replace(request(task_id, prompt_tokens, max_tokens=9), objective=objective)
 
 
-def busy_until(*ends_s: float) -> ClusterState:
+def busy_until(
+    *ends_s: float, objectives: Objectives = OBJECTIVES, mean_prompt: MeanPrompt | None = None
+) -> ClusterState:
     """A cluster whose nodes have prompts of so many seconds before them, on each stage."""
-    state = cluster(*range(len(ends_s)))
+    state = cluster(*range(len(ends_s)), objectives=objectives, mean_prompt=mean_prompt)
     for node, end_s in enumerate(ends_s):
         for i in range(round(end_s * 1000 / 250)):
             task = request(f"n{node}-{i}", 250)
@@ -127,3 +129,14 @@ def test_longer_prompts_have_more_time() -> None:
     set_by_hand = Objectives(ttft_s=0.5, ttft_per_token_s=0.001)
     assert cluster(0, objectives=set_by_hand).ttft_slo_s(1000) == pytest.approx(1.5)
     assert LinearCosts(2).hop_s == 0
+
+
+def test_a_long_prompt_waits_no_longer_for_others_than_a_mean_one_could() -> None:
+    """By its length it is due after 5 s; but if long ones queued that long, no other could be in time."""
+    mean = MeanPrompt(100, 0.2)
+    long = request("long", 500, max_tokens=9)
+    for busy_s, decision in ((0.5, Place), (1.5, Wait)):
+        state = busy_until(busy_s, objectives=Objectives(slo_factor=5.0), mean_prompt=mean)
+        assert isinstance(ask(state, LEMIX, long, 0.0), decision)
+    patient = structs.replace(long, objective=Objective(ttft_s=5.0))
+    assert isinstance(ask(state, LEMIX, patient, 0.0), Place)
