@@ -43,8 +43,8 @@ class LemixSettings(BaseSettings):
         BaseModel.__init__(settings, **values)
         return settings
 
-    def told(self, names: Iterable[str]) -> dict[str, str]:
-        """These settings, as they are told to people."""
+    def as_text(self, names: Iterable[str]) -> dict[str, str]:
+        """The values of these settings, as people read them."""
         return {name: str(getattr(self, name)) for name in names}
 
     @property

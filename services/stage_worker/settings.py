@@ -132,7 +132,7 @@ class StageWorkerSettings(LemixSettings):
     def alike_in_merges(self) -> dict[str, str]:
         """Settings that must be the same on all merged nodes: they decide which tensors are averaged."""
         of_adapter = ("lora_rank", "lora_alpha", "lora_targets") if self.adapter == "lora" else ()
-        return self.told(("optimizer", "adapter", *of_adapter))
+        return self.as_text(("optimizer", "adapter", *of_adapter))
 
     def num_slices(self, num_layers: int) -> int:
         """Parts of a training pass through so many layers, between which it gives way to inference."""

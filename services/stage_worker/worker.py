@@ -83,7 +83,7 @@ class StageWorker:
         self._linking: set[Target] = set()
         self._refused: set[tuple[str, str]] = set()
         """(instance, carrier): refusals that were logged."""
-        self._told_whole = False
+        self._published_whole = False
         """Whether the last heartbeat said that the node is whole (stage 0)."""
 
     async def run(self) -> None:
@@ -97,7 +97,7 @@ class StageWorker:
                 await self._subscribe(facts)
                 group.create_task(self._progress.run())
                 group.create_task(self._beat())
-                group.create_task(self._look_for_silence())
+                group.create_task(self._watch_for_silence())
         finally:
             await self._executor.close()
             await self._say_goodbye()
@@ -117,9 +117,9 @@ class StageWorker:
             self._context,
             facts,
             group=self._group,
-            tell_version=self._serving.set_version,
-            tell_stepping=self._serving.begin_step,
-            tell_restored=self._on_restored,
+            note_version=self._serving.set_version,
+            note_stepping=self._serving.begin_step,
+            note_restored=self._on_restored,
         )
         place = {"node": self._settings.node, "stage": self._settings.stage}
         await self._bus.respond(subjects.LINK.at(**place), self._on_link_offer)
@@ -149,13 +149,13 @@ class StageWorker:
         if known != beat.instance:
             await self._meet(beat.stage, is_restart=known is not None)
         self._start_linking(beat)
-        await self._tell_whether_whole()
+        await self._publish_wholeness()
         self._serving.pump()
 
-    async def _tell_whether_whole(self) -> None:
-        if self._settings.stage == 0 and self._is_node_whole() != self._told_whole:
+    async def _publish_wholeness(self) -> None:
+        if self._settings.stage == 0 and self._is_node_whole() != self._published_whole:
             await self._publish_heartbeat()
-            log.info("node %d is %s", self._settings.node, "whole" if self._told_whole else "not whole")
+            log.info("node %d is %s", self._settings.node, "whole" if self._published_whole else "not whole")
 
     async def _meet(self, stage: int, *, is_restart: bool) -> None:
         if is_restart:
@@ -219,13 +219,17 @@ class StageWorker:
         training = self._training
         if training.restored_fence and training.restored_fence == beat.fence:
             return True
-        own = (training.held.version, training.held.origin.checkpoint, training.held.origin.digest)
+        own = (
+            training.versions.version,
+            training.versions.origin.checkpoint,
+            training.versions.origin.digest,
+        )
         return own == (beat.weights_version, beat.checkpoint, beat.checkpoint_digest)
 
     def _heard_lately(self, stage: int) -> Heartbeat | None:
         return None if stage in self._silent or stage not in self._seen else self._seen[stage][0]
 
-    async def _look_for_silence(self) -> None:
+    async def _watch_for_silence(self) -> None:
         """Note who has fallen silent; runs until cancelled."""
         every_s = subjects.HEARTBEAT_S / 2
         async for _ in on_time(every_s, at_most_late_s=subjects.HEARTBEAT_S, clock=self._clock):
@@ -253,7 +257,7 @@ class StageWorker:
     async def _publish_heartbeat(self) -> None:
         settings, scheduler, training = self._settings, self._serving.scheduler, self._training
         published = scheduler.versions.published
-        self._told_whole = settings.stage == 0 and self._is_node_whole()
+        self._published_whole = settings.stage == 0 and self._is_node_whole()
         beat = Heartbeat(
             node=settings.node,
             stage=settings.stage,
@@ -265,11 +269,11 @@ class StageWorker:
             first_on_device=self._first_on_device,
             num_slices=self._num_slices,
             ready=self._is_ready(),
-            whole=self._told_whole,
-            weights_version=training.held.version,
+            whole=self._published_whole,
+            weights_version=training.versions.version,
             sick_version=self._serving.sick_version,
-            checkpoint=training.held.origin.checkpoint,
-            checkpoint_digest=training.held.origin.digest,
+            checkpoint=training.versions.origin.checkpoint,
+            checkpoint_digest=training.versions.origin.digest,
             fence=training.restored_fence,
             running=scheduler.num_running,
             waiting=len(scheduler.admission),
@@ -279,7 +283,7 @@ class StageWorker:
             kv_blocks_total=scheduler.blocks.num_blocks,
             kv_block_size=settings.kv_block_size,
             max_iteration_tokens=settings.iteration_tokens,
-            serving_version=training.held.version if published is None else published,
+            serving_version=training.versions.version if published is None else published,
         )
         await self._bus.publish(subjects.HEARTBEAT.at(), beat)
         await self._bus.publish(subjects.NEIGHBOUR.at(node=settings.node), beat)

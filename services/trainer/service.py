@@ -133,7 +133,7 @@ class Trainer:
         found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
         found = only_newest(found) if self._settings.shares_weights else all_apart(found)
         for checkpoint in found.values():
-            checkpoints.warn_of_other_settings(checkpoint, self._settings.told(OF_TRAINING))
+            checkpoints.warn_of_other_settings(checkpoint, self._settings.as_text(OF_TRAINING))
         begun_after = await on_disk(
             partial(self._files.begun_after, stream, self._settings.train_from, has_checkpoints=bool(found))
         )

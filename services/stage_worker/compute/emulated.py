@@ -142,15 +142,15 @@ class EmulatedExecutor:
         """Raises VersionGoneError when the stage does not have that version."""
         if version is not None and version not in (self._version, *self._kept):
             raise VersionGoneError(f"weights version {version} is gone")
-        await self._hold(self._times.iteration_s(work_of_iteration(chunks)))
+        await self._occupy(self._times.iteration_s(work_of_iteration(chunks)))
         if not self._is_last:
             return IterationOutput(NO_TENSOR)
-        told = tuple(
+        results = tuple(
             self._result(chunk, state.sampling)
             for chunk, state in zip(chunks, states, strict=True)
             if chunk.targets or chunk.produces
         )
-        return IterationOutput(None, told)
+        return IterationOutput(None, results)
 
     async def forward(
         self,
@@ -165,11 +165,11 @@ class EmulatedExecutor:
         forward_s = (1 + is_compared) * self._times.forward_s(work_of_microbatch(microbatch))
         forward_s += self._offload_s(microbatch)
         if self._is_last and not microbatch.backward_after_all:
-            await self._hold_in_slices(forward_s, give_way)
+            await self._occupy_in_slices(forward_s, give_way)
             await give_way()
-            await self._hold_in_slices(self._backward_s(microbatch), give_way)
+            await self._occupy_in_slices(self._backward_s(microbatch), give_way)
             return ForwardOutput(version, loss=self._loss(microbatch), gradient=self._inputs_gradient)
-        await self._hold_in_slices(forward_s, give_way)
+        await self._occupy_in_slices(forward_s, give_way)
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         if self._is_last:
             return ForwardOutput(version, loss=self._loss(microbatch))
@@ -185,9 +185,9 @@ class EmulatedExecutor:
                 f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
             )
         if (again_s := self._again_s(microbatch)) > 0:
-            await self._hold_in_slices(again_s, give_way)
+            await self._occupy_in_slices(again_s, give_way)
             await give_way()
-        await self._hold_in_slices(self._backward_s(microbatch), give_way)
+        await self._occupy_in_slices(self._backward_s(microbatch), give_way)
         return BackwardOutput(self._inputs_gradient)
 
     @property
@@ -209,7 +209,7 @@ class EmulatedExecutor:
     async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
         self._version = order.version  # iterations between slices meet it already, in part
         if not order.skip:
-            await self._hold_in_slices(self._times.step_s(), give_way)
+            await self._occupy_in_slices(self._times.step_s(), give_way)
         return ()
 
     async def keep(self) -> bool:
@@ -235,17 +235,17 @@ class EmulatedExecutor:
         if self._memory is not None:
             await asyncio.sleep(self._memory.load_s)
 
-    async def hold_state(self, mean: None, version: int) -> None:
+    async def adopt_state(self, mean: None, version: int) -> None:
         self._version = version
 
-    async def hold_gradients(self, mean: None, batch_id: str) -> float:
+    async def adopt_gradients(self, mean: None, batch_id: str) -> float:
         return 0.0
 
     async def restore(self, checkpoint: str, version: int) -> None:
         self._in_flight.clear()
         self._version = version
         if self._memory is not None:
-            await self._hold(self._memory.load_s)
+            await self._occupy(self._memory.load_s)
 
     async def snapshot(self) -> Snapshot:
         return self._version
@@ -265,14 +265,14 @@ class EmulatedExecutor:
     async def close(self) -> None:
         pass
 
-    async def _hold_in_slices(self, duration_s: float, give_way: GiveWay) -> None:
+    async def _occupy_in_slices(self, duration_s: float, give_way: GiveWay) -> None:
         """Occupy the device for a pass, whose slices are equally long."""
         for place in range(self._num_slices):
             if place:
                 await give_way()
-            await self._hold(duration_s / self._num_slices)
+            await self._occupy(duration_s / self._num_slices)
 
-    async def _hold(self, duration_s: float) -> None:
+    async def _occupy(self, duration_s: float) -> None:
         """Occupy the device after its earlier ops."""
         self._device.free_at_s = max(self._clock.now_s(), self._device.free_at_s)
         self._device.free_at_s += self._device.slowdown * duration_s
@@ -310,12 +310,12 @@ class EmulatedExecutor:
         token: TokenLogprob | None = None
         finish: FinishReason | None = None
         if chunk.produces and sampling.max_tokens > 0:
-            token = self._told(self._next_token(chunk, sampling), sampling)
+            token = self._with_logprobs(self._next_token(chunk, sampling), sampling)
         if chunk.produces and chunk.index + 1 >= sampling.max_tokens:
             finish = "length"
         return SequenceResult(
             task_id=chunk.task_id,
-            prompt=tuple(self._told(target, sampling) for target in chunk.targets),
+            prompt=tuple(self._with_logprobs(target, sampling) for target in chunk.targets),
             token=token,
             index=chunk.index,
             finish=finish,
@@ -326,7 +326,7 @@ class EmulatedExecutor:
         tokens = (at % self._vocab_size for at in range(position, position + self._vocab_size))
         return next(token for token in tokens if token not in sampling.stop_token_ids)
 
-    def _told(self, token: int, sampling: Sampling) -> TokenLogprob:
+    def _with_logprobs(self, token: int, sampling: Sampling) -> TokenLogprob:
         """Every token is as likely as any other."""
         num_top = sampling.num_logprobs
         if num_top is None:

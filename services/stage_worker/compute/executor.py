@@ -276,11 +276,11 @@ class Executor(Protocol[Snapshot, Copied]):
         """
         ...
 
-    async def hold_state(self, mean: Copied, version: int) -> None:
+    async def adopt_state(self, mean: Copied, version: int) -> None:
         """Go on from averaged weights and optimizer state."""
         ...
 
-    async def hold_gradients(self, mean: Copied, batch_id: str) -> float:
+    async def adopt_gradients(self, mean: Copied, batch_id: str) -> float:
         """Let the step on `batch_id` use averaged gradients; returns the sum of their squares."""
         ...
 

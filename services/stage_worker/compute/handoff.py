@@ -135,13 +135,13 @@ class Handoff:
             self._outgoing[peer, "activations"].take_back(first)
             raise
 
-    def take(self, ref: TensorRef) -> Tensor:
+    def receive(self, ref: TensorRef) -> Tensor:
         """Raises CarrierError; StaleTensorError when it is gone."""
         return self._incoming.take(ref)
 
-    def take_rows(self, ref: TensorRef, num_rows: int, hidden_size: int) -> Tensor:
+    def receive_rows(self, ref: TensorRef, num_rows: int, hidden_size: int) -> Tensor:
         """Activations [num_rows, hidden_size]. Raises CarrierError when they are not there, or others."""
-        hidden = self.take(ref)
+        hidden = self.receive(ref)
         if hidden.shape != (num_rows, hidden_size) or not hidden.is_floating_point():
             raise CarrierError(
                 f"{ref.dtype} {list(ref.shape)} for {num_rows} rows of {hidden_size} activations"

@@ -67,7 +67,7 @@ def _load(
     dtype = chosen_dtype(settings.dtype, read_config(source.base), device)
     chosen = {"dtype": name_of_dtype(dtype)}
     if durable:
-        checkpoints.warn_of_other_settings(durable, settings.told(OF_TRAINING) | chosen)
+        checkpoints.warn_of_other_settings(durable, settings.as_text(OF_TRAINING) | chosen)
     weights = StageWeights(
         stage,
         _optimizer(settings),

@@ -46,11 +46,11 @@ class _Piece:
     def places(self) -> Sequence[int]:
         return self.scored if self.drawing is None else (*self.scored, self.drawing)
 
-    def result(self, told: Mapping[int, TokenLogprob]) -> SequenceResult:
-        token = None if self.drawing is None else told.get(self.drawing)
+    def result(self, by_place: Mapping[int, TokenLogprob]) -> SequenceResult:
+        token = None if self.drawing is None else by_place.get(self.drawing)
         return SequenceResult(
             task_id=self.chunk.task_id,
-            prompt=tuple(told[place] for place in self.scored),
+            prompt=tuple(by_place[place] for place in self.scored),
             token=token,
             index=self.chunk.index,
             finish=self._finish(token),
@@ -102,15 +102,15 @@ class LogitPlan:
         failures = self._failures(sick, drawing)
         pieces = [piece for piece in self._pieces if piece.chunk.task_id not in failures]
         tokens = _targets(pieces) | _draw(logits_RV, [piece for piece in pieces if piece.drawing in drawing])
-        return _told(pieces, _with_logprobs(logits_RV, pieces, tokens)), tuple(failures.values())
+        return _results(pieces, _with_logprobs(logits_RV, pieces, tokens)), tuple(failures.values())
 
     def results_of(self, tokens: Sequence[int]) -> Results:
         """The same where `drawings` were made: a token, or NO_TOKEN, for each chunk."""
         sick = {place for place, token in enumerate(tokens) if token == NO_TOKEN}
         failures = self._failures(sick, set())
         pieces = [piece for piece in self._pieces if piece.chunk.task_id not in failures]
-        told = {place: TokenLogprob(token=token) for place, token in enumerate(tokens)}
-        return _told(pieces, told), tuple(failures.values())
+        by_place = {place: TokenLogprob(token=token) for place, token in enumerate(tokens)}
+        return _results(pieces, by_place), tuple(failures.values())
 
     def _failures(self, sick: Set[int], drawing: Set[int | None]) -> dict[str, TaskFailed]:
         """By the task's id. `drawing`: rows that draw a token now."""
@@ -121,9 +121,9 @@ class LogitPlan:
         }
 
 
-def _told(pieces: Sequence[_Piece], told: Mapping[int, TokenLogprob]) -> tuple[SequenceResult, ...]:
+def _results(pieces: Sequence[_Piece], by_place: Mapping[int, TokenLogprob]) -> tuple[SequenceResult, ...]:
     """The results, after which the sequences go on with their tokens."""
-    results = tuple(piece.result(told) for piece in pieces if piece.scored or piece.chunk.produces)
+    results = tuple(piece.result(by_place) for piece in pieces if piece.scored or piece.chunk.produces)
     states = {piece.chunk.task_id: piece.state for piece in pieces}
     for result in results:
         if result.token is not None and result.finish is None:
@@ -163,8 +163,8 @@ def _draw(logits_RV: Tensor, pieces: Sequence[_Piece]) -> dict[int, int]:
 def _with_logprobs(
     logits_RV: Tensor, pieces: Sequence[_Piece], tokens: Mapping[int, int]
 ) -> dict[int, TokenLogprob]:
-    """The same tokens with what each piece wants to be told of them, by their places."""
-    told = {place: TokenLogprob(token=token) for place, token in tokens.items()}
+    """The same tokens with the log-probabilities that each piece asks for, by their places."""
+    by_place = {place: TokenLogprob(token=token) for place, token in tokens.items()}
     num_top = {
         place: piece.state.sampling.num_logprobs
         for piece in pieces
@@ -175,5 +175,5 @@ def _with_logprobs(
     if num_top:
         wanted = list(num_top)
         scored = logprobs(logits_RV[wanted], [tokens[place] for place in wanted], list(num_top.values()))
-        told |= zip(wanted, scored, strict=True)
-    return told
+        by_place |= zip(wanted, scored, strict=True)
+    return by_place

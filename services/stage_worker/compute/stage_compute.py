@@ -142,7 +142,7 @@ class StageCompute:
         return Forwarded(ForwardOutput(version, gradient=gradient), loss)
 
     def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
-        of_outputs = None if gradient is None else self._handoff.take(gradient)
+        of_outputs = None if gradient is None else self._handoff.receive(gradient)
         of_inputs = self.loaded.microbatches.backward(batch_id, index, of_outputs)
         if of_inputs is None:
             return None
@@ -168,7 +168,7 @@ class StageCompute:
         weights, stage = self.loaded.weights, self.loaded.stage
         if tied is not None:
             assert stage.tied_across_stages is not None
-            weights.add_gradient(batch_id, stage.tied_across_stages, self._handoff.take(tied))
+            weights.add_gradient(batch_id, stage.tied_across_stages, self._handoff.receive(tied))
         return self._squared_norm(batch_id)
 
     def step(self, order: StepOrder) -> None:
@@ -191,14 +191,14 @@ class StageCompute:
         with self._streams.changing():
             self.loaded.weights.release(version)
 
-    def hold_state(self, mean: Copied, version: int) -> None:
+    def adopt_state(self, mean: Copied, version: int) -> None:
         self._copies.settle()
         with self._streams.changing():
-            self.loaded.replica.hold_state(mean, version=version)
+            self.loaded.replica.adopt_state(mean, version=version)
         self._note_new_weights()
 
-    def hold_gradients(self, mean: Copied, batch_id: str) -> float:
-        self.loaded.replica.hold_gradients(mean, batch_id)
+    def adopt_gradients(self, mean: Copied, batch_id: str) -> float:
+        self.loaded.replica.adopt_gradients(mean, batch_id)
         return self._squared_norm(batch_id)
 
     def restore(self, checkpoint: str, version: int) -> None:
@@ -240,7 +240,7 @@ class StageCompute:
         if not isinstance(rows, TensorRef):
             self._check_tokens(rows)
             return rows
-        return self._handoff.take_rows(rows, num_rows, self.loaded.stage.hidden_size)
+        return self._handoff.receive_rows(rows, num_rows, self.loaded.stage.hidden_size)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Raises LemixError: what lies outside the vocabulary would leave a GPU beyond repair."""

@@ -173,11 +173,11 @@ class TorchExecutor:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._peers_thread, self._average, copied, group, rendezvous, outer)
 
-    async def hold_state(self, mean: Copied, version: int) -> None:
-        await self._run(self._compute.hold_state, mean, version)
+    async def adopt_state(self, mean: Copied, version: int) -> None:
+        await self._run(self._compute.adopt_state, mean, version)
 
-    async def hold_gradients(self, mean: Copied, batch_id: str) -> float:
-        return await self._run(self._compute.hold_gradients, mean, batch_id)
+    async def adopt_gradients(self, mean: Copied, batch_id: str) -> float:
+        return await self._run(self._compute.adopt_gradients, mean, batch_id)
 
     async def restore(self, checkpoint: str, version: int) -> None:
         await self._run(self._compute.restore, checkpoint, version)

@@ -37,7 +37,7 @@ class WeightsVersion:
         self.leaves = {name: Parameter(tensor) for name, tensor in memory.items()}
         self.num_in_flight = 0
 
-    def take_gradients(self) -> Tensors:
+    def pop_gradients(self) -> Tensors:
         """The gradients that backwards have left on the leaves, which have none then."""
         taken = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
         for leaf in self.leaves.values():
@@ -151,7 +151,7 @@ class StageWeights:
         if version not in self._versions:
             return  # all training was dropped since its forward
         version.num_in_flight -= 1
-        self._gather(version.take_gradients())
+        self._gather(version.pop_gradients())
         self._retire()
 
     def finish_batch(self, batch_id: str) -> Tensors:
@@ -209,7 +209,7 @@ class StageWeights:
         self._versions = [version for version in self._versions if self._is_kept(version)]
         for version in self._versions:
             version.num_in_flight = 0
-            version.take_gradients()
+            version.pop_gradients()
         if self._current not in self._versions:
             self._current = None
         self._gathered = {}

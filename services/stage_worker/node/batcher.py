@@ -61,5 +61,5 @@ def new_blocks_of(rows: Rows) -> tuple[NewBlocks, ...]:
     return tuple(
         NewBlocks(place=place, first=known, blocks=tuple(sequence.held.blocks[known:]))
         for place, (sequence, _) in enumerate(rows)
-        if (known := sequence.num_told_blocks) < len(sequence.held.blocks)
+        if (known := sequence.num_known_blocks) < len(sequence.held.blocks)
     )

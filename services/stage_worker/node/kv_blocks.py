@@ -65,7 +65,7 @@ class KVBlocks:
         num_new = self.needed(sequence.num_tokens) - len(shared)
         if num_new + reserve > self.num_free - self._cache.num_idle_of(shared):
             return "no room", following
-        self._cache.hold(shared)
+        self._cache.share(shared)
         held.blocks = [*shared, *self._cache.allocate(num_new)]
         sequence.held, sequence.num_cached = held, len(shared) * self.block_size
         self._promise(sequence, version)
@@ -109,7 +109,7 @@ class KVBlocks:
         self._settle(sequence.held)
         self._cache.release(sequence.held.blocks)
         sequence.held = HeldBlocks()
-        sequence.num_cached = sequence.num_told_blocks = 0
+        sequence.num_cached = sequence.num_known_blocks = 0
 
     def forget(self, running: Iterable[Sequence]) -> None:
         """Weights or stages are other ones: nothing that was computed until now is shared again."""

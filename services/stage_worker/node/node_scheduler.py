@@ -231,7 +231,7 @@ class NodeScheduler:
         sequence.num_cached += count
         sequence.num_in_flight += 1
         sequence.has_begun = True
-        sequence.num_told_blocks = len(sequence.held.blocks)
+        sequence.num_known_blocks = len(sequence.held.blocks)
 
     def finish_iteration(self, done: IterationDone) -> list[InferenceTask]:
         """Take in an iteration that has left the last stage; returns the tasks that it completed.
@@ -241,12 +241,12 @@ class NodeScheduler:
         iteration = self._land(done.iteration)
         if iteration is None:
             return []
-        told = {sampled.sequence: sampled for sampled in done.tokens}
+        tokens = {sampled.sequence: sampled for sampled in done.tokens}
         completed = []
         columns = (iteration.sequences, iteration.starts, iteration.counts, iteration.produces)
         for number, start, count, produces in zip(*columns, strict=True):
             sequence = self._running.get(number) or self._deferrable.get(number)
-            sampled = told.get(number)
+            sampled = tokens.get(number)
             if sequence is None or (produces and sampled is None):
                 continue  # it was removed meanwhile, or it has failed
             if self._came_back(sequence, start + count, sampled, done.weights_version):

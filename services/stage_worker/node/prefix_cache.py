@@ -62,7 +62,7 @@ class PrefixCache:
         block = self._block_by_key.get(key)
         return None if block is None else (block, self._kept[block].name)
 
-    def hold(self, blocks: Sequence[int]) -> None:
+    def share(self, blocks: Sequence[int]) -> None:
         """Share kept blocks."""
         for block in blocks:
             self._kept[block].num_holders += 1

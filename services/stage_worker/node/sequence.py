@@ -33,7 +33,7 @@ class Sequence:
     deadline_s: float
     traceparent: str
     held: HeldBlocks = field(default_factory=HeldBlocks)
-    num_told_blocks: int = 0
+    num_known_blocks: int = 0
     """The stages know so many of its blocks."""
     num_cached: int = 0
     """Rows of the sequence whose keys and values are in the cache, or on their way there."""

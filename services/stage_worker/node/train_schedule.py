@@ -1,6 +1,6 @@
 """The training of one node, as its first stage leads it. Pure.
 
-    trainer: feed, step ahead --> held --schedule--> enter --all gradients--> step --all stages--> told
+    trainer: feed, step ahead --> held --schedule--> enter --all gradients--> step --all stages--> reported
                                                           '-- no step given that holds --> ask the trainer
 
 The trainer feeds batches ahead, and gives their steps ahead where it can. So nothing has to travel to it and
@@ -86,7 +86,7 @@ class TrainSchedule:
         """The step of a batch is given before its gradients are there, or given anew."""
         self._ahead[step.batch_id] = step
         squared_norm = self._asked.get(step.batch_id)
-        if squared_norm is not None and self._holds(step, squared_norm):
+        if squared_norm is not None and self._is_valid(step, squared_norm):
             return [self._order(_order_of(step, squared_norm)), *self._step()]
         return []
 
@@ -103,12 +103,12 @@ class TrainSchedule:
     def left(self, batch_id: str, index: int, now_s: float) -> list[Lead]:
         """Stage 0 has run a microbatch forward."""
         self._pipeline = self._pipeline.forward_done(0, batch_id, index)
-        told: list[Lead] = []
+        entered: list[Lead] = []
         is_last = not any(shape.batch_id == batch_id for shape in self._pipeline.queue)
         if is_last or now_s - self._told_s >= SIGN_OF_LIFE_S:
             self._told_s = now_s
-            told.append(MicrobatchEntered(batch_id=batch_id, index=index))
-        return self._enter() + told
+            entered.append(MicrobatchEntered(batch_id=batch_id, index=index))
+        return self._enter() + entered
 
     def came_back(self, batch_id: str, index: int) -> list[Lead]:
         """Stage 0 has run a microbatch backward."""
@@ -165,7 +165,7 @@ class TrainSchedule:
         while batch := self._pipeline.complete:
             batch_id, squared_norm = batch.batch_id, batch.squared_norm
             ahead = self._ahead.get(batch_id)
-            if ahead is not None and self._holds(ahead, squared_norm):
+            if ahead is not None and self._is_valid(ahead, squared_norm):
                 steps.append(self._order(_order_of(ahead, squared_norm)))
                 continue
             self._asked[batch_id] = squared_norm
@@ -173,7 +173,7 @@ class TrainSchedule:
             steps.append(BatchReady(batch_id=batch_id, squared_norm=squared_norm))
         return steps
 
-    def _holds(self, step: StepAhead, squared_norm: float) -> bool:
+    def _is_valid(self, step: StepAhead, squared_norm: float) -> bool:
         return isfinite(squared_norm) and step.version == self._version + 1
 
     def _order(self, order: StepOrder) -> StepOrder:

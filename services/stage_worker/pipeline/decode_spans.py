@@ -41,15 +41,15 @@ class DecodeSpans:
                 decoding.num_tokens += 1
                 decoding.ended_s = ended_s
 
-    def tell(self, now_s: float, now_wall_s: float, *, quiet_s: float = QUIET_S) -> None:
+    def write_quiet(self, now_s: float, now_wall_s: float, *, quiet_s: float = QUIET_S) -> None:
         """Write the spans of requests that have been quiet for so long."""
         is_quiet = [task_id for task_id, each in self._seen.items() if now_s - each.ended_s >= quiet_s]
         for task_id in is_quiet:
             self._write(self._seen.pop(task_id), now_wall_s - now_s)
 
-    def tell_all(self, now_s: float, now_wall_s: float) -> None:
+    def write_all(self, now_s: float, now_wall_s: float) -> None:
         """Write all: the stage ends."""
-        self.tell(now_s, now_wall_s, quiet_s=-math.inf)
+        self.write_quiet(now_s, now_wall_s, quiet_s=-math.inf)
 
     def _write(self, decoding: _Decoding, wall_offset_s: float) -> None:
         if decoding.num_tokens:

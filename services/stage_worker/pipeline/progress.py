@@ -31,7 +31,7 @@ class Progress:
         self._bus = bus
         self._clock = clock
         self._ended: list[tuple[OpEnded, float]] = []
-        """(op, end) of what is not told yet; `ago_s` is set when it is."""
+        """(op, end) of what is not published yet; `ago_s` is set when it is."""
         self._happened = asyncio.Event()
         self._launched: asyncio.Queue[HandedOp] = asyncio.Queue(MAX_LAUNCHED)
         """Ops whose calls have returned, but which the device may still be doing."""
@@ -49,7 +49,7 @@ class Progress:
         try:
             yield handed
         except BaseException:
-            self._end(handed, is_told=False)
+            self._end(handed, is_published=False)
             raise
         if all(part.is_over() for part in handed.took):
             self._end(handed)
@@ -71,7 +71,7 @@ class Progress:
         """Report what happens; runs until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._await_ends())
-            group.create_task(self._tell())
+            group.create_task(self._publish())
 
     async def _await_ends(self) -> None:
         """Note the ends of ops that outlast their calls, in the order in which they were launched."""
@@ -81,25 +81,25 @@ class Progress:
                 await asyncio.to_thread(part.wait_s)
             self._end(handed)
 
-    def _end(self, handed: HandedOp, *, is_told: bool = True) -> None:
-        now_s, took_s = self._clock.now_s(), [part.wait_s() for part in handed.took] if is_told else []
-        if is_told and handed.op is not None:
+    def _end(self, handed: HandedOp, *, is_published: bool = True) -> None:
+        now_s, took_s = self._clock.now_s(), [part.wait_s() for part in handed.took] if is_published else []
+        if is_published and handed.op is not None:
             elapsed_s = sum(took_s) if took_s else now_s - handed.since_s - handed.given_way_s
             ended = OpEnded(op=handed.op, elapsed_s=elapsed_s, ago_s=0.0, given_way_s=handed.given_way_s)
             self._ended.append((ended, now_s))
         self._turns.end(handed, now_s)
         self._happened.set()
 
-    async def _tell(self) -> None:
+    async def _publish(self) -> None:
         """Report events at once, but not more often than every PROGRESS_EVERY_S."""
-        free_to_tell_s = self._clock.now_s()
+        publish_from_s = self._clock.now_s()
         while True:
             await self._happened.wait()
-            if (early_s := free_to_tell_s - self._clock.now_s()) > 0:
+            if (early_s := publish_from_s - self._clock.now_s()) > 0:
                 await asyncio.sleep(early_s)
             self._happened.clear()
             await self._bus.publish(PROGRESS.at(), self._message())
-            free_to_tell_s = self._clock.now_s() + PROGRESS_EVERY_S
+            publish_from_s = self._clock.now_s() + PROGRESS_EVERY_S
 
     def _message(self) -> StageProgress:
         now_s, turns = self._clock.now_s(), self._turns

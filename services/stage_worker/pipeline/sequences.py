@@ -66,7 +66,7 @@ class SequenceTable:
             self._known[start.sequence] = _Known(start, state, num_cached=firsts.get(start.sequence, 0))
         known = [self._find(number) for number in iteration.sequences]
         for new in iteration.new_blocks:
-            self._take_blocks(known[new.place], new, start=iteration.starts[new.place])
+            self._note_blocks(known[new.place], new, start=iteration.starts[new.place])
         columns = zip(known, iteration.starts, iteration.counts, iteration.produces, strict=True)
         chunks = tuple(_chunk(*column) for column in columns)
         states = tuple(each.state for each in known if each.state is not None)
@@ -77,7 +77,7 @@ class SequenceTable:
             raise UnknownSequenceError(f"the beginning of sequence {number} never came to this stage")
         return known
 
-    def _take_blocks(self, known: _Known, new: NewBlocks, *, start: int) -> None:
+    def _note_blocks(self, known: _Known, new: NewBlocks, *, start: int) -> None:
         """Rows before `start` are those of the blocks, when all are new. Raises UnknownSequenceError."""
         known.blocks[new.first :] = new.blocks
         if new.first == 0:

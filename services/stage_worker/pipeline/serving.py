@@ -72,7 +72,7 @@ class Serving:
         """Some of the newest weights may be of the next version already."""
         self._fence = 0
         """The fence of the last restore."""
-        self._told: VersionsServed | None = None
+        self._reported: VersionsServed | None = None
         """The versions that the trainer heard of last (stage 0)."""
         self.sequences = SequenceTable(
             context.executor.begin if self._is_last else None, block_size=settings.kv_block_size
@@ -103,19 +103,19 @@ class Serving:
     async def tick(self) -> None:
         """Once in a while: end what is past its deadline. Raises LemixError when the pipeline is stuck."""
         now_s = self._clock.now_s()
-        self._decode_spans.tell(now_s, self._clock.wall_s())
+        self._decode_spans.write_quiet(now_s, self._clock.wall_s())
         for task in self.scheduler.expired(now_s):
             await self._fail(task, 504, f"not finished within its {task.timeout_s:g} s")
         oldest_s = min(self._started_s.values(), default=now_s)
         if now_s - oldest_s > ITERATION_TIMEOUT_S:
             raise LemixError(f"an iteration has not come back within {ITERATION_TIMEOUT_S:g} s")
         self.pump()
-        self._told = None  # once more: the last time may have been lost
-        await self._tell_versions()
+        self._reported = None  # once more: the last time may have been lost
+        await self._report_versions()
 
     def close(self) -> None:
         """The stage ends: write what is left of traces."""
-        self._decode_spans.tell_all(self._clock.now_s(), self._clock.wall_s())
+        self._decode_spans.write_all(self._clock.now_s(), self._clock.wall_s())
 
     async def reset(self, reason: str) -> None:
         """The pipeline broke behind stage 0: nothing that is in it will come back."""
@@ -137,7 +137,7 @@ class Serving:
 
         `is_same`: see `NodeScheduler.restored`.
         """
-        self._fence, self._told = message.fence, None
+        self._fence, self._reported = message.fence, None
         version = message.served_version
         for task in self.scheduler.restored(version, message.serving, is_same=is_same):
             await self._fail(task, 503, f"its weights are gone: the node went back to {version}")
@@ -191,7 +191,7 @@ class Serving:
             await self._end(task.task_id, "completed")
         for task in failed:
             await self._fail(task, failures[task.task_id].code, failures[task.task_id].reason)
-        await self._tell_versions()
+        await self._report_versions()
 
     async def _lose(self, iteration: int, reason: str) -> None:
         """A stage could not run the iteration: its weights version is gone, or a sequence is not known."""
@@ -203,16 +203,16 @@ class Serving:
         if incoming.message.fence == self._fence:
             self.scheduler.versions.publish(incoming.message.version)
             self.pump()
-            await self._tell_versions()
+            await self._report_versions()
 
-    async def _tell_versions(self) -> None:
+    async def _report_versions(self) -> None:
         """The trainer lets go of what is no longer in use."""
         published, settings = self.scheduler.versions.published, self._settings
         if published is None:
             return
         served = VersionsServed(published=published, in_use=self.scheduler.versions_in_use)
-        if served != self._told:
-            self._told = served
+        if served != self._reported:
+            self._reported = served
             report = StageReport(node=settings.node, stage=settings.stage, fence=self._fence, event=served)
             await self._bus.publish(subjects.REPORT.at(), report)
 
@@ -286,7 +286,7 @@ class Serving:
         if version != self._version_of(iteration) or is_between:
             version = None
         if self._is_last:
-            await self._tell_results(iteration, output, entered, version)
+            await self._publish_results(iteration, output, entered, version)
         else:
             await self._pass_on(iteration, output, version, traceparent=chunks[0].traceparent)
 
@@ -319,7 +319,7 @@ class Serving:
         following = subjects.ITERATION.at(node=self._settings.node, stage=self._settings.stage + 1)
         await self._bus.publish(following, forward, traceparent=traceparent)
 
-    async def _tell_results(
+    async def _publish_results(
         self, iteration: Iteration, output: IterationOutput, entered: Entered, version: int | None
     ) -> None:
         columns = zip(iteration.sequences, entered.chunks, strict=True)
@@ -340,7 +340,7 @@ class Serving:
         gateways = {
             chunk.task_id: state.gateway for chunk, state in zip(entered.chunks, entered.states, strict=True)
         }
-        await self._tell_gateways(gateways, results, own_version)
+        await self._publish_tokens(gateways, results, own_version)
 
     def _note_failures(self, failed: tuple[TaskFailed, ...], version: int) -> None:
         sick = [failure for failure in failed if failure.code == 500]
@@ -348,7 +348,7 @@ class Serving:
             self.sick_version = version
             log.error("weights version %d is sick: %s (%s)", version, sick[0].reason, sick[0].task_id)
 
-    async def _tell_gateways(
+    async def _publish_tokens(
         self, gateways: Mapping[str, str], results: Iterable[SequenceResult], version: int
     ) -> None:
         by_gateway: dict[str, list[SequenceResult]] = defaultdict(list)

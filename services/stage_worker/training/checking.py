@@ -36,20 +36,20 @@ class Checking:
 
     async def _check(self, check: CheckForward) -> None:
         training = self._training
-        if (check.fence, check.version) != (training.work.fence, training.held.version):
+        if (check.fence, check.version) != (training.work.fence, training.versions.version):
             if check.hidden is not None:
                 await self._executor.discard(check.hidden)
-            await self._tell(check, CheckScored(version=check.version))
+            await self._report(check, CheckScored(version=check.version))
             return
         try:
             scored = await self._executor.score(check.tokens, check.hidden)
         except Exception:
             log.exception("version %d could not be checked", check.version)
-            await self._tell(check, CheckScored(version=check.version))
+            await self._report(check, CheckScored(version=check.version))
             return
         if scored.hidden is None:
             event = CheckScored(version=check.version, logprobs=scored.logprobs, dtype=scored.dtype)
-            await self._tell(check, event)
+            await self._report(check, event)
             return
         passed_on = CheckForward(
             fence=check.fence, version=check.version, tokens=check.tokens, hidden=scored.hidden
@@ -57,7 +57,7 @@ class Checking:
         place = CHECK.at(node=self._settings.node, stage=self._settings.stage + 1)
         await self._bus.publish(place, passed_on)
 
-    async def _tell(self, check: CheckForward, event: CheckScored) -> None:
+    async def _report(self, check: CheckForward, event: CheckScored) -> None:
         settings = self._settings
         report = StageReport(node=settings.node, stage=settings.stage, fence=check.fence, event=event)
         await self._bus.publish(REPORT.at(), report)

@@ -1,4 +1,4 @@
-"""Training on a stage under its trainer's fence: done in turn, ignored under another, told of if it fails."""
+"""A stage's training under its trainer's fence: done in turn, ignored under another, reported if it fails."""
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -81,12 +81,12 @@ class FencedWork:
         await self.report(fence, _failure(batch_id, error))
 
     async def report(self, fence: int, event: StageEvent) -> None:
-        """Tell the trainer, under the fence of what is told of: a restore may have begun another since."""
+        """Report to the trainer, under the fence of the event: a restore may have begun another since."""
         report = StageReport(node=self._settings.node, stage=self._settings.stage, fence=fence, event=event)
         await self._bus.publish(subjects.REPORT.at(), report)
 
     async def _guarded(self, item: Item) -> None:
-        """A batch that fails is told of, loudly, and the node is restored; serving goes on."""
+        """A batch that fails is reported, loudly, and the node is restored; serving goes on."""
         if item.fence != self.fence:  # a restore came while the item waited
             await self._ignore(item)
             return

@@ -47,7 +47,7 @@ class Gradients:
         self._num_backward: dict[str, int] = {}
         self._losses: dict[str, float] = {}
         """The loss of each batch, as far as its microbatches have run forward (last stage)."""
-        self._held: dict[str, list[Microbatch]] = {}
+        self._deferred: dict[str, list[Microbatch]] = {}
         """Microbatches of batches whose backwards wait until all forwards are done (last stage)."""
         self._awaiting_tied: dict[str, Microbatch] = {}
         self._tied: dict[str, TensorRef] = {}
@@ -86,7 +86,7 @@ class Gradients:
             await self._executor.discard(gradient)
         self._in_flight.clear()
         self._losses.clear()
-        self._held.clear()
+        self._deferred.clear()
         self._num_backward.clear()
         self._awaiting_tied.clear()
         self._tied.clear()
@@ -108,7 +108,9 @@ class Gradients:
 
     async def _on_tied(self, incoming: Incoming[TiedGradient]) -> None:
         message = incoming.message
-        item = Item(message.fence, message.batch_id, (message.gradient,), partial(self._take_tied, message))
+        item = Item(
+            message.fence, message.batch_id, (message.gradient,), partial(self._receive_tied, message)
+        )
         self._work.enqueue(WorkKind.STEP, item)
 
     async def _forward(self, message: MicrobatchForward) -> None:
@@ -131,16 +133,16 @@ class Gradients:
             return
         self._losses[microbatch.batch_id] = self._losses.get(microbatch.batch_id, 0.0) + output.loss
         if microbatch.backward_after_all:
-            self._hold_backward(microbatch)
+            self._defer_backward(microbatch)
         else:
             await self._went_backward(microbatch, output.gradient)
 
-    def _hold_backward(self, microbatch: Microbatch) -> None:
+    def _defer_backward(self, microbatch: Microbatch) -> None:
         """GPipe: the last stage turns a batch around when all of it is there."""
-        held = self._held.setdefault(microbatch.batch_id, [])
-        held.append(microbatch)
-        if len(held) == microbatch.count:
-            for each in self._held.pop(microbatch.batch_id):
+        deferred = self._deferred.setdefault(microbatch.batch_id, [])
+        deferred.append(microbatch)
+        if len(deferred) == microbatch.count:
+            for each in self._deferred.pop(microbatch.batch_id):
                 self._enqueue_backward(each.fence, each.batch_id, each.index)
 
     async def _backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> None:
@@ -178,7 +180,7 @@ class Gradients:
             await self._bus.publish(other_end, tied, traceparent=microbatch.traceparent)
         await self._measure_if_complete(batch_id)
 
-    async def _take_tied(self, message: TiedGradient) -> None:
+    async def _receive_tied(self, message: TiedGradient) -> None:
         self._tied[message.batch_id] = message.gradient
         await self._measure_if_complete(message.batch_id)
 

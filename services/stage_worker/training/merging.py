@@ -69,12 +69,12 @@ class Merging:
         self._training.work.check_is(order.fence)  # else a restore may have changed what was being copied
         rendezvous = await self._rendezvous(order.group)
         await self._executor.average(copied, order.group, rendezvous, order.outer)
-        hold = partial(self._hold_state, copied, order)
-        await self._queue.do_in_turn(hold, within_s=MERGE_DEADLINE_S)
+        adopt = partial(self._adopt_state, copied, order)
+        await self._queue.do_in_turn(adopt, within_s=MERGE_DEADLINE_S)
 
-    async def _hold_state(self, mean: Any, order: MergeWeights) -> None:
+    async def _adopt_state(self, mean: Any, order: MergeWeights) -> None:
         self._training.work.check_is(order.fence)
-        await self._executor.hold_state(mean, order.version)
+        await self._executor.adopt_state(mean, order.version)
         await self._training.merged(order.version, keep=order.keep)
 
     async def _rendezvous(self, group: MergeGroup) -> str:
@@ -122,10 +122,10 @@ class Merging:
             log.exception("no mean of gradients %s", order.group.name)
             await self._training.work.failed(order.fence, _name(order), error)
             return
-        self._in_training(order, partial(self._hold_gradients, order, copied))
+        self._in_training(order, partial(self._adopt_gradients, order, copied))
 
-    async def _hold_gradients(self, order: ReduceGradients, mean: Any) -> None:
-        squared_norm = await self._executor.hold_gradients(mean, _name(order))
+    async def _adopt_gradients(self, order: ReduceGradients, mean: Any) -> None:
+        squared_norm = await self._executor.adopt_gradients(mean, _name(order))
         await self._training.gradients.ready(order.fence, _name(order), squared_norm)
 
     def _in_training(self, order: ReduceGradients, work: Callable[[], Awaitable[None]]) -> None:

@@ -69,7 +69,7 @@ class Replica:
             raise LemixError("an outer step needs merge=outer on the stages, too")
         mean.outer = outer_step(self._outer, self._weights_in(mean), step)
 
-    def hold_state(self, mean: Copied, *, version: int) -> None:
+    def adopt_state(self, mean: Copied, *, version: int) -> None:
         """Go on from the mean, whose memory becomes the stage's own."""
         state = {key: mean.tensors.views[key].to(device) for key, device in mean.devices.items()}
         self._weights.replace(self._weights_in(mean), state, version=version)
@@ -85,7 +85,7 @@ class Replica:
             self._gradients.views[name].copy_(gradient)
         return Copied(self._gradients)
 
-    def hold_gradients(self, mean: Copied, batch_id: str) -> None:
+    def adopt_gradients(self, mean: Copied, batch_id: str) -> None:
         """Let the batch's step be one on the mean, whose memory it uses."""
         self._weights.replace_gradients(batch_id, dict(mean.tensors.views))
 

@@ -10,7 +10,7 @@ from services.stage_worker.context import WorkerContext, check_in_run
 from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.settings import OF_TRAINING
 from services.stage_worker.training.fenced_work import FencedWork
-from services.stage_worker.training.held_weights import HeldWeights
+from services.stage_worker.training.stage_versions import StageVersions
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.errors import RefusedError
@@ -30,7 +30,7 @@ class ShardSaves:
         facts: ModelFacts,
         *,
         work: FencedWork,
-        held: HeldWeights,
+        versions: StageVersions,
         group: asyncio.TaskGroup,
     ) -> None:
         self._settings = context.settings
@@ -38,7 +38,7 @@ class ShardSaves:
         self._executor = context.executor
         self._queue = context.queue
         self._work = work
-        self._held = held
+        self._versions = versions
         self._group = group
         self._chosen_settings = dict(facts.settings)
         self._wanted: dict[int, SaveWeights] = {}
@@ -55,7 +55,7 @@ class ShardSaves:
 
     async def begin_if_due(self) -> None:
         """Take a snapshot, if the present version is to be written."""
-        present = self._held.version
+        present = self._versions.version
         for version in sorted(version for version in self._wanted if version <= present):
             save = self._wanted.pop(version)
             if version < present:
@@ -64,7 +64,7 @@ class ShardSaves:
                 self._group.create_task(self._write(await self._executor.snapshot(), save))
 
     async def _on_save(self, incoming: Incoming[SaveWeights]) -> Done:
-        message, present = incoming.message, self._held.version
+        message, present = incoming.message, self._versions.version
         self._work.check_is_not_over(message.fence)
         check_in_run(message.folder, self._settings.checkpoint_dir)
         if message.version < present:
@@ -88,7 +88,7 @@ class ShardSaves:
             size_bytes=shard.size_bytes,
             written_bytes=shard.written_bytes,
             adapter=shard.adapter,
-            settings=self._settings.told(OF_TRAINING) | self._chosen_settings,
+            settings=self._settings.as_text(OF_TRAINING) | self._chosen_settings,
         )
         await self._work.report(save.fence, saved)
 

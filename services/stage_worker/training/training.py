@@ -3,7 +3,7 @@
 fenced_work   the way of all of it through the queue, under the trainer's fence
 gradients     microbatches forward and back, until all gradients of a batch are here
 leading       stage 0 leads its node, the others tell it how far they are
-held_weights  the present version, and those that are kept for serving
+stage_versions  the present version, and those that are kept for serving
 shard_saves   this stage's share of checkpoints
 """
 
@@ -17,10 +17,10 @@ from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.pipeline.progress import step_op
 from services.stage_worker.training.fenced_work import FencedWork, Item
 from services.stage_worker.training.gradients import Gradients
-from services.stage_worker.training.held_weights import HeldWeights
 from services.stage_worker.training.leading import Following, Leader, Leading
 from services.stage_worker.training.shard_saves import ShardSaves
 from services.stage_worker.training.spans import TrainingSpans
+from services.stage_worker.training.stage_versions import StageVersions
 from shared import subjects
 from shared.bus.base import Incoming
 from shared.messages.base import Done
@@ -39,22 +39,22 @@ class Training:
         facts: ModelFacts,
         *,
         group: asyncio.TaskGroup,
-        tell_version: Callable[[int], None],
-        tell_stepping: Callable[[], None],
-        tell_restored: Callable[[RestoreWeights, bool], Awaitable[None]],
+        note_version: Callable[[int], None],
+        note_stepping: Callable[[], None],
+        note_restored: Callable[[RestoreWeights, bool], Awaitable[None]],
     ) -> None:
-        """`tell_stepping`: until the next version is told the newest weights may be between two.
-        `tell_restored` also hears whether what serves now is what was kept under its number."""
+        """`note_stepping`: until the next version is noted the newest weights may be between two.
+        `note_restored` also hears whether what serves now is what was kept under its number."""
         self.work = FencedWork(context, gives_way=facts.num_slices > 1)
-        self.held = HeldWeights(context, facts, work=self.work, tell_version=tell_version)
+        self.versions = StageVersions(context, facts, work=self.work, note_version=note_version)
         self.restored_fence = 0
         """The fence of the last restore that is done."""
         self._settings = context.settings
         self._bus = context.bus
         self._executor = context.executor
         self._progress = context.progress
-        self._tell_stepping = tell_stepping
-        self._tell_restored = tell_restored
+        self._note_stepping = note_stepping
+        self._note_restored = note_restored
         self._spans = TrainingSpans(context)
         self._leader: Leader = (
             Leading(context, enter=self._enter, step=self._order, report=self.work.report)
@@ -62,14 +62,14 @@ class Training:
             else Following(context)
         )
         self.gradients = Gradients(context, facts, work=self.work, leader=self._leader, spans=self._spans)
-        self._saves = ShardSaves(context, facts, work=self.work, held=self.held, group=group)
+        self._saves = ShardSaves(context, facts, work=self.work, versions=self.versions, group=group)
 
     async def subscribe(self) -> None:
         """Listen to the trainer and to the neighbours."""
         place = {"node": self._settings.node, "stage": self._settings.stage}
         await self._leader.subscribe()
         await self.gradients.subscribe()
-        await self.held.subscribe()
+        await self.versions.subscribe()
         await self._saves.subscribe()
         if self._settings.stage > 0:
             await self._bus.subscribe(subjects.STEP.at(**place), self._on_step)
@@ -78,10 +78,10 @@ class Training:
     async def merged(self, version: int, *, keep: bool) -> None:
         """The stage has gone on from other weights, of that version."""
         self.work.has_begun = True
-        self.held.reached(version)
+        self.versions.reached(version)
         self._leader.merged(version)
         if keep:
-            await self.held.keep()
+            await self.versions.keep()
 
     def _enter(self, message: MicrobatchForward) -> None:
         self.gradients.enter(message)
@@ -95,12 +95,12 @@ class Training:
 
     async def _step(self, order: StepOrder) -> None:
         span = self._spans.of("stage.step", self.gradients.ordered(order.batch_id))
-        self._tell_stepping()
+        self._note_stepping()
         with self._progress.doing(step_op(order.batch_id)) as handed:
             handed.took = await self._executor.step(order, partial(self.work.give_way, handed))
-        self.held.reached(order.version)
+        self.versions.reached(order.version)
         if order.keep:
-            await self.held.keep()
+            await self.versions.keep()
         span.end()
         await self._leader.hear(order.fence, StepDone(batch_id=order.batch_id, version=order.version))
         await self._saves.begin_if_due()
@@ -117,7 +117,7 @@ class Training:
     async def _restore(self, message: RestoreWeights) -> None:
         await self.gradients.forget()
         self._saves.forget()
-        is_same = await self.held.restore(message)
+        is_same = await self.versions.restore(message)
         self._leader.begin(message)
         self.restored_fence = message.fence
-        await self._tell_restored(message, is_same)
+        await self._note_restored(message, is_same)

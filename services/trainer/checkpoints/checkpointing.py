@@ -154,7 +154,7 @@ class Checkpointing:
             model=self._settings.model,
             stream=self._stream,
             merge=self._settings.merging,
-            settings=self._settings.told(OF_TRAINING) | _settings_of(action.shards.values()),
+            settings=self._settings.as_text(OF_TRAINING) | _settings_of(action.shards.values()),
             may_serve=not self._settings.is_guarded,
             wall_s=self._clock.wall_s(),
         )

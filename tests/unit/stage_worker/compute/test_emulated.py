@@ -333,7 +333,7 @@ def test_a_mean_takes_what_the_weights_take_to_the_host_and_the_device_works_on(
         assert not averaging.done()
         await averaging
         assert clock.now_s() == 40 / 5
-        await it.hold_state(None, 5)
+        await it.adopt_state(None, 5)
         assert (await it.forward(microbatch(), (1,))).version == 5
 
     run_virtual(main())

@@ -43,7 +43,7 @@ def carriers_until_accepted(producer: Handoff, consumer: Handoff) -> list[str]:
         answer = consumer.accept(offer)
         producer.connect(1, "activations", answer)
     sent = torch.rand(5, 8)
-    assert torch.equal(consumer.take(producer.put(1, sent)), sent)
+    assert torch.equal(consumer.receive(producer.put(1, sent)), sent)
     return found
 
 
@@ -103,7 +103,7 @@ def test_of_two_tensors_neither_keeps_its_room_when_there_is_none_for_the_other(
             with pytest.raises(CarrierError, match="no room"):
                 producer.put_both(1, torch.ones(2, 8), refused)
         both = producer.put_both(1, torch.ones(2, 8), torch.full((2, 8), 2.0))
-        assert [consumer.take(ref).mean().item() for ref in both] == [1.0, 2.0]
+        assert [consumer.receive(ref).mean().item() for ref in both] == [1.0, 2.0]
     if is_local:
         assert not any(local.tensors._unread.values())
         local.leave("instance-1")

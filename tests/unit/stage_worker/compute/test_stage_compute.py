@@ -18,7 +18,7 @@ class Gone:
     def __init__(self) -> None:
         self.discarded: list[TensorRef] = []
 
-    def take_rows(self, ref: TensorRef, num_rows: int, hidden_size: int) -> Tensor:
+    def receive_rows(self, ref: TensorRef, num_rows: int, hidden_size: int) -> Tensor:
         raise StaleTensorError(ref.place)
 
     def discard(self, ref: TensorRef) -> None:

@@ -143,7 +143,7 @@ async def test_nothing_changes_what_an_iteration_reads_while_it_runs(
         await executor.iteration([chunk], (1, 2), None, [executor.begin(START)])
 
     async def merge() -> None:
-        await executor.hold_state(await executor.copy_state(), 7)
+        await executor.adopt_state(await executor.copy_state(), 7)
 
     async def restore() -> None:
         await executor.restore("", 0)

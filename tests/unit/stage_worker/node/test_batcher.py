@@ -112,8 +112,8 @@ def test_the_tokens_of_rows_are_those_of_the_prompt_and_then_those_generated() -
 
 def test_stages_are_told_of_blocks_that_they_do_not_know() -> None:
     known, grown, new = (sequence(name) for name in "abc")
-    known.held.blocks, known.num_told_blocks = [1, 2], 2
-    grown.held.blocks, grown.num_told_blocks = [3, 4, 5], 2
+    known.held.blocks, known.num_known_blocks = [1, 2], 2
+    grown.held.blocks, grown.num_known_blocks = [3, 4, 5], 2
     new.held.blocks = [6]
     assert new_blocks_of([(known, 1), (grown, 1), (new, 3)]) == (
         NewBlocks(place=1, first=2, blocks=(5,)),

@@ -56,7 +56,7 @@ def test_the_text_that_was_let_go_of_longest_ago_goes_first() -> None:
     old, new = keep(cache, A), keep(cache, B)
     cache.release(old)
     cache.release(new)
-    cache.hold(old)
+    cache.share(old)
     cache.release(old)
     cache.allocate(2)
     assert (find(cache, A), find(cache, B)) == ([*old], [])
@@ -65,7 +65,7 @@ def test_the_text_that_was_let_go_of_longest_ago_goes_first() -> None:
 def test_a_shared_block_is_free_when_the_last_holder_lets_go() -> None:
     cache = cache_of(2)
     blocks = keep(cache, A, B)
-    cache.hold(blocks[:1])
+    cache.share(blocks[:1])
     cache.release(blocks)
     assert cache.num_free == 1
     cache.release(blocks[:1])
@@ -87,7 +87,7 @@ def test_after_a_clear_nothing_is_found_and_holders_keep_what_they_hold() -> Non
     cache = cache_of(4)
     held, idle = keep(cache, A), keep(cache, B)
     cache.release(idle)
-    cache.hold(held)
+    cache.share(held)
     cache.clear()
     assert (find(cache, A), find(cache, B), cache.num_free) == ([], [], 3)
     cache.release(held)

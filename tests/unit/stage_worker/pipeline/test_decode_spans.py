@@ -33,8 +33,8 @@ class Stage:
         chunk = SequenceChunk(task_id=task_id, start=0, blocks=(), produces=True, **fields)
         self.decoding.add([chunk], at_s, at_s + 0.25)
 
-    def tell(self, now_s: float) -> None:
-        self.decoding.tell(now_s, now_s + WALL_OFFSET_S)
+    def write_quiet(self, now_s: float) -> None:
+        self.decoding.write_quiet(now_s, now_s + WALL_OFFSET_S)
 
     def spans(self) -> list[ReadableSpan]:
         self.telemetry.close()
@@ -50,9 +50,9 @@ def test_the_tokens_of_a_request_are_one_span_of_its_trace(stage: Stage) -> None
     stage.prefill("a", 1.0)
     for at_s in (2.0, 3.0, 4.5):
         stage.decode("a", at_s)
-        stage.tell(at_s + 0.25)
-    stage.tell(4.75 + QUIET_S)
-    stage.tell(4.75 + 2 * QUIET_S)
+        stage.write_quiet(at_s + 0.25)
+    stage.write_quiet(4.75 + QUIET_S)
+    stage.write_quiet(4.75 + 2 * QUIET_S)
 
     (span,) = stage.spans()
     assert dict(span.attributes) == {"lemix.node": 3, "lemix.stage": 1, "lemix.tokens": 3}
@@ -68,7 +68,7 @@ def test_each_request_has_its_own_and_what_has_no_trace_or_no_token_has_none(sta
     stage.prefill("untraced", 1.0, traced=False)
     for task_id in ("a", "b", "b", "untraced", "never seen"):
         stage.decode(task_id, 2.0)
-    stage.tell(2.25 + QUIET_S)
+    stage.write_quiet(2.25 + QUIET_S)
 
     assert {dict(span.attributes)["lemix.tokens"] for span in stage.spans()} == {1, 2}
 
@@ -77,13 +77,13 @@ def test_nothing_is_held_of_requests_that_are_quiet(stage: Stage) -> None:
     for number in range(100):
         stage.prefill(str(number), number)
         stage.decode(str(number), number + 0.5)
-        stage.tell(number + 0.75)
+        stage.write_quiet(number + 0.75)
         assert len(stage.decoding._seen) <= QUIET_S + 1
 
 
 def test_what_is_left_is_written_when_the_stage_ends(stage: Stage) -> None:
     stage.prefill("a", 1.0)
     stage.decode("a", 2.0)
-    stage.decoding.tell_all(2.25, 2.25)
+    stage.decoding.write_all(2.25, 2.25)
 
     assert len(stage.spans()) == 1

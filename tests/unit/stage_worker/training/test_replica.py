@@ -35,9 +35,9 @@ def test_a_mean_that_a_restore_has_cut_off_cannot_write_into_later_gradients(wei
 
 def test_the_memory_of_a_merge_is_let_go_with_the_last_version_that_needs_it(weights: StageWeights) -> None:
     replica = Replica(weights, DEVICE, {}, is_outer=False)
-    replica.hold_state(replica.copy_state(), version=1)
+    replica.adopt_state(replica.copy_state(), version=1)
     weights.keep()
-    replica.hold_state(replica.copy_state(), version=2)
+    replica.adopt_state(replica.copy_state(), version=2)
     weights.release(1)
 
     assert weights._spare == []

@@ -16,7 +16,7 @@ from shared.messages.weights import KeepVersion, ReleaseVersion, RestoreWeights,
 KEEP_DEADLINE_S = 60.0
 
 
-class HeldWeights:
+class StageVersions:
     """Loads, keeps and releases versions as the trainer says."""
 
     def __init__(
@@ -25,7 +25,7 @@ class HeldWeights:
         facts: ModelFacts,
         *,
         work: FencedWork,
-        tell_version: Callable[[int], None],
+        note_version: Callable[[int], None],
     ) -> None:
         self.origin = facts.weights
         """The weights that were loaded last: the present ones are these, or descend from them."""
@@ -35,10 +35,10 @@ class HeldWeights:
         self._executor = context.executor
         self._queue = context.queue
         self._work = work
-        self._tell_version = tell_version
+        self._note_version = note_version
         self._kept: dict[int, SavedWeights | None] = {}
         """Versions that the executor keeps for serving: what each was loaded as; None: steps have made it."""
-        tell_version(self.version)
+        note_version(self.version)
 
     async def subscribe(self) -> None:
         """Listen to the trainer."""
@@ -49,7 +49,7 @@ class HeldWeights:
     def reached(self, version: int) -> None:
         """Note that the present weights are of that version now."""
         self.version = version
-        self._tell_version(version)
+        self._note_version(version)
 
     async def keep(self) -> bool:
         """Keep the present version; returns whether nothing else was kept under its number."""
