@@ -8,11 +8,12 @@ from rich.progress import Progress
 
 from lemix.bus import open_bus
 from lemix.printing import say
-from lemix.publishing import BatchLine, publish_batches
+from lemix.publishing import BatchLine, check_batches, publish_batches
 from lemix.run_choice import Target
 from lemix.waiting import AppliedBatches, judged_weights
 from services.trainer.intake.reading import id_of
 from shared.bus.base import Bus, Stored
+from shared.errors import BusError
 from shared.messages.weights import NodeWeights
 
 MAX_SHOWN = 5
@@ -34,11 +35,12 @@ async def run_publish(
 
     Returns False when a guard withholds what was learnt, or has not judged it after VERDICT_S.
 
-    Raises InvalidBatchError naming the line that could not be published, BusError when no server answers,
-    ProgressError for a batch that was rejected, or when training stands still for FOLLOW_STALL_S.
+    Raises InvalidBatchError naming the line that cannot be learnt from or published, BusError when no server
+    answers, ProgressError for a batch that was rejected, or when training stands still for FOLLOW_STALL_S.
     """
     async with open_bus(target.nats_url) as bus:
         applied = await AppliedBatches.following(bus)
+        await _check(bus, batches, console)
         stored = await _publish(bus, batches, console)
         for line in outcome(stored):
             say(console, f"{target.label}: {line}")
@@ -51,6 +53,17 @@ async def run_publish(
         for node, version in judged:
             say(console, f"{target.label}: {verdict(node, version)}")
         return all(is_served(node, version) for node, version in judged)
+
+
+async def _check(bus: Bus, batches: Sequence[BatchLine], console: Console) -> None:
+    """Have the trainer check all lines; without one they are published all the same, as they are durable."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("checking", total=len(batches))
+        try:
+            async for _ in check_batches(bus, batches):
+                progress.advance(bar)
+        except BusError as error:
+            say(console, f"not checked against the model, as no trainer answers: {error}")
 
 
 async def _publish(bus: Bus, batches: Sequence[BatchLine], console: Console) -> list[Stored]:

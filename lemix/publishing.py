@@ -19,11 +19,14 @@ from shared.bus.base import Bus, Stored
 from shared.errors import BusError, InvalidBatchError
 from shared.examples import AnyExample, Preference, numbered_lines, read_example
 from shared.messages.lineage import MAX_NAME_CHARACTERS
-from shared.subjects import BATCHES
+from shared.messages.training import BatchCheck, BatchChecked
+from shared.subjects import BATCHES, TRAIN_CHECK
 
 STANDARD_INPUT = Path("-")
 DEFAULT_BATCH_SIZE = 8
 """Examples of a batch, where a file holds examples."""
+CHECK_TIMEOUT_S = 30.0
+"""The trainer reads batches one after the other, and may be busy with a large one."""
 HEADERS_BYTES = 512
 """More than the headers of a batch's message take."""
 
@@ -37,6 +40,8 @@ class BatchLine:
     batch_id: str
     """Empty when the batch names none."""
     body: bytes
+    lines: tuple[int, ...] = ()
+    """The numbers of its examples' lines; empty: the batch is a line of its own."""
 
 
 def read_batches(
@@ -146,13 +151,14 @@ def _cut(orders: Iterable[Sequence[tuple[int, bytes]]], batch_size: int, salt: s
     num_seen: Counter[bytes] = Counter()
     for lines in orders:
         for start in range(0, len(lines), batch_size):
-            examples = b",".join(line for _, line in lines[start : start + batch_size])
+            numbers, contents = zip(*lines[start : start + batch_size], strict=True)
+            examples = b",".join(contents)
             num_seen[examples] += 1
             batch_id = hashlib.sha256(b"%d %b%b" % (num_seen[examples], examples, salt.encode())).hexdigest()[
                 :32
             ]
             body = b'{"id":%b,"examples":[%b]}' % (json.dumps(batch_id).encode(), examples)
-            yield BatchLine(number=lines[start][0], batch_id=batch_id, body=body)
+            yield BatchLine(number=numbers[0], batch_id=batch_id, body=body, lines=numbers)
 
 
 def this_person() -> str:
@@ -178,6 +184,33 @@ def signed(batches: Sequence[BatchLine], producer: str) -> list[BatchLine]:
         batch if "producer" in from_json(batch.body) else replace(batch, body=head + batch.body[1:])
         for batch in batches
     ]
+
+
+async def check_batches(bus: Bus, batches: Sequence[BatchLine]) -> AsyncIterator[BatchLine]:
+    """Have the trainer check every line once, before anything is published; yields the batches that it took.
+
+    Raises InvalidBatchError naming the first line that the model cannot learn from, BusError when no trainer
+    answers.
+    """
+    checked: set[int] = set()
+    for batch in batches:
+        lines = batch.lines or (batch.number,)
+        if not checked.issuperset(lines):
+            answer = await bus.request(
+                TRAIN_CHECK.at(), BatchCheck(body=batch.body), timeout_s=CHECK_TIMEOUT_S
+            )
+            if answer.reason:
+                raise InvalidBatchError(_fault(batch, answer))
+            checked.update(lines)
+        yield batch
+
+
+def _fault(batch: BatchLine, answer: BatchChecked) -> str:
+    if answer.example is None:
+        return f"line {batch.number}: {answer.reason}"
+    if not batch.lines:
+        return f"line {batch.number}: examples.{answer.example}: {answer.reason}"
+    return f"line {batch.lines[answer.example]}: {answer.reason}"
 
 
 async def publish_batches(bus: Bus, batches: Sequence[BatchLine]) -> AsyncIterator[Stored]:

@@ -32,6 +32,8 @@ from shared.messages.lineage import (
     VersionLineage,
 )
 from shared.messages.training import (
+    BatchCheck,
+    BatchChecked,
     BatchesAsked,
     BatchesNow,
     BatchProgress,
@@ -210,6 +212,9 @@ REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happen
 
 # Training batches, for whoever published them
 TRAIN_PROGRESS = Topic("lemix.train.progress", BatchProgress, "trainer -> gateway: what became of a batch")
+TRAIN_CHECK = RequestTopic(
+    "lemix.train.check", BatchCheck, BatchChecked, "lemix -> trainer: can this batch be learnt from"
+)
 TRAIN_STATUS = RequestTopic(
     "lemix.train.status", BatchesAsked, BatchesNow, "gateway -> trainer: how do these batches stand"
 )

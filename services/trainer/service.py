@@ -63,6 +63,7 @@ from shared.subjects import (
     NODE_WEIGHTS,
     REPORT,
     ROLLBACK,
+    TRAIN_CHECK,
     TRAIN_STATUS,
 )
 from shared.telemetry import Telemetry
@@ -317,6 +318,7 @@ class Trainer:
             await self._bus.respond(LINEAGE.at(), requests.show_lineage),
             await self._bus.respond(LINEAGE_ENTRY.at(), requests.show_lineage_entry),
             await self._bus.respond(ROLLBACK.at(), requests.roll_back),
+            await self._bus.respond(TRAIN_CHECK.at(), self._intake.answer_check),
             await self._bus.respond(TRAIN_STATUS.at(), parts.fates.progress.answer),
         ]
 

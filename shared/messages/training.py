@@ -390,3 +390,19 @@ class BatchesNow(Message):
     """Neither pending nor known from a durable checkpoint or a late rejection."""
     read_up_to: int
     """The trainer has read the stream up to this sequence: an unknown batch beyond it is still to come."""
+
+
+class BatchCheck(Message):
+    """Ask whether a batch that is to be published can be learnt from. lemix -> trainer."""
+
+    body: bytes
+    """As it is to be published."""
+
+
+class BatchChecked(Message):
+    """The trainer's answer."""
+
+    reason: str = ""
+    """Why it cannot; empty: it can."""
+    example: Count | None = None
+    """The first example that is wrong, counted from 0; None: nothing is, or the batch itself."""

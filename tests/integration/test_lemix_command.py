@@ -102,6 +102,9 @@ async def publish_and_look(runs_dir: Path) -> None:
     stored, repeated = again.output.splitlines()
     assert stored == "run default: 1 batch stored, as 3"
     assert repeated.startswith("run default: 1 batch already stored, as 1: ")
+    file.write_text('{"text": "Fog."}\n\n{"token_ids": [1, 999999]}\n')
+    refused = await lemix("train", "publish", str(file), "--runs-dir", str(runs_dir))
+    assert refused.status == 1 and "line 3: token id 999999 is not in 0.." in refused.errors
     examples = b'{"text": "Rain later."}\r\n{"prompt": "Wind?", "completion": " West."}\r\n'
     from_pipe = ("train", "publish", "-", "--batch-size", "1", "--epochs", "2", "--follow")
     piped = await lemix(*from_pipe, "--runs-dir", str(runs_dir), standard_input=examples)

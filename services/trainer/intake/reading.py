@@ -1,5 +1,6 @@
 """Turns a message of the training stream into a batch that can be fed, or into the reason why not."""
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -19,12 +20,12 @@ from services.trainer.intake.data import (
 from services.trainer.intake.microbatches import HeldOutBatch, TrainingBatch, cut
 from services.trainer.publication.hold_out import HoldOut
 from services.trainer.settings import TrainerSettings
-from shared.bus.base import StreamMessage
+from shared.bus.base import Incoming, StreamMessage
 from shared.clock import Clock
 from shared.encoding import ExampleEncoder, LabelledTokens
 from shared.errors import InvalidBatchError
 from shared.messages.lineage import ExampleSource
-from shared.messages.training import RejectedBatch
+from shared.messages.training import BatchCheck, BatchChecked, RejectedBatch
 from shared.model_files import name_of, read_card
 
 ID_HEADER = "Nats-Msg-Id"
@@ -86,6 +87,24 @@ class Intake:
             sequence=message.sequence,
             reason=reason,
         )
+
+    def check(self, body: bytes) -> BatchChecked:
+        """Whether a batch of that body would be accepted, and if not, why. Blocks while it tokenises."""
+        position: int | None = None
+        try:
+            examples = read_body(body).examples
+            for position in range(len(examples)):
+                self.encoder.sequences(examples[position])
+        except InvalidBatchError as error:
+            return BatchChecked(reason=str(error), example=position)
+        except Exception as error:  # a tokenizer or template may raise anything, and would again
+            log.exception("a batch cannot be checked")
+            return BatchChecked(reason=f"{type(error).__name__}: {error}", example=position)
+        return BatchChecked()
+
+    async def answer_check(self, incoming: Incoming[BatchCheck]) -> BatchChecked:
+        """Answer whoever asks before publishing."""
+        return await asyncio.to_thread(self.check, incoming.message.body)
 
     def _encode(self, body: BatchBody) -> list[tuple[LabelledTokens, ...]]:
         encoded = []

@@ -10,11 +10,21 @@ import pytest
 
 from lemix.demo_data import DemoData
 from lemix.publish_command import outcome
-from lemix.publishing import BatchLine, batches_in, publish_batches, read_batches, signed, this_person
+from lemix.publishing import (
+    BatchLine,
+    batches_in,
+    check_batches,
+    publish_batches,
+    read_batches,
+    signed,
+    this_person,
+)
 from services.trainer.intake.data import MAX_ID_CHARACTERS, read_body
 from shared.bus.base import Stored
 from shared.clock import SystemClock
 from shared.errors import BusError, InvalidBatchError, MessageTooLargeError
+from shared.examples import PlainText
+from shared.messages.training import BatchCheck, BatchChecked
 from shared.settings import EMBEDDED_MODEL
 from shared.subjects import BATCHES
 
@@ -206,6 +216,38 @@ class FakeBus:
             return Stored(ids.index(message_id) + 1, is_repeat=True)
         self.taken.append((subject, body, message_id))
         return Stored(len(self.taken), is_repeat=False)
+
+
+class Teacher:
+    """Stands for the bus and a trainer that cannot learn from the text `x`."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    async def request(self, _: object, message: BatchCheck, *, timeout_s: float) -> BatchChecked:
+        self.num_asked += 1
+        wrong = [
+            place
+            for place, each in enumerate(read_body(message.body).examples)
+            if each == PlainText(text="x")
+        ]
+        return BatchChecked(reason="it is an x", example=wrong[0]) if wrong else BatchChecked()
+
+
+async def test_what_the_model_cannot_learn_from_is_named_by_its_line() -> None:
+    examples = batches_in(b"\n" + lines_of(*({"text": each} for each in "abcxe")), 2)
+    with pytest.raises(InvalidBatchError, match=r"^line 5: it is an x$"):
+        [each async for each in check_batches(Teacher(), examples)]  # type: ignore[arg-type]
+    whole = batches_in(BATCH + b"\n" + BATCH.replace(b"one", b"x"), None)
+    with pytest.raises(InvalidBatchError, match=r"^line 2: examples\.0: it is an x$"):
+        [each async for each in check_batches(Teacher(), whole)]  # type: ignore[arg-type]
+
+
+async def test_each_line_is_checked_once_however_often_it_is_trained() -> None:
+    teacher = Teacher()
+    batches = batches_in(lines_of(*({"text": each} for each in "abcde")), 2, epochs=3)
+    assert [each async for each in check_batches(teacher, batches)] == batches  # type: ignore[arg-type]
+    assert teacher.num_asked == 3
 
 
 async def test_each_batch_is_published_with_its_id() -> None:

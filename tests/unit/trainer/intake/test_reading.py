@@ -19,7 +19,7 @@ from shared.clock import SystemClock
 from shared.encoding import ExampleEncoder
 from shared.examples import TokenIds
 from shared.messages.lineage import ExampleSource, LearntBatch
-from shared.messages.training import RejectedBatch
+from shared.messages.training import BatchChecked, RejectedBatch
 from shared.settings import EMBEDDED_MODEL
 
 BODY = b'{"examples": [{"token_ids": [1, 2, 3]}]}'
@@ -125,6 +125,25 @@ def test_examples_that_are_held_out_do_not_train_and_the_rest_is_cut_as_without_
     assert expected.held_out == ()
     held = [each for each in examples if each not in kept]
     assert batch_of(held, holding) == HeldOutBatch("seq-7")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"examples": [{"text": "a"}, {"token_ids": [1, 2]}]}', BatchChecked()),
+        (
+            b'{"examples": [{"text": "a"}, {"token_ids": [1, 999999]}]}',
+            BatchChecked(reason="token id 999999 is not in 0..", example=1),
+        ),
+        (b'{"examples": [], "beta": 1}', BatchChecked(reason="examples: ", example=None)),
+    ],
+)
+def test_whoever_asks_is_told_what_would_be_rejected(body: bytes, expected: BatchChecked) -> None:
+    intake = Intake.load(TrainerSettings(), Path(EMBEDDED_MODEL), SystemClock())
+    checked = intake.check(body)
+    assert checked.example == expected.example and checked.reason.startswith(expected.reason)
+    message = StreamMessage(1, body, {}, ack)
+    assert isinstance(intake.prepare(message), RejectedBatch) == bool(checked.reason)
 
 
 SAID = StoredAnswer(
