@@ -48,6 +48,7 @@ def figure_of_bars(bars: Bars) -> "Figure":
     axes.set_title(bars.title, fontsize=9)
     axes.set_xlabel(bars.x_title, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", integer=True)
     axes.margins(x=0.1)
     figure.legend(loc="outside lower center", ncols=len(bars.values), fontsize=8)
     return figure
