@@ -68,7 +68,7 @@ def timing(kind: type[Any]) -> Iterator[list[tuple[int, float]]]:
         begin_s = time.thread_time()
         decision: Decision = choose(self, state, arrival, now_s)
         seconds = time.thread_time() - begin_s
-        decisions.append((sum(map(state.num_tasks, state.ready_nodes)), seconds))
+        decisions.append((sum(state.node(node).num_tasks for node in state.ready_nodes), seconds))
         return decision
 
     kind.choose = timed

@@ -10,12 +10,7 @@ from msgspec import structs
 from opentelemetry.trace import Span, use_span
 
 from services.scheduler.costs import Costs
-from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
-from services.scheduler.policies.base import Arrival, Place, Policy, Refuse, Task, Wait
-from services.scheduler.state import (
-    MAX_REMEMBERED,
-    OVERDUE_SLACK_S,
-    ClusterState,
+from services.scheduler.events import (
     Event,
     HeartbeatSeen,
     ListenedUntil,
@@ -30,6 +25,9 @@ from services.scheduler.state import (
     TasksEnded,
     TimePassed,
 )
+from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
+from services.scheduler.policies.base import Arrival, Place, Policy, Refuse, Task, Wait
+from services.scheduler.state import MAX_REMEMBERED, OVERDUE_SLACK_S, ClusterState
 from services.scheduler.statistics import MeanError
 from services.scheduler.tasks import shape_of
 from shared.bus.base import Incoming
@@ -170,12 +168,12 @@ class Scheduler:
         return ClusterStatus(
             policy=self._policy.name,
             nodes=state.status(),
-            forward_error=_told(state.forward_error),
-            response_error=_told(state.response_error),
+            forward_error=_told(state.accuracy.forward_error),
+            response_error=_told(state.accuracy.response_error),
             slo_s=state.slo_s,
             tbt_s=state.objectives.tbt_s,
-            num_in_time=state.num_in_time,
-            num_late=state.num_late,
+            num_in_time=state.accuracy.num_in_time,
+            num_late=state.accuracy.num_late,
             num_refused=self._num_refused,
             num_in_line=len(state.waiting_line),
         )

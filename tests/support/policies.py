@@ -5,16 +5,10 @@ from dataclasses import dataclass, replace
 from msgspec import structs
 
 from services.scheduler.costs import Costs
+from services.scheduler.events import HeartbeatSeen, PlacedTask, StageProgressed, TaskArrived, TaskAssigned
 from services.scheduler.objectives import MeanPrompt, Objectives
 from services.scheduler.policies.base import Arrival, Decision, Place, Policy, Task
-from services.scheduler.state import (
-    ClusterState,
-    HeartbeatSeen,
-    PlacedTask,
-    StageProgressed,
-    TaskArrived,
-    TaskAssigned,
-)
+from services.scheduler.state import ClusterState
 from services.scheduler.tasks import shape_of
 from shared.messages.cluster import TaskKind
 from shared.messages.events import OpKind, OpStarted, StageOp, StageProgress

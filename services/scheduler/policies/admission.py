@@ -63,8 +63,8 @@ def due_of(
 
 def in_time(state: ClusterState, prospects: Sequence[Prospect], due: Due, now_s: float) -> list[Prospect]:
     """The nodes on which the request meets its objectives, and a margin is left."""
-    is_outranked = state.is_outranked(due.task.objective.priority, now_s)
-    margin = max(state.late_margin.share, LEFT_FOR_URGENT if is_outranked else 0.0)
+    is_outranked = state.demand.outranks(due.task.objective.priority, now_s)
+    margin = max(state.accuracy.late_margin.share, LEFT_FOR_URGENT if is_outranked else 0.0)
     limit_s = min(due.alone_s + (1 - margin) * due.patience_s, due.left_s)
 
     def is_in_time(each: Prospect) -> bool:

@@ -15,6 +15,7 @@ MAX_IDLE = 2
 """Idle nodes of each kind."""
 MAX_KINDS = 4
 """Kinds of idle nodes, the fastest."""
+FOREVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +42,41 @@ def shortlist(
     `holder`: the node whose KV cache holds most of a prompt; it is always one of them, and counts as active:
     its part of the prompt is work that nobody has to do.
     """
-    busy = [node for node in nodes if state.num_tasks(node)]
+    busy = [node for node in nodes if state.node(node).num_tasks]
     least_busy = nsmallest(MAX_BUSY, busy, key=partial(_load, state))
     if holder in busy and holder not in least_busy:
         least_busy.append(holder)
-    found = [Candidate(node, state.node_model(node), state.costs_of(node), True, 0.0) for node in least_busy]
+    found = [_candidate(state, node, 0.0, active_s=0.0) for node in least_busy]
     if len(busy) < len(nodes):
-        idle_s = {node: _idle_s(state.node_model(node), now_s) for node in nodes if not state.num_tasks(node)}
+        idle_s = {node: _idle_s(state, node, now_s) for node in nodes if not state.node(node).num_tasks}
         newest = _newest_of_each_kind(state, idle_s)
         active_s = linger_s if busy else min(idle_s.values())
-        if holder in idle_s and holder not in newest:
-            newest.append(holder)
-        found += [
-            Candidate(
-                node,
-                state.node_model(node),
-                state.costs_of(node),
-                idle_s[node] <= active_s or node == holder,
-                idle_s[node],
-            )
-            for node in newest
-        ]
+        found += [_candidate(state, node, idle_s[node], active_s=active_s) for node in newest]
+        if holder in idle_s:
+            found = [each for each in found if each.node != holder]
+            found.append(_candidate(state, holder, idle_s[holder], active_s=FOREVER))
     return sorted(found, key=lambda candidate: candidate.node)
 
 
 def _load(state: ClusterState, node: int) -> float:
     """The work there with one more task, where each takes as long as a short prompt."""
-    return (state.num_tasks(node) + 1) * state.costs_of(node).slowness
+    return (state.node(node).num_tasks + 1) * state.node(node).costs.slowness
 
 
 def _newest_of_each_kind(state: ClusterState, idle_s: Mapping[int, float]) -> list[int]:
     """The idle nodes that worked last, of each of the fastest kinds."""
     kinds: dict[Hashable, list[int]] = {}
     for node in idle_s:
-        kinds.setdefault(state.costs_of(node).alike, []).append(node)
-    fastest = nsmallest(MAX_KINDS, kinds.values(), key=lambda kind: state.costs_of(kind[0]).slowness)
+        kinds.setdefault(state.node(node).costs.alike, []).append(node)
+    fastest = nsmallest(MAX_KINDS, kinds.values(), key=lambda kind: state.node(kind[0]).costs.slowness)
     return [node for kind in fastest for node in nsmallest(MAX_IDLE, kind, key=idle_s.__getitem__)]
 
 
-def _idle_s(node_model: NodeModel, now_s: float) -> float:
-    return float("inf") if node_model.last_active_s is None else now_s - node_model.last_active_s
+def _candidate(state: ClusterState, node: int, idle_s: float, *, active_s: float) -> Candidate:
+    known = state.node(node)
+    return Candidate(node, known.node_model, known.costs, idle_s <= active_s, idle_s)
+
+
+def _idle_s(state: ClusterState, node: int, now_s: float) -> float:
+    last_s = state.node(node).node_model.last_active_s
+    return FOREVER if last_s is None else now_s - last_s

@@ -15,4 +15,4 @@ class LeastLoaded:
 
     def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
         ready = ready_nodes(state, self._options.nodes)
-        return Place(min(ready, key=state.num_tasks)) if ready else no_node(state)
+        return Place(min(ready, key=lambda node: state.node(node).num_tasks)) if ready else no_node(state)

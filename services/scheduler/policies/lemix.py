@@ -80,14 +80,14 @@ class Lemix:
     ) -> Decision:
         wanted = kv_tokens_of(task)
         if self._options.has("memory"):
-            with_room = [node for node in nodes if state.kv_tokens_free(node) >= wanted]
+            with_room = [node for node in nodes if state.node(node).kv_tokens_free >= wanted]
             if not with_room:
                 return self._without_memory(state, nodes, task, waited_s, now_s)
             nodes = with_room
         length = len(task.prompt)
-        beginnings = beginnings_of(task.prompt, state.block_size(nodes[0]))
+        beginnings = beginnings_of(task.prompt, state.node(nodes[0]).block_size)
         found = self._shortlist(state, nodes, now_s, state.holder(beginnings, nodes))
-        cached = {each.node: state.cached_tokens(each.node, beginnings) for each in found}
+        cached = {each.node: state.node(each.node).cached_tokens(beginnings) for each in found}
         alones = _by_node(
             found,
             lambda each: inference_alone(each.costs, length, each.node_model.devices, cached[each.node]),
@@ -119,7 +119,7 @@ class Lemix:
         self, state: ClusterState, nodes: Sequence[int], task: InferenceTask, waited_s: float, now_s: float
     ) -> Decision:
         """Decide on a request when no node has room for its keys and values now."""
-        wanted, capacity = kv_tokens_of(task), max(map(state.kv_tokens, nodes))
+        wanted, capacity = kv_tokens_of(task), max(state.node(node).kv_capacity for node in nodes)
         if wanted > capacity:
             return Refuse(
                 400, f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}"
@@ -146,7 +146,7 @@ class Lemix:
             reason = f"no node has room for the activations of {tokens} tokens"
             return Wait(now_s + self._options.offload_after * state.slo_s, reason)
         best = with_room or best
-        if self._options.has("deferral") and state.inference_rate.per_s(now_s) >= MIN_RATE_PER_S:
+        if self._options.has("deferral") and state.demand.inference_rate.per_s(now_s) >= MIN_RATE_PER_S:
             expected = _expected(state, found, now_s)
             slices = {each.node: each.node_model.num_slices for each in found}
             ops = _by_node(found, lambda each: _ops_of(each.costs, shape, slices[each.node]), by=slices)
@@ -216,7 +216,7 @@ def _as_known(
     state: ClusterState, place: Place, due: Due, cached: Mapping[int, int], beginnings: tuple[int, ...]
 ) -> Place:
     """With what the node has of the prompt, and what it may compute of the rest beside decodes."""
-    node_model = state.node_model(place.node)
+    node_model = state.node(place.node).node_model
     return replace(
         place,
         cached_tokens=cached[place.node],
@@ -246,7 +246,7 @@ def _objective_s(state: ClusterState) -> float:
 def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> Expected:
     """Expected requests, like those that came."""
     node_models = {candidate.node: candidate.node_model for candidate in found}
-    length = max(1, round(state.inference_lengths.mean))
+    length = max(1, round(state.demand.inference_lengths.mean))
     alones = _by_node(found, lambda each: inference_alone(each.costs, length, each.node_model.devices))
 
     def response(node: int, at_s: float) -> float:
@@ -256,7 +256,7 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
         response=response,
         nodes=tuple(node_models),
         slo_s=_objective_s(state),
-        batches_per_s=state.training_rate.per_s(now_s),
+        batches_per_s=state.demand.training_rate.per_s(now_s),
     )
 
 

@@ -48,7 +48,7 @@ class LemixReleased:
         return Place(best, scored[best].forecast)
 
     def _score(self, state: ClusterState, node: int, shape: TaskShape, now_s: float) -> Scored:
-        node_model, costs = state.node_model(node), state.costs
+        node_model, costs = state.node(node).node_model, state.costs
         return score(
             trace_of(node_model, costs),
             self._weights,

@@ -42,5 +42,5 @@ class Separate:
         if self._options.split != "dynamic":
             num_training = max(1, round(num_nodes * self._options.split))
             return max(1, num_nodes - num_training)
-        is_busy = state.inference_rate.per_s(now_s) > BUSY_PER_S
+        is_busy = state.demand.inference_rate.per_s(now_s) > BUSY_PER_S
         return max(1, num_nodes // (2 if is_busy else 4))

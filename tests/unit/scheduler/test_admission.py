@@ -6,11 +6,12 @@ Two stages; a token takes a stage 1 ms forward, messages take no time; the objec
 import pytest
 from msgspec import structs
 
+from services.scheduler.events import TaskArrived, TaskLeftLine, TaskQueued
 from services.scheduler.objectives import MeanPrompt, Objectives
 from services.scheduler.policies import policy_named
 from services.scheduler.policies.admission import MAX_IN_LINE
 from services.scheduler.policies.base import Place, Refuse, Wait
-from services.scheduler.state import ClusterState, TaskArrived, TaskLeftLine, TaskQueued
+from services.scheduler.state import ClusterState
 from services.scheduler.tasks import shape_of
 from shared.messages.inference import InferenceTask, Objective
 from tests.support.policies import OBJECTIVES, SLO_S, LinearCosts, ask, assign, cluster, request, submit

@@ -7,11 +7,12 @@ import copy
 
 import pytest
 
+from services.scheduler.events import StageProgressed, TasksEnded
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.base import Place, Policy, Refuse, Wait
 from services.scheduler.policies.lemix_options import BUSY_LOAD, CALM_LOAD, LemixOptions
 from services.scheduler.policies.memory import TrainingRoom
-from services.scheduler.state import ClusterState, StageProgressed, TasksEnded
+from services.scheduler.state import ClusterState
 from shared.messages.events import OpEnded, StageOp, StageProgress
 from tests.support.policies import (
     SLO_S,
@@ -338,6 +339,6 @@ def test_deciding_changes_nothing(task: object) -> None:
     decisions = [ask(state, policy, task, 2.0) for _ in range(3)]
     assert decisions == [ask(before, policy, task, 2.0)] * 3
     assert state.status() == before.status()
-    assert [list(state.node_model(node).assigned()) == [] for node in (0, 1)] == [
-        list(before.node_model(node).assigned()) == [] for node in (0, 1)
+    assert [list(state.node(node).node_model.assigned()) == [] for node in (0, 1)] == [
+        list(before.node(node).node_model.assigned()) == [] for node in (0, 1)
     ]

@@ -3,9 +3,10 @@
 import pytest
 from msgspec import structs
 
+from services.scheduler.events import HeartbeatSeen, TasksEnded
 from services.scheduler.policies import POLICIES, policy_named
 from services.scheduler.policies.base import Decision, Place, Refuse
-from services.scheduler.state import ClusterState, HeartbeatSeen, TasksEnded
+from services.scheduler.state import ClusterState
 from shared.errors import ConfigurationError
 from tests.support.policies import ask, batch, cluster, request, submit
 

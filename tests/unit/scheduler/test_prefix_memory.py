@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from services.scheduler.events import HeartbeatSeen, TasksEnded
 from services.scheduler.policies import policy_named
 from services.scheduler.policies.base import Place
 from services.scheduler.prefix_memory import MAX_BLOCKS, PrefixMemory, beginnings_of
-from services.scheduler.state import HeartbeatSeen, TasksEnded
 from tests.support.cluster import heartbeat
 from tests.support.policies import ask, assign, cluster, request
 

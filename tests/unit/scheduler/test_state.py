@@ -5,12 +5,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
-from services.scheduler.forecast import Forecast, Interval
-from services.scheduler.objectives import Objectives
-from services.scheduler.state import (
-    LOST_AFTER_S,
-    MAX_REMEMBERED,
-    ClusterState,
+from services.scheduler.events import (
     HeartbeatSeen,
     ListenedUntil,
     LostTask,
@@ -23,6 +18,9 @@ from services.scheduler.state import (
     TasksEnded,
     TimePassed,
 )
+from services.scheduler.forecast import Forecast, Interval
+from services.scheduler.objectives import Objectives
+from services.scheduler.state import LOST_AFTER_S, MAX_REMEMBERED, ClusterState
 from services.scheduler.tasks import TaskShape
 from shared.messages.cluster import StageStopped, TaskKind
 from shared.messages.events import OpEnded, StageOp, StageProgress
@@ -103,12 +101,12 @@ def test_heartbeats_tell_which_stages_share_a_device() -> None:
     state = ClusterState(costs=LinearCosts(None))
     for stage in range(3):
         state.apply(HeartbeatSeen(heartbeat(0, stage, num_stages=3), 0.0))
-    assert state.node_model(0).devices == ()
+    assert state.node(0).node_model.devices == ()
     shared = structs.replace(heartbeat(0, 2, num_stages=3), first_on_device=1)
     state.apply(HeartbeatSeen(shared, 1.0))
-    assert state.node_model(0).devices == (0, 1, 1)
+    assert state.node(0).node_model.devices == (0, 1, 1)
     state.apply(HeartbeatSeen(heartbeat(0, 2, num_stages=3), 2.0))
-    assert state.node_model(0).devices == ()
+    assert state.node(0).node_model.devices == ()
 
 
 def test_a_restarted_stage_costs_the_tasks_of_its_node() -> None:
@@ -153,7 +151,7 @@ def test_ended_tasks_leave_and_unknown_ones_are_ignored() -> None:
     (before,) = state.status()
     assert (before.inference_tasks, before.training_tasks) == (1, 1)
     state.apply(TasksEnded(("t", "never heard of"), 0.0))
-    assert state.num_tasks(0) == 1
+    assert state.node(0).num_tasks == 1
     assert state.placed("t") is None
 
 
@@ -161,9 +159,9 @@ def test_an_overdue_task_leaves_unasked() -> None:
     state = with_nodes(0)
     state.apply(TaskAssigned(task("t", overdue_s=2.0), 0.0))
     state.apply(TimePassed(1.9))
-    assert state.num_tasks(0) == 1
+    assert state.node(0).num_tasks == 1
     assert state.apply(TimePassed(2.0)) == []
-    assert state.num_tasks(0) == 0
+    assert state.node(0).num_tasks == 0
 
 
 def test_the_deadline_of_an_ended_task_does_not_end_its_successor() -> None:
@@ -172,7 +170,7 @@ def test_the_deadline_of_an_ended_task_does_not_end_its_successor() -> None:
     state.apply(TasksEnded(("t",), 0.0))
     state.apply(TaskAssigned(task("t", overdue_s=2.0), 0.0))
     state.apply(TimePassed(1.5))
-    assert state.num_tasks(0) == 1
+    assert state.node(0).num_tasks == 1
 
 
 # What is learnt of tasks and stages
@@ -205,8 +203,8 @@ def test_a_task_arrives_once_however_often_it_asks() -> None:
     batch_shape = TaskShape(microbatches=(work_of_rows(0, 8), work_of_rows(0, 4)))
     state.apply(TaskArrived("b", "training", batch_shape, 3.0))
     assert state.arrived_s("r") == 1.0
-    assert (state.inference_lengths.count, state.inference_lengths.mean) == (1, 30)
-    assert state.inference_rate.per_s(4.0) > 0 and state.training_rate.per_s(4.0) > 0
+    assert (state.demand.inference_lengths.count, state.demand.inference_lengths.mean) == (1, 30)
+    assert state.demand.inference_rate.per_s(4.0) > 0 and state.demand.training_rate.per_s(4.0) > 0
     state.apply(TaskAssigned(placed("r", 30), 4.0))
     assert state.arrived_s("r") is None
 
@@ -225,9 +223,9 @@ def test_the_cache_has_room_for_what_placed_tasks_may_grow_to() -> None:
     state.apply(HeartbeatSeen(beat, 0.0))
     state.apply(TaskAssigned(placed("r", 20, max_tokens=13), 0.0))  # 32 rows: the last token has none
     state.apply(TaskAssigned(placed("s", 1), 0.0))  # one row takes a whole block
-    assert state.kv_tokens_free(0) == 160 - 32 - 16
+    assert state.node(0).kv_tokens_free == 160 - 32 - 16
     state.apply(TasksEnded(("r",), 0.0))
-    assert state.kv_tokens_free(0) == 160 - 16
+    assert state.node(0).kv_tokens_free == 160 - 16
 
 
 def test_the_cache_is_empty_after_stage_0_is_lost() -> None:
@@ -238,7 +236,7 @@ def test_the_cache_is_empty_after_stage_0_is_lost() -> None:
     state.apply(TaskAssigned(placed("r", 20), 0.0))
     state.apply(StageLeft(StageStopped(node=0, stage=0, instance=heartbeat(0).instance)))
     state.apply(HeartbeatSeen(structs.replace(heartbeat(0, instance="b"), **room), 1.0))
-    assert state.kv_tokens_free(0) == 160
+    assert state.node(0).kv_tokens_free == 160
 
 
 def test_a_placed_task_that_asks_again_is_no_new_arrival() -> None:
@@ -262,10 +260,10 @@ def test_errors_of_costs_and_of_forecasts_are_measured() -> None:
     state.apply(TaskAssigned(placed("r", 100, forecast=forecast), 0.0))  # 0.1 s, as its node predicts
     state.apply(TaskAssigned(placed("s", 100), 0.0))
     state.apply(StageProgressed(iterated("r", tokens=100, elapsed_s=0.2), 0.2))
-    assert state.forward_error.count == 1
-    assert state.forward_error.mean == pytest.approx(0.5)
-    assert state.response_error.count == 1
-    assert state.response_error.mean == pytest.approx(0.5)
+    assert state.accuracy.forward_error.count == 1
+    assert state.accuracy.forward_error.mean == pytest.approx(0.5)
+    assert state.accuracy.response_error.count == 1
+    assert state.accuracy.response_error.mean == pytest.approx(0.5)
 
 
 def test_first_tokens_count_as_in_time_or_late() -> None:
@@ -274,24 +272,24 @@ def test_first_tokens_count_as_in_time_or_late() -> None:
         state.apply(TaskAssigned(replace(placed(task_id, 10), ttft_s=ttft_s), 0.0))
     for task_id in ("r", "s", "t"):
         state.apply(StageProgressed(iterated(task_id, tokens=10, elapsed_s=0.01), 0.25))
-    assert (state.num_in_time, state.num_late) == (1, 1)
+    assert (state.accuracy.num_in_time, state.accuracy.num_late) == (1, 1)
 
 
 def test_progress_of_unknown_nodes_and_stages_changes_nothing() -> None:
     state = with_nodes(0)
     state.apply(StageProgressed(iterated("r", tokens=1, elapsed_s=0.1, stage=5), 0.2))
     state.apply(StageProgressed(structs.replace(iterated("r", tokens=1, elapsed_s=0.1), node=9), 0.2))
-    assert state.forward_error.count == 0
-    assert state.node_model(0).prediction.is_idle
+    assert state.accuracy.forward_error.count == 0
+    assert state.node(0).node_model.prediction.is_idle
 
 
 def test_a_lost_node_leaves_a_clean_timeline() -> None:
     state = with_nodes(0)
     state.apply(TaskAssigned(placed("r", 100), 0.0))
     state.apply(HeartbeatSeen(heartbeat(0, instance="b"), 1.0))
-    assert list(state.node_model(0).assigned()) == []
-    assert state.node_model(0).prediction.is_idle
-    assert state.kv_tokens_free(0) == 8
+    assert list(state.node(0).node_model.assigned()) == []
+    assert state.node(0).node_model.prediction.is_idle
+    assert state.node(0).kv_tokens_free == 8
 
 
 def test_a_node_with_another_number_of_stages_than_the_costs_is_never_ready() -> None:
@@ -306,7 +304,7 @@ def test_a_node_starts_from_the_profile_that_it_tells() -> None:
     for node, profile in ((1, "fast"), (2, "unheard of")):
         state.apply(HeartbeatSeen(structs.replace(heartbeat(node), profile=profile), 0.0))
     work = work_of_rows(0, 100)
-    assert [state.costs_of(node).iteration_s(0, work) for node in (0, 1, 2)] == pytest.approx(
+    assert [state.node(node).costs.iteration_s(0, work) for node in (0, 1, 2)] == pytest.approx(
         [0.1, 0.01, 0.1]
     )
-    assert state.costs_of(0).alike == state.costs_of(2).alike != state.costs_of(1).alike
+    assert state.node(0).costs.alike == state.node(2).costs.alike != state.node(1).costs.alike

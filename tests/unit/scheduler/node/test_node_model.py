@@ -2,11 +2,12 @@
 
 import pytest
 
+from services.scheduler.events import StageProgressed, TasksEnded
 from services.scheduler.forecast import Forecast, Interval, forecast_inference, inference_alone
 from services.scheduler.node.known_work import FORWARD, ITERATION, STEP
 from services.scheduler.node.node_model import DECODE_OPS, NodeModel
 from services.scheduler.policies.base import Place
-from services.scheduler.state import ClusterState, StageProgressed, TasksEnded
+from services.scheduler.state import ClusterState
 from services.scheduler.tasks import TaskShape, shape_of
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.messages.training import TrainingTask
@@ -344,10 +345,10 @@ def test_a_prompt_that_nobody_knows_any_more_leaves_the_others_alone() -> None:
         _tell(state, stage, first, stage + 0.2, is_over=True)
     _tell(state, 0, _iteration(1, ("cancelled",), num_tokens=100, num_sequences=1), 2.0, is_over=False)
     state.apply(TasksEnded(tuple(names), 2.0))
-    assert [task.task_id for task in state.node_model(0).assigned()] == ["other"]
+    assert [task.task_id for task in state.node(0).node_model.assigned()] == ["other"]
     state.apply(TasksEnded(("other",), 2.0))
     assign(state, batch("b", 10), Place(0), 2.0 + PROGRESS_EVERY_S)
-    assert not any(state.node_model(0).prediction.known.formed)
+    assert not any(state.node(0).node_model.prediction.known.formed)
 
 
 def _iteration(index: int, task_ids: tuple[str, ...], *, num_tokens: int, num_sequences: int) -> StageOp:
