@@ -12,7 +12,7 @@ from shared.messages.cluster import Heartbeat, NodeStatus
 
 @dataclass(slots=True)
 class ClusterNode:
-    """What is known of one node."""
+    """Everything that is known of one node."""
 
     node: int
     """Its id."""

@@ -164,7 +164,7 @@ class ClusterState:
         return len(self._nodes)
 
     def node(self, node: int) -> ClusterNode:
-        """What is known of a node."""
+        """Everything that is known of a node."""
         return self._nodes[node]
 
     def placed(self, task_id: str) -> PlacedTask | None:

@@ -77,7 +77,7 @@ class MeanError:
 LATE_SHARE = 0.05
 """So many of the requests may turn out late that were placed as being in time."""
 MARGIN_STEP = 0.02
-MAX_MARGIN = 0.25
+MAX_MARGIN = 0.4
 
 
 @dataclass(slots=True)

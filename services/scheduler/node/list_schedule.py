@@ -269,11 +269,11 @@ class _ListSchedule:
         if sliced is None or sliced.is_cut or self._num_running[device] > 1:
             return
         wanted_s = max(at_s, sliced.turn_until_s)
-        aside_s = cut_s(self._known, sliced.stage, sliced.op, sliced.start_s, wanted_s)
+        aside_s = max(at_s, cut_s(self._known, sliced.stage, sliced.op, sliced.start_s, wanted_s))
         if aside_s < sliced.end_s - SLACK_S:
             sliced.is_cut = True
             self._tie += 1
-            heappush(self._events, (max(at_s, aside_s), _CUT, self._tie, sliced.stage, None, at_s))
+            heappush(self._events, (aside_s, _CUT, self._tie, sliced.stage, None, at_s))
 
     def _stand_aside(self, device: int, at_s: float) -> None:
         sliced = self._sliced[device]
