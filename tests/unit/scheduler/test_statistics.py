@@ -67,6 +67,6 @@ def test_the_margin_grows_only_while_more_are_late_than_may_be(late_share: float
         margin.add(is_late=rng.random() < late_share)
     assert (margin.share > 0.8 * MAX_MARGIN) == (late_share > LATE_SHARE)
     assert 0.0 <= margin.share <= MAX_MARGIN
-    for _ in range(300):
+    for _ in range(500):
         margin.add(is_late=False)
     assert margin.share < 0.01
