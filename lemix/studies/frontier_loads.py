@@ -52,9 +52,9 @@ class FrontierPlan:
     """Everything that is searched, and how widely."""
 
     loads: Sequence[FrontierLoad]
-    seeds: Sequence[int] = SEEDS
+    seeds: Sequence[int] = SEEDS[:3]
     rate_seeds: Sequence[int] = SEEDS[:3]
-    most_nodes: int = 12
+    most_nodes: int = 8
     shares: Sequence[float] = (0.95, 0.99)
     """Requests in time, the easier share first."""
     rate_share: float = 0.95
