@@ -31,7 +31,10 @@ class PrefixMemory:
 
     def num_blocks(self, beginnings: Sequence[int]) -> int:
         """How many of the prompt's blocks are there."""
-        return next((i for i, each in enumerate(beginnings) if each not in self._blocks), len(beginnings))
+        for number, each in enumerate(beginnings):
+            if each not in self._blocks:
+                return number
+        return len(beginnings)
 
     def add(self, beginnings: Sequence[int], capacity: int) -> None:
         """Note that the node computes a prompt; it has room for `capacity` blocks."""

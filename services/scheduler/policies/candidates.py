@@ -2,9 +2,9 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from heapq import nsmallest
 
+from services.scheduler.cluster_node import ClusterNode
 from services.scheduler.node.node_model import NodeModel
 from services.scheduler.node_costs import NodeCosts
 from services.scheduler.state import ClusterState
@@ -42,41 +42,39 @@ def shortlist(
     `holder`: the node whose KV cache holds most of a prompt; it is always one of them, and counts as active:
     its part of the prompt is work that nobody has to do.
     """
-    busy = [node for node in nodes if state.node(node).num_tasks]
-    least_busy = nsmallest(MAX_BUSY, busy, key=partial(_load, state))
-    if holder in busy and holder not in least_busy:
-        least_busy.append(holder)
-    found = [_candidate(state, node, 0.0, active_s=0.0) for node in least_busy]
-    if len(busy) < len(nodes):
-        idle_s = {node: _idle_s(state, node, now_s) for node in nodes if not state.node(node).num_tasks}
-        newest = _newest_of_each_kind(state, idle_s)
+    there = [state.node(node) for node in nodes]
+    busy = [each for each in there if each.tasks]
+    idle_s = {each.node: _idle_s(each, now_s) for each in there if not each.tasks}
+    found = [_candidate(each, 0.0, active_s=0.0) for each in nsmallest(MAX_BUSY, busy, key=_load)]
+    if idle_s:
         active_s = linger_s if busy else min(idle_s.values())
-        found += [_candidate(state, node, idle_s[node], active_s=active_s) for node in newest]
-        if holder in idle_s:
-            found = [each for each in found if each.node != holder]
-            found.append(_candidate(state, holder, idle_s[holder], active_s=FOREVER))
+        newest = _newest_of_each_kind(there, idle_s)
+        found += [_candidate(each, idle_s[each.node], active_s=active_s) for each in newest]
+    if holder is not None:
+        found = [each for each in found if each.node != holder]
+        found.append(_candidate(state.node(holder), idle_s.get(holder, 0.0), active_s=FOREVER))
     return sorted(found, key=lambda candidate: candidate.node)
 
 
-def _load(state: ClusterState, node: int) -> float:
+def _load(there: ClusterNode) -> float:
     """The work there with one more task, where each takes as long as a short prompt."""
-    return (state.node(node).num_tasks + 1) * state.node(node).costs.slowness
+    return (len(there.tasks) + 1) * there.costs.slowness
 
 
-def _newest_of_each_kind(state: ClusterState, idle_s: Mapping[int, float]) -> list[int]:
+def _newest_of_each_kind(there: Sequence[ClusterNode], idle_s: Mapping[int, float]) -> list[ClusterNode]:
     """The idle nodes that worked last, of each of the fastest kinds."""
-    kinds: dict[Hashable, list[int]] = {}
-    for node in idle_s:
-        kinds.setdefault(state.node(node).costs.alike, []).append(node)
-    fastest = nsmallest(MAX_KINDS, kinds.values(), key=lambda kind: state.node(kind[0]).costs.slowness)
-    return [node for kind in fastest for node in nsmallest(MAX_IDLE, kind, key=idle_s.__getitem__)]
+    kinds: dict[Hashable, list[ClusterNode]] = {}
+    for each in there:
+        if each.node in idle_s:
+            kinds.setdefault(each.costs.alike, []).append(each)
+    fastest = nsmallest(MAX_KINDS, kinds.values(), key=lambda kind: kind[0].costs.slowness)
+    return [each for kind in fastest for each in nsmallest(MAX_IDLE, kind, key=lambda one: idle_s[one.node])]
 
 
-def _candidate(state: ClusterState, node: int, idle_s: float, *, active_s: float) -> Candidate:
-    known = state.node(node)
-    return Candidate(node, known.node_model, known.costs, idle_s <= active_s, idle_s)
+def _candidate(there: ClusterNode, idle_s: float, *, active_s: float) -> Candidate:
+    return Candidate(there.node, there.node_model, there.costs, idle_s <= active_s, idle_s)
 
 
-def _idle_s(state: ClusterState, node: int, now_s: float) -> float:
-    last_s = state.node(node).node_model.last_active_s
+def _idle_s(there: ClusterNode, now_s: float) -> float:
+    last_s = there.node_model.last_active_s
     return FOREVER if last_s is None else now_s - last_s
