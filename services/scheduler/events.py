@@ -93,6 +93,13 @@ class TaskQueued:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestsLate:
+    """A request cannot be in time: it was refused, or stands in line."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskLeftLine:
     """A request no longer asks for a node, or has one."""
 
@@ -125,6 +132,7 @@ Event = (
     | ListenedUntil
     | TaskArrived
     | TaskQueued
+    | RequestsLate
     | TaskLeftLine
     | TaskAssigned
     | TasksEnded

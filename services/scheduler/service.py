@@ -16,6 +16,7 @@ from services.scheduler.events import (
     ListenedUntil,
     PlacedTask,
     ProfileRead,
+    RequestsLate,
     StageLeft,
     StageProgressed,
     TaskArrived,
@@ -26,7 +27,7 @@ from services.scheduler.events import (
     TimePassed,
 )
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
-from services.scheduler.policies.base import Arrival, Place, Policy, Refuse, Task, Wait
+from services.scheduler.policies.base import LATE, Arrival, Place, Policy, Refuse, Task, Wait
 from services.scheduler.state import MAX_REMEMBERED, OVERDUE_SLACK_S, ClusterState
 from services.scheduler.statistics import MeanError
 from services.scheduler.tasks import shape_of
@@ -209,12 +210,15 @@ class Scheduler:
                     await self._apply(TaskAssigned(placed, now_s))
                     return _answer(placed), True
                 case Refuse(code, reason, retry_after_s):
+                    if code == LATE:
+                        await self._apply(RequestsLate(now_s))
                     self._num_refused += code == TOO_MANY
                     raise RefusedError(reason, code=code, retry_after_s=retry_after_s)
                 case Wait(until_s, reason, in_line):
                     if now_s >= give_up_s:
                         raise RefusedError(f"{DEFERRED}: {reason}", code=503)
                     if in_line:
+                        await self._apply(RequestsLate(now_s))
                         await self._apply(TaskQueued(task.task_id, _priority_of(task), arrived_s))
                     wait_s = max(SHORTEST_WAIT_S, min(until_s, give_up_s) - now_s)
                     await self._turns.wait(task.task_id, wait_s)

@@ -16,6 +16,7 @@ from services.scheduler.events import (
     LostTask,
     PlacedTask,
     ProfileRead,
+    RequestsLate,
     StageLeft,
     StageProgressed,
     TaskArrived,
@@ -73,6 +74,8 @@ class ClusterState:
         self._busy_s = ArrivalRate()
         """Seconds of ops, of all stages together."""
         self.waiting_line = WaitingLine()
+        self.last_late_s = float("-inf")
+        """When a request last could not be in time."""
         self._costs_of_profile: dict[str, Costs] = {"": costs}
         self._feeding = feeding
         self._arrived_s: dict[str, float] = {}
@@ -110,6 +113,9 @@ class ClusterState:
                 return []
             case TaskQueued(task_id, priority, arrived_s):
                 self.waiting_line.join(task_id, priority, arrived_s)
+                return []
+            case RequestsLate(now_s):
+                self.last_late_s = now_s
                 return []
             case TaskLeftLine(task_id):
                 self.waiting_line.leave(task_id)

@@ -9,6 +9,9 @@ from services.scheduler.state import ClusterState
 from shared.messages.inference import InferenceTask
 from shared.messages.training import TrainingTask
 
+LATE = 429
+"""The code of a refusal because of too much load."""
+
 Task = InferenceTask | TrainingTask
 
 

@@ -47,6 +47,9 @@ from shared.messages.training import TrainingTask
 ASK_AGAIN = 0.1
 """Share of an objective: after it a waiting task asks again, if nothing is known to change before."""
 
+YIELDING = 4.0
+"""For so many objectives after a request that could not be in time, a batch counts as making all late."""
+
 T = TypeVar("T")
 
 ANSWER_HOPS = 2
@@ -151,6 +154,8 @@ class Lemix:
             slices = {each.node: each.node_model.num_slices for each in found}
             ops = _by_node(found, lambda each: _ops_of(each.costs, shape, slices[each.node]), by=slices)
             shares = [late_share(each.node, each.forecast, ops[each.node], expected) for each in best]
+            if now_s - state.last_late_s < YIELDING * state.slo_s:
+                shares = [1.0 for _ in best]
             patience_s = self._options.patience * state.slo_s
             allowed = self._options.late_share + waited_s / patience_s
             if min(shares) > allowed:

@@ -7,9 +7,10 @@ import copy
 
 import pytest
 
-from services.scheduler.events import StageProgressed, TasksEnded
+from services.scheduler.events import RequestsLate, StageProgressed, TasksEnded
 from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.base import Place, Policy, Refuse, Wait
+from services.scheduler.policies.lemix import YIELDING
 from services.scheduler.policies.lemix_options import BUSY_LOAD, CALM_LOAD, LemixOptions
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.state import ClusterState
@@ -197,6 +198,21 @@ def test_a_batch_waits_when_it_would_make_requests_late_everywhere() -> None:
     heavy = batch("b", 1000)  # 3 s on the last stage, without interruption
     assert isinstance(ask(state, lemix(), heavy, 2.0), Wait)
     assert node_of(ask(state, lemix("without=deferral"), heavy, 2.0)) == 0
+
+
+def test_batches_yield_while_requests_cannot_be_in_time_and_come_back_by_themselves() -> None:
+    state = cluster(0, 1)
+    expect_requests(state)
+    assert isinstance(ask(state, lemix(), batch("b", 10), 2.0), Place)
+    state.apply(RequestsLate(2.0))
+    waits = ask(state, lemix(), batch("b", 10), 2.0)
+    assert isinstance(waits, Wait) and waits.reason == "requests would be late"
+    assert isinstance(ask(state, lemix("without=deferral"), batch("b", 10), 2.0), Place)
+    assert isinstance(ask(state, lemix(), batch("b", 10), 2.0 + YIELDING * SLO_S), Place)
+    patient = batch("patient", 10)
+    state.apply(RequestsLate(12.0))
+    assert isinstance(ask(state, lemix(), patient, 12.0, arrived_s=2.0 + 0.2), Wait)
+    assert isinstance(ask(state, lemix(), patient, 12.0, arrived_s=2.0), Place)
 
 
 def test_a_batch_that_harms_nobody_does_not_wait() -> None:
