@@ -4,7 +4,7 @@ import pytest
 
 from lemix.simulation.metrics import metrics_of
 from lemix.simulation.record import BatchRecord, RequestRecord, RunRecord
-from lemix.studies.overload import near_the_most
+from lemix.studies.overload import near_the_bound, near_the_most
 from lemix.studies.rows import Row, Spread
 from lemix.studies.while_serving import while_serving
 
@@ -44,18 +44,25 @@ def test_without_training_nothing_is_kept_or_lost() -> None:
     assert while_serving(record, metrics_of(record, slo_s=1.0))["training_kept"] is None
 
 
-def test_overload_is_held_against_the_bound_above_capacity_alone() -> None:
+def overload_rows() -> list[Row]:
     def row(policy: str, factor: float, in_time_per_s: float) -> Row:
         metrics = {"in_time_per_s": Spread(in_time_per_s, in_time_per_s, in_time_per_s)}
         return Row({"factor": factor, "policy": policy}, metrics, 5)
 
-    rows = [
-        *(row("lemix", 1, 50.0), row("bound", 1, 100.0)),
-        *(row("lemix", 2, 89.0), row("bound", 2, 100.0)),
-        *(row("lemix", 5, 90.0), row("bound", 5, 100.0)),
+    return [
+        *(row("lemix", 1, 50.0), row("round_robin", 1, 50.0), row("bound", 1, 100.0)),
+        *(row("lemix", 2, 89.0), row("round_robin", 2, 100.0), row("bound", 2, 100.0)),
+        *(row("lemix", 5, 90.0), row("round_robin", 5, 9.0), row("bound", 5, 200.0)),
     ]
-    verdict = near_the_most(rows)
-    assert [(finding.labels["factor"], finding.met) for finding in verdict.findings] == [
-        (2, False),
-        (5, True),
-    ]
+
+
+def test_overload_is_held_against_the_most_of_any_policy_and_no_more_than_could_be_in_time() -> None:
+    findings = near_the_most(overload_rows()).findings
+    assert [(finding.labels["factor"], finding.met) for finding in findings] == [(2, False), (5, True)]
+    assert [finding.needed for finding in findings] == [90.0, 90.0]
+
+
+def test_overload_is_held_against_the_bound_above_capacity_alone() -> None:
+    findings = near_the_bound(overload_rows()).findings
+    assert [(finding.labels["factor"], finding.met) for finding in findings] == [(2, False), (5, False)]
+    assert [finding.needed for finding in findings] == [90.0, 180.0]
