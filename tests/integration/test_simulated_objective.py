@@ -37,3 +37,28 @@ def test_prompts_take_no_more_of_an_iteration_than_the_time_between_tokens_allow
     assert careless_s > 0.08
     assert careful_s <= 0.06
     assert later_s < 2 * soon_s
+
+
+def in_time_per_s(rate_per_s: float) -> float:
+    """Requests in time per second while they arrive, on four nodes that also train."""
+    seconds = 2.0
+    num_requests, num_batches = round(rate_per_s * seconds), 6
+    options = SimulationOptions(
+        nodes=4, profile="llama2-13b@a100", policy="lemix", objectives=Objectives(when_late="refuse")
+    )
+    workload = WorkloadOptions(
+        num_tasks=num_requests + num_batches,
+        training_rate=num_batches / (num_requests + num_batches),
+        rate_per_s=rate_per_s,
+        batch_size=8,
+        release="poisson",
+        training_per_s=num_batches / seconds,
+    )
+    _, metrics = simulate(options, workload)
+    assert metrics.slo_attainment is not None and metrics.batches_applied_share == 1
+    return metrics.slo_attainment * rate_per_s
+
+
+def test_above_capacity_more_requests_are_in_time_than_at_it() -> None:
+    """They were served in order before: at twice the capacity one of fourteen was in time."""
+    assert in_time_per_s(264.0) > in_time_per_s(132.0) > 0.95 * 132.0
