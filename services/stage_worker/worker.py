@@ -169,7 +169,11 @@ class StageWorker:
             if target[0] == beat.stage and not self._is_linked(target, beat.instance):
                 self._linked.pop(target, None)
                 self._linking.add(target)
-                self._group.create_task(self._link(target, beat.instance))
+                link = self._link(target, beat.instance)
+                try:
+                    self._group.create_task(link)
+                except RuntimeError:  # the worker stops: its group takes no more tasks
+                    link.close()
 
     async def _link(self, target: Target, instance: str) -> None:
         """Offer a link; a peer that does not accept is offered another at its next heartbeat."""
