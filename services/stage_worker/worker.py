@@ -27,6 +27,7 @@ from shared.clock import Clock, on_time
 from shared.errors import BusError, ConfigurationError
 from shared.messages.cluster import Heartbeat, LinkAnswer, LinkOffer, LinkPurpose, StageStopped
 from shared.messages.weights import RestoreWeights
+from shared.task_groups import start_unless_ending
 from shared.telemetry import Telemetry
 
 LOST_AFTER_S = 3 * subjects.HEARTBEAT_S
@@ -169,11 +170,7 @@ class StageWorker:
             if target[0] == beat.stage and not self._is_linked(target, beat.instance):
                 self._linked.pop(target, None)
                 self._linking.add(target)
-                link = self._link(target, beat.instance)
-                try:
-                    self._group.create_task(link)
-                except RuntimeError:  # the worker stops: its group takes no more tasks
-                    link.close()
+                start_unless_ending(self._group, self._link(target, beat.instance))
 
     async def _link(self, target: Target, instance: str) -> None:
         """Offer a link; a peer that does not accept is offered another at its next heartbeat."""

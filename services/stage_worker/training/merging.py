@@ -21,6 +21,7 @@ from shared.messages.base import Done
 from shared.messages.cluster import Rendezvous, RendezvousRequest
 from shared.messages.weights import MergeGroup, MergeWeights, ReduceGradients
 from shared.subjects import MERGE, REDUCE, RENDEZVOUS
+from shared.task_groups import start_unless_ending
 
 MERGE_DEADLINE_S = 600.0
 RENDEZVOUS_TIMEOUT_S = 10.0
@@ -113,7 +114,7 @@ class Merging:
 
     async def _copy_gradients(self, order: ReduceGradients) -> None:
         copied = await self._executor.copy_gradients(order.batch_id)
-        self._group.create_task(self._reduce(order, copied))
+        start_unless_ending(self._group, self._reduce(order, copied))
 
     async def _reduce(self, order: ReduceGradients, copied: Any) -> None:
         try:

@@ -17,6 +17,7 @@ from shared.errors import RefusedError
 from shared.messages.base import Done
 from shared.messages.training import SaveFailed, ShardSaved
 from shared.messages.weights import SaveWeights
+from shared.task_groups import start_unless_ending
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class ShardSaves:
             if version < present:
                 await self._failed(save, f"the stage has gone on to version {present}")
             else:
-                self._group.create_task(self._write(await self._executor.snapshot(), save))
+                start_unless_ending(self._group, self._write(await self._executor.snapshot(), save))
 
     async def _on_save(self, incoming: Incoming[SaveWeights]) -> Done:
         message, present = incoming.message, self._versions.version
