@@ -27,7 +27,7 @@ from services.scheduler.events import (
     TimePassed,
 )
 from services.scheduler.objectives import DEFAULT_OBJECTIVES, MeanPrompt, Objectives
-from services.scheduler.policies.base import LATE, Arrival, Place, Policy, Refuse, Task, Wait
+from services.scheduler.policies.base import TOO_MUCH_LOAD, Arrival, Place, Policy, Refuse, Task, Wait
 from services.scheduler.state import MAX_REMEMBERED, OVERDUE_SLACK_S, ClusterState
 from services.scheduler.statistics import MeanError
 from services.scheduler.tasks import shape_of
@@ -71,8 +71,6 @@ SHORTEST_WAIT_S = 0.001
 QUEUE = "scheduler"
 
 log = logging.getLogger(__name__)
-TOO_MANY = 429
-"""HTTP's status for requests that cannot be served in time, or for which there is no room."""
 
 
 class Scheduler:
@@ -210,9 +208,9 @@ class Scheduler:
                     await self._apply(TaskAssigned(placed, now_s))
                     return _answer(placed), True
                 case Refuse(code, reason, retry_after_s):
-                    if code == LATE:
+                    if code == TOO_MUCH_LOAD:
+                        self._num_refused += 1
                         await self._apply(RequestsLate(now_s))
-                    self._num_refused += code == TOO_MANY
                     raise RefusedError(reason, code=code, retry_after_s=retry_after_s)
                 case Wait(until_s, reason, in_line):
                     if now_s >= give_up_s:

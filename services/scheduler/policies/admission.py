@@ -6,7 +6,7 @@ What can still be in time goes first. What cannot is refused, or stands in line 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.scheduler.policies.base import LATE, Decision, Place, Refuse, Wait
+from services.scheduler.policies.base import TOO_MUCH_LOAD, Decision, Place, Refuse, Wait
 from services.scheduler.policies.lemix_score import Prospect
 from services.scheduler.state import ClusterState
 from shared.messages.inference import InferenceTask
@@ -80,7 +80,7 @@ def decide_late(state: ClusterState, prospects: Sequence[Prospect], due: Due, no
     reason = f"the first token would come after {soonest_s:.3g} s, and is due in {max(0.0, due.left_s):.3g} s"
     line, task_id = state.waiting_line, due.task.task_id
     if due.refuses or (len(line) >= MAX_IN_LINE and task_id not in line):
-        return Refuse(LATE, reason, retry_after_s=max(0.0, soonest_s - due.left_s))
+        return Refuse(TOO_MUCH_LOAD, reason, retry_after_s=max(0.0, soonest_s - due.left_s))
     if line.first not in (None, task_id):
         return Wait(FOREVER, reason, in_line=True)
     best = min(prospects, key=lambda each: _turn_s(each, due, now_s))

@@ -9,8 +9,8 @@ from services.scheduler.state import ClusterState
 from shared.messages.inference import InferenceTask
 from shared.messages.training import TrainingTask
 
-LATE = 429
-"""The code of a refusal because of too much load."""
+TOO_MUCH_LOAD = 429
+"""The code of a refusal: it cannot be served in time, or there is no room for it."""
 
 Task = InferenceTask | TrainingTask
 

@@ -18,6 +18,7 @@ from services.scheduler.forecast import (
 )
 from services.scheduler.policies.admission import Due, decide_late, due_of, in_time
 from services.scheduler.policies.base import (
+    TOO_MUCH_LOAD,
     Arrival,
     Decision,
     Place,
@@ -128,7 +129,7 @@ class Lemix:
                 400, f"prompt and max_tokens want {wanted} tokens of KV cache; a node has {capacity}"
             )
         if waited_s >= min(self._options.memory_patience_s, task.timeout_s / 2):
-            return Refuse(429, f"no node had {wanted} tokens of KV cache free for {waited_s:.3g} s")
+            return Refuse(TOO_MUCH_LOAD, f"no node had {wanted} tokens of KV cache free for {waited_s:.3g} s")
         reason = f"no node has {wanted} tokens of KV cache free"
         return Wait(now_s + ASK_AGAIN * state.slo_s, reason)
 
