@@ -215,11 +215,18 @@ class Scheduler:
                 case Wait(until_s, reason, in_line):
                     if now_s >= give_up_s:
                         raise RefusedError(f"{DEFERRED}: {reason}", code=503)
-                    if in_line:
-                        await self._apply(RequestsLate(now_s))
-                        await self._apply(TaskQueued(task.task_id, _priority_of(task), arrived_s))
+                    if in_line and await self._goes_ahead(task, arrived_s, now_s):
+                        continue  # the policy looked at a line that another one was the first of
                     wait_s = max(SHORTEST_WAIT_S, min(until_s, give_up_s) - now_s)
                     await self._turns.wait(task.task_id, wait_s)
+
+    async def _goes_ahead(self, task: Task, arrived_s: float, now_s: float) -> bool:
+        """Let it stand in line; True: before another one, which was the first until now."""
+        line = self._state.waiting_line
+        stood_first = line.first
+        await self._apply(RequestsLate(now_s))
+        await self._apply(TaskQueued(task.task_id, _priority_of(task), arrived_s))
+        return line.first == task.task_id and stood_first not in (None, task.task_id)
 
     def _placed(self, task: Task, place: Place, arrived_s: float, span: Span) -> PlacedTask:
         span.set_attribute("lemix.node", place.node)

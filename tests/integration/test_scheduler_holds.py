@@ -47,6 +47,20 @@ class Scripted:
         return self._decide(now_s, arrival.arrived_s)
 
 
+class OneAfterAnother(Scripted):
+    """Places the first in line once a node is free; the others wait behind it."""
+
+    def __init__(self, free_s: float) -> None:
+        super().__init__(lambda now_s, _: Place(0))
+        self._free_s = free_s
+
+    def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
+        self.asked_s.append(now_s)
+        if state.waiting_line.first not in (None, arrival.task.task_id):
+            return Wait(float("inf"), "late", in_line=True)
+        return Place(0) if now_s >= self._free_s else Wait(self._free_s, "late", in_line=True)
+
+
 @asynccontextmanager
 async def scheduling(
     policy: Scripted, objectives: Objectives = DEFAULT_OBJECTIVES
@@ -247,17 +261,7 @@ def test_the_status_tells_how_wrong_forecasts_were() -> None:
 def test_a_task_in_line_is_woken_when_its_turn_comes() -> None:
     """Three are late. Each asks once more when the one before it has a node, and not in between."""
     free_s = 3.0
-
-    class OneAfterAnother(Scripted):
-        def choose(self, state: ClusterState, arrival: Arrival, now_s: float) -> Decision:
-            self.asked_s.append(now_s)
-            if state.waiting_line.first not in (None, arrival.task.task_id):
-                return Wait(float("inf"), "late", in_line=True)
-            if now_s < free_s:
-                return Wait(free_s, "late", in_line=True)
-            return Place(0)
-
-    policy = OneAfterAnother(lambda now_s, _: Place(0))
+    policy = OneAfterAnother(free_s)
 
     async def case() -> None:
         async with scheduling(policy) as bus, asyncio.TaskGroup() as group:
@@ -268,6 +272,20 @@ def test_a_task_in_line_is_woken_when_its_turn_comes() -> None:
 
     run_virtual(case())
     assert len(policy.asked_s) == 6
+
+
+def test_a_task_that_goes_ahead_of_the_first_in_line_is_not_forgotten() -> None:
+    """The second one came to its gateway earlier, so it stands before the first, and is asked."""
+    free_s = 3.0
+
+    async def case() -> None:
+        async with scheduling(OneAfterAnother(free_s)) as bus, asyncio.TaskGroup() as group:
+            for task_id, waited_s in (("r", 0.0), ("s", 1.0)):
+                task = structs.replace(request(task_id, 4), waited_s=waited_s)
+                group.create_task(bus.request(SUBMIT.at(), task, timeout_s=SUBMIT_TIMEOUT_S))
+        assert now_s() == pytest.approx(free_s, abs=0.01)
+
+    run_virtual(case())
 
 
 def test_the_gateway_asks_again_for_a_deferred_request_until_nobody_wants_it() -> None:

@@ -129,6 +129,12 @@ class NodeModel:
         """Time between two tokens once all requests here, and one more, decode."""
         return self._tbt_with(NO_WORK)
 
+    @property
+    def full_iteration_s(self) -> float:
+        """Time of the slowest stage for an iteration with the decodes here and as many rows as it takes."""
+        work = self._iterations.decode_share() + work_of_rows(0, self._costs.max_iteration_tokens)
+        return max(durations_of(work, self._costs, self.num_stages))
+
     def rows_beside_decodes(self, tbt_s: float) -> int:
         """Most rows of a prompt beside decodes with which tokens still come `tbt_s` after each other."""
         few, many = MIN_ROWS, self._costs.max_iteration_tokens

@@ -37,6 +37,8 @@ class Due:
     tbt_s: float | None
     refuses: bool
     """It is refused when it cannot be in time."""
+    is_set: bool
+    """Somebody has said when it is due, or what becomes of it when it is late."""
 
 
 def due_of(
@@ -44,6 +46,7 @@ def due_of(
 ) -> Due:
     """The objectives of a request: its own, else the run's. `hops_s`: of its messages, in no forecast."""
     asked, run = task.objective, state.objectives
+    said = (run.ttft_s, run.when_late, asked.ttft_s, asked.when_late)
     ttft_s = asked.ttft_s or state.ttft_slo_s(len(task.prompt))
     refuses = run.refuses_late or asked.ttft_s is not None
     left_s, mean = ttft_s - hops_s - waited_s, state.mean_prompt
@@ -58,6 +61,7 @@ def due_of(
         patience_s=max(0.0, patience_s),
         tbt_s=asked.tbt_s or run.tbt_s,
         refuses=refuses if asked.when_late is None else asked.when_late == "refuse",
+        is_set=any(each is not None for each in said),
     )
 
 
@@ -91,9 +95,13 @@ def decide_late(state: ClusterState, prospects: Sequence[Prospect], due: Due, no
 def _turn_s(prospect: Prospect, due: Due, now_s: float) -> float:
     """When a late request may go to the node, so that others that come there can still be in time.
 
-    At once while its own first token leaves them most of the objective; else when nobody waits there.
+    At once while its own first token leaves them most of the objective; else when nobody waits there. Where
+    nobody has set a time, no more of them wait there than the next iteration takes, so that it is a full one.
     """
     if prospect.duration_s <= LATE_SHARE * due.ttft_s:
         return now_s
-    prediction = prospect.candidate.node_model.prediction
+    node_model = prospect.candidate.node_model
+    prediction = node_model.prediction
+    if not due.is_set:
+        return prediction.last_entry_s - node_model.full_iteration_s
     return max(prediction.last_entry_s, prediction.slot_s - due.alone_s)

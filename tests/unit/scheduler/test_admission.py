@@ -7,7 +7,7 @@ import pytest
 from msgspec import structs
 
 from services.scheduler.events import TaskArrived, TaskLeftLine, TaskQueued
-from services.scheduler.objectives import MeanPrompt, Objectives
+from services.scheduler.objectives import MeanPrompt, Objectives, WhenLate
 from services.scheduler.policies import policy_named
 from services.scheduler.policies.admission import MAX_IN_LINE
 from services.scheduler.policies.base import Place, Refuse, Wait
@@ -79,6 +79,19 @@ def test_a_late_request_waits_behind_those_in_time_and_runs_when_nobody_else_wai
     assert isinstance(decision, Wait) and decision.in_line
     assert 1.0 < decision.until_s <= 2.0
     assert isinstance(ask(cluster(0), LEMIX, late, 5.0, arrived_s=0.0), Place)
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "when_late", "waits"),
+    [(0.75, "serve_last", True), (0.75, None, False), (2.0, "serve_last", True), (2.0, None, True)],
+)
+def test_where_nobody_has_set_a_time_late_requests_fill_the_next_iteration(
+    busy_s: float, when_late: WhenLate | None, waits: bool
+) -> None:
+    """An iteration takes 512 rows; with 750 before it a stage is never idle, and never half full."""
+    state = busy_until(busy_s, objectives=Objectives(slo_factor=1.0), mean_prompt=MeanPrompt(100, 0.2))
+    decision = ask(state, LEMIX, asked("r", 100, Objective(when_late=when_late)), 0.0)
+    assert isinstance(decision, Wait if waits else Place)
 
 
 def test_late_requests_go_in_the_order_of_their_priority_and_arrival() -> None:
