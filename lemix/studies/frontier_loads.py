@@ -68,7 +68,7 @@ FULL = FrontierPlan(
         FrontierLoad(model="gpt2-large", rate_per_s=1_400, training_tokens_per_s=11_960, num_requests=800),
         FrontierLoad(model="llama2-13b", rate_per_s=85, training_tokens_per_s=3_439, asks_rate=True),
         FrontierLoad(model="llama2-13b", rate_per_s=110, training_tokens_per_s=1_720, asks_rate=True),
-        FrontierLoad(model="llama2-70b", rate_per_s=450, training_tokens_per_s=2_579),
+        FrontierLoad(model="llama2-70b", rate_per_s=450, training_tokens_per_s=2_579, num_requests=1_600),
         FrontierLoad(
             model="gpt2-large",
             rate_per_s=100,

@@ -152,7 +152,7 @@ class Scheduler:
             placed, is_new = await self._decide(task, span)
             if is_new:
                 shape = self._state.shape_of(task.task_id)
-                task = structs.replace(task, rows_beside_decodes=shape.rows_beside_decodes)
+                task = structs.replace(task, pace=shape.pace)
                 await self._bus.publish(ASSIGN.at(node=placed.node), task, traceparent=traceparent_of(span))
         return placed
 
@@ -238,7 +238,7 @@ class Scheduler:
             shape=replace(
                 shape_of(task),
                 cached_tokens=place.cached_tokens,
-                rows_beside_decodes=place.rows_beside_decodes,
+                pace=place.pace,
             ),
             beginnings=place.beginnings,
             arrived_s=arrived_s,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from services.scheduler.forecast import Interval
 from shared.messages.cluster import TaskKind
-from shared.messages.inference import InferenceTask
+from shared.messages.inference import OWN_PACE, InferenceTask, Pace
 from shared.messages.training import TrainingTask
 from shared.profiles.times import NO_WORK, Work, work_of_rows
 
@@ -18,8 +18,8 @@ class TaskShape:
     max_tokens: int = 0
     cached_tokens: int = 0
     """Tokens of the prompt that its node need not compute."""
-    rows_beside_decodes: int | None = None
-    """Rows of prompts in an iteration with it and decodes; None: see `InferenceTask`."""
+    pace: Pace = OWN_PACE
+    """The room that a request leaves to others."""
     microbatches: tuple[Work, ...] = ()
     """The microbatches of a training task."""
 

@@ -15,6 +15,7 @@ from shared.messages.bounds import (
     PositiveShare,
     Share,
 )
+from shared.slices import TRAINING_TURN
 from shared.tensors.ref import TensorRef
 
 FinishReason = Literal["stop", "length"]
@@ -75,6 +76,20 @@ class Objective(Message):
 RUN_OBJECTIVE = Objective()
 
 
+class Pace(Message):
+    """The room that a request's objective for the time between tokens leaves to others on its node."""
+
+    rows_beside_decodes: PositiveInt | None = None
+    """Rows of prompts that an iteration with decodes has at most while the request is in it; None: as many as
+    there is room for."""
+    training_turn: NonNegativeFloat = TRAINING_TURN
+    """How long training goes on at least after it gave way to an iteration with the request, in lengths of
+    that (see `shared.slices`)."""
+
+
+OWN_PACE = Pace()
+
+
 class InferenceTask(Message):
     """One sequence to complete. gateway -> scheduler -> stage 0 of the chosen node."""
 
@@ -102,9 +117,8 @@ class InferenceTask(Message):
         return len(self.prompt) + max(0, self.sampling.max_tokens - self.num_given)
 
     objective: Objective = RUN_OBJECTIVE
-    rows_beside_decodes: PositiveInt | None = None
-    """Rows of prompts that an iteration with decodes has at most while this one is in it, so that tokens come
-    in time; the scheduler sets it. None: as many as there is room for."""
+    pace: Pace = OWN_PACE
+    """The scheduler sets it."""
     waited_s: NonNegativeFloat = 0.0
     """How long the request had been at its gateway when this was sent first."""
 
@@ -184,6 +198,8 @@ class Iteration(Message):
     """The weights version to run with; None: each stage's newest."""
     deferrable: bool = False
     """All other work overtakes it."""
+    training_turn: NonNegativeFloat = TRAINING_TURN
+    """The least of its sequences (see `Pace`)."""
 
     def __post_init__(self) -> None:
         columns = (self.sequences, self.starts, self.counts, self.produces)

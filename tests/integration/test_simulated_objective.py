@@ -39,6 +39,29 @@ def test_prompts_take_no_more_of_an_iteration_than_the_time_between_tokens_allow
     assert later_s < 2 * soon_s
 
 
+def test_training_gives_way_as_often_as_the_time_between_tokens_asks() -> None:
+    """It was 67 ms whatever the objective: training went on for two iterations after each."""
+
+    def tbt_p99_s(objective_s: float | None) -> float:
+        options = SimulationOptions(
+            nodes=2, profile="llama2-13b@a100", policy="lemix", objectives=Objectives(tbt_s=objective_s)
+        )
+        workload = WorkloadOptions(
+            num_tasks=40,
+            training_rate=0.5,
+            rate_per_s=5.0,
+            max_tokens=(32, 64),
+            release="poisson",
+            training_per_s=5.0,
+        )
+        _, metrics = simulate(options, workload)
+        assert metrics.tbt_p99_s is not None and metrics.batches_applied_share == 1
+        return metrics.tbt_p99_s
+
+    assert tbt_p99_s(None) > 0.06
+    assert tbt_p99_s(0.045) <= 0.045
+
+
 def in_time_per_s(rate_per_s: float) -> float:
     """Requests in time per second while they arrive, on four nodes that also train."""
     seconds = 2.0

@@ -151,7 +151,8 @@ class IterationQueue:
 
     def _room(self, formed: _Formed, task: Assigned) -> int:
         """Rows of the prompt that the iteration can still take."""
-        room, most = self._costs.max_iteration_tokens - formed.num_tokens, task.shape.rows_beside_decodes
+        most = task.shape.pace.rows_beside_decodes
+        room = self._costs.max_iteration_tokens - formed.num_tokens
         if most is not None and formed.carried.num_tokens:
             return min(room, most - sum(part.num_tokens for part in formed.parts))
         return room

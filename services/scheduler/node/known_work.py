@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from services.scheduler.costs import Costs
 from shared.profiles.times import NO_WORK, Work
+from shared.slices import TRAINING_TURN
 
 ITERATION, STEP, BACKWARD, FORWARD = range(4)
 """In the order in which a stage prefers them."""
@@ -53,6 +54,14 @@ class Batch:
     """When each microbatch is where its next pass runs."""
     stepped: set[int] = field(default_factory=set)
     """Stages that have stepped."""
+
+    def slice_s(self, stage: int, num_slices: int) -> float:
+        """The longest that an iteration waits on a stage for a pass of it, or its step, to give way."""
+        is_last = stage == len(self.step_s) - 1
+        forward_share = max(BACKWARD_SHARE, 1 - BACKWARD_SHARE) if is_last else 1.0
+        passes_s = [forward_share * forward_s[stage] for forward_s in self.forward_s]
+        passes_s += [backward_s[stage] for backward_s in self.backward_s]
+        return max([*passes_s, self.step_s[stage]]) / num_slices
 
 
 def durations_of(work: Work, costs: Costs, num_stages: int) -> list[float]:
@@ -114,6 +123,8 @@ class KnownWork:
     """By stage: what is left of the op that stands aside there; empty: none does."""
     num_slices: Sequence[int] = ()
     """By stage: slices of a pass, between which it gives way to iterations; empty: each has but one."""
+    training_turn: float = TRAINING_TURN
+    """How long what gave way to an iteration goes on at least, in lengths of that."""
     devices: Sequence[int] = ()
     """By stage: the first stage on its device, which does one op at a time; empty: each has its own."""
     told_s: Sequence[float] = ()

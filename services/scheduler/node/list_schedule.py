@@ -27,7 +27,6 @@ from services.scheduler.node.known_work import (
 )
 from services.scheduler.node.prediction import Entry, Prediction
 from services.scheduler.node.slices_of_ops import RunningInSlices, cut_s, next_on_device
-from shared.slices import TRAINING_TURN
 
 SLACK_S = 1e-9
 _END, _CUT, _WAKE = 8, 9, 10
@@ -261,7 +260,9 @@ class _ListSchedule:
         is_without = self._num_decode_iterations or not known.decode_gap_s or at_s >= known.decode_until_s
         if is_without or not known.gives_way(device):
             return 0.0
-        return known.decode_gap_s[device] * (op.duration_s // (TRAINING_TURN * known.decode_s[device]))
+        slice_s = op.duration_s / known.num_slices[device]
+        turn_s = max(slice_s, known.training_turn * known.decode_s[device])
+        return known.decode_gap_s[device] * (op.duration_s // turn_s)
 
     def _plan_cut(self, device: int, at_s: float) -> None:
         """An iteration waits: have the op that runs stand aside at the end of a slice."""
@@ -294,7 +295,7 @@ class _ListSchedule:
             return
         stage, op = aside
         self._aside[device] = None
-        self._record(stage, op, at_s, at_s + op.duration_s, at_s + TRAINING_TURN * given_way_s)
+        self._record(stage, op, at_s, at_s + op.duration_s, at_s + self._known.training_turn * given_way_s)
         if self._queues[device] and self._queues[device][0][0] == ITERATION:
             self._plan_cut(device, at_s)
 

@@ -32,6 +32,7 @@ from services.scheduler.statistics import RunningMoments
 from services.scheduler.tasks import Assigned, TaskShape
 from shared.messages.cluster import TaskKind
 from shared.messages.events import OpStarted, StageOp, StageProgress
+from shared.messages.inference import Pace
 from shared.profiles.times import NO_WORK, Work, work_of_rows
 from shared.schedule import BY_DEFAULT, Feeding
 from shared.slices import TRAINING_TURN
@@ -86,6 +87,8 @@ class NodeModel:
         self._devices = list(range(num_stages))
         """By stage: the first stage on its device."""
         self._num_slices = [1] * num_stages
+        self._slices_s = [0.0] * num_stages
+        """By stage: the longest slice of the last batch."""
         self._iterated_s = [(0.0, 0.0)] * num_stages
         """By device: the end of the last iteration that it has told of, and how long that took."""
         self._after_backward = [False] * num_stages
@@ -135,8 +138,18 @@ class NodeModel:
         work = self._iterations.decode_share() + work_of_rows(0, self._costs.max_iteration_tokens)
         return max(durations_of(work, self._costs, self.num_stages))
 
-    def rows_beside_decodes(self, tbt_s: float) -> int:
-        """Most rows of a prompt beside decodes with which tokens still come `tbt_s` after each other."""
+    def keeps_pace(self, tbt_s: float) -> bool:
+        """Whether the tokens of one more request can still come `tbt_s` after each other, beside training."""
+        return self.tbt_s + sum(self._slices_s) <= tbt_s
+
+    def pace(self, tbt_s: float) -> Pace:
+        """The room that a request leaves to others, for which tokens are to come `tbt_s` after each other."""
+        rest_s = tbt_s - sum(self._slices_s)
+        turn = min(TRAINING_TURN, max(0.0, rest_s / self.tbt_s - 1))
+        return Pace(rows_beside_decodes=self._rows_beside_decodes(rest_s), training_turn=turn)
+
+    def _rows_beside_decodes(self, tbt_s: float) -> int:
+        """Most rows of a prompt beside decodes with which tokens still come in time."""
         few, many = MIN_ROWS, self._costs.max_iteration_tokens
         while few < many:
             middle = (few + many + 1) // 2
@@ -220,9 +233,9 @@ class NodeModel:
         self.lengths.add(shape.num_tokens)
         if kind == "training":
             ready_s = now_s + 2 * self._costs.hop_s
-            self._batches[task_id] = batch_of(
-                task_id, shape.microbatches, self._costs, self.num_stages, ready_s=ready_s
-            )
+            batch = batch_of(task_id, shape.microbatches, self._costs, self.num_stages, ready_s=ready_s)
+            self._batches[task_id] = batch
+            self._slices_s = [batch.slice_s(*each) for each in enumerate(self._num_slices)]
         else:
             ready_s, foreseen = now_s + self._costs.hop_s, self.prediction
             joins, waits = foreseen.last_entry_s > ready_s, foreseen.slot_s > ready_s
@@ -302,6 +315,12 @@ class NodeModel:
             return len(leaving.batch.stepped) == self.num_stages
         return task.first_token_s is not None and task.task_id not in self._iterations.decoding
 
+    @property
+    def _training_turn(self) -> float:
+        """The least of the requests here."""
+        requests = (task for task in self._tasks.values() if task.kind == "inference")
+        return min((task.shape.pace.training_turn for task in requests), default=TRAINING_TURN)
+
     def _task(self, task_id: str) -> Assigned | None:
         """A task that lives, or whose stages may still tell of it."""
         leaving = self._leaving.get(task_id)
@@ -318,7 +337,7 @@ class NodeModel:
         if running is None or not started.given_way_s:
             return running
         went_on_s, given_way_s = self._iterated_s[self._devices[stage]]
-        turn_until_s = went_on_s + TRAINING_TURN * given_way_s
+        turn_until_s = went_on_s + self._training_turn * given_way_s
         return running._replace(start_s=start_s + started.given_way_s, turn_until_s=turn_until_s)
 
     def _begun(self, stage: int, op: StageOp, start_s: float) -> Running | None:
@@ -395,6 +414,7 @@ class NodeModel:
             running=list(self._running.by_stage),
             aside=list(self._running.aside),
             num_slices=self._num_slices,
+            training_turn=self._training_turn,
             devices=self.devices,
             told_s=[max(told_s, now_s - self._silence_s) for told_s in self._told_s],
             in_flight=self._iterations.in_flight,

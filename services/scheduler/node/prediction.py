@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from services.scheduler.node.known_work import FORWARD, ITERATION, Batch, Iteration, KnownWork, Op
 from services.scheduler.node.slices_of_ops import cut_s
-from shared.slices import TRAINING_TURN
 
 
 class Entry(NamedTuple):
@@ -93,7 +92,9 @@ class Prediction:
         would_begin = start_s == wanted_s and not op.done_s
         if would_begin or self._is_overtaken(stage, op, start_s, before_s):
             return wanted_s
-        turn_s = TRAINING_TURN * on_device.ops[place - 1].duration_s if op.done_s and place else 0.0
+        turn_s = (
+            self.known.training_turn * on_device.ops[place - 1].duration_s if op.done_s and place else 0.0
+        )
         return cut_s(self.known, on_device.stages[place], op, start_s, max(wanted_s, start_s + turn_s))
 
     def _given_way_before(self, stage: int, at_s: float, before_s: float) -> float | None:
@@ -110,7 +111,7 @@ class Prediction:
         if op.kind == ITERATION or not self.known.gives_way(its_stage):
             return None
         went_on_s = on_device.starts_s[place] + given_way_s
-        return cut_s(self.known, its_stage, op, went_on_s, at_s + TRAINING_TURN * given_way_s)
+        return cut_s(self.known, its_stage, op, went_on_s, at_s + self.known.training_turn * given_way_s)
 
     def _is_near(self, stage: int) -> bool:
         """Whether a stage is on the device of the one before it."""

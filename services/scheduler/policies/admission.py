@@ -72,7 +72,7 @@ def in_time(state: ClusterState, prospects: Sequence[Prospect], due: Due, now_s:
     limit_s = min(due.alone_s + (1 - margin) * due.patience_s, due.left_s)
 
     def is_in_time(each: Prospect) -> bool:
-        keeps_pace = due.tbt_s is None or each.candidate.node_model.tbt_s <= due.tbt_s
+        keeps_pace = due.tbt_s is None or each.candidate.node_model.keeps_pace(due.tbt_s)
         return keeps_pace and each.duration_s <= limit_s
 
     return [each for each in prospects if is_in_time(each)]

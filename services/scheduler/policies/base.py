@@ -6,7 +6,7 @@ from typing import Protocol
 
 from services.scheduler.forecast import Forecast
 from services.scheduler.state import ClusterState
-from shared.messages.inference import InferenceTask
+from shared.messages.inference import OWN_PACE, InferenceTask, Pace
 from shared.messages.training import TrainingTask
 
 TOO_MUCH_LOAD = 429
@@ -35,8 +35,8 @@ class Place:
     """Tokens at the beginning of a prompt that the node's KV cache holds."""
     beginnings: tuple[int, ...] = ()
     """The blocks of the prompt (see `prefix_memory`)."""
-    rows_beside_decodes: int | None = None
-    """Rows of prompts in an iteration with it and decodes (see `InferenceTask`)."""
+    pace: Pace = OWN_PACE
+    """The room that a request leaves to others."""
     due_s: float | None = None
     """When a request's first token must be through the last stage; None: it is late already."""
     offload: bool = False

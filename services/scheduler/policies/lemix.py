@@ -42,7 +42,7 @@ from services.scheduler.policies.memory import TrainingRoom, activation_tokens, 
 from services.scheduler.prefix_memory import beginnings_of
 from services.scheduler.state import ClusterState
 from services.scheduler.tasks import TaskShape, shape_of
-from shared.messages.inference import InferenceTask
+from shared.messages.inference import OWN_PACE, InferenceTask
 from shared.messages.training import TrainingTask
 
 ASK_AGAIN = 0.1
@@ -227,7 +227,7 @@ def _as_known(
         place,
         cached_tokens=cached[place.node],
         beginnings=beginnings,
-        rows_beside_decodes=None if due.tbt_s is None else node_model.rows_beside_decodes(due.tbt_s),
+        pace=OWN_PACE if due.tbt_s is None else node_model.pace(due.tbt_s),
     )
 
 

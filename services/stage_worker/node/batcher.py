@@ -29,8 +29,9 @@ def form_iteration(
     has_decodes, num_prompt_rows = bool(rows), 0
     budget, starting_bytes = token_budget - len(rows), 0
     for sequence in prompts:
-        if has_decodes and sequence.task.rows_beside_decodes is not None:
-            budget = min(budget, sequence.task.rows_beside_decodes - num_prompt_rows)
+        most_rows = sequence.task.pace.rows_beside_decodes
+        if has_decodes and most_rows is not None:
+            budget = min(budget, most_rows - num_prompt_rows)
         if budget <= 0:
             break
         size = 0 if sequence.has_begun else sequence.start_bytes

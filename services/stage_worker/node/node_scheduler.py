@@ -213,6 +213,7 @@ class NodeScheduler:
             left=tuple(self._left),
             version=version,
             deferrable=deferrable,
+            training_turn=min(sequence.task.pace.training_turn for sequence, _ in rows),
         )
         tokens = tuple(chain.from_iterable(sequence.next_tokens(count) for sequence, count in rows))
         self._next_number += 1

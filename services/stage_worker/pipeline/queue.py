@@ -25,6 +25,8 @@ class Work:
     run: Callable[[], Awaitable[None]]
     gives_way: bool
     """Whether it asks, between its slices, if it must give way."""
+    training_turn: float
+    """How long what gave way to it goes on at least, in lengths of this."""
 
 
 class WorkQueue:
@@ -40,8 +42,8 @@ class WorkQueue:
         """Whether the last microbatch went forward or backward; None before the first one."""
         self._is_sliced = False
         """Whether what runs gives way."""
-        self._aside: asyncio.Future[None] | None = None
-        """Done when what stands aside may go on."""
+        self._aside: asyncio.Future[float] | None = None
+        """Done when what stands aside may go on: with the `training_turn` of what it gave way to."""
         self._turn_until_s = 0.0
         """An op that gives way need not do so before."""
         self._idle: deque[asyncio.Future[None]] = deque()
@@ -50,11 +52,18 @@ class WorkQueue:
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, kind: WorkKind, run: Callable[[], Awaitable[None]], *, gives_way: bool = False) -> None:
+    def put(
+        self,
+        kind: WorkKind,
+        run: Callable[[], Awaitable[None]],
+        *,
+        gives_way: bool = False,
+        training_turn: float = TRAINING_TURN,
+    ) -> None:
         """Add an item. Raises LemixError when the queue is full: a peer does not keep to the protocol."""
         if len(self._items) >= self._max_items:
             raise LemixError(f"{self._max_items} items of work are waiting on this stage already")
-        self._items.append(Work(kind, self._clock.now_s(), run, gives_way))
+        self._items.append(Work(kind, self._clock.now_s(), run, gives_way, training_turn))
         self._wake_one()
 
     @property
@@ -68,9 +77,9 @@ class WorkQueue:
         began_s = self._clock.now_s()
         self._aside = asyncio.get_running_loop().create_future()
         self._wake_one()
-        await self._aside
+        training_turn = await self._aside
         now_s = self._clock.now_s()
-        self._turn_until_s = now_s + TRAINING_TURN * (now_s - began_s)
+        self._turn_until_s = now_s + training_turn * (now_s - began_s)
 
     async def do_in_turn(self, work: Callable[[], Awaitable[None]], *, within_s: float) -> None:
         """Do this between two other ops, unless the asker has gone by then.
@@ -147,5 +156,5 @@ class WorkQueue:
         if item.gives_way:
             self._is_sliced = False
         elif self._aside is not None:
-            self._aside.set_result(None)
+            self._aside.set_result(item.training_turn)
             self._aside = None

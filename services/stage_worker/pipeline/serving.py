@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -222,7 +222,7 @@ class Serving:
             return
         while (first := self.scheduler.next_iteration()) is not None:
             self._started_s[first.iteration.number] = self._clock.now_s()
-            self._queue.put(_kind_of(first.iteration), partial(self._run_first, first))
+            self._enqueue(first.iteration, partial(self._run_first, first))
 
     async def _run_first(self, first: FirstRows) -> None:
         iteration = first.iteration
@@ -253,7 +253,11 @@ class Serving:
 
     async def _on_iteration(self, incoming: Incoming[IterationForward]) -> None:
         forward = incoming.message
-        self._queue.put(_kind_of(forward.iteration), partial(self._run_received, forward))
+        self._enqueue(forward.iteration, partial(self._run_received, forward))
+
+    def _enqueue(self, iteration: Iteration, run: Callable[[], Awaitable[None]]) -> None:
+        kind = WorkKind.DEFERRABLE if iteration.deferrable else WorkKind.INFERENCE
+        self._queue.put(kind, run, training_turn=iteration.training_turn)
 
     async def _run_received(self, forward: IterationForward) -> None:
         iteration = forward.iteration
@@ -358,10 +362,6 @@ class Serving:
         for gateway, share in by_gateway.items():
             produced = TokensProduced(node=self._settings.node, weights_version=version, results=tuple(share))
             await self._bus.publish(subjects.TOKENS.at(gateway=gateway), produced)
-
-
-def _kind_of(iteration: Iteration) -> WorkKind:
-    return WorkKind.DEFERRABLE if iteration.deferrable else WorkKind.INFERENCE
 
 
 def _sampled(number: int, result: SequenceResult) -> SampledToken:

@@ -9,6 +9,7 @@ from services.scheduler.node.known_work import ITERATION
 from services.scheduler.node.node_model import DECODE_OPS, NodeModel
 from services.scheduler.tasks import TaskShape
 from shared.messages.events import OpEnded, OpStarted, StageOp, StageProgress
+from shared.messages.inference import Pace
 from tests.support.policies import LinearCosts
 
 ROW_S = 0.001
@@ -94,7 +95,7 @@ def test_no_row_is_lost_where_decodes_take_room_from_a_prompt() -> None:
     place(node_model, "b", 100, 0.0)
     begins(node_model, first, 0.0)
     begins(node_model, second, 0.1, after=first)
-    shape = TaskShape(prompt_tokens=1024, max_tokens=1, rows_beside_decodes=16)
+    shape = TaskShape(prompt_tokens=1024, max_tokens=1, pace=Pace(rows_beside_decodes=16))
     node_model.assign("long", "inference", shape, forecast=None, arrived_s=0.15, now_s=0.15)
     ended = OpEnded(op=first, elapsed_s=0.1, ago_s=0.0)
     node_model.progressed(StageProgress(node=0, stage=1, ended=(ended,), running=None), 0.2)

@@ -10,9 +10,11 @@ from services.scheduler.policies.base import Place
 from services.scheduler.state import ClusterState
 from services.scheduler.tasks import TaskShape, shape_of
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
+from shared.messages.inference import Pace
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work, work_of_rows
 from shared.schedule import Feeding
+from shared.slices import TRAINING_TURN
 from shared.subjects import PROGRESS_EVERY_S
 from tests.support.policies import LinearCosts, assign, batch, cluster, request
 
@@ -288,6 +290,36 @@ def test_what_policies_read() -> None:
     assert starts(node_model, 0)[:2] == pytest.approx([0.45, 0.55])  # the request, and the batch behind it
     ended(node_model, 1, op("iteration", "r", tokens=100), 0.7)
     assert [task.first_token_s for task in node_model.assigned()] == [0.7, None]
+
+
+def test_the_pace_of_a_request_leaves_training_what_its_objective_allows() -> None:
+    """A token takes 1 ms a stage. The batch's longest slices take 200 / 4 ms on each of both: backwards."""
+    node_model = two_stages()
+    for stage in range(2):
+        node_model.cut(stage, 4)
+    alone_s = node_model.tbt_s
+    assert alone_s == pytest.approx(0.002)
+    assert node_model.pace(2.5 * alone_s).training_turn == pytest.approx(1.5)
+    assert node_model.pace(9 * alone_s).training_turn == TRAINING_TURN
+    place_batch(node_model, "b", 100)
+    assert node_model.pace(0.1 + 2.5 * alone_s).training_turn == pytest.approx(1.5)
+    assert node_model.pace(0.1).training_turn == 0.0
+    assert node_model.keeps_pace(0.1 + 1.01 * alone_s)
+    assert not node_model.keeps_pace(0.1 + 0.99 * alone_s)
+
+
+def test_where_a_request_is_pressing_a_pass_gives_way_at_its_next_slice() -> None:
+    """Of the forward of 100 ms 40 are done when an iteration of 30 ms ends, and the next one waits."""
+    turns_until = {}
+    for turn in (0.0, TRAINING_TURN):
+        node_model = two_stages()
+        node_model.cut(0, 4)
+        place_batch(node_model, "b", 100)
+        shape = TaskShape(prompt_tokens=30, max_tokens=9, pace=Pace(training_turn=turn))
+        node_model.assign("r", "inference", shape, forecast=None, arrived_s=0.0, now_s=0.01)
+        node_model.assign("s", "inference", shape, forecast=None, arrived_s=0.0, now_s=0.06)
+        turns_until[turn] = node_model.prediction.first_tokens_s["s"]
+    assert turns_until[0.0] < turns_until[TRAINING_TURN]
 
 
 def test_a_prediction_holds_while_stages_do_what_it_says() -> None:

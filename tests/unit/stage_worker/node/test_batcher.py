@@ -7,7 +7,7 @@ from msgspec import structs
 
 from services.stage_worker.node.batcher import MAX_STARTING_BYTES, form_iteration, form_scoring, new_blocks_of
 from services.stage_worker.node.sequence import Sequence
-from shared.messages.inference import NewBlocks
+from shared.messages.inference import NewBlocks, Pace
 from tests.unit.stage_worker.support import sequence
 
 
@@ -63,7 +63,7 @@ def test_a_long_prompt_goes_in_pieces_that_fill_the_budget() -> None:
 
 def careful(name: str, rows_beside_decodes: int) -> Sequence:
     one = sequence(name, prompt_length=10)
-    one.task = structs.replace(one.task, rows_beside_decodes=rows_beside_decodes)
+    one.task = structs.replace(one.task, pace=Pace(rows_beside_decodes=rows_beside_decodes))
     return one
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from services.stage_worker.node.node_scheduler import NodeScheduler
 from shared.errors import RefusedError
-from shared.messages.inference import Iteration, IterationDone, SampledToken
+from shared.messages.inference import Iteration, IterationDone, Pace, SampledToken
 from tests.unit.stage_worker.support import task
 
 BLOCK_SIZE = 4
@@ -86,6 +86,13 @@ def test_two_iterations_of_disjoint_sequences_are_in_flight_at_once() -> None:
     assert rows(third) == [("a", 1), ("b", 1)]
     assert third.tokens == (50, 50)
     assert scheduler.next_iteration() is None
+
+
+def test_training_gives_way_to_an_iteration_as_its_most_pressing_sequence_says() -> None:
+    scheduler = new_scheduler()
+    submit(scheduler, "usual")
+    submit(scheduler, "pressing", pace=Pace(training_turn=0.5))
+    assert start(scheduler).iteration.training_turn == 0.5
 
 
 def test_a_decode_waits_for_its_token() -> None:

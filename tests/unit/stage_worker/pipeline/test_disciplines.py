@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from services.stage_worker.pipeline.disciplines import DISCIPLINES, SloFirst, Wo
 from services.stage_worker.pipeline.queue import WorkQueue
 from shared.clock import SystemClock
 from shared.errors import LemixError
+from shared.slices import TRAINING_TURN
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,15 @@ class Sliced:
     def wall_s(self) -> float:
         return self.s
 
-    def come(self, name: str, seconds: float) -> None:
-        self.queue.put(WorkKind.INFERENCE, partial(self._iterate, name, seconds))
+    def come(self, name: str, seconds: float, training_turn: float = TRAINING_TURN) -> None:
+        work = partial(self._iterate, name, seconds)
+        self.queue.put(WorkKind.INFERENCE, work, training_turn=training_turn)
 
     async def _iterate(self, name: str, seconds: float) -> None:
         self.s += seconds
         self.log.append((name, self.s))
 
-    async def _op(self, coming: list[tuple[str, float]]) -> None:
+    async def _op(self, coming: list[tuple[Any, ...]]) -> None:
         for place in range(4):
             if place and self.queue.must_give_way:
                 await self.queue.give_way()
@@ -160,7 +163,7 @@ class Sliced:
         self.log.append(("op", self.s))
         self._done.set()
 
-    async def run(self, *coming: tuple[str, float]) -> list[tuple[str, float]]:
+    async def run(self, *coming: tuple[Any, ...]) -> list[tuple[str, float]]:
         """One iteration comes in each slice; returns when the op has ended."""
         self.queue.put(WorkKind.BACKWARD, partial(self._op, list(coming)), gives_way=True)
         running = asyncio.create_task(self.queue.run())
@@ -183,6 +186,15 @@ async def test_an_op_goes_on_for_two_lengths_of_an_iteration_before_it_gives_way
     log = await Sliced().run(("first", 0.6), ("second", 0.1))
     assert [name for name, _ in log] == ["first", "second", "op"]
     assert [at_s for _, at_s in log] == pytest.approx([1.6, 3.7, 4.7])
+
+
+@pytest.mark.parametrize(("training_turn", "second_s"), [(0.0, 2.7), (1.0, 2.7), (3.0, 3.7), (9.0, 4.7)])
+async def test_an_op_goes_on_for_as_long_as_the_iteration_before_says(
+    training_turn: float, second_s: float
+) -> None:
+    """Its slices end at 2.6, 3.6 and 4.6 s, and it with the last."""
+    log = await Sliced().run(("first", 0.6, training_turn), ("second", 0.1))
+    assert dict(log)["second"] == pytest.approx(second_s)
 
 
 async def test_an_iteration_that_fails_in_the_middle_of_an_op_ends_the_queue() -> None:
