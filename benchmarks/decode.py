@@ -16,7 +16,7 @@ from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import MAX_TOKENS, prompt_tokens
 from lemix.client import ApiClient, served_model
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 from shared import subjects
@@ -112,7 +112,7 @@ async def measure(
     clear(options.run_dir)
     rounds: dict[str, list[dict[str, float]]] = {"node": [], "http": [], "generate": []}
     async with (
-        LocalCluster(options) as cluster,
+        open_cluster(options) as cluster,
         running_peer("generate", folder, device, dtype) as peer,
         ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client,
     ):

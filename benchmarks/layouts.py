@@ -15,7 +15,7 @@ from benchmarks.report import spread
 from benchmarks.training import train_round
 from benchmarks.workload import LEARNING_RATE, prompt_tokens
 from lemix.devices import num_cpu_cores
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions, layout_of
 from lemix.waiting import AppliedBatches, wait_nodes_ready
@@ -50,7 +50,7 @@ class Side:
     async def start(cls, options: ClusterOptions, stack: AsyncExitStack) -> Self:
         """Ends with `stack`."""
         clear(options.run_dir)
-        cluster = await stack.enter_async_context(LocalCluster(options))
+        cluster = await stack.enter_async_context(open_cluster(options))
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         stack.push_async_callback(bus.close)
         side = cls(bus, BusStreams(bus), await AppliedBatches.following(bus))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lemix.client import ApiClient, served_model
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.status import fetch_weights
 from lemix.topology import ClusterOptions
@@ -114,7 +114,7 @@ async def measure(folder: Path, work: Path, name: str, settings: dict[str, str])
     )
     clear(options.run_dir)
     async with (
-        LocalCluster(options) as cluster,
+        open_cluster(options) as cluster,
         ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as api,
     ):
         bus, pupil = await NatsBus.connect(cluster.nats_url, name="bench"), Pupil(api, folder)

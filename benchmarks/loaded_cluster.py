@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lemix.client import ApiClient, ApiError, served_model
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 from lemix.waiting import AppliedBatches, wait_nodes_ready
@@ -59,7 +59,7 @@ class LoadedCluster:
             name=name, runs_dir=work, nodes=nodes, stages=2, extra_env={**SETTINGS, **settings}
         )
         clear(options.run_dir)
-        cluster = await stack.enter_async_context(LocalCluster(options))
+        cluster = await stack.enter_async_context(open_cluster(options))
         model = await served_model(cluster.api_url)
         api = await stack.enter_async_context(ApiClient(cluster.api_url, model=model))
         bus = await NatsBus.connect(cluster.nats_url, name="bench")

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.gateway.stages import processor_s
 from lemix.bus import open_bus
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 from lemix.waiting import wait_nodes_ready
@@ -51,7 +51,7 @@ async def main(work: Path) -> dict[str, Any]:
         extra_env={"LEMIX_TTFT_S": str(TTFT_S)},
     )
     clear(options.run_dir)
-    async with LocalCluster(options) as cluster, open_bus(cluster.nats_url) as bus:
+    async with open_cluster(options) as cluster, open_bus(cluster.nats_url) as bus:
         await wait_nodes_ready(bus, options.nodes)
         gateway_pid = cluster.pids["gateway"]
         async with asyncio.timeout(DEADLINE_S):

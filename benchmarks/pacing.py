@@ -16,7 +16,7 @@ import nats
 from nats.aio.msg import Msg
 
 from benchmarks.report import spread
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 from lemix.waiting import AppliedBatches, wait_nodes_ready
@@ -55,7 +55,7 @@ async def _measure(work: Path, stages: int, schedule: str) -> dict[str, Any]:
         },
     )
     clear(options.run_dir)
-    async with LocalCluster(options) as cluster:
+    async with open_cluster(options) as cluster:
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         applied = await AppliedBatches.following(bus)
         await wait_nodes_ready(bus, 1)

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.models import SHAPES, model_folder
 from benchmarks.report import spread
 from lemix.client import ApiClient, served_model
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 from shared import subjects
@@ -57,7 +57,7 @@ async def measure(name: str, work: Path) -> dict[str, Any]:
     clear(options.run_dir)
     first_s, again_s, rows, rows_of_choices = [], [], [], []
     async with (
-        LocalCluster(options) as cluster,
+        open_cluster(options) as cluster,
         ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as client,
     ):
         bus, count = await NatsBus.connect(cluster.nats_url, name="bench"), RowCount()

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.loaded_cluster import NUM_TOKENS, examples
 from lemix.client import ApiClient, ApiError, served_model
 from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.status import fetch_status
 from lemix.topology import ClusterOptions
@@ -123,7 +124,7 @@ async def main(work: Path) -> dict[str, Any]:
     clear(options.run_dir)
     memory_mb: defaultdict[str, list[float]] = defaultdict(list)
     async with AsyncExitStack() as stack:
-        cluster = await stack.enter_async_context(LocalCluster(options))
+        cluster = await stack.enter_async_context(open_cluster(options))
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         stack.push_async_callback(bus.close)
         applied = await AppliedBatches.following(bus)

@@ -12,7 +12,7 @@ from benchmarks.models import DTYPES, SHAPES, model_folder, models_for
 from benchmarks.peer_process import running_peer
 from benchmarks.report import spread
 from benchmarks.workload import EXAMPLE_LENGTH, LEARNING_RATE, NUM_EXAMPLES, example_tokens
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 from lemix.waiting import AppliedBatches, wait_nodes_ready
@@ -68,7 +68,7 @@ async def measure(name: str, work: Path, device: str) -> dict[str, Any]:
     )
     clear(options.run_dir)
     ours, theirs = [], []
-    async with LocalCluster(options) as cluster, running_peer("train", folder, device, DTYPES[name]) as peer:
+    async with open_cluster(options) as cluster, running_peer("train", folder, device, DTYPES[name]) as peer:
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         applied = await AppliedBatches.following(bus)
         await wait_nodes_ready(bus, 1)

@@ -27,6 +27,7 @@ from lemix.summary import ServedLoss, Summary, Training, summarise
 from lemix.topology import ClusterOptions
 from lemix.waiting import AppliedBatches, wait_nodes_ready
 from shared.bus.base import Bus
+from shared.bus.permissions import Role
 from shared.clock import Clock
 
 PUBLISHING_SHARE = 0.75
@@ -71,7 +72,10 @@ async def run_demo(
         watch = group.create_task(cluster.wait_failed())
         model = await served_model(cluster.api_url)
         view.say(f"{cluster.api_url} serves {model}")
-        async with open_bus(cluster.nats_url) as bus, ApiClient(cluster.api_url, model=model) as api:
+        async with (
+            open_bus(cluster.nats_url, cluster.nats_users, Role.INGEST) as bus,
+            ApiClient(cluster.api_url, model=model) as api,
+        ):
             demo = Demo(api, bus, options, data, view, clock, num_nodes=cluster_options.nodes)
             summary = await demo.run()
         watch.cancel()

@@ -1,6 +1,6 @@
 """A whole LeMix on this machine: NATS, scheduler, gateway, trainer, and the stages of every node.
 
-NatsServer         the bus, unless a running one is given
+NatsServer         the bus, unless a running one is given; it knows a user for each role
 ServiceProcess     one for each service; a dead one is started again, within a budget
 ArenaFolder        where the stages of this run keep their shared memory
 RunFolder          logs, cluster.json, and the lock that keeps two launchers apart
@@ -18,6 +18,7 @@ from lemix.arenas import ArenaFolder, default_base, remove_abandoned
 from lemix.devices import num_cpu_cores
 from lemix.health import HealthProbe
 from lemix.nats_server import LOOPBACK, NatsServer
+from lemix.nats_users import make_users
 from lemix.ports import api_url_of, claim_port
 from lemix.run_folder import ClusterFile, RunFolder
 from lemix.status import require_unused
@@ -35,13 +36,13 @@ from services.gateway.access.key_file import read_keys
 from services.gateway.settings import KEYS_FILE, GatewaySettings
 from shared.clock import Clock, SystemClock
 from shared.errors import LemixError
-from shared.settings import read_settings
+from shared.settings import LemixSettings, read_settings
 
 STOP_GRACE_S = 10.0
 """Services get this long; with NATS's own second after it, everything ends within 5 s."""
 
 
-def _ignore(event: str) -> None:
+def ignore(event: str) -> None:
     """Nobody wants to hear of events."""
 
 
@@ -52,7 +53,7 @@ class LocalCluster:
         self,
         options: ClusterOptions,
         *,
-        on_event: Callable[[str], None] = _ignore,
+        on_event: Callable[[str], None] = ignore,
         command_of: CommandOf = module_command,
         clock: Clock | None = None,
     ) -> None:
@@ -67,6 +68,8 @@ class LocalCluster:
         self._failed = asyncio.Event()
         self._error: ClusterFailedError | None = None
         self.nats_url = options.nats_url or ""
+        self.nats_users = read_settings(LemixSettings).nats_users if options.nats_url else None
+        """The folder of the NATS server's users; None: the server lets everybody in."""
         self.api_url = ""
         self.has_keys = False
         """Whether clients need a key."""
@@ -126,12 +129,13 @@ class LocalCluster:
         arenas = ArenaFolder.create(default_base())
         self._undo.callback(arenas.remove)
         if self.nats_url:
-            await require_unused(self.nats_url)
+            await require_unused(self.nats_url, self.nats_users)
         else:
             await self._start_nats()
         specs = service_specs(
             self._options,
             nats_url=self.nats_url,
+            nats_users=self.nats_users,
             port=port,
             shm_dir=arenas.path,
             num_cores=num_cpu_cores(),
@@ -144,7 +148,9 @@ class LocalCluster:
         port = self._options.nats_port or self._run.nats_port
         if port is not None:
             claim_port(LOOPBACK, port, option="--nats-port")
-        server = NatsServer(self._run.nats_store, port=port)
+        self.nats_users = self._run.nats_users
+        config = make_users(self.nats_users)
+        server = NatsServer(self._run.nats_store, port=port, config=config)
         self._undo.push_async_callback(server.stop)
         await server.start()
         self._run.keep_nats_port(server.port)
@@ -210,7 +216,11 @@ class LocalCluster:
     def _describe(self) -> None:
         self._run.write_cluster(
             ClusterFile(
-                nats_url=self.nats_url, api_url=self.api_url, launcher_pid=os.getpid(), pids=self.pids
+                nats_url=self.nats_url,
+                nats_users=self.nats_users,
+                api_url=self.api_url,
+                launcher_pid=os.getpid(),
+                pids=self.pids,
             )
         )
 

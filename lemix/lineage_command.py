@@ -55,7 +55,7 @@ async def fetch_lineage(target: Target, version: int, node: int | None) -> Whole
     """Ask the trainer of a running cluster. Raises BusError, RefusedError with the reason among them."""
     if version == GIVEN_VERSION:
         return GIVEN
-    async with open_bus(target.nats_url) as bus:
+    async with open_bus(target.nats_url, target.nats_users) as bus:
         try:
             asked = LineageRequest(version=version, node=node)
             found = await bus.request(LINEAGE.at(), asked, timeout_s=TIMEOUT_S)

@@ -30,8 +30,14 @@ class NatsServer:
     Start it from the process's main thread: on Linux it ends with the thread that started it.
     """
 
-    def __init__(self, store: Path, *, host: str = LOOPBACK, port: int | None = None) -> None:
-        """`host`: the address where it listens. `port` None: any free one, and the same after a restart."""
+    def __init__(
+        self, store: Path, *, host: str = LOOPBACK, port: int | None = None, config: Path | None = None
+    ) -> None:
+        """`host`: the address where it listens. `port` None: any free one, and the same after a restart.
+
+        `config`: a file of its configuration, for all but where it listens and what it keeps where.
+        """
+        self._config = config
         self._store = store
         self._host = host
         self._port = port
@@ -115,7 +121,7 @@ class NatsServer:
         storage = ["--jetstream", "--store_dir", str(self._store), "--ports_file_dir", str(self._store)]
         with self.log.open("ab") as output:
             return subprocess.Popen(
-                [program, *listen, *storage],
+                [program, *listen, *storage, *(("--config", str(self._config)) if self._config else ())],
                 stdout=output,
                 stderr=output,
                 # A terminal's Ctrl-C must not end it before the services that use it.

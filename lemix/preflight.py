@@ -57,6 +57,7 @@ def environments(options: ClusterOptions, inherited: Mapping[str, str]) -> dict[
     specs = service_specs(
         options,
         nats_url=options.nats_url or "",
+        nats_users=None,
         port=options.port,
         shm_dir=default_base(),
         num_cores=num_cpu_cores(),

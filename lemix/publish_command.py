@@ -13,6 +13,7 @@ from lemix.run_choice import Target
 from lemix.waiting import AppliedBatches, judged_weights
 from services.trainer.intake.reading import id_of
 from shared.bus.base import Bus, Stored
+from shared.bus.permissions import Role
 from shared.errors import BusError
 from shared.messages.weights import NodeWeights
 
@@ -38,7 +39,7 @@ async def run_publish(
     Raises InvalidBatchError naming the line that cannot be learnt from or published, BusError when no server
     answers, ProgressError for a batch that was rejected, or when training stands still for FOLLOW_STALL_S.
     """
-    async with open_bus(target.nats_url) as bus:
+    async with open_bus(target.nats_url, target.nats_users, Role.INGEST) as bus:
         applied = await AppliedBatches.following(bus)
         await _check(bus, batches, console)
         stored = await _publish(bus, batches, console)

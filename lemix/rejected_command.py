@@ -9,18 +9,15 @@ from rich.table import Table
 from lemix.bus import open_bus
 from lemix.printing import new_table, print_table
 from lemix.run_choice import Target
-from services.trainer.streams import REJECTED_STREAM
 from shared.bus.base import Bus
-from shared.errors import BusError, ConfigurationError
+from shared.errors import ConfigurationError
 from shared.messages.training import RejectedBatch
-
-READER = "lemix-train-rejected"
-READ_TIMEOUT_S = 10.0
+from shared.subjects import REJECTED_STREAM
 
 
 async def run_rejected(target: Target, console: Console) -> None:
     """Show all rejections. Raises BusError."""
-    async with open_bus(target.nats_url) as bus:
+    async with open_bus(target.nats_url, target.nats_users) as bus:
         print_table(console, await rejections_table(bus, target.label))
 
 
@@ -29,25 +26,16 @@ async def fetch_rejected(target: Target, sequence: int) -> bytes:
 
     Raises ConfigurationError when it is not there, or BusError.
     """
-    async with open_bus(target.nats_url) as bus:
+    async with open_bus(target.nats_url, target.nats_users) as bus:
         return await content_of(bus, sequence)
 
 
 async def rejections(bus: Bus) -> AsyncIterator[RejectedBatch]:
-    """All that the stream holds now, oldest first. Raises BusError."""
-    stream = await bus.ensure_stream(REJECTED_STREAM)
-    reader = await bus.read_stream(REJECTED_STREAM.name, reader=READER, after_sequence=0)
-    last = stream.first_sequence - 1
-    try:
-        while last < stream.last_sequence:
-            message = await reader.next(timeout_s=READ_TIMEOUT_S)
-            if message is None:
-                raise BusError(f"{REJECTED_STREAM.name} gave nothing for {READ_TIMEOUT_S:g} s")
-            await message.ack()
-            last = message.sequence
-            yield RejectedBatch.model_validate_json(message.body)
-    finally:
-        await reader.close()
+    """All that the stream holds, oldest first. Raises BusError."""
+    last = 0
+    while (message := await bus.read_stored(REJECTED_STREAM, after_sequence=last)) is not None:
+        last = message.sequence
+        yield RejectedBatch.model_validate_json(message.body)
 
 
 async def content_of(bus: Bus, sequence: int) -> bytes:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lemix.run_folder import ClusterFile, check_run_name, running_clusters
 from shared.errors import ConfigurationError
+from shared.settings import LemixSettings, read_settings
 
 DEFAULT_RUN = "default"
 
@@ -16,6 +17,8 @@ class Target:
     nats_url: str
     label: str
     """How it is named to people: `run default`."""
+    nats_users: Path | None = None
+    """The folder of its server's users; None: the server lets everybody in."""
 
 
 def find_running(nats_url: str | None, runs_dir: Path, name: str | None) -> Target:
@@ -42,12 +45,12 @@ def find_if_running(nats_url: str | None, runs_dir: Path, name: str | None) -> T
             raise ConfigurationError(
                 f"give either a server (--nats-url or LEMIX_NATS_URL: {nats_url}) or a run (--name {name})"
             )
-        return Target(nats_url, f"the cluster at {nats_url}")
+        return Target(nats_url, f"the cluster at {nats_url}", read_settings(LemixSettings).nats_users)
     chosen = _chosen(runs_dir, name)
     if chosen is None:
         return None
     chosen_name, cluster = chosen
-    return Target(cluster.nats_url, f"run {chosen_name}")
+    return Target(cluster.nats_url, f"run {chosen_name}", cluster.nats_users)
 
 
 def checkpoint_root(runs_dir: Path, name: str | None) -> Path:

@@ -1,6 +1,5 @@
 """The folder of one run: logs, the description of the running cluster, and who holds it."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +10,12 @@ from shared.errors import ConfigurationError
 
 CLUSTER_FILE = "cluster.json"
 NATS_PORT_FILE = "nats_port"
+NATS_USERS = "nats_users"
 OWN_ENTRIES = (
     "logs",
     "nats",
     NATS_PORT_FILE,
+    NATS_USERS,
     "checkpoints",
     "files",
     "fine_tuning",
@@ -41,6 +42,8 @@ class ClusterFile(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     nats_url: str
+    nats_users: Path | None = None
+    """The folder of its server's users; None: the server lets everybody in."""
     api_url: str
     launcher_pid: int
     pids: dict[str, int]
@@ -61,6 +64,10 @@ class RunFolder:
     @property
     def nats_store(self) -> Path:
         return self.path / "nats"
+
+    @property
+    def nats_users(self) -> Path:
+        return self.path / NATS_USERS
 
     @property
     def nats_port(self) -> int | None:
@@ -91,7 +98,7 @@ class RunFolder:
 
     def write_cluster(self, cluster: ClusterFile) -> None:
         temporary = self.path / f".{CLUSTER_FILE}"
-        temporary.write_text(json.dumps(cluster.model_dump(), indent=2) + "\n")
+        temporary.write_text(cluster.model_dump_json(indent=2) + "\n")
         temporary.replace(self.path / CLUSTER_FILE)
 
     def release(self) -> None:

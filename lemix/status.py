@@ -1,5 +1,7 @@
 """How a running cluster stands: asked over the bus, shown as a table."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +29,7 @@ async def fetch_weights(bus: Bus) -> WeightsStatus:
 
 async def run_status(target: Target, console: Console) -> None:
     """`lemix status`: ask, and print. Raises BusError."""
-    async with open_bus(target.nats_url) as bus:
+    async with open_bus(target.nats_url, target.nats_users) as bus:
         try:
             status = await fetch_status(bus)
         except NoResponderError:
@@ -66,12 +68,12 @@ def training_faults(weights: WeightsStatus) -> list[str]:
     return stopped + differing
 
 
-async def require_unused(nats_url: str) -> None:
+async def require_unused(nats_url: str, nats_users: Path | None) -> None:
     """Raises ConfigurationError when a LeMix runs on that server already, BusError without a server.
 
     A second trainer would take the training batches away from the first.
     """
-    async with open_bus(nats_url) as bus:
+    async with open_bus(nats_url, nats_users) as bus:
         try:
             await fetch_status(bus)
         except NoResponderError:

@@ -147,6 +147,7 @@ def service_specs(
     options: ClusterOptions,
     *,
     nats_url: str,
+    nats_users: Path | None,
     port: int,
     shm_dir: Path,
     num_cores: int,
@@ -162,7 +163,7 @@ def service_specs(
         **_merge_settings(options),
         **inherited,
         **options.extra_env,
-        **_common_settings(options, nats_url),
+        **_common_settings(options, nats_url, nats_users),
     }
 
     def spec(name: str, package: str, settings: Mapping[str, str]) -> ServiceSpec:
@@ -198,12 +199,14 @@ def _merge_settings(options: ClusterOptions) -> dict[str, str]:
     return {"LEMIX_MERGE": "average"} if options.nodes > 1 and options.emulate is None else {}
 
 
-def _common_settings(options: ClusterOptions, nats_url: str) -> dict[str, str]:
+def _common_settings(options: ClusterOptions, nats_url: str, nats_users: Path | None) -> dict[str, str]:
     settings = {
         "LEMIX_NATS_URL": nats_url,
         "LEMIX_RUN_DIR": str(options.run_dir),
         "PYTHONUNBUFFERED": "1",
     }
+    if nats_users is not None:
+        settings["LEMIX_NATS_USERS"] = str(nats_users)
     if options.model is not None:
         settings["LEMIX_MODEL"] = options.model
     return settings

@@ -94,7 +94,7 @@ def age_of(seconds: float) -> str:
 
 
 async def _ask(target: Target, subject: RequestSubject[M, R], message: M, timeout_s: float) -> R:
-    async with open_bus(target.nats_url) as bus:
+    async with open_bus(target.nats_url, target.nats_users) as bus:
         try:
             return await bus.request(subject, message, timeout_s=timeout_s)
         except NoResponderError:

@@ -73,6 +73,10 @@ class BusTimeoutError(BusError):
     """A request was not answered within its deadline."""
 
 
+class NotAllowedError(BusError):
+    """The server lets this process not in, or not send or hear this; the message names the user."""
+
+
 class RefusedError(BusError):
     """The other side answered with a refusal.
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import uvloop
 
+from shared.bus.access import access_of
 from shared.bus.base import Bus
 from shared.bus.nats import NatsBus
+from shared.bus.permissions import Role
 from shared.clock import Clock, IdSource, SystemClock
 from shared.errors import ConfigurationError, LemixError
 from shared.settings import LemixSettings, S, read_settings
@@ -32,6 +34,8 @@ class World:
     clock: Clock
     ids: IdSource
     telemetry: Telemetry
+    nats_user: str = ""
+    """The name by which NATS knows the process; empty where it asks for none."""
 
 
 ServiceMain = Callable[[World], Coroutine[Any, Any, None]]
@@ -49,14 +53,16 @@ def load_settings(kind: type[S]) -> S:
         sys.exit(f"ERROR {error}")
 
 
-def run_service(name: str, settings: LemixSettings, main: ServiceMain) -> None:
+def run_service(name: str, role: Role, settings: LemixSettings, main: ServiceMain) -> None:
     """Run `main` until it returns, a signal arrives, or the bus fails; then exit the process.
+
+    `role`: whose NATS user the process is.
 
     Exit status 0 after a signal, 1 after an error that a person should read.
     """
     logging.basicConfig(level=settings.log_level, format=f"%(levelname)s {name}: %(message)s")
     try:
-        uvloop.run(_serve(name, settings, main))
+        uvloop.run(_serve(name, role, settings, main))
     except* LemixError as group:
         for error in _leaves(group):
             log.error("%s", error)
@@ -74,10 +80,19 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     ]
 
 
-async def _serve(name: str, settings: LemixSettings, main: ServiceMain) -> None:
+async def _serve(name: str, role: Role, settings: LemixSettings, main: ServiceMain) -> None:
+    access = access_of(settings, role)
     telemetry = Telemetry.start(name, settings.run_dir)
-    bus = await NatsBus.connect(settings.nats_url, name=name, traceparent=telemetry.traceparent)
-    world = World(bus=bus, clock=SystemClock(), ids=IdSource(random.SystemRandom()), telemetry=telemetry)
+    bus = await NatsBus.connect(
+        settings.nats_url, name=name, access=access, traceparent=telemetry.traceparent
+    )
+    world = World(
+        bus=bus,
+        clock=SystemClock(),
+        ids=IdSource(random.SystemRandom()),
+        telemetry=telemetry,
+        nats_user=access.user.name if access.user else "",
+    )
     try:
         await run_until_stopped(main(world), bus.wait_failed())
     finally:

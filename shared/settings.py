@@ -28,6 +28,15 @@ class LemixSettings(BaseSettings):
     )
 
     nats_url: str = "nats://127.0.0.1:4222"
+    """`tls://` where the server's certificate is to be checked."""
+    nats_users: Path | None = None
+    """A folder with the NATS user of this process, `<role>/user.json`; None: the server asks for none."""
+    nats_ca: Path | None = None
+    """Certificates that may have signed the server's; None: those of this machine."""
+    nats_certificate: Path | None = None
+    """This process's own, where the server asks for one."""
+    nats_key: Path | None = None
+    """The certificate's private key; None: it is in the same file."""
     run_dir: Path = Path("runs/default")
     """Spans, checkpoints and logs of this run go under this folder."""
     model: str = EMBEDDED_MODEL

@@ -123,11 +123,13 @@ PLACE = RequestTopic(
     "lemix.task.place", TrainingTask, Placed, "trainer -> scheduler: choose a node for a batch"
 )
 ENDED = Topic("lemix.task.ended", TaskEnded, "stage 0, trainer -> scheduler: tasks left their node")
-ASSIGN = Topic("lemix.node.{node}.assign", InferenceTask, "scheduler -> stage 0: run this request")
-CANCEL = Topic("lemix.node.{node}.cancel", CancelTask, "gateway -> stage 0: stop this request")
-TOKENS = Topic("lemix.gateway.{gateway}.tokens", TokensProduced, "last stage -> gateway: new tokens")
+ASSIGN = Topic("lemix.node.{node}.assign", InferenceTask, "scheduler, trainer -> stage 0: run this request")
+CANCEL = Topic("lemix.node.{node}.cancel", CancelTask, "gateway, trainer -> stage 0: stop this request")
+TOKENS = Topic("lemix.gateway.{gateway}.tokens", TokensProduced, "last stage -> gateway, trainer: new tokens")
 FAILED = Topic(
-    "lemix.gateway.{gateway}.failed", TaskFailed, "scheduler, stage 0 -> gateway: no answer will come"
+    "lemix.gateway.{gateway}.failed",
+    TaskFailed,
+    "scheduler, stage 0 -> gateway, trainer: no answer will come",
 )
 
 # Inside a node
@@ -181,19 +183,19 @@ DURABLE_VERSIONS = RequestTopic(
     "lemix.weights.durable",
     DurableVersionsRequest,
     DurableVersions,
-    "anyone -> trainer: which durable versions are there",
+    "lemix -> trainer: which durable versions are there",
 )
 ROLLBACK = RequestTopic(
-    "lemix.weights.rollback", RollBackWeights, RolledBack, "anyone -> trainer: go back to an older version"
+    "lemix.weights.rollback", RollBackWeights, RolledBack, "lemix -> trainer: go back to an older version"
 )
 LINEAGE = RequestTopic(
-    "lemix.weights.lineage", LineageRequest, VersionLineage, "anyone -> trainer: what a version has learnt"
+    "lemix.weights.lineage", LineageRequest, VersionLineage, "lemix -> trainer: what a version has learnt"
 )
 LINEAGE_ENTRY = RequestTopic(
     "lemix.weights.lineage.entry",
     LineageEntryRequest,
     LineageEntry,
-    "anyone -> trainer: what was learnt before that",
+    "lemix -> trainer: what was learnt before that",
 )
 KEEP = RequestTopic(
     "lemix.node.{node}.stage.{stage}.keep", KeepVersion, Done, "trainer -> stage: keep these, to serve them"
@@ -206,17 +208,17 @@ NODE_WEIGHTS = RequestTopic(
     "lemix.weights.nodes",
     WeightsRequest,
     WeightsStatus,
-    "anyone -> trainer: what each node trains and serves",
+    "gateway, ingest, lemix -> trainer: what each node trains and serves",
 )
 REPORT = Topic("lemix.train.report", StageReport, "stage -> trainer: what happened in training")
 
 # Training batches, for whoever published them
-TRAIN_PROGRESS = Topic("lemix.train.progress", BatchProgress, "trainer -> gateway: what became of a batch")
+TRAIN_PROGRESS = Topic("lemix.train.progress", BatchProgress, "trainer -> ingest: what became of a batch")
 TRAIN_CHECK = RequestTopic(
-    "lemix.train.check", BatchCheck, BatchChecked, "lemix -> trainer: can this batch be learnt from"
+    "lemix.train.check", BatchCheck, BatchChecked, "ingest -> trainer: can this batch be learnt from"
 )
 TRAIN_STATUS = RequestTopic(
-    "lemix.train.status", BatchesAsked, BatchesNow, "gateway -> trainer: how do these batches stand"
+    "lemix.train.status", BatchesAsked, BatchesNow, "ingest -> trainer: how do these batches stand"
 )
 
 # Cluster
@@ -225,9 +227,16 @@ NEIGHBOUR = Topic("lemix.node.{node}.heartbeat", Heartbeat, "stage -> the node's
 PROGRESS = Topic("lemix.cluster.progress", StageProgress, "stage -> scheduler: what I do and have done")
 STOPPED = Topic("lemix.cluster.stopped", StageStopped, "stage -> scheduler: I am leaving")
 STATUS = RequestTopic(
-    "lemix.cluster.status", StatusRequest, ClusterStatus, "anyone -> scheduler: how do things stand"
+    "lemix.cluster.status",
+    StatusRequest,
+    ClusterStatus,
+    "gateway, ingest, lemix -> scheduler: how do things stand",
 )
 
 # Durable: the body is the publisher's own JSON or MessagePack (services/trainer/intake/data.py)
 BATCHES = "lemix.train.batches"
+BATCHES_STREAM = "LEMIX_TRAIN"
 REJECTED = "lemix.train.rejected"
+REJECTED_STREAM = "LEMIX_REJECTED"
+FENCE_BUCKET = "lemix-fences"
+"""The key-value bucket whose revisions are fences."""

@@ -12,7 +12,7 @@ from benchmarks.decode import BusStreams
 from benchmarks.models import DTYPES, SHAPES, model_folder
 from benchmarks.training import NUM_MICROBATCHES, TRAINING_SETTINGS
 from benchmarks.workload import prompt_tokens
-from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.run_folder import clear
 from lemix.topology import ClusterOptions
 from lemix.waiting import wait_nodes_ready
@@ -92,7 +92,7 @@ async def node_under_test(
         },
     )
     clear(options.run_dir)
-    async with LocalCluster(options) as cluster:
+    async with open_cluster(options) as cluster:
         bus = await NatsBus.connect(cluster.nats_url, name="bench")
         await wait_nodes_ready(bus, 1)
         node = NodeUnderTest(bus, BusStreams(bus), OpTimes())

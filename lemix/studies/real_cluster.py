@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lemix.bus import open_bus
 from lemix.launcher import LocalCluster
+from lemix.open_cluster import open_cluster
 from lemix.simulation.cluster import (
     MAX_MICROBATCH_TOKENS,
     NEVER,
@@ -52,7 +53,7 @@ async def run_cluster(options: SimulationOptions, workload: WorkloadOptions) -> 
     events: list[str] = []
     with TemporaryDirectory(prefix="lemix-live-") as folder:
         chosen = cluster_options(options, Path(folder))
-        async with LocalCluster(chosen, on_event=events.append) as cluster, open_bus(cluster.nats_url) as bus:
+        async with open_cluster(chosen, on_event=events.append) as cluster, open_bus(cluster.nats_url) as bus:
             await wait_nodes_ready(bus, options.nodes)
             run = await _watched(cluster, bus, run_workload(bus, options, workload))
             if events:

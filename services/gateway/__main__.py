@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from services.gateway.access.exposure import check_exposure, is_loopback
 from services.gateway.access.key_file import read_keys
@@ -16,6 +18,10 @@ from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from services.gateway.text.threads import TextThreads
+from shared.bus.access import access_of
+from shared.bus.base import Bus
+from shared.bus.nats import NatsBus
+from shared.bus.permissions import Role
 from shared.clock import Clock
 from shared.encoding import ExampleEncoder
 from shared.lifecycle import World, load_settings, run_service
@@ -59,23 +65,45 @@ def _collect_rarely() -> None:
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
 
 
+@asynccontextmanager
+async def ingest_bus(world: World, settings: GatewaySettings) -> AsyncIterator[Bus]:
+    """The bus on which training batches may be published: where NATS asks for users, as another user."""
+    if not world.nats_user:
+        yield world.bus
+        return
+    access = access_of(settings, Role.INGEST)
+    bus = await NatsBus.connect(
+        settings.nats_url, name="gateway.ingest", access=access, traceparent=world.telemetry.traceparent
+    )
+    try:
+        yield bus
+    finally:
+        await bus.close()
+
+
 async def run(world: World, settings: GatewaySettings) -> None:
-    """Serve HTTP until cancelled."""
+    """Serve HTTP until cancelled, or until the second of two buses fails."""
     check_access(settings)
+    async with ingest_bus(world, settings) as ingest, asyncio.TaskGroup() as tasks:
+        watch = tasks.create_task(ingest.wait_failed())
+        await _run(world, settings, ingest)
+        watch.cancel()
+
+
+async def _run(world: World, settings: GatewaySettings, ingest: Bus) -> None:
     tokenizer, encoder = await asyncio.to_thread(load_model, settings, world.clock)
     cluster = ClusterClient(
         bus=world.bus,
         clock=world.clock,
         ids=world.ids,
         telemetry=world.telemetry,
+        user=world.nats_user or Role.GATEWAY,
         request_timeout_s=settings.request_timeout_s,
         may_mix_weights=settings.weights_consistency == "latest",
     )
-    fine_tuning = FineTuning(settings, bus=world.bus, clock=world.clock, ids=world.ids, encoder=encoder)
+    fine_tuning = FineTuning(settings, bus=ingest, clock=world.clock, ids=world.ids, encoder=encoder)
     text_threads = TextThreads(settings.max_concurrent_requests)
-    feedback = Feedback(
-        settings, bus=world.bus, clock=world.clock, encoder=encoder, text_threads=text_threads
-    )
+    feedback = Feedback(settings, bus=ingest, clock=world.clock, encoder=encoder, text_threads=text_threads)
     context = GatewayContext(
         cluster=cluster,
         tokenizer=tokenizer,
@@ -102,4 +130,4 @@ async def run(world: World, settings: GatewaySettings) -> None:
 
 if __name__ == "__main__":
     settings = load_settings(GatewaySettings)
-    run_service("gateway", settings, lambda world: run(world, settings))
+    run_service("gateway", Role.GATEWAY, settings, lambda world: run(world, settings))

@@ -209,8 +209,11 @@ class ClusterClient:
         telemetry: Telemetry,
         request_timeout_s: float,
         may_mix_weights: bool = True,
+        user: str = "gateway",
     ) -> None:
-        """`may_mix_weights`: a sequence that has tokens may go on on another node, with the weights there."""
+        """`user`: the name of its NATS user, which alone hears what comes for it.
+
+        `may_mix_weights`: a sequence that has tokens may go on on another node, with the weights there."""
         self._bus = bus
         self._clock = clock
         self._ids = ids
@@ -220,7 +223,7 @@ class ClusterClient:
         self._group = asyncio.TaskGroup()
         self._sessions: dict[str, Session] = {}
         self._placing: set[asyncio.Task[None]] = set()
-        self.gateway_id = ids.new("gateway")
+        self.gateway_id = f"{user}.{ids.new('gateway')}"
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

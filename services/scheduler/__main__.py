@@ -9,6 +9,7 @@ from services.scheduler.policies import policy_named, uses_profile
 from services.scheduler.policies.memory import TrainingRoom
 from services.scheduler.service import Scheduler
 from services.scheduler.settings import SchedulerSettings
+from shared.bus.permissions import Role
 from shared.errors import ConfigurationError
 from shared.lifecycle import ServiceMain, World, load_settings, run_service
 from shared.profiles.profile import profile_named
@@ -47,7 +48,7 @@ def main() -> None:
         serve = serving(settings)
     except ConfigurationError as error:
         sys.exit(f"ERROR {error}")
-    run_service("scheduler", settings, serve)
+    run_service("scheduler", Role.SCHEDULER, settings, serve)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import sys
 
 from services.stage_worker.process import MakeExecutor, StageProcess
 from services.stage_worker.settings import StageWorkerSettings
+from shared.bus.permissions import Role
 from shared.clock import Clock
 from shared.lifecycle import World, load_settings, run_service
 
@@ -20,7 +21,7 @@ def main() -> None:
         stages, make_executor = _stages(settings, world.clock)
         await StageProcess(stages, world, make_executor).run()
 
-    run_service(settings.process_name, settings, serve)
+    run_service(settings.process_name, Role.STAGE, settings, serve)
 
 
 def _stages(settings: StageWorkerSettings, clock: Clock) -> tuple[list[StageWorkerSettings], MakeExecutor]:

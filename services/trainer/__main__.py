@@ -5,6 +5,7 @@ from functools import partial
 
 from services.trainer.service import Trainer
 from services.trainer.settings import TrainerSettings
+from shared.bus.permissions import Role
 from shared.lifecycle import World, load_settings, run_service
 
 
@@ -16,7 +17,7 @@ def main() -> None:
         make = partial(Trainer, settings, bus=world.bus, clock=world.clock, telemetry=world.telemetry)
         await (await asyncio.to_thread(make)).run()
 
-    run_service("trainer", settings, train)
+    run_service("trainer", Role.TRAINER, settings, train)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class Trainer:
             outbox = Outbox(self._bus)
             evaluator = Evaluator(
                 replace(self._examples, samples=samples),
-                name=f"trainer-{term}",
+                name=f"trainer.{term}",
                 bus=self._bus,
                 clock=self._clock,
                 outbox=outbox,
@@ -215,7 +215,7 @@ class Trainer:
             tasks=tasks,
         )
         checks = WeightsChecks(
-            self._examples.card, name=f"trainer-{term}-checks", bus=bus, clock=clock, outbox=outbox
+            self._examples.card, name=f"trainer.{term}-checks", bus=bus, clock=clock, outbox=outbox
         )
         listener = Nodes(
             settings,

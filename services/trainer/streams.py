@@ -1,7 +1,7 @@
 """The durable streams that the trainer reads and writes."""
 
+from shared import subjects
 from shared.bus.base import StreamSpec
-from shared.subjects import BATCHES, REJECTED
 
-TRAIN_STREAM = StreamSpec("LEMIX_TRAIN", (BATCHES,))
-REJECTED_STREAM = StreamSpec("LEMIX_REJECTED", (REJECTED,), discard_old=True)
+TRAIN_STREAM = StreamSpec(subjects.BATCHES_STREAM, (subjects.BATCHES,))
+REJECTED_STREAM = StreamSpec(subjects.REJECTED_STREAM, (subjects.REJECTED,), discard_old=True)

@@ -74,6 +74,14 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message of a durable stream, as it lies there."""
+
+    sequence: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StreamMessage:
     """A message of a durable stream."""
 
@@ -166,6 +174,10 @@ class Bus(Protocol):
 
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         """Read from the message after `after_sequence`; replaces an earlier reader of that name."""
+        ...
+
+    async def read_stored(self, stream: str, *, after_sequence: int) -> StoredMessage | None:
+        """The oldest message after that one; None where there is none. Nobody's reading is changed by it."""
         ...
 
     async def next_fence(self, name: str) -> int:

@@ -18,6 +18,7 @@ from shared.bus.base import (
     Handler,
     Responder,
     Stored,
+    StoredMessage,
     StreamMessage,
     StreamReader,
     StreamSpec,
@@ -250,6 +251,10 @@ class MemoryBus:
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         return _MemoryStreamReader(self._stream(stream), reader, after_sequence)
 
+    async def read_stored(self, stream: str, *, after_sequence: int) -> StoredMessage | None:
+        found = self._stream(stream).after(after_sequence)
+        return StoredMessage(found.sequence, found.body) if found else None
+
     def _stream(self, name: str) -> "_Stream":
         if name not in self.broker.streams:
             raise BusError(f"{name}: there is no such stream")
@@ -427,6 +432,14 @@ class _Stream:
         while self.messages and self.num_removed < up_to_sequence:
             self._remove_first()
 
+    def after(self, sequence: int) -> StreamMessage | None:
+        """The oldest message after that one, where there is one."""
+        place = max(sequence - self.num_removed, 0)
+        if place >= len(self.messages):
+            return None
+        body, headers = self.messages[place]
+        return StreamMessage(self.num_removed + place + 1, body, headers, _ack)
+
     @property
     def num_removed(self) -> int:
         """The number of removed messages: all up to this sequence."""
@@ -467,12 +480,7 @@ class _MemoryStreamReader:
     def _find(self) -> StreamMessage | None:
         if self._stream.readers[self._name] is not self:
             raise BusError(f"another reader {self._name!r} of {self._stream.spec.name} has taken over")
-        num_removed = self._stream.num_removed
-        place = max(self._last_sequence - num_removed, 0)
-        if place == len(self._stream.messages):
-            return None
-        body, headers = self._stream.messages[place]
-        return StreamMessage(num_removed + place + 1, body, headers, _ack)
+        return self._stream.after(self._last_sequence)
 
     async def close(self) -> None:
         pass

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import random
 import secrets
+import ssl
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from nats.js.api import (
 )
 from nats.js.errors import BadRequestError, NotFoundError
 
+from shared.bus.access import OPEN, TLS_SCHEME, Access
 from shared.bus.base import (
     ERROR_HEADER,
     MAX_RUNNING_REQUESTS,
@@ -36,6 +38,7 @@ from shared.bus.base import (
     Handler,
     Responder,
     Stored,
+    StoredMessage,
     StreamMessage,
     StreamReader,
     StreamSpec,
@@ -43,16 +46,18 @@ from shared.bus.base import (
     Subscription,
 )
 from shared.bus.dispatch import CLOSE_TIMEOUT_S, HEADERS_BYTES, Dispatcher, Receiver, stored_size_bytes
+from shared.bus.refusals import Refusals
 from shared.errors import (
     BusError,
     BusTimeoutError,
     MalformedMessageError,
     MessageTooLargeError,
     NoResponderError,
+    NotAllowedError,
     RefusedError,
 )
 from shared.messages.base import Message
-from shared.subjects import RequestSubject, Subject
+from shared.subjects import FENCE_BUCKET, RequestSubject, Subject
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -67,7 +72,10 @@ FETCH_SLICE_S = 1.0
 ACK_WAIT_S = 3600.0
 MAX_ACK_PENDING = 4096
 STREAM_NAME_IN_USE = 10058
-FENCE_BUCKET = "lemix-fences"
+NO_MESSAGE_FOUND = 10037
+AUTHORIZATION_VIOLATION = "authorization violation"
+JETSTREAM_API = "$JS.API."
+ANY_SUBJECT = ">"
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +83,11 @@ log = logging.getLogger(__name__)
 class NatsBus:
     """A `Bus` of one connection to a NATS server. Make it with `connect`."""
 
-    def __init__(self, client: Client, traceparent: str) -> None:
+    def __init__(self, client: Client, traceparent: str, access: Access = OPEN) -> None:
         self._client = client
+        self._access = access
+        self._refusals = Refusals(access.user)
+        self._is_let_in = False
         self._jetstream = client.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         self._dispatcher = Dispatcher()
         self._traceparent = traceparent
@@ -85,14 +96,23 @@ class NatsBus:
 
     @classmethod
     async def connect(
-        cls, url: str, *, name: str, traceparent: str = "", timeout_s: float = CONNECT_TIMEOUT_S
+        cls,
+        url: str,
+        *,
+        name: str,
+        access: Access = OPEN,
+        traceparent: str = "",
+        timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> Self:
         """Connect to `url`; `traceparent` goes with every message that is published without one.
 
-        Raises BusError when no server answers within `timeout_s`.
+        Raises NotAllowedError at once when the server does not know the user or cannot be trusted, BusError
+        when none answers within `timeout_s`.
         """
-        client = Client()
-        bus = cls(client, traceparent)
+        place = urlsplit(url)
+        client = _TlsClient() if place.scheme == TLS_SCHEME else Client()
+        bus = cls(client, traceparent, access)
+        address = f"NATS at {place.hostname}:{place.port}"
         try:
             with _cancellable():
                 async with asyncio.timeout(timeout_s):
@@ -100,15 +120,20 @@ class NatsBus:
         except asyncio.CancelledError:
             await bus.close()
             raise
+        except NotAllowedError as error:
+            await bus.close()
+            raise NotAllowedError(f"{address}: {error}") from error
         except (TimeoutError, OSError, nats.errors.Error) as error:
-            place = urlsplit(url)
-            reason = client.last_error or error
-            raise BusError(f"no connection to NATS at {place.hostname}:{place.port}: {reason}") from error
+            raise BusError(f"no connection to {address}: {client.last_error or error}") from error
+        bus._is_let_in = True
         bus.max_message_bytes = client.max_payload - HEADERS_BYTES
         return bus
 
     def _options(self) -> dict[str, Any]:
+        user, seed, tls = self._access.user, self._access.seed, self._access.tls
         return {
+            **({"nkeys_seed_str": seed, "inbox_prefix": user.inbox_prefix} if user else {}),
+            **({"tls": tls} if tls else {}),
             "max_reconnect_attempts": -1,
             "reconnect_time_wait": RETRY_S,
             "reconnect_to_server_handler": _next_server,
@@ -134,6 +159,12 @@ class NatsBus:
             self._dispatcher.failure.set(
                 BusError(f"messages on {error.subject} came faster than they were handled")
             )
+        elif self._refusals.is_noted(error):
+            log.error("NATS: %s", self._refusals.newest)
+        elif refusal := _refusal_of(error, self._access):
+            self._dispatcher.failure.set(refusal)
+            if not self._is_let_in:  # nobody waits for the bus to fail before it is connected
+                raise refusal
         elif isinstance(error, OSError | nats.errors.StaleConnectionError):
             log.debug("connection to NATS: %s", error)
             if _num_cancels():  # the task is to end; nats-py would connect again and again: see _cancellable
@@ -165,9 +196,10 @@ class NatsBus:
     ) -> R:
         body = self._packed(subject.name, message)
         with _translated(subject.name):
-            reply = await self._client.request(
-                subject.name, body, timeout=timeout_s, headers=self._headers(traceparent)
-            )
+            async with self._refusals.raised(subject.name):
+                reply = await self._client.request(
+                    subject.name, body, timeout=timeout_s, headers=self._headers(traceparent)
+                )
         if reply.headers and ERROR_HEADER in reply.headers:
             raise _refusal_in(reply.data, reply.headers)
         return subject.reply.unpack(reply.data)
@@ -194,6 +226,7 @@ class NatsBus:
             # nats-py sends the first flush's PING ahead of the command that still waits for its flusher.
             await self._client.flush()
             await self._client.flush()
+        self._refusals.check_heard(name)
         return _Subscription(subscription)
 
     async def reply_to(self, msg: Msg, body: bytes, headers: dict[str, str]) -> None:
@@ -229,12 +262,13 @@ class NatsBus:
             max_bytes=spec.max_bytes,
         )
         with _translated(spec.name):
-            try:
-                found = await self._jetstream.add_stream(config)
-            except BadRequestError as error:
-                if error.err_code != STREAM_NAME_IN_USE:
-                    raise
-                found = await self._jetstream.stream_info(spec.name)
+            async with self._refusals.raised(JETSTREAM_API):
+                try:
+                    found = await self._jetstream.add_stream(config)
+                except BadRequestError as error:
+                    if error.err_code != STREAM_NAME_IN_USE:
+                        raise
+                    found = await self._jetstream.stream_info(spec.name)
         assert found.created is not None
         first_sequence = max(found.state.first_seq, 1)  # 0 before the first message
         return StreamState(found.created.isoformat(), first_sequence, found.state.last_seq)
@@ -242,7 +276,8 @@ class NatsBus:
     async def purge_stream(self, stream: str, up_to_sequence: int) -> None:
         if up_to_sequence > 0:  # 0 would purge everything
             with _translated(stream):
-                await self._jetstream.purge_stream(stream, seq=up_to_sequence + 1)
+                async with self._refusals.raised(JETSTREAM_API):
+                    await self._jetstream.purge_stream(stream, seq=up_to_sequence + 1)
 
     async def publish_durable(
         self, subject: str, body: bytes, *, message_id: str = "", headers: dict[str, str] | None = None
@@ -250,17 +285,36 @@ class NatsBus:
         sent = self._headers("") | (headers or {}) | ({Header.MSG_ID.value: message_id} if message_id else {})
         self.check_size(subject, stored_size_bytes(body, sent))
         with _translated(subject):
-            stored = await self._jetstream.publish(subject, body, headers=sent)
+            async with self._refusals.raised(subject):
+                stored = await self._jetstream.publish(subject, body, headers=sent)
         return Stored(sequence=stored.seq, is_repeat=bool(stored.duplicate))
 
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         with _translated(stream):
-            return await _NatsStreamReader.open(self._client, self._jetstream, stream, reader, after_sequence)
+            async with self._refusals.raised(JETSTREAM_API):
+                return await _NatsStreamReader.open(
+                    self._client, self._jetstream, stream, reader, after_sequence
+                )
+
+    async def read_stored(self, stream: str, *, after_sequence: int) -> StoredMessage | None:
+        with _translated(stream):
+            async with self._refusals.raised(JETSTREAM_API):
+                try:
+                    found = await self._jetstream.get_msg(
+                        stream, seq=after_sequence + 1, subject=ANY_SUBJECT, next=True
+                    )
+                except NotFoundError as error:
+                    if error.err_code != NO_MESSAGE_FOUND:
+                        raise
+                    return None
+        assert found.seq is not None
+        return StoredMessage(found.seq, found.data or b"")
 
     async def next_fence(self, name: str) -> int:
         with _translated(name):
-            bucket = await self._jetstream.create_key_value(bucket=FENCE_BUCKET, storage=StorageType.FILE)
-            return await bucket.put(name, b"")
+            async with self._refusals.raised(JETSTREAM_API, f"$KV.{FENCE_BUCKET}."):
+                bucket = await self._jetstream.create_key_value(bucket=FENCE_BUCKET, storage=StorageType.FILE)
+                return await bucket.put(name, b"")
 
     async def wait_failed(self) -> None:
         await self._dispatcher.failure.wait()
@@ -281,6 +335,26 @@ class NatsBus:
             with contextlib.suppress(nats.errors.Error):
                 await self._client.flush(timeout=1)
         await self._client.close()
+
+
+class _TlsClient(Client):
+    """Sends nothing over a connection that is not encrypted, whatever the server says that it offers."""
+
+    def _connect_command(self) -> bytes:
+        if not self._server_info.get("tls_required"):
+            raise nats.errors.Error("the server speaks no TLS, and LEMIX_NATS_URL asks for it")
+        return super()._connect_command()
+
+
+def _refusal_of(error: Exception, access: Access) -> NotAllowedError | None:
+    """The reason why trying again would not help; None: it may."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return NotAllowedError(f"the server's certificate is not trusted (LEMIX_NATS_CA): {error}")
+    if AUTHORIZATION_VIOLATION not in str(error).lower():
+        return None
+    if access.user is None:
+        return NotAllowedError("the server asks for a user: name the folder of users in LEMIX_NATS_USERS")
+    return NotAllowedError(f"the server does not know the user {access.user.name!r} of {access.file}")
 
 
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:

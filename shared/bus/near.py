@@ -16,6 +16,7 @@ from shared.bus.base import (
     Incoming,
     Responder,
     Stored,
+    StoredMessage,
     StreamReader,
     StreamSpec,
     StreamState,
@@ -115,6 +116,9 @@ class NearBus:
 
     async def read_stream(self, stream: str, *, reader: str, after_sequence: int) -> StreamReader:
         return await self._far.read_stream(stream, reader=reader, after_sequence=after_sequence)
+
+    async def read_stored(self, stream: str, *, after_sequence: int) -> StoredMessage | None:
+        return await self._far.read_stored(stream, after_sequence=after_sequence)
 
     async def next_fence(self, name: str) -> int:
         return await self._far.next_fence(name)

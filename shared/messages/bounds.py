@@ -16,7 +16,7 @@ PositiveFloat = Annotated[float, Meta(gt=0, le=_MAX)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 
-GatewayId = Annotated[str, Meta(pattern=r"^[\w-]+\Z")]
-"""Part of a subject."""
+GatewayId = Annotated[str, Meta(pattern=r"^[\w-]+(\.[\w-]+)?\Z")]
+"""Part of a subject: the name of the NATS user that alone may hear it, a dot, and the id of its process."""
 FileStem = Annotated[str, Meta(pattern=r"^[\w.-]+\Z")]
 """Part of a file's name."""

@@ -16,6 +16,7 @@ from lemix.launcher import LocalCluster
 from lemix.simulation.loop import run_virtual
 from lemix.topology import ClusterOptions
 from shared import checkpoints
+from shared.bus.permissions import Role
 from shared.checkpoints import Checkpoint
 from shared.settings import EMBEDDED_MODEL
 from shared.subjects import BATCHES, REPORT
@@ -103,10 +104,11 @@ async def train_and_kill(runs_dir: Path) -> tuple[Checkpoint, Requests]:
     steps, requests, events = Steps(), Requests(), list[str]()
     async with (
         LocalCluster(options, on_event=events.append) as cluster,
-        open_bus(cluster.nats_url) as bus,
+        open_bus(cluster.nats_url, cluster.nats_users, Role.INGEST) as bus,
+        open_bus(cluster.nats_url, cluster.nats_users, Role.TRAINER) as trainer,
         asyncio.timeout(DEADLINE_S),
     ):
-        await bus.subscribe(REPORT.at(), steps.on_report)
+        await trainer.subscribe(REPORT.at(), steps.on_report)
         for body in bodies_of(RUN):
             await bus.publish_durable(BATCHES, body)
         model = await served_model(cluster.api_url)

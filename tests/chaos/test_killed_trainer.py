@@ -14,6 +14,7 @@ from lemix.launcher import LocalCluster
 from lemix.topology import ClusterOptions
 from shared import checkpoints
 from shared.bus.base import Bus, Incoming
+from shared.bus.permissions import Role
 from shared.messages.training import BatchStepped, StageReport
 from shared.subjects import BATCHES, REPORT
 from tests.support.processes import is_alive
@@ -95,8 +96,12 @@ async def test_each_batch_is_once_in_the_durable_weights_however_often_the_train
     rng = random.Random(20)
     kill_at = [begin + rng.randint(2, CHECKPOINT_EVERY - 3) for begin in (0, CHECKPOINT_EVERY, 24)]
     steps, fence = Steps(), 0
-    async with running_cluster(tmp_path) as cluster, open_bus(cluster.nats_url) as bus:
-        await bus.subscribe(REPORT.at(), steps.on_report)
+    async with (
+        running_cluster(tmp_path) as cluster,
+        open_bus(cluster.nats_url, cluster.nats_users, Role.INGEST) as bus,
+        open_bus(cluster.nats_url, cluster.nats_users, Role.TRAINER) as trainer,
+    ):
+        await trainer.subscribe(REPORT.at(), steps.on_report)
         async with asyncio.timeout(DEADLINE_S):
             await publish_all(bus)
             for version in kill_at:

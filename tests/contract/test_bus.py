@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from shared.bus.base import Bus, Handler, Incoming, Stored, StreamSpec, StreamState
+from shared.bus.base import Bus, Handler, Incoming, Stored, StoredMessage, StreamSpec, StreamState
 from shared.errors import (
     BusError,
     BusTimeoutError,
@@ -300,6 +300,20 @@ async def test_durable_messages_are_read_in_order_from_a_position(connect: Conne
     assert [m.sequence for m in await taken(reader, 1)] == [5]
     assert await reader.next(timeout_s=0.02) is None
     await reader.close()
+
+
+async def test_what_is_stored_can_be_looked_at_without_reading_the_stream(connect: Connect) -> None:
+    bus, other = await connect(), await connect()
+    await bus.ensure_stream(STREAM)
+    for body in (b"1", b"", b"3"):
+        await bus.publish_durable("test.stored", body)
+    await bus.purge_stream("TEST", 1)
+    looked_at = [await other.read_stored("TEST", after_sequence=sequence) for sequence in (0, 2, 3)]
+    assert looked_at == [StoredMessage(2, b""), StoredMessage(3, b"3"), None]
+    reader = await bus.read_stream("TEST", reader="trainer", after_sequence=0)
+    assert [message.sequence for message in await taken(reader, 2)] == [2, 3]
+    with pytest.raises(BusError, match="NOWHERE"):
+        await other.read_stored("NOWHERE", after_sequence=0)
 
 
 async def test_a_waiting_reader_gets_what_is_stored_later(connect: Connect) -> None:

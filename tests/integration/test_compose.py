@@ -45,7 +45,9 @@ def test_the_file_is_valid_by_the_compose_specification() -> None:
 
 def test_it_runs_the_same_processes_with_the_same_settings_as_the_launcher() -> None:
     options = ClusterOptions(nodes=2, stages=2, stages_per_worker=1, policy="round_robin", model="m")
-    launched = service_specs(options, nats_url="", port=8000, shm_dir=Path("/shm"), num_cores=2, inherited={})
+    launched = service_specs(
+        options, nats_url="", nats_users=None, port=8000, shm_dir=Path("/shm"), num_cores=2, inherited={}
+    )
     composed = own_services(load())
     assert set(composed) == {spec.name for spec in launched}
     for spec in launched:

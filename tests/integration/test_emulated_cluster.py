@@ -11,6 +11,7 @@ from lemix.launcher import LocalCluster
 from lemix.status import fetch_status, fetch_weights
 from lemix.topology import ClusterOptions
 from lemix.waiting import AppliedBatches, wait_nodes_ready
+from shared.bus.permissions import Role
 from shared.subjects import BATCHES
 
 PROFILE = "gpt2-small@rtx6000ada"
@@ -21,7 +22,10 @@ async def test_a_completion_and_a_training_step_without_a_model(
 ) -> None:
     monkeypatch.delenv("LEMIX_NATS_URL", raising=False)
     options = ClusterOptions(name="run", runs_dir=tmp_path, nodes=1, stages=2, emulate=PROFILE)
-    async with LocalCluster(options) as cluster, open_bus(cluster.nats_url) as bus:
+    async with (
+        LocalCluster(options) as cluster,
+        open_bus(cluster.nats_url, cluster.nats_users, Role.INGEST) as bus,
+    ):
         async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as api:
             completion = await api.complete("The function returns", max_tokens=8)
         await wait_nodes_ready(bus, 1)

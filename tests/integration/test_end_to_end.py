@@ -1,5 +1,6 @@
 """The whole system as real processes over real NATS: one node of two stages, by its public doors only."""
 
+import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Callable
@@ -14,12 +15,16 @@ import pytest
 import pytest_asyncio
 from rich.console import Console
 
+from lemix.bus import open_bus
 from lemix.client import ApiClient, Score, served_model
 from lemix.launcher import LocalCluster
-from lemix.rejected_command import fetch_rejected, run_rejected
+from lemix.rejected_command import fetch_rejected, rejections, run_rejected
 from lemix.run_choice import Target
 from lemix.topology import ClusterOptions
 from shared import checkpoints, subjects
+from shared.bus.permissions import Role
+from shared.messages.training import RejectedBatch
+from tests.support.nats_clients import client_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -53,10 +58,9 @@ def bulletin_batch(number: int) -> dict[str, Any]:
 
 
 async def publish(cluster: LocalCluster, *bodies: bytes, headers: dict[str, str] | None = None) -> None:
-    client = await nats.connect(cluster.nats_url)
-    for body in bodies:
-        await client.jetstream().publish(subjects.BATCHES, body, headers=headers)
-    await client.close()
+    async with open_bus(cluster.nats_url, cluster.nats_users, Role.INGEST) as bus:
+        for body in bodies:
+            await bus.publish_durable(subjects.BATCHES, body, headers=headers)
 
 
 def durable(cluster: LocalCluster) -> checkpoints.Manifest | None:
@@ -208,38 +212,47 @@ async def test_a_batch_published_twice_is_applied_once(cluster: LocalCluster) ->
 async def test_a_bad_batch_is_rejected_with_its_reason_and_what_was_published(
     cluster: LocalCluster,
 ) -> None:
-    target = Target(cluster.nats_url, "run one")
-    client = await nats.connect(cluster.nats_url)
-    rejected = await client.subscribe(subjects.REJECTED)
+    target = Target(cluster.nats_url, "run one", cluster.nats_users)
     bodies = (b"{not json", b'{"id": "empty", "examples": []}')
     await publish(cluster, *bodies)
-    told = [json.loads((await rejected.next_msg(timeout=30)).data) for _ in range(2)]
-    await client.close()
-    assert all(each["reason"] for each in told)
+    async with open_bus(cluster.nats_url, cluster.nats_users) as bus, asyncio.timeout(30):
+        told: list[RejectedBatch] = []
+        while len(told) < len(bodies):
+            told = [each async for each in rejections(bus)]
+    assert all(each.reason for each in told)
     for each, body in zip(told, bodies, strict=True):
-        assert await fetch_rejected(target, each["sequence"]) == body
+        assert await fetch_rejected(target, each.sequence) == body
     shown = Console(file=io.StringIO())
     await run_rejected(target, shown)
     assert isinstance(shown.file, io.StringIO)
     listed = shown.file.getvalue()
-    assert all(f" {each['sequence']} " in listed and each["batch_id"] in listed for each in told)
+    assert all(f" {each.sequence} " in listed and each.batch_id in listed for each in told)
 
 
 async def test_malformed_and_oversize_messages_break_nothing(cluster: LocalCluster) -> None:
-    client = await nats.connect(cluster.nats_url)
-    place: dict[str, int | str] = {"node": 0, "stage": 0, "gateway": "any"}
+    place: dict[str, int | str] = {"node": 0, "stage": 0, "gateway": "any.one"}
     topics = [
         value
         for value in vars(subjects).values()
         if isinstance(value, subjects.Topic | subjects.RequestTopic)
     ]
     assert len(topics) > 10
-    for topic in topics:
-        for stage in (0, 1):
-            await client.publish(topic.at(**(place | {"stage": stage})).name, b"\xc1 no message")
-    with pytest.raises(nats.errors.MaxPayloadError):
-        await client.publish(subjects.ASSIGN.at(node=0).name, bytes(2 << 20))
-    await client.close()
+    refused: list[Exception] = []
+
+    async def note(error: Exception) -> None:
+        refused.append(error)
+
+    assert cluster.nats_users is not None
+    for role in Role:
+        client = await client_of(cluster.nats_url, cluster.nats_users, role, note)
+        for topic in topics:
+            for stage in (0, 1):
+                await client.publish(topic.at(**(place | {"stage": stage})).name, b"\xc1 no message")
+        with pytest.raises(nats.errors.MaxPayloadError):
+            await client.publish(subjects.ASSIGN.at(node=0).name, bytes(2 << 20))
+        await client.flush()
+        await client.close()
+    assert refused
     pids = cluster.pids
     async with ApiClient(cluster.api_url, model=await served_model(cluster.api_url)) as api:
         completion = await api.complete("The open() function", max_tokens=4)

@@ -64,7 +64,9 @@ async def test_corrections_are_learnt_and_named_by_the_lineage_but_for_those_hel
                 await asyncio.sleep(LOOK_EVERY_S)
         newest = checkpoints.latest(cluster.run_dir / "checkpoints", 0)
         assert newest is not None
-        told = await fetch_lineage(Target(cluster.nats_url, "run feedback"), newest.manifest.version, None)
+        told = await fetch_lineage(
+            Target(cluster.nats_url, "run feedback", cluster.nats_users), newest.manifest.version, None
+        )
 
     assert (told.version, told.num_unknown) == (2, 0), "examples and preferences"
     assert [batch.producer for batch in told.batches] == ["anonymous", "anonymous"]

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lemix.cli import app
+from shared.bus.access import Access
 from shared.bus.nats import NatsBus
 from shared.errors import BusError
 from tests.unit.lemix.test_run_folder import described
@@ -32,7 +33,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(NatsBus, "connect", nobody)
 
 
-async def nobody(url: str, *, name: str, timeout_s: float) -> NatsBus:
+async def nobody(url: str, *, name: str, access: Access, timeout_s: float) -> NatsBus:
     raise BusError(f"no connection to {url}")
 
 

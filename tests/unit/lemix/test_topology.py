@@ -15,6 +15,7 @@ def specs_of(
     specs = service_specs(
         options,
         nats_url="nats://127.0.0.1:1",
+        nats_users=None,
         port=8123,
         shm_dir=Path("/shm/x"),
         num_cores=num_cores,

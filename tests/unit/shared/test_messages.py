@@ -64,7 +64,7 @@ def test_what_was_packed_is_read_again_with_numbers_and_lists_as_their_types_say
         (CancelTask, {"task_id": "t", "why": ""}, "CancelTask: Object contains unknown field `why`"),
         (CancelTask, {"task_id": 1}, r"CancelTask: Expected `str`, got `int` - at `\$.task_id`"),
         (CancelTask, ["t"], "CancelTask: Expected `object`, got `array`"),
-        (InferenceTask, TASK | {"gateway": "a.b"}, r"regex .* - at `\$.gateway`"),
+        (InferenceTask, TASK | {"gateway": "a.b.c"}, r"regex .* - at `\$.gateway`"),
         (InferenceTask, TASK | {"gateway": "a\n"}, r"regex .* - at `\$.gateway`"),
         (InferenceTask, TASK | {"timeout_s": 0}, r"> 0.0 - at `\$.timeout_s`"),
         (InferenceTask, TASK | {"timeout_s": math.inf}, r"at `\$.timeout_s`"),
