@@ -6,6 +6,7 @@ It sees what any client sees; nothing here knows of the bus.
 import itertools
 import json
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class ApiClient:
         *,
         model: str,
         timeout_s: float = 120.0,
+        tls: ssl.SSLContext | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._http = httpx.AsyncClient(
@@ -65,6 +67,7 @@ class ApiClient:
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
+            verify=tls or True,
             transport=transport,
         )
         self._model = model
@@ -127,10 +130,12 @@ class ApiClient:
             raise ApiError(f"the stream broke off: {type(error).__name__} {error}") from error
 
 
-async def served_model(base_url: str) -> str:
+async def served_model(base_url: str, tls: ssl.SSLContext | None = None) -> str:
     """The id of the model that the API serves. Raises ApiError."""
     try:
-        async with httpx.AsyncClient(base_url=base_url, timeout=CONNECT_TIMEOUT_S, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=base_url, timeout=CONNECT_TIMEOUT_S, trust_env=False, verify=tls or True
+        ) as http:
             response = await http.get("/v1/models")
     except httpx.HTTPError as error:
         raise ApiError(f"no answer from {base_url}: {type(error).__name__} {error}") from error

@@ -70,11 +70,11 @@ async def run_demo(
     view.say(f"starting {cluster_options.nodes} nodes x {cluster_options.stages} stages")
     async with LocalCluster(cluster_options, on_event=view.say) as cluster, asyncio.TaskGroup() as group:
         watch = group.create_task(cluster.wait_failed())
-        model = await served_model(cluster.api_url)
+        model = await served_model(cluster.api_url, cluster.api_tls)
         view.say(f"{cluster.api_url} serves {model}")
         async with (
             open_bus(cluster.nats_url, cluster.nats_users, Role.INGEST) as bus,
-            ApiClient(cluster.api_url, model=model) as api,
+            ApiClient(cluster.api_url, model=model, tls=cluster.api_tls) as api,
         ):
             demo = Demo(api, bus, options, data, view, clock, num_nodes=cluster_options.nodes)
             summary = await demo.run()

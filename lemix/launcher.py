@@ -8,6 +8,7 @@ RunFolder          logs, cluster.json, and the lock that keeps two launchers apa
 
 import asyncio
 import os
+import ssl
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from lemix.devices import num_cpu_cores
 from lemix.health import HealthProbe
 from lemix.nats_server import LOOPBACK, NatsServer
 from lemix.nats_users import make_users
-from lemix.ports import api_url_of, claim_port
+from lemix.ports import api_url_of, claim_port, trusting
 from lemix.run_folder import ClusterFile, RunFolder
 from lemix.status import require_unused
 from lemix.supervision import (
@@ -71,6 +72,8 @@ class LocalCluster:
         self.nats_users = read_settings(LemixSettings).nats_users if options.nats_url else None
         """The folder of the NATS server's users; None: the server lets everybody in."""
         self.api_url = ""
+        self.api_tls: ssl.SSLContext | None = None
+        """With which programs of this machine reach the API, where it speaks TLS."""
         self.has_keys = False
         """Whether clients need a key."""
 
@@ -124,7 +127,9 @@ class LocalCluster:
         self._run.claim()
         self._undo.callback(self._run.release)
         port = claim_port(self._options.host, self._options.port)
-        self.api_url = api_url_of(self._options.host, port)
+        if (certificate := _gateway_settings(self._options).tls_certificate) is not None:
+            self.api_tls = trusting(certificate)
+        self.api_url = api_url_of(self._options.host, port, has_tls=self.api_tls is not None)
         remove_abandoned(default_base())
         arenas = ArenaFolder.create(default_base())
         self._undo.callback(arenas.remove)
@@ -196,7 +201,7 @@ class LocalCluster:
         self._failed.set()
 
     async def _until_healthy(self) -> None:
-        probe = HealthProbe(self.api_url)
+        probe = HealthProbe(self.api_url, self.api_tls)
         well = asyncio.create_task(probe.wait())
         failed = asyncio.create_task(self.wait_failed())
         try:
@@ -227,10 +232,14 @@ class LocalCluster:
 
 def _check_access(options: ClusterOptions) -> bool:
     """Whether there are keys. Raises ConfigurationError when others could reach the API without one."""
-    keys_file = read_settings(GatewaySettings).keys_file or options.run_dir / KEYS_FILE
+    keys_file = _gateway_settings(options).keys_file or options.run_dir / KEYS_FILE
     has_keys = read_keys(keys_file) is not None
     check_exposure(options.host, has_keys=has_keys, insecure=options.insecure)
     return has_keys
+
+
+def _gateway_settings(options: ClusterOptions) -> GatewaySettings:
+    return read_settings(GatewaySettings, {**os.environ, **options.extra_env})
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

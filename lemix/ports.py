@@ -1,6 +1,8 @@
 """Finding a port for the API, and its address as this machine reaches it."""
 
 import socket
+import ssl
+from pathlib import Path
 
 from shared.addresses import authority
 from shared.errors import ConfigurationError
@@ -9,9 +11,20 @@ _LOOPBACKS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where an address that stands for all of a machine's is reached from the machine itself."""
 
 
-def api_url_of(host: str, port: int) -> str:
+def api_url_of(host: str, port: int, *, has_tls: bool) -> str:
     """The API's URL, for programs of this machine."""
-    return f"http://{authority(_LOOPBACKS.get(host, host), port)}"
+    return f"{'https' if has_tls else 'http'}://{authority(_LOOPBACKS.get(host, host), port)}"
+
+
+def trusting(certificate: Path) -> ssl.SSLContext:
+    """TLS with whoever has this certificate, by whatever name. Raises ConfigurationError."""
+    try:
+        context = ssl.create_default_context(cafile=certificate)
+    except OSError as error:
+        raise ConfigurationError(f"LEMIX_TLS_CERTIFICATE: cannot use {certificate}: {error}") from error
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 def claim_port(host: str, port: int, *, option: str = "--port") -> int:

@@ -1,9 +1,9 @@
 """The gateway's settings."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode
 
 from shared.messages.lineage import MAX_SOURCES
@@ -25,6 +25,10 @@ class GatewaySettings(LemixSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free one."""
+    tls_certificate: Path | None = None
+    """Its certificate, with those between it and its authority's; None: it speaks plain HTTP."""
+    tls_key: Path | None = None
+    """The certificate's private key; None: it is in the same file."""
     root_path: Annotated[str, AfterValidator(_as_prefix)] = ""
     """Under which a proxy serves this gateway (`/llm`), whether it passes the prefix on or not."""
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
@@ -90,6 +94,12 @@ class GatewaySettings(LemixSettings):
     """Corrections that are trained in one step."""
     feedback_batch_after_s: float = Field(default=60.0, ge=0)
     """A correction that has waited for so long for others is trained without them."""
+
+    @model_validator(mode="after")
+    def _key_has_a_certificate(self) -> Self:
+        if self.tls_key is not None and self.tls_certificate is None:
+            raise ValueError(f"LEMIX_TLS_KEY={self.tls_key} is of no use without LEMIX_TLS_CERTIFICATE")
+        return self
 
     @property
     def keys_path(self) -> Path:

@@ -80,8 +80,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server_config(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Config:
-    """How uvicorn is told to serve."""
-    return uvicorn.Config(
+    """How uvicorn is told to serve. Raises ConfigurationError when the certificate cannot be used."""
+    config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -90,7 +90,17 @@ def server_config(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Config:
         ws="none",
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_GRACE_S,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
     )
+    try:
+        config.load()
+    except OSError as error:
+        raise ConfigurationError(
+            f"LEMIX_TLS_CERTIFICATE, LEMIX_TLS_KEY: cannot use {settings.tls_certificate} "
+            f"with {settings.tls_key}: {error}"
+        ) from error
+    return config
 
 
 async def serve(config: uvicorn.Config, listener: socket.socket, *, before_end: Callable[[], None]) -> None:

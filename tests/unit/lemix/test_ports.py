@@ -19,7 +19,7 @@ from shared.errors import ConfigurationError
     ],
 )
 def test_the_api_is_reached_from_this_machine(host: str, url: str) -> None:
-    assert api_url_of(host, 8000) == url
+    assert api_url_of(host, 8000, has_tls=False) == url
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "0.0.0.0"])
