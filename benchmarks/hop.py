@@ -1,15 +1,18 @@
 """One stage-to-stage hop: message out to message in, with a 64 KB activation; beside bare nats-py.
 
-Two processes send a message to and fro, the activation by `shm` handle; then two stages of one process do, by
-`local` handle. A hop is half of the round trip, by one process's clock.
+Two processes send a message to and fro, the activation by `shm` handle, in turn over a server with locks and
+over one without. Then two stages of one process do, by `local` handle. A hop is half of the round trip, by
+the clock of one process.
 """
 
 import asyncio
+import json
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,18 @@ from typing import Any
 import nats
 import torch
 import uvloop
+from nats.aio.client import Client
 
 from benchmarks.report import spread
 from lemix.arenas import default_base
+from lemix.bus import open_bus
 from lemix.nats_server import NatsServer
+from lemix.nats_users import make_users
 from shared import subjects
 from shared.bus.base import Bus, Incoming
 from shared.bus.nats import NatsBus
 from shared.bus.near import NearBus
+from shared.bus.permissions import Role
 from shared.messages.cluster import LinkOffer
 from shared.messages.inference import Iteration, IterationForward
 from shared.tensors.links import IncomingLinks, OutgoingLink, SharedMemoryLink
@@ -95,21 +102,39 @@ def local_sides(bus: Bus) -> tuple[Side, Side]:
     return one, other
 
 
-async def echo(url: str, folder: Path) -> None:
+@asynccontextmanager
+async def shared_sides(urls: Mapping[str, str], own: int, folder: Path) -> AsyncIterator[dict[str, Side]]:
+    """A side at each server: `open` and `locked`."""
+    users = {"open": None, "locked": folder / "users"}
+    async with AsyncExitStack() as stack:
+        sides = {}
+        for name, url in urls.items():
+            bus = await stack.enter_async_context(open_bus(url, users[name], Role.STAGE))
+            (folder / name).mkdir(exist_ok=True)
+            sides[name] = shared_side(bus, own, 1 - own, folder / name)
+        yield sides
+
+
+async def echo(urls: Mapping[str, str], folder: Path) -> None:
     """The second process: sends back what comes, until its stdin closes; also echoes bare messages."""
-    bus = await NatsBus.connect(url, name="echo")
-    side, activation = shared_side(bus, 1, 0, folder), torch.ones(ACTIVATION_SHAPE)
-    bare = await nats.connect(url)
+    async with shared_sides(urls, 1, folder) as sides:
+        await _echo(sides, await nats.connect(urls["open"]))
+
+
+async def _echo(sides: Mapping[str, Side], bare: Client) -> None:
+    activation = torch.ones(ACTIVATION_SHAPE)
 
     async def back(message: Any) -> None:
         await bare.publish("bare.back", message.data)
 
     await bare.subscribe("bare.out", cb=back)
     await bare.flush()
-    await side.start(lambda iteration: side.send(iteration, activation))
+    for side in sides.values():
+        await side.start(partial(side.send, activation=activation))
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
-    await side.connect()
+    for side in sides.values():
+        await side.connect()
     print("connected", flush=True)
     await asyncio.to_thread(sys.stdin.read)
 
@@ -127,10 +152,18 @@ async def half_round_trips_ms(send: Callable[[], Awaitable[None]], arrived: asyn
     return spread(times)["median"]
 
 
-async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -> dict[str, Any]:
+async def measure(
+    urls: Mapping[str, str], folder: Path, echoing: asyncio.subprocess.Process
+) -> dict[str, Any]:
+    async with shared_sides(urls, 0, folder) as sides:
+        return await _measure(urls["open"], sides, echoing)
+
+
+async def _measure(
+    url: str, sides: Mapping[str, Side], echoing: asyncio.subprocess.Process
+) -> dict[str, Any]:
     assert echoing.stdin is not None and echoing.stdout is not None
-    bus, bare, arrived = await NatsBus.connect(url, name="bench"), await nats.connect(url), asyncio.Event()
-    side, activation = shared_side(bus, 0, 1, folder), torch.ones(ACTIVATION_SHAPE)
+    bare, arrived, activation = await nats.connect(url), asyncio.Event(), torch.ones(ACTIVATION_SHAPE)
     near = NearBus(await NatsBus.connect(url, name="near"))
     one, two = local_sides(near)
 
@@ -142,22 +175,30 @@ async def measure(url: str, folder: Path, echoing: asyncio.subprocess.Process) -
 
     await bare.subscribe("bare.back", cb=note_bare)
     await echoing.stdout.readline()
-    await side.start(note)
-    await side.connect()
+    for side in sides.values():
+        await side.start(note)
+        await side.connect()
     echoing.stdin.write(b"\n")
     await echoing.stdout.readline()
-    hops, near_hops = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
-    bare_hops = list[float]()
+    hops = {server: defaultdict[str, list[float]](list) for server in sides}
+    near_hops, bare_hops = defaultdict[str, list[float]](list), list[float]()
     await start_local(one, two, note, activation)
-    for _ in range(NUM_ROUNDS):
+    for number in range(NUM_ROUNDS):
         for name, message in MESSAGES.items():
-            hops[name].append(await half_round_trips_ms(partial(side.send, message, activation), arrived))
+            for server in sorted(sides, reverse=bool(number % 2)):
+                send = partial(sides[server].send, message, activation)
+                hops[server][name].append(await half_round_trips_ms(send, arrived))
             near_hops[name].append(await half_round_trips_ms(partial(one.send, message, activation), arrived))
         bare_hops.append(await half_round_trips_ms(lambda: bare.publish("bare.out", bytes(100)), arrived))
-    for each in (bare, bus, near):
+    for each in (bare, near):
         await each.close()
     return {
-        "hop_ms": {name: spread(values) for name, values in hops.items()},
+        "hop_ms": {name: spread(values) for name, values in hops["open"].items()},
+        "hop_with_locks_ms": {name: spread(values) for name, values in hops["locked"].items()},
+        "hop_with_locks_to_without": {
+            name: spread([locked / plain for locked, plain in zip(hops["locked"][name], values, strict=True)])
+            for name, values in hops["open"].items()
+        },
         "hop_within_a_worker_ms": {name: spread(values) for name, values in near_hops.items()},
         "bare_nats_py_hop_ms": spread(bare_hops),
     }
@@ -174,18 +215,23 @@ async def start_local(
 
 async def main(work: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=default_base()) as folder:
-        async with NatsServer(Path(folder) / "nats") as server:
+        users = make_users(Path(folder) / "users")
+        async with (
+            NatsServer(Path(folder) / "nats") as plain,
+            NatsServer(Path(folder) / "locked-nats", config=users) as locked,
+        ):
+            urls = {"open": plain.url, "locked": locked.url}
             echoing = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "benchmarks.hop", server.url, folder),
+                *(sys.executable, "-m", "benchmarks.hop", json.dumps(urls), folder),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
             )
             try:
-                return await measure(server.url, Path(folder), echoing)
+                return await measure(urls, Path(folder), echoing)
             finally:
                 echoing.kill()
                 await echoing.wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(echo(sys.argv[1], Path(sys.argv[2])))
+    uvloop.run(echo(json.loads(sys.argv[1]), Path(sys.argv[2])))
