@@ -50,6 +50,9 @@ async def stream_over_http(client: ApiClient, prompts: list[list[int]]) -> dict[
     return rates(len(prompts), start_s, first_s, time.monotonic())
 
 
+GATEWAY = "gateway.bench"
+
+
 class BusStreams:
     """Streams as a gateway sees them: tokens on the bus, from the node itself."""
 
@@ -60,7 +63,7 @@ class BusStreams:
         self._ids = itertools.count()
 
     async def start(self) -> None:
-        await self._bus.subscribe(subjects.TOKENS.at(gateway="bench"), self._on_tokens)
+        await self._bus.subscribe(subjects.TOKENS.at(gateway=GATEWAY), self._on_tokens)
 
     async def run(self, prompts: list[list[int]]) -> dict[str, float]:
         """Raises TimeoutError when one of them fails."""
@@ -79,7 +82,7 @@ class BusStreams:
         sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
         task = InferenceTask(
             task_id=task_id,
-            gateway="bench",
+            gateway=GATEWAY,
             prompt=tuple(prompt),
             sampling=sampling,
             timeout_s=REQUEST_TIMEOUT_S,

@@ -353,7 +353,7 @@ def _refusal_of(error: Exception, access: Access) -> NotAllowedError | None:
     if AUTHORIZATION_VIOLATION not in str(error).lower():
         return None
     if access.user is None:
-        return NotAllowedError("the server asks for a user: name the folder of users in LEMIX_NATS_USERS")
+        return NotAllowedError("the server asks for a user: name the folder of its users in LEMIX_NATS_USERS")
     return NotAllowedError(f"the server does not know the user {access.user.name!r} of {access.file}")
 
 

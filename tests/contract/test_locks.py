@@ -2,7 +2,10 @@
 
 import asyncio
 import itertools
+import os
 import re
+import shutil
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -339,3 +342,33 @@ async def test_a_server_without_locks_lets_in_a_user_it_does_not_know(
     bus = await Locked(nats_server.url, tmp_path / "users").bus(Role.TRAINER)
     assert await bus.next_fence("trainer") == 1
     await bus.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("nobody", "cannot read the NATS user in"),
+        ("gateway", "the NATS user 'gateway' may not hear lemix.cluster.heartbeat"),
+    ],
+)
+async def test_a_service_with_another_role_or_none_ends_and_says_so(
+    locked: Locked, tmp_path: Path, given: str, reason: str
+) -> None:
+    users = tmp_path / "mounted"
+    if given != "nobody":
+        users.mkdir()
+        shutil.copytree(locked.users / given, users / "scheduler")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.scheduler"),
+        env=os.environ
+        | {
+            "LEMIX_NATS_URL": locked.url,
+            "LEMIX_NATS_USERS": str(users),
+            "LEMIX_RUN_DIR": str(tmp_path / "run"),
+        },
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, complaints = await process.communicate()
+    assert process.returncode == 1
+    assert reason in complaints.decode()
+    assert "Traceback" not in complaints.decode()
