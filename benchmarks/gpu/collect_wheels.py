@@ -23,6 +23,8 @@ PLATFORMS = (
 )
 """pip matches each of them exactly."""
 TORCH = "torch"
+BUILT_HERE = {"nkeys"}
+"""Python alone, and published as source only."""
 
 
 def needed(there: Iterable[str], environment: dict[str, str]) -> dict[str, str]:
@@ -54,15 +56,20 @@ def main() -> None:
     chosen = parser.parse_args()
     packages = needed(chosen.there, {"python_version": chosen.python, "extra": ""})
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    pinned = {name: f"{name}=={version}" for name, version in packages.items()}
+    pip = (sys.executable, "-m", "pip")
     subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"),
+            *(*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:"),
             *("--implementation", "cp", "--python-version", chosen.python, *platforms),
             *("--dest", str(chosen.folder)),
-            *(f"{name}=={version}" for name, version in packages.items()),
+            *(line for name, line in pinned.items() if name not in BUILT_HERE),
         ],
         check=True,
     )
+    if built := [line for name, line in pinned.items() if name in BUILT_HERE]:
+        into = ("--wheel-dir", str(chosen.folder))
+        subprocess.run([*pip, "wheel", "--quiet", "--no-deps", *into, *built], check=True)
     print(f"{len(packages)} packages in {chosen.folder}")
 
 
