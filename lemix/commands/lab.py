@@ -125,8 +125,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="frontier, overload, unlike, failures, trace, main, heterogeneity, ablation, sensitivity,"
-            " synchronous, generation, data-parallel, learning, live."
+            help="frontier, overload, unlike, failures, trace, main, heterogeneity, ablation, busy-parts,"
+            " sensitivity, synchronous, generation, data-parallel, learning, live."
         ),
     ],
     quick: Annotated[

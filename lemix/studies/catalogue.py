@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lemix.studies import changing_nodes, variations
+from lemix.studies.busy_parts import busy_parts
 from lemix.studies.frontier import frontier
 from lemix.studies.generation import generation
 from lemix.studies.grid import Study
@@ -22,6 +23,7 @@ STUDIES: Mapping[str, Callable[..., Study]] = {
     "main": MAIN.study,
     "heterogeneity": variations.heterogeneity,
     "ablation": variations.ablation,
+    "busy-parts": busy_parts,
     "sensitivity": variations.sensitivity,
     "synchronous": SYNCHRONOUS.study,
     "generation": generation,

@@ -14,7 +14,7 @@ from shared.profiles.profile import profile_named
 NAMES = {
     *("main", "heterogeneity", "ablation", "sensitivity"),
     *("synchronous", "generation", "data-parallel", "learning", "live"),
-    *("overload", "unlike", "failures"),
+    *("overload", "unlike", "failures", "busy-parts"),
 }
 SEARCHING = {"frontier"}
 """They choose their runs as they go."""
