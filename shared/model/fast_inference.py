@@ -15,7 +15,8 @@ Elsewhere than on the CPU, nothing is replaced.
 Shape letters: T tokens of the flat row, N query heads, K key and value heads, D head size, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,6 +44,18 @@ class InferenceWeights:
         """Copy everything now, rather than in the background of the next forwards."""
         for product in self.products:
             product.prepare()
+
+    @contextmanager
+    def moving_to(self, same_values: AbstractContextManager[None]) -> Iterator[None]:
+        """Let tensors that are made inside, with the present weights' values, have the copies of these.
+
+        `same_values` puts them in place. They would be copied anew otherwise.
+        """
+        ready = [product for product in self.products if product.is_current]
+        yield
+        with same_values:
+            for product in ready:
+                product.hand_over()
 
     def invalidate(self) -> None:
         """Forget all copies: needed only after writes that torch does not count, as `p.data.copy_`."""

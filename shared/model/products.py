@@ -9,7 +9,7 @@ The packing operations are private to torch: `is_possible` says whether they are
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -106,8 +106,7 @@ class Product:
 
     def ready(self) -> bool:
         """Whether the copies are those of the modules' weights; has them made once these have lasted."""
-        copies = self._copies
-        if copies is not None and self._are_in_place(copies.sources):
+        if self.is_current:
             self._calls = 0
             return True
         if self._making is not None:
@@ -142,6 +141,16 @@ class Product:
             if weight is not None
         ]
         return _copies(sources, weights, torch.cat(list(biases)) if biases else None)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the copies are those of the weights now in the modules; starts nothing."""
+        return self._copies is not None and self._are_in_place(self._copies.sources)
+
+    def hand_over(self) -> None:
+        """Note that the weights now in the modules have the values that the copies were made of."""
+        assert self._copies is not None
+        self._copies = replace(self._copies, sources=self._sources())
 
     def invalidate(self) -> None:
         """Forget the copies, and those that are being made: their weights may change meanwhile."""

@@ -184,8 +184,9 @@ class StageCompute:
         self._note_new_weights()
 
     def keep(self) -> bool:
-        with self._streams.changing():
-            return self.loaded.weights.keep()
+        weights, packed = self.loaded.weights, self.loaded.packed
+        with self._streams.changing(), packed.moving_to(weights.serving(weights.version)):
+            return weights.keep()
 
     def release(self, version: int) -> None:
         with self._streams.changing():

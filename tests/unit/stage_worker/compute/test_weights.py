@@ -15,6 +15,7 @@ from services.stage_worker.settings import OptimizerName
 from services.stage_worker.training.optimizers import OptimizerSettings
 from shared.errors import LemixError, VersionGoneError
 from shared.model.attention import PackedSegments
+from shared.model.fast_inference import enable_fast_inference
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.lora import ALL_LINEAR, LoraSettings, add_adapter
 from shared.model.stage import Stage
@@ -48,6 +49,12 @@ def loss_of(stage: Stage, text: list[int]) -> Tensor:
     tokens = torch.tensor(text)
     logits = stage.forward(tokens, torch.arange(len(text)), PackedSegments((len(text),)))
     return torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum")
+
+
+@torch.no_grad()
+def logits_of(stage: Stage) -> Tensor:
+    tokens = torch.tensor(TEXTS[0])
+    return stage.forward(tokens, torch.arange(len(tokens)), PackedSegments((len(tokens),)))
 
 
 class InFlight:
@@ -287,6 +294,27 @@ def test_a_kept_version_serves_on_while_the_weights_step(kind: str, stage: Stage
     assert not any(torch.equal(stepped[name], old[name]) for name in trained)
     for name, master in weights.master_tensors().items():
         assert torch.equal(stepped[name], master.to(stepped[name].dtype)), name
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_a_kept_version_has_the_copies_of_the_weights_that_it_was(is_stale: bool, stage: Stage) -> None:
+    weights, packed = StageWeights(stage, SETTINGS, version=0), enable_fast_inference(stage)
+    packed.prepare()
+    copied = logits_of(stage)
+    if is_stale:
+        others = {name: 1.1 * tensor.detach() for name, tensor in weights.master_tensors().items()}
+        weights.load(others, {}, version=1)
+    kept = weights.version
+    with packed.moving_to(weights.serving(kept)):
+        weights.keep()
+    with weights.serving(kept):
+        assert {product.is_current for product in packed.products} == {not is_stale}
+        served = logits_of(stage)
+        assert torch.equal(served, copied) is not is_stale
+    train(stage, weights, "b1", TEXTS[1:2])
+    with weights.serving(kept):
+        torch.testing.assert_close(logits_of(stage), served, rtol=1e-5, atol=1e-5)
+    assert not any(product.is_current for product in packed.products), "the newest have stepped"
 
 
 def test_kept_versions_change_neither_steps_nor_gradients(folder: Path, stage: Stage) -> None:
