@@ -13,6 +13,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from services.stage_worker.compute.slices import finish
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.pipeline.disciplines import WorkKind
 from services.stage_worker.training.microbatches import MicrobatchRunner
@@ -113,7 +114,7 @@ class VirtualPipeline:
 
     def _forward(self, number: int, slot: Slot, inputs: Tensor) -> None:
         microbatch = self._parts[slot.batch_id, slot.index].microbatch
-        version, outputs = self._stages[number].runner.forward(microbatch, inputs)
+        version, outputs = finish(self._stages[number].runner.forward(microbatch, inputs))
         self._note_delay(number, slot, version)
         self._pipeline = self._pipeline.forward_done(number, slot.batch_id, slot.index)
         if number < len(self._stages) - 1:
@@ -127,7 +128,7 @@ class VirtualPipeline:
 
     def _backward(self, number: int, slot: Slot, gradient: Tensor | None) -> None:
         stage = self._stages[number]
-        of_inputs = stage.runner.backward(slot.batch_id, slot.index, gradient)
+        of_inputs = finish(stage.runner.backward(slot.batch_id, slot.index, gradient))
         self._pipeline = self._pipeline.backward_done(number, slot.batch_id, slot.index)
         if of_inputs is not None:
             work = partial(self._backward, number - 1, slot, of_inputs)

@@ -1,11 +1,13 @@
 """Where training gives way to inference within an op. Stages do it, the scheduler foresees it. Pure.
 
-Each pass of a microbatch, forward or backward, and each step is cut into slices of consecutive layers.
-Between two slices an iteration that waits goes first, and the op goes on after it.
+Each pass of a microbatch, forward or backward, is cut into slices of consecutive layers, and so is a step
+that leaves the weights that serve alone until its end. Between two slices an iteration that waits goes first,
+and the op goes on after it.
 """
 
 from collections.abc import Sequence
 from math import ceil
+from typing import NamedTuple
 
 MAX_SLICES = 8
 """More slices of a pass would make waits shorter, but each costs the launches around the layers again."""
@@ -15,6 +17,16 @@ training nor decoding ever pauses, an iteration ends every three of its own leng
 tokens may grow (docs/benchmarks), and training has two thirds of the device."""
 _ROUNDING = 1e-6
 """Share of a slice: an iteration that comes so shortly after its end still goes first."""
+
+
+class NumSlices(NamedTuple):
+    """Into how many slices a stage cuts its training ops; 1: they go on to their end."""
+
+    of_pass: int = 1
+    of_step: int = 1
+
+
+WHOLE = NumSlices()
 
 
 def num_slices(num_layers: int) -> int:

@@ -138,7 +138,7 @@ class ComputingExecutor(TorchExecutor):
 
     async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
         await self._timed.step(order, give_way)
-        return await super().step(order)  # iterations between slices meet the weights whose version they tell
+        return await super().step(order)
 
     async def restore(self, checkpoint: str, version: int) -> None:
         await super().restore(checkpoint, version)

@@ -15,6 +15,7 @@ from services.stage_worker.compute.executor import Executor
 from services.stage_worker.process import StageProcess
 from services.stage_worker.settings import StageWorkerSettings
 from shared.lifecycle import World
+from shared.slices import NumSlices
 
 Compute = Callable[[EmulatedExecutor, StageWorkerSettings, str], Executor[Any, Any]]
 """(what takes a stage's time, the stage's settings, its instance) -> the stage's executor."""
@@ -122,6 +123,7 @@ class SimulatedNodes:
     ) -> Executor[Any, Any]:
         devices = self._devices_of(settings.node)
         profile = devices.profile
+        num_slices = settings.num_slices(profile.stages[settings.stage].num_layers) if profile else 1
         timed = EmulatedExecutor(
             settings,
             instance,
@@ -129,7 +131,7 @@ class SimulatedNodes:
             memory=profile.stages[settings.stage].memory if profile else None,
             vocab_size=devices.vocab_size,
             context_length=devices.context_length,
-            num_slices=settings.num_slices(profile.stages[settings.stage].num_layers) if profile else 1,
+            num_slices=NumSlices(num_slices, num_slices),
             hold_until=self._known_done,
             clock=self._clock,
             device=device,

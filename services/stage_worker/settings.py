@@ -135,7 +135,7 @@ class StageWorkerSettings(LemixSettings):
         return self.as_text(("optimizer", "adapter", *of_adapter))
 
     def num_slices(self, num_layers: int) -> int:
-        """Parts of a training pass through so many layers, between which it gives way to inference."""
+        """Parts of a training op on so many layers, between which it may give way to inference."""
         return slices.num_slices(num_layers) if self.discipline == "slo_first" else 1
 
     @property

@@ -119,7 +119,6 @@ class StageWorker:
             facts,
             group=self._group,
             note_version=self._serving.set_version,
-            note_stepping=self._serving.begin_step,
             note_restored=self._on_restored,
         )
         place = {"node": self._settings.node, "stage": self._settings.stage}

@@ -7,6 +7,7 @@ from msgspec import Meta
 from shared.messages.base import Message
 from shared.messages.bounds import Count, FileStem, PositiveInt
 from shared.settings import MAX_ITERATION_TOKENS
+from shared.slices import WHOLE, NumSlices
 
 
 class Heartbeat(Message):
@@ -23,8 +24,8 @@ class Heartbeat(Message):
     """The profile that forecasts of this node start from; empty: the scheduler's own."""
     first_on_device: Count | None = None
     """The first of the process's stages on this device, which does one op at a time; None: its own."""
-    num_slices: int = 1
-    """Slices of a training pass, between which it gives way to iterations; 1: it does not."""
+    num_slices: NumSlices = WHOLE
+    """Slices of a training pass and of a step, between which they give way to iterations."""
     ready: bool
     """The model is loaded and the links to both neighbours stand."""
     whole: bool = False

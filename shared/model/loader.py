@@ -5,7 +5,6 @@ The order matters: modules of other stages are taken away before loading (so tha
 while the layers are renumbered only after it (so that names in the checkpoint and in the model agree).
 """
 
-import copy
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from shared.errors import ConfigurationError, UnsupportedModelError
 from shared.model.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, PackedSegments
+from shared.model.cutting import Layers, find_layers, remove_ends, with_layers
 from shared.model.index import INDEX_NAME
 from shared.model.partition import LayerRange, partition
 from shared.model.stage import Slot, Stage
@@ -90,7 +90,7 @@ def model_partition(config: Any, num_stages: int) -> tuple[LayerRange, ...]:
     """
     model_class = _splittable_class(config)
     with torch.device("meta"):
-        one_layer = model_class(_with_layers(config, 0, 1))
+        one_layer = model_class(with_layers(config, 0, 1))
     layer_cost = sum(parameter.numel() for parameter in find_layers(one_layer)[1].parameters())
     return partition(
         config.num_hidden_layers,
@@ -141,7 +141,8 @@ def _stage_class(model_class: Any, layers: LayerRange) -> Any:
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            _remove_absent(self, layers)
+            remove_ends(self, layers)
+            _remove_other_layers(self, layers)
 
     StageModel.__name__ = StageModel.__qualname__ = model_class.__name__
     StageModel.__module__ = (
@@ -150,59 +151,11 @@ def _stage_class(model_class: Any, layers: LayerRange) -> Any:
     return StageModel
 
 
-def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of layers of a whole model or of a stage's, and its name in the base model.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    base = model.base_model
-    for name, child in base.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers:
-            return name, child
-    raise UnsupportedModelError(f"{model.config.model_type}: no list of layers in {type(base).__name__}")
-
-
-def _remove_absent(model: Any, layers: LayerRange) -> None:
-    base, (layers_name, layer_list) = model.base_model, find_layers(model)
-    children = list(base.named_children())
-    start = [name for name, _ in children].index(layers_name)
-    if not layers.is_first:
-        keep_embedding = layers.is_last and model.all_tied_weights_keys
-        for name, child in children[:start]:
-            if child is base.get_input_embeddings():
-                setattr(base, name, child if keep_embedding else nn.Identity())
-            elif "rotary" not in name:
-                setattr(base, name, _Zeros() if isinstance(child, nn.Embedding) else nn.Identity())
-        if hasattr(base, "embedding_multiplier"):
-            base.embedding_multiplier = 1.0
-    if not layers.is_last:
-        for name, _ in children[start + 1 :]:
-            if "rotary" not in name:
-                setattr(base, name, nn.Identity())
-        for name, child in list(model.named_children()):
-            if child is not base:
-                setattr(model, name, nn.Identity())
-        model.all_tied_weights_keys = {}
+def _remove_other_layers(model: Any, layers: LayerRange) -> None:
+    _, layer_list = find_layers(model)
     for number in range(model.config.num_hidden_layers):
         if not layers.first <= number < layers.end:
             layer_list[number] = nn.Identity()
-
-
-class _Zeros(nn.Module):
-    """Stands for a learned position embedding on stages whose input has it already."""
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return torch.zeros((), device=positions.device)
-
-
-class _Layers(nn.ModuleList):
-    """A list whose full slice is itself: models slice it in each forward, which is slow."""
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
-            return self
-        return super().__getitem__(index)
 
 
 @contextmanager
@@ -271,25 +224,17 @@ def _finish(model: Any, layers: LayerRange) -> Stage:
     if not layers.is_first:
         _drop_embedding(base)
     own = list(layer_list)[layers.first : layers.end]
-    setattr(base, layers_name, _Layers(own))
+    setattr(base, layers_name, Layers(own))
     for number, layer in enumerate(own):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, LAYER_ATTRIBUTE, number)
-    sliced = _with_layers(model.config, layers.first, layers.end)
+    sliced = with_layers(model.config, layers.first, layers.end)
     for module in model.modules():
         if getattr(module, "config", None) is model.config and module is not model:
             module.config = sliced
     model.config = sliced
     return Stage(model, layers, slots, tied_embedding_name=tied_name)
-
-
-def _with_layers(config: Any, first: int, end: int) -> Any:
-    sliced = copy.deepcopy(config)
-    if getattr(config, "layer_types", None):
-        sliced.layer_types = config.layer_types[first:end]
-    sliced.num_hidden_layers = end - first
-    return sliced
 
 
 def _tied_embedding_name(model: Any, layers: LayerRange) -> str | None:

@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.checkpoints import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from shared.errors import ConfigurationError
-from shared.model.loader import find_layers, in_published_names
+from shared.model.cutting import find_layers
+from shared.model.loader import in_published_names
 from shared.model.stage import Slot, Stage
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from shared.model.attention import PackedSegments
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.stage import Stage
 from tests.support.models import save_tiny_model
+from tests.support.training import training_forward
 
 DEVICE, BLOCK_SIZE, PROMPT_LENGTH = "cuda:0", 16, 20
 
@@ -70,7 +71,7 @@ def loaded(folder: Path, dtype: torch.dtype) -> tuple[Stage, StageWeights, Paged
 def publish(stage: Stage, weights: StageWeights, version: int, streams: Streams) -> None:
     """Train on a few tokens, and step."""
     tokens = torch.arange(8, device=DEVICE)
-    with weights.training_forward() as used:
+    with training_forward(weights) as used:
         logits = stage.forward(tokens, tokens, PackedSegments((8,)))
     torch.autograd.backward(logits.float().logsumexp(-1).sum() - logits.float()[:, 5].sum())
     weights.backward_done(used)

@@ -11,6 +11,7 @@ from shared.messages.cluster import TaskKind
 from shared.messages.events import OpEnded, OpKind, OpStarted, StageOp, StageProgress
 from shared.profiles.times import NO_WORK, Work, work_of_rows
 from shared.settings import MAX_ITERATION_TOKENS
+from shared.slices import NumSlices
 
 NAMES: dict[int, OpKind] = {
     ITERATION: "iteration",
@@ -104,7 +105,7 @@ class Node:
         for stage, device in enumerate(devices[:num_stages]):
             self.timeline.put_on_device(stage, device)
         for stage in range(num_stages):
-            self.timeline.cut(stage, num_slices)
+            self.timeline.cut(stage, NumSlices(num_slices, num_slices))
         self.now_s = 0.0
         self.done_s = [0.0] * num_stages
         """By stage: seconds in ops that are over."""

@@ -1,6 +1,7 @@
 """Training batches for a node, and the single-process loop that they are compared with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
+from services.stage_worker.compute.weights import StageWeights, WeightsVersion
 from shared.messages.training import Microbatch, MicrobatchForward
 from tests.support.models import VOCAB_SIZE
 
@@ -55,6 +57,15 @@ def named(batches: Sequence[Batch]) -> dict[str, Batch]:
 
 def num_labels(batch: Batch) -> int:
     return sum(len(example) - 1 for microbatch in batch for example in microbatch)
+
+
+@contextmanager
+def training_forward(weights: StageWeights) -> Iterator[WeightsVersion]:
+    """Run a stage as a microbatch's forward does; graphs recorded inside keep the weights."""
+    version = weights.to_train()
+    with weights.installed(version):
+        yield version
+    weights.forward_done(version)
 
 
 def messages(batch_id: str, batch: Batch, *, fence: int = 1) -> list[MicrobatchForward]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from services.scheduler.costs import Costs
 from shared.profiles.times import NO_WORK, Work
-from shared.slices import TRAINING_TURN
+from shared.slices import TRAINING_TURN, NumSlices
 
 ITERATION, STEP, BACKWARD, FORWARD = range(4)
 """In the order in which a stage prefers them."""
@@ -55,13 +55,14 @@ class Batch:
     stepped: set[int] = field(default_factory=set)
     """Stages that have stepped."""
 
-    def slice_s(self, stage: int, num_slices: int) -> float:
+    def slice_s(self, stage: int, num_slices: NumSlices) -> float:
         """The longest that an iteration waits on a stage for a pass of it, or its step, to give way."""
         is_last = stage == len(self.step_s) - 1
         forward_share = max(BACKWARD_SHARE, 1 - BACKWARD_SHARE) if is_last else 1.0
         passes_s = [forward_share * forward_s[stage] for forward_s in self.forward_s]
         passes_s += [backward_s[stage] for backward_s in self.backward_s]
-        return max([*passes_s, self.step_s[stage]]) / num_slices
+        slices_s = [pass_s / num_slices.of_pass for pass_s in passes_s]
+        return max([*slices_s, self.step_s[stage] / num_slices.of_step])
 
 
 def durations_of(work: Work, costs: Costs, num_stages: int) -> list[float]:
@@ -121,8 +122,8 @@ class KnownWork:
     """By stage."""
     aside: Sequence[Op | None] = ()
     """By stage: what is left of the op that stands aside there; empty: none does."""
-    num_slices: Sequence[int] = ()
-    """By stage: slices of a pass, between which it gives way to iterations; empty: each has but one."""
+    num_slices: Sequence[NumSlices] = ()
+    """By stage: slices of training ops, between which they give way to iterations; empty: one each."""
     training_turn: float = TRAINING_TURN
     """How long what gave way to an iteration goes on at least, in lengths of that."""
     devices: Sequence[int] = ()
@@ -163,9 +164,12 @@ class KnownWork:
         aside = [(stage, op) for stage, op in enumerate(self.aside) if op is not None]
         return [(stage, op) for stage, op in running + aside if op.flow is batch]
 
-    def gives_way(self, stage: int) -> bool:
-        """Whether training ops of the stage stand aside for iterations."""
-        return bool(self.num_slices) and self.num_slices[stage] > 1
+    def num_slices_of(self, stage: int, kind: int) -> int:
+        """Slices of an op of that kind on a stage; 1: it stands aside for nothing."""
+        if kind == ITERATION or not self.num_slices:
+            return 1
+        cuts = self.num_slices[stage]
+        return cuts.of_step if kind == STEP else cuts.of_pass
 
     def hop_between_s(self, stage: int, other: int) -> float:
         """Seconds for a message: hardly any where one process holds both, as it does those of one device."""

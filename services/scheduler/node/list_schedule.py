@@ -2,8 +2,8 @@
 
 Rules, as stage workers follow them: a device does one op at a time, of whichever of its stages; inference
 goes first, then backwards, then training forwards, which take turns with backwards (discipline `slo_first`;
-its patience with training, half a second, is left out). Training ops and steps stand aside for an iteration
-between two of their slices (shared/slices.py); all else goes on to its end. Stage 0 orders all stages to step
+its patience with training, half a second, is left out). Training ops stand aside for an iteration between
+two of their slices (shared/slices.py); all else goes on to its end. Stage 0 orders all stages to step
 when it has done a batch's last backward; steps go before backwards. At most one iteration per stage is in
 flight, and as many microbatches as the schedule lets in.
 
@@ -160,7 +160,7 @@ class _ListSchedule:
             after = next_on_device(known, stage)
             end_s = running.start_s + running.op.duration_s
             if after is not None and after.start_s < end_s:
-                if after.op.kind == ITERATION and running.op.kind != ITERATION and known.gives_way(stage):
+                if after.op.kind == ITERATION and known.num_slices_of(stage, running.op.kind) > 1:
                     self._stood_aside(stage, running, after.start_s)
                     continue
                 end_s = after.start_s
@@ -258,9 +258,9 @@ class _ListSchedule:
         """Seconds that decoding takes of the device between the turns of an op that begins now."""
         known = self._known
         is_without = self._num_decode_iterations or not known.decode_gap_s or at_s >= known.decode_until_s
-        if is_without or not known.gives_way(device):
+        if is_without or known.num_slices_of(device, op.kind) == 1:
             return 0.0
-        slice_s = op.duration_s / known.num_slices[device]
+        slice_s = op.duration_s / known.num_slices_of(device, op.kind)
         turn_s = max(slice_s, known.training_turn * known.decode_s[device])
         return known.decode_gap_s[device] * (op.duration_s // turn_s)
 
@@ -311,7 +311,7 @@ class _ListSchedule:
             self._after_backward[device] = op.kind == BACKWARD
         self._tie += 1
         heappush(self._events, (end_s, _END, self._tie, stage, op, end_s))
-        if op.kind != ITERATION and self._known.gives_way(stage):
+        if self._known.num_slices_of(stage, op.kind) > 1:
             self._sliced[device] = RunningInSlices(stage, op, start_s, end_s, self._tie, turn_until_s)
 
     def _follow(self, op: Op, stage: int, at_s: float) -> None:

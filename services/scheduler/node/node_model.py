@@ -35,7 +35,7 @@ from shared.messages.events import OpStarted, StageOp, StageProgress
 from shared.messages.inference import Pace
 from shared.profiles.times import NO_WORK, Work, work_of_rows
 from shared.schedule import BY_DEFAULT, Feeding
-from shared.slices import TRAINING_TURN
+from shared.slices import TRAINING_TURN, WHOLE, NumSlices
 from shared.subjects import PROGRESS_EVERY_S
 
 MIN_ROWS = 16
@@ -86,7 +86,7 @@ class NodeModel:
         """By stage: when it sent its last report, which told of all before."""
         self._devices = list(range(num_stages))
         """By stage: the first stage on its device."""
-        self._num_slices = [1] * num_stages
+        self._num_slices = [WHOLE] * num_stages
         self._slices_s = [0.0] * num_stages
         """By stage: the longest slice of the last batch."""
         self._iterated_s = [(0.0, 0.0)] * num_stages
@@ -123,7 +123,7 @@ class NodeModel:
         """
         forwards_s = [forward_s for batch in self._batches.values() for forward_s in batch.forward_s]
         return sum(
-            max((each[stage] for each in forwards_s), default=0.0) / self._num_slices[stage]
+            max((each[stage] for each in forwards_s), default=0.0) / self._num_slices[stage].of_pass
             for stage in range(1, self.num_stages)
         )
 
@@ -182,8 +182,8 @@ class NodeModel:
         return self._prediction
 
     @property
-    def num_slices(self) -> tuple[int, ...]:
-        """By stage: slices of a training pass, between which it gives way to iterations."""
+    def num_slices(self) -> tuple[NumSlices, ...]:
+        """By stage: slices of training ops, between which they give way to iterations."""
         return tuple(self._num_slices)
 
     @property
@@ -200,8 +200,8 @@ class NodeModel:
         if max(stage, device) < self.num_stages and self._devices[stage] != device:
             self._devices[stage], self._prediction = device, None
 
-    def cut(self, stage: int, num_slices: int) -> None:
-        """Note into how many slices a stage cuts its training passes."""
+    def cut(self, stage: int, num_slices: NumSlices) -> None:
+        """Note into how many slices a stage cuts its training ops."""
         if stage < self.num_stages and self._num_slices[stage] != num_slices:
             self._num_slices[stage], self._prediction = num_slices, None
 

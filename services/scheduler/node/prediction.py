@@ -6,7 +6,7 @@ from itertools import chain, repeat
 from operator import itemgetter
 from typing import NamedTuple
 
-from services.scheduler.node.known_work import FORWARD, ITERATION, Batch, Iteration, KnownWork, Op
+from services.scheduler.node.known_work import FORWARD, Batch, Iteration, KnownWork, Op
 from services.scheduler.node.slices_of_ops import cut_s
 
 
@@ -108,7 +108,7 @@ class Prediction:
         if place is None or on_device.starts_s[place] == before_s:
             return None
         op, its_stage, given_way_s = on_device.ops[place], on_device.stages[place], at_s - before_s
-        if op.kind == ITERATION or not self.known.gives_way(its_stage):
+        if self.known.num_slices_of(its_stage, op.kind) == 1:
             return None
         went_on_s = on_device.starts_s[place] + given_way_s
         return cut_s(self.known, its_stage, op, went_on_s, at_s + self.known.training_turn * given_way_s)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from services.scheduler.node.known_work import (
     BACKWARD_SHARE,
     FORWARD,
-    ITERATION,
     KnownWork,
     Op,
     Running,
@@ -38,13 +37,14 @@ def cut_s(known: KnownWork, stage: int, op: Op, start_s: float, wanted_s: float)
     Not where it began to run: an op gets a slice done before it stands aside again.
     """
     end_s = start_s + op.duration_s
-    if op.kind == ITERATION or not known.gives_way(stage) or wanted_s >= end_s:
+    count = known.num_slices_of(stage, op.kind)
+    if count == 1 or wanted_s >= end_s:
         return end_s
     whole_s = op.done_s + op.duration_s
     is_both = op.kind == FORWARD and stage == known.num_stages - 1
     passes_s = ((1 - BACKWARD_SHARE) * whole_s, BACKWARD_SHARE * whole_s) if is_both else (whole_s,)
     from_s = op.done_s + max(wanted_s - start_s, whole_s * _BEGUN)
-    return start_s + next_cut_s(passes_s, known.num_slices[stage], from_s) - op.done_s
+    return start_s + next_cut_s(passes_s, count, from_s) - op.done_s
 
 
 def next_on_device(known: KnownWork, stage: int) -> Running | None:

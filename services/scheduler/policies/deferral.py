@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.scheduler.forecast import Forecast
+from shared.slices import WHOLE, NumSlices
 
 MIN_RATE_PER_S = 0.05
 """Least rate of requests: where hardly any comes, no batch waits for one."""
@@ -20,12 +21,22 @@ class OpTimes(NamedTuple):
     """On the last stage with its backward."""
     backward_s: float
     step_s: float
-    num_slices: int = 1
-    """Slices of each: a request waits for one, not for the op."""
+    num_slices: NumSlices = WHOLE
+    """A request waits for a slice, not for the op."""
 
     @property
     def all_s(self) -> tuple[float, float, float]:
         return self.forward_s, self.backward_s, self.step_s
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many slices each has."""
+        return self.num_slices.of_pass, self.num_slices.of_pass, self.num_slices.of_step
+
+    @property
+    def slices_s(self) -> tuple[float, ...]:
+        """How long a slice of each is."""
+        return tuple(each_s / count for each_s, count in zip(self.all_s, self.counts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +71,7 @@ def late_share(node: int, forecast: Forecast, ops: BatchOps, expected: Expected)
     for stage, durations_s in enumerate(ops.stages):
         at_s = _start_of_longest_s(forecast, stage, durations_s)
         spare_s = expected.slo_s - expected.response(node, at_s)
-        if spare_s < max(durations_s.all_s) / durations_s.num_slices and not _is_safe_elsewhere(
-            node, at_s, expected
-        ):
+        if spare_s < max(durations_s.slices_s) and not _is_safe_elsewhere(node, at_s, expected):
             unsafe_s += _unsafe_s(durations_s, ops.num_microbatches, spare_s)
     return min(1.0, unsafe_s * expected.batches_per_s)
 
@@ -75,7 +84,7 @@ def safe_again_s(now_s: float, expected: Expected) -> float:
 def _start_of_longest_s(forecast: Forecast, stage: int, durations_s: OpTimes) -> float:
     forward, backward = forecast.forward[stage], forecast.backward[stage]
     starts_s = (forward.start_s, backward.start_s, backward.end_s)
-    return starts_s[durations_s.all_s.index(max(durations_s.all_s))]
+    return starts_s[durations_s.slices_s.index(max(durations_s.slices_s))]
 
 
 def _is_safe_elsewhere(node: int, at_s: float, expected: Expected) -> bool:
@@ -86,6 +95,7 @@ def _is_safe_elsewhere(node: int, at_s: float, expected: Expected) -> bool:
 def _unsafe_s(durations_s: OpTimes, num_microbatches: int, spare_s: float) -> float:
     """The last stage's forward is taken for one pass, though it is two: that errs on the safe side."""
     forward_s, backward_s, step_s = (
-        min(each_s, max(0.0, each_s - durations_s.num_slices * spare_s)) for each_s in durations_s.all_s
+        min(each_s, max(0.0, each_s - count * spare_s))
+        for each_s, count in zip(durations_s.all_s, durations_s.counts, strict=True)
     )
     return num_microbatches * (forward_s + backward_s) + step_s

@@ -44,6 +44,7 @@ from services.scheduler.state import ClusterState
 from services.scheduler.tasks import TaskShape, shape_of
 from shared.messages.inference import OWN_PACE, InferenceTask
 from shared.messages.training import TrainingTask
+from shared.slices import NumSlices
 
 ASK_AGAIN = 0.1
 """Share of an objective: after it a waiting task asks again, if nothing is known to change before."""
@@ -266,12 +267,12 @@ def _expected(state: ClusterState, found: Sequence[Candidate], now_s: float) -> 
     )
 
 
-def _ops_of(costs: Costs, shape: TaskShape, num_slices: Sequence[int]) -> BatchOps:
+def _ops_of(costs: Costs, shape: TaskShape, num_slices: Sequence[NumSlices]) -> BatchOps:
     work = max(shape.microbatches, key=lambda work: work.num_tokens)
     return BatchOps(
         tuple(
-            OpTimes(costs.forward_s(stage, work), costs.backward_s(stage, work), costs.step_s(stage), count)
-            for stage, count in enumerate(num_slices)
+            OpTimes(costs.forward_s(stage, work), costs.backward_s(stage, work), costs.step_s(stage), cuts)
+            for stage, cuts in enumerate(num_slices)
         ),
         len(shape.microbatches),
     )

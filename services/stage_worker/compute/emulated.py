@@ -38,6 +38,7 @@ from shared.messages.training import Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
 from shared.profiles.records import StageMemory
 from shared.profiles.times import StageTimes
+from shared.slices import WHOLE, NumSlices
 from shared.tensors.ref import TensorRef
 
 CARRIER = "inline"
@@ -77,7 +78,7 @@ class EmulatedExecutor:
         memory: StageMemory | None = None,
         vocab_size: int,
         context_length: int,
-        num_slices: int = 1,
+        num_slices: NumSlices = WHOLE,
         hold_until: Callable[[float], Awaitable[None]],
         clock: Clock,
         device: EmulatedDevice | None = None,
@@ -165,11 +166,11 @@ class EmulatedExecutor:
         forward_s = (1 + is_compared) * self._times.forward_s(work_of_microbatch(microbatch))
         forward_s += self._offload_s(microbatch)
         if self._is_last and not microbatch.backward_after_all:
-            await self._occupy_in_slices(forward_s, give_way)
+            await self._pass(forward_s, give_way)
             await give_way()
-            await self._occupy_in_slices(self._backward_s(microbatch), give_way)
+            await self._pass(self._backward_s(microbatch), give_way)
             return ForwardOutput(version, loss=self._loss(microbatch), gradient=self._inputs_gradient)
-        await self._occupy_in_slices(forward_s, give_way)
+        await self._pass(forward_s, give_way)
         self._in_flight[microbatch.batch_id, microbatch.index] = microbatch
         if self._is_last:
             return ForwardOutput(version, loss=self._loss(microbatch))
@@ -185,9 +186,9 @@ class EmulatedExecutor:
                 f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
             )
         if (again_s := self._again_s(microbatch)) > 0:
-            await self._occupy_in_slices(again_s, give_way)
+            await self._pass(again_s, give_way)
             await give_way()
-        await self._occupy_in_slices(self._backward_s(microbatch), give_way)
+        await self._pass(self._backward_s(microbatch), give_way)
         return BackwardOutput(self._inputs_gradient)
 
     @property
@@ -207,9 +208,9 @@ class EmulatedExecutor:
         return 0.0
 
     async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
-        self._version = order.version  # iterations between slices meet it already, in part
         if not order.skip:
-            await self._occupy_in_slices(self._times.step_s(), give_way)
+            await self._occupy_in_slices(self._times.step_s(), self._num_slices.of_step, give_way)
+        self._version = order.version
         return ()
 
     async def keep(self) -> bool:
@@ -265,12 +266,15 @@ class EmulatedExecutor:
     async def close(self) -> None:
         pass
 
-    async def _occupy_in_slices(self, duration_s: float, give_way: GiveWay) -> None:
-        """Occupy the device for a pass, whose slices are equally long."""
-        for place in range(self._num_slices):
+    async def _pass(self, duration_s: float, give_way: GiveWay) -> None:
+        await self._occupy_in_slices(duration_s, self._num_slices.of_pass, give_way)
+
+    async def _occupy_in_slices(self, duration_s: float, count: int, give_way: GiveWay) -> None:
+        """Occupy the device for an op, whose slices are equally long."""
+        for place in range(count):
             if place:
                 await give_way()
-            await self._occupy(duration_s / self._num_slices)
+            await self._occupy(duration_s / count)
 
     async def _occupy(self, duration_s: float) -> None:
         """Occupy the device after its earlier ops."""

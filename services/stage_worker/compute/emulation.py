@@ -6,6 +6,7 @@ from services.stage_worker.settings import StageWorkerSettings
 from shared.clock import Clock
 from shared.model_files import CONFIG_FILES, name_of, read_card, resolve
 from shared.profiles.profile import profile_named, stage_times
+from shared.slices import NumSlices
 
 
 def emulated_settings(settings: StageWorkerSettings) -> StageWorkerSettings:
@@ -25,6 +26,7 @@ def emulated_executor(settings: StageWorkerSettings, instance: str, clock: Clock
     all else is the profile's.
     """
     profile = profile_named(settings.emulate, settings.num_stages)
+    num_slices = settings.num_slices(profile.stages[settings.stage].num_layers)
     card = read_card(resolve(settings.model, CONFIG_FILES), name_of(settings.model))
     return EmulatedExecutor(
         settings,
@@ -33,7 +35,7 @@ def emulated_executor(settings: StageWorkerSettings, instance: str, clock: Clock
         memory=profile.stages[settings.stage].memory,
         vocab_size=card.vocab_size,
         context_length=profile.context_length,
-        num_slices=settings.num_slices(profile.stages[settings.stage].num_layers),
+        num_slices=NumSlices(num_slices, num_slices),
         hold_until=Hold(clock).until,
         clock=clock,
     )

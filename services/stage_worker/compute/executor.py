@@ -15,6 +15,7 @@ from shared.messages.cluster import LinkAnswer, LinkOffer, LinkPurpose
 from shared.messages.inference import SequenceResult, SequenceStart, TaskFailed
 from shared.messages.training import AdapterKind, Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, OuterStep, SavedWeights
+from shared.slices import WHOLE, NumSlices
 from shared.tensors.ref import TensorRef
 
 Snapshot = TypeVar("Snapshot")
@@ -149,8 +150,8 @@ class ModelFacts:
     """Blocks of the stage's KV cache."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Those that were chosen by the model and the device, as they are told to people."""
-    num_slices: int = 1
-    """Parts of a training pass, between which it gives way."""
+    num_slices: NumSlices = WHOLE
+    """Slices of a training pass and of a step, between which they give way."""
     num_rows_ahead: int = 0
     """Rows of each sequence that the executor may run before it is asked for them, if they have blocks."""
 

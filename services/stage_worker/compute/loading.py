@@ -32,6 +32,7 @@ from shared.model.fast_inference import enable_fast_inference
 from shared.model.loader import read_config
 from shared.model.lora import read_adapter
 from shared.model.stage import Stage
+from shared.slices import NumSlices
 
 
 def load_model(
@@ -85,8 +86,14 @@ def _load(
         context_length=_context_length(stage),
         num_kv_blocks=cache.dummy_block,
         settings=chosen,
+        num_slices=_num_slices(loaded),
     )
     return loaded, facts
+
+
+def _num_slices(loaded: LoadedModel) -> NumSlices:
+    count = loaded.microbatches.num_slices
+    return NumSlices(count, count if loaded.weights.serve_copies else 1)
 
 
 def _around(
@@ -112,6 +119,7 @@ def _around(
         weights,
         device,
         reference=Reference(partial(_tensors_before_training, stage, source, device, dtype)),
+        num_slices=1 if device.type == "cuda" else settings.num_slices(stage.layers.num_layers),
         checkpointing=settings.activation_checkpointing,
     )
     packed = enable_fast_inference(stage)

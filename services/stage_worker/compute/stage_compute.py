@@ -27,6 +27,7 @@ from services.stage_worker.compute.iterations import Inputs, IterationRunner
 from services.stage_worker.compute.model_source import ModelSource
 from services.stage_worker.compute.op_timer import OpTimer
 from services.stage_worker.compute.sampling.sequences import SequenceState
+from services.stage_worker.compute.slices import Slices
 from services.stage_worker.compute.streams import Streams
 from services.stage_worker.compute.tokens import Asked, TokenRunner
 from services.stage_worker.compute.weights import StageWeights
@@ -124,26 +125,30 @@ class StageCompute:
             outputs = loaded.iterations.run(chunks, inputs, (), version)
             return IterationOutput(self._handoff.put(layers.stage + 1, outputs), took=end())
 
-    def forward(self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None) -> Forwarded:
+    def forward(self, microbatch: Microbatch, rows: Rows, reference: TensorRef | None) -> Slices[Forwarded]:
         loaded, layers = self.loaded, self.loaded.stage.layers
         inputs, given = self._both(rows, reference, sum(microbatch.lengths))
         self._check_tokens(microbatch.labels)
-        has_pairs = microbatch.beta is not None
-        of_reference = loaded.microbatches.reference(microbatch, given) if has_pairs else None
-        version, outputs = loaded.microbatches.forward(microbatch, inputs, of_reference)
+        of_reference = None
+        if microbatch.beta is not None:
+            of_reference = yield from loaded.microbatches.reference(microbatch, given)
+            yield
+        version, outputs = yield from loaded.microbatches.forward(microbatch, inputs, of_reference)
         if not layers.is_last:
             if of_reference is None:
                 return Forwarded(ForwardOutput(version, hidden=self._handoff.put(layers.stage + 1, outputs)))
             hidden, with_it = self._handoff.put_both(layers.stage + 1, outputs, of_reference)
             return Forwarded(ForwardOutput(version, hidden=hidden, reference=with_it))
-        turns = not microbatch.backward_after_all
-        gradient = self.backward(microbatch.batch_id, microbatch.index, None) if turns else None
+        gradient = None
+        if not microbatch.backward_after_all:
+            yield
+            gradient = yield from self.backward(microbatch.batch_id, microbatch.index, None)
         loss = outputs.to("cpu", non_blocking=True)
         return Forwarded(ForwardOutput(version, gradient=gradient), loss)
 
-    def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> TensorRef | None:
+    def backward(self, batch_id: str, index: int, gradient: TensorRef | None) -> Slices[TensorRef | None]:
         of_outputs = None if gradient is None else self._handoff.receive(gradient)
-        of_inputs = self.loaded.microbatches.backward(batch_id, index, of_outputs)
+        of_inputs = yield from self.loaded.microbatches.backward(batch_id, index, of_outputs)
         if of_inputs is None:
             return None
         return self._handoff.put(self._settings.stage - 1, of_inputs)
@@ -171,16 +176,23 @@ class StageCompute:
             weights.add_gradient(batch_id, stage.tied_across_stages, self._handoff.receive(tied))
         return self._squared_norm(batch_id)
 
-    def step(self, order: StepOrder) -> None:
-        loaded = self.loaded
+    def step(self, order: StepOrder) -> Slices[None]:
+        """In slices where the weights that serve change only at the end."""
+        weights = self.loaded.weights
         if order.skip:
-            loaded.weights.skip(order.batch_id)
+            weights.skip(order.batch_id)
             return
         self._copies.settle()
-        with self._streams.changing():
-            loaded.weights.step(
-                order.batch_id, order.learning_rate, scale=order.gradient_scale, version=order.version
-            )
+        batch_id, learning_rate, scale = order.batch_id, order.learning_rate, order.gradient_scale
+        if weights.serve_copies:
+            num_slices = self.loaded.microbatches.num_slices
+            yield from weights.learn(batch_id, learning_rate, scale=scale, num_slices=num_slices)
+            yield
+            with self._streams.changing():
+                weights.show(order.version)
+        else:
+            with self._streams.changing():
+                weights.step(batch_id, learning_rate, scale=scale, version=order.version)
         self._note_new_weights()
 
     def keep(self) -> bool:

@@ -2,8 +2,8 @@
 
 Iterations run on a stream of high priority, training on the default one, whose priority is the lowest: it
 gets what iterations leave. They may run at the same time, for a microbatch only reads the weights that serve.
-What changes memory that iterations read (a step, a version that is kept or let go, other weights) runs
-between two of them: behind all that were launched before it, before all that are launched after it. The
+What changes memory that iterations read (the end of a step, a version that is kept or let go, other weights)
+runs between two of them: behind all that were launched before it, before all that are launched after it. The
 device is told so by events; the host waits for nothing.
 """
 

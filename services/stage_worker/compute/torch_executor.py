@@ -32,6 +32,7 @@ from services.stage_worker.compute.model_source import ModelSource
 from services.stage_worker.compute.op_timer import timer_for
 from services.stage_worker.compute.sampling.grammar import GrammarCompiler, Vocabulary
 from services.stage_worker.compute.sampling.sequences import SequenceState
+from services.stage_worker.compute.slices import Slices, advance, finish
 from services.stage_worker.compute.stage_compute import StageCompute
 from services.stage_worker.settings import StageWorkerSettings
 from services.stage_worker.training.peers import Peers
@@ -126,14 +127,16 @@ class TorchExecutor:
         reference: TensorRef | None = None,
         give_way: GiveWay = go_on,
     ) -> ForwardOutput:
-        forwarded, took = await self._run_until_done(self._compute.forward, microbatch, rows, reference)
+        op = self._compute.forward(microbatch, rows, reference)
+        forwarded, took = await self._run_in_slices(op, give_way)
         loss = None if forwarded.loss is None else forwarded.loss.item()
         return replace(forwarded.output, loss=loss, took=took)
 
     async def backward(
         self, batch_id: str, index: int, gradient: TensorRef | None, give_way: GiveWay = go_on
     ) -> BackwardOutput:
-        return BackwardOutput(*await self._run_until_done(self._compute.backward, batch_id, index, gradient))
+        op = self._compute.backward(batch_id, index, gradient)
+        return BackwardOutput(*await self._run_in_slices(op, give_way))
 
     async def score(self, tokens: Sequence[int], hidden: TensorRef | None) -> ScoreOutput:
         return await self._run(self._compute.score, tokens, hidden)
@@ -148,7 +151,7 @@ class TorchExecutor:
         return await self._run(self._compute.measure, batch_id, tied)
 
     async def step(self, order: StepOrder, give_way: GiveWay = go_on) -> Took:
-        _, took = await self._run_until_done(self._compute.step, order)
+        _, took = await self._run_in_slices(self._compute.step(order), give_way)
         return took
 
     async def keep(self) -> bool:
@@ -199,6 +202,14 @@ class TorchExecutor:
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
+
+    async def _run_in_slices(self, op: Slices[T], give_way: GiveWay) -> tuple[T, Took]:
+        """Give way between two slices where there are any: there the device has done what has returned."""
+        if self._compute.loaded.microbatches.num_slices == 1:
+            return await self._run_until_done(finish, op)
+        while (done := await self._run(advance, op)) is None:
+            await give_way()
+        return done.value, ()
 
     async def _run_until_done(
         self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs

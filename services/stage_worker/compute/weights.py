@@ -14,12 +14,14 @@ themselves; elsewhere those are the masters, rounded, and gradients are summed i
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from services.stage_worker.compute.slices import Slices, finish
 from services.stage_worker.training.optimizers import OptimizerSettings, build_optimizer, first_state
 from services.stage_worker.training.precision import cast_parameters
 from shared.errors import LemixError, VersionGoneError
@@ -87,12 +89,15 @@ class StageWeights:
         self._optimizer_settings = optimizer
         self._optimizer = build_optimizer(optimizer, self._masters.values())
 
-    @contextmanager
-    def training_forward(self) -> Iterator[WeightsVersion]:
-        """Run the stage with leaves of the newest weights; graphs recorded inside keep them."""
-        version = self._begin_version()
-        with self.installed(version):
-            yield version
+    def to_train(self) -> WeightsVersion:
+        """Leaves of the newest weights: a forward runs with them installed, and its graphs keep them."""
+        if self._current is None:
+            has_own_memory = self._in_place and self._stashing != "none"
+            self._current = self._new_version(has_own_memory)
+        return self._current
+
+    def forward_done(self, version: WeightsVersion) -> None:
+        """A microbatch has run forward with these: they stay as they are until its backward is done."""
         version.num_in_flight += 1
 
     @contextmanager
@@ -183,23 +188,41 @@ class StageWeights:
         """Drop a finished batch's gradients."""
         del self._gradients[batch_id]
 
+    @property
+    def serve_copies(self) -> bool:
+        """Whether the weights that serve are not the masters: these may change before those do."""
+        return any(self._newest[name] is not master for name, master in self._masters.items())
+
     def step(self, batch_id: str, learning_rate: float, *, version: int, scale: float = 1.0) -> None:
         """Apply a finished batch's gradients times `scale`; the weights are then of `version`.
 
         Raises LemixError when `double` stashing would have to keep a third version.
         """
+        finish(self.learn(batch_id, learning_rate, scale=scale))
+        self.show(version)
+
+    def learn(
+        self, batch_id: str, learning_rate: float, *, scale: float = 1.0, num_slices: int = 1
+    ) -> Slices[None]:
+        """The first part of a step: the masters change, in so many slices at most. Raises as `step`."""
         gradients = self._gradients.pop(batch_id)
         if self._current is not None and self._is_needed(self._current):
             self._stash(self._current)
         self._current = None
         if scale != 1.0:
             torch._foreach_mul_(list(gradients.values()), scale)
-        for name, master in self._masters.items():
-            master.grad = gradients.get(name)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for number, names in enumerate(_cut(self._masters, num_slices)):
+            if number:
+                yield
+            for name in names:
+                self._masters[name].grad = gradients.get(name)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def show(self, version: int) -> None:
+        """The rest of a step: what the masters have learnt serves, as `version`."""
         self._round_masters()
         self._retire()
         self.version = version
@@ -287,16 +310,10 @@ class StageWeights:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": by_number, "param_groups": groups})
 
-    def _begin_version(self) -> WeightsVersion:
-        if self._current is None:
-            has_own_memory = self._in_place and self._stashing != "none"
-            self._current = self._new_version(has_own_memory)
-        return self._current
-
     def _version_to_keep(self) -> WeightsVersion:
         if self._in_place and self._stashing == "none":
             return self._new_version(has_own_memory=True)
-        return self._begin_version()
+        return self.to_train()
 
     def _new_version(self, has_own_memory: bool) -> WeightsVersion:
         # `.data` shares memory but not autograd's version counter: the newest may step, leaves stay valid.
@@ -362,6 +379,13 @@ class StageWeights:
 
     def _is_kept(self, version: WeightsVersion) -> bool:
         return self._kept.get(version.number) is version
+
+
+def _cut(tensors: Mapping[str, Tensor], num_parts: int) -> list[list[str]]:
+    """The names in so many runs of nearly as many values each, or fewer."""
+    total, ends = sum(map(Tensor.numel, tensors.values())), accumulate(map(Tensor.numel, tensors.values()))
+    part_of = {name: (end - 1) * num_parts // total for name, end in zip(tensors, ends, strict=True)}
+    return [list(names) for _, names in groupby(tensors, part_of.__getitem__)]
 
 
 def _is_same_memory(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -68,8 +68,6 @@ class Serving:
         self.sick_version: int | None = None
         """The last weights version whose logits were not finite (last stage)."""
         self._newest_version = 0
-        self._is_stepping = False
-        """Some of the newest weights may be of the next version already."""
         self._fence = 0
         """The fence of the last restore."""
         self._reported: VersionsServed | None = None
@@ -126,11 +124,6 @@ class Serving:
     def set_version(self, version: int) -> None:
         """Clients are told the version with their tokens."""
         self._newest_version = self.scheduler.newest_version = version
-        self._is_stepping = False
-
-    def begin_step(self) -> None:
-        """Until the next version, the newest weights that an iteration meets may be of none."""
-        self._is_stepping = True
 
     async def restored(self, message: RestoreWeights, *, is_same: bool) -> None:
         """This stage holds these weights, and keeps those that serve.
@@ -286,8 +279,7 @@ class Serving:
                 output = await self._executor.iteration(chunks, rows, iteration.version, entered.states)
                 handed.took = output.took
             self._decode_spans.add(chunks, began_s, self._clock.now_s())
-        is_between = self._is_stepping and iteration.version is None
-        if version != self._version_of(iteration) or is_between:
+        if version != self._version_of(iteration):
             version = None
         if self._is_last:
             await self._publish_results(iteration, output, entered, version)

@@ -12,6 +12,7 @@ from shared import subjects
 from shared.errors import CarrierError, RefusedError
 from shared.messages.base import Done
 from shared.messages.training import StageEvent, StageReport, TrainingFailed
+from shared.slices import NumSlices
 from shared.tensors.ref import TensorRef
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,7 @@ class Item:
 class FencedWork:
     """The way of all training through this stage's queue, and of its reports to the trainer."""
 
-    def __init__(self, context: WorkerContext, *, gives_way: bool) -> None:
-        """`gives_way`: ops are cut into slices, between which iterations go first."""
+    def __init__(self, context: WorkerContext, num_slices: NumSlices) -> None:
         self.fence = 0
         """Set as soon as a restore is asked for."""
         self.has_begun = False
@@ -41,7 +41,7 @@ class FencedWork:
         self._executor = context.executor
         self._queue = context.queue
         self._progress = context.progress
-        self._gives_way = gives_way
+        self._num_slices = num_slices
 
     def check_is(self, fence: int) -> None:
         """Check the fence. Raises RefusedError when it is not the present one."""
@@ -60,7 +60,8 @@ class FencedWork:
         """
         is_current = item.fence == self.fence
         work = partial(self._guarded if is_current else self._ignore, item)
-        self._queue.put(kind, work, gives_way=is_sliced and self._gives_way)
+        count = self._num_slices.of_step if kind is WorkKind.STEP else self._num_slices.of_pass
+        self._queue.put(kind, work, gives_way=is_sliced and count > 1)
 
     async def give_way(self, handed: HandedOp) -> None:
         """Between two slices of an op: let an iteration go first, if the op must."""

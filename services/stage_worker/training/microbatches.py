@@ -1,19 +1,24 @@
 """Training on one stage: forwards that keep their graphs, backwards that use them up."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Never
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from services.stage_worker.compute.slices import Slices
 from services.stage_worker.compute.weights import StageWeights, WeightsVersion
+from services.stage_worker.training.passes import PackedRows, Pass, Passes
 from services.stage_worker.training.preferences import Reference, answer_logprobs, preference_loss
 from shared.errors import LemixError
 from shared.messages.training import Microbatch
 from shared.model.attention import PackedSegments
+from shared.model.cutting import cut
 from shared.model.stage import Stage
 
 
@@ -21,19 +26,20 @@ from shared.model.stage import Stage
 class _InFlight:
     """A microbatch between its forward and its backward on this stage."""
 
-    inputs: Tensor
-    outputs: Tensor
-    """Activations [T, H], or on the last stage the loss."""
     version: WeightsVersion
+    forward: Pass | None
+    """None: it is made again for the backward."""
+    again: Callable[[], Slices[Pass]]
+    """Makes it again, with the weights of the first time."""
 
 
 class MicrobatchRunner:
-    """Runs microbatches of one stage. All methods belong to the compute thread.
+    """Runs microbatches of one stage, in slices. All methods belong to the compute thread.
 
     With `checkpointing` only a microbatch's inputs are kept until its backward, which runs the forward again,
     with the weights of the first time. Not where the backward follows at once: nothing waits there.
 
-    Shape letters: T rows of the microbatch, H hidden size, N sequences.
+    Shape letters: T rows of the microbatch, H hidden size, R rows that have a label, N sequences.
     """
 
     def __init__(
@@ -43,14 +49,22 @@ class MicrobatchRunner:
         device: torch.device,
         *,
         reference: Reference,
+        num_slices: int = 1,
         checkpointing: bool = False,
     ) -> None:
+        """`num_slices`: of each pass at most."""
         self._stage = stage
         self._weights = weights
+        self._passes = Passes(cut(stage, num_slices), weights)
         self._reference = reference
         self._device = device
         self._checkpointing = checkpointing
         self._in_flight: dict[tuple[str, int], _InFlight] = {}
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of a pass."""
+        return self._passes.num_slices
 
     def drop_all(self) -> None:
         """Forget everything in flight."""
@@ -58,33 +72,36 @@ class MicrobatchRunner:
         self._weights.drop_training()
         self._reference.drop()
 
-    def reference(self, microbatch: Microbatch, inputs: Tensor) -> Tensor:
+    def reference(self, microbatch: Microbatch, inputs: Tensor) -> Slices[Tensor]:
         """Run preferences through the model as it was given; no backward follows.
 
         Returns activations [T, H], or on the last stage the log-probabilities [N] of the answers. They come
         of the same operations as those of the weights that train, so they differ only as the weights do.
         """
-        with self._weights.installed(self._reference.version):
-            if self._stage.layers.is_last:
-                return self._answer_logprobs(microbatch, inputs)
-            return self._run(microbatch, inputs, None)
+        answers = partial(answer_logprobs, microbatch=microbatch)
+        passed = yield from self._passes.forward(
+            self._reference.version, inputs, self._rows(microbatch), answers, _saving_nothing
+        )
+        return passed.outputs
 
     def forward(
         self, microbatch: Microbatch, inputs: Tensor, reference_N: Tensor | None = None
-    ) -> tuple[int, Tensor]:
+    ) -> Slices[tuple[int, Tensor]]:
         """Returns the weights version, and activations [T, H], or on the last stage the loss [].
 
         The loss is the microbatch's share of the batch's mean over labels, in nats, or over preferences: then
         the last stage needs what `reference` gives.
         """
-        inputs = self._as_leaf(inputs)
-        with self._weights.training_forward() as version, self._saving(microbatch):
-            if self._checkpointing and (microbatch.backward_after_all or not self._stage.layers.is_last):
-                outputs = self._checkpointed(microbatch, inputs, reference_N, version)
-            else:
-                outputs = self._outputs(microbatch, inputs, reference_N)
-        self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(inputs, outputs, version)
-        return version.number, outputs.detach()
+        version, loss = self._weights.to_train(), partial(_loss, microbatch, reference_N)
+        run = partial(self._passes.forward, version, inputs, self._rows(microbatch), loss)
+        turns_at_once = self._stage.layers.is_last and not microbatch.backward_after_all
+        is_kept = turns_at_once or not self._checkpointing
+        passed = yield from run(self._saving(microbatch) if is_kept else _saving_nothing)
+        self._weights.forward_done(version)
+        self._in_flight[microbatch.batch_id, microbatch.index] = _InFlight(
+            version, passed if is_kept else None, partial(run, nullcontext)
+        )
+        return version.number, passed.outputs
 
     def score(self, tokens: Sequence[int], inputs: Tensor) -> Tensor:
         """Run one sequence of T tokens with the newest weights, as for training; no backward follows.
@@ -100,7 +117,7 @@ class MicrobatchRunner:
             logits = self._stage.forward(inputs, positions, segments, positions[:-1]).detach()
         return -functional.cross_entropy(logits.float(), tokens_T[1:], reduction="none")
 
-    def backward(self, batch_id: str, index: int, gradient: Tensor | None) -> Tensor | None:
+    def backward(self, batch_id: str, index: int, gradient: Tensor | None) -> Slices[Tensor | None]:
         """Backward with the gradient [T, H] of the activations, None of the loss on the last stage.
 
         Returns the gradient [T, H] of the inputs, None at stage 0.
@@ -112,54 +129,43 @@ class MicrobatchRunner:
             raise LemixError(
                 f"gradient for microbatch {index} of {batch_id}, which is not in flight on this stage"
             )
-        torch.autograd.backward(microbatch.outputs, gradient)
+        passed = microbatch.forward
+        if passed is None:
+            passed = yield from microbatch.again()
+            yield
+        of_inputs = yield from self._passes.backward(passed, gradient)
         self._weights.backward_done(microbatch.version)
-        return microbatch.inputs.grad
+        return of_inputs
 
-    def _checkpointed(
-        self, microbatch: Microbatch, inputs: Tensor, reference_N: Tensor | None, version: WeightsVersion
-    ) -> Tensor:
-        """The outputs; what their backward needs is computed when it comes."""
-
-        def run(inputs: Tensor) -> Tensor:
-            with self._weights.installed(version):
-                return self._outputs(microbatch, inputs, reference_N)
-
-        outputs: Tensor = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=False)
-        return outputs
-
-    def _outputs(self, microbatch: Microbatch, inputs: Tensor, reference_N: Tensor | None) -> Tensor:
-        if not self._stage.layers.is_last:
-            return self._run(microbatch, inputs, None)
-        return self._loss(microbatch, inputs, reference_N) * microbatch.loss_weight
-
-    def _loss(self, microbatch: Microbatch, inputs: Tensor, reference_N: Tensor | None) -> Tensor:
-        """The sum [] over labels, or over preferences."""
-        if microbatch.beta is not None:
-            assert reference_N is not None, "the reference comes first"
-            answers_N = self._answer_logprobs(microbatch, inputs)
-            return preference_loss(answers_N, reference_N, microbatch.beta)
-        labels = torch.tensor(microbatch.labels, device=self._device)
-        logits = self._label_logits(microbatch, inputs)
-        return functional.cross_entropy(logits.float(), labels, reduction="sum")
-
-    def _answer_logprobs(self, microbatch: Microbatch, inputs: Tensor) -> Tensor:
-        return answer_logprobs(self._label_logits(microbatch, inputs), microbatch)
-
-    def _label_logits(self, microbatch: Microbatch, inputs: Tensor) -> Tensor:
-        """The logits of the rows that have a label."""
-        rows = torch.tensor(microbatch.label_rows, device=self._device)
-        return self._run(microbatch, inputs, rows)
-
-    def _as_leaf(self, inputs: Tensor) -> Tensor:
-        return inputs.requires_grad_() if inputs.is_floating_point() else inputs
-
-    def _saving(self, microbatch: Microbatch) -> AbstractContextManager[object]:
+    def _saving(self, microbatch: Microbatch) -> Callable[[], AbstractContextManager[object]]:
         """Where a forward keeps what its backward needs."""
         if not microbatch.offload:
-            return nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
+            return nullcontext
+        return partial(save_on_cpu, pin_memory=self._device.type == "cuda")
 
-    def _run(self, microbatch: Microbatch, inputs: Tensor, logit_rows: Tensor | None) -> Tensor:
-        positions = torch.cat([torch.arange(length, device=self._device) for length in microbatch.lengths])
-        return self._stage.forward(inputs, positions, PackedSegments(microbatch.lengths), logit_rows)
+    def _rows(self, microbatch: Microbatch) -> PackedRows:
+        positions = [torch.arange(length, device=self._device) for length in microbatch.lengths]
+        return PackedRows(
+            torch.cat(positions),
+            PackedSegments(microbatch.lengths),
+            torch.tensor(microbatch.label_rows, device=self._device),
+            torch.tensor(microbatch.labels, device=self._device),
+        )
+
+
+def _loss(microbatch: Microbatch, reference_N: Tensor | None, logprobs_R: Tensor) -> Tensor:
+    """The microbatch's share [] of the batch's loss, from its labels' log-probabilities."""
+    if microbatch.beta is None:
+        return -logprobs_R.sum() * microbatch.loss_weight
+    assert reference_N is not None, "the reference comes first"
+    answers_N = answer_logprobs(logprobs_R, microbatch)
+    return preference_loss(answers_N, reference_N, microbatch.beta) * microbatch.loss_weight
+
+
+def _saving_nothing() -> AbstractContextManager[object]:
+    """For a forward whose graphs no backward uses."""
+
+    def refuse(_: None) -> Never:
+        raise AssertionError("a graph that has kept nothing is never used")
+
+    return saved_tensors_hooks(lambda tensor: None, refuse)

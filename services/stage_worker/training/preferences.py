@@ -7,7 +7,7 @@ The loss of a pair of answers, preferred y and other z, to an input x is
 with p of the weights that train and r of a reference: the model as it was given (Rafailov et al. 2023, eq. 7,
 https://arxiv.org/abs/2305.18290).
 
-Shape letters: R rows of logits, V vocabulary, N sequences, which are pairs with the preferred answer first.
+Shape letters: R rows that have a label, N sequences, which are pairs with the preferred answer first.
 """
 
 from bisect import bisect_left
@@ -47,10 +47,8 @@ class Reference:
         self._version = None
 
 
-def answer_logprobs(logits_RV: Tensor, microbatch: Microbatch) -> Tensor:
+def answer_logprobs(logprobs_R: Tensor, microbatch: Microbatch) -> Tensor:
     """The log-probability [N] of each answer, in nats: the sum over its labels."""
-    labels = torch.tensor(microbatch.labels, device=logits_RV.device)
-    logprobs_R = -functional.cross_entropy(logits_RV.float(), labels, reduction="none")
     return torch.stack([each.sum() for each in torch.split(logprobs_R, _num_labels(microbatch))])
 
 

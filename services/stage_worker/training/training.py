@@ -40,12 +40,10 @@ class Training:
         *,
         group: asyncio.TaskGroup,
         note_version: Callable[[int], None],
-        note_stepping: Callable[[], None],
         note_restored: Callable[[RestoreWeights, bool], Awaitable[None]],
     ) -> None:
-        """`note_stepping`: until the next version is noted the newest weights may be between two.
-        `note_restored` also hears whether what serves now is what was kept under its number."""
-        self.work = FencedWork(context, gives_way=facts.num_slices > 1)
+        """`note_restored` also hears whether what serves now is what was kept under its number."""
+        self.work = FencedWork(context, facts.num_slices)
         self.versions = StageVersions(context, facts, work=self.work, note_version=note_version)
         self.restored_fence = 0
         """The fence of the last restore that is done."""
@@ -53,7 +51,6 @@ class Training:
         self._bus = context.bus
         self._executor = context.executor
         self._progress = context.progress
-        self._note_stepping = note_stepping
         self._note_restored = note_restored
         self._spans = TrainingSpans(context)
         self._leader: Leader = (
@@ -95,7 +92,6 @@ class Training:
 
     async def _step(self, order: StepOrder) -> None:
         span = self._spans.of("stage.step", self.gradients.ordered(order.batch_id))
-        self._note_stepping()
         with self._progress.doing(step_op(order.batch_id)) as handed:
             handed.took = await self._executor.step(order, partial(self.work.give_way, handed))
         self.versions.reached(order.version)

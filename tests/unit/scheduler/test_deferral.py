@@ -12,6 +12,7 @@ from services.scheduler.policies.deferral import (
     late_share,
     safe_again_s,
 )
+from shared.slices import NumSlices
 
 AT_ONCE = Forecast((Interval(0.0, 0.7),), (Interval(0.7, 1.6),))
 """One stage: forward until 0.7, backward until 1.6, then the step."""
@@ -89,5 +90,6 @@ def test_it_is_safe_again_when_the_first_node_answers_in_time() -> None:
 
 def test_of_an_op_in_slices_the_beginning_of_each_slice_is_unsafe() -> None:
     # 0.6 s to spare: 0.1 s of each of the two slices of the forward, 0.15 of those of the backward.
-    assert share(OpTimes(1.4, 1.5, 1.2, num_slices=2)) == pytest.approx(2 * 0.1 + 2 * 0.15)
-    assert share(OpTimes(1.4, 1.5, 1.2, num_slices=3)) == 0
+    assert share(OpTimes(1.4, 1.5, 1.2, NumSlices(2, 2))) == pytest.approx(2 * 0.1 + 2 * 0.15)
+    assert share(OpTimes(1.4, 1.5, 1.2, NumSlices(3, 3))) == 0
+    assert share(OpTimes(1.4, 1.5, 1.2, NumSlices(3, 1))) == pytest.approx(1.2 - 0.6)

@@ -5,6 +5,7 @@ import pytest
 from services.scheduler.node.known_work import FORWARD, Iteration, KnownWork, Op, Running, batch_of
 from services.scheduler.node.list_schedule import predict
 from shared.profiles.times import work_of_rows
+from shared.slices import NumSlices
 from tests.support.policies import LinearCosts
 
 WORK = work_of_rows(0, 100)
@@ -20,7 +21,7 @@ def test_an_op_that_runs_longer_than_foreseen_ends_now_and_does_not_stand_aside(
         num_stages=1,
         hop_s=0.0,
         running=[Running(op, -op.duration_s - late_s)],
-        num_slices=[8],
+        num_slices=[NumSlices(8, 8)],
         told_s=[0.0],
         batches=[batch],
         formed=[Iteration(WORK, [costs.iteration_s(0, WORK)], ("r",), ready_s=-0.01)],

@@ -14,7 +14,7 @@ from shared.messages.inference import Pace
 from shared.messages.training import TrainingTask
 from shared.profiles.times import Work, work_of_rows
 from shared.schedule import Feeding
-from shared.slices import TRAINING_TURN
+from shared.slices import TRAINING_TURN, NumSlices
 from shared.subjects import PROGRESS_EVERY_S
 from tests.support.policies import LinearCosts, assign, batch, cluster, request
 
@@ -296,7 +296,7 @@ def test_the_pace_of_a_request_leaves_training_what_its_objective_allows() -> No
     """A token takes 1 ms a stage. The batch's longest slices take 200 / 4 ms on each of both: backwards."""
     node_model = two_stages()
     for stage in range(2):
-        node_model.cut(stage, 4)
+        node_model.cut(stage, NumSlices(4, 4))
     alone_s = node_model.tbt_s
     assert alone_s == pytest.approx(0.002)
     assert node_model.pace(2.5 * alone_s).training_turn == pytest.approx(1.5)
@@ -313,7 +313,7 @@ def test_where_a_request_is_pressing_a_pass_gives_way_at_its_next_slice() -> Non
     turns_until = {}
     for turn in (0.0, TRAINING_TURN):
         node_model = two_stages()
-        node_model.cut(0, 4)
+        node_model.cut(0, NumSlices(4, 4))
         place_batch(node_model, "b", 100)
         shape = TaskShape(prompt_tokens=30, max_tokens=9, pace=Pace(training_turn=turn))
         node_model.assign("r", "inference", shape, forecast=None, arrived_s=0.0, now_s=0.01)

@@ -16,6 +16,7 @@ from shared.messages.training import Microbatch, StepOrder
 from shared.messages.weights import MergeGroup, MergeMember
 from shared.profiles.records import StageMemory
 from shared.profiles.times import Work
+from shared.slices import WHOLE, NumSlices
 
 VOCAB_SIZE = 50
 MEMORY = StageMemory(
@@ -63,7 +64,11 @@ class Clock:
 
 
 def executor(
-    clock: Clock, stage: int, memory: StageMemory | None = None, num_slices: int = 1, **changes: bool
+    clock: Clock,
+    stage: int,
+    memory: StageMemory | None = None,
+    num_slices: NumSlices = WHOLE,
+    **changes: bool,
 ) -> EmulatedExecutor:
     settings = StageWorkerSettings(node=0, stage=stage, num_stages=2, **changes)
     return EmulatedExecutor(
@@ -192,7 +197,7 @@ async def test_a_batch_runs_forward_backward_and_steps() -> None:
 @pytest.mark.parametrize(("stage", "at_s"), [(0, [2.5]), (1, [2.5, 5.0, 30.0])])
 async def test_ops_give_way_between_equal_slices_of_each_pass(stage: int, at_s: list[float]) -> None:
     clock, gave_way_s = Clock(), list[float]()
-    it = executor(clock, stage, num_slices=2)
+    it = executor(clock, stage, num_slices=NumSlices(2, 4))
 
     async def give_way() -> None:
         gave_way_s.append(clock.s)
@@ -202,8 +207,8 @@ async def test_ops_give_way_between_equal_slices_of_each_pass(stage: int, at_s: 
     gave_way_s.clear()
     began_s = clock.s
     await it.step(StepOrder(fence=1, batch_id="b", version=1, learning_rate=0.1), give_way)
-    assert gave_way_s == [began_s + 50.0]
-    assert (await it.load()).num_slices == 2
+    assert gave_way_s == [began_s + 25.0, began_s + 50.0, began_s + 75.0]
+    assert (await it.load()).num_slices == (2, 4)
 
 
 async def test_ops_follow_each_other() -> None:

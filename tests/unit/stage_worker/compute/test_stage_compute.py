@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from services.stage_worker.compute.slices import finish
 from services.stage_worker.compute.stage_compute import StageCompute
 from shared.errors import StaleTensorError
 from shared.messages.training import Microbatch
@@ -48,5 +49,5 @@ def test_activations_of_the_reference_free_their_slot_when_the_others_cannot_be_
     )
     microbatch: Microbatch = SimpleNamespace(lengths=(1, 1))  # type: ignore[assignment]
     with pytest.raises(StaleTensorError, match="hidden"):
-        compute.forward(microbatch, ref("hidden"), reference)
+        finish(compute.forward(microbatch, ref("hidden"), reference))
     assert handoff.discarded == ([] if reference is None else [reference])

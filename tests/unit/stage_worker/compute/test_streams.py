@@ -26,6 +26,7 @@ from tests.support.training import messages, random_batches
 DEVICE = torch.device("cuda:0")
 CHANGES = (
     (StageWeights, "step"),
+    (StageWeights, "show"),
     (StageWeights, "keep"),
     (StageWeights, "release"),
     (StageWeights, "load"),
@@ -110,9 +111,9 @@ class Launches:
         return str(one) in self.cuda.done_before[str(later)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16")])
 async def test_nothing_changes_what_an_iteration_reads_while_it_runs(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda, chance = PlayedCuda(), random.Random(seed)
     launches = Launches(cuda, monkeypatch)
@@ -123,7 +124,13 @@ async def test_nothing_changes_what_an_iteration_reads_while_it_runs(
     monkeypatch.setattr(local_stages, "streams_for", lambda device: CudaStreams(DEVICE, cuda))
     save_tiny_model("llama", tmp_path / "model")
     settings = StageWorkerSettings(
-        node=0, stage=0, num_stages=1, model=str(tmp_path / "model"), run_dir=tmp_path, shm_dir=tmp_path
+        node=0,
+        stage=0,
+        num_stages=1,
+        model=str(tmp_path / "model"),
+        run_dir=tmp_path,
+        shm_dir=tmp_path,
+        dtype=dtype,
     )
     executor = TorchExecutor(settings, "me")
     await executor.load()

@@ -155,10 +155,10 @@ class SlowTime:
 async def test_a_training_op_is_over_when_the_device_has_done_it_and_others_are_launched_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_of("llama", 1, tmp_path)
+    whole = settings_of("llama", 1, tmp_path).model_copy(update={"discipline": "fifo"})
     is_done = threading.Event()
     monkeypatch.setattr(torch_executor, "timer_for", lambda device: lambda: lambda: (SlowTime(is_done),))
-    executor = TorchExecutor(settings, "me")
+    executor = TorchExecutor(whole, "me")
     await executor.load()
     (batch,) = random_batches(1, 1)
     (fed,) = messages("b0", batch)

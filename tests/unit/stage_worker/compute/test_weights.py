@@ -21,6 +21,7 @@ from shared.model.lora import ALL_LINEAR, LoraSettings, add_adapter
 from shared.model.stage import Stage
 from shared.schedule import StashingName
 from tests.support.models import VOCAB_SIZE, save_tiny_model
+from tests.support.training import training_forward
 
 RATE = 1e-2
 SETTINGS = OptimizerSettings(epsilon=1e-3, weight_decay=0.01)
@@ -62,7 +63,7 @@ class InFlight:
 
     def __init__(self, stage: Stage, weights: StageWeights, text: list[int]) -> None:
         self._weights = weights
-        with weights.training_forward() as self.version:
+        with training_forward(weights) as self.version:
             self._loss = loss_of(stage, text)
 
     def backward(self) -> None:
@@ -264,7 +265,7 @@ def test_serving_sees_the_newest_weights_between_training_forwards(
     stage: Stage, weights: StageWeights
 ) -> None:
     parameters = stage.parameters()
-    with weights.training_forward() as version:
+    with training_forward(weights) as version:
         assert stage.parameters() == list(version.leaves.values())
     assert all(one is other for one, other in zip(stage.parameters(), parameters, strict=True))
 
@@ -417,7 +418,7 @@ def test_a_forward_that_raises_leaves_the_newest_weights_in_place(
     stage: Stage, weights: StageWeights
 ) -> None:
     parameters = stage.parameters()
-    with pytest.raises(IndexError), weights.training_forward() as version:
+    with pytest.raises(IndexError), training_forward(weights) as version:
         loss_of(stage, [VOCAB_SIZE, 1])
     assert all(one is other for one, other in zip(stage.parameters(), parameters, strict=True))
     assert version.num_in_flight == 0

@@ -9,6 +9,7 @@ from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from services.stage_worker.compute.slices import finish
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.stage_worker.training.optimizers import OptimizerSettings
@@ -26,6 +27,7 @@ from tests.support.training import (
     messages,
     num_labels,
     random_batches,
+    training_forward,
 )
 
 LORA = LoraSettings(rank=4, alpha=12, targets=(ALL_LINEAR,))
@@ -73,10 +75,10 @@ class Pipeline:
     def _run_one(self, forward: MicrobatchForward) -> float:
         microbatch, rows = forward.microbatch, torch.tensor(forward.tokens)
         for runner in self._runners:
-            _, rows = runner.forward(microbatch, rows)
+            _, rows = finish(runner.forward(microbatch, rows))
         gradient = None
         for runner in reversed(self._runners):
-            gradient = runner.backward(microbatch.batch_id, microbatch.index, gradient)
+            gradient = finish(runner.backward(microbatch.batch_id, microbatch.index, gradient))
         assert gradient is None
         return rows.item()
 
@@ -153,7 +155,7 @@ def test_only_the_adapter_is_stashed_and_has_an_optimizer_state(tmp_path: Path) 
     pipeline = Pipeline(tmp_path, 1)
     (stage,), (weights,) = pipeline.stages, pipeline.weights
     forwards = messages("b", random_batches(1, 2)[0])
-    with weights.training_forward() as version:
+    with training_forward(weights) as version:
         assert version.leaves.keys() == set(stage.adapter_names)
         assert stage.trainable_tensors() == version.leaves
     pipeline.run(forwards)

@@ -15,6 +15,7 @@ from services.stage_worker.training.precision import chosen_dtype
 from shared.model.loader import load_stage, model_partition, read_config
 from shared.model.stage import Stage
 from tests.support.models import save_tiny_model
+from tests.support.training import training_forward
 
 TINY_RATE = 1e-5
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -37,7 +38,7 @@ def in_bfloat16(stage: Stage) -> StageWeights:
 
 def add_gradient(weights: StageWeights, factor: float) -> None:
     """A microbatch whose gradient of the parameter NAME is `factor` everywhere."""
-    with weights.training_forward() as version:
+    with training_forward(weights) as version:
         loss = version.leaves[NAME].sum() * factor
     loss.backward()
     weights.backward_done(version)
@@ -95,7 +96,7 @@ def test_a_step_leaves_a_forwards_weights_to_its_backward(folder: Path) -> None:
     stage = stage_of(folder)
     weights = in_bfloat16(stage)
     before = stage.parameter(NAME).detach().clone()
-    with weights.training_forward() as version:
+    with training_forward(weights) as version:
         loss = version.leaves[NAME].square().sum()
     step(weights, 0.1)
     assert not torch.equal(stage.parameter(NAME), before)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from services.stage_worker.compute.slices import finish
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.training.microbatches import MicrobatchRunner
 from services.stage_worker.training.optimizers import OptimizerSettings
@@ -55,10 +56,10 @@ class OneStage:
         loss = 0.0
         for forward in preference_messages("a", MICROBATCHES, **changes):
             microbatch, inputs = forward.microbatch, torch.tensor(forward.tokens)
-            reference = self.runner.reference(microbatch, inputs)
-            _, share = self.runner.forward(microbatch, inputs, reference)
+            reference = finish(self.runner.reference(microbatch, inputs))
+            _, share = finish(self.runner.forward(microbatch, inputs, reference))
             loss += share.item()
-            self.runner.backward("a", microbatch.index, None)
+            finish(self.runner.backward("a", microbatch.index, None))
         return loss, {name: each.clone() for name, each in self.weights.finish_batch("a").items()}
 
 
@@ -113,14 +114,14 @@ def test_the_reference_is_read_once_and_stays_whatever_is_learnt_until_training_
     stage = OneStage(folder)
     (forward, _) = preference_messages("b", MICROBATCHES)
     assert stage.num_read == 0
-    before = stage.runner.reference(forward.microbatch, torch.tensor(forward.tokens))
+    before = finish(stage.runner.reference(forward.microbatch, torch.tensor(forward.tokens)))
     stage.run()
     stage.weights.step("a", 1e-2, version=1)
-    after = stage.runner.reference(forward.microbatch, torch.tensor(forward.tokens))
+    after = finish(stage.runner.reference(forward.microbatch, torch.tensor(forward.tokens)))
     assert torch.equal(before, after)
     assert not after.requires_grad
     assert stage.num_read == 1
     stage.runner.drop_all()
-    again = stage.runner.reference(forward.microbatch, torch.tensor(forward.tokens))
+    again = finish(stage.runner.reference(forward.microbatch, torch.tensor(forward.tokens)))
     assert torch.equal(before, again)
     assert stage.num_read == 2

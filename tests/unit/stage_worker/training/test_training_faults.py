@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.stage_worker.compute.slices import finish
 from services.stage_worker.compute.weights import StageWeights
 from services.stage_worker.training.fenced_work import _failure
 from services.stage_worker.training.microbatches import MicrobatchRunner
@@ -55,8 +56,8 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients_norm(tmp_path: Path) -
         loss_weight=0.5,
     )
 
-    _, loss = runner.forward(microbatch, torch.tensor([1, 2, 3]))
-    runner.backward("a", 0, None)
+    _, loss = finish(runner.forward(microbatch, torch.tensor([1, 2, 3])))
+    finish(runner.backward("a", 0, None))
     weights.finish_batch("a")
 
     assert not isfinite(loss.item())
