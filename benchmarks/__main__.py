@@ -15,6 +15,7 @@ from benchmarks import (
     decode_step,
     delayed_gradients,
     forecasts,
+    giving_way,
     hop,
     layouts,
     learning,
@@ -40,6 +41,7 @@ ON_A_DEVICE = {"decode": decode.main, "training": training.main}
 BENCHMARKS: dict[str, Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]] = {
     **ON_A_DEVICE,
     "decode_step": decode_step.main,
+    "giving_way": giving_way.main,
     "hop": hop.main,
     "layouts": layouts.main,
     "learning": learning.main,
