@@ -72,7 +72,7 @@ def in_time(state: ClusterState, prospects: Sequence[Prospect], due: Due, now_s:
     limit_s = min(due.alone_s + (1 - margin) * due.patience_s, due.left_s)
 
     def is_in_time(each: Prospect) -> bool:
-        keeps_pace = due.tbt_s is None or each.candidate.node_model.keeps_pace(due.tbt_s)
+        keeps_pace = due.tbt_s is None or each.candidate.node_model.token_times.keeps(due.tbt_s)
         return keeps_pace and each.duration_s <= limit_s
 
     return [each for each in prospects if is_in_time(each)]
@@ -103,5 +103,5 @@ def _turn_s(prospect: Prospect, due: Due, now_s: float) -> float:
     node_model = prospect.candidate.node_model
     prediction = node_model.prediction
     if not due.is_set:
-        return prediction.last_entry_s - node_model.full_iteration_s
+        return prediction.last_entry_s - node_model.token_times.full_iteration_s
     return max(prediction.last_entry_s, prediction.slot_s - due.alone_s)

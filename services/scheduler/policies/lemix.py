@@ -228,7 +228,7 @@ def _as_known(
         place,
         cached_tokens=cached[place.node],
         beginnings=beginnings,
-        pace=OWN_PACE if due.tbt_s is None else node_model.pace(due.tbt_s),
+        pace=OWN_PACE if due.tbt_s is None else node_model.token_times.pace(due.tbt_s),
     )
 
 

@@ -165,7 +165,7 @@ def test_tasks_that_end_early_leave_nothing_behind() -> None:
     for task_id in ("t", "r", "b", "s"):
         node_model.end(task_id, 0.0)
     assert list(node_model.assigned()) == []
-    assert (node_model.num_inference, node_model.num_training) == (0, 0)
+    assert node_model.exposure_s == 0.0
     assert [op.kind for op in node_model.prediction.ops[0]].count(FORWARD) == 2, "it may have run, untold"
     node_model.progressed(StageProgress(node=0, stage=1, ended=(), running=None), PROGRESS_EVERY_S)
     assert [len(ops) for ops in node_model.prediction.ops] == [1, 0]  # stage 0 is busy all the same
@@ -229,7 +229,7 @@ def test_sequences_that_decode_take_turns_with_training() -> None:
     node_model = two_stages()
     place_request(node_model, "r", 100, max_tokens=50_000)
     ended(node_model, 1, op("iteration", "r", tokens=100), 0.2)
-    assert node_model.num_decoding == 1
+    assert node_model.prediction.known.num_decoding == 1
     durations_s = [op.duration_s for op in node_model.prediction.ops[0]]
     assert durations_s == pytest.approx([0.001] * (1 + DECODE_OPS // 2))
     place_batch(node_model, "b", *[100] * 30, at_s=0.2)
@@ -297,15 +297,15 @@ def test_the_pace_of_a_request_leaves_training_what_its_objective_allows() -> No
     node_model = two_stages()
     for stage in range(2):
         node_model.cut(stage, NumSlices(4, 4))
-    alone_s = node_model.tbt_s
+    alone_s = node_model.token_times.tbt_s
     assert alone_s == pytest.approx(0.002)
-    assert node_model.pace(2.5 * alone_s).training_turn == pytest.approx(1.5)
-    assert node_model.pace(9 * alone_s).training_turn == TRAINING_TURN
+    assert node_model.token_times.pace(2.5 * alone_s).training_turn == pytest.approx(1.5)
+    assert node_model.token_times.pace(9 * alone_s).training_turn == TRAINING_TURN
     place_batch(node_model, "b", 100)
-    assert node_model.pace(0.1 + 2.5 * alone_s).training_turn == pytest.approx(1.5)
-    assert node_model.pace(0.1).training_turn == 0.0
-    assert node_model.keeps_pace(0.1 + 1.01 * alone_s)
-    assert not node_model.keeps_pace(0.1 + 0.99 * alone_s)
+    assert node_model.token_times.pace(0.1 + 2.5 * alone_s).training_turn == pytest.approx(1.5)
+    assert node_model.token_times.pace(0.1).training_turn == 0.0
+    assert node_model.token_times.keeps(0.1 + 1.01 * alone_s)
+    assert not node_model.token_times.keeps(0.1 + 0.99 * alone_s)
 
 
 def test_where_a_request_is_pressing_a_pass_gives_way_at_its_next_slice() -> None:
