@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from services.stage_worker.compute.slices import Slices, finish
@@ -219,6 +220,7 @@ class StageWeights:
             for name in names:
                 self._masters[name].grad = gradients.get(name)
             self._optimizer.step()
+            increment_version(self._masters[name] for name in names)  # a fused step does not count as a write
             self._optimizer.zero_grad(set_to_none=True)
 
     def show(self, version: int) -> None:

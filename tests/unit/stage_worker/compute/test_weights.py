@@ -187,6 +187,14 @@ def test_a_step_leaves_the_weights_of_microbatches_in_flight_as_they_were(
     assert_same(values(leaves(newer.version)), stepped)
 
 
+def test_a_step_is_a_write_that_torch_counts(stage: Stage, weights: StageWeights) -> None:
+    """Copies of weights that were made before it are known to be stale by that."""
+    before = {name: tensor._version for name, tensor in stage.trainable_tensors().items()}
+    train(stage, weights, "b", TEXTS[:1])
+    after = stage.trainable_tensors()
+    assert all(after[name]._version > version for name, version in before.items())
+
+
 def test_gradients_of_a_batch_over_two_versions_add_up(stage: Stage, weights: StageWeights) -> None:
     old = plain_gradients(stage, [TEXTS[1]])
     first, second = InFlight(stage, weights, TEXTS[0]), InFlight(stage, weights, TEXTS[1])
