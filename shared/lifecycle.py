@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvloop
@@ -18,6 +18,7 @@ from shared.bus.nats import NatsBus
 from shared.bus.permissions import Role
 from shared.clock import Clock, IdSource, SystemClock
 from shared.errors import ConfigurationError, LemixError
+from shared.health import Health, show_readiness
 from shared.settings import LemixSettings, S, read_settings
 from shared.telemetry import Telemetry
 
@@ -36,6 +37,7 @@ class World:
     telemetry: Telemetry
     nats_user: str = ""
     """The name by which NATS knows the process; empty where it asks for none."""
+    health: Health = field(default_factory=Health)
 
 
 ServiceMain = Callable[[World], Coroutine[Any, Any, None]]
@@ -61,15 +63,19 @@ def run_service(name: str, role: Role, settings: LemixSettings, main: ServiceMai
     Exit status 0 after a signal, 1 after an error that a person should read.
     """
     logging.basicConfig(level=settings.log_level, format=f"%(levelname)s {name}: %(message)s")
+    show_readiness()
+    failed = False
     try:
         uvloop.run(_serve(name, role, settings, main))
     except* LemixError as group:
         for error in _leaves(group):
             log.error("%s", error)
-        sys.exit(1)
+        failed = True  # sys.exit would become part of a group here, and be printed with its traceback
     finally:
         # The interpreter's last collection walks all that torch ever made: seconds, for nothing.
         gc.freeze()
+    if failed:
+        sys.exit(1)
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
@@ -86,15 +92,17 @@ async def _serve(name: str, role: Role, settings: LemixSettings, main: ServiceMa
     bus = await NatsBus.connect(
         settings.nats_url, name=name, access=access, traceparent=telemetry.traceparent
     )
+    health = Health(settings.health_file)
     world = World(
         bus=bus,
         clock=SystemClock(),
         ids=IdSource(random.SystemRandom()),
         telemetry=telemetry,
         nats_user=access.user.name if access.user else "",
+        health=health,
     )
     try:
-        await run_until_stopped(main(world), bus.wait_failed())
+        await run_until_stopped(main(world), bus.wait_failed(), health.keep(bus.answers))
     finally:
         async with asyncio.timeout(SHUTDOWN_DEADLINE_S):
             await bus.close()

@@ -43,6 +43,8 @@ class LemixSettings(BaseSettings):
     """A folder in Hugging Face format, or a hub name."""
     chat_template: Path | None = None
     """A Jinja file to use instead of the model's own chat template."""
+    health_file: Path | None = None
+    """A file that is touched every few seconds while the service is well, for health checks of containers."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
 
     @classmethod

@@ -128,6 +128,9 @@ def demo(
     nats_url: NatsUrl = None,
 ) -> None:
     """Serve and train at once for a minute, and show what came of it."""
+    from lemix.lab_extra import check_lab
+
+    check_lab()
     from lemix.topology import ClusterOptions
 
     options = ClusterOptions(

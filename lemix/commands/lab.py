@@ -75,6 +75,9 @@ def simulate(
     ] = None,
 ) -> None:
     """Serve and train in virtual time on emulated devices, and show how well that went."""
+    from lemix.lab_extra import check_lab
+
+    check_lab()
     from lemix.node_profiles import profiles_by_node
     from lemix.simulation.cluster import SimulationOptions
     from lemix.simulation.command import run_simulate
@@ -148,6 +151,9 @@ def study(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Make the runs of a study, those that are not there yet, and write its tables and figures."""
+    from lemix.lab_extra import check_lab
+
+    check_lab()
     from lemix.studies.command import StudyOptions, run_study
 
     options = StudyOptions(

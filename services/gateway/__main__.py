@@ -11,6 +11,7 @@ from services.gateway.access.key_file import read_keys
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
 from services.gateway.feedback.service import Feedback
+from services.gateway.health import HealthProbe
 from services.gateway.http.app import build_app
 from services.gateway.http.request_log import show_request_ids
 from services.gateway.http.server import allow_many_connections, listen, serve, server_config
@@ -18,6 +19,7 @@ from services.gateway.jobs.fine_tuning import FineTuning
 from services.gateway.metrics import Metrics
 from services.gateway.settings import GatewaySettings
 from services.gateway.text.threads import TextThreads
+from shared.addresses import authority
 from shared.bus.access import access_of
 from shared.bus.base import Bus
 from shared.bus.nats import NatsBus
@@ -115,6 +117,7 @@ async def _run(world: World, settings: GatewaySettings, ingest: Bus) -> None:
         ids=world.ids,
         metrics=Metrics(),
         telemetry=world.telemetry,
+        probe=HealthProbe(cluster, world.clock, card=encoder.card, timeout_s=settings.health_timeout_s),
         on_first_tokens=fine_tuning.first_tokens,
     )
     show_request_ids()
@@ -124,6 +127,8 @@ async def _run(world: World, settings: GatewaySettings, ingest: Bus) -> None:
     await asyncio.to_thread(fine_tuning.load)
     await asyncio.to_thread(feedback.load)
     async with cluster.running(), fine_tuning.running(), feedback.running():
+        address = authority(settings.host, listener.getsockname()[1])
+        world.health.begin(f"http://{address}", context.probe.is_ready)
         config = server_config(build_app(context, fine_tuning, feedback), settings)
         await serve(config, listener, before_end=cluster.end_sessions)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.gateway.cluster_client import ClusterClient
+from services.gateway.health import HealthProbe
 from services.gateway.metrics import Metrics
 from services.gateway.record import FirstTokens
 from services.gateway.settings import GatewaySettings
@@ -30,5 +31,6 @@ class GatewayContext:
     ids: IdSource
     metrics: Metrics
     telemetry: Telemetry
+    probe: HealthProbe
     on_first_tokens: Callable[[FirstTokens], None]
     """Is told when a request has its first tokens."""

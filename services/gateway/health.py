@@ -8,8 +8,11 @@ from services.gateway.sent_sequence import SequenceSpec
 from shared.clock import Clock
 from shared.errors import LemixError
 from shared.messages.inference import Objective, Sampling
+from shared.model_files import ModelCard
 
 _REUSE_S = 1.0
+READY_S = 30.0
+"""For so long after a token the gateway counts as ready: that is asked for often, and is to cost little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +27,10 @@ class Health:
 
 
 class HealthProbe:
-    """Runs one probe at a time; its outcome holds for a second."""
+    """Runs one probe at a time, and keeps its outcome."""
 
-    def __init__(self, cluster: ClusterClient, clock: Clock, *, token: int, timeout_s: float) -> None:
-        """`token` is the prompt."""
+    def __init__(self, cluster: ClusterClient, clock: Clock, *, card: ModelCard, timeout_s: float) -> None:
+        token = next((token for token in (card.bos_token_id, *card.eos_token_ids) if token is not None), 0)
         self._cluster = cluster
         self._clock = clock
         self._spec = SequenceSpec(
@@ -42,7 +45,18 @@ class HealthProbe:
 
     async def check(self) -> Health:
         """The latest outcome, at most a second old."""
-        while self._latest is None or self._clock.now_s() - self._latest[0] > _REUSE_S:
+        return await self._check(_REUSE_S)
+
+    async def check_ready(self) -> Health:
+        """The latest outcome: a token of the last half minute, or what comes of asking for one now."""
+        is_good = self._latest is not None and not self._latest[1].reason
+        return await self._check(READY_S if is_good else _REUSE_S)
+
+    async def is_ready(self) -> bool:
+        return not (await self.check_ready()).reason
+
+    async def _check(self, max_age_s: float) -> Health:
+        while self._latest is None or self._clock.now_s() - self._latest[0] > max_age_s:
             if self._asking is None:
                 self._asking = self._cluster.spawn(self._probe())
             await asyncio.shield(self._asking)

@@ -101,6 +101,7 @@ class Scheduler:
         self._bus = world.bus
         self._clock = world.clock
         self._telemetry = world.telemetry
+        self._health = world.health
         self._policy = policy
         self._turns = _Turns()
         self._num_refused = 0
@@ -117,6 +118,7 @@ class Scheduler:
         await self._bus.respond(SUBMIT.at(), self._submit, queue=QUEUE, max_running=MAX_HELD)
         await self._bus.respond(PLACE.at(), self._place, queue=QUEUE, max_running=MAX_HELD)
         await self._bus.respond(STATUS.at(), self._status, queue=QUEUE)
+        self._health.begin("tasks are placed")
         async for _ in on_time(CHECK_S, at_most_late_s=HEARTBEAT_S, clock=self._clock):
             await self._pass_time()
             await self._apply(ListenedUntil(self._clock.now_s()))

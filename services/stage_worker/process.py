@@ -33,6 +33,7 @@ class StageProcess:
     ) -> None:
         """Raises ConfigurationError for an unknown discipline or a stage that is none of `num_stages`."""
         self._world = world
+        self._name = _described(stages)
         self._make_executor = make_executor
         self._bus = _bus_of(stages, world)
         devices: dict[Hashable, Device] = {}
@@ -45,6 +46,7 @@ class StageProcess:
 
     async def run(self) -> None:
         """Serve and train until cancelled; whatever fails ends all stages."""
+        self._world.health.begin(self._name, self._is_well)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._bus.wait_failed())
@@ -55,6 +57,9 @@ class StageProcess:
         finally:
             if self._bus is not self._world.bus:
                 await self._bus.close()
+
+    async def _is_well(self) -> bool:
+        return all(worker.is_ready for worker in self.workers.values())
 
     def _worker(self, settings: StageWorkerSettings, device: Device) -> StageWorker:
         instance = self._world.ids.new("stage")
@@ -67,6 +72,12 @@ class StageProcess:
             telemetry=self._world.telemetry,
             executor=self._make_executor(settings, instance),
         )
+
+
+def _described(stages: Sequence[StageWorkerSettings]) -> str:
+    numbers = ", ".join(str(stage.stage) for stage in stages)
+    devices = ", ".join(dict.fromkeys(stage.device for stage in stages))
+    return f"stage {numbers} of node {stages[0].node}, on {devices}"
 
 
 def _bus_of(stages: Sequence[StageWorkerSettings], world: World) -> Bus:

@@ -84,6 +84,8 @@ class StageWorker:
         self._linking: set[Target] = set()
         self._refused: set[tuple[str, str]] = set()
         """(instance, carrier): refusals that were logged."""
+        self.is_ready = False
+        """Whether it was ready at its last heartbeat."""
         self._published_whole = False
         """Whether the last heartbeat said that the node is whole (stage 0)."""
 
@@ -241,15 +243,14 @@ class StageWorker:
     # How it stands
 
     async def _beat(self) -> None:
-        was_ready = False
         try:
             while True:
                 await self._publish_heartbeat()
                 await self._serving.tick()
                 is_ready = self._is_ready()
-                if was_ready and not is_ready:
+                if self.is_ready and not is_ready:
                     await self._serving.reset("a stage of the node is lost")
-                was_ready = is_ready
+                self.is_ready = is_ready
                 await asyncio.sleep(subjects.HEARTBEAT_S)
         finally:
             self._serving.close()

@@ -14,7 +14,14 @@ def main() -> None:
     settings = load_settings(TrainerSettings)
 
     async def train(world: World) -> None:
-        make = partial(Trainer, settings, bus=world.bus, clock=world.clock, telemetry=world.telemetry)
+        make = partial(
+            Trainer,
+            settings,
+            bus=world.bus,
+            clock=world.clock,
+            telemetry=world.telemetry,
+            health=world.health,
+        )
         await (await asyncio.to_thread(make)).run()
 
     run_service("trainer", Role.TRAINER, settings, train)

@@ -54,6 +54,7 @@ from shared.bus.base import Bus, Subscription
 from shared.clock import Clock
 from shared.disk import on_disk
 from shared.encoding import ExampleEncoder, LabelledTokens
+from shared.health import Health
 from shared.model_files import resolve
 from shared.subjects import (
     DURABLE_VERSIONS,
@@ -96,6 +97,7 @@ class Trainer:
         bus: Bus,
         clock: Clock,
         telemetry: Telemetry,
+        health: Health | None = None,
         intake: Intake | None = None,
         checks_weights: bool = True,
     ) -> None:
@@ -108,6 +110,7 @@ class Trainer:
         self._bus = bus
         self._clock = clock
         self._telemetry = telemetry
+        self._health = health or Health()
         self._checks_weights = checks_weights
         self._hold_out = HoldOut(settings.checkpoint_dir, model=settings.model, share=settings.hold_out_share)
         intake = intake or Intake.load(settings, model_folder, clock)
@@ -287,6 +290,7 @@ class Trainer:
         tasks.create_task(parts.nodes.tick())
         tasks.create_task(batches.place())
         subscriptions = await self._listen(parts, stream)
+        self._health.begin("training batches are read")
         try:
             await batches.read(
                 await self._bus.read_stream(

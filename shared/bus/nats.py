@@ -65,6 +65,7 @@ R = TypeVar("R", bound=Message)
 CONNECT_TIMEOUT_S = 10.0
 JETSTREAM_TIMEOUT_S = 5.0
 RETRY_S = 0.1
+PING_TIMEOUT_S = 2
 PING_INTERVAL_S = 5
 """Two unanswered pings end a connection: a hung server is noticed within 15 s."""
 FETCH_SLICE_S = 1.0
@@ -315,6 +316,15 @@ class NatsBus:
             async with self._refusals.raised(JETSTREAM_API, f"$KV.{FENCE_BUCKET}."):
                 bucket = await self._jetstream.create_key_value(bucket=FENCE_BUCKET, storage=StorageType.FILE)
                 return await bucket.put(name, b"")
+
+    async def answers(self) -> bool:
+        """Whether the server answers within PING_TIMEOUT_S."""
+        try:
+            with _cancellable():
+                await self._client.flush(timeout=PING_TIMEOUT_S)
+        except nats.errors.Error:
+            return False
+        return True
 
     async def wait_failed(self) -> None:
         await self._dispatcher.failure.wait()

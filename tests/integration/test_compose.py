@@ -2,8 +2,13 @@
 
 import asyncio
 import json
+import os
+import re
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -12,22 +17,20 @@ from importlib.resources import files
 from pathlib import Path
 
 import jsonschema
+import pytest
 
 from lemix.client import ApiClient
 from lemix.health import HealthProbe
 from lemix.nats_server import find_program
 from lemix.topology import ClusterOptions, service_specs
-from tests.support.compose import ROOT, Compose, Places, load
+from tests.support.compose import ROOT, Compose, Places, load, own_services
 
 START_DEADLINE_S = 120.0
 CHECK_DEADLINE_S = 180.0
+HEALTH_AGE_S = 61
+"""A file so old is no sign of health."""
 DEVICE = "gpt2-small@rtx6000ada"
 """Stages only take the time that this one would: what is tried is how the processes find each other."""
-
-
-def own_services(compose: Compose) -> dict[str, Compose]:
-    """The services that run LeMix's own image."""
-    return {name: service for name, service in compose["services"].items() if service["image"] == "lemix"}
 
 
 def free_port() -> int:
@@ -37,10 +40,11 @@ def free_port() -> int:
         return port
 
 
-def test_the_file_is_valid_by_the_compose_specification() -> None:
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_the_files_are_valid_by_the_compose_specification(name: str) -> None:
     # The schema of the Compose Specification (Apache-2.0), as the package check-jsonschema ships it.
     schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
-    jsonschema.Draft202012Validator(schema).validate(load())
+    jsonschema.Draft202012Validator(schema).validate(load(name))
 
 
 def test_it_runs_the_same_processes_with_the_same_settings_as_the_launcher() -> None:
@@ -74,10 +78,38 @@ def test_the_stages_of_a_node_and_only_they_share_their_memory() -> None:
     assert memory("node-0-stage-0") != memory("node-1-stage-0")
 
 
-def test_every_service_of_our_own_is_checked_and_started_again() -> None:
+def test_every_service_is_confined_and_ours_are_built_and_checked() -> None:
+    for name, service in load()["services"].items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["read_only"] is True, name
+        assert service["mem_limit"], name
+        assert set(service["logging"]["options"]) == {"max-size", "max-file"}, name
+        assert service["restart"] == "on-failure:10", name
     for service in own_services(load()).values():
         assert service["healthcheck"]["test"]
-        assert service["restart"] == "unless-stopped"
+        assert service["build"]["context"] == "."
+    assert "USER lemix" in (ROOT / "Dockerfile").read_text()
+
+
+def test_what_the_build_can_be_told_arrives() -> None:
+    declared = set(re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    assert declared == {"TORCH", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST"}
+    for service in own_services(load()).values():
+        assert set(service["build"]["args"]) == declared
+
+
+def test_a_gpu_worker_holds_all_stages_in_the_place_of_those_on_cpus() -> None:
+    added, composed = load("compose.gpu.yaml")["services"], load()["services"]
+    worker = added["node-0"]
+    assert composed[worker["extends"]["service"]]["command"] == ["python", "-m", "services.stage_worker"]
+    environment = worker["environment"]
+    assert environment["LEMIX_STAGES_HELD"] == environment["LEMIX_NUM_STAGES"]
+    assert environment["LEMIX_NUM_STAGES"] == added["scheduler"]["environment"]["LEMIX_NUM_STAGES"]
+    assert environment["LEMIX_DEVICE"].startswith("cuda:")
+    assert {name for name, service in added.items() if service.get("profiles")} == {
+        name for name in composed if "stage" in name
+    }
 
 
 class Collector:
@@ -147,12 +179,8 @@ def nats_command(compose: Compose, places: Places) -> list[str]:
 
 async def is_well(places: Places, service: Compose) -> bool:
     """Whether the service's own health check says so."""
-    kind, *command = service["healthcheck"]["test"]
-    assert kind == "CMD"
     checking = await asyncio.create_subprocess_exec(
-        *places.command(service, command),
-        env=places.environment(service),
-        stderr=asyncio.subprocess.DEVNULL,
+        *places.check(service), env=places.environment(service), stderr=asyncio.subprocess.DEVNULL
     )
     return await checking.wait() == 0
 
@@ -179,14 +207,14 @@ async def test_its_services_serve_a_completion_and_are_well_by_their_own_checks(
                 process(nats_command(compose, places), None, tmp_path / "nats.log")
             )
             for name, service in own_services(compose).items():
-                places.make_volumes(service)
+                places.make_folders(service)
                 environment = places.environment(service)
                 if "LEMIX_STAGE" in environment:
                     environment["LEMIX_EMULATE"] = DEVICE
                 if name == "gateway":
                     environment["LEMIX_PORT"] = places.gateway.rpartition(":")[2]
-                command = places.command(service, service["command"])
-                await running.enter_async_context(process(command, environment, tmp_path / f"{name}.log"))
+                log = tmp_path / f"{name}.log"
+                await running.enter_async_context(process(places.command(service), environment, log))
             async with asyncio.timeout(START_DEADLINE_S):
                 await HealthProbe(f"http://{places.gateway}").wait()
             async with ApiClient(f"http://{places.gateway}", model="embedded") as api:
@@ -198,12 +226,38 @@ async def test_its_services_serve_a_completion_and_are_well_by_their_own_checks(
             assert f"lemix.{name}".encode() in collector.received
 
 
-async def test_a_check_of_what_does_not_run_fails(tmp_path: Path) -> None:
+def test_a_check_fails_without_the_file_and_with_an_old_one(tmp_path: Path) -> None:
     """A check that cannot fail proves nothing."""
-    places = Places(
-        folder=tmp_path,
-        **{name: f"127.0.0.1:{free_port()}" for name in ("nats", "nats_monitor", "gateway", "collector")},
-    )
-    services = [load()["services"][name] for name in ("scheduler", "node-0-stage-0", "trainer", "gateway")]
-    async with asyncio.timeout(CHECK_DEADLINE_S):
-        assert not any(await asyncio.gather(*(is_well(places, service) for service in services)))
+    command = own_services(load())["scheduler"]["healthcheck"]["test"][1]
+    file = tmp_path / "healthy"
+
+    def is_well() -> bool:
+        environment = os.environ | {"LEMIX_HEALTH_FILE": str(file)}
+        return (
+            subprocess.run(["sh", "-c", command], env=environment, stderr=subprocess.DEVNULL).returncode == 0
+        )
+
+    assert not is_well()
+    file.touch()
+    assert is_well()
+    os.utime(file, times=(0, file.stat().st_mtime - HEALTH_AGE_S))
+    assert not is_well()
+
+
+def test_a_check_takes_less_of_the_processor_than_an_interpreter_that_only_starts(tmp_path: Path) -> None:
+    """It is made in every container, again and again, and imports nothing of ours."""
+    service = own_services(load())["scheduler"]
+    file = tmp_path / "healthy"
+    file.touch()
+    check = ["sh", "-c", service["healthcheck"]["test"][1]]
+    its = processor_s(check, LEMIX_HEALTH_FILE=str(file))
+    assert its < processor_s([sys.executable, "-I", "-S", "-c", ""])
+
+
+def processor_s(command: list[str], **environment: str) -> float:
+    """What the command takes of the processor, ten times."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(10):
+        subprocess.run(command, env=os.environ | environment, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

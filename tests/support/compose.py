@@ -13,11 +13,20 @@ ROOT = Path(__file__).parents[2]
 Compose = dict[str, Any]
 
 
-def load() -> Compose:
+def load(name: str = "compose.yaml") -> Compose:
     """The file with its anchors resolved and every `${NAME:-default}` set to its default."""
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text())
-    content: Compose = yaml.safe_load(text)
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / name).read_text())
+    content: Compose = yaml.safe_load(text.replace("$$", "$"))
     return content
+
+
+def own_services(compose: Compose) -> dict[str, Compose]:
+    """The services that run LeMix's own image. Each also has its own name, under `name`."""
+    return {
+        name: service | {"name": name}
+        for name, service in compose["services"].items()
+        if service["image"] == "lemix"
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +48,12 @@ class Places:
             "127.0.0.1:8000": self.gateway,
             "otel-collector:4318": self.collector,
             **volumes,
-            "/app/shared": str(ROOT / "shared"),
+            "/tmp/": f"{self.tmp(service)}/",
         }
+
+    def tmp(self, service: Compose) -> Path:
+        """The service's own folder for temporary files."""
+        return self.folder / "tmp" / str(service["name"])
 
     def local(self, service: Compose, text: str) -> str:
         """`text` of a service's command or environment, for this machine."""
@@ -48,10 +61,17 @@ class Places:
             text = text.replace(there, here)
         return text
 
-    def command(self, service: Compose, command: list[str]) -> list[str]:
+    def command(self, service: Compose) -> list[str]:
         """A service's command, with this interpreter."""
-        assert command[0] == "python"
-        return [sys.executable, *(self.local(service, part) for part in command[1:])]
+        program, *arguments = service["command"]
+        assert program == "python"
+        return [sys.executable, *arguments]
+
+    def check(self, service: Compose) -> list[str]:
+        """The command of a service's health check."""
+        kind, command = service["healthcheck"]["test"]
+        assert kind == "CMD-SHELL"
+        return ["sh", "-c", command]
 
     def environment(self, service: Compose) -> dict[str, str]:
         """A service's environment, and nothing of LeMix's that this process may have."""
@@ -62,6 +82,8 @@ class Places:
         own = {name: self.local(service, value) for name, value in given.items()}
         return inherited | own | {"PYTHONPATH": str(ROOT)}
 
-    def make_volumes(self, service: Compose) -> None:
+    def make_folders(self, service: Compose) -> None:
+        """Those of its volumes and of its temporary files."""
+        self.tmp(service).mkdir(parents=True)
         for volume in service.get("volumes", ()):
             (self.folder / "volumes" / volume.split(":")[0]).mkdir(parents=True, exist_ok=True)

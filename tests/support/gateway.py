@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from services.gateway.cluster_client import ClusterClient
 from services.gateway.context import GatewayContext
 from services.gateway.feedback.service import Feedback
+from services.gateway.health import HealthProbe
 from services.gateway.http.app import build_app
 from services.gateway.http.server import listen, serve, server_config
 from services.gateway.jobs.fine_tuning import FineTuning
@@ -276,6 +277,7 @@ def _context(
         ids=ids,
         metrics=Metrics(),
         telemetry=telemetry,
+        probe=HealthProbe(cluster, clock, card=encoder.card, timeout_s=settings.health_timeout_s),
         on_first_tokens=fine_tuning.first_tokens,
     )
 

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from services.gateway.context import GatewayContext
-from services.gateway.health import HealthProbe
+from services.gateway.health import Health
 from services.gateway.http.bodies import json_response
 from shared.errors import LemixError
 
@@ -33,6 +33,12 @@ class Failing(BaseModel):
     reason: str
 
 
+class Alive(BaseModel):
+    """The gateway's process answers; what stands behind it is not asked."""
+
+    status: Literal["ok"] = "ok"
+
+
 class MetricsText(Response):
     """Prometheus' text format."""
 
@@ -41,16 +47,18 @@ class MetricsText(Response):
 
 def add_operations(app: FastAPI, context: GatewayContext) -> None:
     """Serve health and metrics."""
-    card, settings = context.card, context.settings
-    token = next((token for token in (card.bos_token_id, *card.eos_token_ids) if token is not None), 0)
-    probe = HealthProbe(context.cluster, context.clock, token=token, timeout_s=settings.health_timeout_s)
 
     @app.get("/health", response_model=Healthy, responses={503: {"model": Failing}})
     async def health() -> Healthy | Response:
-        outcome = await probe.check()
-        if outcome.weights_version is None:
-            return json_response(Failing(reason=outcome.reason), status=503)
-        return Healthy(token_s=outcome.seconds, weights_version=outcome.weights_version)
+        return _answer(await context.probe.check())
+
+    @app.get("/health/ready", response_model=Healthy, responses={503: {"model": Failing}})
+    async def ready() -> Healthy | Response:
+        return _answer(await context.probe.check_ready())
+
+    @app.get("/health/live", response_model=Alive)
+    async def live() -> Alive:
+        return Alive()
 
     @app.get("/metrics", response_class=MetricsText)
     async def metrics() -> MetricsText:
@@ -61,6 +69,12 @@ def add_operations(app: FastAPI, context: GatewayContext) -> None:
         context.metrics.show_cluster(status)
         context.metrics.show_weights(weights)
         return MetricsText(context.metrics.render())
+
+
+def _answer(outcome: Health) -> Healthy | Response:
+    if outcome.weights_version is None:
+        return json_response(Failing(reason=outcome.reason), status=503)
+    return Healthy(token_s=outcome.seconds, weights_version=outcome.weights_version)
 
 
 async def _or_none(answer: Awaitable[T]) -> T | None:

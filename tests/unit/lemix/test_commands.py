@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from lemix import lab_extra
 from lemix.cli import app
 from shared.bus.access import Access
 from shared.bus.nats import NatsBus
@@ -84,3 +85,12 @@ def test_a_port_of_nats_is_for_a_server_of_the_runs_own() -> None:
 
 def test_the_version_is_told() -> None:
     assert lemix("--version").stdout == f"lemix {version('lemix')}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "simulate --profile llama2-7b@a100", "study main"])
+def test_what_draws_says_what_to_install_where_the_lab_is_not(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab_extra, "PACKAGES", ("matplotlib", "nowhere_to_be_found"))
+    assert refusal(command) == "this command draws pictures: pip install 'lemix[lab]' first"
+    assert list(Path().iterdir()) == []
