@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lemix.run_folder import ClusterFile, check_run_name, running_clusters
+from shared.addresses import nats_address
 from shared.errors import ConfigurationError
 from shared.settings import LemixSettings, read_settings
 
@@ -41,11 +42,12 @@ def find_running(nats_url: str | None, runs_dir: Path, name: str | None) -> Targ
 def find_if_running(nats_url: str | None, runs_dir: Path, name: str | None) -> Target | None:
     """As `find_running`, but None when the run is not running, or none is."""
     if nats_url:
+        place = nats_address(nats_url)
         if name is not None:
             raise ConfigurationError(
-                f"give either a server (--nats-url or LEMIX_NATS_URL: {nats_url}) or a run (--name {name})"
+                f"give either a server (--nats-url or LEMIX_NATS_URL: {place}) or a run (--name {name})"
             )
-        return Target(nats_url, f"the cluster at {nats_url}", read_settings(LemixSettings).nats_users)
+        return Target(nats_url, f"the cluster at {place}", read_settings(LemixSettings).nats_users)
     chosen = _chosen(runs_dir, name)
     if chosen is None:
         return None

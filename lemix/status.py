@@ -8,6 +8,7 @@ from rich.table import Table
 from lemix.bus import open_bus
 from lemix.printing import new_table, print_table, say
 from lemix.run_choice import Target
+from shared.addresses import nats_address
 from shared.bus.base import Bus
 from shared.errors import BusError, ConfigurationError, NoResponderError
 from shared.messages.cluster import ClusterStatus, Heartbeat, NodeStatus, StatusRequest
@@ -78,7 +79,8 @@ async def require_unused(nats_url: str, nats_users: Path | None) -> None:
             await fetch_status(bus)
         except NoResponderError:
             return
-    raise ConfigurationError(f"a LeMix is already running on {nats_url}; stop it, or use another server")
+    place = nats_address(nats_url)
+    raise ConfigurationError(f"a LeMix is already running on {place}; stop it, or use another server")
 
 
 def objective_line(status: ClusterStatus) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lemix.run_folder import check_run_name
+from shared.addresses import nats_address
 from shared.errors import ConfigurationError
 from shared.profiles.profile import profile_named
 
@@ -67,9 +68,10 @@ class ClusterOptions:
             raise ConfigurationError("at least one device is needed, for example cpu or cuda:0")
         if not 0 <= self.port <= 65535:
             raise ConfigurationError(f"port={self.port} is not a port number")
-        if self.nats_port is not None and self.nats_url:
+        given = nats_address(self.nats_url) if self.nats_url else None
+        if self.nats_port is not None and given:
             raise ConfigurationError(
-                f"nats_port={self.nats_port} is for a server of the run's own, and {self.nats_url} is given"
+                f"nats_port={self.nats_port} is for a server of the run's own, and {given} is given"
             )
         check_run_name(self.name)
         if self.emulate is not None:

@@ -4,16 +4,15 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from shared.addresses import nats_address
 from shared.bus.permissions import Role, User
 from shared.errors import ConfigurationError
 from shared.settings import LemixSettings
 
 USER_FILE = "user.json"
-TLS_SCHEME = "tls"
 
 
 class Credentials(BaseModel):
@@ -73,13 +72,11 @@ def read_credentials(file: Path) -> Credentials:
 
 def tls_of(settings: LemixSettings) -> ssl.SSLContext | None:
     """How to speak TLS with the server; None where nobody asks for it. Raises ConfigurationError."""
-    wants_tls = urlsplit(settings.nats_url).scheme == TLS_SCHEME
+    wants_tls = nats_address(settings.nats_url).wants_tls
     if not (wants_tls or settings.nats_ca or settings.nats_certificate):
         return None
     if not wants_tls:
-        raise ConfigurationError(
-            f"LEMIX_NATS_URL: {settings.nats_url!r} must begin with tls:// where TLS files are given"
-        )
+        raise ConfigurationError("LEMIX_NATS_URL must begin with tls:// where TLS files are given")
     try:
         context = ssl.create_default_context(cafile=settings.nats_ca)
     except OSError as error:

@@ -6,9 +6,8 @@ import logging
 import random
 import secrets
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
 
 import nats.errors
 from nats.aio.client import Client, Server
@@ -25,9 +24,10 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import BadRequestError, NotFoundError
+from nats.js.errors import BadRequestError, NotFoundError, ServerError
 
-from shared.bus.access import OPEN, TLS_SCHEME, Access
+from shared.addresses import NatsAddress, nats_address
+from shared.bus.access import OPEN, Access
 from shared.bus.base import (
     ERROR_HEADER,
     MAX_RUNNING_REQUESTS,
@@ -73,6 +73,7 @@ FETCH_SLICE_S = 1.0
 ACK_WAIT_S = 3600.0
 MAX_ACK_PENDING = 4096
 STREAM_NAME_IN_USE = 10058
+STORE_TOO_SMALL = 10047
 NO_MESSAGE_FOUND = 10037
 AUTHORIZATION_VIOLATION = "authorization violation"
 JETSTREAM_API = "$JS.API."
@@ -105,19 +106,19 @@ class NatsBus:
         traceparent: str = "",
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> Self:
-        """Connect to `url`; `traceparent` goes with every message that is published without one.
+        """Connect to a server of `url`; `traceparent` goes with what is published without one.
 
         Raises NotAllowedError at once when the server does not know the user or cannot be trusted, BusError
         when none answers within `timeout_s`.
         """
-        place = urlsplit(url)
-        client = _TlsClient() if place.scheme == TLS_SCHEME else Client()
+        place = nats_address(url)
+        client = _TlsClient() if place.wants_tls else Client()
         bus = cls(client, traceparent, access)
-        address = f"NATS at {place.hostname}:{place.port}"
+        address = f"NATS at {place}"
         try:
             with _cancellable():
                 async with asyncio.timeout(timeout_s):
-                    await client.connect(url, name=name, **bus._options())
+                    await client.connect(list(place.servers), name=name, **_login(place), **bus._options())
         except asyncio.CancelledError:
             await bus.close()
             raise
@@ -262,7 +263,7 @@ class NatsBus:
             storage=StorageType.FILE,
             max_bytes=spec.max_bytes,
         )
-        with _translated(spec.name):
+        with _translated(spec.name), _enough_room(spec):
             async with self._refusals.raised(JETSTREAM_API):
                 try:
                     found = await self._jetstream.add_stream(config)
@@ -318,13 +319,13 @@ class NatsBus:
                 return await bucket.put(name, b"")
 
     async def answers(self) -> bool:
-        """Whether the server answers within PING_TIMEOUT_S."""
+        """Whether there is a connection, and the server answers within PING_TIMEOUT_S."""
         try:
             with _cancellable():
                 await self._client.flush(timeout=PING_TIMEOUT_S)
         except nats.errors.Error:
             return False
-        return True
+        return bool(self._client.is_connected)
 
     async def wait_failed(self) -> None:
         await self._dispatcher.failure.wait()
@@ -367,6 +368,15 @@ def _refusal_of(error: Exception, access: Access) -> NotAllowedError | None:
     return NotAllowedError(f"the server does not know the user {access.user.name!r} of {access.file}")
 
 
+def _login(place: NatsAddress) -> dict[str, str]:
+    """The user of an address, as nats-py takes it; alone it is a token."""
+    if place.user is None:
+        return {}
+    if place.password is None:
+        return {"token": place.user}
+    return {"user": place.user, "password": place.password}
+
+
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
     """Any server after a random wait, so that a restarted server is not met by all clients at once."""
     return random.choice(servers), random.uniform(0.5 * RETRY_S, 2 * RETRY_S)
@@ -392,6 +402,20 @@ def _num_cancels() -> int:
     """How often the running task was cancelled."""
     task = asyncio.current_task()
     return 0 if task is None else task.cancelling()
+
+
+@contextlib.contextmanager
+def _enough_room(spec: StreamSpec) -> Iterator[None]:
+    """Raises BusError that says what a stream needs, where the server's store is too small for it."""
+    try:
+        yield
+    except ServerError as error:
+        if error.err_code != STORE_TOO_SMALL:
+            raise
+        raise BusError(
+            f"stream {spec.name} needs {spec.max_bytes / 2**30:g} GiB, and the NATS server has less left for"
+            " streams: set max_file_store in its configuration, or make room on its disk"
+        ) from error
 
 
 class _translated(_cancellable):

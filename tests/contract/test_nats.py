@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from pathlib import Path
 from urllib.parse import ParseResult
 
 import pytest
@@ -227,3 +228,38 @@ async def test_a_refusal_that_comes_with_the_deadline_ends_the_attempts(
     with pytest.raises(BusError, match=r"no connection to NATS at 127\.0\.0\.1:9"):
         await NatsBus.connect("nats://127.0.0.1:9", name="one", timeout_s=0.05)
     assert attempts == ["127.0.0.1:9"]
+
+
+async def test_a_user_and_a_password_of_an_address_are_decoded(tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text('authorization { user: u, password: "p@ss" }\n')
+    async with NatsServer(tmp_path / "nats", config=config) as server:
+        bus = await NatsBus.connect(f"nats://u:p%40ss@127.0.0.1:{server.port}", name="one")
+        assert await bus.answers()
+        await bus.close()
+        with pytest.raises(BusError):
+            await NatsBus.connect(f"nats://u:p%40s@127.0.0.1:{server.port}", name="one", timeout_s=1)
+
+
+async def test_of_several_servers_one_that_answers_will_do(nats_server: NatsServer) -> None:
+    bus = await NatsBus.connect(f"nats://127.0.0.1:1,{nats_server.url}", name="one")
+    assert await bus.answers()
+    await bus.close()
+
+
+async def test_a_server_that_has_gone_does_not_answer(tmp_path: Path) -> None:
+    async with NatsServer(tmp_path / "nats") as server:
+        bus = await NatsBus.connect(server.url, name="one")
+        await server.stop()
+        assert not await bus.answers()
+        await bus.close()
+
+
+async def test_a_store_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text("jetstream { max_file_store: 1MB }\n")
+    async with NatsServer(tmp_path / "nats", config=config) as server:
+        bus = await NatsBus.connect(server.url, name="one")
+        with pytest.raises(BusError, match=r"stream BIG needs 1 GiB.*max_file_store"):
+            await bus.ensure_stream(StreamSpec("BIG", ("test.big",)))
+        await bus.close()

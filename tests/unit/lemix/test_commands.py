@@ -80,7 +80,7 @@ def test_what_cannot_start_is_refused_in_one_line_before_anything_starts(
 
 def test_a_port_of_nats_is_for_a_server_of_the_runs_own() -> None:
     told = refusal("up --nats-port 4222 --nats-url nats://elsewhere")
-    assert told == "nats_port=4222 is for a server of the run's own, and nats://elsewhere is given"
+    assert told == "nats_port=4222 is for a server of the run's own, and elsewhere:4222 is given"
 
 
 def test_the_version_is_told() -> None:

@@ -44,9 +44,9 @@ def test_a_run_that_is_not_running_is_named_with_those_that_are(tmp_path: Path) 
 
 
 def test_a_server_that_is_given_needs_no_run_and_bears_none_beside_it(tmp_path: Path) -> None:
-    there = Target("nats://there:4222", "the cluster at nats://there:4222")
+    there = Target("nats://there:4222", "the cluster at there:4222")
     assert find_running("nats://there:4222", tmp_path, None) == there
-    with pytest.raises(ConfigurationError, match=r"either a server .*nats://there:4222.* or a run .*one"):
+    with pytest.raises(ConfigurationError, match=r"either a server .*there:4222.* or a run .*one"):
         find_running("nats://there:4222", tmp_path, "one")
 
 
