@@ -25,7 +25,10 @@ RUN { pip install -c constraints.txt "${TORCH}" \
     && find bin -type f ! -name torch_shm_manager -delete
 COPY --from=requirements /requirements.txt ./
 RUN pip install -c constraints.txt -r requirements.txt
-RUN useradd --uid 10001 --create-home lemix && install -d -o lemix -g lemix runs shm
+# Volumes that are mounted here begin with these owners and modes.
+RUN useradd --uid 10001 --create-home lemix \
+    && install -d -o lemix -g lemix runs shm nats_users \
+    && cd nats_users && install -d -o lemix -g lemix -m 0700 gateway ingest operator scheduler stage_worker trainer
 
 FROM dependencies AS code
 RUN pip install 'setuptools>=77'

@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 # Where bytecode is not kept, each of the many processes of a test compiles all of torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench gpu compose-test clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ ifneq ($(wildcard wheels/*.whl),)
 endif
 	PATH="$(CURDIR)/build/gpu_site/bin:$$PATH" PYTHONPATH="$(CURDIR)/build/gpu_site:$(CURDIR)" \
 	  $(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_OPTIONS)
+
+# compose.yaml on a real Docker engine, about ten minutes. PIP_EXTRA_INDEX_URL names an index with CPU builds of torch.
+compose-test: $(VENV)/installed
+	$(BIN)/python -m tools.compose_test docs/compose_transcript.txt
 
 clean:
 	rm -rf $(VENV) runs

@@ -368,7 +368,7 @@ def _refusal_of(error: Exception, access: Access) -> NotAllowedError | None:
     return NotAllowedError(f"the server does not know the user {access.user.name!r} of {access.file}")
 
 
-def _login(place: NatsAddress) -> dict[str, str]:
+def _login(place: NatsAddress) -> dict[str, Any]:
     """The user of an address, as nats-py takes it; alone it is a token."""
     if place.user is None:
         return {}

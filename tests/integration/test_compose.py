@@ -22,7 +22,9 @@ import pytest
 from lemix.client import ApiClient
 from lemix.health import HealthProbe
 from lemix.nats_server import find_program
+from lemix.nats_users import make_users
 from lemix.topology import ClusterOptions, service_specs
+from shared.bus.permissions import Role
 from tests.support.compose import ROOT, Compose, Places, load, own_services
 
 START_DEADLINE_S = 120.0
@@ -85,11 +87,24 @@ def test_every_service_is_confined_and_ours_are_built_and_checked() -> None:
         assert service["read_only"] is True, name
         assert service["mem_limit"], name
         assert set(service["logging"]["options"]) == {"max-size", "max-file"}, name
-        assert service["restart"] == "on-failure:10", name
-    for service in own_services(load()).values():
-        assert service["healthcheck"]["test"]
-        assert service["build"]["context"] == "."
+        assert service["restart"] == ("no" if name == "nats-users" else "on-failure:10"), name
+        assert service["image"] != "lemix" or service["build"]["context"] == ".", name
     assert "USER lemix" in (ROOT / "Dockerfile").read_text()
+
+
+def test_each_service_sees_the_nats_users_of_its_own_roles_alone() -> None:
+    mounts = {
+        name: {volume.split(":")[1].rpartition("/")[2] for volume in service["volumes"] if "user-" in volume}
+        for name, service in load()["services"].items()
+        if name not in ("nats", "otel-collector")
+    }
+    roles = {role.value for role in Role}
+    assert mounts.pop("nats-users") == roles
+    assert mounts.pop("lemix") == {"operator", "ingest"}
+    assert mounts.pop("gateway") == {"gateway", "ingest"}
+    for name, users in mounts.items():
+        assert users == ({name} if name in roles else {"stage_worker"}), name
+    assert all(f" {role}" in (ROOT / "Dockerfile").read_text() for role in roles)
 
 
 def test_what_the_build_can_be_told_arrives() -> None:
@@ -171,6 +186,7 @@ def nats_command(compose: Compose, places: Places) -> list[str]:
     ):
         assert there in config
         config = config.replace(there, here)
+    make_users(places.nats_users)
     path = places.folder / "nats.conf"
     path.write_text(config)
     option, _ = compose["services"]["nats"]["command"]

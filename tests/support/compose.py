@@ -21,11 +21,11 @@ def load(name: str = "compose.yaml") -> Compose:
 
 
 def own_services(compose: Compose) -> dict[str, Compose]:
-    """The services that run LeMix's own image. Each also has its own name, under `name`."""
+    """Those that serve and train. Each also has its own name, under `name`."""
     return {
         name: service | {"name": name}
         for name, service in compose["services"].items()
-        if service["image"] == "lemix"
+        if service["image"] == "lemix" and "test" in service.get("healthcheck", {})
     }
 
 
@@ -48,8 +48,14 @@ class Places:
             "127.0.0.1:8000": self.gateway,
             "otel-collector:4318": self.collector,
             **volumes,
+            "/app/nats_users": str(self.nats_users),
             "/tmp/": f"{self.tmp(service)}/",
         }
+
+    @property
+    def nats_users(self) -> Path:
+        """Where all of the server's users are."""
+        return self.folder / "users"
 
     def tmp(self, service: Compose) -> Path:
         """The service's own folder for temporary files."""
