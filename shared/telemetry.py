@@ -97,19 +97,31 @@ class NoTelemetry(Telemetry):
         pass
 
 
+MAX_SPANS_BYTES = 64 << 20
+"""A larger file of spans becomes the older one, in the place of the one before."""
+
+
 class JsonLinesExporter(SpanExporter):
     """One JSON object a line; lines of several processes may share the file (O_APPEND)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, max_bytes: int = MAX_SPANS_BYTES) -> None:
+        """The file and the older one (`spans.jsonl.1`) have about `max_bytes` each at most."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._path = path
+        self._max_bytes = max_bytes
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        os.write(self._file, b"".join(json.dumps(_as_dict(span)).encode() + b"\n" for span in spans))
+        lines = b"".join(json.dumps(_as_dict(span)).encode() + b"\n" for span in spans)
+        # Opened each time: another process may have begun a new file.
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, lines)
+            is_full = os.fstat(file).st_size > self._max_bytes
+        finally:
+            os.close(file)
+        if is_full:
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         return SpanExportResult.SUCCESS
-
-    def shutdown(self) -> None:
-        os.close(self._file)
 
 
 def _as_dict(span: ReadableSpan) -> dict[str, object]:

@@ -2,12 +2,14 @@
 their weights, wherever the trainer dies.
 
     1. intend     rollback.json: the older checkpoint's manifest as it will be, which says what is discarded
-    2. complete   newer checkpoints are renamed aside, then rollback.json takes the old manifest's place
+    2. complete   newer checkpoints are renamed aside, then rollback.json takes the old manifest's place;
+                  the newest MAX_ASIDE folders that were renamed stay of each node
 
 What was intended is completed at the next start. All functions block on the disk.
 """
 
 import itertools
+import shutil
 from pathlib import Path
 
 from shared import checkpoints
@@ -16,6 +18,8 @@ from shared.disk import make_folder, replace_file, sync
 from shared.errors import ConfigurationError
 
 ASIDE = "rolled-back-"
+MAX_ASIDE = 6
+"""As many as a node keeps otherwise."""
 _INTENT = "rollback.json"
 
 
@@ -62,6 +66,15 @@ def _complete(root: Path, manifest: Manifest, intent: Path) -> None:
     intent.replace(target / checkpoints.MANIFEST_NAME)
     sync(target)
     sync(intent.parent)
+    for node in checkpoints.nodes_like(root, manifest.node, merge=manifest.merge):
+        _remove_oldest(checkpoints.node_folder(root, node))
+
+
+def _remove_oldest(node_folder: Path) -> None:
+    """A folder's ctime says when it was renamed."""
+    aside = sorted(node_folder.glob(f"{ASIDE}*"), key=lambda folder: (folder.stat().st_ctime_ns, folder.name))
+    for folder in aside[:-MAX_ASIDE]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def complete_all(root: Path) -> None:

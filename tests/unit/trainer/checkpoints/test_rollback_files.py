@@ -60,6 +60,16 @@ def test_what_was_put_aside_before_stays_beside_what_is_now(files: CheckpointFil
     ]
 
 
+def test_of_what_was_put_aside_only_the_newest_stay(files: CheckpointFiles) -> None:
+    save(files, 1)
+    for version in range(2, rollback_files.MAX_ASIDE + 4):
+        save(files, version)
+        roll_back(files)
+    aside = [name for name in names(files) if name.startswith(rollback_files.ASIDE)]
+    assert len(aside) == rollback_files.MAX_ASIDE
+    assert aside[0] == "rolled-back-step-00000004"
+
+
 def num_writes(files: CheckpointFiles) -> int:
     with pytest.MonkeyPatch.context() as patch:
         calls = break_disk_at(patch, 0, Killed())
