@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 
 async def always_well() -> bool:
-    """Of a service that is well while its event loop runs and NATS answers."""
+    """Says yes: for a service that is well while its event loop runs and NATS answers."""
     return True
 
 
 class Health:
-    """Of one process. The service calls `begin`; whoever runs the process runs `keep`."""
+    """The health of one process. The service calls `begin`; whoever runs the process runs `keep`."""
 
     def __init__(self, file: Path | None = None) -> None:
         """`file`: what stays fresh; None: only the line is written."""

@@ -162,7 +162,7 @@ def start(say: Transcript) -> None:
     until(are_well, "all containers healthy")
     say.check(f"healthy after {time.monotonic() - begun_s:.0f} s", True)
     say.say(f"the engine took {engine_s() - before_s:.1f} s of a core for starting and checking them")
-    for line in compose("logs", "--no-color", "--no-log-prefix").splitlines():
+    for line in compose("--ansi", "never", "logs", "--no-color", "--no-log-prefix").splitlines():
         if "ready:" in line or "WARNING" in line:
             say.say(f"     {line}")
     well = ("/health", "/health/ready", "/health/live")

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[numpy.float64]
 _MAX_ENTRIES = 3
-"""Of each column into the solution, on average: as scipy has it."""
+"""How often a column may enter the solution, on average: as scipy has it."""
 
 
 def nonnegative_least_squares(rows: Array, targets: Array) -> Array:

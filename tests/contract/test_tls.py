@@ -69,5 +69,5 @@ def test_a_file_that_is_missing_is_named_with_its_setting(setting: str) -> None:
 
 def test_files_without_tls_in_the_address_are_a_mistake() -> None:
     settings = LemixSettings.given(nats_url="nats://127.0.0.1:1", nats_ca=Path("/ca.pem"))
-    with pytest.raises(ConfigurationError, match=r"LEMIX_NATS_URL: .* must begin with tls"):
+    with pytest.raises(ConfigurationError, match=r"LEMIX_NATS_URL must begin with tls"):
         access_of(settings, Role.TRAINER)

@@ -1,8 +1,10 @@
 """compose.yaml: valid by the schema, and its services work as they are written, as local processes."""
 
 import asyncio
+import itertools
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -24,8 +26,10 @@ from lemix.health import HealthProbe
 from lemix.nats_server import find_program
 from lemix.nats_users import make_users
 from lemix.topology import ClusterOptions, service_specs
-from shared.bus.permissions import Role
+from shared.bus.permissions import RULES, Role
+from shared.subjects import BATCHES
 from tests.support.compose import ROOT, Compose, Places, load, own_services
+from tests.support.nats_clients import client_of
 
 START_DEADLINE_S = 120.0
 CHECK_DEADLINE_S = 180.0
@@ -158,13 +162,15 @@ class Collector:
 
 
 @asynccontextmanager
-async def process(command: list[str], environment: dict[str, str] | None, log: Path) -> AsyncIterator[None]:
+async def process(
+    command: list[str], environment: dict[str, str] | None, log: Path
+) -> AsyncIterator[asyncio.subprocess.Process]:
     with log.open("wb") as output:
         started = await asyncio.create_subprocess_exec(
             *command, env=environment, stdout=output, stderr=output
         )
     try:
-        yield
+        yield started
     finally:
         if started.returncode is None:
             started.send_signal(signal.SIGTERM)
@@ -191,6 +197,39 @@ def nats_command(compose: Compose, places: Places) -> list[str]:
     path.write_text(config)
     option, _ = compose["services"]["nats"]["command"]
     return [find_program(), option, str(path)]
+
+
+NONSENSE = (
+    b"",
+    b"\xc0",  # nil
+    b"\x80",  # an empty map
+    b"\x93\x01\x02\x03",  # a list of numbers
+    b"\x81\xa7task_id\x07",  # a number where a string belongs
+    b'{"task_id": "json"}',
+    b"\x81" * 5000,  # maps in maps, without an end
+    random.Random(0).randbytes(1000),
+    bytes(900_000),
+)
+
+
+async def send_nonsense(places: Places) -> None:
+    """On every subject, as a user who may; then a batch that is none, which the trainer has to reject."""
+
+    async def on_error(_: Exception) -> None:
+        """Not every sender may enter every stage."""
+
+    url = f"nats://{places.nats}"
+    clients = {role: await client_of(url, places.nats_users, role, on_error) for role in Role}
+    for rule in RULES:
+        for stage in range(2):
+            subject = rule.topic.pattern.format(node=0, stage=stage, gateway="gateway.unknown")
+            for sender, body in itertools.product(rule.senders, NONSENSE):
+                await clients[sender].publish(subject, body)
+    ingest = clients[Role.INGEST]
+    await ingest.jetstream().publish(BATCHES, b"nonsense")
+    for client in clients.values():
+        await client.flush()
+        await client.close()
 
 
 async def is_well(places: Places, service: Compose) -> bool:
@@ -222,6 +261,7 @@ async def test_its_services_serve_a_completion_and_are_well_by_their_own_checks(
             await running.enter_async_context(
                 process(nats_command(compose, places), None, tmp_path / "nats.log")
             )
+            started: dict[str, asyncio.subprocess.Process] = {}
             for name, service in own_services(compose).items():
                 places.make_folders(service)
                 environment = places.environment(service)
@@ -230,14 +270,18 @@ async def test_its_services_serve_a_completion_and_are_well_by_their_own_checks(
                 if name == "gateway":
                     environment["LEMIX_PORT"] = places.gateway.rpartition(":")[2]
                 log = tmp_path / f"{name}.log"
-                await running.enter_async_context(process(places.command(service), environment, log))
+                command = places.command(service)
+                started[name] = await running.enter_async_context(process(command, environment, log))
             async with asyncio.timeout(START_DEADLINE_S):
                 await HealthProbe(f"http://{places.gateway}").wait()
             async with ApiClient(f"http://{places.gateway}", model="embedded") as api:
                 completion = await api.complete("Return the", max_tokens=8, temperature=0)
-            assert 1 <= completion.completion_tokens <= 8
+                assert 1 <= completion.completion_tokens <= 8
+                await send_nonsense(places)
+                assert (await api.complete("Return the", max_tokens=8)).completion_tokens >= 1
             for service in own_services(compose).values():
                 await until_well(places, service)
+            assert {name: process.returncode for name, process in started.items()} == dict.fromkeys(started)
         for name in ("gateway", "scheduler", "trainer", "stage_worker.0.0", "stage_worker.1.1"):
             assert f"lemix.{name}".encode() in collector.received
 

@@ -231,7 +231,7 @@ async def test_a_server_on_which_a_lemix_runs_is_refused(tmp_path: Path) -> None
     async with NatsServer(tmp_path / "nats") as server, open_bus(server.url) as bus:
         options = ClusterOptions(runs_dir=tmp_path, nats_url=server.url)
         await bus.respond(STATUS.at(), answer)
-        with pytest.raises(ConfigurationError, match=f"already running on {server.url}"):
+        with pytest.raises(ConfigurationError, match=f"already running on 127.0.0.1:{server.port}"):
             await LocalCluster(options, command_of=fake_command).start()
 
 

@@ -43,13 +43,13 @@ class Places:
         mounts = [volume.split(":") for volume in service.get("volumes", ())]
         volumes = {place: str(self.folder / "volumes" / name) for name, place, *_ in mounts}
         return {
+            "/tmp/": f"{self.tmp(service)}/",  # first: this machine's own places may begin so, too
             "nats:4222": self.nats,
             "nats:8222": self.nats_monitor,
             "127.0.0.1:8000": self.gateway,
             "otel-collector:4318": self.collector,
             **volumes,
             "/app/nats_users": str(self.nats_users),
-            "/tmp/": f"{self.tmp(service)}/",
         }
 
     @property
