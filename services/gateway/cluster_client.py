@@ -14,7 +14,7 @@ from typing import NamedTuple
 from services.gateway.sent_sequence import NODE_LOST, SentSequence, SequenceSpec
 from shared.bus.base import Bus, Incoming
 from shared.clock import Clock, IdSource
-from shared.errors import LemixError, RefusedError
+from shared.errors import BusError, LemixError, RefusedError
 from shared.messages.cluster import ClusterStatus, StatusRequest
 from shared.messages.inference import (
     DEFERRED,
@@ -327,7 +327,11 @@ class ClusterClient:
         return None
 
     async def _cancel(self, task_id: str, node: int) -> None:
-        await self._bus.publish(CANCEL.at(node=node), CancelTask(task_id=task_id))
+        """Stop a task, where NATS is there to say so; else it runs to its end, and nobody waits for it."""
+        try:
+            await self._bus.publish(CANCEL.at(node=node), CancelTask(task_id=task_id))
+        except BusError as error:
+            log.warning("task %s still runs on node %d: %s", task_id, node, error)
 
     async def _on_tokens(self, incoming: Incoming[TokensProduced]) -> None:
         message, at_s = incoming.message, self._clock.now_s()

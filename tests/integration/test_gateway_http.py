@@ -16,9 +16,12 @@ from lemix.simulation.loop import run_virtual
 from services.gateway.generation import IN_LINE_AFTER_S, REFUSALS_WITHIN_S
 from services.gateway.sent_sequence import MAX_TRIES
 from shared.bus.base import Incoming
-from shared.messages.inference import Objective, SequenceResult, TokenLogprob
+from shared.bus.memory import MemoryBus
+from shared.errors import BusError
+from shared.messages.base import Message
+from shared.messages.inference import CancelTask, Objective, SequenceResult, TokenLogprob
 from shared.messages.weights import JudgedVersion, NodeWeights, WeightsRequest, WeightsStatus
-from shared.subjects import NODE_WEIGHTS
+from shared.subjects import NODE_WEIGHTS, Subject
 from tests.support.gateway import (
     CARD,
     MODEL,
@@ -569,6 +572,24 @@ async def test_health_fails_without_a_scheduler() -> None:
     async with gateway_world(with_cluster=False) as world:
         response = await world.http.get("/health")
     assert response.status_code == 503
+
+
+def test_a_cancel_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NATS may be away when a request is given up."""
+    publish = MemoryBus.publish
+
+    async def fails(bus: MemoryBus, subject: Subject[Any], message: Message, **options: str) -> None:
+        if isinstance(message, CancelTask):
+            raise BusError("NATS is away")
+        await publish(bus, subject, message, **options)
+
+    async def told() -> list[int]:
+        async with gateway_world(request_timeout_s=0.05) as world:
+            late = await world.http.post(URL, json=ask())
+            return [late.status_code, (await world.http.get("/v1/models")).status_code]
+
+    monkeypatch.setattr(MemoryBus, "publish", fails)
+    assert run_virtual(told()) == [504, 200]
 
 
 async def test_metrics_count_requests_and_show_the_cluster() -> None:
