@@ -133,7 +133,8 @@ async def test_up_serves_and_trains_and_ctrl_c_ends_it_and_all_it_started(tmp_pa
         assert list(default_base().glob(f"lemix-{running.process.pid}-*")) == []
         logs = {log.name: log.read_text() for log in (tmp_path / "default" / "logs").glob("*.log")}
         assert len(logs) == 4, "one worker holds both stages"
-        assert all(text == "" for text in logs.values()), logs
+        ready = re.compile(r"INFO [\w.-]+: ready: .+\n")
+        assert all(ready.fullmatch(text) for text in logs.values()), logs
 
 
 async def test_the_demo_keeps_its_promises_and_leaves_nothing(tmp_path: Path, mark: str) -> None:
