@@ -13,7 +13,7 @@ import logging
 from typing import Any
 
 from services.stage_worker.compute.executor import Executor, ModelFacts
-from services.stage_worker.context import WorkerContext
+from services.stage_worker.context import Ignored, WorkerContext
 from services.stage_worker.pipeline.device import Device
 from services.stage_worker.pipeline.progress import Progress
 from services.stage_worker.pipeline.serving import Serving
@@ -74,6 +74,7 @@ class StageWorker:
             executor=executor,
             queue=self._queue,
             progress=self._progress,
+            ignored=Ignored(),
         )
         self._seen: dict[int, tuple[Heartbeat, float]] = {}
         """Other stages of the node: the last heartbeat, and when it came."""

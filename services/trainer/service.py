@@ -34,6 +34,7 @@ from services.trainer.intake.reading import Intake
 from services.trainer.ledger.fates import BatchFates
 from services.trainer.ledger.pending_batches import BatchBook
 from services.trainer.ledger.progress import Progress
+from services.trainer.nodes.lease import TrainerLease
 from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.nodes.runner import ActionRunner
 from services.trainer.nodes.stage_listener import Nodes
@@ -133,7 +134,7 @@ class Trainer:
         """
         stream = await self._bus.ensure_stream(TRAIN_STREAM)
         await self._bus.ensure_stream(REJECTED_STREAM)
-        term = await self._bus.next_fence("trainer")
+        lease = await TrainerLease.take(self._bus)
         found = await on_disk(partial(self._files.load, model=self._settings.model, stream=stream.identity))
         found = only_newest(found) if self._settings.shares_weights else all_apart(found)
         for checkpoint in found.values():
@@ -150,7 +151,7 @@ class Trainer:
             outbox = Outbox(self._bus)
             evaluator = Evaluator(
                 replace(self._examples, samples=samples),
-                name=f"trainer.{term}",
+                name=f"trainer.{lease.term}",
                 bus=self._bus,
                 clock=self._clock,
                 outbox=outbox,
@@ -165,7 +166,7 @@ class Trainer:
                 tasks,
                 stream=stream.identity,
                 begun_after=begun_after,
-                term=term,
+                lease=lease,
             )
             tasks.create_task(outbox.run())
             if self._settings.is_guarded:
@@ -183,7 +184,7 @@ class Trainer:
         *,
         stream: str,
         begun_after: int,
-        term: int,
+        lease: TrainerLease,
     ) -> "_Parts":
         settings, bus, clock, files = self._settings, self._bus, self._clock, self._files
         progress = Progress(outbox, book, newest.folder_of)
@@ -198,6 +199,7 @@ class Trainer:
             clock=clock,
             book=book,
             files=files,
+            lease=lease,
             newest=newest,
             stream=stream,
             progress=progress,
@@ -214,11 +216,13 @@ class Trainer:
             rollbacks=rollbacks,
             evaluator=evaluator,
             verdicts=verdicts,
-            sharing=self._sharing(book, outbox, nodes, tasks, term) if settings.shares_weights else None,
+            sharing=self._sharing(book, outbox, nodes, tasks, lease.term)
+            if settings.shares_weights
+            else None,
             tasks=tasks,
         )
         checks = WeightsChecks(
-            self._examples.card, name=f"trainer.{term}-checks", bus=bus, clock=clock, outbox=outbox
+            self._examples.card, name=f"trainer.{lease.term}-checks", bus=bus, clock=clock, outbox=outbox
         )
         listener = Nodes(
             settings,
@@ -230,7 +234,7 @@ class Trainer:
             verdicts=verdicts,
             checks=checks if self._checks_weights else None,
             by_number=nodes,
-            term=term,
+            lease=lease,
         )
         return _Parts(fates, rollbacks, actions, listener, checks)
 

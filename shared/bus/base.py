@@ -92,6 +92,15 @@ class StreamMessage:
     """Tell the stream that this message is done with for good."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A lease as it lies in the bucket."""
+
+    revision: int
+    """Higher with every change: the number by which its holder knows it."""
+    body: bytes
+
+
 class StreamReader(Protocol):
     """Reads a durable stream in order."""
 
@@ -181,7 +190,24 @@ class Bus(Protocol):
         ...
 
     async def next_fence(self, name: str) -> int:
-        """A durable number higher than every one given before for `name` (a fencing token)."""
+        """Take the lease `name`, whoever held it, and empty it. Returns its revision (a fencing token).
+
+        It is a durable number higher than every one given before for `name`.
+        """
+        ...
+
+    async def read_lease(self, name: str) -> Lease | None:
+        """The lease as it is now; None where nobody has ever taken it.
+
+        Raises BusError when the bucket does not answer, within 5 s.
+        """
+        ...
+
+    async def write_lease(self, name: str, body: bytes, *, revision: int) -> None:
+        """Write into the lease, which gives it a new revision.
+
+        Raises BusError when its revision is no longer this one, or when the bucket does not answer.
+        """
         ...
 
     async def wait_failed(self) -> None:

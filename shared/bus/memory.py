@@ -16,6 +16,7 @@ from shared.bus.base import (
     MAX_RUNNING_REQUESTS,
     TRACE_HEADER,
     Handler,
+    Lease,
     Responder,
     Stored,
     StoredMessage,
@@ -67,7 +68,7 @@ class MemoryBroker:
         self.checks_sizes = checks_sizes
         self.streams: dict[str, _Stream] = {}
         self._interests: dict[str, _Interest] = {}
-        self._fences: dict[str, int] = {}
+        self.leases: dict[str, Lease] = {}
         self._latency_s = latency_s
         self._carriage = carriage
         self._observe = observe
@@ -118,9 +119,11 @@ class MemoryBroker:
                 return stream
         raise BusError(f"{subject}: no stream takes it")
 
-    def next_fence(self, name: str) -> int:
-        self._fences[name] = self._fences.get(name, 0) + 1
-        return self._fences[name]
+    def write_lease(self, name: str, body: bytes) -> int:
+        """Returns the new revision."""
+        revision = self.leases[name].revision + 1 if name in self.leases else 1
+        self.leases[name] = Lease(revision, body)
+        return revision
 
 
 class _Transit:
@@ -261,7 +264,16 @@ class MemoryBus:
         return self.broker.streams[name]
 
     async def next_fence(self, name: str) -> int:
-        return self.broker.next_fence(name)
+        return self.broker.write_lease(name, b"")
+
+    async def read_lease(self, name: str) -> Lease | None:
+        return self.broker.leases.get(name)
+
+    async def write_lease(self, name: str, body: bytes, *, revision: int) -> None:
+        held = self.broker.leases.get(name)
+        if held is None or held.revision != revision:
+            raise BusError(f"{name}: the lease is not of revision {revision}")
+        self.broker.write_lease(name, body)
 
     async def wait_failed(self) -> None:
         await self._dispatcher.failure.wait()

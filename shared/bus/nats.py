@@ -36,6 +36,7 @@ from shared.bus.base import (
     SCHEMA_VERSION,
     TRACE_HEADER,
     Handler,
+    Lease,
     Responder,
     Stored,
     StoredMessage,
@@ -57,7 +58,7 @@ from shared.errors import (
     RefusedError,
 )
 from shared.messages.base import Message
-from shared.subjects import FENCE_BUCKET, RequestSubject, Subject
+from shared.subjects import FENCE_BUCKET, FENCE_STREAM, RequestSubject, Subject
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -327,6 +328,22 @@ class NatsBus:
             return False
         return bool(self._client.is_connected)
 
+    async def read_lease(self, name: str) -> Lease | None:
+        with _translated(name):
+            async with self._refusals.raised(JETSTREAM_API):
+                try:  # not by nats-py's bucket, which asks for more than a stage may ask
+                    found = await self._jetstream.get_msg(FENCE_STREAM, subject=_key(name))
+                except NotFoundError:  # the key, or the bucket
+                    return None
+        assert found.seq is not None
+        return Lease(found.seq, found.data or b"")
+
+    async def write_lease(self, name: str, body: bytes, *, revision: int) -> None:
+        expected = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(revision)}
+        with _translated(name):
+            async with self._refusals.raised(_key(name)):
+                await self._jetstream.publish(_key(name), body, headers=expected)
+
     async def wait_failed(self) -> None:
         await self._dispatcher.failure.wait()
 
@@ -346,6 +363,11 @@ class NatsBus:
             with contextlib.suppress(nats.errors.Error):
                 await self._client.flush(timeout=1)
         await self._client.close()
+
+
+def _key(name: str) -> str:
+    """The subject of a lease's key."""
+    return f"$KV.{FENCE_BUCKET}.{name}"
 
 
 class _TlsClient(Client):

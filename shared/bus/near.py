@@ -14,6 +14,7 @@ from shared.bus.base import (
     Bus,
     Handler,
     Incoming,
+    Lease,
     Responder,
     Stored,
     StoredMessage,
@@ -122,6 +123,12 @@ class NearBus:
 
     async def next_fence(self, name: str) -> int:
         return await self._far.next_fence(name)
+
+    async def read_lease(self, name: str) -> Lease | None:
+        return await self._far.read_lease(name)
+
+    async def write_lease(self, name: str, body: bytes, *, revision: int) -> None:
+        await self._far.write_lease(name, body, revision=revision)
 
     async def wait_failed(self) -> None:
         near, far = self._dispatcher.failure.wait(), self._far.wait_failed()

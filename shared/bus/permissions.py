@@ -100,14 +100,19 @@ RULES = (
     Rule(s.STATUS, (GATEWAY, INGEST, OPERATOR), (SCHEDULER,)),
 )
 
-_BUCKET = f"KV_{s.FENCE_BUCKET}"
+# By neither a consumer nor a direct get: their answers can be sent to any subject, as they were stored.
+_READ_LEASES = f"$JS.API.STREAM.MSG.GET.{s.FENCE_STREAM}"
 DURABLE: dict[Role, tuple[str, ...]] = {
     INGEST: (s.BATCHES,),
     TRAINER: (
         s.REJECTED,
         f"$KV.{s.FENCE_BUCKET}.>",
+        _READ_LEASES,
         f"$JS.ACK.{s.BATCHES_STREAM}.>",
-        *(f"$JS.API.STREAM.CREATE.{stream}" for stream in (s.BATCHES_STREAM, s.REJECTED_STREAM, _BUCKET)),
+        *(
+            f"$JS.API.STREAM.CREATE.{stream}"
+            for stream in (s.BATCHES_STREAM, s.REJECTED_STREAM, s.FENCE_STREAM)
+        ),
         *(f"$JS.API.STREAM.INFO.{stream}" for stream in (s.BATCHES_STREAM, s.REJECTED_STREAM)),
         f"$JS.API.STREAM.PURGE.{s.BATCHES_STREAM}",
         f"$JS.API.CONSUMER.LIST.{s.BATCHES_STREAM}",
@@ -116,7 +121,8 @@ DURABLE: dict[Role, tuple[str, ...]] = {
             for call in ("DURABLE.CREATE", "INFO", "DELETE", "MSG.NEXT")
         ),
     ),
-    # Neither a consumer nor a direct get: their answers can be sent to any subject, as they were stored.
+    STAGE: (_READ_LEASES,),
+    # As above: by neither a consumer nor a direct get.
     OPERATOR: (f"$JS.API.STREAM.MSG.GET.{s.REJECTED_STREAM}",),
 }
 """The durable subjects, and the calls of JetStream, that a role may send."""

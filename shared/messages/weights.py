@@ -43,6 +43,14 @@ class RestoreWeights(Message):
         return (self.served or self.weights).version
 
 
+class AllowedFences(Message):
+    """The fences that the trainer's lease allows: those that it has begun. A trainer's lease."""
+
+    first: int
+    """Those of earlier trainers are below it."""
+    last: int
+
+
 class SaveWeights(Message):
     """Write a checkpoint shard as soon as the stage holds `version`. trainer -> each stage.
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from shared.bus.base import Bus, Handler, Incoming, Stored, StoredMessage, StreamSpec, StreamState
+from shared.bus.base import Bus, Handler, Incoming, Lease, Stored, StoredMessage, StreamSpec, StreamState
 from shared.errors import (
     BusError,
     BusTimeoutError,
@@ -428,6 +428,26 @@ async def test_a_fence_is_higher_than_all_before(connect: Connect) -> None:
     await other.next_fence("another")
     fences.append(await other.next_fence("trainer"))
     assert fences == sorted(set(fences))
+
+
+async def test_a_lease_is_written_by_who_knows_its_revision(connect: Connect) -> None:
+    one, other = await connect(), await connect()
+    assert await one.read_lease("trainer") is None
+    taken = await one.next_fence("trainer")
+    assert await other.read_lease("trainer") == Lease(taken, b"")
+    await one.write_lease("trainer", b"1 to 2", revision=taken)
+    written = await other.read_lease("trainer")
+    assert written is not None
+    assert written.body == b"1 to 2"
+    assert written.revision > taken
+    for stale in (taken, 1 << 40):
+        with pytest.raises(BusError):
+            await one.write_lease("trainer", b"forged", revision=stale)
+    retaken = await other.next_fence("trainer")
+    assert retaken > written.revision
+    with pytest.raises(BusError):
+        await one.write_lease("trainer", b"1 to 3", revision=written.revision)
+    assert await one.read_lease("trainer") == Lease(retaken, b"")
 
 
 async def test_closing_twice_is_harmless_and_ends_publishing(connect: Connect) -> None:

@@ -106,6 +106,7 @@ MAY_HEAR = {
 JETSTREAM = {
     "trainer": {
         "$KV.lemix-fences.trainer",
+        "$JS.API.STREAM.MSG.GET.KV_lemix-fences",
         "$JS.ACK.LEMIX_TRAIN.c.1.1.1.1.1",
         *(f"$JS.API.STREAM.CREATE.{stream}" for stream in STREAMS),
         *(f"$JS.API.STREAM.INFO.{stream}" for stream in STREAMS[:2]),
@@ -114,6 +115,7 @@ JETSTREAM = {
         *(f"$JS.API.CONSUMER.{call}.LEMIX_TRAIN.c" for call in ("DURABLE.CREATE", "INFO", "DELETE")),
         "$JS.API.CONSUMER.MSG.NEXT.LEMIX_TRAIN.c",
     },
+    "stage_worker": {"$JS.API.STREAM.MSG.GET.KV_lemix-fences"},
     "operator": {"$JS.API.STREAM.MSG.GET.LEMIX_REJECTED"},
 }
 

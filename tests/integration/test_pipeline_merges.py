@@ -158,7 +158,7 @@ async def test_three_outer_steps_equal_a_plain_loop_of_diloco_across_a_restart(
             if number == 0:  # as one that comes back: from the other's checkpoint
                 await train(pair.nodes[1], "lost", BATCHES[7])
                 folder = tmp_path / "checkpoints" / f"step-{version}"
-                await pair.nodes[1].restore(fence=2, version=version, checkpoint=str(folder))
+                await pair.nodes[1].restore(fence=3, version=version, checkpoint=str(folder))
         states = await pair.states()
 
     apart = [pair.plain(), pair.plain()]
@@ -287,7 +287,7 @@ async def test_a_checkpoint_of_merged_weights_is_every_nodes(
         await train(first, "a1", BATCHES[2])
         await train(second, "lost", BATCHES[3])
         checkpoint = tmp_path / "checkpoints" / "merged"
-        await second.restore(fence=2, version=2, checkpoint=str(checkpoint))
+        await second.restore(fence=3, version=2, checkpoint=str(checkpoint))
         await train(second, "a1", BATCHES[2])
         assert_identical(*await pair.states())
 
@@ -319,7 +319,7 @@ async def test_answers_after_a_merge_are_those_of_its_checkpoint(
         await pair.state(first, checkpoint.name)
         await train(second, "lost", BATCHES[2])
         apart.append(await asked(second))
-        await second.restore(fence=2, version=2, checkpoint=str(checkpoint))
+        await second.restore(fence=3, version=2, checkpoint=str(checkpoint))
         loaded = await asked(second)
     assert logprobs(merged[0]) == pytest.approx(logprobs(merged[1]), abs=1e-5)
     assert logprobs(merged[0]) == pytest.approx(logprobs(loaded), abs=1e-5)

@@ -39,6 +39,7 @@ from shared.messages.training import (
     VersionsServed,
 )
 from shared.messages.weights import (
+    AllowedFences,
     MergeGroup,
     MergeWeights,
     OuterStep,
@@ -89,6 +90,15 @@ class Answer:
         return [token.token for token in self.tokens]
 
 
+async def allow_fence(bus: Bus, fence: int) -> None:
+    """As the trainer does before a restore: stages may follow this fence, and smaller ones."""
+    lease = await bus.read_lease(subjects.TRAINER_LEASE)
+    before = AllowedFences.unpack(lease.body).last if lease and lease.body else 0
+    revision = lease.revision if lease else await bus.next_fence(subjects.TRAINER_LEASE)
+    allowed = AllowedFences(first=1, last=max(fence, before))
+    await bus.write_lease(subjects.TRAINER_LEASE, allowed.pack(), revision=revision)
+
+
 class Node:
     """Plays the gateway, the scheduler and the trainer for one pipeline."""
 
@@ -111,7 +121,8 @@ class Node:
         self.learning_rate = LEARNING_RATE
         self.version = 0
         """The version of the weights after the last step that was ordered."""
-        self._fence = 0
+        self.fence = 0
+        """That of the last restore."""
         self._beaten = asyncio.Condition()
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
@@ -209,11 +220,16 @@ class Node:
         message = RestoreWeights(
             fence=fence, weights=weights, serving=serving, served=served, feeding=feeding
         )
+        await allow_fence(self.bus, fence)
+        await self.order_restore(message)
+
+    async def order_restore(self, message: RestoreWeights) -> None:
+        """The same, whether a lease allows it or not."""
         for stage in range(self.num_stages):
             await self.bus.request(
                 subjects.RESTORE.at(node=self.number, stage=stage), message, timeout_s=DEADLINE_S
             )
-        self._fence, self.version = fence, version
+        self.fence, self.version = message.fence, message.weights.version
 
     async def save(self, version: int, folder: Path, *, fence: int = 1) -> None:
         message = SaveWeights(fence=fence, version=version, folder=str(folder))
@@ -227,7 +243,7 @@ class Node:
     ) -> None:
         """Have all stages hold the mean. Raises the first refusal."""
         order = MergeWeights(
-            fence=fence or self._fence, version=version, keep=self.keeps, group=group, outer=outer
+            fence=fence or self.fence, version=version, keep=self.keeps, group=group, outer=outer
         )
         async with asyncio.timeout(DEADLINE_S):
             asked = (
@@ -240,17 +256,17 @@ class Node:
         self.version = version
 
     async def reduce(self, group: MergeGroup, batch_id: str) -> None:
-        order = ReduceGradients(fence=self._fence, batch_id=batch_id, group=group)
+        order = ReduceGradients(fence=self.fence, batch_id=batch_id, group=group)
         for stage in range(self.num_stages):
             await self.bus.publish(subjects.REDUCE.at(node=self.number, stage=stage), order)
 
     async def publish(self, version: int) -> None:
         await self.bus.publish(
-            subjects.PUBLISH.at(node=self.number), PublishVersion(fence=self._fence, version=version)
+            subjects.PUBLISH.at(node=self.number), PublishVersion(fence=self.fence, version=version)
         )
 
     async def release(self, version: int) -> None:
-        message = ReleaseVersion(fence=self._fence, version=version)
+        message = ReleaseVersion(fence=self.fence, version=version)
         for stage in range(self.num_stages):
             await self.bus.publish(subjects.RELEASE.at(node=self.number, stage=stage), message)
 
@@ -328,7 +344,7 @@ class Node:
     async def step_ahead(self, batch_id: str, *, version: int, max_gradient_norm: float | None) -> None:
         """Give the step before the gradients are there."""
         message = StepAhead(
-            fence=self._fence,
+            fence=self.fence,
             batch_id=batch_id,
             version=version,
             learning_rate=self.learning_rate,
@@ -347,7 +363,7 @@ class Node:
             return
         if not (self.orders_steps and isinstance(report.event, BatchReady)):
             self.reports.put_nowait(report)
-        elif report.fence == self._fence:
+        elif report.fence == self.fence:
             await self.order(report.fence, report.event.batch_id)
 
 

@@ -68,7 +68,7 @@ async def two_nodes(
 async def state_of(node: Node, folder: Path, name: str) -> State:
     """All that a checkpoint of the node's holds; it is written to `checkpoints/<name>` of its folder."""
     checkpoint = folder / "checkpoints" / name
-    await save(node, folder / "model", node.version, checkpoint, fence=node.number + 1)
+    await save(node, folder / "model", node.version, checkpoint, fence=node.fence)
     return {name_in_stages(name): tensor for name, tensor in tensors_in(checkpoint).items()}
 
 
@@ -80,7 +80,7 @@ def group(name: str, *shares: float, fences: Sequence[int] = (1, 2)) -> MergeGro
 
 async def train(node: Node, batch_id: str, batch: Batch) -> None:
     """One step of this node alone."""
-    for forward in messages(batch_id, batch, fence=node.number + 1):
+    for forward in messages(batch_id, batch, fence=node.fence):
         await node.feed(forward)
     await node.next(BatchStepped)
 
@@ -94,7 +94,7 @@ async def step_together(pair: Pair, batches: Sequence[Batch | None], number: int
         batch_id = f"b{number}-{node.number}" if batch else ""
         brought.append(batch_id)
         if batch:
-            for forward in messages(batch_id, batch, fence=node.number + 1):
+            for forward in messages(batch_id, batch, fence=node.fence):
                 await node.feed(forward)
             await node.next(BatchReady)
     for node, batch_id in zip(pair.nodes, brought, strict=True):

@@ -57,6 +57,7 @@ class Serving:
         self._executor = context.executor
         self._queue = context.queue
         self._progress = context.progress
+        self._ignored = context.ignored
         self._is_node_whole = is_node_whole
         self._is_last = settings.stage == settings.num_stages - 1
         self._spans: dict[str, Span] = {}
@@ -193,7 +194,7 @@ class Serving:
             await self._fail(task, 503, reason)
 
     async def _on_publish(self, incoming: Incoming[PublishVersion]) -> None:
-        if incoming.message.fence == self._fence:
+        if not self._ignored.is_other("a publish", incoming.message.fence, self._fence):
             self.scheduler.versions.publish(incoming.message.version)
             self.pump()
             await self._report_versions()

@@ -24,6 +24,7 @@ class Checking:
         self._bus = context.bus
         self._executor = context.executor
         self._queue = context.queue
+        self._ignored = context.ignored
         self._training = training
 
     async def subscribe(self) -> None:
@@ -37,6 +38,7 @@ class Checking:
     async def _check(self, check: CheckForward) -> None:
         training = self._training
         if (check.fence, check.version) != (training.work.fence, training.versions.version):
+            self._ignored.is_other("a check", check.fence, training.work.fence)
             if check.hidden is not None:
                 await self._executor.discard(check.hidden)
             await self._report(check, CheckScored(version=check.version))

@@ -9,9 +9,10 @@ from services.stage_worker.context import WorkerContext
 from services.stage_worker.pipeline.device import HandedOp
 from services.stage_worker.pipeline.disciplines import WorkKind
 from shared import subjects
-from shared.errors import CarrierError, RefusedError
+from shared.errors import BusError, CarrierError, RefusedError
 from shared.messages.base import Done
 from shared.messages.training import StageEvent, StageReport, TrainingFailed
+from shared.messages.weights import AllowedFences
 from shared.slices import NumSlices
 from shared.tensors.ref import TensorRef
 
@@ -33,7 +34,7 @@ class FencedWork:
 
     def __init__(self, context: WorkerContext, num_slices: NumSlices) -> None:
         self.fence = 0
-        """Set as soon as a restore is asked for."""
+        """Set as soon as a restore is asked for that the trainer's lease allows."""
         self.has_begun = False
         """Whether any has been done since this was last set to False."""
         self._settings = context.settings
@@ -42,16 +43,37 @@ class FencedWork:
         self._queue = context.queue
         self._progress = context.progress
         self._num_slices = num_slices
+        self._ignored = context.ignored
 
     def check_is(self, fence: int) -> None:
         """Check the fence. Raises RefusedError when it is not the present one."""
         if fence != self.fence:
-            raise RefusedError(f"fence {fence} is not {self.fence}, which this stage follows", code=409)
+            raise self._refusal(f"fence {fence} is not {self.fence}, which this stage follows", 409)
 
-    def check_is_not_over(self, fence: int) -> None:
-        """Raises RefusedError when there has been a later one."""
-        if fence < self.fence:
-            raise RefusedError(f"fence {fence} is over, this stage follows {self.fence}", code=409)
+    async def follow(self, fence: int) -> None:
+        """Follow this fence from now on, if the trainer's lease allows it; what is of an earlier one is over.
+
+        Raises RefusedError: with 409 when it is not above the present one, with 403 when the lease does not
+        allow it, with 503 when the lease cannot be read.
+        """
+        self._check_is_later(fence)
+        try:
+            lease = await self._bus.read_lease(subjects.TRAINER_LEASE)
+            allowed = AllowedFences.unpack(lease.body) if lease and lease.body else None
+        except BusError as error:
+            raise self._refusal(f"whether fence {fence} is allowed cannot be read: {error}", 503) from error
+        if allowed is None or not allowed.first <= fence <= allowed.last:
+            raise self._refusal(f"no lease allows fence {fence}", 403)
+        self._check_is_later(fence)  # another may have been followed meanwhile
+        self.fence = fence
+
+    def _check_is_later(self, fence: int) -> None:
+        if fence <= self.fence:
+            raise self._refusal(f"fence {fence} is over, this stage follows {self.fence}", 409)
+
+    def _refusal(self, reason: str, code: int) -> RefusedError:
+        self._ignored.note("a command of the trainer", reason)
+        return RefusedError(reason, code=code)
 
     def enqueue(self, kind: WorkKind, item: Item, *, is_sliced: bool = False) -> None:
         """Have it done in its turn, if it is of the present fence, then too.
@@ -100,7 +122,7 @@ class FencedWork:
 
     async def _ignore(self, item: Item) -> None:
         """Drop an item of another fence; its tensors' slots in a peer's arena must come free again."""
-        log.info("%s of fence %d ignored in fence %d", item.batch_id, item.fence, self.fence)
+        self._ignored.note(item.batch_id, f"of fence {item.fence}, and this stage follows {self.fence}")
         for tensor in item.tensors:
             await self._executor.discard(tensor)
 

@@ -85,6 +85,7 @@ class Leading:
         self._settings = context.settings
         self._bus = context.bus
         self._clock = context.clock
+        self._ignored = context.ignored
         self._enter = enter
         self._step = step
         self._report = report
@@ -125,15 +126,15 @@ class Leading:
         )
 
     async def _on_feed(self, incoming: Incoming[MicrobatchForward]) -> None:
-        if incoming.message.microbatch.fence == self._fence:
+        if self._is_followed("a microbatch", incoming.message.microbatch.fence):
             await self._carry_out(self._schedule.feed(incoming.message))
 
     async def _on_step_ahead(self, incoming: Incoming[StepAhead]) -> None:
-        if incoming.message.fence == self._fence:
+        if self._is_followed("a step ahead", incoming.message.fence):
             await self._carry_out(self._schedule.step_ahead(incoming.message))
 
     async def _on_order(self, incoming: Incoming[StepOrder]) -> None:
-        if incoming.message.fence == self._fence:
+        if self._is_followed("a step", incoming.message.fence):
             await self._carry_out(self._schedule.order(incoming.message))
 
     async def _on_trained(self, incoming: Incoming[TrainedReport]) -> None:
@@ -141,12 +142,15 @@ class Leading:
         await self._heard(report.stage, report.fence, report.event)
 
     async def _heard(self, stage: int, fence: int, event: GradientsReady | StepDone) -> None:
-        if fence != self._fence:
+        if not self._is_followed(f"a report of stage {stage}", fence):
             return
         if isinstance(event, StepDone):
             await self._carry_out(self._schedule.step_done(stage, event))
         else:
             await self._carry_out(self._schedule.gradients_ready(stage, event))
+
+    def _is_followed(self, what: str, fence: int) -> bool:
+        return not self._ignored.is_other(what, fence, self._fence)
 
     async def _carry_out(self, leads: Iterable[Lead]) -> None:
         for lead in leads:

@@ -66,8 +66,8 @@ class ShardSaves:
 
     async def _on_save(self, incoming: Incoming[SaveWeights]) -> Done:
         message, present = incoming.message, self._versions.version
-        self._work.check_is_not_over(message.fence)
         check_in_run(message.folder, self._settings.checkpoint_dir)
+        self._work.check_is(message.fence)
         if message.version < present:
             raise RefusedError(f"version {message.version} is gone, this stage holds {present}", code=409)
         # One is asked for at a time: a later version was to be made by a batch that has been skipped since.

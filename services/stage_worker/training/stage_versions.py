@@ -34,6 +34,7 @@ class StageVersions:
         self._bus = context.bus
         self._executor = context.executor
         self._queue = context.queue
+        self._ignored = context.ignored
         self._work = work
         self._note_version = note_version
         self._kept: dict[int, SavedWeights | None] = {}
@@ -95,7 +96,7 @@ class StageVersions:
 
     async def _on_release(self, incoming: Incoming[ReleaseVersion]) -> None:
         message = incoming.message
-        if message.fence == self._work.fence:
+        if not self._ignored.is_other("a release", message.fence, self._work.fence):
             self._queue.put(WorkKind.CONTROL, partial(self._release, message.version))
 
     async def _release(self, version: int) -> None:

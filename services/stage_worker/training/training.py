@@ -103,11 +103,10 @@ class Training:
 
     async def _on_restore(self, incoming: Incoming[RestoreWeights]) -> Done:
         message = incoming.message
-        self.work.check_is_not_over(message.fence)
         for weights in (message.weights, message.served):
             if weights and weights.checkpoint:
                 check_in_run(weights.checkpoint, self._settings.checkpoint_dir)
-        self.work.fence = message.fence
+        await self.work.follow(message.fence)
         return await self.work.done_in_turn(partial(self._restore, message), RESTORE_DEADLINE_S)
 
     async def _restore(self, message: RestoreWeights) -> None:

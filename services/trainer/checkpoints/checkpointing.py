@@ -12,6 +12,7 @@ from services.trainer.ledger.pending_batches import Ack, BatchBook
 from services.trainer.ledger.progress import Progress
 from services.trainer.nodes.ask_all import ask_all
 from services.trainer.nodes.decisions import Action, RequestSave, Restore, WriteCheckpoint
+from services.trainer.nodes.lease import TrainerLease
 from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.settings import OF_TRAINING, TrainerSettings
 from services.trainer.streams import TRAIN_STREAM
@@ -42,6 +43,7 @@ class Checkpointing:
         clock: Clock,
         book: BatchBook,
         files: CheckpointFiles,
+        lease: TrainerLease,
         newest: NewestCheckpoints,
         stream: str,
         progress: Progress,
@@ -54,6 +56,7 @@ class Checkpointing:
         self._clock = clock
         self._book = book
         self._files = files
+        self._lease = lease
         self._newest = newest
         self._stream = stream
         self._progress = progress
@@ -76,15 +79,7 @@ class Checkpointing:
             served=served,
             feeding=self._settings.feeding,
         )
-        refusals = await ask_all(
-            self._bus,
-            RESTORE,
-            message,
-            node=node.node,
-            num_stages=action.num_stages,
-            timeout_s=RESTORE_TIMEOUT_S,
-        )
-        failure = "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
+        failure = await self._ask_to_restore(node.node, action, message)
         now_s = self._clock.now_s()
         return node.restored(
             action.fence,
@@ -94,6 +89,25 @@ class Checkpointing:
             rise=rise,
             is_judged=newest is None or verdict is not None,
         )
+
+    async def _ask_to_restore(self, node: int, action: Restore, message: RestoreWeights) -> str:
+        """Returns why not all stages have done it; empty: they have.
+
+        Raises ConfigurationError when another trainer leads.
+        """
+        try:
+            await self._lease.allow(action.fence)
+        except BusError as error:
+            return f"fence {action.fence} cannot be allowed: {error}"
+        refusals = await ask_all(
+            self._bus,
+            RESTORE,
+            message,
+            node=node,
+            num_stages=action.num_stages,
+            timeout_s=RESTORE_TIMEOUT_S,
+        )
+        return "; ".join(f"stage {stage}: {reason}" for stage, reason in refusals.items())
 
     async def request_save(self, node: NodeTraining, action: RequestSave) -> Sequence[Action]:
         """Ask all stages to write their shards; they report when they have."""

@@ -5,6 +5,7 @@ import itertools
 from services.trainer.checkpoints.verdicts import Verdicts
 from services.trainer.ledger.pending_batches import BatchBook
 from services.trainer.ledger.progress import Progress
+from services.trainer.nodes.lease import TrainerLease
 from services.trainer.nodes.node_training import NodeTraining
 from services.trainer.nodes.rules import Rules
 from services.trainer.nodes.runner import ActionRunner
@@ -20,9 +21,6 @@ from shared.messages.training import CheckScored, StageReport
 from shared.messages.weights import NodeWeights, WeightsRequest, WeightsStatus
 from shared.subjects import HEARTBEAT_S
 
-FENCES_PER_TERM = 1 << 20
-"""A trainer's fences are its term (its durable number) times this, plus one more for each restore:
-what belongs to an earlier life of a node is refused by its stages, and so is an earlier trainer."""
 SHORTEST_TICK_S = 0.01
 
 
@@ -41,7 +39,7 @@ class Nodes:
         verdicts: Verdicts,
         checks: WeightsChecks | None,
         by_number: dict[int, NodeTraining],
-        term: int,
+        lease: TrainerLease,
     ) -> None:
         """`by_number`: empty at first; whoever decides for several nodes looks at them there.
 
@@ -56,8 +54,8 @@ class Nodes:
         self._progress = progress
         self._verdicts = verdicts
         self._checks = checks
-        self._term = term
-        self._fences = itertools.count(term * FENCES_PER_TERM + 1)
+        self._lease = lease
+        self._fences = itertools.count(lease.first_fence)
         self._rules = Rules(
             feeding=settings.feeding,
             microbatches=settings.microbatches,
@@ -96,11 +94,12 @@ class Nodes:
     async def on_heartbeat(self, incoming: Incoming[Heartbeat]) -> None:
         """Take in a sign of life of a stage.
 
-        Raises ConfigurationError when it obeys a later trainer, or has no place in this run.
+        Raises ConfigurationError when another trainer leads, or the stage has no place in this run.
         """
         beat = incoming.message
-        if beat.fence >= (self._term + 1) * FENCES_PER_TERM:
-            raise ConfigurationError(f"another trainer has taken over node {beat.node} (fence {beat.fence})")
+        if self._lease.is_later(beat.fence):
+            await self._lease.check_claim(f"node {beat.node}, stage {beat.stage} follows fence {beat.fence}")
+            return
         self._check_stages(beat)
         if beat.node not in self.by_number and is_rollback_under_way(self.by_number):
             return  # when the others are back, its next heartbeat finds where they are

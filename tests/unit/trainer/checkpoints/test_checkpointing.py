@@ -14,6 +14,7 @@ from services.trainer.intake.microbatches import TrainingBatch
 from services.trainer.ledger.pending_batches import BatchBook, Pending
 from services.trainer.ledger.progress import Progress
 from services.trainer.nodes.decisions import Action, Restore, WriteCheckpoint
+from services.trainer.nodes.lease import TrainerLease
 from services.trainer.outbox import Outbox
 from services.trainer.publication.losses import Losses
 from services.trainer.settings import TrainerSettings
@@ -77,6 +78,7 @@ class Run:
             clock=SystemClock(),
             book=book,
             files=self.files,
+            lease=TrainerLease(bus, term=1),
             newest=self.newest,
             stream="s",
             progress=Progress(Outbox(bus), book, self.newest.folder_of),

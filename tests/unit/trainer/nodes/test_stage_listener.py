@@ -9,6 +9,7 @@ import pytest
 
 from services.trainer.ledger.ledger import Ledger
 from services.trainer.ledger.pending_batches import BatchBook
+from services.trainer.nodes.lease import TrainerLease
 from services.trainer.nodes.stage_listener import Nodes
 from services.trainer.settings import TrainerSettings
 from shared.bus.base import Incoming
@@ -28,7 +29,7 @@ def nodes(**settings: Any) -> Nodes:
         verdicts=SimpleNamespace(),  # type: ignore[arg-type]
         checks=None,
         by_number={},
-        term=1,
+        lease=TrainerLease(SimpleNamespace(), term=1),  # type: ignore[arg-type]
     )
 
 
