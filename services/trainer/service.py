@@ -216,14 +216,10 @@ class Trainer:
             rollbacks=rollbacks,
             evaluator=evaluator,
             verdicts=verdicts,
-            sharing=self._sharing(book, outbox, nodes, tasks, lease.term)
-            if settings.shares_weights
-            else None,
+            sharing=self._sharing(book, outbox, nodes, tasks, lease.term),
             tasks=tasks,
         )
-        checks = WeightsChecks(
-            self._examples.card, name=f"trainer.{lease.term}-checks", bus=bus, clock=clock, outbox=outbox
-        )
+        checks = self._weights_checks(outbox, lease.term)
         listener = Nodes(
             settings,
             bus=bus,
@@ -260,6 +256,10 @@ class Trainer:
         except OSError as error:
             log.error("the samples of version %d are not saved: %s", samples.version, error)
 
+    def _weights_checks(self, outbox: Outbox, term: int) -> WeightsChecks:
+        name = f"trainer.{term}-checks"
+        return WeightsChecks(self._examples.card, name=name, bus=self._bus, clock=self._clock, outbox=outbox)
+
     def _sharing(
         self,
         book: BatchBook,
@@ -267,7 +267,10 @@ class Trainer:
         nodes: dict[int, NodeTraining],
         tasks: asyncio.TaskGroup,
         term: int,
-    ) -> Sharing:
+    ) -> Sharing | None:
+        """None: each node keeps to its own weights."""
+        if not self._settings.shares_weights:
+            return None
         names = (f"merge-{term}-{number}" for number in count())
         return Sharing(
             self._settings,
